@@ -1,0 +1,50 @@
+# make demo · make test · make check · make bench: each makes or refreshes .venv first; setup is quick when nothing changed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STORAGE ?= runs
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup setup-dev demo test check bench docs clean
+
+setup: $(VENV)/.train
+setup-dev: $(VENV)/.dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: a range that another package admits would pull several GB of CUDA libraries.
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/dray train quickstart --storage $(STORAGE)
+	$(BIN)/dray generate quickstart --storage $(STORAGE) --prompt 'def read_lines(path):' --prompt 'import os' --prompt 'class Queue:'
+	@echo
+	@echo "The run lies in $(STORAGE)/quickstart. What to try next:"
+	@echo "  $(BIN)/dray show quickstart                                    what it did"
+	@echo "  $(BIN)/dray export quickstart model                            a Hugging Face folder"
+	@echo "  $(BIN)/dray init speeches                                      a spec of your own to edit"
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+check: setup-dev
+	$(BIN)/ruff check src tests bench
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/contracts
+
+bench: setup-dev
+	$(BIN)/python -m bench
+
+docs: setup-dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

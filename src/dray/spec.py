@@ -1,0 +1,564 @@
+"""The frozen spec: load, override by dotted path, dump, fingerprint, JSON schema.
+
+A spec says everything that changes the result of a run (its identity) and where it runs (its place). The fingerprint
+covers the identity alone. Nothing here reads the environment, and secrets have no field to go into.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dray.errors import SpecError
+
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+TASKS = ("causal_lm", "sequence_classification")
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def _reject_boolean(value: Any) -> Any:
+    """YAML reads `yes` and `no` as booleans, and pydantic would read those as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_reject_boolean)]
+Float = Annotated[float, BeforeValidator(_reject_boolean)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Source(Section):
+    """One source of documents: files of one form, with the columns to read."""
+
+    path: str | tuple[str, ...]
+    """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme); `python:stdlib` is the standard
+    library's own sources. Relative paths start at the working directory."""
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines"] = "auto"
+    """The form of the files; `auto` goes by the suffix before `.gz` or `.zst`. `text`: a file is a document; `lines`: a line is."""
+    text: str = "text"
+    """The column that holds the text (a 0-based number for files without a header)."""
+    label: str | None = None
+    """The column that holds the label; tasks with labels need it."""
+    header: bool = True
+    """Whether the first line of csv and tsv files names the columns."""
+    weight: Annotated[Float, Field(gt=0)] | None = None
+    """Share of the rows drawn from this source, relative to the other weights; none: in proportion to its rows."""
+    exclude: tuple[str, ...] = ()
+    """Globs of paths to leave out."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class Cleaning(Section):
+    """What happens to a document's text before it is tokenised."""
+
+    normalize: Literal["NFC", "NFKC", "none"] = "NFC"
+    """Unicode normalisation form."""
+    min_chars: Annotated[Int, Field(ge=0)] = 1
+    """Documents shorter than this are dropped."""
+    max_chars: Annotated[Int, Field(ge=1)] | None = None
+    """Documents longer than this are dropped."""
+    min_alphanumeric_share: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    """Least share of letters and digits (of any script) among the characters that are not white space."""
+    max_repeated_line_share: Annotated[Float, Field(ge=0, le=1)] = 1.0
+    """Greatest share of characters that lie in lines already seen in the same document."""
+    deduplicate: Literal["exact", "none"] = "exact"
+    """`exact` keeps the first of documents whose normalised text is equal."""
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, a mapping, or a list of either; a list of plain paths is one source."""
+    if isinstance(value, (str, Mapping, Source)):
+        return (_as_source(value),)
+    if isinstance(value, Sequence) and value and all(isinstance(item, str) for item in value):
+        return ({"path": tuple(value)},)
+    if isinstance(value, Sequence):
+        return tuple(_as_source(item) for item in value)
+    return value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class HeldOut(Section):
+    """A share of the training documents held out for validation, split by document."""
+
+    share: Annotated[Float, Field(gt=0, lt=1)]
+    """Share of the documents; a document's side depends on its text alone."""
+
+
+def _as_validation_data(value: Any) -> Any:
+    if isinstance(value, Mapping) and "share" in value:
+        return HeldOut.model_validate(dict(value))
+    return value if isinstance(value, HeldOut) or value is None else _as_sources(value)
+
+
+class Data(Section):
+    """The corpus: where documents come from and how they become rows."""
+
+    train: Sources
+    """The training documents: a path, a glob, a URI, a mapping with `path`, or a list of these."""
+    validation: Annotated[HeldOut | tuple[Source, ...] | None, BeforeValidator(_as_validation_data)] = None
+    """`{share: 0.02}` of the training documents, or sources of their own."""
+    sequence_tokens: Annotated[Int, Field(ge=2, le=1_048_576)] = 512
+    """Tokens in a row."""
+    cleaning: Cleaning = Cleaning()
+    """What happens to a document's text before it is tokenised."""
+    max_bad_share: Annotated[Float, Field(ge=0, le=1)] = 0.01
+    """Above this share of unreadable records the run stops and names the worst file."""
+    max_record_bytes: Annotated[Int, Field(ge=1024)] = 16 * 1024 * 1024
+    """A record (a line, or a file of format `text`) larger than this counts as unreadable."""
+    shuffle_seed: Int = 0
+    """Seed of the one shuffle of the rows on disk; another training seed reuses the token shards."""
+
+
+class Tokenizer(Section):
+    """A tokeniser from a folder, or one trained on a sample of the corpus."""
+
+    path: str | None = None
+    """A Hugging Face tokeniser folder."""
+    train: Literal["byte_bpe"] | None = None
+    """Train a byte-level BPE tokeniser on a sample of the training documents."""
+    vocab_size: Annotated[Int, Field(ge=258, le=1_000_000)] = 8192
+    """Vocabulary of a trained tokeniser, special tokens included."""
+    sample_bytes: Annotated[Int, Field(ge=10_000)] = 16_000_000
+    """Bytes of text that a tokeniser is trained on."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("exactly one of `path` and `train` is needed")
+        return self
+
+
+class Model(Section):
+    """A transformers architecture by name and sizes, or a folder of weights."""
+
+    architecture: str | None = None
+    """A transformers model type: llama, gpt2, bert, modernbert, …"""
+    path: str | None = None
+    """A Hugging Face folder (config.json and safetensors) to start from, such as `dray export` writes."""
+    hidden_size: Annotated[Int, Field(ge=8)] | None = None
+    """Width of the residual stream."""
+    num_layers: Annotated[Int, Field(ge=1)] | None = None
+    """Number of transformer blocks."""
+    num_heads: Annotated[Int, Field(ge=1)] | None = None
+    """Number of attention heads."""
+    num_kv_heads: Annotated[Int, Field(ge=1)] | None = None
+    """Number of key and value heads; none: as many as heads."""
+    intermediate_size: Annotated[Int, Field(ge=8)] | None = None
+    """Width of the feed-forward block; none: 8/3 of the hidden size for gated blocks, 4 times it for the others."""
+    vocab_size: Annotated[Int, Field(ge=2)] | None = None
+    """Rows of the embedding; none: the tokeniser's vocabulary."""
+    max_positions: Annotated[Int, Field(ge=2)] | None = None
+    """Longest row the model can take; none: `data.sequence_tokens`."""
+    tie_embeddings: bool = True
+    """Whether the output head shares the input embedding."""
+    num_labels: Annotated[Int, Field(ge=2)] | None = None
+    """Number of classes; none: counted in the corpus."""
+    options: dict[str, str | int | float | bool | None] = {}
+    """Further fields of the transformers configuration, by their own names."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("exactly one of `architecture` and `path` is needed")
+        if self.path is not None:
+            return self
+        for name in ("hidden_size", "num_layers", "num_heads"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` is needed with `architecture`")
+        if self.hidden_size % self.num_heads:  # type: ignore[operator]
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):  # type: ignore[operator]
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class Batch(Section):
+    """How many rows an optimiser update sees, and how they are cut."""
+
+    global_rows: Annotated[Int, Field(ge=1)] = 16
+    """Rows in one optimiser update, over all ranks."""
+    micro_rows: Annotated[Int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rows in one forward pass of one rank; `auto`: the most that fit."""
+
+
+class Optimizer(Section):
+    """The optimiser; weight decay spares norms, biases and embeddings."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimiser's name."""
+    learning_rate: Annotated[Float, Field(gt=0, le=10)] = 1.0e-3
+    """Peak learning rate."""
+    weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.1
+    """Decoupled weight decay."""
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
+    """Term added to the denominator."""
+
+
+class Schedule(Section):
+    """The learning rate over the steps."""
+
+    name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Shape after the warm-up; `wsd`: stable, then a linear decay over the last `decay_steps`."""
+    warmup_steps: Annotated[Int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: Annotated[Int, Field(ge=1)] | None = None
+    """cosine, linear: the step at which the floor is reached (none: the last). wsd: length of the decay (none: a tenth)."""
+    floor_share: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    """The final rate, as a share of the peak."""
+
+
+class Regularization(Section):
+    """What keeps the model from fitting too closely or diverging."""
+
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability, where the architecture has dropout."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Probability mass spread over all classes in the training loss."""
+    clip_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
+    """Greatest global gradient norm; none: no clipping."""
+
+
+class Duration(Section):
+    """How long to train: exactly one of the three."""
+
+    steps: Annotated[Int, Field(ge=1)] | None = None
+    """Optimiser updates."""
+    epochs: Annotated[Float, Field(gt=0)] | None = None
+    """Passes over the training rows; the last batch of a pass is filled up from the next one."""
+    tokens: Annotated[Int, Field(ge=1)] | None = None
+    """Training tokens."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if sum(value is not None for value in (self.steps, self.epochs, self.tokens)) != 1:
+            raise ValueError("exactly one of `steps`, `epochs` and `tokens` is needed")
+        return self
+
+
+class Validation(Section):
+    """When to validate, and when to stop early."""
+
+    every_steps: Annotated[Int, Field(ge=1)] | None = None
+    """Steps between validations; none: at the end only."""
+    max_rows: Annotated[Int, Field(ge=1)] | None = None
+    """Validate on the first so many rows; none: on all."""
+    metric: str = "loss"
+    """The metric that ranks checkpoints and stops early: `loss` or one of the task's (lower is better for loss alone)."""
+    patience: Annotated[Int, Field(ge=1)] | None = None
+    """Stop after so many validations without a better metric; none: never."""
+
+
+class Checkpoint(Section):
+    """When checkpoints are committed and which are kept. One is always committed at the end."""
+
+    every_steps: Annotated[Int, Field(ge=1)] | None = None
+    """Steps between checkpoints."""
+    every_minutes: Annotated[Float, Field(gt=0)] | None = None
+    """Minutes between checkpoints."""
+    keep_last: Annotated[Int, Field(ge=1)] = 2
+    """How many of the newest are kept."""
+    keep_best: Annotated[Int, Field(ge=0)] = 0
+    """How many of the best by `validation.metric` are kept besides."""
+
+
+def _as_pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Resources(Section):
+    """The workers and what each of them gets. Place, not identity."""
+
+    workers: Annotated[
+        Annotated[Int, Field(ge=1)] | tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]],
+        BeforeValidator(_as_pair),
+    ] = 1
+    """Number of workers (ranks), or `[fewest, most]` for an elastic group."""
+    cpus_per_worker: Annotated[Float, Field(gt=0)] = 1
+    """Logical CPUs of a worker; its compute threads."""
+    gpus_per_worker: Annotated[Int, Field(ge=0, le=1)] = 0
+    """GPUs of a worker: 0 or 1."""
+    reader_cpus: Annotated[Float, Field(gt=0)] = 1
+    """CPUs left to Ray Data for reading; without any, workers would wait for rows for ever."""
+    max_failures: Annotated[Int, Field(ge=0)] = 3
+    """Restarts of the worker group after a failure before the run is given up."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers {list(self.workers)}: the first must not exceed the second")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class Zero(Section):
+    """How model states are spread over the ranks. Place, not identity."""
+
+    stage: Literal[0, 1, 2, 3, "auto"] = "auto"
+    """ZeRO stage; `auto`: the lowest that fits."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lies in host memory: the optimiser states (stages 1 to 3), or these and the parameters (stage 3)."""
+
+    @model_validator(mode="after")
+    def _offload_needs_stage(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.stage != "auto" and self.stage < least:
+            raise ValueError(f"offload {self.offload} needs stage {least} or higher, not {self.stage}")
+        return self
+
+
+class Engine(Section):
+    """How the same arithmetic is carried out. Place, not identity."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile; `auto`: where the run is long enough to pay for the compilation."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+
+class Tracking(Section):
+    """Trackers beside the run's own metrics. A tracker that fails never stops training."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder."""
+    mlflow: str | bool = False
+    """`true`: a local SQLite store; or a tracking URI."""
+    wandb: str | bool = False
+    """A Weights & Biases project; its key comes from the environment."""
+
+
+class Spec(Section):
+    """One run, whole."""
+
+    name: Annotated[str, Field(pattern=RUN_NAME)]
+    """Default name of the run: letters, digits, `.`, `_` and `-`."""
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """What is learnt."""
+    data: Data
+    """The corpus."""
+    tokenizer: Tokenizer = Tokenizer(train="byte_bpe")
+    """The tokeniser."""
+    model: Model
+    """The model."""
+    batch: Batch = Batch()
+    """The batch."""
+    optimizer: Optimizer = Optimizer()
+    """The optimiser."""
+    schedule: Schedule = Schedule()
+    """The learning rate over the steps."""
+    regularization: Regularization = Regularization()
+    """Regularisation."""
+    duration: Duration
+    """How long to train."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
+    """Compute precision; `auto`: bf16 where the hardware computes in it, else fp32."""
+    validation: Validation = Validation()
+    """When to validate."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When to commit checkpoints."""
+    resources: Resources = Resources()
+    """Workers."""
+    zero: Zero = Zero()
+    """ZeRO."""
+    engine: Engine = Engine()
+    """Compilation and activation checkpointing."""
+    tracking: Tracking = Tracking()
+    """Trackers."""
+    seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the initial weights, the order of the rows and dropout."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.task == "sequence_classification":
+            validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
+            for source in (*self.data.train, *validation):
+                if source.label is None:
+                    raise ValueError("data: task sequence_classification needs a `label` column in every source")
+        weighted = [source.weight is not None for source in self.data.train]
+        if any(weighted) and not all(weighted):
+            raise ValueError("data.train: give every source a weight, or none")
+        if self.schedule.name == "wsd" or self.duration.steps is None:
+            return self
+        if self.schedule.warmup_steps > (self.schedule.decay_steps or self.duration.steps):
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps}: the schedule ends at step "
+                f"{self.schedule.decay_steps or self.duration.steps}, before the warm-up"
+            )
+        return self
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether documents are packed into full rows (language modelling) or kept one a row (labels)."""
+        return self.task == "causal_lm"
+
+    @property
+    def duration_is_identity(self) -> bool:
+        """Whether the learning rate at a given step depends on the run's duration."""
+        return self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is None
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the spec that changes the result."""
+        dump = self.model_dump(mode="json")
+        keys = ("task", "data", "tokenizer", "model", "optimizer", "schedule", "regularization", "precision", "seed")
+        identity = {key: dump[key] for key in keys} | {"batch": {"global_rows": self.batch.global_rows}}
+        if self.duration_is_identity:
+            identity["duration"] = dump["duration"]
+        return identity
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity, as hexadecimal."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged specs."""
+    folder = resources.files("dray.recipes")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_text(spec: str) -> str:
+    """The YAML text of a spec file or of a recipe, by path or name. Raises SpecError if there is neither."""
+    path = Path(spec)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(spec, f"cannot be read ({error})", "a spec is a UTF-8 text file") from error
+    if spec in recipe_names():
+        return (resources.files("dray.recipes") / f"{spec}.yaml").read_text(encoding="utf-8")
+    near = difflib.get_close_matches(spec, recipe_names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipe_names())}"
+    raise SpecError(spec, "no such file, and no recipe of that name", way_out=hint)
+
+
+def load_spec(spec: str | Path, overrides: Sequence[str] = ()) -> Spec:
+    """Load a spec file or recipe and apply `key=value` overrides of dotted paths. Raises SpecError."""
+    where = str(spec)
+    try:
+        tree = yaml.safe_load(load_text(where))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise SpecError(where, f"not YAML: {problem}{line}", "a spec is a YAML mapping") from error
+    if not isinstance(tree, dict):
+        raise SpecError(where, f"holds a {type(tree).__name__}", "a spec is a YAML mapping of sections",
+                        "`dray init NAME` writes one to start from")
+    return make_spec(_overridden(tree, overrides), where)
+
+
+def make_spec(tree: Mapping[str, Any], where: str = "spec") -> Spec:
+    """Validate a tree of plain values. Raises SpecError that names the first offending dotted path."""
+    try:
+        return Spec.model_validate(dict(tree))
+    except ValidationError as error:
+        raise _translated(error, where) from error
+
+
+def dump_spec(spec: Spec) -> str:
+    """The spec as YAML, every default written out."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def differing_paths(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths at which two trees differ, in sorted order."""
+    found: list[str] = []
+    for key in sorted(set(left) | set(right)):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differing_paths(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
+            raise SpecError(override, "not an override", "overrides read key.path=value", "e.g. batch.global_rows=64")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SpecError(override, "the value is not YAML", "values are read as YAML", "quote it") from error
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            child = node.get(parent)
+            node[parent] = dict(child) if isinstance(child, Mapping) else {}
+            node = node[parent]
+        # The duration has one of three keys, model and tokenizer one of two: an override replaces its alternative.
+        for group in (("steps", "epochs", "tokens"), ("path", "architecture"), ("path", "train")):
+            if parents[-1:] in (["duration"], ["model"], ["tokenizer"]) and last in group and value is not None:
+                for other in group:
+                    node.pop(other, None)
+        node[last] = value
+    return tree
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _known_keys(kind, f"{prefix}{name}.")
+
+
+def _translated(error: ValidationError, where: str) -> SpecError:
+    """The first of pydantic's findings as one line; an unknown key gets its nearest known one."""
+    details = error.errors(include_url=False)
+    # Of a union's findings the deepest is about what the user wrote; unknown keys are clearest of all.
+    first = next((item for item in details if item["type"] == "extra_forbidden"), details[0])
+    parts = [str(part) for part in first["loc"]]
+    path = ".".join(part for part in parts if "[" not in part and not part[:1].isupper())
+    if first["type"] == "extra_forbidden":
+        known = list(_known_keys(Spec)) + [f"data.train.{name}" for name in Source.model_fields]
+        bare = re.sub(r"\.\d+", "", path)
+        siblings = [key for key in known if key.rpartition(".")[0] == bare.rpartition(".")[0]]
+        near = difflib.get_close_matches(bare, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
+            bare.rpartition(".")[2], [key.rpartition(".")[2] for key in siblings or known], n=1, cutoff=0.5
+        ) or [key for key in known if key.rpartition(".")[2] == bare.rpartition(".")[2]][:1]
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(key.rpartition('.')[2] for key in siblings)}"
+        return SpecError(where, f"unknown key {path}", way_out=hint)
+    if first["type"] == "missing":
+        return SpecError(where, f"{path} is missing", "it has no default")
+    given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f" = {first['input']!r}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if not path:
+        return SpecError(where, message)
+    return SpecError(where, f"{path}{given}: {message[:1].lower()}{message[1:]}")
