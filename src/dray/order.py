@@ -1,0 +1,230 @@
+"""Which row is read at which step by which rank: pure arithmetic on the corpus' counts and a seed.
+
+Training reads an endless sequence of *positions*; position q belongs to step q // global_rows. Every function here maps
+positions to row ids in O(1) each, at any position, so that seeking costs nothing and no state has to be saved. The
+number of ranks enters only when the rows of a step are dealt out. Nothing here reads a file.
+
+Rows lie on disk in groups of `group_rows`, shuffled once. An epoch permutes the groups and, within each, the rows: reads
+stay sequential within a group while every epoch and seed has an order of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+PADDING = -1
+"""Row id of a slot that holds no row: it fills up a rank's share and has no targets."""
+
+_MIX_RESOLUTION = 4096  # positions in one cycle of weighted sources: shares are exact to 1/4096
+_FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """One source as the order sees it: how many rows it has, and its weight against the others."""
+
+    num_rows: int
+    weight: float | None = None
+
+
+class Order:
+    """The order of a corpus under one seed.
+
+    Without weights the sources are one pool, and each epoch reads every row once. With weights each position is dealt
+    to a source in proportion, evenly spread, and each source goes through epochs of its own.
+    """
+
+    def __init__(self, sources: Sequence[SourceCount], group_rows: int, seed: int) -> None:
+        if not sources or any(source.num_rows < 1 for source in sources):
+            raise ValueError("every source needs at least one row")
+        self.num_rows = sum(source.num_rows for source in sources)
+        self._group_rows = group_rows
+        self._seed = seed
+        self._counts = [source.num_rows for source in sources]
+        self._offsets = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
+        weights = [source.weight for source in sources if source.weight is not None]
+        self._mix = _Mix(weights) if len(weights) == len(sources) and len(sources) > 1 else None
+
+    def rows(self, start: int, stop: int) -> Ints:
+        """Row ids of the positions [start, stop): shape (stop - start,), each in [0, num_rows)."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        if self._mix is None:
+            return self._pool_rows(positions)
+        ids = np.empty_like(positions)
+        of_source, nth = self._mix.deal(positions)
+        for source, offset in enumerate(self._offsets[:-1]):
+            chosen = of_source == source
+            ids[chosen] = offset + self._source_rows(source, nth[chosen])
+        return ids
+
+    def _pool_rows(self, positions: Ints) -> Ints:
+        """Sources without weights. Groups never span sources, so each epoch permutes all groups of all sources."""
+        if len(self._counts) == 1:
+            return self._source_rows(0, positions)
+        # The pool is dealt like a mix whose weights are the sizes, exactly: one cycle is one epoch.
+        epochs, within = np.divmod(positions, self.num_rows)
+        key = _key(self._seed, 0x706F6F6C, epochs)
+        slot = _permute(within, np.full_like(within, self.num_rows), key)
+        source = np.searchsorted(self._offsets, slot, side="right") - 1
+        # Which source comes when is a permutation of the whole epoch; the n-th row of a source keeps its own place.
+        ids = np.empty_like(positions)
+        for index, offset in enumerate(self._offsets[:-1]):
+            chosen = source == index
+            ids[chosen] = offset + self._source_rows(
+                index, epochs[chosen] * self._counts[index] + (slot[chosen] - offset)
+            )
+        return ids
+
+    def _source_rows(self, source: int, nth: Ints) -> Ints:
+        """Rows (within the source) at its own positions `nth`, which run through its epochs one after another."""
+        num_rows, group_rows = self._counts[source], self._group_rows
+        epochs, within = np.divmod(nth, num_rows)
+        keys = _key(self._seed, source, epochs)
+        num_groups = -(-num_rows // group_rows)
+        groups = np.full_like(nth, num_groups)
+        short = num_rows - (num_groups - 1) * group_rows  # rows in the last group
+        # The last group may be short, and lies anywhere in the epoch: positions after it shift by what it lacks.
+        place_of_last = _unpermute(groups - 1, groups, keys) * group_rows
+        in_last = (within >= place_of_last) & (within < place_of_last + short)
+        shifted = np.where(within >= place_of_last + short, within + group_rows - short, within)
+        slot, inner = np.divmod(shifted, group_rows)
+        group = _permute(slot, groups, keys)
+        size = np.where(in_last, short, group_rows).astype(np.int64)
+        return group * group_rows + _permute(inner, size, _remix(keys, group))
+
+
+class _Mix:
+    """Deals positions to weighted sources: the k-th of c places of a source lies at (k + ½)·cycle/c."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights) * _MIX_RESOLUTION
+        counts = np.maximum(1, np.floor(shares)).astype(np.int64)
+        for index in np.argsort(counts - shares, kind="stable")[: max(0, _MIX_RESOLUTION - counts.sum())]:
+            counts[index] += 1
+        self._cycle = int(counts.sum())
+        self._counts = counts
+        sources = np.repeat(np.arange(len(counts)), counts)
+        places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+        self._pattern = sources[np.lexsort((sources, places))]
+        one_hot = self._pattern[:, None] == np.arange(len(counts))
+        self._before = np.cumsum(one_hot, axis=0)[np.arange(self._cycle), self._pattern] - 1
+
+    def deal(self, positions: Ints) -> tuple[Ints, Ints]:
+        """For each position its source, and how many positions that source had before it."""
+        cycles, within = np.divmod(positions, self._cycle)
+        source = self._pattern[within]
+        return source, cycles * self._counts[source] + self._before[within]
+
+
+def deal_to_ranks(rows: Ints, num_ranks: int, rows_per_rank: int) -> Ints:
+    """The rows of one step, shape (global_rows,), as (num_ranks, rows_per_rank), filled up with PADDING."""
+    slots = np.full(num_ranks * rows_per_rank, PADDING, dtype=np.int64)
+    slots[: len(rows)] = rows
+    return slots.reshape(num_ranks, rows_per_rank)
+
+
+def row_digest(rows: Ints) -> int:
+    """Order-independent digest of row ids: the sum of their hashes modulo 2^64; padding counts nothing.
+
+    Digests of parts add up (modulo 2^64) to the digest of the whole.
+    """
+    real = rows[rows >= 0].astype(np.uint64)
+    return int(np.add.reduce(_hash(real + np.uint64(1)), dtype=np.uint64)) if len(real) else 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one block carries for every rank: the rows of some consecutive steps, or a part of a validation pass.
+
+    Training: steps [first, last], counted from 1. Validation after step `first`: rows [start_row, stop_row).
+    """
+
+    kind: str
+    first: int
+    last: int
+    start_row: int = 0
+    stop_row: int = 0
+
+
+def make_segments(
+    *,
+    start_step: int,
+    num_steps: int,
+    steps_per_block: int,
+    validation_steps: Sequence[int],
+    num_validation_rows: int,
+    validation_rows_per_block: int,
+) -> list[Segment]:
+    """The blocks of a run from `start_step` (done) to `num_steps`, in the order in which they are consumed."""
+    due = sorted(step for step in set(validation_steps) if start_step < step <= num_steps)
+    segments: list[Segment] = []
+    step = start_step
+    for stop in [*due, num_steps] if not due or due[-1] != num_steps else due:
+        while step < stop:
+            last = min(step + steps_per_block, stop)
+            segments.append(Segment("train", step + 1, last))
+            step = last
+        if due and stop in due:
+            segments += [
+                Segment("validation", stop, stop, start, min(start + validation_rows_per_block, num_validation_rows))
+                for start in range(0, num_validation_rows, validation_rows_per_block)
+            ]
+    return segments
+
+
+def _hash(words: Words) -> Words:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), elementwise."""
+    with np.errstate(over="ignore"):
+        words = words + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _key(seed: int, stream: int, epochs: Ints) -> Words:
+    start = _hash(np.asarray([seed], dtype=np.uint64))
+    return _remix(_remix(start, np.asarray([stream], dtype=np.int64)), epochs)
+
+
+def _remix(keys: Words, values: Ints) -> Words:
+    return _hash(keys ^ _hash(values.astype(np.uint64)))
+
+
+def _permute(values: Ints, sizes: Ints, keys: Words) -> Ints:
+    """A keyed permutation of [0, size) elementwise: a Feistel network on the next even power of two, cycle-walked."""
+    return _walk(values, sizes, keys, range(_FEISTEL_ROUNDS), inverse=False)
+
+
+def _unpermute(values: Ints, sizes: Ints, keys: Words) -> Ints:
+    return _walk(values, sizes, keys, range(_FEISTEL_ROUNDS - 1, -1, -1), inverse=True)
+
+
+def _walk(values: Ints, sizes: Ints, keys: Words, rounds: range, *, inverse: bool) -> Ints:
+    if not len(values):
+        return values
+    half = np.maximum(1, (np.ceil(np.log2(np.maximum(2, sizes))).astype(np.int64) + 1) // 2).astype(np.uint64)
+    words, bounds = values.astype(np.uint64), sizes.astype(np.uint64)
+    pending = np.arange(len(words))
+    while len(pending):
+        words[pending] = _feistel(words[pending], half[pending], keys[pending], rounds, inverse=inverse)
+        pending = pending[words[pending] >= bounds[pending]]
+    return words.astype(np.int64)
+
+
+def _feistel(words: Words, half: Words, keys: Words, rounds: range, *, inverse: bool) -> Words:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = words >> half, words & mask
+    for number in rounds:
+        salt = keys ^ np.uint64(number + 1)
+        if inverse:
+            left, right = right ^ (_hash(left ^ _hash(salt)) & mask), left
+        else:
+            left, right = right, left ^ (_hash(right ^ _hash(salt)) & mask)
+    return (left << half) | right
