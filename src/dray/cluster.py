@@ -1,0 +1,137 @@
+"""Ray as dray sees it: connect, live resources → cluster shape, and the one place that starts worker groups.
+
+What the workers do is not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dray.errors import PlanError, RunFailed
+from dray.plan import Shape, local_shape, parse_shape
+
+_QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A connected Ray: `local` if it was started here and ends with this process."""
+
+    local: bool
+    shape: Shape
+
+
+@contextmanager
+def connect(address: str | None, *, num_cpus: float, verbose: bool = False) -> Iterator[Connection]:
+    """Connect to `address` (or RAY_ADDRESS), else start a local Ray with at least `num_cpus` logical CPUs.
+
+    A local Ray is oversubscribed on purpose: on a laptop two workers and a reader share two cores.
+    Raises PlanError when the address does not answer.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():  # inside a notebook, a test or a larger program: theirs to end
+        yield Connection(local=False, shape=live_shape())
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if verbose else logging.ERROR
+    if not verbose:
+        _silence_ray_data()
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=verbose, logging_level=level)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PlanError("--address", f"no Ray cluster answers at {address}", way_out="ray start --head") from error
+    else:
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-num_cpus // 1))),
+                 include_dashboard=verbose, log_to_driver=verbose, logging_level=level)
+    try:
+        yield Connection(local=not address, shape=live_shape() if address else local_shape())
+    finally:
+        ray.shutdown()
+
+
+def live_shape() -> Shape:
+    """The shape of the connected cluster, by its smallest live node."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not nodes:
+        raise PlanError("cluster", "no node is alive", way_out="ray start --head")
+    cpus = min(node.get("CPU", 0.0) for node in nodes)
+    gpus = int(min(node.get("GPU", 0.0) for node in nodes))
+    if gpus:
+        kinds = {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_type:")}
+        return parse_shape(f"{len(nodes)}x{gpus}x{min(kinds, default='unknown')}")
+    return local_shape().model_copy(update={
+        "num_nodes": len(nodes), "cpus_per_node": cpus, "oversubscribe": False,
+        "memory_bytes_per_node": int(min(node.get("memory", 0.0) for node in nodes)),
+    })
+
+
+def run_workers(
+    work: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    datasets: dict[str, Any],
+    data_config: Any,
+    num_workers: int | tuple[int, int],
+    cpus_per_worker: float,
+    gpus_per_worker: int,
+    max_failures: int,
+    name: str,
+    scratch: str,
+) -> None:
+    """Run `work(config)` on a group of Ray Train workers until it ends. Raises RunFailed with the workers' errors.
+
+    `scratch` is a local folder for Ray Train's own notes, which dray does not read.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    resources: dict[str, float] = {"CPU": cpus_per_worker}
+    if gpus_per_worker:
+        resources["GPU"] = gpus_per_worker
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=config,
+        datasets=datasets,
+        dataset_config=data_config,
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=bool(gpus_per_worker),
+                                     resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if gpus_per_worker else "gloo"),
+        run_config=RunConfig(name=name, storage_path=scratch,
+                             failure_config=FailureConfig(max_failures=max_failures)),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise RunFailed(f"the workers failed: {_root_cause(error)}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the first worker's traceback: what a person wants to read first."""
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next((failures[rank] for rank in sorted(failures)), error)
+    lines = [line for line in str(first).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else repr(first)
+
+
+def _silence_ray_data() -> None:
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,264 @@
+"""The only file that knows DeepSpeed: build, forward, backward, step, and the model states as named fragments.
+
+A fragment is a 1-D run of one parameter's elements, in fp32, with its optimiser states: what this rank owns under its
+ZeRO stage. Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever
+stage and number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another number of ranks and
+unpickle what they read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dray.plan import Plan
+from dray.ranks import Ranks
+from dray.spec import Optimizer
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+
+
+class FragmentReader(Protocol):
+    """Where a restore reads from: `dray.store.CheckpointReader` or anything like it."""
+
+    def read(self, name: str, state: str, start: int, count: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + length) of a parameter: live 1-D fp32 views, one a state."""
+
+    parameter: str
+    start: int
+    states: dict[str, Tensor]
+
+
+ModelBuilder = Callable[[AbstractContextManager[Any], Callable[[list[Any]], AbstractContextManager[Any]]], torch.nn.Module]
+"""Builds the model inside a constructing context, initialising parameters inside a gathering one (ZeRO-3 needs both)."""
+
+
+class Engine:
+    """One rank's part of the model and its optimiser."""
+
+    def __init__(self, deepspeed_engine: Any, plan: Plan, ranks: Ranks) -> None:
+        self._engine = deepspeed_engine
+        self._ranks = ranks
+        self.stage = plan.zero_stage
+        self._clip = plan.deepspeed.get("gradient_clipping") or None
+        # Without ZeRO and in fp32 DeepSpeed steps our optimiser as it is, and neither clips nor reports the norm.
+        self._plain = self.stage == 0 and plan.precision == "fp32"
+        self._wrapper = deepspeed_engine.optimizer
+        self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
+        self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        self._create_optimizer_states()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        module: torch.nn.Module = self._engine.module
+        return module
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shapes by name; tied parameters appear once."""
+        return self._shapes
+
+    @property
+    def loss_scale(self) -> float:
+        """The current loss scale; 1 except in fp16."""
+        return float(getattr(self._wrapper, "cur_scale", getattr(self._wrapper, "loss_scale", 1.0)) or 1.0)
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(**inputs)
+
+    def train(self, mode: bool) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`, which is already normalised; below ZeRO-2 only the last one communicates."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Update the weights and return the global gradient norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm: Any = None
+        if self._plain:
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def fragments(self, *, whole_replicas: bool = False) -> Iterator[Fragment]:
+        """What this rank owns; over all ranks every element of every parameter exactly once.
+
+        Parameters that every rank holds whole are shared out equally, unless `whole_replicas`.
+        """
+        low_to_master = self._masters()
+        for name, parameter in self.module.named_parameters():
+            if hasattr(parameter, "ds_id"):
+                fragment = self._stage_3_fragment(name, parameter)
+            elif hasattr(parameter, "_hp_mapping"):
+                fragment = self._mapped_fragment(name, parameter)
+            else:
+                master = low_to_master.get(id(parameter), parameter)
+                fragment = self._replica_fragment(name, parameter, master, whole=whole_replicas)
+            if fragment is not None and fragment.states["param"].numel():
+                yield fragment
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers (equal on every rank) by name."""
+        return {name: buffer for name, buffer in self.module.named_buffers() if self._persists(name)}
+
+    def restore(self, reader: FragmentReader, optimizer_step: int, loss_scale: float = 1.0) -> None:
+        """Copy this rank's ranges out of a checkpoint, of whatever stage and number of ranks."""
+        with torch.no_grad():
+            for fragment in self.fragments(whole_replicas=True):
+                for state, view in fragment.states.items():
+                    view.copy_(reader.read(fragment.parameter, state, fragment.start, view.numel()))
+            for name, buffer in self.buffers().items():
+                buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).reshape(buffer.shape))
+            self._set_optimizer_step(optimizer_step)
+            self._refresh_low_precision()
+            if hasattr(self._wrapper, "loss_scaler") and loss_scale != 1.0:
+                self._wrapper.loss_scaler.cur_scale = loss_scale
+
+    def _masters(self) -> dict[int, Tensor]:
+        """Stage 0 in half precision: the fp32 copy of each parameter, by the parameter's id."""
+        wrapper = self._wrapper
+        if not hasattr(wrapper, "fp32_groups"):
+            return {}
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+    def _replica_fragment(self, name: str, parameter: Tensor, master: Tensor, *, whole: bool) -> Fragment:
+        """Stage 0, and frozen parameters below stage 3: every rank holds everything, and saves an equal part of it."""
+        states = {"param": master.data.view(-1)}
+        if parameter.requires_grad:
+            held = self._optimizer.state[master]
+            states |= {state: held[state].view(-1) for state in OPTIMIZER_STATES}
+        share = master.numel() if whole else -(-master.numel() // self._ranks.num_ranks)
+        start = 0 if whole else min(master.numel(), self._ranks.rank * share)
+        return Fragment(name, start, {state: view[start : start + share] for state, view in states.items()})
+
+    def _mapped_fragment(self, name: str, parameter: Any) -> Fragment | None:
+        """Stages 1 and 2: DeepSpeed maps each parameter to its place in this rank's flat fp32 partition."""
+        mapping = parameter._hp_mapping
+        if mapping is None:  # another rank's
+            return None
+        states = {"param": mapping.hp_fragment}
+        states |= {state: mapping.get_optim_state_fragment(state) for state in OPTIMIZER_STATES}
+        return Fragment(name, mapping.lp_fragment_address.start, states)
+
+    def _stage_3_fragment(self, name: str, parameter: Any) -> Fragment | None:
+        """Stage 3: rank r owns elements from r · partition on; the last partition is padded."""
+        wrapper = self._wrapper
+        if not parameter.requires_grad:
+            flat, offset, length = parameter.ds_tensor.data, 0, parameter.ds_tensor.ds_numel
+            held: dict[str, Tensor] = {}
+        else:
+            group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            flat = wrapper.fp32_partitioned_groups_flat[group]
+            held = {state: self._optimizer.state[flat][state] for state in OPTIMIZER_STATES}
+        start = self._ranks.rank * parameter.ds_tensor.ds_numel
+        length = max(0, min(length, parameter.ds_numel - start))
+        states = {"param": flat.data.narrow(0, offset, length)}
+        return Fragment(name, start, states | {s: view.narrow(0, offset, length) for s, view in held.items()})
+
+    def _flat_groups(self) -> list[Tensor]:
+        """The fp32 tensors that the optimiser steps."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _create_optimizer_states(self) -> None:
+        """Adam's states exist from the first step on; a checkpoint of step 0 and a restore need them before."""
+        wrapper = self._wrapper
+        flats = (getattr(wrapper, "fp32_partitioned_groups_flat", None)
+                 or getattr(wrapper, "single_partition_of_fp32_groups", None)
+                 or getattr(wrapper, "fp32_groups_flat_partition", None)
+                 or self._flat_groups())
+        for flat in flats:
+            state = self._optimizer.state[flat]
+            if "exp_avg" not in state:
+                device = flat.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                for name in OPTIMIZER_STATES:
+                    state[name] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+        # Some of DeepSpeed's wrappers take a step with zero gradients to make the states.
+        self._set_optimizer_step(0)
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+    def _set_optimizer_step(self, step: int) -> None:
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(float(step))
+
+    def _refresh_low_precision(self) -> None:
+        """Copy the fp32 masters into the weights that the forward pass uses."""
+        wrapper = self._wrapper
+        if hasattr(wrapper, "fp32_groups") and hasattr(wrapper, "fp16_groups"):
+            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+                for low, high in zip(lows, highs, strict=True):
+                    low.data.copy_(high.data)
+        if hasattr(wrapper, "update_lp_params"):
+            wrapper.update_lp_params()
+        if self.stage == 3:
+            for group in range(len(wrapper.fp32_partitioned_groups_flat)):
+                wrapper._reassign_or_swap_out_partitioned_parameters(group)
+            if wrapper.persistent_parameters:  # small ones stay gathered, and must be gathered anew
+                wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+    def _persists(self, name: str) -> bool:
+        owner_name, _, leaf = name.rpartition(".")
+        return leaf not in self.module.get_submodule(owner_name)._non_persistent_buffers_set
+
+
+def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
+                 optimizer: Optimizer, plan: Plan, ranks: Ranks) -> Engine:
+    """Build the model under the plan's ZeRO stage and hand it to DeepSpeed.
+
+    `make_groups` gives the optimiser's parameter groups. The learning rate is set at each step.
+    """
+    deepspeed = _import_deepspeed(ranks.device)
+    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    config = dict(plan.deepspeed)
+    constructing: AbstractContextManager[Any] = nullcontext()
+    gathering: Callable[[list[Any]], AbstractContextManager[Any]] = lambda parameters: nullcontext()  # noqa: E731
+    if plan.zero_stage == 3:
+        constructing = deepspeed.zero.Init(config_dict_or_path=config)
+        gathering = lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)  # noqa: E731
+    if plan.zero_stage == 0 and plan.precision == "fp32":
+        config["gradient_clipping"] = 0.0  # Engine.step clips, and keeps the norm
+    model = build_model(constructing, gathering)
+    if plan.zero_stage < 3:
+        model.to(ranks.device)
+    adamw = torch.optim.AdamW(
+        make_groups(model), lr=0.0, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay, fused=True,
+    )
+    deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    if plan.compile:
+        deepspeed_engine.compile()
+    return Engine(deepspeed_engine, plan, ranks)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed picks its accelerator when it is imported, and talks a lot."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed

@@ -1,0 +1,82 @@
+"""The processes of one attempt as each of them sees it: who am I, how many are we, and what we agree on.
+
+Small agreements (counts, digests, flags) go over gloo on the CPU, so that they never wait for a GPU's queue. Gradients
+are not exchanged here: that is DeepSpeed's work.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of its attempt."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    control: Any
+    """The gloo group of small agreements."""
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """Elementwise sum over all ranks of 64-bit integers, modulo 2^64 (two's complement)."""
+        wrapped = [(value + 2**63) % 2**64 - 2**63 for value in values]
+        tensor = torch.tensor(wrapped, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self.control)
+        return [int(value) for value in tensor.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, group=self.control)
+        return holder[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+def build_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
+    """Join the process group that the launcher has made."""
+    control = (
+        dist.group.WORLD
+        if dist.get_backend() == "gloo"
+        else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    )
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+@contextmanager
+def single_process(device: torch.device) -> Iterator[None]:
+    """A process group of this process alone, for training without Ray."""
+    with tempfile.TemporaryDirectory() as folder:
+        # DeepSpeed reads these; the rendezvous itself goes through a file, so no port is opened.
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        before = {name: os.environ.get(name) for name in place}
+        os.environ.update(place)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
+                                store=dist.FileStore(os.path.join(folder, "store"), 1))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

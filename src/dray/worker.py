@@ -1,0 +1,290 @@
+"""The training loop that every rank runs, readable top to bottom.
+
+A rank restores, then takes its blocks as they come: steps of training, and at the right places parts of a validation
+pass. It reports what it measured, commits checkpoints together with the others, and stops when all agree to. It knows
+neither Ray nor the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+
+from dray.corpus.manifest import Manifest
+from dray.corpus.stream import RowStream, check_rows
+from dray.engine import Engine, build_engine
+from dray.models import build_model, parameter_groups
+from dray.order import row_digest
+from dray.plan import Plan
+from dray.ranks import Ranks
+from dray.schedule import learning_rate
+from dray.spec import Spec
+from dray.store import CheckpointReader, CheckpointWriter, Run, apply_retention
+from dray.tasks import Task, build_task
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a rank needs to know; small, and safe to send."""
+
+    spec: Spec
+    plan: Plan
+    corpus: str
+    manifest: Manifest
+    storage: str
+    run_name: str
+
+
+class Reporter(Protocol):
+    """Where a rank's records go, and where a wish to stop comes from."""
+
+    def send(self, record: dict[str, Any]) -> None: ...
+
+    def stop_requested(self) -> bool: ...
+
+    def flush(self) -> None: ...
+
+
+@dataclass
+class _Progress:
+    """What the loop remembers between steps."""
+
+    step: int
+    tokens: int = 0
+    best: float | None = None
+    validations_without_better: int = 0
+    last_validation: dict[str, float] = field(default_factory=dict)
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = -1
+
+
+def train_rank(job: Job, ranks: Ranks, open_stream: Callable[[RowStream], Iterable[pa.Table]], reporter: Reporter) -> str:
+    """Train from the newest checkpoint to the end. Returns why it ended: `completed`, `early_stopped` or `interrupted`."""
+    run = Run.open(job.storage, job.run_name)
+    attempt, start_step = ranks.broadcast(_begin_attempt(run, ranks) if ranks.rank == 0 else None)
+    stream = make_stream(job, ranks.num_ranks, start_step)
+    blocks = open_stream(stream)
+    torch.manual_seed(job.spec.seed)
+    loop = _Loop(job, run, attempt, ranks, reporter, start_step)
+    loop.restore()
+    reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt, "step": start_step,
+                   "num_ranks": ranks.num_ranks, "time": time.time()})
+    ended = loop.follow(check_rows(stream, blocks, ranks.rank), stream)
+    reporter.flush()
+    return ended
+
+
+def make_stream(job: Job, num_ranks: int, start_step: int) -> RowStream:
+    """What `num_ranks` ranks read from `start_step` on."""
+    spec, batch, num_steps = job.spec, job.plan.batch, job.plan.num_steps
+    if num_steps is None:
+        raise ValueError("the plan was made without the corpus' size")
+    every = spec.validation.every_steps
+    due = {num_steps, *(range(every, num_steps, every) if every else ())}
+    rows_per_rank = -(-spec.batch.global_rows // (num_ranks * batch.micro_rows)) * batch.micro_rows
+    return RowStream(
+        folder=job.corpus, manifest=job.manifest, seed=spec.seed, global_rows=spec.batch.global_rows,
+        num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=batch.micro_rows, start_step=start_step,
+        num_steps=num_steps, validation_steps=tuple(sorted(due)), max_validation_rows=spec.validation.max_rows,
+    )
+
+
+def _begin_attempt(run: Run, ranks: Ranks) -> tuple[int, int]:
+    newest = run.latest_checkpoint()
+    start_step = newest.step if newest else 0
+    return run.begin_attempt(num_ranks=ranks.num_ranks, start_step=start_step), start_step
+
+
+class _Loop:
+    def __init__(self, job: Job, run: Run, attempt: int, ranks: Ranks, reporter: Reporter, start_step: int) -> None:
+        self.job, self.run, self.attempt, self.ranks, self.reporter = job, run, attempt, ranks, reporter
+        self.spec, self.plan = job.spec, job.plan
+        self.task: Task = build_task(job.spec, job.manifest)
+        self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, job.plan, ranks)
+        self.progress = _Progress(step=start_step)
+        self.metrics: Any = None
+
+    def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
+        manifest = self.job.manifest
+        model: torch.nn.Module = build_model(
+            self.spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2,
+            pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id,
+            constructing=constructing, gathering=gathering,
+        )
+        if self.plan.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def _make_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        return parameter_groups(model, self.spec.optimizer.weight_decay)
+
+    def restore(self) -> None:
+        """Copy the newest checkpoint into the engine, if there is one."""
+        newest = self.run.latest_checkpoint()
+        if newest is None:
+            return
+        reader = CheckpointReader(self.run, newest)
+        mine = range(self.ranks.rank, reader.num_files, self.ranks.num_ranks)
+        problems = [p for found in self.ranks.gather(reader.verify_files(list(mine))) for p in found]
+        if problems:
+            raise RuntimeError(f"checkpoint {newest.path} is damaged: {'; '.join(problems)}")
+        state = reader.metadata
+        self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
+        self.progress.tokens = state["tokens"]
+        self.progress.best = state["best"]
+        self.progress.validations_without_better = state["validations_without_better"]
+        self.progress.last_validation = state["validation"]
+        self.progress.saved_step = newest.step
+
+    def follow(self, segments: Iterator[tuple[Any, pa.Table]], stream: RowStream) -> str:
+        """Consume the stream to its end, or until all ranks agree to stop."""
+        waited = time.perf_counter()
+        for segment, block in segments:
+            data_wait = time.perf_counter() - waited
+            if segment.kind == "validation":
+                self._validate_part(block)
+                if segment.stop_row == stream.num_validation_rows and self._end_validation(segment.first):
+                    self._save()
+                    return "early_stopped"
+            else:
+                for step in range(segment.first, segment.last + 1):
+                    start = (step - segment.first) * stream.rows_per_rank
+                    stop, save = self._train_step(step, block.slice(start, stream.rows_per_rank), data_wait)
+                    data_wait = 0.0
+                    if stop:
+                        self._save()
+                        return "interrupted"
+                    # A step that is also validated is saved afterwards, with its metrics.
+                    if save and step not in stream.validation_steps:
+                        self._save()
+            if segment.kind == "validation" and segment.stop_row == stream.num_validation_rows:
+                if self._checkpoint_due(segment.first):
+                    self._save()
+            waited = time.perf_counter()
+        self._save()
+        return "completed"
+
+    def _train_step(self, step: int, rows: pa.Table, data_wait: float) -> tuple[bool, bool]:
+        """One optimiser update. Returns whether to stop and whether to save, as agreed by all ranks."""
+        begun = time.perf_counter()
+        micro_rows = self.plan.batch.micro_rows
+        batches = [self.task.collate(rows.slice(at, micro_rows)) for at in range(0, rows.num_rows, micro_rows)]
+        targets = sum(self.task.num_targets(batch) for batch in batches)
+        digest = row_digest(rows.column("row_id").to_numpy())
+        stop, save = self.reporter.stop_requested(), self._minutes_due()
+        # One small agreement a step: what the loss is divided by, what the batch was, and what to do after it.
+        all_targets, all_digests, stops, saves = self.ranks.sum([targets, digest, int(stop), int(save)])
+        rate = learning_rate(self.spec.schedule, step, self.job.plan.num_steps or step, self.spec.optimizer.learning_rate)
+        self.engine.train(True)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            # Dropout's randomness belongs to the place in the run, so there is no generator to save.
+            torch.manual_seed((self.spec.seed * 1_000_003 + step) * 65_537 + self.ranks.rank * 1_031 + index)
+            batch = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+            summed, _ = self.task.loss_sum(self.engine, batch, self.spec.regularization.label_smoothing)
+            # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
+            self.engine.backward(summed * (self.ranks.num_ranks / max(1, all_targets)), last=index == len(batches) - 1)
+            loss_sum += summed.detach().double().cpu()
+        grad_norm = self.engine.step(rate)
+        self.progress.step = step
+        self.progress.tokens += all_targets
+        self.reporter.send({
+            "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
+            "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
+            "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": f"{all_digests % 2**64:016x}",
+            "tokens": self.progress.tokens, "seconds": time.perf_counter() - begun + data_wait,
+            "data_wait_seconds": data_wait, "memory_bytes": _memory_bytes(self.ranks.device), "time": time.time(),
+        })
+        return stops > 0, saves > 0 or self._checkpoint_due(step)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        every = self.spec.checkpoint.every_steps
+        return bool(every) and step % (every or 1) == 0
+
+    def _minutes_due(self) -> bool:
+        minutes = self.spec.checkpoint.every_minutes
+        return self.ranks.rank == 0 and minutes is not None and time.monotonic() - self.progress.saved_at > minutes * 60
+
+    def _validate_part(self, rows: pa.Table) -> None:
+        """Add one block of validation rows to the running metrics."""
+        self.metrics = self.metrics or self.task.new_metrics()
+        self.engine.train(False)
+        with torch.no_grad():
+            for at in range(0, rows.num_rows, self.plan.batch.micro_rows):
+                batch = self.task.collate(rows.slice(at, self.plan.batch.micro_rows))
+                batch = {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
+                _, output = self.task.loss_sum(self.engine, batch, 0.0)
+                self.metrics.update(batch, output)
+
+    def _end_validation(self, step: int) -> bool:
+        """Merge the ranks' metrics and report them. Returns whether patience has run out."""
+        merged = self.task.new_metrics()
+        merged.merge(self.ranks.gather(self.metrics.state()))
+        self.metrics, self.progress.last_validation = None, merged.compute()
+        values, rule = self.progress.last_validation, self.spec.validation
+        if self.ranks.rank == 0:
+            self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, "time": time.time(), **values})
+        score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
+        if self.progress.best is None or score < self.progress.best:
+            self.progress.best, self.progress.validations_without_better = score, 0
+        else:
+            self.progress.validations_without_better += 1
+        return rule.patience is not None and self.progress.validations_without_better >= rule.patience
+
+    def _save(self) -> None:
+        """Commit a checkpoint of the current step; every rank writes what it owns."""
+        step = self.progress.step
+        if self.progress.saved_step == step:
+            return
+        begun = time.perf_counter()
+        writer = CheckpointWriter(self.run, step, self.attempt)
+        tensors = {
+            f"{fragment.parameter}|{state}|{fragment.start}": view.detach().cpu()
+            for fragment in self.engine.fragments() for state, view in fragment.states.items()
+        }
+        if self.ranks.rank == 0:
+            tensors |= {f"{name}|buffer|0": b.detach().cpu().reshape(-1) for name, b in self.engine.buffers().items()}
+        files = self.ranks.gather(writer.write_rank(self.ranks.rank, self.ranks.num_ranks, tensors))
+        if self.ranks.rank == 0:
+            writer.commit(files, self._metadata())
+            apply_retention(self.run, self.spec.checkpoint.keep_last, self.spec.checkpoint.keep_best,
+                            self.spec.validation.metric)
+            self.reporter.send({"kind": "checkpoint", "attempt": self.attempt, "step": step,
+                                "seconds": time.perf_counter() - begun, "time": time.time()})
+        self.ranks.barrier()
+        self.progress.saved_step, self.progress.saved_at = step, time.monotonic()
+
+    def _metadata(self) -> dict[str, Any]:
+        progress = self.progress
+        shapes = {name: list(shape) for name, shape in self.engine.parameter_shapes.items()}
+        shapes |= {name: list(buffer.shape) for name, buffer in self.engine.buffers().items()}
+        return {
+            "step": progress.step, "optimizer_step": progress.step, "tokens": progress.tokens,
+            "loss_scale": self.engine.loss_scale, "fingerprint": self.spec.fingerprint(), "shapes": shapes,
+            "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
+            "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
+        }
+
+
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: on a GPU what torch reserved, on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def set_threads(cpus: float) -> None:
+    """One rank's compute threads. Ray leaves torch with one a core, or one in all, by chance."""
+    threads = max(1, int(cpus))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
