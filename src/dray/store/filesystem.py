@@ -1,6 +1,6 @@
 """One way to reach any storage: local disk, S3, GCS and HDFS by pyarrow, every other scheme by fsspec.
 
-Small files are written whole: on a local disk through a synced temporary file and a rename, on object stores by one put.
+Files are written whole: on a local disk through a synced temporary file and a rename, on object stores by one put.
 Refuses: an unknown scheme, a place that is a file or cannot be written.
 """
 
@@ -115,9 +115,16 @@ def list_folders(filesystem: pafs.FileSystem, folder: str) -> list[str]:
 
 
 def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
-    """Create a folder and its parents. Object stores have no folders, and nothing is written there."""
-    if not isinstance(filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem)):
-        filesystem.create_dir(path, recursive=True)
+    """Create a folder and its parents, synced. Object stores have no folders, and nothing is written there."""
+    if not is_local(filesystem):
+        if not isinstance(filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem)):
+            filesystem.create_dir(path, recursive=True)
+    elif not os.path.isdir(path):
+        parent = os.path.dirname(path)
+        make_folder(filesystem, parent)
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        sync(parent)
 
 
 def delete_folder(filesystem: pafs.FileSystem, path: str) -> None:
@@ -126,8 +133,8 @@ def delete_folder(filesystem: pafs.FileSystem, path: str) -> None:
         filesystem.delete_dir(path)
 
 
-def sync_folder(path: str) -> None:
-    """Make the names in a local folder survive a power cut."""
+def sync(path: str) -> None:
+    """Make a local file's content, or the names in a local folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -152,10 +159,10 @@ def open_whole(filesystem: pafs.FileSystem, path: str, durable: bool = True) -> 
         stream.close()
         if is_local(filesystem):
             if durable:
-                _sync_file(target)
+                sync(target)
             os.rename(target, path)
             if durable:
-                sync_folder(os.path.dirname(path))
+                sync(os.path.dirname(path))
     except BaseException:
         with suppress(OSError):
             stream.close()
@@ -244,7 +251,7 @@ def _link_exclusive(path: str, content: bytes) -> bool:
         return False
     finally:
         os.unlink(temporary)
-    sync_folder(folder)
+    sync(folder)
     return True
 
 
@@ -259,14 +266,6 @@ def _end_of_last_line(stream: Any, size: int, block: int = 65536) -> int:
             return int(start + position + 1)
         end = start
     return 0
-
-
-def _sync_file(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error: BaseException) -> str:

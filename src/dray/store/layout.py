@@ -1,0 +1,107 @@
+"""Every name inside a run folder, and the checks that names pass before they become paths.
+
+    <storage>/<run>/  spec.yaml  plan.json  run.json  origin.json  metrics.parquet
+        attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
+        checkpoints/step-00000020-a0001/      rank-00000-of-00002.safetensors …, manifest.json, COMMITTED
+        pins/<fork>.json                      trackers/
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple, Protocol
+
+from dray.errors import StoreError
+from dray.spec import RUN_NAME
+
+SPEC_FILE = "spec.yaml"
+PLAN_FILE = "plan.json"
+RUN_FILE = "run.json"
+ORIGIN_FILE = "origin.json"
+PARQUET_FILE = "metrics.parquet"
+ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
+CHECKPOINTS, PINS, TRACKERS = "checkpoints", "pins", "trackers"
+MANIFEST_FILE = "manifest.json"
+MARKER_FILE = "COMMITTED"
+REJECTED_FILE = "REJECTED"
+RESERVED_NAMES = frozenset({"corpora"})
+
+_CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
+_RANK_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
+_ATTEMPT_FILE = re.compile(r"(\d{4,})\.json")
+
+
+class RunFolder(Protocol):
+    """What the checkpoint code needs to know of a run."""
+
+    filesystem: Any
+    path: str
+
+
+class Fragment(NamedTuple):
+    """A 1-D piece of a flattened tensor: `length` elements of the state `state` of `parameter` from element `start` on."""
+
+    parameter: str
+    state: str
+    start: int
+    length: int
+
+
+def check_run_name(name: str) -> str:
+    """The name, if it is safe as a folder's name. Raises StoreError."""
+    if not re.fullmatch(RUN_NAME.rstrip("$"), name):
+        raise StoreError(f"run {name!r}", "not a name for a run",
+                         "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit")
+    if name in RESERVED_NAMES:
+        raise StoreError(f"run {name!r}", "the name is taken by dray itself", way_out="choose another with --run")
+    return name
+
+
+def make_checkpoint_folder(step: int, attempt: int) -> str:
+    """Folder of a checkpoint: unique to the attempt, so that a stale attempt never writes into a newer one's."""
+    if step < 0 or attempt < 1:
+        raise StoreError(f"checkpoint of step {step}, attempt {attempt}", "no such checkpoint can be",
+                         "steps start at 0 and attempts at 1")
+    return f"step-{step:08d}-a{attempt:04d}"
+
+
+def parse_checkpoint_folder(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of a checkpoint folder's name; none for any other name."""
+    match = _CHECKPOINT_FOLDER.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def make_rank_file(rank: int, num_ranks: int) -> str:
+    """File name of one rank's fragments."""
+    if not 0 <= rank < num_ranks:
+        raise StoreError(f"rank {rank} of {num_ranks}", "no such rank", "ranks count from 0")
+    return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
+
+
+def is_rank_file(name: str) -> bool:
+    """Whether a name read from a manifest is one that dray gives: it becomes a path."""
+    return bool(_RANK_FILE.fullmatch(name))
+
+
+def make_attempt_file(attempt: int) -> str:
+    """File name of an attempt's record."""
+    return f"{attempt:04d}.json"
+
+
+def parse_attempt_file(name: str) -> int | None:
+    """Number of the attempt that a file records; none for any other name."""
+    match = _ATTEMPT_FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def make_fragment_key(parameter: str, state: str, start: int) -> str:
+    """Name of a fragment's tensor inside a rank file: `parameter|state|start`."""
+    return f"{parameter}|{state}|{start}"
+
+
+def parse_fragment_key(key: str) -> tuple[str, str, int]:
+    """(parameter, state, start) of a tensor's name. Raises StoreError."""
+    parts = key.rsplit("|", 2)
+    if len(parts) != 3 or not parts[0] or not parts[1] or not parts[2].isdecimal():
+        raise StoreError(f"tensor {key!r}", "not a fragment's name", "fragments are named parameter|state|start")
+    return parts[0], parts[1], int(parts[2])

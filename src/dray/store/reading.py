@@ -1,0 +1,320 @@
+"""Finding checkpoints, proving them sound, and reading ranges of any tensor from any number of rank files.
+
+Only headers and byte ranges are read, on local disks and object stores alike; nothing is ever unpickled. Refuses what
+has no marker, a manifest of another hash, or a file of another size; `verify_files` checks every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any, cast
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from dray.errors import StoreError
+from dray.store.commit import CHUNK_BYTES, DTYPES, tensor_bytes
+from dray.store.filesystem import list_files, list_folders, read_bytes
+from dray.store.layout import (
+    CHECKPOINTS,
+    MANIFEST_FILE,
+    MARKER_FILE,
+    REJECTED_FILE,
+    RunFolder,
+    make_fragment_key,
+    parse_checkpoint_folder,
+)
+from dray.store.manifest import (
+    OPTIMIZER_STATES,
+    CheckpointInfo,
+    CheckpointManifest,
+    Piece,
+    RankFile,
+    make_pieces,
+    make_sha256,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER_BYTES = 256 * 1024
+MAX_HEADER_BYTES = 100_000_000
+_TORCH_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def find_checkpoints(run: RunFolder) -> list[CheckpointInfo]:
+    """Every checkpoint folder of a run, sound or not, by step and attempt."""
+    folder = f"{run.path}/{CHECKPOINTS}"
+    names = [name for name in list_folders(run.filesystem, folder) if parse_checkpoint_folder(name)]
+    found = [inspect_checkpoint(run.filesystem, f"{folder}/{name}") for name in names]
+    return sorted(found, key=lambda info: (info.step, info.attempt))
+
+
+def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo:
+    """A checkpoint as it lies there; `verified` rests on marker, manifest and sizes, not on the files' bytes."""
+    parsed = parse_checkpoint_folder(path.rpartition("/")[2])
+    if parsed is None:
+        raise StoreError(path, "not a checkpoint's folder")
+    sizes = list_files(filesystem, path)
+    info = CheckpointInfo(*parsed, path, sum(sizes.values()), verified=False)
+    if REJECTED_FILE in sizes:
+        reason = read_bytes(filesystem, f"{path}/{REJECTED_FILE}").decode(errors="replace")
+        return replace(info, problem=f"set aside: {reason}")
+    try:
+        manifest = load_manifest(filesystem, path, sizes)
+    except (StoreError, OSError) as error:
+        return replace(info, problem=getattr(error, "what", str(error)))
+    return replace(info, verified=True, metrics=dict(manifest.metadata.get("validation") or {}))
+
+
+def load_manifest(filesystem: pafs.FileSystem, path: str, sizes: Mapping[str, int] | None = None
+                  ) -> CheckpointManifest:
+    """The manifest of a committed checkpoint. Raises StoreError unless marker, hash and all sizes are right."""
+    sizes = list_files(filesystem, path) if sizes is None else sizes
+    rule = "a checkpoint is used only if every file is there as it was committed"
+    if MARKER_FILE not in sizes:
+        raise StoreError(path, f"no marker {MARKER_FILE}: it was never committed", rule)
+    try:
+        marker = json.loads(read_bytes(filesystem, f"{path}/{MARKER_FILE}"))
+        expected = str(marker["manifest_sha256"])
+        content = read_bytes(filesystem, f"{path}/{MANIFEST_FILE}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(path, f"the marker {MARKER_FILE} is unreadable", rule) from error
+    except FileNotFoundError as error:
+        raise StoreError(path, f"{MANIFEST_FILE} is missing", rule) from error
+    if make_sha256(content) != expected:
+        raise StoreError(path, f"{MANIFEST_FILE} is not the one that was committed", rule)
+    manifest = CheckpointManifest.from_bytes(content, f"{path}/{MANIFEST_FILE}")
+    for file in manifest.files:
+        if file.file not in sizes:
+            raise StoreError(path, f"{file.file} is missing", rule)
+        if sizes[file.file] != file.num_bytes:
+            raise StoreError(path, f"{file.file} has {sizes[file.file]} bytes instead of {file.num_bytes}", rule)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a rank file: safetensors dtype, number of elements, offset of its first byte in the file."""
+
+    dtype: str
+    length: int
+    offset: int
+
+
+class CheckpointReader:
+    """Reads any range of any tensor of a committed checkpoint; only the bytes asked for leave the storage.
+
+    Opening it checks marker, manifest, sizes and coverage. The files' bytes are checked by `verify_files`, to be split
+    over the reading ranks: rank r of R calls `verify_files(range(r, reader.num_files, R))` and all agree on the outcome.
+    Safe to use from several threads. Raises StoreError.
+    """
+
+    def __init__(self, run: RunFolder, info: CheckpointInfo) -> None:
+        self.filesystem, self.path, self.info = run.filesystem, info.path, info
+        self.manifest = load_manifest(self.filesystem, self.path)
+        self._shapes = self.manifest.shapes
+        self._pieces = make_pieces(self.manifest.files, self._shapes, self.path)
+        self._tied: dict[str, str] = dict(self.metadata.get("tied") or {})
+        self._open: dict[int, tuple[Any, dict[str, _Tensor]]] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1][0].close()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was given to `commit`, with `shapes`."""
+        return self.manifest.metadata
+
+    @property
+    def num_files(self) -> int:
+        return len(self.manifest.files)
+
+    def names(self, state: str = "param") -> list[str]:
+        """Sorted names of the tensors that have this state."""
+        return sorted(name for name, found in self._pieces if found == state)
+
+    def states(self, name: str) -> list[str]:
+        """The states that a tensor has: param, exp_avg and exp_avg_sq; buffer; extra."""
+        return sorted(state for found, state in self._pieces if found == self._resolved(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; tied names have the shape of what they share."""
+        return tuple(self._shapes[self._resolved(name)])
+
+    def read(self, name: str, state: str = "param", start: int = 0, count: int | None = None) -> torch.Tensor:
+        """Elements `start` to `start + count` of a flattened tensor, 1-D on the CPU; by default all of them."""
+        import torch
+
+        name = self._resolved(name)
+        pieces = self._pieces.get((name, state))
+        if pieces is None:
+            raise StoreError(self.path, f"{name}: no {state} was saved")
+        num_elements = math.prod(self._shapes[name])
+        count = num_elements - start if count is None else count
+        if start < 0 or count < 0 or start + count > num_elements:
+            raise StoreError(self.path, f"{name}|{state}: elements {start} to {start + count} of {num_elements}",
+                             "the range lies inside the tensor")
+        out = torch.empty(count, dtype=getattr(torch, _TORCH_DTYPES[self._find(pieces[0])[1].dtype]))
+        for piece in pieces:
+            begin = max(start, piece.fragment.start)
+            end = min(start + count, piece.fragment.start + piece.fragment.length)
+            if begin < end:
+                self._read_into(out[begin - start : end - start], piece, begin - piece.fragment.start)
+        return out
+
+    def verify_files(self, indices: Iterable[int]) -> list[str]:
+        """What is wrong with the rank files of these indices: hashes them whole. An empty list is good news."""
+        problems = (self._verify(self.manifest.files[index]) for index in indices)
+        return [problem for problem in problems if problem]
+
+    def _verify(self, file: RankFile) -> str:
+        digest = hashlib.sha256()
+        try:
+            with self.filesystem.open_input_file(f"{self.path}/{file.file}") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            return f"{file.file} cannot be read: {error}"
+        return "" if digest.hexdigest() == file.sha256 else f"{file.file} has changed: its checksum is another"
+
+    def _resolved(self, name: str) -> str:
+        name = self._tied.get(name, name)
+        if name not in self._shapes:
+            raise StoreError(self.path, f"{name}: no such tensor in this checkpoint")
+        return name
+
+    def _find(self, piece: Piece) -> tuple[Any, _Tensor]:
+        """The open file that holds a piece, and where it lies in there."""
+        with self._lock:
+            if piece.file not in self._open:
+                self._open[piece.file] = self._open_file(self.manifest.files[piece.file])
+            stream, tensors = self._open[piece.file]
+        fragment = piece.fragment
+        key = make_fragment_key(fragment.parameter, fragment.state, fragment.start)
+        tensor = tensors.get(key)
+        if tensor is None or tensor.length != fragment.length:
+            raise StoreError(f"{self.path}/{self.manifest.files[piece.file].file}", f"{key}: not as the manifest has it")
+        return stream, tensor
+
+    def _open_file(self, file: RankFile) -> tuple[Any, dict[str, _Tensor]]:
+        where = f"{self.path}/{file.file}"
+        stream = self.filesystem.open_input_file(where)
+        try:
+            return stream, read_header(stream, file.num_bytes, where)
+        except BaseException:
+            stream.close()
+            raise
+
+    def _read_into(self, out: torch.Tensor, piece: Piece, first: int) -> None:
+        stream, tensor = self._find(piece)
+        view = tensor_bytes(out)
+        offset = tensor.offset + first * out.element_size()
+        for at in range(0, len(view), CHUNK_BYTES):
+            wanted = min(CHUNK_BYTES, len(view) - at)
+            content = stream.read_at(wanted, offset + at)
+            if len(content) != wanted:
+                raise StoreError(f"{self.path}/{self.manifest.files[piece.file].file}", "ends too early")
+            view[at : at + wanted] = content
+
+
+def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
+    """The tensors of a safetensors file of `num_bytes` bytes. Raises StoreError if the header does not fit the file."""
+    start = cast(bytes, stream.read_at(min(HEADER_BYTES, num_bytes), 0))
+    length = int.from_bytes(start[:8], "little")
+    try:
+        if len(start) < 8 or length > min(MAX_HEADER_BYTES, num_bytes - 8):
+            raise ValueError("the header is longer than the file")
+        text = start[8 : 8 + length]
+        if len(text) < length:
+            text += stream.read_at(length - len(text), 8 + len(text))
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors: dict[str, _Tensor] = {}
+        for key, value in header.items():
+            (begin, end), count = value["data_offsets"], math.prod(value["shape"])
+            if not 0 <= begin <= end <= num_bytes - 8 - length or end - begin != count * _DTYPE_BYTES[value["dtype"]]:
+                raise ValueError(f"{key} does not fit")
+            tensors[key] = _Tensor(value["dtype"], count, 8 + length + begin)
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise StoreError(where, f"not a safetensors file ({error})") from error
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """The outcome of checking every byte. The hashes cover the fp32 tensors as wholes, so they do not depend on the
+    number of ranks or the ZeRO stage; they are empty where the tensors cannot be read."""
+
+    step: int
+    attempt: int
+    path: str
+    ok: bool
+    files: list[dict[str, Any]]
+    problems: list[str] = field(default_factory=list)
+    weights_sha256: str = ""
+    optimizer_sha256: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify_checkpoint(run: RunFolder, info: CheckpointInfo) -> CheckpointReport:
+    """Check marker, manifest, coverage and every byte of every file, and hash the tensors. Finds instead of raising."""
+    try:
+        with CheckpointReader(run, info) as reader:
+            files = []
+            for index, file in enumerate(reader.manifest.files):
+                problems = reader.verify_files([index])
+                files.append({"file": file.file, "bytes": file.num_bytes, "sha256": file.sha256, "ok": not problems,
+                              "problem": "; ".join(problems)})
+            problems = [str(file["problem"]) for file in files if not file["ok"]]
+            hashes = ("", "") if problems else (hash_weights(reader), hash_optimizer(reader))
+    except (StoreError, OSError) as error:
+        what = error.what if isinstance(error, StoreError) else str(error)
+        return CheckpointReport(info.step, info.attempt, info.path, False, [], [what])
+    return CheckpointReport(info.step, info.attempt, info.path, not problems, files, problems, *hashes)
+
+
+def hash_weights(reader: CheckpointReader) -> str:
+    """SHA-256 over (name, shape, fp32 little-endian bytes) of all weights in the order of their names."""
+    digest = hashlib.sha256()
+    for name in reader.names("param"):
+        digest.update(name.encode())
+        _update(digest, reader, name, "param")
+    return digest.hexdigest()
+
+
+def hash_optimizer(reader: CheckpointReader) -> str:
+    """SHA-256 over (name, state, shape, fp32 bytes) of exp_avg and exp_avg_sq, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in reader.names("param"):
+        for state in OPTIMIZER_STATES:
+            if state in reader.states(name):
+                digest.update(name.encode() + state.encode())
+                _update(digest, reader, name, state)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, reader: CheckpointReader, name: str, state: str) -> None:
+    shape = reader.shape(name)
+    digest.update(str(list(shape)).encode())
+    num_elements, step = math.prod(shape), CHUNK_BYTES // 4
+    for start in range(0, num_elements, step):
+        digest.update(tensor_bytes(reader.read(name, state, start, min(step, num_elements - start))))
