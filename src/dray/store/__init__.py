@@ -1,7 +1,36 @@
-"""The run folder on any filesystem: layout, commit with checksums, retention, metrics rows, events, trackers."""
+"""The run folder on any filesystem: layout, commit with checksums, retention, metrics rows, events, trackers.
+
+Every other part reaches storage through these names; nothing outside knows how a run folder looks inside.
+"""
 
 from __future__ import annotations
 
+from dray.store.commit import CheckpointWriter
 from dray.store.filesystem import open_filesystem
+from dray.store.layout import Fragment, make_fragment_key, parse_fragment_key
+from dray.store.manifest import CheckpointInfo, RankFile
+from dray.store.reading import CheckpointReader, CheckpointReport, verify_checkpoint
+from dray.store.retention import LOWER_IS_BETTER, apply_retention
+from dray.store.run import Run, list_runs
+from dray.store.trackers import Tracker, Trackers, build_trackers, check_trackers
 
-__all__ = ["open_filesystem"]
+__all__ = [
+    "LOWER_IS_BETTER",
+    "CheckpointInfo",
+    "CheckpointReader",
+    "CheckpointReport",
+    "CheckpointWriter",
+    "Fragment",
+    "RankFile",
+    "Run",
+    "Tracker",
+    "Trackers",
+    "apply_retention",
+    "build_trackers",
+    "check_trackers",
+    "list_runs",
+    "make_fragment_key",
+    "open_filesystem",
+    "parse_fragment_key",
+    "verify_checkpoint",
+]

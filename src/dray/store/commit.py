@@ -95,7 +95,7 @@ class CheckpointWriter:
         marker = {"manifest_sha256": make_sha256(content), "committed": datetime.now(UTC).isoformat()}
         write_bytes(self.filesystem, f"{self.path}/{MARKER_FILE}", json.dumps(marker).encode())
         num_bytes = len(content) + sum(file.num_bytes for file in files)
-        return CheckpointInfo(self.step, self.attempt, self.path, num_bytes, True, dict(metadata.get("validation") or {}))
+        return CheckpointInfo(self.step, self.attempt, self.path, num_bytes, True, manifest.metrics)
 
     def _check_files(self, files: Sequence[RankFile]) -> None:
         expected = [make_rank_file(rank, len(files)) for rank in range(len(files))]
@@ -121,7 +121,8 @@ def _make_fragment(key: str, tensor: torch.Tensor) -> Fragment:
     parameter, state, start = parse_fragment_key(key)
     dtype = str(tensor.dtype).removeprefix("torch.")
     if state not in FLOAT_STATES and state not in WHOLE_STATES:
-        raise StoreError(f"tensor {key!r}", f"unknown state {state!r}", f"one of {', '.join(FLOAT_STATES + WHOLE_STATES)}")
+        raise StoreError(f"tensor {key!r}", f"unknown state {state!r}",
+                         f"one of {', '.join(FLOAT_STATES + WHOLE_STATES)}")
     if tensor.dim() != 1 or (state in FLOAT_STATES and dtype != "float32") or dtype not in DTYPES:
         raise StoreError(f"tensor {key!r}", f"is {dtype} with shape {list(tensor.shape)}",
                          "weights and optimiser states are 1-D fp32 pieces; buffers and extras 1-D of a common dtype")
@@ -149,4 +150,5 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in order, without a copy where it lies contiguous in host memory."""
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

@@ -64,7 +64,7 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
         else:
             filesystem, path = _open_fsspec(place)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise StoreError(shown(place), f"cannot be opened ({_first_line(error)})",
+        raise StoreError(shown(place), f"cannot be opened ({first_line(error)})",
                          "storage is a path or a URI (s3://, gs://, hdfs://, or a scheme known to fsspec)",
                          "check the scheme, its query and that its library is installed") from error
     return filesystem, path.rstrip("/") or path
@@ -222,7 +222,7 @@ def require_writable(filesystem: pafs.FileSystem, path: str, place: str) -> None
             stream.write(b"dray")
         filesystem.delete_file(probe)
     except (OSError, pa.ArrowException) as error:
-        raise StoreError(shown(place), f"cannot be written ({_first_line(error)})", rule,
+        raise StoreError(shown(place), f"cannot be written ({first_line(error)})", rule,
                          "give another place with --storage, or mend its permissions") from error
 
 
@@ -268,5 +268,6 @@ def _end_of_last_line(stream: Any, size: int, block: int = 65536) -> int:
     return 0
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, fit to stand inside another one."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,6 +1,6 @@
 """Every name inside a run folder, and the checks that names pass before they become paths.
 
-    <storage>/<run>/  spec.yaml  plan.json  run.json  origin.json  metrics.parquet
+    <storage>/<run>/  spec.yaml  plan.json  run.json  metrics.parquet
         attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
         checkpoints/step-00000020-a0001/      rank-00000-of-00002.safetensors …, manifest.json, COMMITTED
         pins/<fork>.json                      trackers/
@@ -17,7 +17,6 @@ from dray.spec import RUN_NAME
 SPEC_FILE = "spec.yaml"
 PLAN_FILE = "plan.json"
 RUN_FILE = "run.json"
-ORIGIN_FILE = "origin.json"
 PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
 CHECKPOINTS, PINS, TRACKERS = "checkpoints", "pins", "trackers"
@@ -39,7 +38,7 @@ class RunFolder(Protocol):
 
 
 class Fragment(NamedTuple):
-    """A 1-D piece of a flattened tensor: `length` elements of the state `state` of `parameter` from element `start` on."""
+    """A 1-D piece of a flattened tensor: `length` elements of a parameter's state from element `start` on."""
 
     parameter: str
     state: str

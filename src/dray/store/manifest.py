@@ -57,6 +57,13 @@ class CheckpointManifest:
     def shapes(self) -> dict[str, list[int]]:
         return dict(self.metadata["shapes"])
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`metadata["validation"]`, unless `metadata["validation_step"]` says that it belongs to another step."""
+        if self.metadata.get("validation_step", self.step) != self.step:
+            return {}
+        return dict(self.metadata.get("validation") or {})
+
     def to_bytes(self) -> bytes:
         tree = {"version": VERSION, "step": self.step, "attempt": self.attempt, "metadata": self.metadata,
                 "files": [file.to_json() for file in self.files]}
@@ -103,21 +110,21 @@ def make_pieces(files: Sequence[RankFile], shapes: Mapping[str, Sequence[int]], 
                 ) -> dict[tuple[str, str], list[Piece]]:
     """(parameter, state) → its pieces from the first element to the last.
 
-    Raises StoreError unless each tensor of `shapes` has its weights (or buffer, or extra) covered exactly once, and each
-    optimiser state is covered exactly once or, for frozen parameters, absent.
+    Raises StoreError unless each tensor of `shapes` has its weights (or buffer, or extra) covered exactly once, and
+    each optimiser state is covered exactly once or, for frozen parameters, absent.
     """
     pieces: dict[tuple[str, str], list[Piece]] = {}
     for index, file in enumerate(files):
         for fragment in file.fragments:
-            if fragment.length or not math.prod(shapes.get(fragment.parameter, (1,))):
+            if fragment.length or not make_size(shapes.get(fragment.parameter, (1,))):
                 pieces.setdefault((fragment.parameter, fragment.state), []).append(Piece(index, fragment))
     for (name, state), found in pieces.items():
         if name not in shapes:
             raise StoreError(where, f"{name}: no shape is given for it", "metadata['shapes'] names every tensor")
         found.sort(key=lambda piece: (piece.fragment.start, piece.fragment.length))
-        _check_covered(found, math.prod(shapes[name]), f"{name}|{state}", where, files)
+        _check_covered(found, make_size(shapes[name]), f"{name}|{state}", where, files)
     for name in shapes:
-        if not any((name, state) in pieces for state in ("param", *WHOLE_STATES)) and math.prod(shapes[name]):
+        if not any((name, state) in pieces for state in ("param", *WHOLE_STATES)) and make_size(shapes[name]):
             raise StoreError(where, f"{name}: no rank wrote it", "each tensor is written exactly once")
     return pieces
 
@@ -138,6 +145,11 @@ def _check_covered(pieces: Sequence[Piece], num_elements: int, label: str, where
         what = f"elements {end} to {num_elements - 1} are missing" if end < num_elements else (
             f"has {end} elements, its shape only {num_elements}")
         raise StoreError(where, f"{label}: {what}", rule)
+
+
+def make_size(shape: Sequence[int]) -> int:
+    """Number of elements of a tensor."""
+    return math.prod(int(length) for length in shape)
 
 
 def make_sha256(content: bytes) -> str:

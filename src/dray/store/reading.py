@@ -70,7 +70,7 @@ def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo
         manifest = load_manifest(filesystem, path, sizes)
     except (StoreError, OSError) as error:
         return replace(info, problem=getattr(error, "what", str(error)))
-    return replace(info, verified=True, metrics=dict(manifest.metadata.get("validation") or {}))
+    return replace(info, verified=True, metrics=manifest.metrics)
 
 
 def load_manifest(filesystem: pafs.FileSystem, path: str, sizes: Mapping[str, int] | None = None
@@ -112,7 +112,7 @@ class CheckpointReader:
     """Reads any range of any tensor of a committed checkpoint; only the bytes asked for leave the storage.
 
     Opening it checks marker, manifest, sizes and coverage. The files' bytes are checked by `verify_files`, to be split
-    over the reading ranks: rank r of R calls `verify_files(range(r, reader.num_files, R))` and all agree on the outcome.
+    over the reading ranks: rank r of R calls `verify_files(range(r, reader.num_files, R))`, and all agree.
     Safe to use from several threads. Raises StoreError.
     """
 
@@ -150,9 +150,9 @@ class CheckpointReader:
         """Sorted names of the tensors that have this state."""
         return sorted(name for name, found in self._pieces if found == state)
 
-    def states(self, name: str) -> list[str]:
-        """The states that a tensor has: param, exp_avg and exp_avg_sq; buffer; extra."""
-        return sorted(state for found, state in self._pieces if found == self._resolved(name))
+    def has(self, name: str, state: str) -> bool:
+        """Whether a tensor has this state: frozen parameters have no exp_avg."""
+        return (self._tied.get(name, name), state) in self._pieces
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; tied names have the shape of what they share."""
@@ -210,7 +210,8 @@ class CheckpointReader:
         key = make_fragment_key(fragment.parameter, fragment.state, fragment.start)
         tensor = tensors.get(key)
         if tensor is None or tensor.length != fragment.length:
-            raise StoreError(f"{self.path}/{self.manifest.files[piece.file].file}", f"{key}: not as the manifest has it")
+            where = f"{self.path}/{self.manifest.files[piece.file].file}"
+            raise StoreError(where, f"{key}: not as the manifest has it")
         return stream, tensor
 
     def _open_file(self, file: RankFile) -> tuple[Any, dict[str, _Tensor]]:
@@ -306,7 +307,7 @@ def hash_optimizer(reader: CheckpointReader) -> str:
     digest = hashlib.sha256()
     for name in reader.names("param"):
         for state in OPTIMIZER_STATES:
-            if state in reader.states(name):
+            if reader.has(name, state):
                 digest.update(name.encode() + state.encode())
                 _update(digest, reader, name, state)
     return digest.hexdigest()

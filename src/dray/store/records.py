@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,11 @@ from dray.errors import StoreError
 from dray.store.filesystem import append_line, is_local, list_files, make_folder, read_bytes, write_bytes
 
 PART_BYTES = 64 * 1024
+
+
+def now() -> str:
+    """The time as records carry it: UTC, ISO 8601, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def make_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:

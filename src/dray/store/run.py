@@ -1,0 +1,401 @@
+"""One run is one folder: its spec, plan, record, attempts, metrics, events and checkpoints, on any filesystem.
+
+Refuses to go on with a run under a spec of another identity, and to change a duration once the learning rate depends
+on the old one. A `Run` holds no open files and may be pickled: the copy opens the folder anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, cast
+
+import pyarrow as pa
+import yaml
+from pyarrow import fs as pafs
+
+from dray.errors import SpecError, StoreError
+from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec
+from dray.store import layout
+from dray.store.filesystem import (
+    absolute,
+    child,
+    create_exclusive,
+    exists,
+    first_line,
+    list_files,
+    list_folders,
+    open_filesystem,
+    open_whole,
+    read_bytes,
+    require_writable,
+    shown,
+    write_bytes,
+)
+from dray.store.manifest import CheckpointInfo
+from dray.store.reading import find_checkpoints, inspect_checkpoint
+from dray.store.records import RowLog, load_json, make_history, make_json, make_table, now, save_json
+
+STATUSES = ("created", "running", "completed", "failed", "interrupted")
+
+
+class Run:
+    """A run in storage. Made by `open_or_create`, `create`, `fork` and `open`."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.storage, self.name = absolute(storage), layout.check_run_name(name)
+        self.uri = child(self.storage, name)
+        self.filesystem, self.path = open_filesystem(self.uri)
+        self._metrics = RowLog(self.filesystem, f"{self.path}/{layout.METRICS}")
+        self._validation = RowLog(self.filesystem, f"{self.path}/{layout.VALIDATION}")
+        self._events = RowLog(self.filesystem, f"{self.path}/{layout.EVENTS}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Run, (self.storage, self.name)
+
+    def __repr__(self) -> str:
+        return f"Run({shown(self.uri)!r})"
+
+    # ---- beginning ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def check_storage(storage: str | os.PathLike[str]) -> None:
+        """Raise StoreError unless runs can be written there. Leaves nothing behind."""
+        filesystem, path = open_filesystem(storage)
+        require_writable(filesystem, path, absolute(storage))
+
+    @classmethod
+    def open_or_create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
+                       corpus: str = "", corpus_key: str = "", fork: str | None = None) -> Run:
+        """Begin the run of that name or go on with it; with `fork`, begin (or go on with) a fork of it by that name.
+
+        `plan` is the plan as plain values. Raises StoreError, with nothing written, if the storage cannot be written,
+        the run there has another identity, or there is nothing to fork from.
+        """
+        wanted = fork or name
+        if cls._exists(storage, wanted):
+            run = cls.open(storage, wanted)
+            if fork and (run.origin() or {}).get("run") != name:
+                raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name")
+            run._take_up(spec, plan, corpus, corpus_key)
+            return run
+        if fork:
+            return cls.fork(storage, name, fork, spec, plan, corpus=corpus, corpus_key=corpus_key)
+        return cls.create(storage, name, spec, plan, corpus=corpus, corpus_key=corpus_key)
+
+    @classmethod
+    def create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
+               corpus: str = "", corpus_key: str = "") -> Run:
+        """Begin a new run. Raises StoreError if the name is taken or the storage cannot be written."""
+        return cls(os.fspath(storage), name)._begin(spec, plan, corpus, corpus_key, None)
+
+    @classmethod
+    def fork(cls, storage: str | os.PathLike[str], source: str, name: str, spec: Spec, plan: Mapping[str, Any], *,
+             corpus: str = "", corpus_key: str = "") -> Run:
+        """Begin a new run from the newest checkpoint of another in the same storage, whatever its identity.
+
+        The source's retention spares that checkpoint for as long as the fork exists. Raises StoreError if the source
+        has no sound checkpoint, or the name is taken.
+        """
+        origin, run = cls.open(storage, source), cls(os.fspath(storage), name)
+        info = origin.latest_checkpoint()
+        if info is None:
+            raise StoreError(f"run {source!r}", "has no sound checkpoint to fork from",
+                             way_out="train it to its first checkpoint, or start afresh under another name")
+        if cls._exists(storage, name):
+            raise StoreError(f"run {name!r}", "exists already", "a fork gets a new name")
+        require_writable(run.filesystem, run.path, run.uri)
+        checkpoint = info.path.removeprefix(run.path.removesuffix(name))  # below the storage
+        pinned = checkpoint.partition("/")[0]
+        pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
+        save_json(run.filesystem, f"{run.path.removesuffix(name)}{pinned}/{layout.PINS}/{name}.json", pin)
+        if not inspect_checkpoint(run.filesystem, info.path).verified:
+            raise StoreError(f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again")
+        return run._begin(spec, plan, corpus, corpus_key, {
+            "run": source, "step": info.step, "attempt": info.attempt, "checkpoint": checkpoint,
+            "fingerprint": origin.fingerprint,
+            "differing": differing_paths(origin.record()["identity"], spec.identity())})
+
+    @classmethod
+    def open(cls, storage: str | os.PathLike[str], name: str) -> Run:
+        """The run of that name. Raises StoreError if there is none."""
+        run = cls(os.fspath(storage), name)
+        if not cls._exists(storage, name):
+            raise StoreError(f"run {name!r}", f"not found in {shown(run.storage)}",
+                             way_out="`dray runs` lists what is there; --storage names another place")
+        return run
+
+    @classmethod
+    def _exists(cls, storage: str | os.PathLike[str], name: str) -> bool:
+        run = cls(os.fspath(storage), name)
+        try:
+            return exists(run.filesystem, f"{run.path}/{layout.RUN_FILE}")
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(shown(run.storage), f"cannot be read ({first_line(error)})",
+                             way_out="check the address, the credentials and the permissions") from error
+
+    def _begin(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str,
+               origin: dict[str, Any] | None) -> Run:
+        """Write the record, whose presence makes the folder a run: of two simultaneous beginners one wins."""
+        require_writable(self.filesystem, self.path, self.uri)
+        record = {"name": self.name, "created": now(), "nonce": uuid.uuid4().hex, "status": "created", "reason": "",
+                  "fingerprint": spec.fingerprint(), "identity": spec.identity(), "corpus": corpus,
+                  "corpus_key": corpus_key, "origin": origin}
+        if not create_exclusive(self.filesystem, f"{self.path}/{layout.RUN_FILE}", make_json(record, indent=1)):
+            raise StoreError(f"run {self.name!r}", f"exists already in {shown(self.storage)}",
+                             "a new run has a new name", "go on with it, or name another run with --run")
+        self._take_up(spec, plan, corpus, corpus_key)
+        return self
+
+    def _take_up(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str) -> None:
+        """Check the identity, then store spec and plan: their place may be new, and their duration longer."""
+        record = self.record()
+        differing = differing_paths(record["identity"], spec.identity())
+        if differing:
+            raise StoreError(f"run {self.name!r}", f"its spec differs in {', '.join(differing)}",
+                             "a run keeps its identity",
+                             "undo the change, name another run with --run, or start from its newest checkpoint with "
+                             "--fork NEW_NAME")
+        self._check_decay(spec, plan)
+        write_bytes(self.filesystem, f"{self.path}/{layout.SPEC_FILE}", dump_spec(spec).encode())
+        save_json(self.filesystem, f"{self.path}/{layout.PLAN_FILE}", plan)
+        if corpus and (record["corpus"], record["corpus_key"]) != (corpus, corpus_key):
+            self.update(corpus=corpus, corpus_key=corpus_key)
+
+    def _check_decay(self, spec: Spec, plan: Mapping[str, Any]) -> None:
+        """A wsd run whose decay has begun has spent its duration."""
+        if spec.schedule.name != "wsd" or not exists(self.filesystem, f"{self.path}/{layout.PLAN_FILE}"):
+            return
+        old, new = self.plan().get("num_steps"), plan.get("num_steps")
+        newest = self.latest_checkpoint()
+        if old is None or new is None or old == new or newest is None:
+            return
+        start = min(_decay_start(spec, old), _decay_start(spec, new))
+        if newest.step > start:
+            raise StoreError(f"run {self.name!r}", f"duration changes from {old} to {new} steps at step {newest.step}",
+                             f"its learning rate decays from step {start} on, which a new duration would move",
+                             "keep the duration, or --fork NEW_NAME")
+
+    # ---- records --------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """run.json: name, created, status, fingerprint, identity, corpus, and what `update` added."""
+        return load_json(self.filesystem, f"{self.path}/{layout.RUN_FILE}")
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of run.json. One process at a time: the driver."""
+        save_json(self.filesystem, f"{self.path}/{layout.RUN_FILE}", self.record() | fields)
+
+    def spec(self) -> Spec:
+        """The spec as last run. Raises StoreError if it is not there."""
+        path = f"{self.path}/{layout.SPEC_FILE}"
+        try:
+            return make_spec(yaml.safe_load(read_bytes(self.filesystem, path)), path)
+        except (FileNotFoundError, yaml.YAMLError, SpecError) as error:
+            raise StoreError(path, f"cannot be read ({error})", way_out="start the run again with its spec") from error
+
+    def plan(self) -> dict[str, Any]:
+        """The plan as last run, as plain values."""
+        return load_json(self.filesystem, f"{self.path}/{layout.PLAN_FILE}")
+
+    def origin(self) -> dict[str, Any] | None:
+        """What a fork started from: run, step, attempt, checkpoint (path below the storage), fingerprint, differing."""
+        return cast("dict[str, Any] | None", self.record().get("origin"))
+
+    @property
+    def fingerprint(self) -> str:
+        return cast(str, self.record()["fingerprint"])
+
+    @property
+    def status(self) -> str:
+        """One of STATUSES; a run whose driver is gone from this machine counts as interrupted."""
+        record = self.record()
+        if record["status"] == "running" and _is_gone(record.get("driver") or {}):
+            return "interrupted"
+        return cast(str, record["status"])
+
+    def set_status(self, status: str, reason: str = "") -> None:
+        """Record the run's status; the process that says `running` is its driver."""
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r} is not one of {STATUSES}")
+        fields: dict[str, Any] = {"status": status, "reason": reason, "changed": now()}
+        if status == "running":
+            pid = os.getpid()
+            fields["driver"] = {"host": socket.gethostname(), "pid": pid, "started": _process_start(pid)}
+        self.update(**fields)
+
+    # ---- attempts -------------------------------------------------------------------------------------------------
+
+    def begin_attempt(self, num_ranks: int, start_step: int, **fields: Any) -> int:
+        """Record one start of the worker group and return its number, which no other start gets.
+
+        `start_step`: the step of the checkpoint it starts from (0: none). What earlier attempts did past it is undone.
+        """
+        folder = f"{self.path}/{layout.ATTEMPTS}"
+        number = max((attempt["attempt"] for attempt in self.attempts()), default=0) + 1
+        while True:
+            record = {"attempt": number, "num_ranks": num_ranks, "start_step": start_step, "started": now(),
+                      "nonce": uuid.uuid4().hex, **fields}
+            if create_exclusive(self.filesystem, f"{folder}/{layout.make_attempt_file(number)}", make_json(record)):
+                return number
+            number += 1
+
+    def end_attempt(self, attempt: int, status: str, step: int, reason: str = "") -> None:
+        """Record how an attempt ended, at which step. One that was killed has no such record."""
+        path = f"{self.path}/{layout.ATTEMPTS}/{attempt:04d}-end.json"
+        save_json(self.filesystem, path, {"ended": now(), "status": status, "end_step": step, "reason": reason})
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The attempts by number: attempt, num_ranks, start_step, started, …, and ended, status, end_step, reason."""
+        folder = f"{self.path}/{layout.ATTEMPTS}"
+        names = list_files(self.filesystem, folder)
+        found = []
+        for number in sorted(n for n in map(layout.parse_attempt_file, names) if n is not None):
+            attempt = load_json(self.filesystem, f"{folder}/{layout.make_attempt_file(number)}")
+            if f"{number:04d}-end.json" in names:
+                attempt |= load_json(self.filesystem, f"{folder}/{number:04d}-end.json")
+            found.append(attempt)
+        return found
+
+    # ---- rows -----------------------------------------------------------------------------------------------------
+
+    def log_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, each with `step` and `attempt`; those with `kind: validation` go to a log of their own.
+
+        They are stored when this returns: a killed process loses none of them.
+        """
+        logs: dict[tuple[bool, str], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if not {"step", "attempt"} <= row.keys():
+                raise ValueError(f"a metrics row needs step and attempt: {sorted(row)}")
+            key = row.get("kind") == "validation", f"a{int(row['attempt']):04d}"
+            logs.setdefault(key, []).append(row)
+        for (is_validation, name), group in logs.items():
+            (self._validation if is_validation else self._metrics).append(name, group)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One row a step, by step: the history that leads to the newest state, without what was done and undone."""
+        return make_history(self._metrics.rows(), self._start_steps())
+
+    def validations(self) -> list[dict[str, Any]]:
+        """One validation row a step, by step, of the same history."""
+        return make_history(self._validation.rows(), self._start_steps())
+
+    def _start_steps(self) -> dict[int, int]:
+        return {attempt["attempt"]: attempt["start_step"] for attempt in self.attempts()}
+
+    def metrics_table(self) -> pa.Table:
+        """`metrics()` as a table."""
+        return make_table(self.metrics())
+
+    def export_metrics_parquet(self) -> str:
+        """Write `metrics()` as metrics.parquet into the run folder; its path there."""
+        import pyarrow.parquet as pq
+
+        path = f"{self.path}/{layout.PARQUET_FILE}"
+        with open_whole(self.filesystem, path) as stream:
+            pq.write_table(self.metrics_table(), stream)
+        return path
+
+    def log_event(self, kind: str, **fields: Any) -> None:
+        """Append one event. Any process may."""
+        self._events.append("events", [{"time": now(), "kind": kind, **fields}])
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events by time."""
+        return sorted(self._events.rows(), key=lambda event: str(event.get("time", "")))
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def checkpoints(self, verified_only: bool = True) -> list[CheckpointInfo]:
+        """The run's own checkpoints by step; with `verified_only=False` also the unsound ones, each with its problem.
+
+        One that an attempt committed past the start of a later attempt is no part of the history, and unsound.
+        """
+        start_steps = self._start_steps()
+        found = []
+        for info in find_checkpoints(self):
+            later = [number for number, start in start_steps.items() if number > info.attempt and start < info.step]
+            if later and info.verified:
+                info = CheckpointInfo(info.step, info.attempt, info.path, info.num_bytes, False, info.metrics,
+                                      f"undone: attempt {min(later)} started before it")
+            found.append(info)
+        return [info for info in found if info.verified or not verified_only]
+
+    def latest_checkpoint(self) -> CheckpointInfo | None:
+        """The newest sound checkpoint; for a fork that has none yet, the one it started from."""
+        own = self.checkpoints()
+        if own:
+            return own[-1]
+        origin = self.origin()
+        if origin is None:
+            return None
+        info = inspect_checkpoint(self.filesystem, self.path.removesuffix(self.name) + origin["checkpoint"])
+        if not info.verified:
+            raise StoreError(f"run {self.name!r}", f"the checkpoint it was forked from is unsound: {info.problem}",
+                             f"it starts from step {origin['step']} of run {origin['run']}", "fork again")
+        return info
+
+    def set_aside(self, info: CheckpointInfo, reason: str) -> None:
+        """Mark a checkpoint as unsound, with the reason: from now on the one before it is used."""
+        write_bytes(self.filesystem, f"{info.path}/{layout.REJECTED_FILE}", reason.encode())
+        self.log_event("checkpoint_set_aside", step=info.step, attempt=info.attempt, reason=reason)
+
+    # ---- summary --------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """What `dray show --json` prints: name, status, fingerprint, step, num_steps, attempts, train_loss, …"""
+        record, rows, validations = self.record(), self.metrics(), self.validations()
+        checkpoints = self.checkpoints(verified_only=False)
+        sound = [info.step for info in checkpoints if info.verified]
+        has_plan = exists(self.filesystem, f"{self.path}/{layout.PLAN_FILE}")
+        rates = [row["tokens_per_second"] for row in rows[-50:] if row.get("tokens_per_second")]
+        return {
+            **{key: record.get(key) for key in ("name", "reason", "created", "fingerprint", "corpus", "origin")},
+            "status": self.status,
+            "step": max([int(row["step"]) for row in rows[-1:]] + sound[-1:], default=0),
+            "num_steps": self.plan().get("num_steps") if has_plan else None,
+            "attempts": [{key: value for key, value in attempt.items() if key != "nonce"}
+                         for attempt in self.attempts()],
+            "train_loss": rows[-1].get("loss") if rows else None,
+            "validation": {key: value for key, value in (validations[-1] if validations else {}).items()
+                           if key not in ("kind", "attempt", "time")},
+            "tokens_per_second": float(median(rates)) if rates else None,
+            "checkpoints": [{"step": info.step, "attempt": info.attempt, "path": info.path, "verified": info.verified,
+                             "bytes": info.num_bytes, "problem": info.problem} for info in checkpoints],
+        }
+
+
+def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
+    """The runs in a storage place by time of creation; none where there is no such place."""
+    filesystem, path = open_filesystem(storage)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        raise StoreError(shown(absolute(storage)), "is a file", "the storage is a folder of runs")
+    names = (name for name in list_folders(filesystem, path) if re.fullmatch(RUN_NAME, name))
+    runs = [Run(os.fspath(storage), name) for name in names
+            if name not in layout.RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{layout.RUN_FILE}")]
+    return sorted(runs, key=lambda run: str(run.record().get("created")))
+
+
+def _decay_start(spec: Spec, num_steps: int) -> int:
+    return num_steps - (spec.schedule.decay_steps or max(1, num_steps // 10))
+
+
+def _process_start(pid: int) -> str:
+    """When a process started, in clock ticks since boot: tells it from a later one of the same number."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stream:
+            return stream.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _is_gone(driver: Mapping[str, Any]) -> bool:
+    """Whether a driver on this machine has ended without a word; of another machine's nothing is known."""
+    if driver.get("host") != socket.gethostname() or not os.path.isdir("/proc/self"):
+        return False
+    return _process_start(int(driver["pid"])) != driver.get("started")
