@@ -92,7 +92,7 @@ class RowStream:
             yield self.read_block(segment, rank)
 
 
-def read_validation_rows(folder: str, manifest: Manifest, split: Split, ids: Ints) -> pa.Table:
+def read_rows(folder: str, manifest: Manifest, split: Split, ids: Ints) -> pa.Table:
     """Rows of a split by id, outside of a training stream (evaluation)."""
     return _read_rows(folder, split, manifest.group_rows, ids)
 

@@ -1,0 +1,301 @@
+"""The command line: parse, call, print, exit code. Nothing here computes.
+
+`--help` and `plan` import neither torch nor ray; every other command imports what it needs when it is called.
+Exit codes: 0 done; 2 the user's mistake; 3 the run failed; 130 interrupted with its state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dray.errors import DrayError, RunFailed, SpecError, StoreError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except RunFailed as error:
+        print(f"dray: {error}", file=sys.stderr)
+        if error.diagnosis:
+            print(error.diagnosis, file=sys.stderr)
+        return error.exit_code
+    except DrayError as error:
+        print(f"dray: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dray: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing to say
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="dray", description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from one spec file.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    init = _add(commands, "init", _init, "write a recipe to edit")
+    init.add_argument("name", help="name of the new spec; NAME.yaml is written")
+    init.add_argument("--recipe", default="quickstart", help="the recipe to start from (default: quickstart)")
+
+    plan = _add_spec(commands, "plan", _plan, "what it will take; no cluster needed")
+    plan.add_argument("--shape", help="hardware that is not here, e.g. 2x8xH100")
+    _add_json(plan)
+
+    prepare = _add_spec(commands, "prepare", _prepare, "raw corpus → token shards")
+    _add_cluster(prepare)
+    _add_json(prepare)
+
+    train = _add_spec(commands, "train", _train, "run it, or resume it")
+    _add_cluster(train)
+    _add_json(train)
+    train.add_argument("--run", dest="run_name", help="name of the run (default: the spec's name)")
+    train.add_argument("--fork", metavar="NEW_NAME", help="start a new run from the newest checkpoint of this one")
+
+    evaluate = _add_run(commands, "evaluate", _evaluate, "metrics of a checkpoint on data")
+    evaluate.add_argument("--data", action="append", metavar="SOURCE",
+                          help="a path, or a YAML mapping like a spec's data source (default: the validation rows)")
+    _add_step(evaluate)
+    _add_cluster(evaluate)
+    _add_json(evaluate)
+
+    generate = _add_run(commands, "generate", _generate, "text from a checkpoint")
+    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    generate.add_argument("--max-tokens", type=int, default=64, help="new tokens at most (default: 64)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    generate.add_argument("--top-p", type=float, default=0.95, help="nucleus of the distribution (default: 0.95)")
+    generate.add_argument("--seed", type=int, default=0)
+    _add_step(generate)
+    _add_json(generate)
+
+    export = _add_run(commands, "export", _export, "a Hugging Face folder from a checkpoint")
+    export.add_argument("folder", help="the folder to write; must not exist or be empty")
+    _add_step(export)
+
+    runs = _add(commands, "runs", _runs, "list the runs of a storage")
+    _add_storage(runs)
+    _add_json(runs)
+
+    show = _add_run(commands, "show", _show, "what a run did and has")
+    _add_json(show)
+
+    verify = _add_run(commands, "verify", _verify, "check a checkpoint, byte for byte")
+    verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    _add_json(verify)
+    return parser
+
+
+def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_spec(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser = _add(commands, name, command, text)
+    parser.add_argument("spec", metavar="SPEC", help="a spec file or the name of a recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted spec paths")
+    _add_storage(parser)
+    return parser
+
+
+def _add_run(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser = _add(commands, name, command, text)
+    parser.add_argument("run", metavar="RUN", help="name of a run in the storage, or the path of its folder")
+    _add_storage(parser)
+    return parser
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--storage", default="./runs", metavar="DIR_OR_URI", help="where runs lie (default: ./runs)")
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own messages")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else there")
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", help="step of the checkpoint, or `best` (default: the newest)")
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("dray")
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def _locate(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Storage and name of a run given by name or by the path of its folder."""
+    given = arguments.run.rstrip("/")
+    if "/" in given:
+        storage, _, name = given.rpartition("/")
+        return storage or "/", name
+    return arguments.storage, given
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    import re
+
+    from dray.spec import RUN_NAME, load_text
+
+    if not re.match(RUN_NAME, arguments.name):
+        raise SpecError(arguments.name, "not a name", "letters, digits, `.`, `_` and `-`")
+    text = load_text(arguments.recipe)
+    path = Path(f"{arguments.name}.yaml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(re.sub(r"(?m)^name:.*$", f"name: {arguments.name}", text, count=1))
+    except FileExistsError as error:
+        raise SpecError(str(path), "exists already", "nothing is overwritten", "choose another name") from error
+    except OSError as error:
+        raise StoreError(str(path), f"cannot be written ({error.strerror})") from error
+    print(f"{path} written; edit it, then: dray plan {path}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from dray.plan import format_plan, local_shape, make_plan, parse_shape
+    from dray.spec import load_spec
+
+    spec = load_spec(arguments.spec, arguments.overrides)
+    plan = make_plan(spec, parse_shape(arguments.shape) if arguments.shape else local_shape())
+    if arguments.json:
+        _print_json(plan.model_dump(mode="json"))
+    else:
+        print(format_plan(plan))
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from dray.cluster import connect
+    from dray.corpus import prepare
+    from dray.progress import Display
+    from dray.spec import load_spec
+    from dray.store import Run
+
+    spec = load_spec(arguments.spec, arguments.overrides)
+    Run.check_storage(arguments.storage)
+    with connect(arguments.address, num_cpus=1, verbose=arguments.verbose):
+        corpus = prepare(spec, arguments.storage, Display().say)
+    if arguments.json:
+        _print_json({"folder": corpus.folder, **corpus.manifest.model_dump(mode="json")})
+    else:
+        print(f"{corpus.folder}: {corpus.manifest.train.num_rows:,} rows of {corpus.manifest.sequence_tokens} tokens")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dray.report import format_summary
+    from dray.spec import load_spec
+    from dray.train import train
+
+    spec = load_spec(arguments.spec, arguments.overrides)
+    ended = train(spec, storage=arguments.storage, run_name=arguments.run_name, fork=arguments.fork,
+                  address=arguments.address, verbose=arguments.verbose)
+    if arguments.json:
+        _print_json(ended.run.summary())
+    else:
+        print(format_summary(ended.run))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from dray.evaluate import evaluate
+
+    storage, name = _locate(arguments)
+    result = evaluate(storage, name, data=arguments.data, step=arguments.step, address=arguments.address,
+                      verbose=arguments.verbose)
+    if arguments.json:
+        _print_json(result)
+    else:
+        print("\n".join(f"{key:<20} {value:.6g}" if isinstance(value, float) else f"{key:<20} {value}"
+                        for key, value in result.items()))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from dray.generate import generate
+
+    storage, name = _locate(arguments)
+    texts = generate(storage, name, arguments.prompt, step=arguments.step, max_tokens=arguments.max_tokens,
+                     temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
+    if arguments.json:
+        _print_json([{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)])
+        return 0
+    for prompt, text in zip(arguments.prompt, texts, strict=True):
+        print(f"── {prompt}\n{prompt}{text}\n")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dray.export import export
+
+    storage, name = _locate(arguments)
+    step = export(storage, name, arguments.folder, step=arguments.step)
+    print(f"{arguments.folder}: step {step} of {name}, for AutoModel.from_pretrained")
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from dray.report import format_runs
+    from dray.store import list_runs
+
+    summaries = [run.summary() for run in list_runs(arguments.storage)]
+    if arguments.json:
+        _print_json(summaries)
+    else:
+        print(format_runs(summaries))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from dray.report import format_summary
+    from dray.store import Run
+
+    run = Run.open(*_locate(arguments))
+    if arguments.json:
+        _print_json(run.summary())
+    else:
+        print(format_summary(run))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from dray.report import format_verification
+    from dray.store import Run, find_checkpoint, verify_checkpoint
+
+    run = Run.open(*_locate(arguments))
+    report = verify_checkpoint(run, find_checkpoint(run, arguments.step))
+    if arguments.json:
+        _print_json(report.to_json())
+    else:
+        print(format_verification(report))
+    return 0 if report.ok else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

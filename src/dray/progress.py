@@ -1,0 +1,92 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain log lines elsewhere.
+
+Everything goes to stderr; stdout belongs to results. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+LOG_EVERY_SECONDS = 5.0
+
+
+class Display:
+    """Shows steps, validations and remarks of one run."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._bar: TaskID | None = None
+        self._logged_at = 0.0
+        self._first: tuple[int, float] | None = None
+
+    @contextmanager
+    def steps(self, num_steps: int, done: int) -> Iterator[None]:
+        """Show the steps of a run while the body runs."""
+        self._num_steps, self._first = num_steps, None
+        if not self._console.is_terminal:
+            yield
+            return
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+        with Progress(*columns, console=self._console, transient=True, refresh_per_second=4) as self._live:
+            self._bar = self._live.add_task("starting …", total=num_steps, completed=done)
+            yield
+        self._live = None
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show one row of the run's metrics."""
+        step, now = int(row["step"]), time.monotonic()
+        self._first = self._first or (step, now)
+        text = self._line(row, now)
+        if self._live is not None and self._bar is not None:
+            self._live.update(self._bar, completed=step, description=text)
+        elif now - self._logged_at >= LOG_EVERY_SECONDS or step == self._num_steps:
+            self._logged_at = now
+            self.say(text)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the metrics of one validation."""
+        shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step}  validation  {shown}")
+
+    def say(self, text: str) -> None:
+        """Show one remark on a line of its own."""
+        self._console.print(text, markup=False)
+
+    def _line(self, row: Mapping[str, Any], now: float) -> str:
+        step = int(row["step"])
+        first_step, first_time = self._first or (step, now)
+        parts = [f"step {step}/{self._num_steps}", f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+        if row.get("mfu") is not None:
+            parts.append(f"MFU {row['mfu']:.0%}")
+        if step > first_step:
+            left = (now - first_time) / (step - first_step) * (self._num_steps - step)
+            parts.append(f"ETA {format_seconds(left)}")
+        parts.append(f"{format_bytes(row['memory_bytes_max'])} a rank")
+        return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

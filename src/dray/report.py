@@ -1,0 +1,105 @@
+"""Reads the store and explains it: one run as a page, all runs as a table, a checkpoint's verification."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dray.progress import format_bytes, format_seconds
+from dray.store import CheckpointReport, Run
+
+SPARK = "▁▂▃▄▅▆▇█"
+
+
+def format_runs(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """A table of runs, one a line."""
+    if not summaries:
+        return "no runs here"
+    table = _table("run", "status", "step", "train loss", "validation", "tokens/s", "checkpoints")
+    for summary in summaries:
+        validation = summary["validation"].get("loss")
+        table.add_row(
+            summary["name"], summary["status"], f"{summary['step']}/{summary['num_steps'] or '?'}",
+            _number(summary["train_loss"]), _number(validation), _number(summary["tokens_per_second"], ",.0f"),
+            ", ".join(str(item["step"]) for item in summary["checkpoints"] if item["verified"]) or "none",
+        )
+    return _rendered(table)
+
+
+def format_summary(run: Run) -> str:
+    """One run: where it stands, its losses as a line, its validation, its attempts and checkpoints."""
+    summary, rows = run.summary(), run.metrics()
+    validation = {k: v for k, v in summary["validation"].items() if k != "step"}
+    lines = [
+        f"{summary['name']}  {summary['status']}  step {summary['step']}/{summary['num_steps'] or '?'}"
+        f"  fingerprint {summary['fingerprint'][:12]}",
+        f"  folder       {run.uri}",
+    ]
+    if summary["reason"]:
+        lines.append(f"  reason       {summary['reason']}")
+    if rows:
+        losses = [row["loss"] for row in rows]
+        seconds = sum(row["seconds"] for row in rows)
+        lines += [
+            f"  train loss   {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}",
+            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s, {rows[-1]['tokens']:,} targets in "
+            f"{format_seconds(seconds)} of steps, peak {format_bytes(max(r['memory_bytes_max'] for r in rows))} a rank",
+        ]
+    if validation:
+        at = summary["validation"].get("step")
+        lines.append(f"  validation   {'  '.join(f'{k.replace('_', ' ')} {v:.4f}' for k, v in validation.items())}  (step {at})")
+    compressors = run.record().get("compressors")
+    if compressors and "bits_per_byte" in validation:
+        others = ", ".join(f"{name} {value:.3f}" for name, value in compressors.items())
+        lines.append(f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}")
+    for attempt in summary["attempts"]:
+        lines.append(f"  attempt {attempt['attempt']:<4} {attempt['num_ranks']} ranks from step {attempt['start_step']}"
+                     f"{', ' + attempt['status'] if attempt.get('status') else ''}")
+    for item in summary["checkpoints"]:
+        state = "sound" if item["verified"] else f"unsound: {item['problem']}"
+        lines.append(f"  checkpoint   step {item['step']}  {format_bytes(item['bytes'])}  {state}")
+    return "\n".join(lines)
+
+
+def format_verification(report: CheckpointReport) -> str:
+    """The outcome of `dray verify`."""
+    lines = [f"step {report.step}  {'sound' if report.ok else 'DAMAGED'}  {report.path}"]
+    for file in report.files:
+        lines.append(f"  {file['file']}  {format_bytes(file['bytes'])}  {'ok' if file['ok'] else file['problem']}")
+    lines += [f"  {problem}" for problem in report.problems]
+    if report.ok:
+        lines += [f"  weights    {report.weights_sha256}", f"  optimizer  {report.optimizer_sha256}"]
+    return "\n".join(lines)
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Values as a line of block characters, averaged into `width` bins."""
+    finite = [value for value in values if value == value]
+    if not finite:
+        return ""
+    size = max(1, len(finite) / width)
+    bins = [finite[int(i * size): max(int(i * size) + 1, int((i + 1) * size))] for i in range(min(width, len(finite)))]
+    means = [sum(part) / len(part) for part in bins]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(SPARK[min(7, int((value - low) / span * 8))] for value in means)
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        table.add_column(header)
+    return table
+
+
+def _rendered(table: Table) -> str:
+    buffer = io.StringIO()
+    Console(file=buffer, width=160).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())

@@ -1,0 +1,265 @@
+"""The head-node driver of training: prepare, plan, open the run, start the workers, aggregate what they report.
+
+`train` runs on Ray; `train_locally` runs the same loop in this process alone. Both can be called again to resume.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dray.cluster import connect, run_workers
+from dray.corpus.prepare import Corpus, find, prepare
+from dray.errors import DrayError, Interrupted, RunFailed
+from dray.plan import Plan, Shape, local_shape, make_plan
+from dray.progress import Display
+from dray.spec import Spec
+from dray.store import Run, Trackers, build_trackers
+
+DRAIN_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call of `train` ended."""
+
+    run: Run
+    status: str
+    """`completed` or `early_stopped`; other ends raise."""
+
+
+def train(
+    spec: Spec,
+    *,
+    storage: str = "./runs",
+    run_name: str | None = None,
+    fork: str | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+    display: Display | None = None,
+) -> Ended:
+    """Run `spec` on Ray, or resume it.
+
+    Raises UserError for what the caller can mend (nothing is written), RunFailed when the workers cannot go on, and
+    Interrupted when a person stopped it (its state is saved).
+    """
+    display = display or Display()
+    Run.check_storage(storage)
+    wanted = spec.resources.max_workers * spec.resources.cpus_per_worker + spec.resources.reader_cpus
+    with connect(address, num_cpus=wanted, verbose=verbose) as connection:
+        make_plan(spec, connection.shape)  # refuses before the corpus is read
+        begun = time.monotonic()
+        corpus = find(spec, storage) or prepare(spec, storage, display.say)
+        plan = make_corpus_plan(spec, connection.shape, corpus)
+        run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
+                                 corpus=corpus.folder, corpus_key=corpus.manifest.key, fork=fork)
+        run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
+        return _drive(run, spec, plan, corpus, storage, display, _RayLauncher(verbose))
+
+
+def train_locally(
+    spec: Spec, *, storage: str = "./runs", run_name: str | None = None, corpus: Corpus | None = None,
+    shape: Shape | None = None, display: Display | None = None,
+) -> Ended:
+    """Run or resume `spec` in this process: one rank, no Ray. The corpus must have been prepared, or be given."""
+    display = display or Display()
+    spec = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
+    found = corpus or find(spec, storage)
+    if found is None:
+        raise RunFailed("the corpus is not prepared", "run `dray prepare` first; preparing needs Ray")
+    plan = make_corpus_plan(spec, shape or local_shape(), found)
+    run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
+                             corpus=found.folder, corpus_key=found.manifest.key, fork=None)
+    return _drive(run, spec, plan, found, storage, display, _LocalLauncher())
+
+
+def make_corpus_plan(spec: Spec, shape: Shape, corpus: Corpus) -> Plan:
+    """The plan with the corpus' real counts."""
+    manifest = corpus.manifest
+    return make_plan(spec, shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
+                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None)
+
+
+def _drive(run: Run, spec: Spec, plan: Plan, corpus: Corpus, storage: str, display: Display,
+           launcher: _RayLauncher | _LocalLauncher) -> Ended:
+    """Start the workers, follow them to their end, and write down how it was."""
+    from dray.worker import Job
+
+    num_steps = plan.num_steps or 0
+    newest = run.latest_checkpoint()
+    done = newest.step if newest else 0
+    if done >= num_steps:
+        display.say(f"{run.name} is complete at step {done}; a longer duration would go on")
+        return Ended(run, "completed")
+    if done:
+        display.say(f"{run.name} goes on from step {done}")
+    job = Job(spec, plan, corpus.folder, corpus.manifest, storage, run.name)
+    trackers = build_trackers(run, spec)
+    recorder = Recorder(run, plan, trackers, display)
+    run.set_status("running")
+    status = "failed"
+    try:
+        with display.steps(num_steps, done):
+            launcher.run(job, recorder)
+        status = recorder.ended or "failed"
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        run.log_event("failed", error=str(error) or type(error).__name__)
+        raise
+    finally:
+        recorder.close()
+        run.set_status("completed" if status == "early_stopped" else status)
+        trackers.finish(status)
+    if status == "interrupted":
+        saved = run.latest_checkpoint()
+        raise Interrupted(saved.step if saved else 0)
+    run.export_metrics_parquet()
+    return Ended(run, status)
+
+
+class Recorder:
+    """Turns the ranks' records into the run's metrics: one row a step once every rank has reported it."""
+
+    def __init__(self, run: Run, plan: Plan, trackers: Trackers, display: Display) -> None:
+        self._run, self._plan, self._trackers, self._display = run, plan, trackers, display
+        self._open: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+        self.ended: str | None = None
+
+    def take(self, records: Sequence[dict[str, Any]]) -> None:
+        """Take some records, in the order in which each rank sent them."""
+        rows = []
+        for record in records:
+            kind = record["kind"]
+            if kind == "step":
+                key = record["attempt"], record["step"]
+                self._open[key].append(record)
+                if len(self._open[key]) == record["num_ranks"]:
+                    rows.append(make_metrics_row(self._open.pop(key), self._plan))
+            elif kind == "validation":
+                self._run.log_metrics(rows)
+                rows = [*self._shown(rows), record]
+                self._run.log_metrics([record])
+                self._take_validation(rows.pop())
+                rows = []
+            elif kind == "ended":
+                self.ended = record["how"]
+            else:
+                self._run.log_event(kind, **{k: v for k, v in record.items() if k not in ("kind", "time")})
+        self._run.log_metrics(rows)
+        self._shown(rows)
+
+    def _shown(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for row in rows:
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+            self._trackers.log(row["step"], numbers)
+            self._display.step(row)
+        return rows
+
+    def _take_validation(self, record: dict[str, Any]) -> None:
+        values = {k: v for k, v in record.items() if k not in ("kind", "attempt", "step", "time")}
+        self._trackers.log(record["step"], {f"validation_{k}": v for k, v in values.items()})
+        self._display.validation(record["step"], values)
+
+    def close(self) -> None:
+        """Write what can still be written."""
+        self._open.clear()
+
+
+def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+    """One step's row from all ranks' records. Skew is (max − mean) / mean of the ranks' own times."""
+    first = min(records, key=lambda record: record["rank"])
+    seconds = max(record["seconds"] for record in records)
+    times = [record["seconds"] - record["wait_seconds"] for record in records]
+    waits = [record["data_wait_seconds"] for record in records]
+    mean = sum(times) / len(times)
+    per_second = first["num_tokens"] / seconds
+    peak = (plan.peak_flops_per_rank or 0.0) * len(records)
+    return {
+        "step": first["step"], "attempt": first["attempt"], "num_ranks": first["num_ranks"],
+        "loss": sum(record["loss_sum"] for record in records) / max(1, first["num_targets"]),
+        "learning_rate": first["learning_rate"], "grad_norm": first["grad_norm"], "tokens": first["tokens"],
+        "seconds": seconds, "rows_digest": first["rows_digest"], "num_targets": first["num_targets"],
+        "tokens_per_second": per_second,
+        "mfu": per_second * plan.flops_per_token_loose / peak if peak else None,
+        "mfu_strict": per_second * plan.flops_per_token_strict / peak if peak else None,
+        "step_seconds_mean": mean, "step_seconds_max": max(times), "step_seconds_skew": (max(times) - mean) / mean,
+        "data_wait_seconds_mean": sum(waits) / len(waits), "data_wait_seconds_max": max(waits),
+        "memory_bytes_mean": sum(r["memory_bytes"] for r in records) / len(records),
+        "memory_bytes_max": max(record["memory_bytes"] for record in records), "time": first["time"],
+    }
+
+
+class _LocalLauncher:
+    """The ranks' loop in this process, for tests, notebooks and machines without Ray."""
+
+    def run(self, job: Any, recorder: Recorder) -> None:
+        import torch
+
+        from dray.ranks import build_ranks, single_process
+        from dray.worker import set_threads, train_rank
+
+        class Direct:
+            def send(self, record: dict[str, Any]) -> None:
+                recorder.take([record])
+
+            def stop_requested(self) -> bool:
+                return False
+
+            def flush(self) -> None:
+                pass
+
+        device = torch.device("cuda" if torch.cuda.is_available() and job.spec.resources.gpus_per_worker else "cpu")
+        set_threads(job.spec.resources.cpus_per_worker)
+        with single_process(device):
+            ranks = build_ranks(device, timeout_seconds=1800)
+            recorder.ended = train_rank(job, ranks, lambda stream: stream.blocks(ranks.rank), Direct())
+
+
+class _RayLauncher:
+    """The ranks' loop on Ray Train workers, fed by Ray Data, reporting through an actor on the head node."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
+
+    def run(self, job: Any, recorder: Recorder) -> None:
+        import ray
+
+        from dray.ray_worker import build_data_config, build_mailbox, run_rank
+
+        mailbox = build_mailbox()
+        resources = job.spec.resources
+        failure: list[BaseException] = []
+
+        def follow() -> None:
+            try:
+                with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
+                    run_workers(
+                        run_rank, {"job": job, "mailbox": mailbox}, datasets={"rows": job},
+                        data_config=build_data_config(), num_workers=resources.workers,
+                        cpus_per_worker=resources.cpus_per_worker, gpus_per_worker=resources.gpus_per_worker,
+                        max_failures=resources.max_failures, name=job.run_name, scratch=scratch,
+                    )
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=follow, name="workers", daemon=True)
+        thread.start()
+        stops = 0
+        while thread.is_alive():
+            try:
+                thread.join(DRAIN_SECONDS)
+                recorder.take(ray.get(mailbox.take.remote()))
+            except KeyboardInterrupt:
+                stops += 1
+                if stops > 1:
+                    raise
+                mailbox.request_stop.remote()
+        recorder.take(ray.get(mailbox.take.remote()))
+        if failure:
+            raise failure[0]
