@@ -40,7 +40,7 @@ from dray.store.manifest import (
 if TYPE_CHECKING:
     import torch
 
-CHUNK_BYTES = 16 * 1024 * 1024
+CHUNK_BYTES = 8 * 1024 * 1024
 DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
           "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 """torch's names of the dtypes → safetensors' names."""
@@ -93,8 +93,9 @@ class CheckpointWriter:
         write_bytes(self.filesystem, f"{self.path}/{MANIFEST_FILE}", content)
         self._check_current()
         marker = {"manifest_sha256": make_sha256(content), "committed": datetime.now(UTC).isoformat()}
-        write_bytes(self.filesystem, f"{self.path}/{MARKER_FILE}", json.dumps(marker).encode())
-        num_bytes = len(content) + sum(file.num_bytes for file in files)
+        committed = json.dumps(marker).encode()
+        write_bytes(self.filesystem, f"{self.path}/{MARKER_FILE}", committed)
+        num_bytes = len(content) + len(committed) + sum(file.num_bytes for file in files)
         return CheckpointInfo(self.step, self.attempt, self.path, num_bytes, True, manifest.metrics)
 
     def _check_files(self, files: Sequence[RankFile]) -> None:

@@ -1,0 +1,71 @@
+"""Storage places of both kinds: a local folder, and an S3 server in this process."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dray.spec import Spec, make_spec
+from dray.store import Run, open_filesystem
+
+PLAN = {"num_steps": 50, "num_ranks": 2}
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """host:port of a real S3 server, with one bucket called `bucket`."""
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    names = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    filesystem, _ = open_filesystem(f"s3://bucket/x?{query}&allow_bucket_creation=true")
+    filesystem.create_dir("bucket")
+    yield query
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture
+def s3_storage(s3_endpoint: str) -> str:
+    return f"s3://bucket/{uuid.uuid4().hex}/runs?{s3_endpoint}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place for runs that does not exist yet, of each kind in turn."""
+    if request.param == "local":
+        return str(tmp_path / "runs")
+    place: str = request.getfixturevalue("s3_storage")
+    return place
+
+
+def make_test_spec(**sections: object) -> Spec:
+    tree: dict[str, object] = {
+        "name": "speeches", "data": {"train": "texts/*.jsonl"}, "duration": {"steps": 50},
+        "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
+    }
+    return make_spec(tree | sections)
+
+
+@pytest.fixture
+def spec() -> Spec:
+    return make_test_spec()
+
+
+@pytest.fixture
+def run(storage: str, spec: Spec) -> Run:
+    return Run.create(storage, "speeches", spec, PLAN)
+
+
+@pytest.fixture
+def local_run(tmp_path: Path, spec: Spec) -> Run:
+    return Run.create(tmp_path / "runs", "speeches", spec, PLAN)
