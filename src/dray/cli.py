@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dray import __version__
 from dray.errors import DrayError, RunFailed, SpecError, StoreError
 
 Command = Callable[[argparse.Namespace], int]
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dray", description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from one spec file.",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     init = _add(commands, "init", _init, "write a recipe to edit")
@@ -136,12 +137,6 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", help="step of the checkpoint, or `best` (default: the newest)")
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("dray")
 
 
 def _print_json(document: Any) -> None:

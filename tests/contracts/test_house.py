@@ -1,0 +1,130 @@
+"""The house: every file imports only from strictly lower levels, no cycles, and light commands stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "dray"
+
+LEVELS = {
+    "errors": 0,
+    "spec": 1,
+    "plan": 2, "order": 2, "schedule": 2,
+    "store": 3, "cluster": 3, "ranks": 3, "progress": 3,
+    "corpus": 4, "tasks": 4, "models": 4, "engine": 4,
+    "worker": 5, "trained": 5,
+    "ray_worker": 6, "export": 6, "evaluate": 6,
+    "train": 7, "generate": 7, "report": 7,
+    "cli": 8,
+}
+"""The table of docs/design.md. A room may be a file or a folder."""
+
+
+def rooms() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        if parts[0] not in ("__init__", "recipes"):
+            found.setdefault(parts[0], []).append(path)
+    return found
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names below dray that a file imports, anywhere in it, except for annotations alone."""
+    names: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("dray.") for name in names if name.startswith("dray.")}
+
+
+def test_every_room_has_a_level():
+    assert set(rooms()) == set(LEVELS)
+
+
+@pytest.mark.parametrize("room", sorted(LEVELS))
+def test_imports_go_strictly_down(room: str):
+    for path in rooms()[room]:
+        for name in imported_modules(path):
+            other = name.partition(".")[0]
+            if other != room:
+                assert LEVELS[other] < LEVELS[room], f"{path.name} (level {LEVELS[room]}) imports {name} ({LEVELS[other]})"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    modules = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        modules[name] = path
+    graph = {}
+    for name, path in modules.items():
+        targets = set()
+        for imported in imported_modules(path):
+            # `from dray.a import b` is module a.b if there is one, else module a.
+            target = imported if imported in modules else imported.rpartition(".")[0]
+            if target in modules and target != name:
+                targets.add(target)
+        graph[name] = targets
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"import circle: {' → '.join((*above, name))}"
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+FOREIGN = {"deepspeed": {"engine"}, "ray.train": {"cluster", "ray_worker"}, "ray.data": {"corpus", "ray_worker"}}
+
+
+@pytest.mark.parametrize("library", sorted(FOREIGN))
+def test_each_foreign_system_is_spoken_to_in_one_place(library: str):
+    for room, paths in rooms().items():
+        for path in paths:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                if any(name == library or name.startswith(library + ".") for name in names):
+                    assert room in FOREIGN[library], f"{path} imports {library}"
+
+
+def test_nothing_that_unpickles_is_called():
+    for paths in rooms().values():
+        for path in paths:
+            text = path.read_text(encoding="utf-8")
+            for word in ("pickle.load", "torch.load(", "yaml.load(", "trust_remote_code=True"):
+                assert word not in text, f"{path} contains {word}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "quickstart"], ["plan", "quickstart", "--shape", "2x8xH100"]])
+def test_help_and_plan_import_neither_torch_nor_ray(arguments: list[str]):
+    code = (
+        "import sys; from dray.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'deepspeed', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
