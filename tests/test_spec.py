@@ -1,0 +1,176 @@
+"""The spec: loading, overrides, identity and place, and one clear line for each kind of mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dray.errors import SpecError
+from dray.spec import Source, Spec, differing_paths, dump_spec, load_spec, make_spec, recipe_names
+
+TREE = {
+    "name": "speeches",
+    "task": "causal_lm",
+    "data": {"train": ["../shared/data/corpus_en/*.jsonl.gz"], "validation": {"share": 0.02}, "sequence_tokens": 512},
+    "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
+    "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
+    "batch": {"global_rows": 16, "micro_rows": "auto"},
+    "optimizer": {"name": "adamw", "learning_rate": 1.0e-3, "weight_decay": 0.1},
+    "schedule": {"name": "cosine", "warmup_steps": 10},
+    "regularization": {"dropout": 0.0, "label_smoothing": 0.0, "clip_grad_norm": 1.0},
+    "duration": {"steps": 50},
+    "precision": "bf16",
+    "validation": {"every_steps": 25},
+    "checkpoint": {"every_steps": 25, "keep_last": 2},
+    "resources": {"workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0},
+    "zero": {"stage": "auto", "offload": "none"},
+    "seed": 0,
+}
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    path = tmp_path / "speeches.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    return path
+
+
+def test_the_contract_example_loads_and_survives_a_round_trip(spec_file: Path):
+    spec = load_spec(spec_file)
+    assert spec.batch.global_rows == 16
+    assert make_spec(yaml.safe_load(dump_spec(spec))) == spec
+    with pytest.raises(ValueError, match="frozen"):
+        spec.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "value"),
+    [
+        ("batch.global_rows=64", "batch.global_rows", 64),
+        ("resources.workers=[2,8]", "resources.workers", (2, 8)),
+        ("zero.stage=3", "zero.stage", 3),
+        ("optimizer.learning_rate=6e-4", "optimizer.learning_rate", 6e-4),  # PyYAML reads a string
+        ("duration.epochs=2", "duration.steps", None),  # replaces its alternative
+        ("data.train=x.txt", "data.train", (Source(path="x.txt"),)),
+        ("data.train=[a.txt, {path: b.txt, weight: 2}]", "data.train", None),
+        ("regularization.clip_grad_norm=null", "regularization.clip_grad_norm", None),
+    ],
+)
+def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: str, value: object):
+    if "weight" in override:
+        with pytest.raises(SpecError, match="give every source a weight, or none"):
+            load_spec(spec_file, [override])
+        return
+    found: object = load_spec(spec_file, [override])
+    for part in section.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.globl_rows=3", "unknown key batch.globl_rows; did you mean batch.global_rows?"),
+        ("data.trian=3", "unknown key data.trian; did you mean data.train?"),
+        ("data.train={pth: 3}", "unknown key data.train.0.pth; did you mean data.train.path?"),
+        ("foo=1", "unknown key foo; known here: name, task"),
+        ("batch.global_rows=0", "batch.global_rows = 0: input should be greater than or equal to 1"),
+        ("batch.global_rows=many", "batch.global_rows = 'many': input should be a valid integer"),
+        ("resources.workers=yes", "resources.workers = True: a number is wanted, not true or false"),
+        ("resources.workers=[4,2]", "workers \\[4, 2\\]: the first must not exceed the second"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1: input should be greater than 0"),
+        ("optimizer.learning_rate=.nan", "finite"),
+        ("model.hidden_size=100", "hidden_size 100 is not a multiple of num_heads 6"),
+        ("model.num_layers=null", "`num_layers` is needed"),
+        ("zero.stage=7", "zero.stage = 7"),
+        ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher, not 0"),
+        ("precision=int8", "precision = 'int8'"),
+        ("name=a/b", "name = 'a/b'"),
+        ("name=../up", "name = '../up'"),
+        ("task=sequence_classification", "needs a `label` column"),
+        ("duration={steps: 5, epochs: 1}", "exactly one of `steps`, `epochs` and `tokens`"),
+        ("schedule.warmup_steps=51", "before the warm-up"),
+        ("tokenizer={}", "exactly one of `path` and `train`"),
+        ("data.validation={share: 2}", "data.validation.share = 2: input should be less than 1"),
+        ("batch.global_rows", "not an override; overrides read key.path=value"),
+        ("Batch.rows=1", "not an override"),
+        ("batch.global_rows=[1", "the value is not YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_where_and_what(spec_file: Path, override: str, message: str):
+    with pytest.raises(SpecError, match=message) as caught:
+        load_spec(spec_file, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not YAML"),
+        ("just words", "holds a str"),
+        ("- a\n- b", "holds a list"),
+        ("", "holds a NoneType"),
+        ("name: x", "data is missing"),
+    ],
+)
+def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        load_spec(path)
+
+
+def test_a_missing_file_and_an_unknown_recipe_get_a_way_out(tmp_path: Path):
+    with pytest.raises(SpecError, match="did you mean quickstart"):
+        load_spec("quikstart")
+    with pytest.raises(SpecError, match="no such file, and no recipe"):
+        load_spec(tmp_path / "none.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="UTF-8"):
+        load_spec(binary)
+
+
+def changed(**sections: dict[str, object]) -> Spec:
+    return make_spec({**TREE, **{name: {**TREE.get(name, {}), **values} for name, values in sections.items()}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "identical"),
+    [
+        ({"resources": {"workers": [1, 4]}}, True),
+        ({"zero": {"stage": 3, "offload": "optimizer"}}, True),
+        ({"batch": {"micro_rows": 2}}, True),
+        ({"checkpoint": {"every_steps": 1}}, True),
+        ({"validation": {"every_steps": 5}}, True),
+        ({"engine": {"compile": True}}, True),
+        ({"tracking": {"tensorboard": True}}, True),
+        ({"batch": {"global_rows": 32}}, False),
+        ({"model": {"hidden_size": 192}}, False),
+        ({"optimizer": {"learning_rate": 2e-3}}, False),
+        ({"regularization": {"dropout": 0.1}}, False),
+        ({"duration": {"steps": 60}}, False),  # a cosine without decay_steps depends on its end
+    ],
+)
+def test_the_fingerprint_covers_identity_alone(sections: dict[str, dict[str, object]], identical: bool):
+    assert (changed(**sections).fingerprint() == make_spec(TREE).fingerprint()) is identical
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"name": "constant"}, {"name": "wsd"}, {"decay_steps": 100}, {"name": "linear", "decay_steps": 80}]
+)
+def test_a_duration_may_be_extended_where_the_rate_does_not_depend_on_it(schedule: dict[str, object]):
+    short, long = changed(schedule=schedule), changed(schedule=schedule, duration={"steps": 500})
+    assert short.fingerprint() == long.fingerprint()
+
+
+def test_differing_paths_are_named():
+    a, b = make_spec(TREE).identity(), changed(model={"num_layers": 2}, optimizer={"beta2": 0.99}).identity()
+    assert differing_paths(a, b) == ["model.num_layers", "optimizer.beta2"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads(name: str):
+    assert load_spec(name).name == name
