@@ -1,0 +1,22 @@
+"""Models: transformers architectures by name and sizes or from a folder, the same weights under every ZeRO stage.
+
+`config.py` turns the spec into a transformers configuration, `initialize.py` draws the weights, `folder.py` reads and
+writes Hugging Face folders, `build.py` puts them together. Knows no DeepSpeed, reads no pickles, runs no remote code.
+"""
+
+from dray.models.build import build_model, enable_activation_checkpointing, num_parameters, parameter_groups
+from dray.models.config import make_config
+from dray.models.folder import LoadReport, save_pretrained_folder
+from dray.models.initialize import initialize_weights, restore_rotary_buffers
+
+__all__ = [
+    "LoadReport",
+    "build_model",
+    "enable_activation_checkpointing",
+    "initialize_weights",
+    "make_config",
+    "num_parameters",
+    "parameter_groups",
+    "restore_rotary_buffers",
+    "save_pretrained_folder",
+]

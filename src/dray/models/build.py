@@ -1,0 +1,90 @@
+"""A live model from a spec: constructed without random numbers, then initialised or loaded one module at a time.
+
+DeepSpeed is not known here: its two context managers for ZeRO-3 come in as arguments, and no rank ever holds the whole
+model under them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from dray.models.config import auto_class, find_folder, make_config
+from dray.models.folder import load_folder
+from dray.models.initialize import Gathering, initialize_weights, no_gathering, restore_rotary_buffers
+from dray.spec import Spec
+
+logger = logging.getLogger("dray.models")
+
+
+def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
+                eos_token_id: int | None = None, labels: Sequence[str] = (),
+                constructing: AbstractContextManager[Any] | None = None, gathering: Gathering = no_gathering,
+                initial_weights: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """The spec's model for the spec's task: a transformers PreTrainedModel on the CPU, or where `constructing` puts it.
+
+    `vocab_size` and the token ids are the tokeniser's. `constructing` is entered around the constructor, `gathering`
+    around parameters while their values are set (ZeRO-3: `deepspeed.zero.Init` and `GatheredParameters(…,
+    modifier_rank=0)`). Without `initial_weights` the parameters are left as they come from the allocator, for a restore
+    to fill. What became of a folder's weights is logged, and kept as `model.load_report`. Raises SpecError.
+    """
+    config = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
+                         eos_token_id=eos_token_id, labels=labels)
+    model = _construct(config, spec.task, constructing or nullcontext(), dtype)
+    if not initial_weights:
+        model.tie_weights()
+        restore_rotary_buffers(model)
+    elif spec.model.path is None:
+        initialize_weights(model, spec.seed, gathering)
+    else:
+        report = load_folder(model, find_folder(spec.model.path), spec.seed, gathering)
+        model.load_report = report
+        logger.info("%s", report)
+    return model
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once, partitioned ones in full."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters as the optimiser's groups: with weight decay, and (norms, biases, embeddings) without.
+
+    A head tied to the embedding counts as embedding. Works on partitioned parameters: it goes by the kind of the module
+    and the full shape. Empty groups are left out.
+    """
+    spared: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
+        is_spared = isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            num_dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            flat = num_dimensions < 2 or name.endswith("bias") or "embedding" in name
+            (spared if is_spared or flat else decayed).append(parameter)
+    order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    for group in groups:
+        group["params"].sort(key=lambda parameter: order[id(parameter)])  # type: ignore[attr-defined]
+    return [group for group in groups if group["params"]]
+
+
+def _construct(config: Any, task: str, constructing: AbstractContextManager[Any], dtype: torch.dtype) -> Any:
+    from transformers.initialization import no_init_weights
+
+    with torch.random.fork_rng(devices=[]), no_init_weights(), constructing:
+        return auto_class(task).from_config(config, dtype=dtype, trust_remote_code=False)

@@ -1,0 +1,273 @@
+"""From the spec's model section to a transformers configuration: any architecture by name and sizes, or a folder's own.
+
+Refuses what would otherwise train silently wrong: unknown architectures and options, sizes that contradict a folder's,
+a vocabulary that is not the tokeniser's, rows longer than the positions, quantised or pickled weights, remote code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dray.errors import SpecError
+from dray.spec import Spec
+
+HUB_SCHEME = "hf://"
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Architectures whose feed-forward block is gated although its activation is not SiLU.
+_GATED_PREFIXES = ("gemma", "modernbert", "t5gemma", "vaultgemma")
+_UNGATED_SILU = ("mamba", "mamba2", "falcon_mamba")
+# Their positions are counted from the padding id on, so the table needs as many rows more.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
+                     "xmod", "mpnet", "longformer")
+_INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "d_inner", "ffn_hidden_size")
+_TASK_CLASSES = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
+
+
+def make_config(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
+                eos_token_id: int | None = None, labels: Sequence[str] = ()) -> Any:
+    """The transformers configuration of the spec's model for the spec's task.
+
+    `vocab_size` is the tokeniser's; `labels` name the classes. Raises SpecError.
+    """
+    if spec.model.path is not None:
+        config = _folder_config(spec, vocab_size)
+    else:
+        config = _sized_config(spec, vocab_size, pad_token_id)
+    _set_token_ids(config, spec.task, pad_token_id, eos_token_id)
+    if spec.task == "causal_lm":
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True  # BERT and its kin look both ways unless told
+    else:
+        config.num_labels = spec.model.num_labels or num_labels
+        config.problem_type = "single_label_classification"
+        if len(labels) == config.num_labels:
+            config.id2label = {index: str(label) for index, label in enumerate(labels)}
+            config.label2id = {str(label): index for index, label in enumerate(labels)}
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    model_class = auto_class(spec.task)._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise SpecError("model", f"{config.model_type} has no {spec.task} model",
+                        "the architecture must serve the task", _nearest(config.model_type, _names_for(spec.task)))
+    classes = model_class if isinstance(model_class, (list, tuple)) else (model_class,)
+    config.architectures = [classes[0].__name__]
+    return config
+
+
+def auto_class(task: str) -> Any:
+    """The transformers class that builds a task's models."""
+    import transformers
+
+    return getattr(transformers, _TASK_CLASSES[task])
+
+
+def find_folder(path: str) -> Path:
+    """The local folder of `model.path`; `hf://owner/name` is fetched from the hub into its cache. Raises SpecError."""
+    if not path.startswith(HUB_SCHEME):
+        folder = Path(path)
+        if not folder.is_dir():
+            raise SpecError("model.path", f"{path}: no such folder", "a Hugging Face folder is wanted",
+                            f"`dray export` writes one; a model on the hub reads {HUB_SCHEME}owner/name")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:  # no pickles: only configurations, tokenisers and safetensors are fetched
+        patterns = ["*.json", "*.safetensors", "*.txt"]
+        return Path(snapshot_download(path.removeprefix(HUB_SCHEME), allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises its own, requests' and the system's
+        raise SpecError("model.path", f"{path} cannot be fetched ({type(error).__name__}: {error})") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, whole or sharded. Raises SpecError."""
+    index = folder / SAFETENSORS_INDEX
+    if (folder / SAFETENSORS).is_file():
+        return [folder / SAFETENSORS]
+    if not index.is_file():
+        raise SpecError("model.path", f"{folder} holds no {SAFETENSORS}",
+                        "weights are read from safetensors, never pickles",
+                        "save the model with transformers' save_pretrained, or `dray export`")
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise SpecError("model.path", f"{index} lists {name}, which is not in the folder",
+                            "the folder must be whole")
+    return [folder / name for name in names]
+
+
+def default_intermediate_size(model_type: str, hidden_size: int, activation: str = "") -> int:
+    """Width of the feed-forward block: 8/3 of the hidden size where it is gated, else 4 times: as many weights."""
+    gated = activation in ("silu", "swish", "swiglu") and model_type not in _UNGATED_SILU
+    return hidden_size * 8 // 3 if gated or model_type.startswith(_GATED_PREFIXES) else hidden_size * 4
+
+
+def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    model, known = spec.model, _names_for(spec.task)
+    if model.architecture not in CONFIG_MAPPING:
+        raise SpecError("model.architecture", f"{model.architecture!r} is unknown to transformers",
+                        way_out=_nearest(str(model.architecture), known))
+    rows = model.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise SpecError(f"model.vocab_size = {rows}", f"the tokeniser has {vocab_size} tokens",
+                        "every token needs a row of the embedding", f"leave it out, or give {vocab_size} or more")
+    positions = model.max_positions or spec.data.sequence_tokens
+    if positions < spec.data.sequence_tokens:
+        raise SpecError(f"model.max_positions = {positions}", f"data.sequence_tokens is {spec.data.sequence_tokens}",
+                        "a row must fit the model", f"give {spec.data.sequence_tokens} or more")
+    if model.architecture in _OFFSET_POSITIONS:
+        positions += (pad_token_id or 0) + 1
+    default = CONFIG_MAPPING[model.architecture]()
+    hidden, heads = int(model.hidden_size or 0), int(model.num_heads or 0)
+    fields: dict[str, Any] = {
+        "vocab_size": rows, "hidden_size": hidden, "num_hidden_layers": model.num_layers, "num_attention_heads": heads,
+        "num_key_value_heads": model.num_kv_heads or heads, "head_dim": hidden // heads,
+        "max_position_embeddings": positions, "tie_word_embeddings": model.tie_embeddings,
+    }
+    settable = set(default.to_dict()) | set(default.attribute_map)
+    fields = {name: value for name, value in fields.items() if name in settable}
+    if model.num_kv_heads not in (None, heads) and "num_key_value_heads" not in fields:
+        raise SpecError(f"model.num_kv_heads = {model.num_kv_heads}", f"{model.architecture} has no grouped heads",
+                        way_out="leave it out")
+    fields |= _intermediate(spec, default) | _dropouts(default, spec.regularization.dropout)
+    # Ids of the architecture's own tokeniser may lie outside this one's vocabulary.
+    fields |= dict.fromkeys(_token_id_fields(default), 0)
+    fields |= _checked_options(spec, default)
+    return _constructed(type(default), fields)
+
+
+def _constructed(config_class: Any, fields: dict[str, Any]) -> Any:
+    renamed = {config_class.attribute_map.get(name, name): value for name, value in fields.items()}
+    try:
+        return config_class(**renamed)
+    except Exception as error:  # transformers validates with classes of several packages
+        raise SpecError("model", f"{config_class.model_type} refuses these settings ({error})") from error
+
+
+def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
+    name = next((name for name in _INTERMEDIATE_NAMES if hasattr(default, name)), None)
+    if name is None:
+        if spec.model.intermediate_size is None:
+            return {}
+        raise SpecError(f"model.intermediate_size = {spec.model.intermediate_size}",
+                        f"{spec.model.architecture} has a fixed one", way_out="leave it out")
+    activation = getattr(default, "hidden_act", None) or ""
+    width = default_intermediate_size(default.model_type, int(spec.model.hidden_size or 0), activation)
+    return {name: spec.model.intermediate_size or width}
+
+
+def _dropouts(config: Any, probability: float) -> dict[str, Any]:
+    """Every dropout probability of a configuration; not the dropping of whole layers."""
+    return {
+        name: probability for name, value in config.to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and "layer" not in name and "path" not in name
+        and (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)))
+    }
+
+
+def _token_id_fields(config: Any) -> list[str]:
+    return [name for name in config.to_dict() if name.endswith("_token_id")]
+
+
+def _set_token_ids(config: Any, task: str, pad_token_id: int | None, eos_token_id: int | None) -> None:
+    """The tokeniser's ids; ids of tokens that it has no word for are left out, or the end of text if that is refused."""
+    ids = dict.fromkeys(_token_id_fields(config)) | {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    if task == "causal_lm" and pad_token_id == eos_token_id and config.model_type not in _OFFSET_POSITIONS:
+        # nn.Embedding never trains its padding row, and the end of a document must be learnt. Classifiers keep it:
+        # decoders are pooled at the last token that is not padding.
+        ids["pad_token_id"] = None
+    for name, value in ids.items():
+        try:
+            setattr(config, name, value)
+        except Exception:  # a few architectures' configurations insist on a number
+            setattr(config, name, eos_token_id or 0)
+
+
+def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
+    known = [name for name in default.to_dict() if not name.startswith("_")] + list(default.attribute_map)
+    for name in spec.model.options:
+        if not hasattr(default, name):
+            raise SpecError(f"model.options.{name}", f"no field of {type(default).__name__}",
+                            way_out=_nearest(name, known))
+    return dict(spec.model.options)
+
+
+def _folder_config(spec: Spec, vocab_size: int) -> Any:
+    from transformers import AutoConfig
+
+    folder = find_folder(str(spec.model.path))
+    weight_files(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # json's, transformers' and the system's
+        raise SpecError("model.path", f"{folder}: config.json cannot be used ({error})",
+                        "an architecture that transformers knows is wanted; remote code is never run") from error
+    if getattr(config, "quantization_config", None):
+        raise SpecError("model.path", f"{folder} holds quantised weights", "training starts from full ones")
+    _check_folder_sizes(spec, config)
+    _check_folder_vocabulary(spec, config, folder, vocab_size)
+    for name, value in (_dropouts(config, spec.regularization.dropout) | _checked_options(spec, config)).items():
+        setattr(config, name, value)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type in _OFFSET_POSITIONS:
+        limit -= (config.pad_token_id or 0) + 1
+    if limit is not None and limit < spec.data.sequence_tokens:
+        raise SpecError(f"data.sequence_tokens = {spec.data.sequence_tokens}", f"{folder} takes rows of {limit} tokens",
+                        way_out=f"give {limit} or fewer")
+    return config
+
+
+def _check_folder_sizes(spec: Spec, config: Any) -> None:
+    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+             "num_kv_heads": "num_key_value_heads"}
+    names |= {name: name for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    for ours, theirs in names.items():
+        wanted, there = getattr(spec.model, ours), getattr(config, theirs, None)
+        if wanted is not None and there is not None and wanted != there:
+            raise SpecError(f"model.{ours} = {wanted}", f"{spec.model.path} has {there}",
+                            "the folder decides its sizes", "leave it out")
+
+
+def _check_folder_vocabulary(spec: Spec, config: Any, folder: Path, vocab_size: int) -> None:
+    """The weights mean something under the tokeniser that they were trained with, and under no other."""
+    mend = f"use its own: tokenizer.path={spec.model.path}"
+    if spec.tokenizer.train is not None:
+        raise SpecError("tokenizer.train", f"model.path = {spec.model.path} was trained with another tokeniser",
+                        "weights and tokeniser belong together", mend)
+    own, ours = _read_vocabulary(folder), _read_vocabulary(Path(str(spec.tokenizer.path)))
+    if own and ours and own != ours:
+        raise SpecError("tokenizer.path", f"{spec.tokenizer.path} is not the tokeniser of {folder}",
+                        "weights and tokeniser belong together", mend)
+    # More rows than tokens are padding, if this is indeed the folder's tokeniser.
+    if config.vocab_size < vocab_size or (config.vocab_size > vocab_size and not own):
+        raise SpecError("model.path", f"{folder} has {config.vocab_size} tokens, the tokeniser {vocab_size}",
+                        "weights and tokeniser belong together", mend)
+
+
+def _read_vocabulary(folder: Path) -> Any:
+    """Tokens and merges of a folder's tokenizer.json; None if there is none."""
+    try:
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return model.get("vocab"), model.get("merges")
+
+
+def _names_for(task: str) -> list[str]:
+    from transformers.models.auto import modeling_auto
+
+    names: Iterable[str] = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if task == "causal_lm"
+                            else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    return sorted(names)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    usual = [name for name in ("llama", "gpt2", "bert", "modernbert", "distilbert") if name in known] or known[:5]
+    return f"did you mean {' or '.join(near)}?" if near else f"e.g. {', '.join(usual)}"

@@ -1,0 +1,99 @@
+"""Initial weights as a pure function of (model, seed): bit for bit the same under every ZeRO stage and number of ranks.
+
+Every module draws from a generator of its own, seeded by the run's seed and the module's name, through the
+architecture's own initialisation. It draws in fp32 on the CPU, whatever the precision and device of the parameters. No
+random state outside is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+Gathering = Callable[[list[Any]], AbstractContextManager[Any]]
+"""Makes partitioned parameters whole for a while; on leaving, rank 0's values become everyone's."""
+
+
+def no_gathering(parameters: list[Any]) -> AbstractContextManager[Any]:
+    """For parameters that every rank holds whole."""
+    return nullcontext()
+
+
+def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gathering) -> None:
+    """Draw the initial weights of a transformers model, one module at a time, children before parents.
+
+    Parents come last because some set their children's weights anew (GPT-2 scales its residual projections).
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name, module, initialize in _modules(model, "", model._init_weights):
+            parameters = _reached_parameters(module)
+            torch.default_generator.manual_seed(_module_seed(seed, name))
+            if not parameters:
+                initialize(module)
+                continue
+            with gathering(parameters):
+                if draws_here(parameters[0]):
+                    with _in_fp32_on_cpu(parameters):
+                        initialize(module)
+    model.tie_weights()
+    restore_rotary_buffers(model)
+
+
+def restore_rotary_buffers(model: nn.Module) -> None:
+    """Recompute rotary frequencies in fp32: in half precision positions beyond a few hundred lose their distinctness.
+
+    For use after anything that casts a whole model (`model.bfloat16()`, DeepSpeed's initialisation in bf16 and fp16).
+    """
+    for module in model.modules():
+        if "RotaryEmbedding" not in type(module).__name__ or not hasattr(module, "config"):
+            continue
+        fresh: Any = type(module)(module.config)
+        for name, buffer in fresh.named_buffers(recurse=False):
+            device = getattr(module, name).device
+            setattr(module, name, buffer.to(device) if buffer.is_floating_point() else buffer)
+
+
+def draws_here(parameter: Any) -> bool:
+    """Whether this rank's values count: of a partitioned parameter rank 0's are taken by all."""
+    partitioned = hasattr(parameter, "ds_id")
+    return not (partitioned and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0)
+
+
+def _module_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _modules(module: nn.Module, name: str, initialize: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every module after its children, with the initialisation of the nearest transformers model above it."""
+    from transformers import PreTrainedModel
+
+    for child_name, child in module.named_children():
+        inner = child._init_weights if isinstance(child, PreTrainedModel) else initialize
+        yield from _modules(child, f"{name}.{child_name}" if name else child_name, inner)
+    yield name, module, initialize
+
+
+def _reached_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What a module's initialisation may touch: its own parameters and its children's."""
+    children = (parameter for child in module.children() for parameter in child.parameters(recurse=False))
+    return list(dict.fromkeys([*module.parameters(recurse=False), *children]))
+
+
+@contextmanager
+def _in_fp32_on_cpu(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Stand-ins to draw into, copied back at the end, so that the bits depend on neither precision nor device."""
+    elsewhere = [p for p in parameters if p.device.type != "cpu" or p.dtype != torch.float32]
+    homes = [parameter.data for parameter in elsewhere]
+    for parameter, home in zip(elsewhere, homes, strict=True):
+        parameter.data = home.to("cpu", torch.float32)
+    try:
+        yield
+    finally:
+        for parameter, home in zip(elsewhere, homes, strict=True):
+            home.copy_(parameter.data)
+            parameter.data = home

@@ -1,0 +1,36 @@
+"""Columns of token shards as tensors, without a Python loop over rows.
+
+Refuses tables without the columns that every token shard has (KeyError).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+
+def token_matrix(table: pa.Table) -> Tensor:
+    """`input_ids`, a fixed-size list of unsigned integers, as int64 [rows, sequence_tokens]."""
+    column = table.column("input_ids")
+    width = column.type.list_size
+    parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk)]
+    flat = np.concatenate([part.astype(np.int64) for part in parts]) if parts else np.empty(0, dtype=np.int64)
+    return torch.from_numpy(flat).view(-1, width)
+
+
+def integer_column(table: pa.Table, name: str) -> Tensor:
+    """A column of integers as int64 [rows]."""
+    return torch.from_numpy(table.column(name).to_numpy().astype(np.int64))
+
+
+def real_rows(table: pa.Table) -> Tensor:
+    """Which rows are rows of the corpus and not padding, as bool [rows]; all, if the table has no `row_id`."""
+    if "row_id" not in table.column_names:
+        return torch.ones(table.num_rows, dtype=torch.bool)
+    return integer_column(table, "row_id") >= 0
