@@ -71,13 +71,14 @@ class Trackers:
     def finish(self, status: str) -> None:
         """Finish every member, whatever the others do, and wait for them for a bounded time in all."""
         self._put(lambda member: member.finish(status))
+        for waiting in self._queues.values():
+            with suppress(queue.Full):  # a thread that does not make room is reported below
+                waiting.put_nowait(None)
         deadline = time.monotonic() + self._finish_seconds
         for name, thread in self._threads.items():
-            with suppress(queue.Full):  # a thread that does not make room is reported below
-                self._queues[name].put(None, timeout=max(0.0, deadline - time.monotonic()))
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.01, deadline - time.monotonic()))
             if thread.is_alive():
-                self._report(name, TimeoutError(f"did not finish within {self._finish_seconds:.0f} s"))
+                self._report(name, TimeoutError(f"did not finish within {self._finish_seconds:g} s"))
         self._threads, self._queues = {}, {}
 
     def _put(self, call: Callable[[Tracker], None]) -> None:
@@ -231,7 +232,7 @@ class WandbTracker:
     def start(self, run_name: str, spec: Mapping[str, Any]) -> None:
         os.makedirs(self._folder, exist_ok=True)
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        settings = self._module.Settings(console="off", silent=True, start_method="thread")
+        settings = self._module.Settings(console="off", silent=True)
         self._live = self._module.init(
             project=self._project, name=run_name, config=dict(spec), dir=self._folder, mode=mode, settings=settings,
             id=f"{self._run.fingerprint[:8]}-{run_name}"[:64], resume="allow")
