@@ -1,0 +1,103 @@
+"""From the text of documents to cleaned text: Unicode normalisation, filters, a hash that finds equal documents.
+
+Works on Arrow arrays, a block at a time; a dropped document is counted by reason. It never looks at a language.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dray.spec import Cleaning
+
+Mask = npt.NDArray[np.bool_]
+Hashes = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """The documents that were kept, and why others were not."""
+
+    texts: pa.Array
+    labels: pa.Array | None
+    dropped: Counter[str]
+
+
+def clean(texts: pa.Array, labels: pa.Array | None, rules: Cleaning) -> Cleaned:
+    """Normalise and filter documents (large_string); labels go along."""
+    texts = normalize(texts, rules.normalize)
+    keep = np.ones(len(texts), bool)
+    dropped: Counter[str] = Counter()
+    for reason, mask in _failures(texts, rules):
+        dropped[reason] += int((mask & keep).sum())
+        keep &= ~mask
+    if not keep.all():
+        chosen = pa.array(keep)
+        texts, labels = texts.filter(chosen), labels.filter(chosen) if labels is not None else None
+    return Cleaned(texts, labels, +dropped)
+
+
+def normalize(texts: pa.Array, form: str) -> pa.Array:
+    """Unicode normal form of every document. ASCII is in every form already, so most documents are left alone."""
+    if form == "none":
+        return texts
+    other = pc.invert(pc.string_is_ascii(texts))
+    if not pc.any(other).as_py():
+        return texts
+    return pc.replace_with_mask(texts, other, pc.utf8_normalize(texts.filter(other), form=form))
+
+
+def _failures(texts: pa.Array, rules: Cleaning) -> list[tuple[str, Mask]]:
+    """(reason, documents that fail it), in the order in which reasons are counted."""
+    found: list[tuple[str, Mask]] = []
+    if rules.min_chars or rules.max_chars:
+        lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False)
+        found.append(("too_short", lengths < rules.min_chars))
+        if rules.max_chars is not None:
+            found.append(("too_long", lengths > rules.max_chars))
+    if rules.min_alphanumeric_share > 0:
+        letters = pc.count_substring_regex(texts, r"[\p{L}\p{N}]").to_numpy(zero_copy_only=False)
+        visible = pc.count_substring_regex(texts, r"[^\s\p{Z}]").to_numpy(zero_copy_only=False)
+        found.append(("few_letters", letters < rules.min_alphanumeric_share * visible))
+    if rules.max_repeated_line_share < 1:
+        shares = np.array([repeated_line_share(text) for text in texts.to_pylist()], float)
+        found.append(("repeated_lines", shares > rules.max_repeated_line_share))
+    return found
+
+
+def repeated_line_share(text: str) -> float:
+    """Share of the characters that lie in lines already seen in the text; blank lines do not count."""
+    seen: set[str] = set()
+    total = repeated = 0
+    for line in text.split("\n"):
+        line = line.strip()
+        total += len(line)
+        if line in seen:
+            repeated += len(line)
+        seen.add(line)
+    return repeated / total if total else 0.0
+
+
+def hash_texts(texts: pa.Array) -> tuple[Hashes, Hashes]:
+    """128 bits of each text's XXH3, as high and low halves."""
+    import xxhash
+
+    digest = xxhash.xxh3_128_digest
+    _, offsets, data = texts.buffers()
+    if not len(texts):
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset:texts.offset + len(texts) + 1].tolist()
+    view = memoryview(data) if data is not None else memoryview(b"")
+    joined = b"".join([digest(view[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)])
+    halves = np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
+    return halves[:, 0].copy(), halves[:, 1].copy()
+
+
+def held_out(low: Hashes, share: float) -> Mask:
+    """The documents of a held-out share: a document's side depends on its text alone."""
+    return low < np.uint64(int(share * 2**64))

@@ -1,0 +1,156 @@
+"""The manifest of a prepared corpus: what its token shards hold and where they came from.
+
+Written last, so that its presence means that the corpus is complete. It holds no time and no name of a machine: the same
+inputs and settings give the same bytes. Refuses manifests of another version.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pyarrow import fs as pafs
+
+from dray.errors import CorpusError
+from dray.store.filesystem import read_bytes
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Record):
+    """One Arrow IPC file of rows."""
+
+    file: str
+    """Path below the corpus folder."""
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+class SourceRows(_Record):
+    """The rows of one source, numbered 0.. through its shards in order."""
+
+    name: str
+    weight: float | None
+    num_rows: int
+    num_documents: int
+    num_tokens: int
+    """Tokens in the rows, padding excluded."""
+    num_text_bytes: int
+    """UTF-8 bytes of the cleaned text in these rows."""
+    shards: tuple[Shard, ...]
+
+
+class Split(_Record):
+    """The training or the validation rows: those of one source after the other."""
+
+    sources: tuple[SourceRows, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(source.num_rows for source in self.sources)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(source.num_documents for source in self.sources)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(source.num_tokens for source in self.sources)
+
+    @property
+    def num_text_bytes(self) -> int:
+        return sum(source.num_text_bytes for source in self.sources)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the token shards."""
+        return sum(shard.num_bytes for source in self.sources for shard in source.shards)
+
+
+class SourceFile(_Record):
+    """One input file as it was read."""
+
+    path: str
+    num_bytes: int
+    """Size on storage, compressed if it is."""
+    sha256: str
+    """Of the file as it lies on storage."""
+    num_documents: int
+    """Documents read from it, before cleaning and deduplication."""
+    num_bad: int
+    """Records in it that could not be read; they are listed in quarantine.jsonl."""
+
+
+class Packing(_Record):
+    """How well documents fill the training rows."""
+
+    utilization: float
+    """Share of the token slots that hold a token rather than padding."""
+    num_cut_documents: int
+    """Documents longer than a row, which go on in another row (language modelling only)."""
+    num_truncated_documents: int
+    """Documents longer than a row, whose end is lost (tasks with one document a row)."""
+    num_truncated_tokens: int
+
+
+class Manifest(_Record):
+    """A whole prepared corpus."""
+
+    version: int
+    key: str
+    sequence_tokens: int
+    group_rows: int
+    """Rows in a group, the unit of reading: one Arrow record batch. Only the last group of a source may be shorter."""
+    vocab_size: int
+    pad_token_id: int
+    eos_token_id: int | None
+    encoder: str
+    """What encoded the text: `gigatoken` where a check proved its ids equal, else `tokenizers` or `transformers`."""
+    labels: tuple[str, ...]
+    """Names of the classes in the order of their ids; empty for tasks without labels."""
+    train: Split
+    validation: Split | None
+    source_files: tuple[SourceFile, ...]
+    dropped: dict[str, int]
+    """Documents that were left out, by reason."""
+    num_records: int
+    """Records read: documents and bad ones."""
+    num_bad: int
+    packing: Packing
+    shuffle_seed: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all token shards."""
+        return self.train.num_bytes + (self.validation.num_bytes if self.validation else 0)
+
+    @property
+    def num_source_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.source_files)
+
+
+def load_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest:
+    """The manifest of the corpus in a folder. Raises CorpusError if there is none, or it is of another version."""
+    path = f"{folder}/{MANIFEST}"
+    try:
+        tree = json.loads(read_bytes(filesystem, path))
+        version = tree.get("version") if isinstance(tree, dict) else None
+        if version != VERSION:
+            raise CorpusError(path, f"is of version {version}", f"this dray reads version {VERSION}", "prepare it again")
+        return Manifest.model_validate(tree)
+    except FileNotFoundError as error:
+        raise CorpusError(folder, "holds no prepared corpus", f"a complete corpus has a {MANIFEST}",
+                          "`dray prepare` makes one") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise CorpusError(path, "is not a manifest", "it is written by `dray prepare`", "delete the folder") from error
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON, the same bytes for the same content."""
+    return (json.dumps(manifest.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n").encode()

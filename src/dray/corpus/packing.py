@@ -1,0 +1,143 @@
+"""From documents to rows: best-fit packing for language modelling, one document a row for tasks with labels.
+
+Pure numpy. A document longer than a row is cut into full rows and a remainder; remainders and short documents are packed
+best-fit, longest first. Nothing is lost in packing; what is cut off in one-document rows is counted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens, padded at the end."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    """[num_rows, sequence_tokens]"""
+    num_tokens: npt.NDArray[np.int32]
+    """[num_rows]: tokens before the padding."""
+    num_cut_documents: int = 0
+    num_truncated_documents: int = 0
+    num_truncated_tokens: int = 0
+
+
+def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
+    """The row of each piece and the number of rows: longest first, each into the fullest row that still has room.
+
+    Pieces of one length are dealt together to rows of one fill: the work is at most O(n log n), and far less when many
+    pieces have the same length. Lengths lie in 1..capacity.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    sizes, counts = np.unique(lengths, return_counts=True)
+    rows_of_sorted = np.empty(len(lengths), np.int64)
+    free: dict[int, list[int]] = {}  # room left → rows that have it
+    rooms: list[int] = []  # the keys of `free`, sorted
+    num_rows = done = 0
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            place = bisect_left(rooms, size)
+            room = rooms[place] if place < len(rooms) else capacity
+            # A row that took a piece is now the fullest that has room, so it takes as many as fit.
+            each = room // size
+            wanted = -(-count // each)
+            if place < len(rooms):
+                taken = free[room][-wanted:]
+                del free[room][-wanted:]
+                if not free[room]:
+                    del free[room], rooms[place]
+            else:
+                taken = list(range(num_rows, num_rows + wanted))
+                num_rows += wanted
+            placed = min(count, len(taken) * each)
+            rows_of_sorted[done:done + placed] = np.repeat(taken, each)[:placed]
+            done, count = done + placed, count - placed
+            last = placed - (len(taken) - 1) * each
+            for rows, left in ((taken[:-1], room - each * size), (taken[-1:], room - last * size)):
+                if left and rows:
+                    if left not in free:
+                        free[left] = []
+                        insort(rooms, left)
+                    free[left] += rows
+    rows_of_piece = np.empty(len(lengths), np.int64)
+    rows_of_piece[order] = rows_of_sorted
+    return rows_of_piece, num_rows
+
+
+def pack(tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, pad_token_id: int) -> Rows:
+    """Documents (`tokens` end to end, `lengths` each) in as few rows as best-fit finds."""
+    full, rest = lengths // capacity, lengths % capacity
+    starts = np.cumsum(lengths) - lengths
+    num_full = int(full.sum())
+    # Full rows first: row k of a document starts k rows into it.
+    first = np.repeat(starts, full)
+    nth = np.arange(num_full) - np.repeat(np.cumsum(full) - full, full)
+    piece_starts = np.concatenate([first + nth * capacity, (starts + full * capacity)[rest > 0]])
+    rests = rest[rest > 0]
+    piece_lengths = np.concatenate([np.full(num_full, capacity), rests])
+    packed, num_packed = best_fit(rests, capacity)
+    row_of_piece = np.concatenate([np.arange(num_full), packed + num_full])
+    order = np.argsort(row_of_piece, kind="stable")
+    num_rows = num_full + num_packed
+    num_tokens = np.bincount(row_of_piece, weights=piece_lengths, minlength=num_rows).astype(np.int32)
+    gathered = gather(tokens, piece_starts[order], piece_lengths[order])
+    return Rows(_fill(gathered, num_tokens, capacity, pad_token_id), num_tokens,
+                num_cut_documents=int((lengths > capacity).sum()))
+
+
+def one_a_row(tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, pad_token_id: int,
+              prefix: tuple[int, ...], suffix: tuple[int, ...]) -> Rows:
+    """A document a row between `prefix` and `suffix`; the end of a longer document is cut off and counted."""
+    room = capacity - len(prefix) - len(suffix)
+    kept = np.minimum(lengths, room)
+    starts = np.cumsum(lengths) - lengths
+    content = _fill(gather(tokens, starts, kept), kept.astype(np.int32), capacity, pad_token_id)
+    rows = np.full((len(lengths), capacity), pad_token_id, tokens.dtype)
+    rows[:, :len(prefix)] = prefix
+    rows[:, len(prefix):] = content[:, :capacity - len(prefix)]
+    for index, token in enumerate(suffix):
+        rows[np.arange(len(rows)), len(prefix) + kept + index] = token
+    return Rows(rows, (kept + len(prefix) + len(suffix)).astype(np.int32),
+                num_truncated_documents=int((lengths > room).sum()), num_truncated_tokens=int((lengths - kept).sum()))
+
+
+def gather(tokens: npt.NDArray[np.unsignedinteger], starts: Ints, lengths: Ints) -> npt.NDArray[np.unsignedinteger]:
+    """The pieces of `tokens` end to end."""
+    if not len(starts):
+        return tokens[:0]
+    if lengths.sum() >= 32 * len(starts):  # long pieces: one copy each
+        bounds = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        return np.concatenate([tokens[start:stop] for start, stop in bounds])
+    ends = np.cumsum(lengths)
+    return tokens[np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)]
+
+
+def _fill(tokens: npt.NDArray[np.unsignedinteger], num_tokens: npt.NDArray[np.int32], capacity: int,
+          pad_token_id: int) -> npt.NDArray[np.unsignedinteger]:
+    """Tokens end to end as a padded matrix."""
+    rows = np.full((len(num_tokens), capacity), pad_token_id, tokens.dtype)
+    rows[np.arange(capacity, dtype=np.int32) < num_tokens[:, None]] = tokens
+    return rows
+
+
+def order_by_length(num_tokens: npt.NDArray[np.int32], group_rows: int, window_groups: int,
+                    rng: np.random.Generator) -> Ints:
+    """An order of rows in which each group holds rows of like length, and groups come in random order.
+
+    Rows are taken as they come (already shuffled), sorted by length inside windows of `window_groups` groups and cut into
+    groups. What does not fill a group stays at the end.
+    """
+    num_full = len(num_tokens) // group_rows * group_rows
+    order = np.arange(len(num_tokens))
+    window = window_groups * group_rows
+    for start in range(0, num_full, window):
+        stop = min(start + window, num_full)
+        order[start:stop] = start + np.argsort(num_tokens[start:stop], kind="stable")
+    groups = order[:num_full].reshape(-1, group_rows)
+    return np.concatenate([groups[rng.permutation(len(groups))].reshape(-1), order[num_full:]])

@@ -1,0 +1,409 @@
+"""The pieces of work that preparing a corpus is cut into, each a pure function of files to files.
+
+    read_part         input files   → chunks: token ids, document lengths, hashes; quarantine
+    find_duplicates   hashes        → the documents to leave out, one hash partition at a time
+    pack_chunk        chunk         → rows in random order
+    merge_rows        slices of all chunks' rows → one token shard
+
+Each writes its files whole and then a record that names them: work whose record is there is never done again. How work is
+cut depends on the inputs alone, so the result is the same whatever ran where, how often, or when it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from dray.corpus.cleaning import Hashes, clean, hash_texts, held_out
+from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
+from dray.corpus.reading import Bad, Documents, Span, SpanReader
+from dray.corpus.shards import make_batch, make_schema, write_shard
+from dray.corpus.sources import current_stamp
+from dray.corpus.tokenizing import TokenizerInfo, append_token, load_encoder
+from dray.errors import CorpusError
+from dray.spec import Cleaning, Source
+from dray.store.filesystem import child, make_folder, open_filesystem, open_whole, read_bytes, write_bytes
+
+STAGING = ".staging"
+BATCH_BYTES = 4 * 1024 * 1024
+"""Text that is cleaned and encoded at once."""
+WINDOW_GROUPS = 64
+SPLITS = ("train", "validation")
+DUPLICATE, IN_VALIDATION = 0, 1
+DROP_REASONS = ("duplicate", "in_validation")
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """A source of the spec with its name and split; its rows stay apart from those of the others."""
+
+    name: str
+    split: str
+    source: Source
+    where: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Spans of one source that one task reads."""
+
+    index: int
+    source: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What came of a part, or of a piece of a large one."""
+
+    name: str
+    source: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard: which rows of which packed chunks it holds."""
+
+    split: str
+    source: int
+    index: int
+    slices: tuple[tuple[int, int, int, int], ...]
+    """(chunk, first row, rows, rows in that chunk)"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task knows: settings, and what earlier stages found out."""
+
+    folder: str
+    sources: tuple[CorpusSource, ...]
+    cleaning: Cleaning
+    max_record_bytes: int
+    sequence_tokens: int
+    group_rows: int
+    shuffle_seed: int
+    packs_rows: bool
+    share: float
+    """Share of the documents held out for validation; 0: none."""
+    chunk_bytes: int
+    num_partitions: int
+    """Hash partitions for deduplication; 0: no deduplication."""
+    tokenizer: TokenizerInfo | None = None
+    chunks: tuple[Chunk, ...] = ()
+    labels: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> TokenizerInfo:
+        if self.tokenizer is None:
+            raise RuntimeError("the tokeniser comes first")
+        return self.tokenizer
+
+    def rng(self, *place: int) -> np.random.Generator:
+        """A generator that belongs to the corpus and a place in it."""
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.shuffle_seed % 2**64, *place])))
+
+
+@lru_cache(maxsize=8)
+def open_folder(folder: str) -> tuple[pafs.FileSystem, str]:
+    return open_filesystem(folder)
+
+
+def staged(job: Job, *names: str) -> tuple[pafs.FileSystem, str]:
+    """Filesystem and path of an intermediate file."""
+    filesystem, path = open_folder(job.folder)
+    return filesystem, "/".join((path, STAGING, *names))
+
+
+def record_name(index: int) -> str:
+    return f"{index:06d}.json"
+
+
+def load_record(job: Job, stage: str, index: int) -> dict[str, Any] | None:
+    """The record of finished work; None if it has yet to be done."""
+    try:
+        return cast(dict[str, Any], json.loads(read_bytes(*staged(job, stage, record_name(index)))))
+    except FileNotFoundError:
+        return None
+
+
+def _save_record(job: Job, stage: str, index: int, record: dict[str, Any]) -> dict[str, Any]:
+    write_bytes(*staged(job, stage, record_name(index)), json.dumps(record, sort_keys=True).encode(), durable=False)
+    return record
+
+
+# --- read --------------------------------------------------------------------------------------------------------------
+
+
+def read_documents(span: Span, job: Job, source: Source) -> Iterator[tuple[Documents, Counter[str], str]]:
+    """(cleaned documents with the bad records among them, dropped by reason, digest of the file or nothing yet)."""
+    reader = SpanReader(span, source, job.max_record_bytes)
+    for documents in reader.read():
+        cleaned = clean(documents.texts, documents.labels, job.cleaning)
+        yield Documents(cleaned.texts, cleaned.labels, documents.bad), cleaned.dropped, ""
+    yield Documents(pa.array([], pa.large_string()), None), Counter(), reader.sha256
+
+
+def read_part(job: Job, part: Part) -> dict[str, Any]:
+    """Read, clean, hash and encode the documents of a part. Returns its record. Raises CorpusError."""
+    source = job.sources[part.source].source
+    writer = _ChunkWriter(job, part.index)
+    files: dict[str, dict[str, Any]] = {}
+    dropped: Counter[str] = Counter()
+    num_bad = num_records = 0
+    quarantine: list[Bad] = []
+    pending: list[Documents] = []
+    for span in part.spans:
+        if span.start == 0 and current_stamp(span.file) != (span.file.num_bytes, span.file.stamp):
+            raise CorpusError(span.file.name, "changed while the corpus was being prepared", "inputs must hold still", "start again")
+        entry = files.setdefault(span.file.name, {"num_documents": 0, "num_bad": 0, "sha256": ""})
+        for documents, reasons, digest in read_documents(span, job, source):
+            good = len(documents.texts) + reasons.total()
+            entry["num_documents"] += good
+            entry["num_bad"] += len(documents.bad)
+            entry["sha256"] = digest or entry["sha256"]
+            dropped += reasons
+            quarantine += documents.bad
+            pending.append(documents)
+            if sum(item.texts.nbytes for item in pending) >= BATCH_BYTES:
+                writer.add(pending)
+                pending = []
+    writer.add(pending)
+    writer.close()
+    num_bad = sum(entry["num_bad"] for entry in files.values())
+    num_records = sum(entry["num_documents"] for entry in files.values()) + num_bad
+    lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
+    if lines:
+        write_bytes(*staged(job, "read", f"{part.index:06d}.quarantine.jsonl"), "".join(lines).encode(), durable=False)
+    return _save_record(job, "read", part.index, {
+        "files": files, "dropped": dict(dropped), "num_bad": num_bad, "num_records": num_records,
+        "chunks": writer.chunks, "labels": sorted(writer.labels),
+        "first_bad": vars(quarantine[0]) if quarantine else None,
+    })
+
+
+class _ChunkWriter:
+    """Gathers encoded documents and writes a chunk whenever there are enough."""
+
+    def __init__(self, job: Job, part: int) -> None:
+        self._job, self._part = job, part
+        self._encoder = load_encoder(child(job.folder, "tokenizer"), job.info.encoder)
+        self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
+        self._columns: list[tuple[Ints, Ints, Hashes, Hashes]] = []
+        self._labels: list[pa.Array] = []
+        self._text_bytes = 0
+        self.chunks: list[str] = []
+        self.labels: set[str] = set()
+
+    def add(self, documents: Sequence[Documents]) -> None:
+        """Encode a batch of documents."""
+        batches = [item for item in documents if len(item.texts)]
+        if not batches:
+            return
+        texts = pa.concat_arrays([item.texts for item in batches])
+        ids, lengths = self._encoder.encode(texts)
+        if self._job.packs_rows:
+            end = self._job.info.eos_token_id
+            tokens, lengths = append_token(ids, lengths, cast(int, end), self._job.info.dtype)
+        else:
+            tokens = ids.astype(self._job.info.dtype)
+        bounds = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset:texts.offset + len(texts) + 1]
+        self._tokens.append(tokens)
+        self._columns.append((lengths, np.diff(bounds), *hash_texts(texts)))
+        if batches[0].labels is not None:
+            self._labels += [item.labels.dictionary_encode() for item in batches]
+            self.labels.update(value for labels in self._labels[-len(batches):] for value in labels.dictionary.to_pylist())
+        self._text_bytes += int(bounds[-1] - bounds[0])
+        if self._text_bytes >= self._job.chunk_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been gathered as a chunk."""
+        if not self._columns:
+            return
+        name = f"{self._part:06d}-{len(self.chunks):04d}"
+        lengths, text_bytes, high, low = (np.concatenate(column) for column in zip(*self._columns, strict=True))
+        filesystem, path = staged(self._job, "read", name)
+        make_folder(filesystem, path.rpartition("/")[0])
+        with open_whole(filesystem, f"{path}.tokens", durable=False) as stream:
+            for tokens in self._tokens:
+                stream.write(memoryview(tokens).cast("B") if len(tokens) else b"")
+        columns = {"num_tokens": pa.array(lengths, pa.int64()), "num_bytes": pa.array(text_bytes, pa.int64()),
+                   "low": pa.array(low)}
+        if self._labels:
+            columns["label"] = pa.chunked_array([labels.cast(pa.string()) for labels in self._labels]).combine_chunks()
+        _write_batches(filesystem, f"{path}.documents", [pa.record_batch(columns)])
+        if self._job.num_partitions:
+            _write_batches(filesystem, f"{path}.hashes", _partition(high, low, self._job.num_partitions))
+        self.chunks.append(name)
+        self._tokens, self._columns, self._labels, self._text_bytes = [], [], [], 0
+
+
+def _partition(high: Hashes, low: Hashes, num_partitions: int) -> list[pa.RecordBatch]:
+    """Hashes and places of the documents of each partition, in reading order."""
+    place = (high % np.uint64(num_partitions)).astype(np.int64)
+    order = np.argsort(place, kind="stable")
+    bounds = np.searchsorted(place[order], np.arange(num_partitions + 1))
+    return [
+        pa.record_batch({"high": pa.array(high[chosen]), "low": pa.array(low[chosen]),
+                         "document": pa.array(chosen.astype(np.int32))})
+        for chosen in (order[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False))
+    ]
+
+
+def _write_batches(filesystem: pafs.FileSystem, path: str, batches: Sequence[pa.RecordBatch]) -> None:
+    with open_whole(filesystem, path, durable=False) as stream, pa.ipc.new_file(stream, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def _read_batch(filesystem: pafs.FileSystem, path: str, index: int) -> pa.RecordBatch:
+    with filesystem.open_input_file(path) as file:
+        return pa.ipc.open_file(file).get_batch(index)
+
+
+# --- deduplicate -------------------------------------------------------------------------------------------------------
+
+
+def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
+    """Of the documents of one hash partition with equal text, all but the first: by split, source, file and offset.
+
+    Validation sources come first: a training document that equals one of theirs is left out of training.
+    """
+    held = [job.sources[chunk.source].split == "validation" for chunk in job.chunks]
+    ranked = [*(i for i, first in enumerate(held) if first), *(i for i, first in enumerate(held) if not first)]
+    batches = [_read_batch(*staged(job, "read", f"{job.chunks[i].name}.hashes"), partition) for i in ranked]
+    sizes = [batch.num_rows for batch in batches]
+    chunk = np.repeat(np.array(ranked, np.int64), sizes)
+    high, low, document = (np.concatenate([batch.column(name).to_numpy() for batch in batches] or [np.empty(0)])
+                           for name in ("high", "low", "document"))
+    order = np.lexsort((low, high))
+    high, low = high[order], low[order]
+    again = np.zeros(len(order), bool)
+    again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))] if len(order) else order
+    lost, kept = order[again], first[again]
+    is_held = np.array(held, bool)
+    leaked = is_held[chunk[kept]] & ~is_held[chunk[lost]]
+    by_chunk = np.argsort(chunk[lost], kind="stable")
+    bounds = np.searchsorted(chunk[lost][by_chunk], np.arange(len(job.chunks) + 1))
+    drops = [
+        pa.record_batch({"document": pa.array(np.sort(document[lost[by_chunk[start:stop]]]).astype(np.int32))})
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+    ]
+    filesystem, path = staged(job, "duplicates", f"{partition:06d}.drops")
+    make_folder(filesystem, path.rpartition("/")[0])
+    _write_batches(filesystem, path, drops)
+    return _save_record(job, "duplicates", partition, {
+        "duplicate": int((~leaked).sum()), "in_validation": int(leaked.sum())})
+
+
+def _kept(job: Job, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
+    keep = np.ones(num_documents, bool)
+    for partition in range(job.num_partitions):
+        drops = _read_batch(*staged(job, "duplicates", f"{partition:06d}.drops"), chunk)
+        keep[drops.column("document").to_numpy()] = False
+    return keep
+
+
+# --- pack --------------------------------------------------------------------------------------------------------------
+
+
+def pack_chunk(job: Job, index: int) -> dict[str, Any]:
+    """Turn the documents of a chunk into rows, in random order, apart for each split. Returns counts by split."""
+    chunk = job.chunks[index]
+    filesystem, path = staged(job, "read", chunk.name)
+    documents = _read_batch(filesystem, f"{path}.documents", 0)
+    tokens = np.frombuffer(read_bytes(filesystem, f"{path}.tokens"), job.info.dtype)
+    lengths = documents.column("num_tokens").to_numpy()
+    keep = _kept(job, index, len(lengths))
+    own = job.sources[chunk.source].split
+    held = np.full(len(lengths), own == "validation")
+    if job.share and own == "train":
+        held = held_out(documents.column("low").to_numpy(), job.share)
+    record: dict[str, Any] = {}
+    for split, wanted in zip(SPLITS, (keep & ~held, keep & held), strict=True):
+        chosen = np.flatnonzero(wanted)
+        if len(chosen):
+            rows, labels = _make_rows(job, tokens, lengths, chosen, documents)
+            order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
+            _write_rows(job, index, split, rows, labels, order)
+            record[split] = {
+                "num_rows": len(order), "num_documents": len(chosen), "num_tokens": int(rows.num_tokens.sum()),
+                "num_text_bytes": int(documents.column("num_bytes").to_numpy()[chosen].sum()),
+                "num_cut_documents": rows.num_cut_documents,
+                "num_truncated_documents": rows.num_truncated_documents, "num_truncated_tokens": rows.num_truncated_tokens,
+            }
+    return _save_record(job, "packed", index, record)
+
+
+def _make_rows(job: Job, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints,
+               documents: pa.RecordBatch) -> tuple[Rows, npt.NDArray[np.int32] | None]:
+    info = job.info
+    if len(chosen) < len(lengths):
+        starts = np.cumsum(lengths) - lengths
+        tokens, lengths = gather(tokens, starts[chosen], lengths[chosen]), lengths[chosen]
+    if job.packs_rows:
+        return pack(tokens, lengths, job.sequence_tokens, info.pad_token_id), None
+    suffix = info.suffix or ((info.eos_token_id,) if info.eos_token_id is not None else ())
+    rows = one_a_row(tokens, lengths, job.sequence_tokens, info.pad_token_id, info.prefix, suffix)
+    ids = {label: index for index, label in enumerate(job.labels)}
+    encoded = documents.column("label").dictionary_encode()
+    lookup = np.array([ids[label] for label in encoded.dictionary.to_pylist()], np.int32)
+    return rows, lookup[encoded.indices.to_numpy()][chosen]
+
+
+def _write_rows(job: Job, index: int, split: str, rows: Rows, labels: npt.NDArray[np.int32] | None, order: Ints) -> None:
+    """Rows, then their numbers of tokens, then their labels, as plain bytes: a slice of each is one range."""
+    filesystem, path = staged(job, "packed", f"{index:06d}.{split}")
+    make_folder(filesystem, path.rpartition("/")[0])
+    with open_whole(filesystem, path, durable=False) as stream:
+        for column in (rows.tokens, rows.num_tokens, labels):
+            if column is not None:
+                stream.write(memoryview(np.ascontiguousarray(column[order])).cast("B"))
+
+
+# --- merge -------------------------------------------------------------------------------------------------------------
+
+
+def merge_rows(job: Job, plan: ShardPlan, index: int) -> dict[str, Any]:
+    """Write one shard from its slices of the chunks, in a random order of its own. Returns the shard's record."""
+    rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
+    tokens, num_tokens, labels = _read_slices(job, plan)
+    order = rng.permutation(len(num_tokens))
+    if not job.packs_rows:
+        order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
+    schema = make_schema(job.sequence_tokens, job.info.dtype, not job.packs_rows)
+    rows = make_batch(schema, tokens[order], num_tokens[order], None if labels is None else labels[order])
+    del tokens
+    file = f"{plan.split}/{plan.source:03d}-{plan.index:06d}.arrow"
+    shard = write_shard(*open_folder(job.folder), file, rows, job.group_rows)
+    return _save_record(job, "shards", index, shard.model_dump())
+
+
+def _read_slices(job: Job, plan: ShardPlan) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], npt.NDArray[np.int32] | None]:
+    num_rows = sum(count for _, _, count, _ in plan.slices)
+    kind = np.dtype(job.info.dtype)
+    tokens = np.empty((num_rows, job.sequence_tokens), kind)
+    extra = np.empty((1 if job.packs_rows else 2, num_rows), np.int32)
+    width = job.sequence_tokens * kind.itemsize
+    done = 0
+    for chunk, start, count, total in plan.slices:
+        filesystem, path = staged(job, "packed", f"{chunk:06d}.{plan.split}")
+        with filesystem.open_input_file(path) as file:
+            data = file.read_at(count * width, start * width)
+            tokens[done:done + count] = np.frombuffer(data, kind).reshape(count, -1)
+            for nth, column in enumerate(extra):
+                data = file.read_at(count * 4, total * width + (nth * total + start) * 4)
+                column[done:done + count] = np.frombuffer(data, np.int32)
+        done += count
+    return tokens, extra[0], None if job.packs_rows else extra[1]

@@ -1,0 +1,123 @@
+"""How the preparation of a corpus is cut into parts and its rows dealt to shards: arithmetic on sizes and counts.
+
+Both depend on the inputs alone, never on the cluster, so that the result is the same on any. Nothing is read but the
+footers of large parquet files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dray.corpus.parts import SPLITS, Job, Part, ShardPlan
+from dray.corpus.reading import LINE_FORMS, Span
+from dray.corpus.sources import InputFile
+
+MIN_PART_BYTES, PART_BYTES, MAX_PART_BYTES = 4 << 20, 32 << 20, 256 << 20
+SHARD_BYTES, MAX_SHARD_BYTES = 32 << 20, 256 << 20
+MAX_ROWS_DEALT = 10**9 - 1
+"""numpy draws from at most so many rows at once."""
+
+
+def make_parts(files: Sequence[Sequence[InputFile]]) -> tuple[list[Part], int]:
+    """Parts of like size, in order of source, file and offset; and the size that was aimed at.
+
+    Small corpora are cut finer so that all CPUs have work; beyond some gigabytes parts grow, so that there are never
+    more than some thousands.
+    """
+    total = sum(file.estimated_bytes for group in files for file in group)
+    size = max(MIN_PART_BYTES, min(PART_BYTES, total // 8), min(MAX_PART_BYTES, total // 256))
+    parts: list[Part] = []
+    for source, group in enumerate(files):
+        spans: list[Span] = []
+        filled = 0
+        for span, num_bytes in (item for file in group for item in _cut(file, size)):
+            if spans and filled + num_bytes > size * 5 // 4:
+                parts.append(Part(len(parts), source, tuple(spans)))
+                spans, filled = [], 0
+            spans.append(span)
+            filled += num_bytes
+        parts.append(Part(len(parts), source, tuple(spans)))
+    return parts, size
+
+
+def _cut(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:
+    """Spans of a file with their estimated bytes. Compressed files and whole-file documents stay in one piece."""
+    if file.num_bytes > size * 3 // 2 and file.form in LINE_FORMS and not file.compression:
+        count = -(-file.num_bytes // size)
+        bounds = [file.num_bytes * index // count for index in range(count)]
+        for start, stop in zip(bounds, [*bounds[1:], None], strict=True):
+            yield Span(file, start, stop), (stop or file.num_bytes) - start
+    elif file.num_bytes > size * 3 // 2 and file.form == "parquet":
+        yield from _cut_parquet(file, size)
+    else:
+        yield Span(file), file.estimated_bytes
+
+
+def _cut_parquet(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with file.open().open_input_file(file.path) as stream:
+            metadata = pq.read_metadata(stream)
+    except (OSError, pa.ArrowException):  # reading it will say what is wrong
+        yield Span(file), file.num_bytes
+        return
+    start, filled = 0, 0
+    for group in range(metadata.num_row_groups):
+        filled += metadata.row_group(group).total_byte_size
+        if filled >= size or group == metadata.num_row_groups - 1:
+            last = group == metadata.num_row_groups - 1
+            yield Span(file, start, None if last else group + 1), filled
+            start, filled = group + 1, 0
+
+
+def make_shard_plans(job: Job, packed: Sequence[dict[str, Any]]) -> list[ShardPlan]:
+    """Which rows of which chunks each shard holds: a uniformly random deal with exact shard sizes.
+
+    The rows of a chunk lie in random order, so a shard takes a run of them; how many is drawn without replacement from
+    the places left in the shards (multivariate hypergeometric).
+    """
+    row_bytes = job.sequence_tokens * np.dtype(job.info.dtype).itemsize
+    plans: list[ShardPlan] = []
+    for split in SPLITS:
+        for source in range(len(job.sources)):
+            counts = {index: record[split]["num_rows"] for index, record in enumerate(packed)
+                      if split in record and job.chunks[index].source == source}
+            if counts:
+                plans += _deal(job, split, source, counts, row_bytes)
+    return plans
+
+
+def _deal(job: Job, split: str, source: int, counts: dict[int, int], row_bytes: int) -> list[ShardPlan]:
+    total = sum(counts.values())
+    target = max(SHARD_BYTES, min(MAX_SHARD_BYTES, total * row_bytes // 256))
+    shard_rows = max(1, target // (row_bytes * job.group_rows)) * job.group_rows
+    left = np.full(-(-total // shard_rows), shard_rows, np.int64)
+    left[-1] = total - shard_rows * (len(left) - 1)
+    rng = job.rng(3, SPLITS.index(split), source)
+    slices: list[list[tuple[int, int, int, int]]] = [[] for _ in left]
+    for chunk, count in counts.items():
+        start = 0
+        for shard, taken in enumerate(_draw(rng, left, count).tolist()):
+            if taken:
+                slices[shard].append((chunk, start, taken, count))
+            start += taken
+    return [ShardPlan(split, source, index, tuple(taken)) for index, taken in enumerate(slices)]
+
+
+def _draw(rng: np.random.Generator, left: np.ndarray[Any, np.dtype[np.int64]], count: int) -> np.ndarray[Any, Any]:
+    """How many of `count` rows go to each shard; takes them off `left`."""
+    if left.sum() <= MAX_ROWS_DEALT:
+        taken = rng.multivariate_hypergeometric(left, count, method="marginals")
+    else:
+        # Too many for numpy: halves of the shards share them by their places, the rest is drawn.
+        middle = len(left) // 2
+        head = min(int(left[:middle].sum()), max(count - int(left[middle:].sum()),
+                                                 round(count * float(left[:middle].sum() / left.sum()))))
+        return np.concatenate([_draw(rng, left[:middle], head), _draw(rng, left[middle:], count - head)])
+    left -= taken
+    return taken

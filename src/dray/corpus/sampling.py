@@ -1,0 +1,87 @@
+"""The sample of documents that a tokeniser is trained on, and checked with: spread evenly over the training files.
+
+The sample depends on the inputs alone. Documents held out for validation are never in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dray.corpus.cleaning import hash_texts, held_out
+from dray.corpus.parts import Job, Part, open_folder, read_documents
+from dray.corpus.reading import Span
+from dray.corpus.tokenizing import (
+    CHECK_BYTES,
+    copy_tokenizer,
+    describe,
+    read_tokenizer_files,
+    save_trained,
+    train_byte_bpe,
+)
+from dray.spec import Source, Tokenizer
+from dray.store.filesystem import child
+
+MIN_SPANS = 64
+
+
+def make_tokenizer(job: Job, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[str, Any]:
+    """Write the corpus's tokeniser folder; what is known of the tokeniser, as plain values. Raises CorpusError."""
+    settings, parts = item
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    filesystem, path = open_folder(job.folder)
+    size = settings.sample_bytes if settings.train else CHECK_BYTES
+    texts = list(_sample(job, parts, size))
+    if settings.path is not None:
+        copy_tokenizer(settings.path, filesystem, f"{path}/tokenizer")
+    else:
+        save_trained(filesystem, f"{path}/tokenizer", train_byte_bpe([text.encode() for text in texts], settings.vocab_size))
+    files = read_tokenizer_files(child(job.folder, "tokenizer"))
+    # Every n-th document, so that the check sees the whole spread of the sample.
+    spread = texts[::max(1, sum(map(len, texts)) // CHECK_BYTES)]
+    return asdict(describe(files, spread, needs_end=job.packs_rows))
+
+
+def _sample(job: Job, parts: Sequence[Part], size: int) -> Iterator[str]:
+    """About `size` bytes of cleaned training documents."""
+    spans = [(span, job.sources[part.source].source) for part in parts for span in part.spans
+             if job.sources[part.source].split == "train"]
+    chosen = _spread(spans, size)
+    left = float(size)
+    for index, (span, source) in enumerate(chosen):
+        share = left / (len(chosen) - index)
+        for text in _take(job, span, source, share):
+            left -= len(text.encode())
+            yield text
+
+
+def _spread(spans: Sequence[tuple[Span, Source]], size: int) -> list[tuple[Span, Source]]:
+    """Evenly spaced spans with enough text between them."""
+    average = sum(_estimated_bytes(span) for span, _ in spans) / max(1, len(spans))
+    count = min(len(spans), max(MIN_SPANS, int(1.25 * size / max(1.0, average)) + 1))
+    return [spans[index * len(spans) // count] for index in range(count)]
+
+
+def _estimated_bytes(span: Span) -> int:
+    """Rough size of a span; of a cut file all spans but the last know theirs, which is enough for an average."""
+    if span.file.form == "parquet" or span.is_whole:
+        return span.file.estimated_bytes
+    return (span.stop or span.file.num_bytes) - span.start
+
+
+def _take(job: Job, span: Span, source: Source, size: float) -> Iterator[str]:
+    """Whole documents from the beginning of a span."""
+    for documents, _, _ in read_documents(span, job, source):
+        texts = documents.texts
+        if job.share:
+            import pyarrow as pa
+
+            texts = texts.filter(pa.array(~held_out(hash_texts(texts)[1], job.share)))
+        for text in texts:
+            if size <= 0:
+                return
+            value = text.as_py()
+            size -= len(value.encode())
+            yield value

@@ -1,0 +1,94 @@
+"""Token shards: Arrow IPC files of rows, one record batch a group, read by group from a memory map or by ranges.
+
+Uncompressed, so that a local reader copies nothing. Refuses groups that the source does not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from dray.corpus.manifest import Shard, SourceRows
+from dray.store.filesystem import is_local, make_folder, open_whole
+
+
+def make_schema(sequence_tokens: int, dtype: str, labelled: bool) -> pa.Schema:
+    """The columns of a shard; `dtype` of the ids is uint16 or uint32."""
+    ids = pa.list_(pa.field("item", pa.from_numpy_dtype(np.dtype(dtype)), nullable=False), sequence_tokens)
+    fields = [pa.field("input_ids", ids, nullable=False), pa.field("num_tokens", pa.int32(), nullable=False)]
+    return pa.schema(fields + ([pa.field("label", pa.int32(), nullable=False)] if labelled else []))
+
+
+def make_batch(schema: pa.Schema, tokens: npt.NDArray[np.unsignedinteger], num_tokens: npt.NDArray[np.int32],
+               labels: npt.NDArray[np.int32] | None) -> pa.RecordBatch:
+    """Rows as a record batch; tokens: [num_rows, sequence_tokens]. Nothing is copied."""
+    ids = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), type=schema.field("input_ids").type)
+    columns = [ids, pa.array(num_tokens, pa.int32())]
+    return pa.record_batch(columns + ([pa.array(labels, pa.int32())] if labels is not None else []), schema=schema)
+
+
+class _Measured:
+    """A sink that counts and hashes what is written through it."""
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.num_bytes = 0
+        self.hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._stream.write(view)
+        self.hash.update(view)
+        self.num_bytes += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def write_shard(filesystem: pafs.FileSystem, folder: str, file: str, rows: pa.RecordBatch, group_rows: int) -> Shard:
+    """Write rows as one shard `folder/file`, a record batch a group; the same rows give the same bytes."""
+    path = f"{folder}/{file}"
+    make_folder(filesystem, path.rpartition("/")[0])
+    with open_whole(filesystem, path) as stream:
+        sink = _Measured(stream)
+        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), rows.schema) as writer:
+            for start in range(0, rows.num_rows, group_rows):
+                writer.write_batch(rows.slice(start, group_rows))
+    return Shard(file=file, num_rows=rows.num_rows, num_bytes=sink.num_bytes, sha256=sink.hash.hexdigest())
+
+
+def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, groups: Sequence[int],
+                group_rows: int) -> pa.Table:
+    """Groups of a source by number, one after the other in the order asked for.
+
+    Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read. Raises IndexError
+    for a group that is not there.
+    """
+    counts = [-(-shard.num_rows // group_rows) for shard in source.shards]
+    ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
+    wanted = np.asarray(groups, np.int64)
+    if not len(wanted) or wanted.min() < 0 or not len(ends) or wanted.max() >= ends[-1]:
+        raise IndexError(f"groups {list(groups)[:5]}… of source {source.name}: it has {int(ends[-1]) if len(ends) else 0}")
+    shard_of = np.searchsorted(ends, wanted, side="right")
+    batches: dict[int, pa.RecordBatch] = {}
+    for index in np.unique(shard_of).tolist():
+        with _open(filesystem, f"{folder}/{source.shards[index].file}") as file:
+            reader = pa.ipc.open_file(file)
+            for group in np.unique(wanted[shard_of == index]).tolist():
+                batches[group] = reader.get_batch(group - int(ends[index]) + counts[index])
+    return pa.Table.from_batches([batches[group] for group in wanted.tolist()])
+
+
+def _open(filesystem: pafs.FileSystem, path: str) -> Any:
+    # Closing a memory map leaves the pages to the batches that still use them.
+    return pa.memory_map(path) if is_local(filesystem) else filesystem.open_input_file(path)
