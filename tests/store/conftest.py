@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sharded_model import PLAN, make_test_spec
 
-from dray.spec import Spec, make_spec
+from dray.spec import Spec
 from dray.store import Run, open_filesystem
-
-PLAN = {"num_steps": 50, "num_ranks": 2}
 
 
 @pytest.fixture(scope="session")
@@ -46,14 +45,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return str(tmp_path / "runs")
     place: str = request.getfixturevalue("s3_storage")
     return place
-
-
-def make_test_spec(**sections: object) -> Spec:
-    tree: dict[str, object] = {
-        "name": "speeches", "data": {"train": "texts/*.jsonl"}, "duration": {"steps": 50},
-        "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
-    }
-    return make_spec(tree | sections)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A model's states as whole tensors, and the fragments that each of any number of ranks would own."""
+"""A small spec, a model's states as whole tensors, and the fragments that each of any number of ranks would own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import math
 
 import torch
 
+from dray.spec import Spec, make_spec
 from dray.store import CheckpointInfo, CheckpointWriter, Run, make_fragment_key
 
+PLAN = {"num_steps": 50, "num_ranks": 2}
 SHAPES: dict[str, list[int]] = {
     "embedding.weight": [97, 16], "layers.0.weight": [16, 16], "layers.0.bias": [16], "norm": [1], "odd": [7, 3],
     "scale": [],
 }
 STATES = ("param", "exp_avg", "exp_avg_sq")
+
+
+def make_test_spec(**sections: object) -> Spec:
+    tree: dict[str, object] = {
+        "name": "speeches", "data": {"train": "texts/*.jsonl"}, "duration": {"steps": 50},
+        "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
+    }
+    return make_spec(tree | sections)
 
 
 def make_whole(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:

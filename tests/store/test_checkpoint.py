@@ -1,4 +1,4 @@
-"""The round trip of a checkpoint: written by any number of ranks, read in any ranges, the same in storage of any kind."""
+"""The round trip of a checkpoint: written by any number of ranks, read in any ranges, the same in any storage."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def flip(content: bytes, at: int) -> bytes:
     ("COMMITTED", lambda content: content[:20], "marker COMMITTED is unreadable"),
     ("COMMITTED", lambda content: b"", "marker COMMITTED is unreadable"),
     ("COMMITTED", lambda content: flip(content, content.index(b'": "') + 6), "is not the one that was committed"),
-], ids=["short", "missing", "manifest-flipped", "no-manifest", "no-marker", "torn-marker", "empty-marker", "other-marker"])
+], ids=["short", "missing", "manifest-flipped", "no-manifest", "no-marker", "torn-marker", "empty-marker", "other"])
 def test_damage_seen_without_reading_the_tensors(
     run: Run, name: str, change: Callable[[bytes], bytes] | None, problem: str
 ) -> None:
@@ -96,7 +96,7 @@ def test_header_that_is_none(local_run: Run, content: bytes) -> None:
     info = save(local_run, 20)
     size = len(read_bytes(local_run.filesystem, f"{info.path}/{RANK_FILE}"))
     edit(local_run, info, RANK_FILE, lambda _: content.ljust(size, b"\0"))
-    with pytest.raises(StoreError, match="not a safetensors file|not as the manifest has it"):
+    with pytest.raises(StoreError, match=r"not a safetensors file|not as the manifest has it"):
         CheckpointReader(local_run, info).read("norm")
     with pytest.raises(StoreError):
         CheckpointReader(local_run, info).read("odd")
@@ -187,7 +187,8 @@ def test_full_disk_leaves_no_file_under_the_name(tmp_path: Path, local_run: Run)
     """A real full file system, where this process may mount one."""
     mount = tmp_path / "small"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True).returncode:
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
         run = Run.create(mount, "speeches", local_run.spec(), {"num_steps": 50})

@@ -113,7 +113,8 @@ while True:
 
 def test_kill_9_loses_no_stored_row(local_run: Run) -> None:
     for seconds in (0.02, 0.05, 0.11):
-        child = subprocess.Popen([sys.executable, "-c", LOG_FOR_EVER, local_run.storage], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen([sys.executable, "-c", LOG_FOR_EVER, local_run.storage], stdout=subprocess.PIPE,
+                                 text=True)
         assert child.stdout is not None
         child.stdout.readline()
         time.sleep(seconds)

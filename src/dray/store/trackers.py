@@ -136,7 +136,8 @@ def check_trackers(spec: Spec, storage: str | os.PathLike[str]) -> None:
         for either in modules:
             if not any(importlib.util.find_spec(module) for module in either):
                 raise StoreError(f"tracking.{tracker}", f"{either[0]} is not installed",
-                                 "a tracker's library is needed", "pip install 'dray[track]', or switch the tracker off")
+                                 "a tracker's library is needed",
+                                 "pip install 'dray[track]', or switch the tracker off")
     if tracking.mlflow is True and not is_local(open_filesystem(storage)[0]):
         raise StoreError("tracking.mlflow", f"the storage is {shown(storage)}",
                          "MLflow's own SQLite store needs a local disk", "give a tracking URI")
