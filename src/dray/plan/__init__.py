@@ -1,0 +1,18 @@
+"""The plan of a run: batch arithmetic, memory by term, time, the ZeRO stage and the DeepSpeed configuration.
+
+Pure: it imports neither torch nor ray, touches no device and writes nothing.
+"""
+
+from dray.plan.batch import BatchPlan, make_batch, num_steps_of
+from dray.plan.hardware import ACCELERATORS, Accelerator, Precision, Shape, local_shape, parse_shape
+from dray.plan.memory import MemoryPlan
+from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
+from dray.plan.plan import Plan, make_plan
+from dray.plan.table import format_bytes, format_plan, format_seconds
+from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
+
+__all__ = [
+    "ACCELERATORS", "Accelerator", "BatchPlan", "Buckets", "Dimensions", "MemoryPlan", "ParameterCount", "Plan", "Precision",
+    "Shape", "count_parameters", "format_bytes", "format_plan", "format_seconds", "load_dimensions", "local_shape",
+    "make_batch", "make_buckets", "make_deepspeed_config", "make_plan", "num_steps_of", "parse_shape",
+]

@@ -1,0 +1,47 @@
+"""What a transformer block keeps for its backward pass, in bytes a token, by architecture.
+
+Counted on transformers' eager layers with scaled-dot-product attention (whose flash kernels keep no square of scores); a
+test compares it with what autograd really saves. Compiled models keep less: this is an upper bound for them.
+"""
+
+from __future__ import annotations
+
+from dray.plan.parameters import Dimensions
+
+
+# Elements a block keeps of a token: (hidden sizes without dropout, hidden sizes with it, intermediate sizes). The masks of
+# dropout are kept; an attention mask makes encoders keep reordered queries and keys. gpt2's GELU is six operations.
+_KEPT = {
+    "gpt2": (8, 10, 5), "gpt_neox": (10, 9, 2), "bert": (10, 10, 2), "roberta": (10, 10, 2), "distilbert": (10, 9, 2),
+    "modernbert": (12, 13, 4), "vit": (8, 10, 2),
+}
+
+
+def layer_bytes_per_token(sizes: Dimensions, element_bytes: int, dropout: float, sequence_tokens: int, *,
+                          on_gpu: bool) -> int:
+    """Bytes that one block keeps of one token."""
+    hidden, wide = sizes.hidden, sizes.intermediate
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    # Normalisers of the softmax, statistics of the norms.
+    extra = 4 * sizes.heads + 16
+    if sizes.architecture in _KEPT:
+        plain, dropped, gates = _KEPT[sizes.architecture]
+        elements = (dropped if dropout else plain) * hidden + gates * wide
+    else:
+        # Residual, normalised and scaled, twice; queries, keys, values and the attention's output; the feed-forward.
+        elements = 6 * hidden + 2 * queries + 2 * keys + (4 if sizes.gated else 2) * wide
+        # RMSNorm keeps its input in fp32.
+        extra += 4 * hidden if element_bytes < 4 else 0
+    if dropout and not on_gpu:
+        elements += 3 * sizes.heads * sequence_tokens  # with dropout a CPU's attention keeps its squares of scores
+    return elements * element_bytes + extra
+
+
+def checkpoint_bytes_per_token(sizes: Dimensions, element_bytes: int) -> int:
+    """Bytes of a block's input, which is all that is kept of it when it is recomputed."""
+    return sizes.hidden * element_bytes
+
+
+def layer_working_bytes_per_token(sizes: Dimensions, element_bytes: int) -> int:
+    """Bytes that come and go in one block's backward pass: the feed-forward's gradients and the residual's."""
+    return (3 * sizes.intermediate + 3 * sizes.hidden) * element_bytes

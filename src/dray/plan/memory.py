@@ -1,0 +1,250 @@
+"""Peak memory of a rank, term by term, and what a node's host memory must hold.
+
+A step has four moments that may be its peak: the loss (all activations and three times the logits), the end of the
+backward pass (gradients), their reduction, and the optimiser's step. Each is summed; the terms of the greatest are the
+plan. The arithmetic follows DeepSpeed's sources and transformers' eager layers; `docs/plan.md` compares it with measured
+peaks. It counts no memory that other programs hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from pydantic import BaseModel, ConfigDict
+
+from dray.plan.activations import checkpoint_bytes_per_token, layer_bytes_per_token, layer_working_bytes_per_token
+from dray.plan.hardware import Precision
+from dray.plan.parameters import Dimensions, ParameterCount
+from dray.plan.zero_config import Buckets, grad_accumulation_bytes, overlaps
+
+# Resident after importing torch, deepspeed, transformers (a model's code included), pyarrow, ray.train and ray.data, the
+# process group running: measured. A plain process without Ray holds 50 MB less.
+CPU_FRAMEWORK_BYTES = 590_000_000
+RAY_BYTES = 60_000_000
+# CUDA context, cuBLAS and NCCL buffers: as commonly reported, not measured here.
+GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_000_000_000, 700_000_000
+GPU_HOST_PROCESS_BYTES = 4_000_000_000
+# Share of the memory that comes and goes in a step which the allocator holds without using it. glibc: measured.
+CPU_SLACK, GPU_SLACK = 0.35, 0.08
+READER_BYTES = 1_500_000_000
+
+
+class MemoryPlan(BaseModel):
+    """Bytes of one rank at its peak, by term, and of a node's host."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    buffers: int
+    framework: int
+    allocator: int
+    """Freed memory that the allocator keeps."""
+    total: int
+    peak: str
+    """When: loss, backward, reduce or step."""
+    host_bytes: int
+    """Host memory of a node: its ranks' processes, offloaded states and the readers."""
+    activations_kept: int
+    """Activations of a micro batch when all are kept."""
+    activations_checkpointed: int
+    """Activations when blocks are recomputed."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What decides the memory of a rank."""
+
+    sizes: Dimensions
+    count: ParameterCount
+    precision: Precision
+    stage: int
+    offload: str
+    num_ranks: int
+    ranks_per_node: int
+    micro_rows: int
+    accumulation: int
+    sequence_tokens: int
+    checkpointing: bool
+    dropout: float
+    buckets: Buckets
+    on_gpu: bool
+    with_ray: bool = True
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_rows * self.sequence_tokens
+
+    @property
+    def share(self) -> int:
+        """Parameters in a rank's part."""
+        return -(-self.count.total // self.num_ranks)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Terms in bytes at one moment of a step; `lasting` are those that stay between steps."""
+
+    name: str
+    parameters: int
+    optimizer: int
+    gradients: int = 0
+    activations: int = 0
+    logits: int = 0
+    buffers: int = 0
+    lasting: int = field(default=0)
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients + self.activations + self.logits + self.buffers
+
+
+def make_memory(load: Load) -> MemoryPlan:
+    """The peak of one rank, in bytes by term."""
+    peak = max(_moments(load), key=lambda moment: moment.total)
+    framework = _framework_bytes(load)
+    coming_and_going = peak.total - peak.lasting
+    slack = int((GPU_SLACK if load.on_gpu else CPU_SLACK) * coming_and_going)
+    total = peak.total + framework + slack
+    kept, checkpointed = (_activation_bytes(replace(load, checkpointing=way)) for way in (False, True))
+    return MemoryPlan(
+        parameters=peak.parameters, gradients=peak.gradients, optimizer=peak.optimizer, activations=peak.activations,
+        logits=peak.logits, buffers=peak.buffers, framework=framework, allocator=slack, total=total, peak=peak.name,
+        host_bytes=_host_bytes(load, total), activations_kept=kept, activations_checkpointed=checkpointed,
+    )
+
+
+def logits_bytes(load: Load) -> int:
+    """At the start of the backward pass: log-probabilities and their gradient in fp32, the logits' gradient as computed."""
+    if load.sizes.task != "causal_lm":
+        return load.micro_rows * load.sizes.num_labels * 12
+    return load.tokens * load.sizes.vocab * (8 + load.element_bytes)
+
+
+def _activation_bytes(load: Load) -> int:
+    if load.checkpointing:
+        one_block = layer_bytes_per_token(load.sizes, load.element_bytes, load.dropout, load.sequence_tokens,
+                                          on_gpu=load.on_gpu)
+        return load.tokens * (load.sizes.layers * checkpoint_bytes_per_token(load.sizes, load.element_bytes) + one_block)
+    one_block = layer_bytes_per_token(load.sizes, load.element_bytes, load.dropout, load.sequence_tokens, on_gpu=load.on_gpu)
+    ends = 4 * load.sizes.hidden * load.element_bytes
+    return load.tokens * (load.sizes.layers * one_block + ends)
+
+
+def _moments(load: Load) -> list[_Moment]:
+    parameters, optimizer = _parameter_bytes(load), _optimizer_bytes(load)
+    standing_gradients, standing_buffers = _standing(load)
+    accumulated = _accumulated_gradient_bytes(load)
+    base = _Moment("", parameters, optimizer, gradients=standing_gradients, buffers=standing_buffers)
+    base = replace(base, lasting=base.total)
+    gathered = _gathered_bytes(load)
+    activations = _activation_bytes(load)
+    working = load.tokens * layer_working_bytes_per_token(load.sizes, load.element_bytes)
+    bucket, copies, whole = _reduction_bytes(load)
+    embedding = load.element_bytes * load.sizes.vocab * load.sizes.hidden
+    return [
+        replace(base, name="loss", activations=activations, logits=logits_bytes(load),
+                gradients=base.gradients + accumulated, buffers=base.buffers + gathered),
+        replace(base, name="backward", activations=working, gradients=base.gradients + max(accumulated, whole) + embedding,
+                buffers=base.buffers + gathered + (bucket + copies if load.stage >= 2 else 0)),
+        replace(base, name="reduce", gradients=base.gradients + max(accumulated, whole),
+                buffers=base.buffers + bucket + copies + (gathered if load.stage == 3 else 0)),
+        replace(base, name="step", gradients=base.gradients + _step_bytes(load), buffers=base.buffers),
+    ]
+
+
+def _parameter_bytes(load: Load) -> int:
+    """What the forward pass uses: whole, or a part under ZeRO-3 (small tensors stay whole)."""
+    if load.stage < 3:
+        return load.element_bytes * load.count.total
+    return 0 if load.offload == "parameters" else load.element_bytes * load.share
+
+
+def _optimizer_bytes(load: Load) -> int:
+    """AdamW's two moments and the fp32 master weights, where they are not the parameters themselves."""
+    if load.offload != "none" and load.on_gpu:
+        return 0
+    owned = load.count.total if load.stage == 0 else load.share
+    # In fp32, ZeRO-0 and ZeRO-3 step the parameters themselves; ZeRO-1 and 2 keep a copy of their part.
+    master = 0 if load.precision == "fp32" and load.stage in (0, 3) and load.offload == "none" else 4
+    return (8 + master) * owned
+
+
+def _standing(load: Load) -> tuple[int, int]:
+    """(gradient partition, bucket) that ZeRO-3 allocates once."""
+    if load.stage < 3:
+        return 0, 0
+    width = grad_accumulation_bytes(load.stage, load.accumulation, load.precision)
+    on_host = load.offload != "none" and load.on_gpu
+    return 0 if on_host else width * load.share, load.element_bytes * load.buckets.reduce
+
+
+def _accumulated_gradient_bytes(load: Load) -> int:
+    """Gradients of earlier micro batches that are there while the next one is computed."""
+    if load.accumulation == 1 or load.stage == 3:
+        return 0
+    width = grad_accumulation_bytes(load.stage, load.accumulation, load.precision)
+    if load.stage == 2:
+        return 0 if load.offload != "none" and load.on_gpu else width * load.share
+    return load.element_bytes * load.count.total
+
+
+def _gathered_bytes(load: Load) -> int:
+    """Whole parameters that ZeRO-3 holds during the passes, beyond the rank's own part."""
+    if load.stage < 3:
+        return 0
+    return load.element_bytes * min(load.count.total, max(load.buckets.live, load.count.largest) + load.buckets.prefetch)
+
+
+def _reduction_bytes(load: Load) -> tuple[int, int, int]:
+    """(buckets, flattened copies of what is being reduced, gradients that are there as a whole)"""
+    element = load.element_bytes
+    if load.stage == 0:
+        flat = element * min(load.count.total, 500_000_000)
+        return 0, flat if load.num_ranks > 1 else 0, element * load.count.total
+    bucket = element * load.buckets.reduce
+    if load.stage == 3:
+        return 0, max(bucket, element * load.count.largest), element * load.count.largest
+    # A tensor larger than the bucket is reduced by itself, and copied as a whole.
+    copy = element * max(load.buckets.reduce, load.count.largest)
+    buckets = bucket * (2 if overlaps(load.stage, on_gpu=load.on_gpu) else 1)
+    own = 0 if load.offload != "none" and load.on_gpu else element * load.share
+    return buckets, copy, own + (element * load.count.total if load.stage == 1 else element * load.count.largest)
+
+
+def _step_bytes(load: Load) -> int:
+    """Gradients while the optimiser steps: the accumulated part, and its flat fp32 copy."""
+    if load.offload != "none" and load.on_gpu:
+        return 0
+    width = grad_accumulation_bytes(load.stage, load.accumulation, load.precision)
+    if load.stage == 0:
+        return load.element_bytes * load.count.total + (0 if load.precision == "fp32" else 8 * load.count.total)
+    if load.stage == 3:
+        return 4 * min(load.share, load.buckets.sub_group)
+    return (width + 4) * load.share
+
+
+def _framework_bytes(load: Load) -> int:
+    if load.on_gpu:
+        return GPU_FRAMEWORK_BYTES + (NCCL_BYTES if load.num_ranks > 1 else 0)
+    return CPU_FRAMEWORK_BYTES + (RAY_BYTES if load.with_ray else 0)
+
+
+def _host_bytes(load: Load, total: int) -> int:
+    """Bytes of host memory on one node."""
+    readers = READER_BYTES if load.with_ray else 0
+    if not load.on_gpu:
+        return load.ranks_per_node * total + readers
+    offloaded = 0
+    if load.offload != "none":  # master weights, moments, fp32 gradients, and a copy in the compute type
+        offloaded = (16 + load.element_bytes) * load.share
+    if load.offload == "parameters":
+        offloaded += load.element_bytes * load.share
+    return load.ranks_per_node * (GPU_HOST_PROCESS_BYTES + offloaded) + readers

@@ -1,0 +1,240 @@
+"""A model's sizes and its number of parameters, by architecture, without building it.
+
+The counts equal those of transformers' own models for the families below (a test builds them on the meta device); other
+architectures get an estimate that says so. A folder's config.json is read as it is. Refuses folders that cannot be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dray.errors import SpecError
+from dray.spec import Spec
+
+ROTARY_GATED = ("llama", "mistral", "qwen2")
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "vit")
+FAMILIES = (*ROTARY_GATED, "gpt2", "gpt_neox", *ENCODERS)
+# Where a field has another name in the folder of an architecture.
+_ALIASES = {
+    "hidden_size": ("hidden_size", "n_embd", "dim", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate_size": ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "d_ff"),
+    "vocab_size": ("vocab_size",),
+    "max_positions": ("max_position_embeddings", "n_positions"),
+}
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What decides a model's size; `exact` is False where the architecture is not known here."""
+
+    architecture: str
+    task: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    positions: int
+    tied: bool
+    num_labels: int
+    gated: bool
+    exact: bool
+    options: Mapping[str, Any]
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token attends only to those before it."""
+        return self.task == "causal_lm" or self.architecture not in ENCODERS
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters."""
+
+    total: int
+    embedding: int
+    """Tables that are looked up, not multiplied: tokens, positions, types."""
+    head: int
+    """The output projection; a tied one is counted here too, but once in total."""
+    layer: int
+    """One block."""
+    largest: int
+    """The largest single tensor."""
+
+    body: int
+    """Neither embedding nor head."""
+
+
+def is_gated(architecture: str) -> bool:
+    """Whether the feed-forward block has a gate: all but the older families."""
+    return architecture not in ("gpt2", "gpt_neox", "bert", "roberta", "distilbert", "vit", "opt", "electra", "albert",
+                                "gpt_neo", "gptj", "bloom", "falcon", "xlm-roberta", "camembert", "phi", "mpt")
+
+
+def load_dimensions(spec: Spec, vocab_size: int | None = None, num_labels: int | None = None) -> Dimensions:
+    """The sizes that a spec (and its folder's config.json, where it names one) decides.
+
+    `vocab_size` is the tokeniser's. Raises SpecError for an unreadable folder or a vocabulary that is too small.
+    """
+    model = spec.model
+    labels = model.num_labels or num_labels or 2
+    if model.path is not None:
+        return _folder_dimensions(spec, vocab_size, labels)
+    architecture, hidden, heads = str(model.architecture), int(model.hidden_size or 0), int(model.num_heads or 0)
+    gated = is_gated(architecture)
+    tokens = vocab_size or spec.tokenizer.vocab_size
+    if spec.tokenizer.path is not None and vocab_size is None:
+        tokens = _tokenizer_size(spec.tokenizer.path) or model.vocab_size or spec.tokenizer.vocab_size
+    rows = model.vocab_size or tokens
+    if rows < tokens:
+        raise SpecError(f"model.vocab_size = {rows}", f"the tokeniser has {tokens} tokens",
+                        "every token needs a row of the embedding", f"leave it out, or give {tokens} or more")
+    positions = model.max_positions or spec.data.sequence_tokens
+    if positions < spec.data.sequence_tokens:
+        raise SpecError(f"model.max_positions = {positions}", f"data.sequence_tokens is {spec.data.sequence_tokens}",
+                        "a row must fit the model", f"give {spec.data.sequence_tokens} or more")
+    options = dict(model.options)
+    return Dimensions(
+        architecture=architecture, task=spec.task, hidden=hidden, layers=int(model.num_layers or 0), heads=heads,
+        kv_heads=model.num_kv_heads or heads, head_dim=int(options.get("head_dim") or hidden // heads),
+        intermediate=model.intermediate_size or (hidden * 8 // 3 if gated else hidden * 4), vocab=rows,
+        # RoBERTa counts positions from the padding id on.
+        positions=positions + (2 if architecture == "roberta" else 0), tied=model.tie_embeddings, num_labels=labels,
+        gated=gated, exact=architecture in FAMILIES, options=options,
+    )
+
+
+def count_parameters(sizes: Dimensions) -> ParameterCount:
+    """Numbers of parameters, from the shapes of the architecture's tensors."""
+    hidden, vocab = sizes.hidden, sizes.vocab
+    tables, extra = _embeddings(sizes)
+    layer = _layer(sizes)
+    body = tables + extra + sizes.layers * layer + _end_of_body(sizes)
+    head, tail = _head(sizes)
+    if sizes.task == "causal_lm":
+        total = body + tail + (0 if sizes.tied else vocab * hidden)
+        head = vocab * hidden
+    else:
+        total = body + head + tail
+    if sizes.architecture == "modernbert":
+        total -= hidden  # its first block has no norm before attention
+    largest = max(tables if sizes.architecture == "vit" else vocab * hidden,
+                  hidden * sizes.intermediate * (2 if sizes.architecture == "modernbert" else 1), 3 * hidden * hidden)
+    owned_head = 0 if sizes.task == "causal_lm" and sizes.tied else head
+    return ParameterCount(total=total, embedding=tables, head=head, layer=layer, largest=min(largest, total),
+                          body=total - tables - owned_head)
+
+
+def _embeddings(sizes: Dimensions) -> tuple[int, int]:
+    """(tables that are looked up, what else lies before the first block)"""
+    hidden, architecture = sizes.hidden, sizes.architecture
+    tokens = sizes.vocab * hidden
+    if architecture == "vit":
+        patch, image = int(sizes.options.get("patch_size", 16)), int(sizes.options.get("image_size", 224))
+        channels = int(sizes.options.get("num_channels", 3))
+        return ((image // patch) ** 2 + 2) * hidden, (channels * patch**2 + 1) * hidden
+    if architecture in ("bert", "roberta"):
+        types = int(sizes.options.get("type_vocab_size", 2))
+        return tokens + (sizes.positions + types) * hidden, 2 * hidden
+    if architecture == "distilbert":
+        return tokens + sizes.positions * hidden, 2 * hidden
+    if architecture == "gpt2":
+        return tokens + sizes.positions * hidden, 0
+    return tokens, hidden if architecture == "modernbert" else 0
+
+
+def _layer(sizes: Dimensions) -> int:
+    """One block: attention, feed-forward and two norms."""
+    hidden, wide, options = sizes.hidden, sizes.intermediate, sizes.options
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    if sizes.architecture == "modernbert":
+        return 4 * hidden * hidden + 3 * hidden * wide + 2 * hidden
+    if sizes.architecture in ROTARY_GATED or not sizes.exact:
+        attention = hidden * (2 * queries + 2 * keys)
+        if sizes.architecture == "qwen2":
+            attention += queries + 2 * keys
+        elif options.get("attention_bias"):
+            attention += queries + 2 * keys + hidden
+        feed_forward = (3 if sizes.gated else 2) * hidden * wide
+        if options.get("mlp_bias"):
+            feed_forward += 2 * wide + hidden
+        return attention + feed_forward + 2 * hidden
+    attention = 4 * hidden * hidden + (4 * hidden if options.get("attention_bias", True) else 0)
+    return attention + 2 * hidden * wide + wide + hidden + 4 * hidden
+
+
+def _end_of_body(sizes: Dimensions) -> int:
+    """The norm after the last block."""
+    if sizes.architecture in ("bert", "roberta", "distilbert"):
+        return 0
+    return sizes.hidden if sizes.architecture in (*ROTARY_GATED, "modernbert") or not sizes.exact else 2 * sizes.hidden
+
+
+def _head(sizes: Dimensions) -> tuple[int, int]:
+    """(classifier's matrix and what else is multiplied, biases and norms of the head)
+
+    For language models the projection itself is counted by the caller.
+    """
+    hidden, labels, name = sizes.hidden, sizes.num_labels, sizes.architecture
+    if sizes.task == "causal_lm":
+        if name in ("bert", "roberta"):
+            return 0, hidden * hidden + 3 * hidden + sizes.vocab
+        if name in ("distilbert", "modernbert"):
+            return 0, hidden * hidden + (3 if name == "distilbert" else 1) * hidden + sizes.vocab
+        return 0, 0
+    if name in ("bert", "roberta", "distilbert"):
+        return hidden * hidden + labels * hidden, hidden + labels
+    if name == "modernbert":
+        return hidden * hidden + labels * hidden, hidden + labels
+    return labels * hidden, labels if name == "vit" else 0
+
+
+def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int) -> Dimensions:
+    folder = Path(str(spec.model.path))
+    if str(spec.model.path).startswith("hf://"):
+        raise SpecError("model.path", f"{spec.model.path} lies on a hub", "planning reads a local config.json",
+                        "download the folder first")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise SpecError("model.path", f"{folder}/config.json cannot be read ({error})", "a Hugging Face folder is wanted",
+                        "`dray export` writes one") from error
+    found = {ours: next((config[name] for name in names if config.get(name) is not None), None)
+             for ours, names in _ALIASES.items()}
+    missing = [name for name in ("hidden_size", "num_layers", "num_heads") if not isinstance(found[name], int)]
+    if missing:
+        raise SpecError("model.path", f"{folder}/config.json lacks {', '.join(missing)}", "sizes are needed to plan")
+    architecture = str(config.get("model_type", "unknown"))
+    gated, hidden, heads = is_gated(architecture), int(found["hidden_size"]), int(found["num_heads"])
+    vocab = int(found["vocab_size"] or vocab_size or 0)
+    if vocab_size is not None and 0 < vocab < vocab_size:
+        raise SpecError("model.path", f"{folder} has {vocab} tokens, the tokeniser {vocab_size}",
+                        "weights and tokeniser belong together", f"use its own: tokenizer.path={folder}")
+    tied = config.get("tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox"))
+    return Dimensions(
+        architecture=architecture, task=spec.task, hidden=hidden, layers=int(found["num_layers"]), heads=heads,
+        kv_heads=int(found["num_kv_heads"] or heads), head_dim=int(found["head_dim"] or hidden // heads),
+        intermediate=int(found["intermediate_size"] or (hidden * 8 // 3 if gated else hidden * 4)), vocab=vocab,
+        positions=int(found["max_positions"] or spec.data.sequence_tokens), tied=bool(tied), num_labels=labels,
+        gated=gated, exact=architecture in FAMILIES, options=config,
+    )
+
+
+def _tokenizer_size(folder: str) -> int | None:
+    """Tokens of a folder's tokenizer.json, the added ones included; None if there is no such file."""
+    try:
+        tree = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        ids = list(tree["model"]["vocab"].values()) + [token["id"] for token in tree.get("added_tokens", [])]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return max(ids) + 1 if ids and all(isinstance(i, int) for i in ids) else None

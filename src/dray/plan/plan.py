@@ -1,0 +1,364 @@
+"""The plan: what a run will take on given hardware, as a pure function of the spec, the shape and the corpus' size.
+
+What does not fit is refused here, before anything is written, with the nearest settings that would. It imports neither
+torch nor ray, and answers in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from dray.errors import PlanError
+from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
+from dray.plan.flops import (
+    COMPILE_SECONDS,
+    START_SECONDS,
+    flops_per_token_loose,
+    flops_per_token_strict,
+    peak_flops_per_rank,
+    training_seconds,
+)
+from dray.plan.hardware import Precision, Shape
+from dray.plan.memory import Load, MemoryPlan, make_memory
+from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
+from dray.plan.zero_config import make_buckets, make_deepspeed_config
+from dray.spec import Spec
+
+# Share of the hardware's memory that a plan may fill.
+GPU_USABLE, HOST_USABLE = 0.94, 0.90
+# Tokens in a forward pass: fewer leave the hardware idle, more gain nothing.
+GPU_TOKENS, CPU_TOKENS = (4_096, 32_768), (1_024, 4_096)
+# A compilation is worth its time when the whole takes at least so much longer.
+COMPILE_PAYS = 8
+
+
+class Plan(BaseModel):
+    """What a run will take: bytes, seconds, FLOPs, steps, and the DeepSpeed configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: Shape
+    num_ranks: int
+    on_gpu: bool
+    precision: Precision
+    zero_stage: int
+    zero_reason: str
+    offload: str
+    batch: BatchPlan
+    num_steps: int | None
+    """None: epochs are wanted and the corpus is not prepared yet."""
+    tokens_per_step: int
+    num_tokens: int | None
+    """Tokens that the run will train on."""
+    num_parameters: int
+    num_embedding_parameters: int
+    parameters_exact: bool
+    flops_per_token_loose: float
+    flops_per_token_strict: float
+    peak_flops_per_rank: float | None
+    memory: MemoryPlan
+    memory_limit_bytes: int | None
+    """What one rank may use; None: unknown."""
+    host_limit_bytes: int
+    checkpoint_bytes: int
+    shard_bytes: int | None
+    """Bytes of the training rows' token shards; None: the corpus' size is not known."""
+    compile: bool
+    activation_checkpointing: bool
+    est_seconds: float | None
+    deepspeed: dict[str, Any]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One way to run the spec: what decides whether it fits."""
+
+    num_ranks: int
+    stage: int
+    micro_rows: int
+    checkpointing: bool
+    offload: str
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What all settings share."""
+
+    spec: Spec
+    shape: Shape
+    sizes: Dimensions
+    count: ParameterCount
+    precision: Precision
+    on_gpu: bool
+    with_ray: bool
+    elastic: bool
+
+    @property
+    def host_limit(self) -> int:
+        return int(HOST_USABLE * self.shape.memory_bytes_per_node)
+
+    def rank_limit(self, num_ranks: int) -> int | None:
+        if not self.on_gpu:
+            return self.host_limit // self.ranks_per_node(num_ranks)
+        card = self.shape.accelerator
+        return None if card is None or card.memory_bytes is None else int(GPU_USABLE * card.memory_bytes)
+
+    def ranks_per_node(self, num_ranks: int) -> int:
+        return -(-num_ranks // self.shape.num_nodes)
+
+    def memory(self, setting: _Setting) -> MemoryPlan:
+        return make_memory(self.load(setting))
+
+    def load(self, setting: _Setting) -> Load:
+        spec = self.spec
+        batch = make_batch(spec.batch.global_rows, setting.num_ranks, setting.micro_rows, elastic=self.elastic)
+        return Load(
+            sizes=self.sizes, count=self.count, precision=self.precision, stage=setting.stage, offload=setting.offload,
+            num_ranks=setting.num_ranks, ranks_per_node=self.ranks_per_node(setting.num_ranks),
+            micro_rows=setting.micro_rows, accumulation=batch.accumulation, sequence_tokens=spec.data.sequence_tokens,
+            checkpointing=setting.checkpointing, dropout=spec.regularization.dropout,
+            buckets=make_buckets(self.count.total, self.count.layer, on_gpu=self.on_gpu), on_gpu=self.on_gpu,
+            with_ray=self.with_ray,
+        )
+
+    def fits(self, setting: _Setting) -> bool:
+        memory, limit = self.memory(setting), self.rank_limit(setting.num_ranks)
+        return (limit is None or memory.total <= limit) and memory.host_bytes <= max(self.host_limit, 1)
+
+
+def make_plan(spec: Spec, shape: Shape, *, num_rows: int | None = None, num_tokens: int | None = None,
+              vocab_size: int | None = None, num_labels: int | None = None, num_ranks: int | None = None,
+              with_ray: bool = True) -> Plan:
+    """Plan a run. Raises PlanError where it does not fit, SpecError where model and tokeniser disagree.
+
+    `num_rows`, `num_tokens` (of the training rows), `vocab_size` and `num_labels` are the corpus', where it is known.
+    `num_ranks`: plan for so many of an elastic group. `with_ray`: whether workers run under Ray, which takes memory.
+    """
+    on_gpu = spec.resources.gpus_per_worker > 0
+    elastic = isinstance(spec.resources.workers, tuple)
+    ranks = num_ranks or _rank_count(spec, shape, on_gpu=on_gpu, with_ray=with_ray)
+    precision = _resolve_precision(spec, shape, on_gpu=on_gpu)
+    sizes = load_dimensions(spec, vocab_size, num_labels)
+    question = _Question(spec=spec, shape=shape, sizes=sizes, count=count_parameters(sizes), precision=precision,
+                         on_gpu=on_gpu, with_ray=with_ray, elastic=elastic)
+    setting, reason = _choose(question, ranks)
+    return _make(question, setting, reason, num_rows, num_tokens)
+
+
+def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | None, corpus_tokens: int | None) -> Plan:
+    spec, shape, sizes, count = question.spec, question.shape, question.sizes, question.count
+    batch = make_batch(spec.batch.global_rows, setting.num_ranks, setting.micro_rows, elastic=question.elastic)
+    width, precision = spec.data.sequence_tokens, question.precision
+    tokens_per_step = spec.batch.global_rows * width
+    num_steps = num_steps_of(spec.duration, spec.batch.global_rows, tokens_per_step, num_rows)
+    num_tokens = None if num_steps is None else num_steps * tokens_per_step
+    strict = flops_per_token_strict(sizes, count, width)
+    peak = peak_flops_per_rank(shape, precision, on_gpu=question.on_gpu, cpus_per_worker=spec.resources.cpus_per_worker,
+                               num_ranks=setting.num_ranks)
+    seconds = None
+    if num_tokens is not None and peak is not None:
+        padded = num_tokens * (1 + batch.padded_rows / batch.global_rows)
+        seconds = training_seconds(int(padded), strict, peak, setting.num_ranks, precision, on_gpu=question.on_gpu,
+                                   recompute=setting.checkpointing)
+    compiles = _resolve_compile(spec, seconds)
+    buckets = question.load(setting).buckets
+    return Plan(
+        shape=shape, num_ranks=setting.num_ranks, on_gpu=question.on_gpu, precision=precision, zero_stage=setting.stage,
+        zero_reason=reason, offload=setting.offload, batch=batch, num_steps=num_steps, tokens_per_step=tokens_per_step,
+        num_tokens=num_tokens, num_parameters=count.total, num_embedding_parameters=count.embedding,
+        parameters_exact=sizes.exact, flops_per_token_loose=flops_per_token_loose(sizes, count, width),
+        flops_per_token_strict=strict, peak_flops_per_rank=peak, memory=question.memory(setting),
+        memory_limit_bytes=question.rank_limit(setting.num_ranks), host_limit_bytes=question.host_limit,
+        checkpoint_bytes=12 * count.total, shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
+        compile=compiles, activation_checkpointing=setting.checkpointing,
+        est_seconds=None if seconds is None else seconds + START_SECONDS + COMPILE_SECONDS * compiles,
+        deepspeed=make_deepspeed_config(setting.stage, setting.offload, setting.micro_rows, batch.accumulation, precision,
+                                        spec.regularization.clip_grad_norm, buckets, on_gpu=question.on_gpu),
+        notes=list(_notes(question, setting, batch)),
+    )
+
+
+def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> int:
+    """The most workers that the shape can hold, within what the spec asks for. Raises PlanError if those are too few."""
+    resources, fewest, most = spec.resources, spec.resources.min_workers, spec.resources.max_workers
+    where = f"resources.workers = {resources.workers if isinstance(resources.workers, int) else list(resources.workers)}"
+    capacity = most
+    if on_gpu:
+        capacity = shape.num_accelerators // resources.gpus_per_worker
+        if capacity < fewest:
+            what = f"{shape.name or 'the cluster'} has {shape.num_accelerators} GPUs"
+            way_out = (f"give resources.workers={capacity}" if capacity else
+                       "give resources.gpus_per_worker=0, or plan for other hardware: --shape 1x8xH100")
+            raise PlanError(where, what, f"{fewest} workers × {resources.gpus_per_worker} GPU are asked for", way_out)
+    if not shape.oversubscribe:
+        readers = resources.reader_cpus if with_ray else 0.0
+        # A worker's CPUs lie on one node; the readers' too.
+        per_node = int((shape.cpus_per_node + 1e-9) // resources.cpus_per_worker)
+        by_cpu = min(shape.num_nodes * per_node, int((shape.num_cpus - readers + 1e-9) // resources.cpus_per_worker))
+        if by_cpu < fewest:
+            rule = (f"{fewest} × {resources.cpus_per_worker:g} for the workers and {readers:g} for reading "
+                    "(workers that hold every CPU would wait for rows for ever)")
+            way_out = (f"give resources.workers={by_cpu}" if by_cpu >= 1 else
+                       f"give resources.cpus_per_worker={max(0.1, (shape.cpus_per_node - readers) / fewest):.2g}")
+            raise PlanError(where, f"{shape.name or 'the cluster'} has {shape.num_cpus:g} CPUs", rule, way_out)
+        capacity = min(capacity, by_cpu)
+    return min(most, capacity)
+
+
+def _resolve_precision(spec: Spec, shape: Shape, *, on_gpu: bool) -> Precision:
+    """What the hardware computes in. Raises PlanError for a precision that it lacks."""
+    card = shape.accelerator
+    if on_gpu:
+        has_bf16 = card is None or card.has_bf16
+        if spec.precision == "bf16" and not has_bf16:
+            raise PlanError("precision = bf16", f"{card.name if card else 'the GPU'} has no bf16",
+                            "the hardware must compute in it", "give precision=fp16 or precision=fp32")
+        return ("bf16" if has_bf16 else "fp32") if spec.precision == "auto" else spec.precision
+    if spec.precision == "auto":
+        return "bf16" if shape.cpu_bf16 else "fp32"
+    if spec.precision == "fp16" or (spec.precision == "bf16" and not shape.cpu_bf16):
+        raise PlanError(f"precision = {spec.precision}", f"the CPU has no {spec.precision} arithmetic",
+                        "it would work, some 200 times slower than fp32", "give precision=fp32 or precision=auto")
+    return spec.precision
+
+
+def _choose(question: _Question, num_ranks: int) -> tuple[_Setting, str]:
+    """The lowest ZeRO stage that fits, with the greatest micro batch that is useful. Raises PlanError."""
+    spec = question.spec
+    stages = _stages(spec)
+    least_tokens, most_tokens = GPU_TOKENS if question.on_gpu else CPU_TOKENS
+    width = spec.data.sequence_tokens
+    micros = _micros(spec, num_ranks, elastic=question.elastic)
+    useful = [rows for rows in micros if rows * width <= most_tokens] or micros[-1:]
+    enough = [rows for rows in useful if rows * width >= least_tokens] or useful[:1]
+    # First a stage that fits with enough tokens a pass; a higher stage is better than a starved one.
+    for rows_allowed in (enough, useful):
+        for stage in stages:
+            for rows in rows_allowed:
+                setting = _Setting(num_ranks, stage, rows, spec.engine.activation_checkpointing, spec.zero.offload)
+                if question.fits(setting):
+                    return setting, _reason(question, setting, stages)
+    raise _does_not_fit(question, num_ranks, stages[-1], useful[-1])
+
+
+def _stages(spec: Spec) -> list[int]:
+    if spec.zero.stage != "auto":
+        return [spec.zero.stage]
+    return list(range({"none": 0, "optimizer": 1, "parameters": 3}[spec.zero.offload], 4))
+
+
+def _micros(spec: Spec, num_ranks: int, *, elastic: bool) -> list[int]:
+    if spec.batch.micro_rows == "auto":
+        return micro_candidates(spec.batch.global_rows, num_ranks, elastic=elastic)
+    make_batch(spec.batch.global_rows, num_ranks, spec.batch.micro_rows, elastic=elastic)
+    return [spec.batch.micro_rows]
+
+
+def _reason(question: _Question, setting: _Setting, stages: list[int]) -> str:
+    if question.spec.zero.stage != "auto":
+        return f"stage {setting.stage} as the spec says"
+    if setting.stage == stages[0]:
+        return f"stage {setting.stage} is the lowest that fits"
+    lower = replace(setting, stage=setting.stage - 1)
+    needed = question.memory(lower).total
+    limit = question.rank_limit(setting.num_ranks)
+    room = f" of {limit / 1e9:.1f} GB" if limit is not None else ""
+    return f"stage {setting.stage} is the lowest that fits: stage {lower.stage} would take {needed / 1e9:.1f} GB a rank{room}"
+
+
+def _does_not_fit(question: _Question, num_ranks: int, stage: int, micro_rows: int) -> PlanError:
+    spec = question.spec
+    setting = _Setting(num_ranks, stage, micro_rows, spec.engine.activation_checkpointing, spec.zero.offload)
+    memory, limit = question.memory(setting), question.rank_limit(num_ranks)
+    if limit is not None and memory.total > limit:
+        what = f"needs {memory.total / 1e9:.1f} GB a rank at ZeRO stage {stage} with {micro_rows} rows"
+        rule = f"{question.shape.name or 'the hardware'} leaves {limit / 1e9:.1f} GB a rank"
+    else:
+        what = f"needs {memory.host_bytes / 1e9:.1f} GB of host memory a node"
+        rule = f"{question.shape.name or 'the hardware'} leaves {question.host_limit / 1e9:.1f} GB"
+    ways = [text for text, way in _ways_out(question, setting) if question.fits(way)][:3]
+    return PlanError("model", what, rule, "would fit: " + "; or ".join(ways) if ways else _smaller(question, setting))
+
+
+def _ways_out(question: _Question, setting: _Setting) -> Iterator[tuple[str, _Setting]]:
+    """Settings near the refused one, the least intrusive first."""
+    spec = question.spec
+    micros = [rows for rows in micro_candidates(spec.batch.global_rows, setting.num_ranks, elastic=True)
+              if rows < setting.micro_rows]
+    for rows in micros:
+        yield f"batch.micro_rows={rows}", replace(setting, micro_rows=rows)
+    smallest = micros[-1] if micros else setting.micro_rows
+    less = f" batch.micro_rows={smallest}" if micros else ""
+    if not setting.checkpointing:
+        yield "engine.activation_checkpointing=true", replace(setting, checkpointing=True)
+    for stage in range(setting.stage + 1, 4):
+        yield f"zero.stage={stage}", replace(setting, stage=stage)
+        yield f"zero.stage={stage} engine.activation_checkpointing=true{less}", replace(
+            setting, stage=stage, checkpointing=True, micro_rows=smallest)
+    if question.on_gpu and setting.offload == "none":
+        yield "zero.offload=optimizer", replace(setting, offload="optimizer", stage=max(1, setting.stage))
+        yield f"zero.stage=3 zero.offload=parameters engine.activation_checkpointing=true{less}", replace(
+            setting, offload="parameters", stage=3, checkpointing=True, micro_rows=smallest)
+    for num_ranks in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
+        factor = num_ranks // setting.num_ranks
+        fits_shape = (num_ranks <= question.shape.num_accelerators if question.on_gpu
+                      else num_ranks <= question.shape.num_nodes)
+        if factor >= 2 and spec.batch.global_rows % num_ranks == 0 and fits_shape:
+            yield f"zero.stage=3 resources.workers={num_ranks}{less}", replace(
+                setting, num_ranks=num_ranks, stage=3, micro_rows=1)
+
+
+def _smaller(question: _Question, setting: _Setting) -> str:
+    """When no setting helps: how many layers would fit as the rest stands, or that none would."""
+    layers = question.sizes.layers
+    low, high = 0, layers
+    while low < high:
+        middle = (low + high + 1) // 2
+        sizes = replace(question.sizes, layers=middle)
+        if replace(question, sizes=sizes, count=count_parameters(sizes)).fits(replace(setting, checkpointing=True)):
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        return "no setting on this hardware would fit it: take a smaller model, or more memory"
+    return (f"would fit: model.num_layers={low} engine.activation_checkpointing=true; "
+            "or more or larger machines, e.g. --shape 2x8xH100")
+
+
+def _resolve_compile(spec: Spec, seconds: float | None) -> bool:
+    if spec.engine.compile != "auto":
+        return spec.engine.compile
+    return seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
+
+
+def _shard_bytes(width: int, vocab: int, num_rows: int | None, corpus_tokens: int | None) -> int | None:
+    """Rows of fixed width: token ids of 2 or 4 bytes, and a count of 4."""
+    rows = num_rows if num_rows is not None else None if corpus_tokens is None else -(-corpus_tokens // width)
+    return None if rows is None else rows * (width * (2 if vocab <= 2**16 else 4) + 4)
+
+
+def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator[str]:
+    spec, shape = question.spec, question.shape
+    if not question.sizes.exact:
+        yield f"{question.sizes.architecture} is not known here: the number of parameters and the memory are estimates"
+    if batch.padded_rows:
+        yield f"{batch.padded_rows} rows without targets fill up each step ({setting.num_ranks} ranks do not divide it)"
+    if shape.oversubscribe and setting.num_ranks * spec.resources.cpus_per_worker > shape.num_cpus:
+        yield f"{setting.num_ranks} workers share {shape.num_cpus:g} CPUs"
+    if not question.on_gpu and shape.accelerator is not None:
+        yield f"the shape has {shape.accelerator.name}, but resources.gpus_per_worker is 0: the workers run on its CPUs"
+    if setting.offload != "none" and not question.on_gpu:
+        yield "offloading saves nothing where the workers run on the CPU"
+    if question.on_gpu and shape.accelerator is not None and shape.accelerator.memory_bytes is None:
+        yield f"the memory of {shape.accelerator.name} is unknown: whether it fits was not checked"
+    if question.precision == "fp16":
+        yield "fp16 needs loss scaling, and skips steps that overflow"
+    if question.precision == "bf16" and setting.stage < 2 and batch.accumulation > 1:
+        yield "gradients of the micro batches add up in bf16; zero.stage=2 adds them up in fp32"
+    if setting.stage >= 2 and batch.accumulation > 1:
+        yield f"ZeRO {setting.stage} reduces gradients {batch.accumulation} times a step, once a micro batch"
