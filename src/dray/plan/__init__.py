@@ -12,7 +12,7 @@ from dray.plan.table import format_bytes, format_plan, format_seconds
 from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
 __all__ = [
-    "ACCELERATORS", "Accelerator", "BatchPlan", "Buckets", "Dimensions", "MemoryPlan", "ParameterCount", "Plan", "Precision",
-    "Shape", "count_parameters", "format_bytes", "format_plan", "format_seconds", "load_dimensions", "local_shape",
-    "make_batch", "make_buckets", "make_deepspeed_config", "make_plan", "num_steps_of", "parse_shape",
+    "ACCELERATORS", "Accelerator", "BatchPlan", "Buckets", "Dimensions", "MemoryPlan", "ParameterCount", "Plan",
+    "Precision", "Shape", "count_parameters", "format_bytes", "format_plan", "format_seconds", "load_dimensions",
+    "local_shape", "make_batch", "make_buckets", "make_deepspeed_config", "make_plan", "num_steps_of", "parse_shape",
 ]

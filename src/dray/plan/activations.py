@@ -1,16 +1,15 @@
 """What a transformer block keeps for its backward pass, in bytes a token, by architecture.
 
-Counted on transformers' eager layers with scaled-dot-product attention (whose flash kernels keep no square of scores); a
-test compares it with what autograd really saves. Compiled models keep less: this is an upper bound for them.
+Counted on transformers' eager layers with scaled-dot-product attention, whose flash kernels keep no square of scores;
+a test compares it with what autograd really saves. Compiled models keep less: this is an upper bound for them.
 """
 
 from __future__ import annotations
 
 from dray.plan.parameters import Dimensions
 
-
-# Elements a block keeps of a token: (hidden sizes without dropout, hidden sizes with it, intermediate sizes). The masks of
-# dropout are kept; an attention mask makes encoders keep reordered queries and keys. gpt2's GELU is six operations.
+# Elements a block keeps of a token: (hidden sizes without dropout, hidden sizes with it, intermediate sizes). Dropout's
+# masks are kept; an attention mask makes encoders keep reordered queries and keys. gpt2's GELU is six operations.
 _KEPT = {
     "gpt2": (8, 10, 5), "gpt_neox": (10, 9, 2), "bert": (10, 10, 2), "roberta": (10, 10, 2), "distilbert": (10, 9, 2),
     "modernbert": (12, 13, 4), "vit": (8, 10, 2),

@@ -1,7 +1,7 @@
 """FLOPs a token (forward and backward), FLOPs of a card or core, and the time that follows.
 
-Two counts, because papers use both: the loose one multiplies every parameter and whole attention squares, the strict one
-only what is multiplied. Times are estimates from a usual share of the peak; a run measures its own.
+Two counts, because papers use both: the loose one multiplies every parameter and whole attention squares, the strict
+one only what is multiplied. Times are estimates from a usual share of the peak; a run measures its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dray.plan.hardware import Precision, Shape
 from dray.plan.parameters import Dimensions, ParameterCount
 
-# Shares of the peak that training reached: GPUs as published for dense models of this size class; CPUs as measured here.
+# Shares of the peak that training reached: GPUs as published for dense models; CPUs as measured.
 USUAL_SHARE_GPU = {"bf16": 0.40, "fp16": 0.40, "fp32": 0.60}
 USUAL_SHARE_CPU = {"bf16": 0.22, "fp16": 0.01, "fp32": 0.55}
 START_SECONDS = 15.0
@@ -41,8 +41,8 @@ def peak_flops_per_rank(shape: Shape, precision: Precision, *, on_gpu: bool, cpu
     return None if core is None else core * cores
 
 
-def training_seconds(num_tokens: int, flops_per_token: float, peak_flops: float, num_ranks: int, precision: Precision, *,
-                     on_gpu: bool, recompute: bool) -> float:
+def training_seconds(num_tokens: int, flops_per_token: float, peak_flops: float, num_ranks: int, *,
+                     precision: Precision, on_gpu: bool, recompute: bool) -> float:
     """Seconds for so many tokens. Recomputing activations repeats the forward pass: a third more."""
     share = (USUAL_SHARE_GPU if on_gpu else USUAL_SHARE_CPU)[precision]
     return num_tokens * flops_per_token * (4 / 3 if recompute else 1.0) / (peak_flops * share * num_ranks)

@@ -46,11 +46,13 @@ def _gpu(name: str, memory_gib: float, half: float, fp32: float, *, bf16: bool =
 ACCELERATORS: Mapping[str, Accelerator] = dict([
     _gpu("B200", 180, 2250, 75), _gpu("H200", 141, 989, 67), _gpu("H100", 80, 989, 67), _gpu("H100-PCIe", 80, 756, 51),
     _gpu("H100-NVL", 94, 835, 60), _gpu("GH200", 96, 989, 67), _gpu("H20", 96, 148, 44), _gpu("H800", 80, 989, 67),
-    _gpu("A100", 40, 312, 19.5), _gpu("A100-40G", 40, 312, 19.5), _gpu("A100-80G", 80, 312, 19.5), _gpu("A800", 80, 312, 19.5),
+    _gpu("A100", 40, 312, 19.5), _gpu("A100-40G", 40, 312, 19.5), _gpu("A100-80G", 80, 312, 19.5),
+    _gpu("A800", 80, 312, 19.5),
     _gpu("A10G", 24, 70, 31.2), _gpu("A10", 24, 125, 31.2), _gpu("A30", 24, 165, 10.3), _gpu("A40", 48, 150, 37.4),
     _gpu("A6000", 48, 155, 38.7), _gpu("L4", 24, 121, 30.3), _gpu("L40", 48, 181, 90.5), _gpu("L40S", 48, 362, 91.6),
     _gpu("RTX6000-Ada", 48, 364, 91.1), _gpu("RTX3090", 24, 71, 35.6), _gpu("RTX4090", 24, 165, 82.6),
-    _gpu("RTX5090", 32, 210, 104.8), _gpu("V100", 16, 125, 15.7, bf16=False), _gpu("V100-32G", 32, 125, 15.7, bf16=False),
+    _gpu("RTX5090", 32, 210, 104.8), _gpu("V100", 16, 125, 15.7, bf16=False),
+    _gpu("V100-32G", 32, 125, 15.7, bf16=False),
     _gpu("T4", 16, 65, 8.1, bf16=False), _gpu("P100", 16, 18.7, 9.3, bf16=False), _gpu("MI250X", 64, 191.5, 23.9),
     _gpu("MI300X", 192, 1307, 163), _gpu("MI325X", 256, 1307, 163),
 ])  # fmt: skip
@@ -109,7 +111,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def local_shape() -> Shape:
-    """This machine without its GPUs: CPUs, memory (cgroup limits heeded) and instruction sets, read from /proc and /sys."""
+    """This machine without its GPUs: CPUs, memory (cgroup limits heeded), instruction sets, from /proc and /sys."""
     flags = _cpu_flags()
     amx, avx512_bf16, avx512 = "amx_bf16" in flags, "avx512_bf16" in flags, "avx512f" in flags
     num_cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -135,14 +137,16 @@ def _find_accelerator(text: str, name: str, settings: dict[str, float]) -> Accel
     known = ACCELERATORS.get(name.lower())
     if known is None and name and name.lower() != "unknown" and not {"memory", "tflops"} <= settings.keys():
         near = difflib.get_close_matches(name.lower(), ACCELERATORS, n=1)
-        hint = f"did you mean {ACCELERATORS[near[0]].name}?" if near else f"known: {', '.join(a.name for a in ACCELERATORS.values())}"
+        names = ", ".join(card.name for card in ACCELERATORS.values())
+        hint = f"did you mean {ACCELERATORS[near[0]].name}?" if near else f"known: {names}"
         raise PlanError("--shape", f"{text!r}: no accelerator {name!r}", "unknown ones take memory and tflops", hint)
     if not name and not {"memory", "tflops"} <= settings.keys():
         raise PlanError("--shape", f"{text!r} lacks memory or tflops", "unknown accelerators take both",
                         "e.g. 1x4x(memory=48GB,tflops=180)")
     base = known or Accelerator(name=name or "accelerator", memory_bytes=None, half_flops=None, fp32_flops=None)
     half = settings["tflops"] * TERA if "tflops" in settings else base.half_flops
-    fp32 = settings["fp32_tflops"] * TERA if "fp32_tflops" in settings else base.fp32_flops or (half / 8 if half else None)
+    fp32 = base.fp32_flops or (half / 8 if half else None)
+    fp32 = settings["fp32_tflops"] * TERA if "fp32_tflops" in settings else fp32
     memory = int(settings["memory"]) if "memory" in settings else base.memory_bytes
     has_bf16 = bool(settings["bf16"]) if "bf16" in settings else base.has_bf16
     return Accelerator(name=base.name, memory_bytes=memory, half_flops=half, fp32_flops=fp32, has_bf16=has_bf16)

@@ -1,9 +1,9 @@
 """Peak memory of a rank, term by term, and what a node's host memory must hold.
 
 A step has four moments that may be its peak: the loss (all activations and three times the logits), the end of the
-backward pass (gradients), their reduction, and the optimiser's step. Each is summed; the terms of the greatest are the
-plan. The arithmetic follows DeepSpeed's sources and transformers' eager layers; `docs/plan.md` compares it with measured
-peaks. It counts no memory that other programs hold.
+backward pass (gradients), their reduction, and the optimiser's step. Each is summed; the terms of the greatest are
+the plan. The arithmetic follows DeepSpeed's sources and transformers' eager layers; `docs/plan.md` compares it with
+measured peaks. It counts no memory that other programs hold.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dray.plan.hardware import Precision
 from dray.plan.parameters import Dimensions, ParameterCount
 from dray.plan.zero_config import Buckets, grad_accumulation_bytes, overlaps
 
-# Resident after importing torch, deepspeed, transformers (a model's code included), pyarrow, ray.train and ray.data, the
-# process group running: measured. A plain process without Ray holds 50 MB less.
+# Resident after importing torch, deepspeed and transformers (a model's code included), the process group running; and
+# what ray.train and ray.data add: measured.
 CPU_FRAMEWORK_BYTES = 590_000_000
 RAY_BYTES = 60_000_000
 # CUDA context, cuBLAS and NCCL buffers: as commonly reported, not measured here.
@@ -122,18 +122,18 @@ def make_memory(load: Load) -> MemoryPlan:
 
 
 def logits_bytes(load: Load) -> int:
-    """At the start of the backward pass: log-probabilities and their gradient in fp32, the logits' gradient as computed."""
+    """When the backward pass begins: log-probabilities and their gradient in fp32, the logits' gradient as computed."""
     if load.sizes.task != "causal_lm":
         return load.micro_rows * load.sizes.num_labels * 12
     return load.tokens * load.sizes.vocab * (8 + load.element_bytes)
 
 
 def _activation_bytes(load: Load) -> int:
+    one_block = layer_bytes_per_token(load.sizes, load.element_bytes, load.dropout, load.sequence_tokens,
+                                      on_gpu=load.on_gpu)
     if load.checkpointing:
-        one_block = layer_bytes_per_token(load.sizes, load.element_bytes, load.dropout, load.sequence_tokens,
-                                          on_gpu=load.on_gpu)
-        return load.tokens * (load.sizes.layers * checkpoint_bytes_per_token(load.sizes, load.element_bytes) + one_block)
-    one_block = layer_bytes_per_token(load.sizes, load.element_bytes, load.dropout, load.sequence_tokens, on_gpu=load.on_gpu)
+        inputs = load.sizes.layers * checkpoint_bytes_per_token(load.sizes, load.element_bytes)
+        return load.tokens * (inputs + one_block)
     ends = 4 * load.sizes.hidden * load.element_bytes
     return load.tokens * (load.sizes.layers * one_block + ends)
 
@@ -152,7 +152,8 @@ def _moments(load: Load) -> list[_Moment]:
     return [
         replace(base, name="loss", activations=activations, logits=logits_bytes(load),
                 gradients=base.gradients + accumulated, buffers=base.buffers + gathered),
-        replace(base, name="backward", activations=working, gradients=base.gradients + max(accumulated, whole) + embedding,
+        replace(base, name="backward", activations=working,
+                gradients=base.gradients + max(accumulated, whole) + embedding,
                 buffers=base.buffers + gathered + (bucket + copies if load.stage >= 2 else 0)),
         replace(base, name="reduce", gradients=base.gradients + max(accumulated, whole),
                 buffers=base.buffers + bucket + copies + (gathered if load.stage == 3 else 0)),
@@ -200,7 +201,8 @@ def _gathered_bytes(load: Load) -> int:
     """Whole parameters that ZeRO-3 holds during the passes, beyond the rank's own part."""
     if load.stage < 3:
         return 0
-    return load.element_bytes * min(load.count.total, max(load.buckets.live, load.count.largest) + load.buckets.prefetch)
+    live = max(load.buckets.live, load.count.largest) + load.buckets.prefetch
+    return load.element_bytes * min(load.count.total, live)
 
 
 def _reduction_bytes(load: Load) -> tuple[int, int, int]:

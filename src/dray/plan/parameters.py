@@ -1,7 +1,8 @@
 """A model's sizes and its number of parameters, by architecture, without building it.
 
-The counts equal those of transformers' own models for the families below (a test builds them on the meta device); other
-architectures get an estimate that says so. A folder's config.json is read as it is. Refuses folders that cannot be read.
+The counts equal those of transformers' own models for the families below (a test builds them on the meta device);
+other architectures get an estimate that says so. A folder's config.json is read as it is. Refuses folders that
+cannot be read.
 """
 
 from __future__ import annotations
@@ -207,25 +208,25 @@ def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int) -> Dimen
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise SpecError("model.path", f"{folder}/config.json cannot be read ({error})", "a Hugging Face folder is wanted",
-                        "`dray export` writes one") from error
-    found = {ours: next((config[name] for name in names if config.get(name) is not None), None)
+        raise SpecError("model.path", f"{folder}/config.json cannot be read ({error})",
+                        "a Hugging Face folder is wanted", "`dray export` writes one") from error
+    found = {ours: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
              for ours, names in _ALIASES.items()}
-    missing = [name for name in ("hidden_size", "num_layers", "num_heads") if not isinstance(found[name], int)]
+    missing = [name for name in ("hidden_size", "num_layers", "num_heads") if not found[name]]
     if missing:
         raise SpecError("model.path", f"{folder}/config.json lacks {', '.join(missing)}", "sizes are needed to plan")
     architecture = str(config.get("model_type", "unknown"))
-    gated, hidden, heads = is_gated(architecture), int(found["hidden_size"]), int(found["num_heads"])
-    vocab = int(found["vocab_size"] or vocab_size or 0)
+    gated, hidden, heads = is_gated(architecture), found["hidden_size"], found["num_heads"]
+    vocab = found["vocab_size"] or vocab_size or 0
     if vocab_size is not None and 0 < vocab < vocab_size:
         raise SpecError("model.path", f"{folder} has {vocab} tokens, the tokeniser {vocab_size}",
                         "weights and tokeniser belong together", f"use its own: tokenizer.path={folder}")
     tied = config.get("tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox"))
     return Dimensions(
-        architecture=architecture, task=spec.task, hidden=hidden, layers=int(found["num_layers"]), heads=heads,
-        kv_heads=int(found["num_kv_heads"] or heads), head_dim=int(found["head_dim"] or hidden // heads),
-        intermediate=int(found["intermediate_size"] or (hidden * 8 // 3 if gated else hidden * 4)), vocab=vocab,
-        positions=int(found["max_positions"] or spec.data.sequence_tokens), tied=bool(tied), num_labels=labels,
+        architecture=architecture, task=spec.task, hidden=hidden, layers=found["num_layers"], heads=heads,
+        kv_heads=found["num_kv_heads"] or heads, head_dim=found["head_dim"] or hidden // heads,
+        intermediate=found["intermediate_size"] or (hidden * 8 // 3 if gated else hidden * 4), vocab=vocab,
+        positions=found["max_positions"] or spec.data.sequence_tokens, tied=bool(tied), num_labels=labels,
         gated=gated, exact=architecture in FAMILIES, options=config,
     )
 

@@ -163,10 +163,9 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
     seconds = None
     if num_tokens is not None and peak is not None:
         padded = num_tokens * (1 + batch.padded_rows / batch.global_rows)
-        seconds = training_seconds(int(padded), strict, peak, setting.num_ranks, precision, on_gpu=question.on_gpu,
-                                   recompute=setting.checkpointing)
-    compiles = _resolve_compile(spec, seconds)
-    buckets = question.load(setting).buckets
+        seconds = training_seconds(int(padded), strict, peak, setting.num_ranks, precision=precision,
+                                   on_gpu=question.on_gpu, recompute=setting.checkpointing)
+    compiles = _resolve_compile(spec, seconds, precision, on_gpu=question.on_gpu)
     return Plan(
         shape=shape, num_ranks=setting.num_ranks, on_gpu=question.on_gpu, precision=precision, zero_stage=setting.stage,
         zero_reason=reason, offload=setting.offload, batch=batch, num_steps=num_steps, tokens_per_step=tokens_per_step,
@@ -177,16 +176,18 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
         checkpoint_bytes=12 * count.total, shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
         compile=compiles, activation_checkpointing=setting.checkpointing,
         est_seconds=None if seconds is None else seconds + START_SECONDS + COMPILE_SECONDS * compiles,
-        deepspeed=make_deepspeed_config(setting.stage, setting.offload, setting.micro_rows, batch.accumulation, precision,
-                                        spec.regularization.clip_grad_norm, buckets, on_gpu=question.on_gpu),
+        deepspeed=make_deepspeed_config(
+            setting.stage, setting.offload, micro_rows=setting.micro_rows, accumulation=batch.accumulation,
+            precision=precision, clip_grad_norm=spec.regularization.clip_grad_norm,
+            buckets=question.load(setting).buckets, on_gpu=question.on_gpu),
         notes=list(_notes(question, setting, batch)),
     )
 
 
 def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> int:
-    """The most workers that the shape can hold, within what the spec asks for. Raises PlanError if those are too few."""
+    """The most workers that the shape can hold, of those that the spec asks for. Raises PlanError for too few."""
     resources, fewest, most = spec.resources, spec.resources.min_workers, spec.resources.max_workers
-    where = f"resources.workers = {resources.workers if isinstance(resources.workers, int) else list(resources.workers)}"
+    where = f"resources.workers = {fewest if fewest == most else [fewest, most]}"
     capacity = most
     if on_gpu:
         capacity = shape.num_accelerators // resources.gpus_per_worker
@@ -268,7 +269,8 @@ def _reason(question: _Question, setting: _Setting, stages: list[int]) -> str:
     needed = question.memory(lower).total
     limit = question.rank_limit(setting.num_ranks)
     room = f" of {limit / 1e9:.1f} GB" if limit is not None else ""
-    return f"stage {setting.stage} is the lowest that fits: stage {lower.stage} would take {needed / 1e9:.1f} GB a rank{room}"
+    return (f"stage {setting.stage} is the lowest that fits: stage {lower.stage} would take "
+            f"{needed / 1e9:.1f} GB a rank{room}")
 
 
 def _does_not_fit(question: _Question, num_ranks: int, stage: int, micro_rows: int) -> PlanError:
@@ -290,8 +292,9 @@ def _ways_out(question: _Question, setting: _Setting) -> Iterator[tuple[str, _Se
     spec = question.spec
     micros = [rows for rows in micro_candidates(spec.batch.global_rows, setting.num_ranks, elastic=True)
               if rows < setting.micro_rows]
-    for rows in micros:
-        yield f"batch.micro_rows={rows}", replace(setting, micro_rows=rows)
+    fitting = next((rows for rows in micros if question.fits(replace(setting, micro_rows=rows))), None)
+    if fitting is not None:
+        yield f"batch.micro_rows={fitting}", replace(setting, micro_rows=fitting)
     smallest = micros[-1] if micros else setting.micro_rows
     less = f" batch.micro_rows={smallest}" if micros else ""
     if not setting.checkpointing:
@@ -330,10 +333,11 @@ def _smaller(question: _Question, setting: _Setting) -> str:
             "or more or larger machines, e.g. --shape 2x8xH100")
 
 
-def _resolve_compile(spec: Spec, seconds: float | None) -> bool:
+def _resolve_compile(spec: Spec, seconds: float | None, precision: Precision, *, on_gpu: bool) -> bool:
+    """Where compilation was measured to win (CPU: in bf16) or is known to (GPU), if the run is long enough."""
     if spec.engine.compile != "auto":
         return spec.engine.compile
-    return seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
+    return (on_gpu or precision == "bf16") and seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
 
 
 def _shard_bytes(width: int, vocab: int, num_rows: int | None, corpus_tokens: int | None) -> int | None:

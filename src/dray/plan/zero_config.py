@@ -43,12 +43,12 @@ def make_buckets(num_parameters: int, layer_parameters: int, *, on_gpu: bool) ->
 def make_deepspeed_config(
     stage: int,
     offload: str,
+    *,
     micro_rows: int,
     accumulation: int,
     precision: Precision,
     clip_grad_norm: float | None,
     buckets: Buckets,
-    *,
     on_gpu: bool,
 ) -> dict[str, Any]:
     """What `deepspeed.initialize(config=…)` takes. Sizes in elements, rows a rank."""
@@ -74,8 +74,8 @@ def make_deepspeed_config(
 def grad_accumulation_bytes(stage: int, accumulation: int, precision: Precision) -> int:
     """Bytes of an accumulated gradient's element.
 
-    Sums over several micro batches are kept in fp32 where DeepSpeed can: under ZeRO 2 and 3. At stage 0 it refuses another
-    type than the model's, and at stage 1 bf16 would switch to another optimiser that holds a whole fp32 gradient a rank.
+    Sums over several micro batches are kept in fp32 where DeepSpeed can: under ZeRO 2 and 3. At stage 0 it refuses
+    another type than the model's; at stage 1, in bf16, it would take an optimiser that holds all gradients in fp32.
     """
     if precision == "fp32":
         return 4
@@ -104,5 +104,5 @@ def _zero_section(stage: int, offload: str, buckets: Buckets, *, on_gpu: bool) -
 
 
 def overlaps(stage: int, *, on_gpu: bool) -> bool:
-    """Whether reduction overlaps the backward pass, which takes a second bucket; a CPU has no streams to overlap with."""
+    """Whether reduction overlaps the backward pass, which takes a second bucket; a CPU has no streams for it."""
     return on_gpu and stage >= 2
