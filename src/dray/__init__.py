@@ -23,7 +23,7 @@ _HOMES = {
     "parse_shape": "dray.plan",
     "make_plan": "dray.plan",
     "format_plan": "dray.plan",
-    "prepare": "dray.corpus",
+    "prepare": "dray.corpus.prepare",
     "train": "dray.train",
     "train_locally": "dray.train",
     "evaluate": "dray.evaluate",

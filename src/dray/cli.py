@@ -187,7 +187,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from dray.cluster import connect
-    from dray.corpus import prepare
+    from dray.corpus.prepare import prepare
     from dray.progress import Display
     from dray.spec import load_spec
     from dray.store import Run

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import yaml
 
-from dray.corpus import Corpus, prepare
+from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.stream import read_rows
 from dray.errors import CorpusError, SpecError
 from dray.order import Ints
 from dray.spec import Spec, make_spec
-from dray.tasks import bits_per_byte, build_task
+from dray.tasks import build_task
+from dray.tasks.causal_lm import bits_per_byte
 from dray.trained import Trained, load_trained
 
 ROWS_PER_BATCH = 16

@@ -113,7 +113,6 @@ def _drive(run: Run, spec: Spec, plan: Plan, corpus: Corpus, storage: str, displ
         run.log_event("failed", error=str(error) or type(error).__name__)
         raise
     finally:
-        recorder.close()
         run.set_status("completed" if status == "early_stopped" else status)
         trackers.finish(status)
     if status == "interrupted":
@@ -133,7 +132,7 @@ class Recorder:
 
     def take(self, records: Sequence[dict[str, Any]]) -> None:
         """Take some records, in the order in which each rank sent them."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for record in records:
             kind = record["kind"]
             if kind == "step":
@@ -141,43 +140,37 @@ class Recorder:
                 self._open[key].append(record)
                 if len(self._open[key]) == record["num_ranks"]:
                     rows.append(make_metrics_row(self._open.pop(key), self._plan))
+                    self._show_step(rows[-1])
             elif kind == "validation":
-                self._run.log_metrics(rows)
-                rows = [*self._shown(rows), record]
-                self._run.log_metrics([record])
-                self._take_validation(rows.pop())
-                rows = []
+                rows.append(record)
+                self._show_validation(record)
             elif kind == "ended":
                 self.ended = record["how"]
             else:
                 self._run.log_event(kind, **{k: v for k, v in record.items() if k not in ("kind", "time")})
         self._run.log_metrics(rows)
-        self._shown(rows)
 
-    def _shown(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for row in rows:
-            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-            self._trackers.log(row["step"], numbers)
-            self._display.step(row)
-        return rows
+    def _show_step(self, row: dict[str, Any]) -> None:
+        self._trackers.log(row["step"], {k: v for k, v in row.items() if isinstance(v, (int, float))})
+        self._display.step(row)
 
-    def _take_validation(self, record: dict[str, Any]) -> None:
+    def _show_validation(self, record: dict[str, Any]) -> None:
         values = {k: v for k, v in record.items() if k not in ("kind", "attempt", "step", "time")}
         self._trackers.log(record["step"], {f"validation_{k}": v for k, v in values.items()})
         self._display.validation(record["step"], values)
 
-    def close(self) -> None:
-        """Write what can still be written."""
-        self._open.clear()
-
 
 def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
-    """One step's row from all ranks' records. Skew is (max − mean) / mean of the ranks' own times."""
+    """One step's row from all ranks' records.
+
+    `forward_seconds_skew` is (max − mean) / mean over the ranks' forward passes, in which none waits for another (below
+    ZeRO-3): whole steps end together, so their times do not tell a slow rank.
+    """
     first = min(records, key=lambda record: record["rank"])
     seconds = max(record["seconds"] for record in records)
-    times = [record["seconds"] - record["wait_seconds"] for record in records]
-    waits = [record["data_wait_seconds"] for record in records]
-    mean = sum(times) / len(times)
+    times, waits, forwards = ([record[name] for record in records]
+                              for name in ("seconds", "data_wait_seconds", "forward_seconds"))
+    mean_forward = sum(forwards) / len(forwards)
     per_second = first["num_tokens"] / seconds
     peak = (plan.peak_flops_per_rank or 0.0) * len(records)
     return {
@@ -188,7 +181,9 @@ def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str,
         "tokens_per_second": per_second,
         "mfu": per_second * plan.flops_per_token_loose / peak if peak else None,
         "mfu_strict": per_second * plan.flops_per_token_strict / peak if peak else None,
-        "step_seconds_mean": mean, "step_seconds_max": max(times), "step_seconds_skew": (max(times) - mean) / mean,
+        "step_seconds_mean": sum(times) / len(times), "step_seconds_max": max(times),
+        "forward_seconds_mean": mean_forward, "forward_seconds_max": max(forwards),
+        "forward_seconds_skew": (max(forwards) - mean_forward) / mean_forward if mean_forward else 0.0,
         "data_wait_seconds_mean": sum(waits) / len(waits), "data_wait_seconds_max": max(waits),
         "memory_bytes_mean": sum(r["memory_bytes"] for r in records) / len(records),
         "memory_bytes_max": max(record["memory_bytes"] for record in records), "time": first["time"],

@@ -20,14 +20,22 @@ import torch
 from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, check_rows
 from dray.engine import Engine, build_engine
-from dray.models import build_model, parameter_groups
+from dray.models import build_model, enable_activation_checkpointing, parameter_groups
 from dray.order import row_digest
 from dray.plan import Plan
 from dray.ranks import Ranks
 from dray.schedule import learning_rate
 from dray.spec import Spec
-from dray.store import CheckpointReader, CheckpointWriter, Run, apply_retention
+from dray.store import (
+    LOWER_IS_BETTER,
+    CheckpointReader,
+    CheckpointWriter,
+    Run,
+    apply_retention,
+    make_fragment_key,
+)
 from dray.tasks import Task, build_task
+from dray.tasks.causal_lm import bits_per_byte
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class _Loop:
     def __init__(self, job: Job, run: Run, attempt: int, ranks: Ranks, reporter: Reporter, start_step: int) -> None:
         self.job, self.run, self.attempt, self.ranks, self.reporter = job, run, attempt, ranks, reporter
         self.spec, self.plan = job.spec, job.plan
+        self.newest = run.latest_checkpoint()
         self.task: Task = build_task(job.spec, job.manifest)
         self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, job.plan, ranks)
         self.progress = _Progress(step=start_step)
@@ -114,12 +123,12 @@ class _Loop:
     def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
         manifest = self.job.manifest
         model: torch.nn.Module = build_model(
-            self.spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2,
+            self.spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
             pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id,
-            constructing=constructing, gathering=gathering,
+            constructing=constructing, gathering=gathering, initial_weights=self.newest is None,
         )
         if self.plan.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_activation_checkpointing(model)
         return model
 
     def _make_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -127,7 +136,7 @@ class _Loop:
 
     def restore(self) -> None:
         """Copy the newest checkpoint into the engine, if there is one."""
-        newest = self.run.latest_checkpoint()
+        newest = self.newest
         if newest is None:
             return
         reader = CheckpointReader(self.run, newest)
@@ -142,6 +151,7 @@ class _Loop:
         self.progress.validations_without_better = state["validations_without_better"]
         self.progress.last_validation = state["validation"]
         self.progress.saved_step = newest.step
+        reader.close()
 
     def follow(self, segments: Iterator[tuple[Any, pa.Table]], stream: RowStream) -> str:
         """Consume the stream to its end, or until all ranks agree to stop."""
@@ -173,7 +183,7 @@ class _Loop:
 
     def _train_step(self, step: int, rows: pa.Table, data_wait: float) -> tuple[bool, bool]:
         """One optimiser update. Returns whether to stop and whether to save, as agreed by all ranks."""
-        begun = time.perf_counter()
+        begun, working = time.perf_counter(), 0.0
         micro_rows = self.plan.batch.micro_rows
         batches = [self.task.collate(rows.slice(at, micro_rows)) for at in range(0, rows.num_rows, micro_rows)]
         targets = sum(self.task.num_targets(batch) for batch in batches)
@@ -188,7 +198,9 @@ class _Loop:
             # Dropout's randomness belongs to the place in the run, so there is no generator to save.
             torch.manual_seed((self.spec.seed * 1_000_003 + step) * 65_537 + self.ranks.rank * 1_031 + index)
             batch = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+            started = time.perf_counter()
             summed, _ = self.task.loss_sum(self.engine, batch, self.spec.regularization.label_smoothing)
+            working += time.perf_counter() - started  # alone, below ZeRO-3: what tells a slow rank from a waiting one
             # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
             self.engine.backward(summed * (self.ranks.num_ranks / max(1, all_targets)), last=index == len(batches) - 1)
             loss_sum += summed.detach().double().cpu()
@@ -200,7 +212,7 @@ class _Loop:
             "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
             "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": f"{all_digests % 2**64:016x}",
             "tokens": self.progress.tokens, "seconds": time.perf_counter() - begun + data_wait,
-            "data_wait_seconds": data_wait, "memory_bytes": _memory_bytes(self.ranks.device), "time": time.time(),
+            "data_wait_seconds": data_wait, "forward_seconds": working, "memory_bytes": _memory_bytes(self.ranks.device), "time": time.time(),
         })
         return stops > 0, saves > 0 or self._checkpoint_due(step)
 
@@ -225,10 +237,11 @@ class _Loop:
 
     def _end_validation(self, step: int) -> bool:
         """Merge the ranks' metrics and report them. Returns whether patience has run out."""
-        merged = self.task.new_metrics()
-        merged.merge(self.ranks.gather(self.metrics.state()))
-        self.metrics, self.progress.last_validation = None, merged.compute()
-        values, rule = self.progress.last_validation, self.spec.validation
+        merged = self.task.new_metrics().merge(self.ranks.gather(self.metrics.state()))
+        values, rule, held_out = merged.compute(), self.spec.validation, self.job.manifest.validation
+        if self.spec.packs_rows and held_out is not None:
+            values["bits_per_byte"] = bits_per_byte(values["loss"], held_out.num_tokens, held_out.num_text_bytes)
+        self.metrics, self.progress.last_validation = None, values
         if self.ranks.rank == 0:
             self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, "time": time.time(), **values})
         score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
@@ -246,11 +259,12 @@ class _Loop:
         begun = time.perf_counter()
         writer = CheckpointWriter(self.run, step, self.attempt)
         tensors = {
-            f"{fragment.parameter}|{state}|{fragment.start}": view.detach().cpu()
+            make_fragment_key(fragment.parameter, state, fragment.start): view.detach()
             for fragment in self.engine.fragments() for state, view in fragment.states.items()
         }
         if self.ranks.rank == 0:
-            tensors |= {f"{name}|buffer|0": b.detach().cpu().reshape(-1) for name, b in self.engine.buffers().items()}
+            buffers = self.engine.buffers().items()
+            tensors |= {make_fragment_key(name, "buffer", 0): buffer.detach().reshape(-1) for name, buffer in buffers}
         files = self.ranks.gather(writer.write_rank(self.ranks.rank, self.ranks.num_ranks, tensors))
         if self.ranks.rank == 0:
             writer.commit(files, self._metadata())
@@ -271,9 +285,6 @@ class _Loop:
             "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
             "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
         }
-
-
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -156,7 +156,7 @@ def build_dataset(stream: RowStream) -> Any:
     # The tasks are pickled one by one: without its cached segments the stream is small.
     reader = RowStream(**{name: getattr(stream, name) for name in RowStream.__dataclass_fields__})
     count = len(stream.segments) * stream.num_ranks
-    return ray.data.read_datasource(_Rows(), override_num_blocks=count, ray_remote_args={"num_cpus": 0.5})
+    return ray.data.read_datasource(_Rows(), override_num_blocks=count, num_cpus=0.5)
 
 
 def check_rows(stream: RowStream, blocks: Iterable[pa.Table], rank: int) -> Iterator[tuple[Segment, pa.Table]]:

@@ -1,0 +1,106 @@
+"""The stream: what Ray Data hands to the ranks is what the order asks for, block by block."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import tiny_tree
+
+from dray.corpus.prepare import Corpus, prepare
+from dray.corpus.stream import RowStream, build_dataset, check_rows, read_rows
+from dray.order import PADDING
+from dray.spec import make_spec
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, local_ray: None) -> Corpus:
+    tree = tiny_tree(tiny_corpus, data={
+        "train": [{"path": f"{tiny_corpus}/part-{n}.jsonl", "weight": w} for n, w in ((0, 1.0), (1, 3.0))],
+        "validation": {"path": f"{tiny_corpus}/part-2.jsonl"},
+    })
+    return prepare(make_spec(tree), str(tmp_path_factory.mktemp("store")))
+
+
+def make_stream(corpus: Corpus, **fields: Any) -> RowStream:
+    settings: dict[str, Any] = {
+        "folder": corpus.folder, "manifest": corpus.manifest, "seed": 3, "global_rows": 12, "num_ranks": 2,
+        "rows_per_rank": 6, "micro_rows": 3, "start_step": 0, "num_steps": 30, "validation_steps": (10, 30),
+        "max_validation_rows": 25,
+    }
+    return RowStream(**settings | fields)
+
+
+def rows_by_step(stream: RowStream) -> dict[int, list[int]]:
+    """The global batch of every step as the ranks see it."""
+    steps: dict[int, list[int]] = {}
+    for rank in range(stream.num_ranks):
+        for segment, block in check_rows(stream, stream.blocks(rank), rank):
+            if segment.kind == "train":
+                ids = block.column("row_id").to_numpy().reshape(-1, stream.rows_per_rank)
+                for step, row in zip(range(segment.first, segment.last + 1), ids, strict=True):
+                    steps.setdefault(step, []).extend(int(i) for i in row if i != PADDING)
+    return {step: sorted(rows) for step, rows in steps.items()}
+
+
+def test_ray_data_hands_each_rank_its_blocks_in_order(corpus: Corpus):
+    stream = make_stream(corpus)
+    splits = build_dataset(stream).streaming_split(stream.num_ranks, equal=True)
+    received: dict[int, list[pa.Table]] = {}
+
+    def consume(rank: int) -> None:
+        batches = splits[rank].iter_batches(batch_size=None, batch_format="pyarrow")
+        received[rank] = [block for _, block in check_rows(stream, batches, rank)]
+
+    threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(stream.num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(stream.num_ranks):
+        expected = list(stream.blocks(rank))
+        assert len(received[rank]) == len(expected)
+        for block, other in zip(received[rank], expected, strict=True):
+            assert block.select(other.column_names).equals(other)
+
+
+@pytest.mark.parametrize(("num_ranks", "rows_per_rank", "micro_rows"), [(1, 12, 4), (3, 4, 2), (5, 3, 1), (8, 2, 2)])
+def test_any_number_of_ranks_reads_the_same_global_batches(corpus: Corpus, num_ranks: int, rows_per_rank: int,
+                                                           micro_rows: int):
+    other = make_stream(corpus, num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=micro_rows)
+    assert rows_by_step(other) == rows_by_step(make_stream(corpus))
+
+
+def test_a_stream_from_the_middle_is_the_rest_of_the_whole(corpus: Corpus):
+    whole, rest = make_stream(corpus), make_stream(corpus, start_step=17)
+    assert rows_by_step(rest) == {step: rows for step, rows in rows_by_step(whole).items() if step > 17}
+
+
+def test_rows_hold_what_the_shards_hold(corpus: Corpus):
+    split = corpus.manifest.train
+    table = read_rows(corpus.folder, corpus.manifest, split, np.arange(split.num_rows))
+    assert table.num_rows == split.num_rows
+    assert int(np.sum(table.column("num_tokens").to_numpy())) == split.num_tokens
+    backwards = read_rows(corpus.folder, corpus.manifest, split, np.arange(split.num_rows)[::-1].copy())
+    assert backwards.slice(0, 1).column("input_ids").to_pylist() == table.slice(split.num_rows - 1).column("input_ids").to_pylist()
+
+
+def test_validation_rows_are_read_once_each(corpus: Corpus):
+    stream = make_stream(corpus, num_ranks=3, rows_per_rank=4, micro_rows=4)
+    ids = [int(i) for rank in range(3) for segment in stream.segments if segment.kind == "validation" and segment.first == 10
+           for i in stream.row_ids(segment, rank) if i != PADDING]
+    assert sorted(ids) == list(range(25))
+
+
+def test_a_stream_out_of_order_is_refused(corpus: Corpus):
+    stream = make_stream(corpus)
+    other = replace(stream, seed=4)
+    with pytest.raises(RuntimeError, match="out of order"):
+        list(check_rows(stream, other.blocks(0), 0))
+    with pytest.raises(RuntimeError, match="ended before"):
+        list(check_rows(stream, [], 0))
