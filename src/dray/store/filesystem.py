@@ -61,6 +61,8 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     try:
         if scheme in ARROW_SCHEMES:
             filesystem, path = pafs.FileSystem.from_uri(place)
+            if not path:
+                raise ValueError("it names no bucket")
         else:
             filesystem, path = _open_fsspec(place)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:

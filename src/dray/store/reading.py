@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from threading import Lock
@@ -19,7 +20,7 @@ from pyarrow import fs as pafs
 
 from dray.errors import StoreError
 from dray.store.commit import CHUNK_BYTES, DTYPES, tensor_bytes
-from dray.store.filesystem import list_files, list_folders, read_bytes
+from dray.store.filesystem import is_local, list_files, list_folders, read_bytes
 from dray.store.layout import (
     CHECKPOINTS,
     MANIFEST_FILE,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     import torch
 
 HEADER_BYTES = 256 * 1024
+BLOCK_BYTES = 4 * 1024 * 1024
+KEPT_BLOCKS = 12
 MAX_HEADER_BYTES = 100_000_000
 _TORCH_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -108,6 +111,31 @@ class _Tensor:
     offset: int
 
 
+class _Blocks:
+    """Reads of remote files, in whole blocks, the last few of which are kept: most tensors are far smaller than what a
+    request costs, and a rank asks for neighbours one after the other. Large ranges go past the blocks."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def read_at(self, stream: Any, file: int, num_bytes: int, offset: int) -> bytes:
+        if num_bytes >= BLOCK_BYTES:
+            return cast(bytes, stream.read_at(num_bytes, offset))
+        first, last = offset // BLOCK_BYTES, (offset + num_bytes - 1) // BLOCK_BYTES
+        content = b"".join(self._block(stream, file, number) for number in range(first, last + 1))
+        return content[offset - first * BLOCK_BYTES :][:num_bytes]
+
+    def _block(self, stream: Any, file: int, number: int) -> bytes:
+        with self._lock:
+            if (file, number) not in self._blocks:
+                self._blocks[file, number] = stream.read_at(BLOCK_BYTES, number * BLOCK_BYTES)
+                while len(self._blocks) > KEPT_BLOCKS:
+                    self._blocks.popitem(last=False)
+            self._blocks.move_to_end((file, number))
+            return self._blocks[file, number]
+
+
 class CheckpointReader:
     """Reads any range of any tensor of a committed checkpoint; only the bytes asked for leave the storage.
 
@@ -124,6 +152,7 @@ class CheckpointReader:
         self._tied: dict[str, str] = dict(self.metadata.get("tied") or {})
         self._open: dict[int, tuple[Any, dict[str, _Tensor]]] = {}
         self._lock = Lock()
+        self._blocks = None if is_local(self.filesystem) else _Blocks()
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -229,7 +258,10 @@ class CheckpointReader:
         offset = tensor.offset + first * out.element_size()
         for at in range(0, len(view), CHUNK_BYTES):
             wanted = min(CHUNK_BYTES, len(view) - at)
-            content = stream.read_at(wanted, offset + at)
+            if self._blocks is None:
+                content = stream.read_at(wanted, offset + at)
+            else:
+                content = self._blocks.read_at(stream, piece.file, wanted, offset + at)
             if len(content) != wanted:
                 raise StoreError(f"{self.path}/{self.manifest.files[piece.file].file}", "ends too early")
             view[at : at + wanted] = content
