@@ -14,6 +14,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from dray.plan import format_bytes, format_seconds
+
 LOG_EVERY_SECONDS = 5.0
 
 
@@ -53,8 +55,7 @@ class Display:
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Show the metrics of one validation."""
-        shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
-        self.say(f"step {step}  validation  {shown}")
+        self.say(f"step {step}  validation  {format_values(values)}")
 
     def say(self, text: str) -> None:
         """Show one remark on a line of its own."""
@@ -73,20 +74,6 @@ class Display:
         return "  ".join(parts)
 
 
-def format_seconds(seconds: float) -> str:
-    """A duration for people: 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def format_bytes(num_bytes: float) -> str:
-    """A size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
+def format_values(values: Mapping[str, float]) -> str:
+    """Metrics by name on one line."""
+    return "  ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in values.items())

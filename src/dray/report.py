@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dray.progress import format_bytes, format_seconds
+from dray.plan import format_bytes, format_seconds
+from dray.progress import format_values
 from dray.store import CheckpointReport, Run
 
 SPARK = "▁▂▃▄▅▆▇█"
@@ -51,7 +52,7 @@ def format_summary(run: Run) -> str:
         ]
     if validation:
         at = summary["validation"].get("step")
-        lines.append(f"  validation   {'  '.join(f'{k.replace('_', ' ')} {v:.4f}' for k, v in validation.items())}  (step {at})")
+        lines.append(f"  validation   {format_values(validation)}  (step {at})")
     compressors = run.record().get("compressors")
     if compressors and "bits_per_byte" in validation:
         others = ", ".join(f"{name} {value:.3f}" for name, value in compressors.items())

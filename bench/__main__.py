@@ -1,0 +1,13 @@
+"""`python -m bench`: every benchmark, one after the other; the figures go to docs/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PARTS = ("bench.training", "bench.corpus", "bench.memory")
+
+if __name__ == "__main__":
+    for part in PARTS:
+        print(f"── {part}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", part], check=True)
