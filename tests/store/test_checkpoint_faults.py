@@ -14,7 +14,7 @@ import pytest
 from sharded_model import SHAPES, save
 
 from dray.errors import StoreError
-from dray.store import CheckpointInfo, CheckpointReader, Run, apply_retention, verify_checkpoint
+from dray.store import CheckpointInfo, CheckpointReader, Run, apply_retention, find_checkpoint, verify_checkpoint
 from dray.store.filesystem import list_files, read_bytes, write_bytes
 
 RANK_FILE = "rank-00001-of-00002.safetensors"
@@ -77,6 +77,23 @@ def test_one_flipped_bit_is_found(run: Run, at: int) -> None:
     assert run.latest_checkpoint() == before
     assert run.checkpoints(verified_only=False)[-1].problem.startswith("set aside: rank-00001")
     assert run.events()[-1]["kind"] == "checkpoint_set_aside"
+
+
+def test_the_checkpoint_to_verify(local_run: Run) -> None:
+    """By default the newest that was committed, damaged or not; one that is being written only when asked for."""
+    with pytest.raises(StoreError, match="has no checkpoint; steps with one: none"):
+        find_checkpoint(local_run)
+    for step in (10, 20, 30):
+        save(local_run, step)
+    paths = {info.step: Path(info.path) for info in local_run.checkpoints()}
+    (paths[20] / RANK_FILE).unlink()
+    (paths[30] / "COMMITTED").unlink()
+    assert find_checkpoint(local_run).step == 20
+    assert verify_checkpoint(local_run, find_checkpoint(local_run)).problems == [f"{RANK_FILE} is missing"]
+    assert verify_checkpoint(local_run, find_checkpoint(local_run, 10)).ok
+    assert "no marker" in verify_checkpoint(local_run, find_checkpoint(local_run, 30)).problems[0]
+    with pytest.raises(StoreError, match="has no checkpoint of step 15; steps with one: 10, 20, 30"):
+        find_checkpoint(local_run, 15)
 
 
 def test_file_gone_while_reading(local_run: Run) -> None:

@@ -87,6 +87,7 @@ class CheckpointInfo:
     """A checkpoint as found in storage. `path` lies in the run's filesystem; `problem` says why it is not verified.
 
     `verified`: the marker is there, the manifest has the hash in it, and every file is there with its size.
+    `committed`: the marker is there and no later attempt undid it; without, it may be one that is being written.
     """
 
     step: int
@@ -96,6 +97,7 @@ class CheckpointInfo:
     verified: bool
     metrics: dict[str, float] = field(default_factory=dict)
     problem: str = ""
+    committed: bool = True
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo
     if parsed is None:
         raise StoreError(path, "not a checkpoint's folder")
     sizes = list_files(filesystem, path)
-    info = CheckpointInfo(*parsed, path, sum(sizes.values()), verified=False)
+    info = CheckpointInfo(*parsed, path, sum(sizes.values()), verified=False, committed=MARKER_FILE in sizes)
     if REJECTED_FILE in sizes:
         reason = read_bytes(filesystem, f"{path}/{REJECTED_FILE}").decode(errors="replace")
         return replace(info, problem=f"set aside: {reason}")

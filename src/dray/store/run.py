@@ -11,6 +11,7 @@ import re
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any, cast
 
@@ -321,8 +322,8 @@ class Run:
         for info in find_checkpoints(self):
             later = [number for number, start in start_steps.items() if number > info.attempt and start < info.step]
             if later and info.verified:
-                info = CheckpointInfo(info.step, info.attempt, info.path, info.num_bytes, False, info.metrics,
-                                      f"undone: attempt {min(later)} started before it")
+                problem = f"undone: attempt {min(later)} started before it"
+                info = replace(info, verified=False, committed=False, problem=problem)
             found.append(info)
         return [info for info in found if info.verified or not verified_only]
 
@@ -370,6 +371,24 @@ class Run:
         }
 
 
+def find_checkpoint(run: Run, step: int | None = None) -> CheckpointInfo:
+    """The checkpoint of a step, sound or not; by default the newest that was committed. For `dray verify`, which says
+    what is wrong with it. Raises StoreError, with the steps there are, if there is none."""
+    found = run.checkpoints(verified_only=False)
+    if step is None:
+        chosen = [info for info in found if info.committed] or found
+        if not chosen and run.origin() and (newest := run.latest_checkpoint()):
+            return newest
+    else:
+        same = [info for info in found if info.step == step]
+        chosen = [info for info in same if info.committed] or same
+    if not chosen:
+        steps = ", ".join(str(info.step) for info in found) or "none"
+        raise StoreError(f"run {run.name!r}", "has no checkpoint" + (f" of step {step}" if step is not None else ""),
+                         way_out=f"steps with one: {steps}")
+    return chosen[-1]
+
+
 def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
     """The runs in a storage place by time of creation; none where there is no such place."""
     filesystem, path = open_filesystem(storage)
@@ -382,7 +401,7 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
 
 
 def _decay_start(spec: Spec, num_steps: int) -> int:
-    return num_steps - (spec.schedule.decay_steps or max(1, num_steps // 10))
+    return max(0, num_steps - (spec.schedule.decay_steps or max(1, num_steps // 10)))
 
 
 def _process_start(pid: int) -> str:
