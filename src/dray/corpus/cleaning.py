@@ -5,6 +5,7 @@ Works on Arrow arrays, a block at a time; a dropped document is counted by reaso
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -55,11 +56,13 @@ def normalize(texts: pa.Array, form: str) -> pa.Array:
 def _failures(texts: pa.Array, rules: Cleaning) -> list[tuple[str, Mask]]:
     """(reason, documents that fail it), in the order in which reasons are counted."""
     found: list[tuple[str, Mask]] = []
-    if rules.min_chars or rules.max_chars:
+    if rules.min_chars > 1 or rules.max_chars is not None:
         lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False)
         found.append(("too_short", lengths < rules.min_chars))
         if rules.max_chars is not None:
             found.append(("too_long", lengths > rules.max_chars))
+    elif rules.min_chars:  # no bytes, no characters: much quicker to see
+        found.append(("too_short", pc.binary_length(texts).to_numpy(zero_copy_only=False) == 0))
     if rules.min_alphanumeric_share > 0:
         letters = pc.count_substring_regex(texts, r"[\p{L}\p{N}]").to_numpy(zero_copy_only=False)
         visible = pc.count_substring_regex(texts, r"[^\s\p{Z}]").to_numpy(zero_copy_only=False)
@@ -93,7 +96,7 @@ def hash_texts(texts: pa.Array) -> tuple[Hashes, Hashes]:
         return np.empty(0, np.uint64), np.empty(0, np.uint64)
     bounds = np.frombuffer(offsets, np.int64)[texts.offset:texts.offset + len(texts) + 1].tolist()
     view = memoryview(data) if data is not None else memoryview(b"")
-    joined = b"".join([digest(view[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)])
+    joined = b"".join([digest(view[start:stop]) for start, stop in itertools.pairwise(bounds)])
     halves = np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
     return halves[:, 0].copy(), halves[:, 1].copy()
 

@@ -1,15 +1,15 @@
 """The manifest of a prepared corpus: what its token shards hold and where they came from.
 
-Written last, so that its presence means that the corpus is complete. It holds no time and no name of a machine: the same
-inputs and settings give the same bytes. Refuses manifests of another version.
+Written last, so that its presence means that the corpus is complete. It holds no time and no name of a machine: the
+same inputs and settings give the same bytes. Refuses manifests of another version.
 """
 
 from __future__ import annotations
 
 import json
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from pyarrow import fs as pafs
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dray.errors import CorpusError
 from dray.store.filesystem import read_bytes
@@ -142,7 +142,7 @@ def load_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest:
         tree = json.loads(read_bytes(filesystem, path))
         version = tree.get("version") if isinstance(tree, dict) else None
         if version != VERSION:
-            raise CorpusError(path, f"is of version {version}", f"this dray reads version {VERSION}", "prepare it again")
+            raise CorpusError(path, f"is of version {version}", f"this dray reads version {VERSION}", "prepare again")
         return Manifest.model_validate(tree)
     except FileNotFoundError as error:
         raise CorpusError(folder, "holds no prepared corpus", f"a complete corpus has a {MANIFEST}",

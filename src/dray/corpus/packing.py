@@ -1,7 +1,7 @@
 """From documents to rows: best-fit packing for language modelling, one document a row for tasks with labels.
 
-Pure numpy. A document longer than a row is cut into full rows and a remainder; remainders and short documents are packed
-best-fit, longest first. Nothing is lost in packing; what is cut off in one-document rows is counted.
+Pure numpy. A document longer than a row is cut into full rows and a remainder; remainders and short documents are
+packed best-fit, longest first. Nothing is lost in packing; what is cut off in one-document rows is counted.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def pack(tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, 
 
 
 def one_a_row(tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, pad_token_id: int,
-              prefix: tuple[int, ...], suffix: tuple[int, ...]) -> Rows:
+              *, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> Rows:
     """A document a row between `prefix` and `suffix`; the end of a longer document is cut off and counted."""
     room = capacity - len(prefix) - len(suffix)
     kept = np.minimum(lengths, room)
@@ -115,7 +115,9 @@ def gather(tokens: npt.NDArray[np.unsignedinteger], starts: Ints, lengths: Ints)
         bounds = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
         return np.concatenate([tokens[start:stop] for start, stop in bounds])
     ends = np.cumsum(lengths)
-    return tokens[np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)]
+    indices = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+    gathered: npt.NDArray[np.unsignedinteger] = tokens.take(indices)
+    return gathered
 
 
 def _fill(tokens: npt.NDArray[np.unsignedinteger], num_tokens: npt.NDArray[np.int32], capacity: int,
@@ -130,8 +132,8 @@ def order_by_length(num_tokens: npt.NDArray[np.int32], group_rows: int, window_g
                     rng: np.random.Generator) -> Ints:
     """An order of rows in which each group holds rows of like length, and groups come in random order.
 
-    Rows are taken as they come (already shuffled), sorted by length inside windows of `window_groups` groups and cut into
-    groups. What does not fill a group stays at the end.
+    Rows are taken as they come (already shuffled), sorted by length inside windows of `window_groups` groups and cut
+    into groups. What does not fill a group stays at the end.
     """
     num_full = len(num_tokens) // group_rows * group_rows
     order = np.arange(len(num_tokens))

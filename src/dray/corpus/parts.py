@@ -5,15 +5,16 @@
     pack_chunk        chunk         → rows in random order
     merge_rows        slices of all chunks' rows → one token shard
 
-Each writes its files whole and then a record that names them: work whose record is there is never done again. How work is
-cut depends on the inputs alone, so the result is the same whatever ran where, how often, or when it was stopped.
+Each writes its files whole and then a record that names them: work whose record is there is never done again. How
+work is cut depends on the inputs alone: the result is the same whatever ran where, how often, or when it was stopped.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
@@ -37,6 +38,9 @@ STAGING = ".staging"
 BATCH_BYTES = 4 * 1024 * 1024
 """Text that is cleaned and encoded at once."""
 WINDOW_GROUPS = 64
+MAX_QUARANTINED = 10_000
+"""Bad records of one part that are listed one by one; all are counted."""
+Counts = npt.NDArray[np.int32]
 SPLITS = ("train", "validation")
 DUPLICATE, IN_VALIDATION = 0, 1
 DROP_REASONS = ("duplicate", "in_validation")
@@ -141,51 +145,67 @@ def _save_record(job: Job, stage: str, index: int, record: dict[str, Any]) -> di
     return record
 
 
-# --- read --------------------------------------------------------------------------------------------------------------
+# --- read ---
 
 
-def read_documents(span: Span, job: Job, source: Source) -> Iterator[tuple[Documents, Counter[str], str]]:
-    """(cleaned documents with the bad records among them, dropped by reason, digest of the file or nothing yet)."""
-    reader = SpanReader(span, source, job.max_record_bytes)
-    for documents in reader.read():
-        cleaned = clean(documents.texts, documents.labels, job.cleaning)
-        yield Documents(cleaned.texts, cleaned.labels, documents.bad), cleaned.dropped, ""
-    yield Documents(pa.array([], pa.large_string()), None), Counter(), reader.sha256
+def read_batches(spans: Sequence[Span], source: Source, max_record_bytes: int,
+                 tally: Callable[[Span, Documents, str], None]) -> Iterator[Documents]:
+    """The documents of spans in batches of some megabytes, whether they come from one file or from a thousand.
+
+    `tally` is told of what each span gave, and of a file's digest once it is known.
+    """
+    pending: list[Documents] = []
+    size = 0
+    for span in spans:
+        reader = SpanReader(span, source, max_record_bytes)
+        for documents in reader.read():
+            tally(span, documents, "")
+            if len(documents.texts):
+                pending.append(documents)
+                size += documents.texts.nbytes
+            if size >= BATCH_BYTES:
+                yield _joined(pending)
+                pending, size = [], 0
+        tally(span, Documents(pa.array([], pa.large_string()), None), reader.sha256)
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(batches: Sequence[Documents]) -> Documents:
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return Documents(pa.concat_arrays([batch.texts for batch in batches]), pa.concat_arrays(labels) if labels else None)
 
 
 def read_part(job: Job, part: Part) -> dict[str, Any]:
     """Read, clean, hash and encode the documents of a part. Returns its record. Raises CorpusError."""
-    source = job.sources[part.source].source
-    writer = _ChunkWriter(job, part.index)
+    for file in {span.file for span in part.spans}:
+        if current_stamp(file) != (file.num_bytes, file.stamp):
+            raise CorpusError(file.name, "changed while the corpus was being prepared", "inputs must hold still",
+                              "start again")
     files: dict[str, dict[str, Any]] = {}
-    dropped: Counter[str] = Counter()
-    num_bad = num_records = 0
     quarantine: list[Bad] = []
-    pending: list[Documents] = []
-    for span in part.spans:
-        if span.start == 0 and current_stamp(span.file) != (span.file.num_bytes, span.file.stamp):
-            raise CorpusError(span.file.name, "changed while the corpus was being prepared", "inputs must hold still", "start again")
+
+    def tally(span: Span, documents: Documents, digest: str) -> None:
         entry = files.setdefault(span.file.name, {"num_documents": 0, "num_bad": 0, "sha256": ""})
-        for documents, reasons, digest in read_documents(span, job, source):
-            good = len(documents.texts) + reasons.total()
-            entry["num_documents"] += good
-            entry["num_bad"] += len(documents.bad)
-            entry["sha256"] = digest or entry["sha256"]
-            dropped += reasons
-            quarantine += documents.bad
-            pending.append(documents)
-            if sum(item.texts.nbytes for item in pending) >= BATCH_BYTES:
-                writer.add(pending)
-                pending = []
-    writer.add(pending)
+        entry["num_documents"] += len(documents.texts)
+        entry["num_bad"] += len(documents.bad)
+        entry["sha256"] = digest or entry["sha256"]
+        quarantine.extend(documents.bad[:MAX_QUARANTINED - len(quarantine)])
+
+    writer = _ChunkWriter(job, part.index)
+    dropped: Counter[str] = Counter()
+    for batch in read_batches(part.spans, job.sources[part.source].source, job.max_record_bytes, tally):
+        cleaned = clean(batch.texts, batch.labels, job.cleaning)
+        dropped += cleaned.dropped
+        writer.add(cleaned.texts, cleaned.labels)
     writer.close()
-    num_bad = sum(entry["num_bad"] for entry in files.values())
-    num_records = sum(entry["num_documents"] for entry in files.values()) + num_bad
     lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
     if lines:
         write_bytes(*staged(job, "read", f"{part.index:06d}.quarantine.jsonl"), "".join(lines).encode(), durable=False)
+    num_bad = sum(entry["num_bad"] for entry in files.values())
     return _save_record(job, "read", part.index, {
-        "files": files, "dropped": dict(dropped), "num_bad": num_bad, "num_records": num_records,
+        "files": files, "dropped": dict(dropped), "num_bad": num_bad,
+        "num_records": num_bad + sum(entry["num_documents"] for entry in files.values()),
         "chunks": writer.chunks, "labels": sorted(writer.labels),
         "first_bad": vars(quarantine[0]) if quarantine else None,
     })
@@ -204,12 +224,10 @@ class _ChunkWriter:
         self.chunks: list[str] = []
         self.labels: set[str] = set()
 
-    def add(self, documents: Sequence[Documents]) -> None:
-        """Encode a batch of documents."""
-        batches = [item for item in documents if len(item.texts)]
-        if not batches:
+    def add(self, texts: pa.Array, labels: pa.Array | None) -> None:
+        """Encode a batch of cleaned documents."""
+        if not len(texts):
             return
-        texts = pa.concat_arrays([item.texts for item in batches])
         ids, lengths = self._encoder.encode(texts)
         if self._job.packs_rows:
             end = self._job.info.eos_token_id
@@ -219,9 +237,9 @@ class _ChunkWriter:
         bounds = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset:texts.offset + len(texts) + 1]
         self._tokens.append(tokens)
         self._columns.append((lengths, np.diff(bounds), *hash_texts(texts)))
-        if batches[0].labels is not None:
-            self._labels += [item.labels.dictionary_encode() for item in batches]
-            self.labels.update(value for labels in self._labels[-len(batches):] for value in labels.dictionary.to_pylist())
+        if labels is not None:
+            self._labels.append(labels)
+            self.labels.update(labels.unique().to_pylist())
         self._text_bytes += int(bounds[-1] - bounds[0])
         if self._text_bytes >= self._job.chunk_bytes:
             self.close()
@@ -236,11 +254,11 @@ class _ChunkWriter:
         make_folder(filesystem, path.rpartition("/")[0])
         with open_whole(filesystem, f"{path}.tokens", durable=False) as stream:
             for tokens in self._tokens:
-                stream.write(memoryview(tokens).cast("B") if len(tokens) else b"")
+                stream.write(tokens.tobytes())
         columns = {"num_tokens": pa.array(lengths, pa.int64()), "num_bytes": pa.array(text_bytes, pa.int64()),
                    "low": pa.array(low)}
         if self._labels:
-            columns["label"] = pa.chunked_array([labels.cast(pa.string()) for labels in self._labels]).combine_chunks()
+            columns["label"] = pa.concat_arrays(self._labels)
         _write_batches(filesystem, f"{path}.documents", [pa.record_batch(columns)])
         if self._job.num_partitions:
             _write_batches(filesystem, f"{path}.hashes", _partition(high, low, self._job.num_partitions))
@@ -256,7 +274,7 @@ def _partition(high: Hashes, low: Hashes, num_partitions: int) -> list[pa.Record
     return [
         pa.record_batch({"high": pa.array(high[chosen]), "low": pa.array(low[chosen]),
                          "document": pa.array(chosen.astype(np.int32))})
-        for chosen in (order[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False))
+        for chosen in (order[start:stop] for start, stop in itertools.pairwise(bounds))
     ]
 
 
@@ -271,7 +289,7 @@ def _read_batch(filesystem: pafs.FileSystem, path: str, index: int) -> pa.Record
         return pa.ipc.open_file(file).get_batch(index)
 
 
-# --- deduplicate -------------------------------------------------------------------------------------------------------
+# --- deduplicate ---
 
 
 def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
@@ -298,7 +316,7 @@ def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
     bounds = np.searchsorted(chunk[lost][by_chunk], np.arange(len(job.chunks) + 1))
     drops = [
         pa.record_batch({"document": pa.array(np.sort(document[lost[by_chunk[start:stop]]]).astype(np.int32))})
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        for start, stop in itertools.pairwise(bounds)
     ]
     filesystem, path = staged(job, "duplicates", f"{partition:06d}.drops")
     make_folder(filesystem, path.rpartition("/")[0])
@@ -315,7 +333,7 @@ def _kept(job: Job, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
     return keep
 
 
-# --- pack --------------------------------------------------------------------------------------------------------------
+# --- pack ---
 
 
 def pack_chunk(job: Job, index: int) -> dict[str, Any]:
@@ -336,12 +354,13 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
         if len(chosen):
             rows, labels = _make_rows(job, tokens, lengths, chosen, documents)
             order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
-            _write_rows(job, index, split, rows, labels, order)
+            _write_rows(*staged(job, "packed", f"{index:06d}.{split}"), (rows.tokens, rows.num_tokens, labels), order)
             record[split] = {
                 "num_rows": len(order), "num_documents": len(chosen), "num_tokens": int(rows.num_tokens.sum()),
                 "num_text_bytes": int(documents.column("num_bytes").to_numpy()[chosen].sum()),
                 "num_cut_documents": rows.num_cut_documents,
-                "num_truncated_documents": rows.num_truncated_documents, "num_truncated_tokens": rows.num_truncated_tokens,
+                "num_truncated_documents": rows.num_truncated_documents,
+                "num_truncated_tokens": rows.num_truncated_tokens,
             }
     return _save_record(job, "packed", index, record)
 
@@ -355,24 +374,24 @@ def _make_rows(job: Job, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints,
     if job.packs_rows:
         return pack(tokens, lengths, job.sequence_tokens, info.pad_token_id), None
     suffix = info.suffix or ((info.eos_token_id,) if info.eos_token_id is not None else ())
-    rows = one_a_row(tokens, lengths, job.sequence_tokens, info.pad_token_id, info.prefix, suffix)
+    rows = one_a_row(tokens, lengths, job.sequence_tokens, info.pad_token_id, prefix=info.prefix, suffix=suffix)
     ids = {label: index for index, label in enumerate(job.labels)}
     encoded = documents.column("label").dictionary_encode()
     lookup = np.array([ids[label] for label in encoded.dictionary.to_pylist()], np.int32)
     return rows, lookup[encoded.indices.to_numpy()][chosen]
 
 
-def _write_rows(job: Job, index: int, split: str, rows: Rows, labels: npt.NDArray[np.int32] | None, order: Ints) -> None:
+def _write_rows(filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.NDArray[Any] | None],
+                order: Ints) -> None:
     """Rows, then their numbers of tokens, then their labels, as plain bytes: a slice of each is one range."""
-    filesystem, path = staged(job, "packed", f"{index:06d}.{split}")
     make_folder(filesystem, path.rpartition("/")[0])
     with open_whole(filesystem, path, durable=False) as stream:
-        for column in (rows.tokens, rows.num_tokens, labels):
+        for column in columns:
             if column is not None:
-                stream.write(memoryview(np.ascontiguousarray(column[order])).cast("B"))
+                stream.write(np.ascontiguousarray(column[order]).data.cast("B"))
 
 
-# --- merge -------------------------------------------------------------------------------------------------------------
+# --- merge ---
 
 
 def merge_rows(job: Job, plan: ShardPlan, index: int) -> dict[str, Any]:
@@ -390,7 +409,8 @@ def merge_rows(job: Job, plan: ShardPlan, index: int) -> dict[str, Any]:
     return _save_record(job, "shards", index, shard.model_dump())
 
 
-def _read_slices(job: Job, plan: ShardPlan) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], npt.NDArray[np.int32] | None]:
+def _read_slices(job: Job, plan: ShardPlan) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
+    """Tokens, numbers of tokens and labels of a shard's rows, slice after slice."""
     num_rows = sum(count for _, _, count, _ in plan.slices)
     kind = np.dtype(job.info.dtype)
     tokens = np.empty((num_rows, job.sequence_tokens), kind)

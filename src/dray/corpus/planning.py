@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from dray.corpus.parsing import LINE_FORMS
 from dray.corpus.parts import SPLITS, Job, Part, ShardPlan
-from dray.corpus.reading import LINE_FORMS, Span
+from dray.corpus.reading import Span
 from dray.corpus.sources import InputFile
 
 MIN_PART_BYTES, PART_BYTES, MAX_PART_BYTES = 4 << 20, 32 << 20, 256 << 20

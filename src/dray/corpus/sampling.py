@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dray.corpus.cleaning import hash_texts, held_out
-from dray.corpus.parts import Job, Part, open_folder, read_documents
+import pyarrow as pa
+
+from dray.corpus.cleaning import clean, hash_texts, held_out
+from dray.corpus.parts import Job, Part, open_folder, read_batches
 from dray.corpus.reading import Span
 from dray.corpus.tokenizing import (
     CHECK_BYTES,
@@ -37,7 +39,8 @@ def make_tokenizer(job: Job, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[s
     if settings.path is not None:
         copy_tokenizer(settings.path, filesystem, f"{path}/tokenizer")
     else:
-        save_trained(filesystem, f"{path}/tokenizer", train_byte_bpe([text.encode() for text in texts], settings.vocab_size))
+        trained = train_byte_bpe([text.encode() for text in texts], settings.vocab_size)
+        save_trained(filesystem, f"{path}/tokenizer", trained)
     files = read_tokenizer_files(child(job.folder, "tokenizer"))
     # Every n-th document, so that the check sees the whole spread of the sample.
     spread = texts[::max(1, sum(map(len, texts)) // CHECK_BYTES)]
@@ -73,11 +76,9 @@ def _estimated_bytes(span: Span) -> int:
 
 def _take(job: Job, span: Span, source: Source, size: float) -> Iterator[str]:
     """Whole documents from the beginning of a span."""
-    for documents, _, _ in read_documents(span, job, source):
-        texts = documents.texts
+    for batch in read_batches([span], source, job.max_record_bytes, lambda *found: None):
+        texts = clean(batch.texts, None, job.cleaning).texts
         if job.share:
-            import pyarrow as pa
-
             texts = texts.filter(pa.array(~held_out(hash_texts(texts)[1], job.share)))
         for text in texts:
             if size <= 0:

@@ -71,14 +71,14 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
                 group_rows: int) -> pa.Table:
     """Groups of a source by number, one after the other in the order asked for.
 
-    Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read. Raises IndexError
-    for a group that is not there.
+    Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read. Raises
+    IndexError for a group that is not there.
     """
     counts = [-(-shard.num_rows // group_rows) for shard in source.shards]
     ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
     wanted = np.asarray(groups, np.int64)
     if not len(wanted) or wanted.min() < 0 or not len(ends) or wanted.max() >= ends[-1]:
-        raise IndexError(f"groups {list(groups)[:5]}… of source {source.name}: it has {int(ends[-1]) if len(ends) else 0}")
+        raise IndexError(f"groups {list(groups)[:5]}… of source {source.name}, which has {sum(counts)}")
     shard_of = np.searchsorted(ends, wanted, side="right")
     batches: dict[int, pa.RecordBatch] = {}
     for index in np.unique(shard_of).tolist():

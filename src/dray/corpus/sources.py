@@ -22,11 +22,13 @@ from dray.spec import Source
 from dray.store.filesystem import absolute, is_uri, open_filesystem, shown
 
 STDLIB = "python:stdlib"
+TEXT_SUFFIXES = (
+    "txt text md rst tex html htm xml py pyi c h cc cpp cxx hpp rs go java js jsx ts tsx rb php pl sh sql r jl scala "
+    "kt swift cs lua hs ml el clj f90 m cu proto yaml yml toml ini cfg"
+)
 FORMS = {
     "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "csv", "tsv": "tsv", "parquet": "parquet",
-    **dict.fromkeys(
-        "txt text md rst tex html htm xml py pyi c h cc cpp cxx hpp rs go java js jsx ts tsx rb php pl sh sql r jl "
-        "scala kt swift cs lua hs ml el clj f90 m cu proto yaml yml toml ini cfg".split(), "text"),
+    **dict.fromkeys(TEXT_SUFFIXES.split(), "text"),
 }
 """Suffix → form of the file."""
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd"}
@@ -87,7 +89,7 @@ def find_files(source: Source, where: str) -> list[InputFile]:
 
 def _rule(source: Source) -> str:
     if source.format == "auto":
-        return "files are known by their suffix (jsonl, csv, tsv, parquet, txt, py, …; .gz and .zst on top); or set `format`"
+        return "suffixes tell the form (jsonl, csv, tsv, parquet, txt, py, …, then .gz or .zst), or `format` does"
     return "hidden files and those that `exclude` names are left out"
 
 
@@ -96,8 +98,8 @@ def _find(path: str, source: Source, where: str) -> Iterator[InputFile]:
     filesystem, root = open_filesystem(base)
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.NotFound:
-        raise CorpusError(f"{where}.path", f"{shown(absolute(path))} does not exist", "a path, glob or URI of the corpus",
-                          "relative paths start at the working directory")
+        raise CorpusError(f"{where}.path", f"{shown(absolute(path))} does not exist",
+                          "a path, glob or URI of the corpus", "relative paths start at the working directory")
     if info.type == pafs.FileType.File:
         form, compression = _form(root, source)
         if not form:

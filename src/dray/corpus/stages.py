@@ -1,0 +1,104 @@
+"""Runs one stage of the preparation through Ray Data: a task for every piece of work that has no record yet.
+
+Only the descriptions of work and their records travel through Ray; text and tokens go from storage to storage, so Ray's
+object store stays empty. Refuses nothing: an expected error comes back as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from dray.corpus.parts import Job, load_record, record_name, staged
+from dray.errors import UserError
+from dray.store.filesystem import list_files
+
+Progress = Callable[[str], None]
+PROGRESS_SECONDS = 2.0
+
+
+def _answer(function: Callable[[Job, Any], Any], job: Job, index: int, item: Any) -> tuple[int, bytes]:
+    """A task's result or its UserError, pickled: an expected error crosses Ray without its wrapping."""
+    try:
+        return index, pickle.dumps(function(job, item))
+    except UserError as error:
+        return index, pickle.dumps(error)
+
+
+def _unwrap(answer: bytes) -> Any:
+    result = pickle.loads(answer)
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def run_task(job: Job, function: Callable[[Job, Any], Any], item: Any) -> Any:
+    """`function(job, item)` in one Ray task, while another worker and this process import what is needed next."""
+    import ray
+
+    answer = ray.remote(num_cpus=1)(_answer).remote(function, job, 0, item)
+    warm = ray.remote(num_cpus=1)(_warm_up).remote()
+    _warm_up()
+    result = _unwrap(ray.get(answer)[1])
+    ray.cancel(warm)
+    return result
+
+
+def _warm_up() -> None:
+    pass
+
+
+def run_stage(job: Job, stage: str, function: Callable[[Job, Any], dict[str, Any]], items: Sequence[Any],
+              say: Progress) -> list[dict[str, Any]]:
+    """The records of `function(job, item)` for all items, in their order: read back, or made by Ray Data."""
+    filesystem, path = staged(job, stage)
+    there = list_files(filesystem, path)
+    records = {index: load_record(job, stage, index) for index in range(len(items)) if record_name(index) in there}
+    missing = [index for index in range(len(items)) if records.get(index) is None]
+    began = time.monotonic()
+    for done, (index, answer) in enumerate(_run_tasks(job, function, [(index, items[index]) for index in missing]), 1):
+        records[index] = _unwrap(answer)
+        if done == len(missing) or time.monotonic() - began > PROGRESS_SECONDS:
+            began = time.monotonic()
+            say(f"{stage}: {len(items) - len(missing) + done} of {len(items)}")
+    return [record for _, record in sorted(records.items()) if record is not None]
+
+
+def _run_tasks(job: Job, function: Callable[[Job, Any], dict[str, Any]],
+               tasks: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, bytes]]:
+    if not tasks:
+        return
+    import ray.data
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        index, answer = _answer(function, job, row["index"], pickle.loads(row["item"]))
+        return {"index": index, "answer": answer}
+
+    with _quiet_ray_data():
+        rows = [{"index": index, "item": pickle.dumps(item)} for index, item in tasks]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1)
+        for row in dataset.iter_rows():
+            yield row["index"], row["answer"]
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Warnings still show; plans, progress bars and statistics do not."""
+    from ray.data import DataContext
+    from ray.util.debug import log_once
+
+    logger = logging.getLogger("ray.data")
+    level, context = logger.level, DataContext.get_current()
+    bars = context.enable_progress_bars
+    context.enable_progress_bars = False
+    logger.setLevel(logging.WARNING)
+    log_once("ray_data_progress_manager_disabled")  # says so itself otherwise
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        logger.setLevel(level)
