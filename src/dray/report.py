@@ -47,7 +47,7 @@ def format_summary(run: Run) -> str:
         seconds = sum(row["seconds"] for row in rows)
         lines += [
             f"  train loss   {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}",
-            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s, {rows[-1]['tokens']:,} targets in "
+            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s, {rows[-1]['tokens']:,} tokens in "
             f"{format_seconds(seconds)} of steps, peak {format_bytes(max(r['memory_bytes_max'] for r in rows))} a rank",
         ]
     if validation:

@@ -20,7 +20,7 @@ from dray.errors import DrayError, Interrupted, RunFailed
 from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
 from dray.spec import Spec
-from dray.store import Run, Trackers, build_trackers
+from dray.store import Run, Trackers, build_trackers, check_trackers
 
 DRAIN_SECONDS = 0.2
 
@@ -51,6 +51,7 @@ def train(
     """
     display = display or Display()
     Run.check_storage(storage)
+    check_trackers(spec, storage)
     wanted = spec.resources.max_workers * spec.resources.cpus_per_worker + spec.resources.reader_cpus
     with connect(address, num_cpus=wanted, verbose=verbose) as connection:
         make_plan(spec, connection.shape)  # refuses before the corpus is read
@@ -171,7 +172,7 @@ def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str,
     times, waits, forwards = ([record[name] for record in records]
                               for name in ("seconds", "data_wait_seconds", "forward_seconds"))
     mean_forward = sum(forwards) / len(forwards)
-    per_second = first["num_tokens"] / seconds
+    per_second = plan.tokens_per_step / seconds
     peak = (plan.peak_flops_per_rank or 0.0) * len(records)
     return {
         "step": first["step"], "attempt": first["attempt"], "num_ranks": first["num_ranks"],

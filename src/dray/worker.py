@@ -69,6 +69,7 @@ class _Progress:
     best: float | None = None
     validations_without_better: int = 0
     last_validation: dict[str, float] = field(default_factory=dict)
+    last_validation_step: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
 
@@ -150,6 +151,7 @@ class _Loop:
         self.progress.best = state["best"]
         self.progress.validations_without_better = state["validations_without_better"]
         self.progress.last_validation = state["validation"]
+        self.progress.last_validation_step = state["validation_step"]
         self.progress.saved_step = newest.step
         reader.close()
 
@@ -206,7 +208,7 @@ class _Loop:
             loss_sum += summed.detach().double().cpu()
         grad_norm = self.engine.step(rate)
         self.progress.step = step
-        self.progress.tokens += all_targets
+        self.progress.tokens += self.plan.tokens_per_step
         self.reporter.send({
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
             "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
@@ -241,7 +243,7 @@ class _Loop:
         values, rule, held_out = merged.compute(), self.spec.validation, self.job.manifest.validation
         if self.spec.packs_rows and held_out is not None:
             values["bits_per_byte"] = bits_per_byte(values["loss"], held_out.num_tokens, held_out.num_text_bytes)
-        self.metrics, self.progress.last_validation = None, values
+        self.metrics, self.progress.last_validation, self.progress.last_validation_step = None, values, step
         if self.ranks.rank == 0:
             self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, "time": time.time(), **values})
         score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
@@ -284,6 +286,7 @@ class _Loop:
             "loss_scale": self.engine.loss_scale, "fingerprint": self.spec.fingerprint(), "shapes": shapes,
             "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
             "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
+            "validation_step": progress.last_validation_step,
         }
 
 
