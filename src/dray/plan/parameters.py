@@ -8,6 +8,7 @@ cannot be read.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,12 +202,11 @@ def _head(sizes: Dimensions) -> tuple[int, int]:
 
 
 def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int) -> Dimensions:
-    folder = Path(str(spec.model.path))
-    if str(spec.model.path).startswith("hf://"):
-        raise SpecError("model.path", f"{spec.model.path} lies on a hub", "planning reads a local config.json",
-                        "download the folder first")
+    folder = _local_folder(str(spec.model.path))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a mapping")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise SpecError("model.path", f"{folder}/config.json cannot be read ({error})",
                         "a Hugging Face folder is wanted", "`dray export` writes one") from error
@@ -229,6 +229,20 @@ def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int) -> Dimen
         positions=found["max_positions"] or spec.data.sequence_tokens, tied=bool(tied), num_labels=labels,
         gated=gated, exact=architecture in FAMILIES, options=config,
     )
+
+
+def _local_folder(path: str) -> Path:
+    """The folder itself, or the hub cache's newest snapshot of `hf://owner/name`. Raises SpecError if it has none."""
+    if not path.startswith("hf://"):
+        return Path(path)
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    snapshots = (cache / f"models--{path.removeprefix('hf://').replace('/', '--')}" / "snapshots").glob("*/config.json")
+    newest = max(snapshots, key=lambda file: file.stat().st_mtime, default=None)
+    if newest is None:
+        raise SpecError("model.path", f"{path} is not in the hub's cache ({cache})", "planning downloads nothing",
+                        f"hf download {path.removeprefix('hf://')}")
+    return newest.parent
 
 
 def _tokenizer_size(folder: str) -> int | None:
