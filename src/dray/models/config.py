@@ -176,7 +176,7 @@ def _token_id_fields(config: Any) -> list[str]:
 
 
 def _set_token_ids(config: Any, task: str, pad_token_id: int | None, eos_token_id: int | None) -> None:
-    """The tokeniser's ids; ids of tokens that it has no word for are left out, or the end of text if that is refused."""
+    """The tokeniser's ids; ids of tokens that it has no word for are left out, where a configuration allows."""
     ids = dict.fromkeys(_token_id_fields(config)) | {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     if task == "causal_lm" and pad_token_id == eos_token_id and config.model_type not in _OFFSET_POSITIONS:
         # nn.Embedding never trains its padding row, and the end of a document must be learnt. Classifiers keep it:

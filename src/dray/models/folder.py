@@ -6,10 +6,11 @@ the backbone or hold it in other shapes; a new head is initialised, and what was
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -80,13 +81,14 @@ def load_folder(model: Any, folder: Path, seed: int, gathering: Gathering) -> Lo
     return LoadReport(str(folder), len(found), tuple(sorted(not_taken)), missing)
 
 
-def save_pretrained_folder(state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: Any,
+def save_pretrained_folder(state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], model: Any,
                            tokenizer_folder: str | Path | None, target: str | Path,
                            max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Path]:
     """Write a folder that `AutoModel….from_pretrained` loads, and return its weight files.
 
-    `state` gives full tensors by name, tied ones once; it is consumed one shard at a time. The folder appears whole or
-    not at all. Raises StoreError if `target` holds something already.
+    `state` gives full tensors by name: pairs, consumed one shard at a time, with tied tensors once; or a mapping. Of
+    `model` only the configuration is read, and may be given instead. The folder appears whole or not at all. Raises
+    StoreError if `target` holds something already.
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -96,8 +98,8 @@ def save_pretrained_folder(state: Mapping[str, Tensor] | Iterable[tuple[str, Ten
         partial.mkdir(parents=True)
         if tokenizer_folder is not None:
             shutil.copytree(tokenizer_folder, partial, dirs_exist_ok=True)
-        names = _write_shards(state.items() if isinstance(state, Mapping) else state, partial, max_shard_bytes)
-        _write_config(config, partial)
+        names = _write_shards(_once(state) if isinstance(state, Mapping) else state, partial, max_shard_bytes)
+        _write_config(getattr(model, "config", model), partial)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
@@ -202,6 +204,16 @@ def _copy(model: Any, name: str, stored: _Stored, gathering: Gathering) -> None:
             target.data.copy_(stored.read())
 
 
+def _once(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A model's state without the second names of tied tensors, which safetensors refuses and loading ties anew."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place not in seen or not tensor.numel():
+            seen.add(place)
+            yield name, tensor
+
+
 def _write_shards(state: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> list[str]:
     """Fill one shard after the other; they are named once their number is known."""
     from safetensors.torch import save_file
@@ -238,8 +250,6 @@ def _write_shards(state: Iterable[tuple[str, Tensor]], folder: Path, max_shard_b
 
 def _write_config(config: Any, folder: Path) -> None:
     """The configuration as an export wants it: with the cache for generation that training goes without."""
-    import copy
-
     config = copy.deepcopy(config)
     if hasattr(config, "use_cache"):
         config.use_cache = True

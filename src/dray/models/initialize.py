@@ -27,8 +27,10 @@ def no_gathering(parameters: list[Any]) -> AbstractContextManager[Any]:
 def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gathering) -> None:
     """Draw the initial weights of a transformers model, one module at a time, children before parents.
 
-    Parents come last because some set their children's weights anew (GPT-2 scales its residual projections).
+    Parents come last because some set their children's weights anew (GPT-2 scales its residual projections). Of tied
+    parameters the one that is tied to is drawn, whether they are tied already or not.
     """
+    tied = set(model.all_tied_weights_keys)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name, module, initialize in _modules(model, "", model._init_weights):
             parameters = _reached_parameters(module)
@@ -38,7 +40,7 @@ def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gatherin
                 continue
             with gathering(parameters):
                 if draws_here(parameters[0]):
-                    with _in_fp32_on_cpu(parameters):
+                    with _in_fp32_on_cpu(parameters), _left_alone(_own_parameters(module, name, tied)):
                         initialize(module)
     model.tie_weights()
     restore_rotary_buffers(model)
@@ -82,6 +84,23 @@ def _reached_parameters(module: nn.Module) -> list[nn.Parameter]:
     """What a module's initialisation may touch: its own parameters and its children's."""
     children = (parameter for child in module.children() for parameter in child.parameters(recurse=False))
     return list(dict.fromkeys([*module.parameters(recurse=False), *children]))
+
+
+def _own_parameters(module: nn.Module, name: str, wanted: set[str]) -> list[nn.Parameter]:
+    prefix = f"{name}." if name else ""
+    return [p for leaf, p in module.named_parameters(recurse=False) if prefix + leaf in wanted]
+
+
+@contextmanager
+def _left_alone(parameters: Sequence[Any]) -> Iterator[None]:
+    """Transformers' own mark: its initialisation passes over these."""
+    for parameter in parameters:
+        parameter._is_hf_initialized = True
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            del parameter._is_hf_initialized
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""Reading weights from Hugging Face folders and writing such folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import VOCAB, digest, small_model, small_spec, some_ids
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertModel
+
+from dray.errors import SpecError, StoreError
+from dray.models import save_pretrained_folder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "gemma2"])
+def test_a_folder_written_by_transformers_is_read_back(tmp_path: Path, architecture: str) -> None:
+    model = small_model(small_spec(architecture, sections={"seed": 3}))
+    model.save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    again = small_model(small_spec(path=str(tmp_path / "m")))
+    assert digest(again.named_parameters()) == digest(model.named_parameters())
+    assert again.load_report.not_taken == again.load_report.initialized == ()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=some_ids()).logits, model(input_ids=some_ids()).logits)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_language_model_starts_a_classifier(tmp_path: Path, architecture: str,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    language_model = small_model(small_spec(architecture, tie_embeddings=False, sections={"seed": 3}))
+    language_model.save_pretrained(tmp_path / "m")
+    with caplog.at_level("INFO", "dray.models"):
+        classifier = small_model(small_spec(path=str(tmp_path / "m"), task="sequence_classification"))
+    assert digest(classifier.base_model.named_parameters()) == digest(language_model.base_model.named_parameters())
+    assert classifier.load_report.not_taken == ("lm_head.weight",)
+    assert classifier.load_report.initialized == ("score.weight",)
+    assert "left there: lm_head.weight; initialised anew: score.weight" in caplog.text
+    assert 0.01 < float(classifier.score.weight.detach().std()) < 0.04
+    again = small_model(small_spec(path=str(tmp_path / "m"), task="sequence_classification"))
+    assert digest(classifier.named_parameters()) == digest(again.named_parameters())
+
+
+def test_a_bare_backbone_and_another_number_of_labels(tmp_path: Path) -> None:
+    config = small_model(small_spec("bert", "sequence_classification")).config
+    BertModel(config).save_pretrained(tmp_path / "bare")
+    bare = small_model(small_spec(path=str(tmp_path / "bare"), task="sequence_classification"))
+    assert set(bare.load_report.initialized) == {"classifier.weight", "classifier.bias"}
+    bare.save_pretrained(tmp_path / "three")
+    two = small_model(small_spec(path=str(tmp_path / "three"), task="sequence_classification"), num_labels=2)
+    assert set(two.load_report.initialized) == {"classifier.weight", "classifier.bias"}
+    assert two.classifier.weight.shape == (2, 64)
+
+
+def test_merged_weights_of_a_mixture(tmp_path: Path) -> None:
+    model = small_model(small_spec("mixtral", intermediate_size=64, options={"num_local_experts": 2}))
+    model.save_pretrained(tmp_path / "m")  # one tensor an expert there, one for all in the model
+    again = small_model(small_spec(path=str(tmp_path / "m")))
+    assert digest(again.named_parameters()) == digest(model.named_parameters())
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    small_model(small_spec("llama")).save_pretrained(tmp_path)
+    spec, file = small_spec(path=str(tmp_path)), tmp_path / "model.safetensors"
+    whole = load_file(file)
+    kept = {name: tensor for name, tensor in whole.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    save_file(kept, file)
+    with pytest.raises(SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        small_model(spec)
+    save_file(kept | {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}, file)
+    with pytest.raises(SpecError, match=r"has shape \[3, 3\], not \[170, 64\]"):
+        small_model(spec)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SpecError, match="cannot be read"):
+        small_model(spec)
+
+
+def save_small_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"word{index}": index for index in range(VOCAB)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0"))).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("architecture", "task"), [
+    ("llama", "causal_lm"), ("gpt2", "causal_lm"), ("bert", "sequence_classification"),
+])
+@pytest.mark.parametrize("max_shard_bytes", [50_000, 10**9])
+def test_an_export_loads_with_transformers(tmp_path: Path, architecture: str, task: str, max_shard_bytes: int) -> None:
+    model = small_model(small_spec(architecture, task))
+    save_small_tokenizer(tmp_path / "tokenizer")
+    whole = max_shard_bytes == 10**9
+    state = model.state_dict() if whole else (item for item in model.named_parameters())
+    files = save_pretrained_folder(state, model.config, tmp_path / "tokenizer", tmp_path / "out", max_shard_bytes)
+    assert (len(files) == 1) == whole
+    loader = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    loaded, report = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=some_ids()).logits, model(input_ids=some_ids()).logits)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == VOCAB
+    assert loaded.config.use_cache in (True, None)
+    again = small_model(small_spec(path=str(tmp_path / "out"), task=task))
+    assert digest(again.named_parameters()) == digest(model.named_parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tokenizer"]
+
+
+def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    model = small_model(small_spec("llama"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(StoreError, match="exists already"):
+        save_pretrained_folder(dict(model.named_parameters()), model.config, None, tmp_path / "out")
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(model.named_parameters())[:3]
+        raise OSError("gone")
+
+    with pytest.raises(StoreError, match="gone"):
+        save_pretrained_folder(broken(), model.config, None, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
