@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -110,10 +111,22 @@ def run_rank(config: dict[str, Any]) -> None:
 
 
 def _open_stream(stream: RowStream) -> Iterator[pa.Table]:
+    """This rank's blocks. Ray Data starts at once, in the background: its seconds pass while the model is built."""
     import ray.train
 
+    def first_and_rest() -> tuple[pa.Table | None, Iterator[pa.Table]]:
+        batches: Iterator[pa.Table] = iter(shard.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
+        return next(batches, None), batches
+
+    def blocks() -> Iterator[pa.Table]:
+        first, rest = begun.result()
+        if first is not None:
+            yield first
+            yield from rest
+
     shard = ray.train.get_dataset_shard("rows")
-    batches: Iterator[pa.Table] = iter(
-        shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS)
-    )
-    return batches
+    pool = ThreadPoolExecutor(max_workers=1)
+    begun = pool.submit(first_and_rest)
+    pool.shutdown(wait=False)
+    return blocks()

@@ -21,20 +21,21 @@ from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, check_rows
 from dray.engine import Engine, build_engine
 from dray.models import build_model, enable_activation_checkpointing, parameter_groups
-from dray.order import row_digest
+from dray.order import Segment, row_digest
 from dray.plan import Plan
 from dray.ranks import Ranks
 from dray.schedule import learning_rate
 from dray.spec import Spec
 from dray.store import (
     LOWER_IS_BETTER,
+    CheckpointInfo,
     CheckpointReader,
     CheckpointWriter,
     Run,
     apply_retention,
     make_fragment_key,
 )
-from dray.tasks import Task, build_task
+from dray.tasks import Task, TaskMetrics, build_task
 from dray.tasks.causal_lm import bits_per_byte
 
 
@@ -72,19 +73,23 @@ class _Progress:
     last_validation_step: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
+    save_due: bool = False
 
 
-def train_rank(job: Job, ranks: Ranks, open_stream: Callable[[RowStream], Iterable[pa.Table]], reporter: Reporter) -> str:
-    """Train from the newest checkpoint to the end. Returns why it ended: `completed`, `early_stopped` or `interrupted`."""
+OpenStream = Callable[[RowStream], Iterable[pa.Table]]
+"""Gives this rank's blocks of a stream; may begin to fetch them at once."""
+
+
+def train_rank(job: Job, ranks: Ranks, open_stream: OpenStream, reporter: Reporter) -> str:
+    """Train from the newest checkpoint to the end. Returns how it ended: completed, early_stopped or interrupted."""
     run = Run.open(job.storage, job.run_name)
-    attempt, start_step = ranks.broadcast(_begin_attempt(run, ranks) if ranks.rank == 0 else None)
-    stream = make_stream(job, ranks.num_ranks, start_step)
-    blocks = open_stream(stream)
-    torch.manual_seed(job.spec.seed)
-    loop = _Loop(job, run, attempt, ranks, reporter, start_step)
+    attempt, newest = ranks.broadcast(_begin_attempt(run, ranks) if ranks.rank == 0 else None)
+    stream = make_stream(job, ranks.num_ranks, newest.step if newest else 0)
+    blocks = open_stream(stream)  # rows travel while the model is built
+    loop = _Loop(job, ranks, reporter, run=run, attempt=attempt, newest=newest)
     loop.restore()
-    reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt, "step": start_step,
-                   "num_ranks": ranks.num_ranks, "time": time.time()})
+    reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt, "step": stream.start_step,
+                   "num_ranks": ranks.num_ranks})
     ended = loop.follow(check_rows(stream, blocks, ranks.rank), stream)
     reporter.flush()
     return ended
@@ -105,21 +110,22 @@ def make_stream(job: Job, num_ranks: int, start_step: int) -> RowStream:
     )
 
 
-def _begin_attempt(run: Run, ranks: Ranks) -> tuple[int, int]:
+def _begin_attempt(run: Run, ranks: Ranks) -> tuple[int, CheckpointInfo | None]:
+    """Rank 0 decides for all where this attempt starts, and writes it down."""
     newest = run.latest_checkpoint()
-    start_step = newest.step if newest else 0
-    return run.begin_attempt(num_ranks=ranks.num_ranks, start_step=start_step), start_step
+    return run.begin_attempt(num_ranks=ranks.num_ranks, start_step=newest.step if newest else 0), newest
 
 
 class _Loop:
-    def __init__(self, job: Job, run: Run, attempt: int, ranks: Ranks, reporter: Reporter, start_step: int) -> None:
-        self.job, self.run, self.attempt, self.ranks, self.reporter = job, run, attempt, ranks, reporter
+    def __init__(self, job: Job, ranks: Ranks, reporter: Reporter, *, run: Run, attempt: int,
+                 newest: CheckpointInfo | None) -> None:
+        self.job, self.ranks, self.reporter = job, ranks, reporter
+        self.run, self.attempt, self.newest = run, attempt, newest
         self.spec, self.plan = job.spec, job.plan
-        self.newest = run.latest_checkpoint()
         self.task: Task = build_task(job.spec, job.manifest)
         self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, job.plan, ranks)
-        self.progress = _Progress(step=start_step)
-        self.metrics: Any = None
+        self.progress = _Progress(step=newest.step if newest else 0, saved_step=newest.step if newest else -1)
+        self.metrics: TaskMetrics | None = None
 
     def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
         manifest = self.job.manifest
@@ -136,64 +142,60 @@ class _Loop:
         return parameter_groups(model, self.spec.optimizer.weight_decay)
 
     def restore(self) -> None:
-        """Copy the newest checkpoint into the engine, if there is one."""
-        newest = self.newest
-        if newest is None:
+        """Copy the newest checkpoint into the engine, if there is one. Nothing unverified is read."""
+        if self.newest is None:
             return
-        reader = CheckpointReader(self.run, newest)
-        mine = range(self.ranks.rank, reader.num_files, self.ranks.num_ranks)
-        problems = [p for found in self.ranks.gather(reader.verify_files(list(mine))) for p in found]
-        if problems:
-            raise RuntimeError(f"checkpoint {newest.path} is damaged: {'; '.join(problems)}")
-        state = reader.metadata
-        self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
-        self.progress.tokens = state["tokens"]
-        self.progress.best = state["best"]
-        self.progress.validations_without_better = state["validations_without_better"]
+        with CheckpointReader(self.run, self.newest) as reader:
+            mine = range(self.ranks.rank, reader.num_files, self.ranks.num_ranks)
+            problems = [problem for found in self.ranks.gather(reader.verify_files(list(mine))) for problem in found]
+            if problems:
+                raise RuntimeError(f"checkpoint {self.newest.path} is damaged: {'; '.join(problems)}")
+            state = reader.metadata
+            self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
+        for name in ("tokens", "best", "validations_without_better"):
+            setattr(self.progress, name, state[name])
         self.progress.last_validation = state["validation"]
         self.progress.last_validation_step = state["validation_step"]
-        self.progress.saved_step = newest.step
-        reader.close()
 
-    def follow(self, segments: Iterator[tuple[Any, pa.Table]], stream: RowStream) -> str:
+    def follow(self, segments: Iterator[tuple[Segment, pa.Table]], stream: RowStream) -> str:
         """Consume the stream to its end, or until all ranks agree to stop."""
-        waited = time.perf_counter()
+        waiting_since = time.perf_counter()
         for segment, block in segments:
-            data_wait = time.perf_counter() - waited
-            if segment.kind == "validation":
-                self._validate_part(block)
-                if segment.stop_row == stream.num_validation_rows and self._end_validation(segment.first):
-                    self._save()
-                    return "early_stopped"
+            data_wait = time.perf_counter() - waiting_since
+            if segment.kind == "train":
+                ended = self._train_steps(segment, block, stream, data_wait)
             else:
-                for step in range(segment.first, segment.last + 1):
-                    start = (step - segment.first) * stream.rows_per_rank
-                    stop, save = self._train_step(step, block.slice(start, stream.rows_per_rank), data_wait)
-                    data_wait = 0.0
-                    if stop:
-                        self._save()
-                        return "interrupted"
-                    # A step that is also validated is saved afterwards, with its metrics.
-                    if save and step not in stream.validation_steps:
-                        self._save()
-            if segment.kind == "validation" and segment.stop_row == stream.num_validation_rows:
-                if self._checkpoint_due(segment.first):
-                    self._save()
-            waited = time.perf_counter()
+                ended = self._validate(segment, block, stream)
+            if ended:
+                self._save()
+                return ended
+            waiting_since = time.perf_counter()
         self._save()
         return "completed"
 
-    def _train_step(self, step: int, rows: pa.Table, data_wait: float) -> tuple[bool, bool]:
-        """One optimiser update. Returns whether to stop and whether to save, as agreed by all ranks."""
+    def _train_steps(self, segment: Segment, block: pa.Table, stream: RowStream, data_wait: float) -> str:
+        """The steps of one block. Returns how the run ended, if it did."""
+        for step in range(segment.first, segment.last + 1):
+            rows = block.slice((step - segment.first) * stream.rows_per_rank, stream.rows_per_rank)
+            stop = self._train_step(step, rows, data_wait if step == segment.first else 0.0)
+            if stop:
+                return "interrupted"
+            # A step that is also validated is saved after that, with its metrics.
+            if self.progress.save_due and step not in stream.validation_steps:
+                self._save()
+        return ""
+
+    def _train_step(self, step: int, rows: pa.Table, data_wait: float) -> bool:
+        """One optimiser update. Returns whether all ranks agree to stop after it."""
         begun, working = time.perf_counter(), 0.0
         micro_rows = self.plan.batch.micro_rows
         batches = [self.task.collate(rows.slice(at, micro_rows)) for at in range(0, rows.num_rows, micro_rows)]
         targets = sum(self.task.num_targets(batch) for batch in batches)
         digest = row_digest(rows.column("row_id").to_numpy())
-        stop, save = self.reporter.stop_requested(), self._minutes_due()
         # One small agreement a step: what the loss is divided by, what the batch was, and what to do after it.
-        all_targets, all_digests, stops, saves = self.ranks.sum([targets, digest, int(stop), int(save)])
-        rate = learning_rate(self.spec.schedule, step, self.job.plan.num_steps or step, self.spec.optimizer.learning_rate)
+        all_targets, all_digests, stops, saves = self.ranks.sum(
+            [targets, digest, int(self.reporter.stop_requested()), int(self._minutes_due())])
+        rate = learning_rate(self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate)
         self.engine.train(True)
         loss_sum = torch.zeros((), dtype=torch.float64)
         for index, batch in enumerate(batches):
@@ -208,6 +210,7 @@ class _Loop:
             loss_sum += summed.detach().double().cpu()
         grad_norm = self.engine.step(rate)
         self.progress.step = step
+        self.progress.save_due = saves > 0 or self._checkpoint_due(step)
         self.progress.tokens += self.plan.tokens_per_step
         self.reporter.send({
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
@@ -216,7 +219,7 @@ class _Loop:
             "tokens": self.progress.tokens, "seconds": time.perf_counter() - begun + data_wait,
             "data_wait_seconds": data_wait, "forward_seconds": working, "memory_bytes": _memory_bytes(self.ranks.device), "time": time.time(),
         })
-        return stops > 0, saves > 0 or self._checkpoint_due(step)
+        return stops > 0
 
     def _checkpoint_due(self, step: int) -> bool:
         every = self.spec.checkpoint.every_steps
@@ -226,8 +229,8 @@ class _Loop:
         minutes = self.spec.checkpoint.every_minutes
         return self.ranks.rank == 0 and minutes is not None and time.monotonic() - self.progress.saved_at > minutes * 60
 
-    def _validate_part(self, rows: pa.Table) -> None:
-        """Add one block of validation rows to the running metrics."""
+    def _validate(self, segment: Segment, rows: pa.Table, stream: RowStream) -> str:
+        """One block of a validation pass. Returns how the run ended, if it did."""
         self.metrics = self.metrics or self.task.new_metrics()
         self.engine.train(False)
         with torch.no_grad():
@@ -236,22 +239,32 @@ class _Loop:
                 batch = {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
                 _, output = self.task.loss_sum(self.engine, batch, 0.0)
                 self.metrics.update(batch, output)
+        if segment.stop_row < stream.num_validation_rows:
+            return ""
+        out_of_patience = self._end_validation(segment.first, self.metrics)
+        self.metrics = None
+        if out_of_patience:
+            return "early_stopped"
+        if self.progress.save_due:
+            self._save()
+        return ""
 
-    def _end_validation(self, step: int) -> bool:
+    def _end_validation(self, step: int, metrics: TaskMetrics) -> bool:
         """Merge the ranks' metrics and report them. Returns whether patience has run out."""
-        merged = self.task.new_metrics().merge(self.ranks.gather(self.metrics.state()))
-        values, rule, held_out = merged.compute(), self.spec.validation, self.job.manifest.validation
+        values = self.task.new_metrics().merge(self.ranks.gather(metrics.state())).compute()
+        progress, rule, held_out = self.progress, self.spec.validation, self.job.manifest.validation
         if self.spec.packs_rows and held_out is not None:
             values["bits_per_byte"] = bits_per_byte(values["loss"], held_out.num_tokens, held_out.num_text_bytes)
-        self.metrics, self.progress.last_validation, self.progress.last_validation_step = None, values, step
+        if rule.metric not in values:
+            raise RuntimeError(f"validation.metric = {rule.metric}: the task has {', '.join(values)}")
+        progress.last_validation, progress.last_validation_step = values, step
         if self.ranks.rank == 0:
-            self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, "time": time.time(), **values})
+            self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, **values})
         score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
-        if self.progress.best is None or score < self.progress.best:
-            self.progress.best, self.progress.validations_without_better = score, 0
-        else:
-            self.progress.validations_without_better += 1
-        return rule.patience is not None and self.progress.validations_without_better >= rule.patience
+        better = progress.best is None or score < progress.best
+        progress.best = score if better else progress.best
+        progress.validations_without_better = 0 if better else progress.validations_without_better + 1
+        return rule.patience is not None and progress.validations_without_better >= rule.patience
 
     def _save(self) -> None:
         """Commit a checkpoint of the current step; every rank writes what it owns."""
@@ -273,9 +286,10 @@ class _Loop:
             apply_retention(self.run, self.spec.checkpoint.keep_last, self.spec.checkpoint.keep_best,
                             self.spec.validation.metric)
             self.reporter.send({"kind": "checkpoint", "attempt": self.attempt, "step": step,
-                                "seconds": time.perf_counter() - begun, "time": time.time()})
+                                "seconds": time.perf_counter() - begun})
         self.ranks.barrier()
-        self.progress.saved_step, self.progress.saved_at = step, time.monotonic()
+        progress = self.progress
+        progress.saved_step, progress.saved_at, progress.save_due = step, time.monotonic(), False
 
     def _metadata(self) -> dict[str, Any]:
         progress = self.progress
