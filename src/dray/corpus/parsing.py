@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -42,7 +43,7 @@ def make_parser(file: InputFile, source: Source) -> LineParser:
     if file.form == "jsonl":
         return _JsonLines(source.text, source.label)
     if file.form == "lines":
-        return _Lines(source)
+        return _Lines()
     return _make_delimited(file, source)
 
 
@@ -58,23 +59,17 @@ class _Lines:
     """A document a line, blank lines aside."""
 
     skips_first_line = False
-    columns: list[str]
 
-    def __init__(self, source: Source) -> None:
-        self.columns = []
-        self._labelled = source.label is not None
+    def __init__(self) -> None:
+        self.columns: list[str] = []
 
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
-        if self._labelled:
-            return None
         texts = pc.split_pattern(pa.array([data], pa.large_binary()).cast(pa.large_string()), "\n").flatten()
         if b"\r" in data:
             texts = pc.utf8_rtrim(texts, characters="\r")
         return texts.filter(pc.not_equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)), None
 
     def parse_line(self, line: str) -> tuple[str, str]:
-        if self._labelled:
-            raise BadRecord("no column for the label")
         return line.rstrip("\r"), ""
 
 
@@ -181,6 +176,8 @@ class _Delimited:
         names = [str(index) for index in range(self.num_columns)]
         wanted = [self.text] if self.label is None else [self.text, self.label]
         quote = '"' if self.delimiter == "," else False
+        if quote and not _quotes_close(data):
+            return None
         try:
             table = pacsv.read_csv(
                 pa.BufferReader(data),
@@ -218,7 +215,19 @@ def _split_fields(line: str, delimiter: str) -> list[str]:
     """The fields of a line; none for an empty one. Raises csv.Error."""
     if delimiter == "\t":
         return line.split("\t") if line else []
+    if line.count('"') % 2:
+        raise csv.Error("a quote is not closed in the line")
     return next(csv.reader([line], strict=True), [])
+
+
+def _quotes_close(data: bytes) -> bool:
+    """Whether every line has an even number of quotes."""
+    if b'"' not in data:
+        return True
+    content = np.frombuffer(data, np.uint8)
+    ends = np.append(np.flatnonzero(content == ord("\n")), len(data))
+    before = np.searchsorted(np.flatnonzero(content == ord('"')), ends)
+    return not (before % 2).any()
 
 
 def _make_delimited(file: InputFile, source: Source) -> _Delimited:

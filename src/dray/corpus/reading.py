@@ -70,6 +70,9 @@ class SpanReader:
     def read(self) -> Iterator[Documents]:
         """Documents in blocks of some megabytes. Raises CorpusError for a missing column or an unreadable file."""
         form = self.span.file.form
+        if form in ("text", "lines") and self.source.label is not None:
+            raise CorpusError(self.span.file.name, f"format {form} has no label column",
+                              "labels come from a column of jsonl, csv, tsv or parquet", "set the source's format")
         stream = None
         try:
             if form == "parquet":
@@ -107,9 +110,9 @@ class SpanReader:
         if not bad:
             bad, offset = unreadable(data)
         if bad:
-            yield Documents(_strings([]), _no_labels(self.source), [Bad(self.span.file.name, offset, size, bad)])
+            yield Documents(_strings([]), None, [Bad(self.span.file.name, offset, size, bad)])
         else:
-            yield Documents(_strings([data.decode()]), _no_labels(self.source))
+            yield Documents(_strings([data.decode()]), None)
 
     def _read_lines(self, base: int, chunks: Iterator[bytes]) -> Iterator[Documents]:
         parser = make_parser(self.span.file, self.source)

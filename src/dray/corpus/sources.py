@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
@@ -53,7 +53,7 @@ class InputFile:
     def name(self) -> str:
         """The path for messages and records, without credentials."""
         scheme = urlsplit(self.place).scheme if is_uri(self.place) else ""
-        return f"{scheme}://{self.path.lstrip('/')}" if scheme else self.path
+        return f"{scheme}://{self.path}" if scheme else self.path
 
     @property
     def estimated_bytes(self) -> int:
@@ -178,7 +178,8 @@ def _split_glob(path: str) -> tuple[str, str | None]:
         return (place, None) if os.path.lexists(place) else _cut(place, "*?[")
     parts = urlsplit(place)
     base, pattern = _cut(parts.path, "*[")
-    return urlunsplit((parts.scheme, parts.netloc, base, parts.query, parts.fragment)), pattern
+    # Not urlunsplit: it drops the slashes of `hdfs:///path`.
+    return f"{parts.scheme}://{parts.netloc}{base}" + (f"?{parts.query}" if parts.query else ""), pattern
 
 
 def _cut(path: str, magic: str) -> tuple[str, str | None]:
