@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="dray", description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from one spec file.",
+        prog="dray",
+        description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from one spec file.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -1,7 +1,7 @@
 """The only file that knows DeepSpeed: build, forward, backward, step, and the model states as named fragments.
 
-A fragment is a 1-D run of one parameter's elements, in fp32, with its optimiser states: what this rank owns under its
-ZeRO stage. Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever
+A fragment is a 1-D run of one parameter's elements, in fp32, with its optimiser states: what a rank owns under its ZeRO
+stage. Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever
 stage and number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another number of ranks and
 unpickle what they read.
 """
@@ -40,8 +40,9 @@ class Fragment:
     states: dict[str, Tensor]
 
 
-ModelBuilder = Callable[[AbstractContextManager[Any], Callable[[list[Any]], AbstractContextManager[Any]]], torch.nn.Module]
-"""Builds the model inside a constructing context, initialising parameters inside a gathering one (ZeRO-3 needs both)."""
+Gathering = Callable[[list[Any]], AbstractContextManager[Any]]
+ModelBuilder = Callable[[AbstractContextManager[Any], Gathering], torch.nn.Module]
+"""Builds the model in a constructing context and sets parameters in a gathering one, both of which ZeRO-3 needs."""
 
 
 class Engine:
@@ -234,7 +235,7 @@ def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Modu
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     config = dict(plan.deepspeed)
     constructing: AbstractContextManager[Any] = nullcontext()
-    gathering: Callable[[list[Any]], AbstractContextManager[Any]] = lambda parameters: nullcontext()  # noqa: E731
+    gathering: Gathering = lambda parameters: nullcontext()  # noqa: E731
     if plan.zero_stage == 3:
         constructing = deepspeed.zero.Init(config_dict_or_path=config)
         gathering = lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)  # noqa: E731

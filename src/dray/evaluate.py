@@ -70,7 +70,8 @@ def _prepare_other(trained: Trained, data: Sequence[str], storage: str, address:
         corpus = prepare(spec, storage, Display().say)
     labels = corpus.manifest.labels
     if not set(labels) <= set(trained.manifest.labels):
-        raise CorpusError("--data", f"labels {', '.join(labels)}", f"the model knows {', '.join(trained.manifest.labels)}")
+        raise CorpusError("--data", f"labels {', '.join(labels)}",
+                          f"the model knows {', '.join(trained.manifest.labels)}")
     if labels != trained.manifest.labels:
         raise CorpusError("--data", f"has only the labels {', '.join(labels)}", "every class of the model must occur")
     return corpus
@@ -86,9 +87,11 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
         except yaml.YAMLError:
             value = text
         if not isinstance(value, (str, dict)):
-            raise SpecError("--data", f"{text!r} is neither a path nor a mapping", "e.g. '{path: test.tsv, header: false}'")
+            raise SpecError("--data", f"{text!r} is neither a path nor a mapping",
+                            way_out="e.g. '{path: test.tsv, header: false}'")
         sources.append(first | ({"path": text} if isinstance(value, str) else value))
     tree = spec.model_dump(mode="json")
-    tree["data"] |= {"train": sources, "validation": None, "cleaning": tree["data"]["cleaning"] | {"deduplicate": "none"}}
+    cleaning = tree["data"]["cleaning"] | {"deduplicate": "none"}
+    tree["data"] |= {"train": sources, "validation": None, "cleaning": cleaning}
     tree["tokenizer"] = {"path": tokenizer_folder}
     return make_spec(tree, "--data")

@@ -33,7 +33,8 @@ def generate(storage: str, name: str, prompts: Sequence[str], *, step: str | int
                 ids = torch.tensor([[trained.manifest.eos_token_id]])
             ids = ids[:, -max(1, longest - 1):]
             room = min(max_tokens, longest - ids.shape[1])
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+            sampling = ({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature
+                        else {"do_sample": False})
             with torch.no_grad():
                 out = trained.model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, room), use_cache=True,

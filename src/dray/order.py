@@ -1,8 +1,8 @@
 """Which row is read at which step by which rank: pure arithmetic on the corpus' counts and a seed.
 
 Training reads an endless sequence of *positions*; position q belongs to step q // global_rows. Every function here maps
-positions to row ids in O(1) each, at any position, so that seeking costs nothing and no state has to be saved. The
-number of ranks enters only when the rows of a step are dealt out. Nothing here reads a file.
+positions to row ids in O(1) each, at any position: seeking costs nothing and no state is saved. The number of ranks
+enters only when the rows of a step are dealt out. Nothing here reads a file.
 
 Rows lie on disk in groups of `group_rows`, shuffled once. An epoch permutes the groups and, within each, the rows: reads
 stay sequential within a group while every epoch and seed has an order of its own.
@@ -214,7 +214,8 @@ def _walk(values: Ints, sizes: Ints, keys: Words, rounds: range, *, inverse: boo
     pending = np.arange(len(words))
     while len(pending):
         words[pending] = _feistel(words[pending], half[pending], keys[pending], rounds, inverse=inverse)
-        pending = pending[words[pending] >= bounds[pending]]
+        outside = words[pending] >= bounds[pending]
+        pending = pending[outside]
     return words.astype(np.int64)
 
 

@@ -64,7 +64,8 @@ class Display:
     def _line(self, row: Mapping[str, Any], now: float) -> str:
         step = int(row["step"])
         first_step, first_time = self._first or (step, now)
-        parts = [f"step {step}/{self._num_steps}", f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+        parts = [f"step {step}/{self._num_steps}", f"loss {row['loss']:.4f}",
+                 f"{row['tokens_per_second']:,.0f} tokens/s"]
         if row.get("mfu") is not None:
             parts.append(f"MFU {row['mfu']:.0%}")
         if step > first_step:

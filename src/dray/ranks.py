@@ -70,7 +70,7 @@ def single_process(device: torch.device) -> Iterator[None]:
         before = {name: os.environ.get(name) for name in place}
         os.environ.update(place)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
-                                store=dist.FileStore(os.path.join(folder, "store"), 1))
+                                store=dist.FileStore(os.path.join(folder, "store"), 1))  # type: ignore[attr-defined]
         try:
             yield
         finally:

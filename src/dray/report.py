@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,8 +48,8 @@ def format_summary(run: Run) -> str:
         seconds = sum(row["seconds"] for row in rows)
         lines += [
             f"  train loss   {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}",
-            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s, {rows[-1]['tokens']:,} tokens in "
-            f"{format_seconds(seconds)} of steps, peak {format_bytes(max(r['memory_bytes_max'] for r in rows))} a rank",
+            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s; {rows[-1]['tokens']:,} tokens, "
+            f"{format_seconds(seconds)} of steps; peak {format_bytes(max(r['memory_bytes_max'] for r in rows))} a rank",
         ]
     if validation:
         at = summary["validation"].get("step")
@@ -69,8 +70,8 @@ def format_summary(run: Run) -> str:
 def format_verification(report: CheckpointReport) -> str:
     """The outcome of `dray verify`."""
     lines = [f"step {report.step}  {'sound' if report.ok else 'DAMAGED'}  {report.path}"]
-    for file in report.files:
-        lines.append(f"  {file['file']}  {format_bytes(file['bytes'])}  {'ok' if file['ok'] else file['problem']}")
+    lines += [f"  {file['file']}  {format_bytes(file['bytes'])}  {'ok' if file['ok'] else file['problem']}"
+              for file in report.files]
     lines += [f"  {problem}" for problem in report.problems]
     if report.ok:
         lines += [f"  weights    {report.weights_sha256}", f"  optimizer  {report.optimizer_sha256}"]
@@ -79,7 +80,7 @@ def format_verification(report: CheckpointReport) -> str:
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
     """Values as a line of block characters, averaged into `width` bins."""
-    finite = [value for value in values if value == value]
+    finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
     size = max(1, len(finite) / width)

@@ -46,10 +46,11 @@ class Source(Section):
     """One source of documents: files of one form, with the columns to read."""
 
     path: str | tuple[str, ...]
-    """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme); `python:stdlib` is the standard
-    library's own sources. Relative paths start at the working directory."""
+    """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme); `python:stdlib` is the
+    standard library's own sources. Relative paths start at the working directory."""
     format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines"] = "auto"
-    """The form of the files; `auto` goes by the suffix before `.gz` or `.zst`. `text`: a file is a document; `lines`: a line is."""
+    """The form of the files; `auto` goes by the suffix before `.gz` or `.zst`. `text`: a file is a document; `lines`: a
+    line is."""
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     label: str | None = None
@@ -230,7 +231,8 @@ class Schedule(Section):
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
     decay_steps: Annotated[Int, Field(ge=1)] | None = None
-    """cosine, linear: the step at which the floor is reached (none: the last). wsd: length of the decay (none: a tenth)."""
+    """cosine, linear: the step at which the floor is reached (none: the last). wsd: length of the decay (none: a
+    tenth)."""
     floor_share: Annotated[Float, Field(ge=0, le=1)] = 0.1
     """The final rate, as a share of the peak."""
 
@@ -271,7 +273,7 @@ class Validation(Section):
     max_rows: Annotated[Int, Field(ge=1)] | None = None
     """Validate on the first so many rows; none: on all."""
     metric: str = "loss"
-    """The metric that ranks checkpoints and stops early: `loss` or one of the task's (lower is better for loss alone)."""
+    """The metric that ranks checkpoints and stops early: `loss` or another of the task's."""
     patience: Annotated[Int, Field(ge=1)] | None = None
     """Stop after so many validations without a better metric; none: never."""
 
@@ -553,7 +555,8 @@ def _translated(error: ValidationError, where: str) -> SpecError:
         near = difflib.get_close_matches(bare, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
             bare.rpartition(".")[2], [key.rpartition(".")[2] for key in siblings or known], n=1, cutoff=0.5
         ) or [key for key in known if key.rpartition(".")[2] == bare.rpartition(".")[2]][:1]
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(key.rpartition('.')[2] for key in siblings)}"
+        names = ", ".join(key.rpartition(".")[2] for key in siblings)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {names}"
         return SpecError(where, f"unknown key {path}", way_out=hint)
     if first["type"] == "missing":
         return SpecError(where, f"{path} is missing", "it has no default")

@@ -9,18 +9,20 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dray.cluster import connect, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
-from dray.errors import DrayError, Interrupted, RunFailed
+from dray.errors import Interrupted, RunFailed
 from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
+
+if TYPE_CHECKING:
+    from dray.worker import Job
 
 DRAIN_SECONDS = 0.2
 
@@ -61,7 +63,7 @@ def train(
         run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
                                  corpus=corpus.folder, corpus_key=corpus.manifest.key, fork=fork)
         run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
-        return _drive(run, spec, plan, corpus, storage, display, _RayLauncher(verbose))
+        return _drive(run, _make_job(run, spec, plan, corpus), display, _RayLauncher())
 
 
 def train_locally(
@@ -77,7 +79,7 @@ def train_locally(
     plan = make_corpus_plan(spec, shape or local_shape(), found)
     run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
                              corpus=found.folder, corpus_key=found.manifest.key, fork=None)
-    return _drive(run, spec, plan, found, storage, display, _LocalLauncher())
+    return _drive(run, _make_job(run, spec, plan, found), display, _LocalLauncher())
 
 
 def make_corpus_plan(spec: Spec, shape: Shape, corpus: Corpus) -> Plan:
@@ -87,11 +89,9 @@ def make_corpus_plan(spec: Spec, shape: Shape, corpus: Corpus) -> Plan:
                      vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None)
 
 
-def _drive(run: Run, spec: Spec, plan: Plan, corpus: Corpus, storage: str, display: Display,
-           launcher: _RayLauncher | _LocalLauncher) -> Ended:
+def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _LocalLauncher) -> Ended:
     """Start the workers, follow them to their end, and write down how it was."""
-    from dray.worker import Job
-
+    spec, plan = job.spec, job.plan
     num_steps = plan.num_steps or 0
     newest = run.latest_checkpoint()
     done = newest.step if newest else 0
@@ -100,7 +100,6 @@ def _drive(run: Run, spec: Spec, plan: Plan, corpus: Corpus, storage: str, displ
         return Ended(run, "completed")
     if done:
         display.say(f"{run.name} goes on from step {done}")
-    job = Job(spec, plan, corpus.folder, corpus.manifest, storage, run.name)
     trackers = build_trackers(run, spec)
     recorder = Recorder(run, plan, trackers, display)
     run.set_status("running")
@@ -121,6 +120,12 @@ def _drive(run: Run, spec: Spec, plan: Plan, corpus: Corpus, storage: str, displ
         raise Interrupted(saved.step if saved else 0)
     run.export_metrics_parquet()
     return Ended(run, status)
+
+
+def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:
+    from dray.worker import Job
+
+    return Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name)
 
 
 class Recorder:
@@ -194,7 +199,7 @@ def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str,
 class _LocalLauncher:
     """The ranks' loop in this process, for tests, notebooks and machines without Ray."""
 
-    def run(self, job: Any, recorder: Recorder) -> None:
+    def run(self, job: Job, recorder: Recorder) -> None:
         import torch
 
         from dray.ranks import build_ranks, single_process
@@ -220,10 +225,7 @@ class _LocalLauncher:
 class _RayLauncher:
     """The ranks' loop on Ray Train workers, fed by Ray Data, reporting through an actor on the head node."""
 
-    def __init__(self, verbose: bool) -> None:
-        self._verbose = verbose
-
-    def run(self, job: Any, recorder: Recorder) -> None:
+    def run(self, job: Job, recorder: Recorder) -> None:
         import ray
 
         from dray.ray_worker import build_data_config, build_mailbox, run_rank

@@ -51,7 +51,8 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
     with CheckpointReader(run, info) as reader:
         problems = reader.verify_files(range(reader.num_files))
         if problems:
-            raise StoreError(info.path, "; ".join(problems), "a damaged checkpoint is never loaded", "use another --step")
+            raise StoreError(info.path, "; ".join(problems), "a damaged checkpoint is never loaded",
+                             "try another --step")
         _fill(model, reader)
     model.eval()
     return Trained(run, info, spec, corpus, manifest, model)

@@ -206,7 +206,8 @@ class _Loop:
             summed, _ = self.task.loss_sum(self.engine, batch, self.spec.regularization.label_smoothing)
             working += time.perf_counter() - started  # alone, below ZeRO-3: what tells a slow rank from a waiting one
             # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
-            self.engine.backward(summed * (self.ranks.num_ranks / max(1, all_targets)), last=index == len(batches) - 1)
+            mean = summed * (self.ranks.num_ranks / max(1, all_targets))
+            self.engine.backward(mean, last=index == len(batches) - 1)
             loss_sum += summed.detach().double().cpu()
         grad_norm = self.engine.step(rate)
         self.progress.step = step
@@ -217,7 +218,8 @@ class _Loop:
             "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
             "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": f"{all_digests % 2**64:016x}",
             "tokens": self.progress.tokens, "seconds": time.perf_counter() - begun + data_wait,
-            "data_wait_seconds": data_wait, "forward_seconds": working, "memory_bytes": _memory_bytes(self.ranks.device), "time": time.time(),
+            "data_wait_seconds": data_wait, "forward_seconds": working, "time": time.time(),
+            "memory_bytes": _memory_bytes(self.ranks.device),
         })
         return stops > 0
 
