@@ -76,17 +76,17 @@ def train_locally(
     found = corpus or find(spec, storage)
     if found is None:
         raise RunFailed("the corpus is not prepared", "run `dray prepare` first; preparing needs Ray")
-    plan = make_corpus_plan(spec, shape or local_shape(), found)
+    plan = make_corpus_plan(spec, shape or local_shape(), found, with_ray=False)
     run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
                              corpus=found.folder, corpus_key=found.manifest.key, fork=None)
     return _drive(run, _make_job(run, spec, plan, found), display, _LocalLauncher())
 
 
-def make_corpus_plan(spec: Spec, shape: Shape, corpus: Corpus) -> Plan:
+def make_corpus_plan(spec: Spec, shape: Shape, corpus: Corpus, *, with_ray: bool = True) -> Plan:
     """The plan with the corpus' real counts."""
     manifest = corpus.manifest
     return make_plan(spec, shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
-                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None)
+                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None, with_ray=with_ray)
 
 
 def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _LocalLauncher) -> Ended:

@@ -1,0 +1,96 @@
+"""One case of the GPU benchmark in a process of its own: `python -m bench.gpu.one SHAPE STAGE COMPILE`.
+
+The rows are random tokens written as real token shards; everything after that is dray's own path without Ray. Prints one
+JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+from pyarrow import fs as pafs
+
+from dray.corpus.manifest import VERSION, Manifest, Packing, SourceRows, Split
+from dray.corpus.prepare import Corpus
+from dray.corpus.shards import make_batch, make_schema, write_shard
+from dray.plan import local_shape, parse_shape
+from dray.spec import Spec, make_spec
+from dray.train import make_corpus_plan, train_locally
+
+# name: architecture, hidden, layers, heads, kv heads, feed-forward, tokens a row, vocabulary, global rows, micro rows
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "tiny": ("llama", 64, 2, 4, 4, None, 64, 512, 4, 2),
+    "gpt2-124m": ("gpt2", 768, 12, 12, None, None, 1024, 50257, 32, 32),
+    "llama-1b": ("llama", 2048, 16, 32, 8, 8192, 2048, 32000, 16, 8),
+    "llama-3b": ("llama", 3072, 28, 24, 8, 8192, 2048, 32000, 8, 4),
+}
+NUM_STEPS = 30
+WARM = 5
+
+
+def make_case(shape: str, stage: int, compiled: bool, num_steps: int) -> Spec:
+    architecture, hidden, layers, heads, kv_heads, feed_forward, width, vocab, rows, micro = SHAPES[shape]
+    on_gpu = shape != "tiny"
+    return make_spec({
+        "name": f"{shape}-z{stage}-{'compiled' if compiled else 'eager'}",
+        "data": {"train": "random", "sequence_tokens": width},
+        "tokenizer": {"train": "byte_bpe", "vocab_size": vocab},
+        "model": {"architecture": architecture, "hidden_size": hidden, "num_layers": layers, "num_heads": heads,
+                  "num_kv_heads": kv_heads, "intermediate_size": feed_forward},
+        "batch": {"global_rows": rows, "micro_rows": micro}, "schedule": {"name": "constant", "warmup_steps": 5},
+        "optimizer": {"learning_rate": 1e-4}, "duration": {"steps": num_steps},
+        "precision": "bf16" if on_gpu else "fp32",
+        "resources": {"workers": 1, "gpus_per_worker": int(on_gpu)}, "zero": {"stage": stage},
+        "engine": {"compile": compiled},
+    })
+
+
+def build_corpus(folder: str, spec: Spec, num_rows: int) -> Corpus:
+    """Random tokens as token shards."""
+    width, vocab = spec.data.sequence_tokens, spec.tokenizer.vocab_size
+    dtype = "uint16" if vocab <= 65536 else "uint32"
+    schema = make_schema(width, dtype, labelled=False)
+    tokens = np.random.default_rng(0).integers(0, vocab, (num_rows, width)).astype(dtype)
+    rows = make_batch(schema, tokens, np.full(num_rows, width, np.int32), None)
+    shard = write_shard(pafs.LocalFileSystem(), folder, "train/random.arrow", rows, 256)
+    source = SourceRows(name="random", weight=None, num_rows=num_rows, num_documents=num_rows,
+                        num_tokens=num_rows * width, num_text_bytes=4 * num_rows * width, shards=(shard,))
+    packing = Packing(utilization=1.0, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0)
+    manifest = Manifest(
+        version=VERSION, key="random", sequence_tokens=width, group_rows=256, vocab_size=vocab, pad_token_id=0,
+        eos_token_id=0, encoder="tokenizers", labels=(), train=Split(sources=(source,)), validation=None,
+        source_files=(), dropped={}, num_records=num_rows, num_bad=0, packing=packing, shuffle_seed=0)
+    return Corpus(folder, manifest)
+
+
+def main() -> None:
+    name, stage, compiled = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "compiled"
+    num_steps = NUM_STEPS if name != "tiny" else 8
+    spec = make_case(name, stage, compiled, num_steps)
+    shape = local_shape()
+    if spec.resources.gpus_per_worker:
+        import torch
+
+        card = torch.cuda.get_device_properties(0).name
+        known = next((kind for kind in ("H200", "H100", "A100", "L40S", "L4") if kind in card), None)
+        shape = parse_shape(f"1x1x{known}") if known else shape
+    with tempfile.TemporaryDirectory(prefix="dray-gpu-") as folder:
+        corpus = build_corpus(folder + "/corpus", spec, num_steps * spec.batch.global_rows)
+        plan = make_corpus_plan(spec, shape, corpus, with_ray=False)
+        rows = train_locally(spec, storage=folder + "/runs", corpus=corpus, shape=shape).run.metrics()[WARM:]
+    keys = ("tokens_per_second", "mfu", "mfu_strict")
+    middle = {key: statistics.median(row[key] or 0.0 for row in rows) for key in keys}
+    print(json.dumps({
+        "shape": name, "stage": stage, "compiled": compiled, **middle, "num_parameters": plan.num_parameters,
+        "peak_bytes": max(row["memory_bytes_max"] for row in rows), "planned_bytes": plan.memory.total,
+        "loss": [rows[0]["loss"], rows[-1]["loss"]],
+    }))
+
+
+if __name__ == "__main__":
+    main()
