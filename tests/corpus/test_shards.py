@@ -1,0 +1,103 @@
+"""Token shards: what is written is read back by group, from a memory map or by ranges."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import fs as pafs
+
+from dray.corpus.manifest import Manifest, Packing, Shard, SourceRows, Split, dump_manifest, load_manifest
+from dray.corpus.shards import make_batch, make_schema, read_groups, write_shard
+from dray.errors import CorpusError
+
+GROUP = 4
+WIDTH = 6
+
+
+def make_rows(first: int, num_rows: int, labelled: bool = False) -> pa.RecordBatch:
+    tokens = np.repeat(np.arange(first, first + num_rows, dtype=np.uint16), WIDTH).reshape(-1, WIDTH)
+    labels = np.arange(num_rows, dtype=np.int32) if labelled else None
+    return make_batch(make_schema(WIDTH, "uint16", labelled), tokens, np.full(num_rows, 3, np.int32), labels)
+
+
+def make_source(num_rows: int, *shards: Shard) -> SourceRows:
+    return SourceRows(name="s", weight=None, num_rows=num_rows, num_documents=num_rows, num_tokens=3 * num_rows,
+                      num_text_bytes=0, shards=shards)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceRows:
+    local = pafs.LocalFileSystem()
+    shards = (write_shard(local, str(tmp_path), "train/0.arrow", make_rows(0, 12), GROUP),
+              write_shard(local, str(tmp_path), "train/1.arrow", make_rows(12, 6), GROUP))
+    return make_source(18, *shards)
+
+
+@pytest.mark.parametrize("kind", ["mapped", "ranges"])
+def test_groups_in_the_order_asked_for(tmp_path: Path, source: SourceRows, kind: str) -> None:
+    filesystem, folder = pafs.LocalFileSystem(), str(tmp_path)
+    if kind == "ranges":
+        filesystem, folder = pafs.SubTreeFileSystem(str(tmp_path), filesystem), ""
+    table = read_groups(filesystem, folder, source, [3, 0, 4, 0], GROUP)
+    rows = [row[0] for row in table.column("input_ids").to_pylist()]
+    assert rows == [12, 13, 14, 15, 0, 1, 2, 3, 16, 17, 0, 1, 2, 3]
+    assert table.schema.field("input_ids").type == make_schema(WIDTH, "uint16", False).field("input_ids").type
+
+
+def test_a_shard_says_its_size_and_digest_and_is_the_same_every_time(tmp_path: Path, source: SourceRows) -> None:
+    shard = source.shards[0]
+    data = (tmp_path / shard.file).read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.num_bytes, shard.sha256)
+    again = write_shard(pafs.LocalFileSystem(), str(tmp_path), "again/0.arrow", make_rows(0, 12), GROUP)
+    assert again.sha256 == shard.sha256
+
+
+def test_mapped_rows_outlive_the_map_and_are_not_copied(tmp_path: Path, source: SourceRows) -> None:
+    before = pa.total_allocated_bytes()
+    table = read_groups(pafs.LocalFileSystem(), str(tmp_path), source, [0, 1, 2], GROUP)
+    assert pa.total_allocated_bytes() - before < 12 * WIDTH * 2
+    assert table.column("input_ids").to_pylist()[11][0] == 11
+
+
+@pytest.mark.parametrize("groups", [[-1], [5], [0, 99]])
+def test_groups_that_are_not_there(tmp_path: Path, source: SourceRows, groups: list[int]) -> None:
+    with pytest.raises(IndexError, match="of source s"):
+        read_groups(pafs.LocalFileSystem(), str(tmp_path), source, groups, GROUP)
+
+
+def test_labels_ride_along(tmp_path: Path) -> None:
+    shard = write_shard(pafs.LocalFileSystem(), str(tmp_path), "0.arrow", make_rows(0, 5, labelled=True), GROUP)
+    table = read_groups(pafs.LocalFileSystem(), str(tmp_path), make_source(5, shard), [1, 0], GROUP)
+    assert table.column("label").to_pylist() == [4, 0, 1, 2, 3]
+
+
+def make_manifest(source: SourceRows) -> Manifest:
+    return Manifest(
+        version=1, key="k", sequence_tokens=WIDTH, group_rows=GROUP, vocab_size=100, pad_token_id=1, eos_token_id=0,
+        encoder="gigatoken", labels=(), train=Split(sources=(source, source)), validation=None, source_files=(),
+        dropped={}, num_records=1, num_bad=0, shuffle_seed=0,
+        packing=Packing(utilization=1, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0))
+
+
+def test_a_manifest_comes_back_whole_and_sums_up(tmp_path: Path, source: SourceRows) -> None:
+    manifest = make_manifest(source)
+    (tmp_path / "manifest.json").write_bytes(dump_manifest(manifest))
+    assert load_manifest(pafs.LocalFileSystem(), str(tmp_path)) == manifest
+    assert (manifest.train.num_rows, manifest.train.num_tokens) == (36, 108)
+    assert manifest.num_bytes == 2 * sum(shard.num_bytes for shard in source.shards)
+    assert Shard.model_validate(source.shards[0].model_dump()) == source.shards[0]
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    (None, "holds no prepared corpus"), (b"{", "is not a manifest"), (b'{"version": 99}', "is of version 99"),
+    (b'{"version": 1}', "is not a manifest"), (b"[]", "is of version None"),
+])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes | None, what: str) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(CorpusError, match=what):
+        load_manifest(pafs.LocalFileSystem(), str(tmp_path))
