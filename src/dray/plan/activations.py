@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dray.plan.parameters import Dimensions
 
-# Elements a block keeps of a token: (hidden sizes without dropout, hidden sizes with it, intermediate sizes). Dropout's
-# masks are kept; an attention mask makes encoders keep reordered queries and keys. gpt2's GELU is six operations.
+# Elements a block keeps of a token: (hidden sizes, intermediate sizes), and the same with dropout, whose masks are kept
+# while attention takes another way. gpt2's GELU is six operations.
 _KEPT = {
-    "gpt2": (8, 10, 5), "gpt_neox": (10, 9, 2), "bert": (10, 10, 2), "roberta": (10, 10, 2), "distilbert": (10, 9, 2),
-    "modernbert": (12, 13, 4), "vit": (8, 10, 2),
+    "gpt2": ((8, 5), (10, 5)), "gpt_neox": ((10, 2), (9, 2)), "bert": ((8, 2), (10, 2)), "roberta": ((8, 2), (10, 2)),
+    "distilbert": ((8, 2), (9, 2)), "modernbert": ((10, 4), (9, 5)), "vit": ((8, 2), (10, 2)),
 }
+_MASKED = ("bert", "roberta", "distilbert", "modernbert")
 
 
 def layer_bytes_per_token(sizes: Dimensions, element_bytes: int, dropout: float, sequence_tokens: int, *,
@@ -24,13 +25,15 @@ def layer_bytes_per_token(sizes: Dimensions, element_bytes: int, dropout: float,
     # Normalisers of the softmax, statistics of the norms.
     extra = 4 * sizes.heads + 16
     if sizes.architecture in _KEPT:
-        plain, dropped, gates = _KEPT[sizes.architecture]
-        elements = (dropped if dropout else plain) * hidden + gates * wide
+        narrow_count, wide_count = _KEPT[sizes.architecture][bool(dropout)]
+        elements = narrow_count * hidden + wide_count * wide
     else:
         # Residual, normalised and scaled, twice; queries, keys, values and the attention's output; the feed-forward.
         elements = 6 * hidden + 2 * queries + 2 * keys + (4 if sizes.gated else 2) * wide
         # RMSNorm keeps its input in fp32.
         extra += 4 * hidden if element_bytes < 4 else 0
+    if sizes.architecture in _MASKED and not dropout:
+        elements += sequence_tokens  # each block turns the mask of padding into numbers of its own
     if dropout and not on_gpu:
         elements += 3 * sizes.heads * sequence_tokens  # with dropout a CPU's attention keeps its squares of scores
     return elements * element_bytes + extra
