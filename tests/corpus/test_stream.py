@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import tiny_tree
 
+from conftest import tiny_tree
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.stream import RowStream, build_dataset, check_rows, read_rows
 from dray.order import PADDING

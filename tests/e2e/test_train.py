@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_tree
 
+from conftest import tiny_tree
 from dray.errors import StoreError
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint

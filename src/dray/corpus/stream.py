@@ -76,7 +76,8 @@ class RowStream:
             return np.concatenate([deal_to_ranks(step, self.num_ranks, self.rows_per_rank)[rank] for step in steps])
         rows = np.arange(segment.start_row, segment.stop_row, dtype=np.int64)
         share = -(-len(rows) // (self.num_ranks * self.micro_rows)) * self.micro_rows
-        return deal_to_ranks(rows, self.num_ranks, share)[rank]
+        dealt: Ints = deal_to_ranks(rows, self.num_ranks, share)[rank]
+        return dealt
 
     def read_block(self, segment: Segment, rank: int) -> pa.Table:
         """One rank's block: the columns of the token shards and `row_id` (int64; PADDING for rows to ignore)."""
