@@ -52,8 +52,8 @@ def check_reads(job: Job, work: Work, max_bad_share: float) -> None:
     """Raises CorpusError for too many unreadable records, and for a source without documents."""
     files = work.source_files()
     worst = max(files, key=lambda file: file.num_bad)
-    first = next((read["first_bad"] for read in work.reads
-                  if read["first_bad"] and read["first_bad"]["file"] == worst.path), None)
+    entries = (read["files"].get(worst.path, {}) for read in work.reads)
+    first = next((entry["first_bad"] for entry in entries if "first_bad" in entry), None)
     example = f" (first: {first['reason']} at offset {first['offset']})" if first else ""
     check_bad_share(files, work.total("num_bad"), work.total("num_records"), max_bad_share, example)
     for index, source in enumerate(job.sources):

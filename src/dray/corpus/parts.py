@@ -190,6 +190,8 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
         entry["num_documents"] += len(documents.texts)
         entry["num_bad"] += len(documents.bad)
         entry["sha256"] = digest or entry["sha256"]
+        if documents.bad:
+            entry.setdefault("first_bad", vars(documents.bad[0]))
         quarantine.extend(documents.bad[:MAX_QUARANTINED - len(quarantine)])
 
     writer = _ChunkWriter(job, part.index)
@@ -207,7 +209,6 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
         "files": files, "dropped": dict(dropped), "num_bad": num_bad,
         "num_records": num_bad + sum(entry["num_documents"] for entry in files.values()),
         "chunks": writer.chunks, "labels": sorted(writer.labels),
-        "first_bad": vars(quarantine[0]) if quarantine else None,
     })
 
 
