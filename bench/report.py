@@ -15,12 +15,13 @@ RESULTS = ROOT / "bench" / "results"
 
 def machine() -> str:
     """The machine in a few words."""
-    names = re.findall(r"(?m)^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"(?m)^model name\s*:\s*(.+)$", info.read_text()) if info.exists() else []
     return f"{len(names)} × {names[0] if names else platform.processor()}, Python {platform.python_version()}"
 
 
 def write_section(name: str, markdown: str, figures: Any, page: Path = ROOT / "docs" / "benchmarks.md") -> None:
-    """Replace the block `name` of a page by new figures, with the day and the machine, and keep the raw ones as JSON."""
+    """Replace the block `name` of a page by new figures, with the day and the machine; the raw ones become JSON."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1, default=str))
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"

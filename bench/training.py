@@ -3,8 +3,8 @@
     python -m bench.training [--steps 12] [--rounds 1] [--precision fp32]
 
 All arms train the same model (Llama, hidden 384, 6 layers, vocabulary 8192, rows of 512, micro batch 8) with 2 workers of
-one thread, one after the other in each round, on the same machine; medians over the steps after the third, then over
-the rounds. The precision is the one that the machine computes in: where bf16 is emulated every arm runs fp32.
+one thread, one after the other in each round, on the same machine; medians over the steps after the third, then
+over the rounds. The precision is the one that the machine computes in: where bf16 is emulated every arm runs fp32.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ resources: {{workers: 2, cpus_per_worker: 1}}
 def run(command: list[str], **environment: str) -> tuple[str, float]:
     """stdout and wall time of a command; its stderr is shown if it fails."""
     begun = time.time()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    everything = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=everything)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done.stdout, begun
 
 
-def dray_arm(folder: Path, steps: int, stage: int, precision: str, compiled: bool, number: int) -> dict[str, float]:
+def dray_arm(folder: Path, steps: int, stage: int, precision: str, *, compiled: bool, number: int) -> dict[str, float]:
     """Tokens a second as the run's own metrics have them, and the time of its first step."""
     overrides = spec_overrides(steps, stage, precision, compiled)
-    out, begun = run([f"{sys.prefix}/bin/dray", "train", str(folder / "spec.yaml"), *overrides, "--storage", str(folder / "runs"),
-                      "--run", f"r{number}-z{stage}-{compiled}", "--json"])
+    out, begun = run([f"{sys.prefix}/bin/dray", "train", str(folder / "spec.yaml"), *overrides,
+                      "--storage", str(folder / "runs"), "--run", f"r{number}-z{stage}-{compiled}", "--json"])
     from dray import Run
 
     rows = Run.open(str(folder / "runs"), json.loads(out)["name"]).metrics()
@@ -67,17 +68,17 @@ def dray_arm(folder: Path, steps: int, stage: int, precision: str, compiled: boo
 
 def ddp_arm(steps: int, precision: str, compiled: bool) -> dict[str, float]:
     flags = ["--compile"] * compiled + ["--bf16"] * (precision == "bf16")
-    out, _ = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "bench/ddp_loop.py",
-                  "--steps", str(steps), *flags], OMP_NUM_THREADS="1")
+    out, _ = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                  "bench/ddp_loop.py", "--steps", str(steps), *flags], OMP_NUM_THREADS="1")
     return dict(json.loads(out.strip().splitlines()[-1]))
 
 
 def stock_arm(folder: Path, steps: int, stage: int, precision: str) -> dict[str, float]:
     tokenizer = next((folder / "runs" / "corpora").glob("*/tokenizer/tokenizer.json"))
     flags = [] if precision == "bf16" else ["--fp32"]
-    out, _ = run([sys.executable, str(STOCK), "--corpus", str(CORPUS), "--tokenizer", str(tokenizer), "--steps", str(steps),
-                  "--zero", str(stage), "--checkpoint-every", "1000", "--storage", str(folder / "stock"), *flags],
-                 OMP_NUM_THREADS="1")
+    out, _ = run([sys.executable, str(STOCK), "--corpus", str(CORPUS), "--tokenizer", str(tokenizer),
+                  "--steps", str(steps), "--zero", str(stage), "--checkpoint-every", "1000",
+                  "--storage", str(folder / "stock"), *flags], OMP_NUM_THREADS="1")
     return dict(json.loads(out.strip().splitlines()[-1]))
 
 
@@ -95,11 +96,11 @@ def main() -> None:
         for number in range(arguments.rounds):
             steps, precision = arguments.steps, arguments.precision
             figures["DDP loop, eager"].append(ddp_arm(steps, precision, False))
-            figures["dray, ZeRO 1, eager"].append(dray_arm(folder, steps, 1, precision, False, number))
+            figures["dray, ZeRO 1, eager"].append(dray_arm(folder, steps, 1, precision, compiled=False, number=number))
             figures["stock, ZeRO 1"].append(stock_arm(folder, steps, 1, precision))
             figures["DDP loop, compiled"].append(ddp_arm(steps, precision, True))
-            figures["dray, ZeRO 1, compiled"].append(dray_arm(folder, steps, 1, precision, True, number))
-            figures["dray, ZeRO 3, eager"].append(dray_arm(folder, steps, 3, precision, False, number))
+            figures["dray, ZeRO 1, compiled"].append(dray_arm(folder, steps, 1, precision, compiled=True, number=number))
+            figures["dray, ZeRO 3, eager"].append(dray_arm(folder, steps, 3, precision, compiled=False, number=number))
             figures["stock, ZeRO 3"].append(stock_arm(folder, steps, 3, precision))
             for arm, values in figures.items():
                 print(arm, values[-1], file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,25 +46,3 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for source in sources[number::4]:
                 file.write(json.dumps({"id": source.name, "text": source.read_text("utf-8", "replace")[:8000]}) + "\n")
     return folder
-
-
-def tiny_tree(corpus: Path, **sections: Any) -> dict[str, Any]:
-    """A spec, as plain values, that trains in seconds; sections override it."""
-    tree: dict[str, Any] = {
-        "name": "tiny",
-        "data": {"train": [f"{corpus}/*.jsonl"], "validation": {"share": 0.1}, "sequence_tokens": 64},
-        "tokenizer": {"train": "byte_bpe", "vocab_size": 512},
-        "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
-        "batch": {"global_rows": 8, "micro_rows": 2},
-        "optimizer": {"learning_rate": 3e-3},
-        "schedule": {"name": "constant", "warmup_steps": 2},
-        "duration": {"steps": 6},
-        "precision": "fp32",
-        "validation": {"max_rows": 16},
-        "resources": {"workers": 2},
-        "zero": {"stage": 1},
-        "engine": {"compile": False},
-    }
-    for name, values in sections.items():
-        tree[name] = {**tree[name], **values} if isinstance(values, dict) and isinstance(tree.get(name), dict) else values
-    return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_rows_do_not_depend_on_how_they_are_asked_for(num_rows, group_rows, seed
     order = Order([SourceCount(num_rows)], group_rows, seed)
     whole = order.rows(start, start + 3000)
     edges = sorted({0, 3000, *cuts})
-    parts = [order.rows(start + a, start + b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [order.rows(start + a, start + b) for a, b in itertools.pairwise(edges)]
     assert np.array_equal(whole, np.concatenate(parts))
 
 

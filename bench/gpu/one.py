@@ -1,7 +1,7 @@
 """One case of the GPU benchmark in a process of its own: `python -m bench.gpu.one SHAPE STAGE COMPILE`.
 
-The rows are random tokens written as real token shards; everything after that is dray's own path without Ray. Prints one
-JSON line.
+The rows are random tokens written as real token shards; everything after that is dray's own path without Ray. Prints
+one JSON line.
 """
 
 from __future__ import annotations

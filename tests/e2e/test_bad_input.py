@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_tree
 
 from dray.cli import main
+from tiny import tiny_tree
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_data_that_is_no_corpus_is_refused(
     (folder / name).write_bytes(content)
     source = {"path": f"{folder}/{data.get('path', name)}"} | ({"label": data["label"]} if "label" in data else {})
     tree = tiny_tree(folder)
-    tree["data"] = {"train": source, "sequence_tokens": 64} | ({"cleaning": data["cleaning"]} if "cleaning" in data else {})
+    tree["data"] = {"train": source, "sequence_tokens": 64, "cleaning": data.get("cleaning", {})}
     if "label" in data:
         tree["task"], tree["model"]["architecture"] = "sequence_classification", "bert"
     spec = tmp_path / "spec.yaml"

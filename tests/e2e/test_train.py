@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny_tree
 from dray.errors import StoreError
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
 from dray.train import train
+from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -1,0 +1,29 @@
+"""A spec that trains in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def tiny_tree(corpus: Path, **sections: Any) -> dict[str, Any]:
+    """A spec, as plain values, that trains in seconds; sections override it."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "data": {"train": [f"{corpus}/*.jsonl"], "validation": {"share": 0.1}, "sequence_tokens": 64},
+        "tokenizer": {"train": "byte_bpe", "vocab_size": 512},
+        "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
+        "batch": {"global_rows": 8, "micro_rows": 2},
+        "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"name": "constant", "warmup_steps": 2},
+        "duration": {"steps": 6},
+        "precision": "fp32",
+        "validation": {"max_rows": 16},
+        "resources": {"workers": 2},
+        "zero": {"stage": 1},
+        "engine": {"compile": False},
+    }
+    for name, values in sections.items():
+        merges = isinstance(values, dict) and isinstance(tree.get(name), dict)
+        tree[name] = {**tree[name], **values} if merges else values
+    return tree
