@@ -2,7 +2,7 @@
 
     python -m bench.training [--steps 12] [--rounds 1] [--precision fp32]
 
-All arms train the same model (Llama, hidden 384, 6 layers, vocabulary 8192, rows of 512, micro batch 8) with 2 workers of
+All arms train one model (Llama, hidden 384, 6 layers, vocabulary 8192, rows of 512, micro batch 8) with 2 workers of
 one thread, one after the other in each round, on the same machine; medians over the steps after the third, then
 over the rounds. The precision is the one that the machine computes in: where bf16 is emulated every arm runs fp32.
 """
@@ -99,8 +99,10 @@ def main() -> None:
             figures["dray, ZeRO 1, eager"].append(dray_arm(folder, steps, 1, precision, compiled=False, number=number))
             figures["stock, ZeRO 1"].append(stock_arm(folder, steps, 1, precision))
             figures["DDP loop, compiled"].append(ddp_arm(steps, precision, True))
-            figures["dray, ZeRO 1, compiled"].append(dray_arm(folder, steps, 1, precision, compiled=True, number=number))
-            figures["dray, ZeRO 3, eager"].append(dray_arm(folder, steps, 3, precision, compiled=False, number=number))
+            figures["dray, ZeRO 1, compiled"].append(
+                dray_arm(folder, steps, 1, precision, compiled=True, number=number))
+            figures["dray, ZeRO 3, eager"].append(
+                dray_arm(folder, steps, 3, precision, compiled=False, number=number))
             figures["stock, ZeRO 3"].append(stock_arm(folder, steps, 3, precision))
             for arm, values in figures.items():
                 print(arm, values[-1], file=sys.stderr, flush=True)

@@ -37,8 +37,8 @@ def main() -> int:
         row = json.loads(lines[-1])
         gib = 1024**3
         print(f"| {shape} | {stage} | {mode} | {row['tokens_per_second']:,.0f} "
-              f"| {row['mfu']:.1%} | {row['mfu_strict']:.1%} | {row['peak_bytes'] / gib:.2f} GiB | {row['planned_bytes'] / gib:.2f} GiB "
-              f"| {row['peak_bytes'] / row['planned_bytes']:.2f} |", flush=True)
+              f"| {row['mfu']:.1%} | {row['mfu_strict']:.1%} | {row['peak_bytes'] / gib:.2f} GiB "
+              f"| {row['planned_bytes'] / gib:.2f} GiB | {row['peak_bytes'] / row['planned_bytes']:.2f} |", flush=True)
     return 1 if failed else 0
 
 

@@ -4,7 +4,7 @@ Training reads an endless sequence of *positions*; position q belongs to step q 
 positions to row ids in O(1) each, at any position: seeking costs nothing and no state is saved. The number of ranks
 enters only when the rows of a step are dealt out. Nothing here reads a file.
 
-Rows lie on disk in groups of `group_rows`, shuffled once. An epoch permutes the groups and, within each, the rows: reads
+Rows lie on disk in groups of `group_rows`, shuffled once. An epoch permutes the groups and, in each, the rows: reads
 stay sequential within a group while every epoch and seed has an order of its own.
 """
 
