@@ -1,8 +1,7 @@
-"""`python -m bench.parity`: the same 50 steps under ZeRO 0 to 3, with 1, 2 and 4 workers, and resumed from place to place.
+"""`python -m bench.parity`: the same steps under ZeRO 0 to 3, with 1, 2 and 4 workers, and resumed elsewhere.
 
-A Llama of 13 M parameters on ../shared/data/corpus_en in fp32. Every run is compared with the first one step by step: the
-greatest difference of the losses, and whether all row digests are equal. Runs on a local Ray; writes docs/benchmarks.md.
-"""
+A Llama of 13 M parameters on ../shared/data/corpus_en in fp32. Every run is compared with the first one step by step:
+the greatest difference of the losses, and whether all row digests are equal. On a local Ray; writes docs/benchmarks.md.
 
 from __future__ import annotations
 
