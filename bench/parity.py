@@ -2,6 +2,7 @@
 
 A Llama of 13 M parameters on ../shared/data/corpus_en in fp32. Every run is compared with the first one step by step:
 the greatest difference of the losses, and whether all row digests are equal. On a local Ray; writes docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
