@@ -214,8 +214,7 @@ def _walk(values: Ints, sizes: Ints, keys: Words, rounds: range, *, inverse: boo
     pending = np.arange(len(words))
     while len(pending):
         words[pending] = _feistel(words[pending], half[pending], keys[pending], rounds, inverse=inverse)
-        outside = words[pending] >= bounds[pending]
-        pending = pending[outside]
+        pending = pending[np.flatnonzero(words[pending] >= bounds[pending])]
     return words.astype(np.int64)
 
 

@@ -20,8 +20,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dray.errors import SpecError
 
-PRECISIONS = ("fp32", "bf16", "fp16", "auto")
-TASKS = ("causal_lm", "sequence_classification")
+METRICS = {
+    "causal_lm": ("loss", "perplexity", "accuracy", "bits_per_byte"),
+    "sequence_classification": ("loss", "accuracy", "precision", "recall", "f1", "auc"),
+}
+"""What a validation measures, by task."""
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -410,6 +413,9 @@ class Spec(Section):
             for source in (*self.data.train, *validation):
                 if source.label is None:
                     raise ValueError("data: task sequence_classification needs a `label` column in every source")
+        if self.validation.metric not in METRICS[self.task]:
+            raise ValueError(f"validation.metric = {self.validation.metric}: {self.task} has "
+                             f"{', '.join(METRICS[self.task])}")
         weighted = [source.weight is not None for source in self.data.train]
         if any(weighted) and not all(weighted):
             raise ValueError("data.train: give every source a weight, or none")

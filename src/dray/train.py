@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dray.cluster import connect, run_workers
@@ -56,7 +57,10 @@ def train(
     check_trackers(spec, storage)
     wanted = spec.resources.max_workers * spec.resources.cpus_per_worker + spec.resources.reader_cpus
     with connect(address, num_cpus=wanted, verbose=verbose) as connection:
-        make_plan(spec, connection.shape)  # refuses before the corpus is read
+        # What cannot run is refused before the corpus is read.
+        plan = make_plan(spec, connection.shape)
+        if spec.model.path is not None or spec.model.options or not plan.parameters_exact:
+            _check_model(spec)
         begun = time.monotonic()
         corpus = find(spec, storage) or prepare(spec, storage, display.say)
         plan = make_corpus_plan(spec, connection.shape, corpus)
@@ -80,6 +84,19 @@ def train_locally(
     run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
                              corpus=found.folder, corpus_key=found.manifest.key, fork=None)
     return _drive(run, _make_job(run, spec, plan, found), display, _LocalLauncher())
+
+
+def _check_model(spec: Spec) -> None:
+    """Raise SpecError for a model that transformers does not know or that cannot take the spec's settings."""
+    from dray.models import make_config
+
+    folder = Path(spec.tokenizer.path or "") / "tokenizer.json"
+    vocab_size = spec.tokenizer.vocab_size
+    if spec.tokenizer.path is not None and folder.is_file():
+        from tokenizers import Tokenizer
+
+        vocab_size = Tokenizer.from_file(str(folder)).get_vocab_size()
+    make_config(spec, vocab_size=vocab_size)
 
 
 def make_corpus_plan(spec: Spec, shape: Shape, corpus: Corpus, *, with_ray: bool = True) -> Plan:

@@ -20,7 +20,7 @@ import torch
 from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, check_rows
 from dray.engine import Engine, build_engine
-from dray.models import build_model, enable_activation_checkpointing, parameter_groups
+from dray.models import build_model, enable_activation_checkpointing, parameter_groups, restore_rotary_buffers
 from dray.order import Segment, row_digest
 from dray.plan import Plan
 from dray.ranks import Ranks
@@ -124,6 +124,7 @@ class _Loop:
         self.spec, self.plan = job.spec, job.plan
         self.task: Task = build_task(job.spec, job.manifest)
         self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, job.plan, ranks)
+        restore_rotary_buffers(self.engine.module)  # half precision casts them, and long rows need their digits
         self.progress = _Progress(step=newest.step if newest else 0, saved_step=newest.step if newest else -1)
         self.metrics: TaskMetrics | None = None
 
@@ -257,8 +258,6 @@ class _Loop:
         progress, rule, held_out = self.progress, self.spec.validation, self.job.manifest.validation
         if self.spec.packs_rows and held_out is not None:
             values["bits_per_byte"] = bits_per_byte(values["loss"], held_out.num_tokens, held_out.num_text_bytes)
-        if rule.metric not in values:
-            raise RuntimeError(f"validation.metric = {rule.metric}: the task has {', '.join(values)}")
         progress.last_validation, progress.last_validation_step = values, step
         if self.ranks.rank == 0:
             self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, **values})
