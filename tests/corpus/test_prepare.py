@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import tiny_tree
 from dray.corpus.manifest import Manifest, SourceRows
 from dray.corpus.prepare import Corpus, corpus_key, find, prepare
 from dray.corpus.shards import read_groups
 from dray.errors import CorpusError, StoreError
 from dray.spec import Spec, make_spec
 from dray.store.filesystem import open_filesystem
+from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
