@@ -19,13 +19,16 @@ from dray.plan.zero_config import Buckets, grad_accumulation_bytes, overlaps
 
 # Resident after importing torch, deepspeed and transformers (a model's code included), the process group running; and
 # what ray.train and ray.data add: measured.
-CPU_FRAMEWORK_BYTES = 590_000_000
+CPU_FRAMEWORK_BYTES = 530_000_000
 RAY_BYTES = 60_000_000
 # CUDA context, cuBLAS and NCCL buffers: as commonly reported, not measured here.
 GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_000_000_000, 700_000_000
 GPU_HOST_PROCESS_BYTES = 4_000_000_000
-# Share of the memory that comes and goes in a step which the allocator holds without using it. glibc: measured.
-CPU_SLACK, GPU_SLACK = 0.35, 0.08
+# Share of the activations that the allocator holds without using it. glibc: fitted to measurements; GPUs: assumed, and a
+# share of all that comes and goes.
+CPU_SLACK, GPU_SLACK = 0.45, 0.08
+# glibc maps blocks from here on by themselves, and gives them back when they are freed.
+MAPPED_BYTES = 32 * 2**20
 READER_BYTES = 1_500_000_000
 
 
@@ -110,8 +113,7 @@ def make_memory(load: Load) -> MemoryPlan:
     """The peak of one rank, in bytes by term."""
     peak = max(_moments(load), key=lambda moment: moment.total)
     framework = _framework_bytes(load)
-    coming_and_going = peak.total - peak.lasting
-    slack = int((GPU_SLACK if load.on_gpu else CPU_SLACK) * coming_and_going)
+    slack = int(GPU_SLACK * (peak.total - peak.lasting)) if load.on_gpu else _heap_bytes(load)
     total = peak.total + framework + slack
     kept, checkpointed = (_activation_bytes(replace(load, checkpointing=way)) for way in (False, True))
     return MemoryPlan(
@@ -231,6 +233,18 @@ def _step_bytes(load: Load) -> int:
     if load.stage == 3:
         return 4 * min(load.share, load.buckets.sub_group)
     return (width + 4) * load.share
+
+
+def _heap_bytes(load: Load) -> int:
+    """What glibc's heap holds of freed blocks: a share of the activations, and whole tensors of the parameters' sizes.
+
+    Those are the last step's gradients and, with ZeRO, the parameters as they were before they moved into flat buffers;
+    ZeRO-3 gathers and frees them once more.
+    """
+    large = load.sizes.vocab * load.sizes.hidden
+    small = load.count.total - (large if load.element_bytes * large >= MAPPED_BYTES else 0)
+    times = {0: 1, 1: 2, 2: 2, 3: 3}[load.stage]
+    return int(CPU_SLACK * _activation_bytes(load)) + times * load.element_bytes * small
 
 
 def _framework_bytes(load: Load) -> int:
