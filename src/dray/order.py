@@ -219,8 +219,9 @@ def _walk(values: Ints, sizes: Ints, keys: Words, rounds: range, *, inverse: boo
 
 
 def _feistel(words: Words, half: Words, keys: Words, rounds: range, *, inverse: bool) -> Words:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = words >> half, words & mask
+    mask: Words = (np.uint64(1) << half) - np.uint64(1)
+    left: Words = words >> half
+    right: Words = words & mask
     for number in rounds:
         salt = keys ^ np.uint64(number + 1)
         if inverse:

@@ -120,6 +120,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
     trackers = build_trackers(run, spec)
     recorder = Recorder(run, plan, trackers, display)
     run.set_status("running")
+    run.update(compressors=job.manifest.validation_compressors)
     status = "failed"
     try:
         with display.steps(num_steps, done):

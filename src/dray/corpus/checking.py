@@ -29,6 +29,7 @@ class Work:
     packed: Sequence[Record] = ()
     plans: Sequence[ShardPlan] = ()
     shards: Sequence[Shard] = ()
+    compressors: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of each input file by name."""
 
@@ -127,6 +128,7 @@ def make_manifest(key: str, job: Job, work: Work) -> Manifest:
         validation=validation if validation.num_rows else None, source_files=tuple(work.source_files()),
         dropped=dict(sorted(dropped.items())), num_records=work.total("num_records"), num_bad=work.total("num_bad"),
         packing=Packing(utilization=utilization, **counts), shuffle_seed=job.shuffle_seed,
+        validation_compressors=work.compressors,
     )
 
 

@@ -124,6 +124,8 @@ class Manifest(_Record):
     num_bad: int
     packing: Packing
     shuffle_seed: int
+    validation_compressors: dict[str, float] = {}
+    """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 
     @property
     def num_bytes(self) -> int:

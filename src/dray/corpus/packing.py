@@ -36,10 +36,10 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
-    rows_of_sorted = np.empty(len(lengths), np.int64)
+    rows_of_sorted: list[int] = []
     free: dict[int, list[int]] = {}  # room left → rows that have it
     rooms: list[int] = []  # the keys of `free`, sorted
-    num_rows = done = 0
+    num_rows = 0
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
             place = bisect_left(rooms, size)
@@ -56,8 +56,9 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
                 taken = list(range(num_rows, num_rows + wanted))
                 num_rows += wanted
             placed = min(count, len(taken) * each)
-            rows_of_sorted[done:done + placed] = np.repeat(taken, each)[:placed]
-            done, count = done + placed, count - placed
+            # Mostly a few rows: a list is quicker than numpy there.
+            rows_of_sorted += taken if each == 1 else [row for row in taken for _ in range(each)][:placed]
+            count -= placed
             last = placed - (len(taken) - 1) * each
             for rows, left in ((taken[:-1], room - each * size), (taken[-1:], room - last * size)):
                 if left and rows:

@@ -25,11 +25,12 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.corpus.cleaning import Hashes, clean, hash_texts, held_out
+from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
 from dray.corpus.reading import Bad, Documents, Span, SpanReader
 from dray.corpus.shards import make_batch, make_schema, write_shard
 from dray.corpus.sources import current_stamp
-from dray.corpus.tokenizing import TokenizerInfo, append_token, load_encoder
+from dray.corpus.tokenizing import TokenizerInfo, append_token, load_decoder, load_encoder
 from dray.errors import CorpusError
 from dray.spec import Cleaning, Source
 from dray.store.filesystem import child, make_folder, open_filesystem, open_whole, read_bytes, write_bytes
@@ -354,6 +355,8 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
         chosen = np.flatnonzero(wanted)
         if len(chosen):
             rows, labels = _make_rows(job, tokens, lengths, chosen, documents)
+            if split == "validation" and job.packs_rows:
+                _write_sample(job, index, tokens, lengths, chosen)
             order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
             _write_rows(*staged(job, "packed", f"{index:06d}.{split}"), (rows.tokens, rows.num_tokens, labels), order)
             record[split] = {
@@ -364,6 +367,13 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
                 "num_truncated_tokens": rows.num_truncated_tokens,
             }
     return _save_record(job, "packed", index, record)
+
+
+def _write_sample(job: Job, index: int, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints) -> None:
+    tokenizer = load_decoder(child(job.folder, "tokenizer"))
+    if tokenizer is not None:
+        text = decode_sample(tokenizer, tokens, lengths, chosen, SAMPLE_BYTES // len(job.chunks))
+        write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
 
 
 def _make_rows(job: Job, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints,

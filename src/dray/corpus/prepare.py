@@ -21,6 +21,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from dray.corpus.checking import Work, check_bad_share, check_packed, check_reads, make_labels, make_manifest
+from dray.corpus.compression import measure_compressors
 from dray.corpus.manifest import MANIFEST, VERSION, Manifest, Shard, dump_manifest, load_manifest
 from dray.corpus.parts import (
     STAGING,
@@ -212,10 +213,18 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     work.packed = run_stage(job, "packed", pack_chunk, range(len(chunks)), say)
     check_packed(job, work.packed)
     work.plans = make_shard_plans(job, work.packed)
+    work.compressors = measure_compressors(_samples(job, len(chunks)))
     shards = run_stage(job, "shards", _merge, list(enumerate(work.plans)), say)
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job, work.parts)
     return make_manifest(key, job, work)
+
+
+def _samples(job: Job, num_chunks: int) -> list[bytes]:
+    """The held-out text that was put aside for measuring, chunk by chunk."""
+    there = list_files(*staged(job, "packed"))
+    names = (f"{index:06d}.text" for index in range(num_chunks))
+    return [read_bytes(*staged(job, "packed", name)) for name in names if name in there]
 
 
 def _merge(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dray.corpus.parts import Job, load_record, record_name, staged
@@ -37,19 +37,21 @@ def _unwrap(answer: bytes) -> Any:
 
 
 def run_task(job: Job, function: Callable[[Job, Any], Any], item: Any) -> Any:
-    """`function(job, item)` in one Ray task, while another worker and this process import what is needed next."""
+    """`function(job, item)` in one Ray task; meanwhile Ray Data and a worker of it are brought up for the next stage."""
     import ray
 
     answer = ray.remote(num_cpus=1)(_answer).remote(function, job, 0, item)
-    warm = ray.remote(num_cpus=1)(_warm_up).remote()
-    _warm_up()
-    result = _unwrap(ray.get(answer)[1])
-    ray.cancel(warm)
-    return result
+    for _ in _run_tasks(job, _warm_up, [(0, None)]):
+        pass
+    return _unwrap(ray.get(answer)[1])
 
 
-def _warm_up() -> None:
-    pass
+def _warm_up(job: Job, item: None) -> dict[str, Any]:
+    """Imports what encoding needs."""
+    with suppress(ImportError):
+        import awkward  # type: ignore[import-untyped]  # noqa: F401
+        import gigatoken  # noqa: F401
+    return {}
 
 
 def run_stage(job: Job, stage: str, function: Callable[[Job, Any], dict[str, Any]], items: Sequence[Any],

@@ -212,6 +212,13 @@ def load_encoder(folder: str, name: str) -> Encoder:
     return Encoder(read_tokenizer_files(folder), name)
 
 
+@lru_cache(maxsize=2)
+def load_decoder(folder: str) -> Any:
+    """The `tokenizers.Tokenizer` of a folder, once a process; None for one that has only slow files."""
+    files = read_tokenizer_files(folder)
+    return _load_fast(files) if TOKENIZER_JSON in files else None
+
+
 def _gigatoken(files: dict[str, bytes]) -> Any:
     import awkward as ak  # type: ignore[import-untyped]
     import gigatoken
