@@ -37,7 +37,7 @@ def _unwrap(answer: bytes) -> Any:
 
 
 def run_task(job: Job, function: Callable[[Job, Any], Any], item: Any) -> Any:
-    """`function(job, item)` in one Ray task; meanwhile Ray Data and a worker of it are brought up for the next stage."""
+    """`function(job, item)` in one Ray task, while Ray Data and a worker are brought up for the next stage."""
     import ray
 
     answer = ray.remote(num_cpus=1)(_answer).remote(function, job, 0, item)
