@@ -24,7 +24,7 @@ RAY_BYTES = 60_000_000
 # CUDA context, cuBLAS and NCCL buffers: as commonly reported, not measured here.
 GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_000_000_000, 700_000_000
 GPU_HOST_PROCESS_BYTES = 4_000_000_000
-# Share of the activations that the allocator holds without using it. glibc: fitted to measurements; GPUs: assumed, and a
+# Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs: assumed, and a
 # share of all that comes and goes.
 CPU_SLACK, GPU_SLACK = 0.45, 0.08
 # glibc maps blocks from here on by themselves, and gives them back when they are freed.
