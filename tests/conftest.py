@@ -31,7 +31,7 @@ def local_ray() -> Iterator[None]:
     """One Ray for every test that trains: starting it costs more than a tiny run."""
     import ray
 
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dray.errors import StoreError
+from dray.errors import RunFailed, StoreError
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
-from dray.train import train
+from dray.train import train, train_locally
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -110,31 +110,33 @@ def test_a_fork_starts_from_the_newest_checkpoint(storage: str, tiny_corpus: Pat
     assert run.metrics()[0]["loss"] < straight.metrics()[0]["loss"] - 0.5
 
 
-def test_dropout_and_label_smoothing_resume_bit_for_bit_too(storage: str, tiny_corpus: Path):
+def alone(storage: str, corpus: Path, name: str, **sections: Any) -> Run:
+    """The same loop in this process, for what does not depend on Ray or on several ranks."""
+    return train_locally(make_spec(tiny_tree(corpus, **sections)), storage=storage, run_name=name).run
+
+
+def test_dropout_and_label_smoothing_resume_bit_for_bit_too(storage: str, tiny_corpus: Path, straight: Run):
     settings: dict[str, Any] = {"regularization": {"dropout": 0.2, "label_smoothing": 0.1}, "validation": {},
                                 "model": {"architecture": "gpt2"}}
-    whole = go(storage, tiny_corpus, "noisy", duration={"steps": 6}, **settings)
-    go(storage, tiny_corpus, "noisy-stopped", duration={"steps": 3}, **settings)
-    again = go(storage, tiny_corpus, "noisy-stopped", duration={"steps": 6}, **settings)
+    whole = alone(storage, tiny_corpus, "noisy", duration={"steps": 6}, **settings)
+    alone(storage, tiny_corpus, "noisy-stopped", duration={"steps": 3}, **settings)
+    again = alone(storage, tiny_corpus, "noisy-stopped", duration={"steps": 6}, **settings)
     hashes = [verify_checkpoint(run, run.checkpoints()[-1]).weights_sha256 for run in (whole, again)]
     assert hashes[0] == hashes[1]
 
 
-def test_early_stopping_ends_a_run_that_no_longer_gets_better(storage: str, tiny_corpus: Path):
-    run = go(storage, tiny_corpus, "early", optimizer={"learning_rate": 1.0}, duration={"steps": 40},
+def test_early_stopping_ends_a_run_that_no_longer_gets_better(storage: str, tiny_corpus: Path, straight: Run):
+    run = alone(storage, tiny_corpus, "early", optimizer={"learning_rate": 1.0}, duration={"steps": 40},
              validation={"every_steps": 1, "patience": 2, "max_rows": 8})
     assert run.status == "completed"
     assert run.metrics()[-1]["step"] < 40
     assert run.latest_checkpoint().step == run.metrics()[-1]["step"]
 
 
-def test_a_worker_that_raises_is_a_failed_run_with_its_reason(storage: str, tiny_corpus: Path, monkeypatch: Any):
-    from dray.errors import RunFailed
-
+def test_a_worker_that_raises_is_a_failed_run_with_its_reason(storage: str, tiny_corpus: Path, straight: Run):
     spec = make_spec(tiny_tree(tiny_corpus, duration={"steps": 400}, checkpoint={"every_steps": 4},
                                resources={"workers": 1, "max_failures": 0}))
-    run = train(make_spec(tiny_tree(tiny_corpus, duration={"steps": 4}, resources={"workers": 1})), storage=storage,
-                run_name="broken").run
+    run = alone(storage, tiny_corpus, "broken", duration={"steps": 4})
     # A checkpoint whose bytes are damaged after its marker was written must not be loaded.
     file = next(Path(run.latest_checkpoint().path).glob("rank-*.safetensors"))
     content = bytearray(file.read_bytes())

@@ -1,0 +1,159 @@
+"""What comes after training: evaluation, generation, export, reports, and the Python API without Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import dray
+import dray.errors
+from dray.cli import main
+from dray.corpus.prepare import prepare
+from dray.store import Run
+from dray.train import train, train_locally
+from tiny import tiny_tree
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def run(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
+    """A run of this process alone, on a corpus that Ray prepared."""
+    tree = tiny_tree(tiny_corpus, duration={"steps": 30}, validation={"max_rows": None, "every_steps": 10})
+    spec = dray.make_spec(tree | {"checkpoint": {"every_steps": 10, "keep_last": 1, "keep_best": 1}})
+    prepare(spec, storage)
+    return train_locally(spec, storage=storage, run_name="alone").run
+
+
+def test_the_loop_runs_without_ray_and_gives_the_same_run(storage: str, tiny_corpus: Path, run: Run, local_ray: None):
+    spec = dray.make_spec(tiny_tree(tiny_corpus, duration={"steps": 4}, resources={"workers": 1}))
+    on_ray = train(spec, storage=storage, run_name="on-ray").run.metrics()
+    alone = run.metrics()[:4]
+    assert [row["rows_digest"] for row in on_ray] == [row["rows_digest"] for row in alone]
+    assert [row["loss"] for row in on_ray] == pytest.approx([row["loss"] for row in alone], abs=1e-5)
+
+
+def test_evaluate_measures_what_the_run_measured(storage: str, run: Run):
+    last = run.validations()[-1]
+    found = dray.evaluate(storage, "alone")
+    assert found["step"] == 30
+    for key in ("loss", "perplexity", "accuracy", "bits_per_byte"):
+        assert found[key] == pytest.approx(last[key], rel=1e-5)
+
+
+def test_evaluate_takes_other_data(storage: str, run: Run, tiny_corpus: Path):
+    found = dray.evaluate(storage, "alone", data=[f"{tiny_corpus}/part-0.jsonl"])
+    assert 0.5 < found["loss"] / run.validations()[-1]["loss"] < 1.5
+
+
+def test_generate_continues_each_prompt(storage: str, run: Run):
+    prompts = ["import os", "", "def f(" * 200]
+    greedy = dray.generate(storage, "alone", prompts, temperature=0, max_tokens=8)
+    assert greedy == dray.generate(storage, "alone", prompts, temperature=0, max_tokens=8)
+    assert len(greedy) == 3
+    assert all(isinstance(text, str) for text in greedy)
+    sampled = {dray.generate(storage, "alone", ["import"], max_tokens=16, seed=seed)[0] for seed in range(4)}
+    assert len(sampled) > 1
+
+
+def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dray.trained import load_trained
+
+    folder = tmp_path / "model"
+    assert dray.export(storage, "alone", str(folder)) == 30
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = AutoTokenizer.from_pretrained(folder)("def read(self):", return_tensors="pt").input_ids
+    trained = load_trained(storage, "alone")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, trained.model(ids).logits)
+    with pytest.raises(dray.errors.StoreError, match="not empty"):
+        dray.export(storage, "alone", str(folder))
+
+
+def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path: Path, local_ray: None):
+    folder = tmp_path / "base"
+    dray.export(storage, "alone", str(folder))
+    lines = [("good" if i % 2 else "bad") + f" words number {i} here\t{i % 2}" for i in range(200)]
+    (tmp_path / "labels.tsv").write_text("\n".join(lines))
+    tree = tiny_tree(tmp_path, task="sequence_classification", duration={"steps": 20})
+    tree["optimizer"] = {"learning_rate": 1e-2}
+    tree["data"] = {"train": {"path": str(tmp_path / "labels.tsv"), "header": False, "text": "0", "label": "1"},
+                    "validation": {"share": 0.2}, "sequence_tokens": 32}
+    tree |= {"model": {"path": str(folder)}, "tokenizer": {"path": str(folder)}, "validation": {"metric": "accuracy"}}
+    ended = train(dray.make_spec(tree), storage=storage, run_name="classifier")
+    assert ended.run.validations()[-1]["accuracy"] > 0.9
+    found = dray.evaluate(storage, "classifier", data=[str(tmp_path / "labels.tsv")])
+    assert found["num_rows"] == 200
+    assert found["accuracy"] > 0.9
+    assert {"precision", "recall", "f1", "auc"} <= found.keys()
+
+
+def test_the_best_checkpoint_is_kept_and_found(storage: str, run: Run):
+    best = min(run.validations(), key=lambda row: row["loss"])["step"]
+    assert dray.evaluate(storage, "alone", step="best")["step"] == best
+    with pytest.raises(dray.errors.StoreError, match="steps with one"):
+        dray.evaluate(storage, "alone", step=7)
+
+
+def test_show_runs_and_verify_print_pages_and_documents(storage: str, run: Run, capsys: Any):
+    assert main(["show", "alone", "--storage", storage, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {"name", "status", "fingerprint", "step", "num_steps", "attempts", "train_loss", "validation",
+            "tokens_per_second", "checkpoints"} <= shown.keys()
+    assert {"step", "path", "verified", "bytes"} <= shown["checkpoints"][0].keys()
+    assert main(["verify", run.uri, "--json"]) == 0
+    assert {"step", "ok", "files", "weights_sha256", "optimizer_sha256"} <= json.loads(capsys.readouterr().out).keys()
+    for command in (["show", "alone"], ["runs"], ["verify", "alone"]):
+        assert main([*command, "--storage", storage]) == 0
+        assert "alone" in capsys.readouterr().out
+    table = run.metrics_table()
+    assert {"step", "loss", "tokens_per_second", "rows_digest"} <= set(table.column_names)
+
+
+def test_verify_fails_on_one_flipped_bit(storage: str, tiny_corpus: Path, run: Run, capsys: Any):
+    spec = dray.make_spec(tiny_tree(tiny_corpus, duration={"steps": 1}))
+    broken = train_locally(spec, storage=storage, run_name="broken").run
+    file = next(Path(broken.latest_checkpoint().path).glob("rank-*"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(bytes(content))
+    assert main(["verify", "broken", "--storage", storage]) == 3
+    assert "DAMAGED" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_saves_its_state_and_goes_on(storage: str, tiny_corpus: Path, tmp_path: Path):
+    """A real `dray train` process, a real SIGINT, a real resume."""
+    spec = tmp_path / "long.yaml"
+    spec.write_text(yaml.safe_dump(tiny_tree(tiny_corpus, name="long", duration={"steps": 100_000})))
+    command = [sys.executable, "-m", "dray.cli", "train", str(spec), "--storage", storage]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": ""})
+    assert process.stderr is not None
+    deadline, lines = time.time() + 240, []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step ") or time.time() > deadline:
+            break
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, "".join(lines) + rest
+    run = Run.open(storage, "long")
+    assert run.status == "interrupted"
+    saved = run.latest_checkpoint()
+    assert saved is not None
+    assert saved.step == run.metrics()[-1]["step"] >= 1
+    assert f"state saved at step {saved.step}" in rest
