@@ -1,4 +1,7 @@
-"""A rank on Ray: the loop of `worker.py` fed by Ray Data and reporting through an actor on the head node."""
+"""A rank on Ray: the loop of `worker.py` fed by Ray Data and reporting through an actor on the head node.
+
+Ray imports this file in its controller and data processes too: torch is imported by the ranks alone.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from dray.corpus.stream import RowStream, build_dataset
+from dray.job import Job, make_stream
 from dray.store import Run
-from dray.worker import Job, make_stream, set_threads, train_rank
 
 SEND_EVERY_SECONDS = 0.2
 PREFETCH_BLOCKS = 2
@@ -99,6 +102,7 @@ def run_rank(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     from dray.ranks import build_ranks
+    from dray.worker import set_threads, train_rank
 
     job: Job = config["job"]
     set_threads(job.spec.resources.cpus_per_worker)

@@ -12,18 +12,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dray.cluster import connect, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.errors import Interrupted, RunFailed
+from dray.job import Job
 from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
-
-if TYPE_CHECKING:
-    from dray.worker import Job
 
 DRAIN_SECONDS = 0.2
 
@@ -141,8 +139,6 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
 
 
 def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:
-    from dray.worker import Job
-
     return Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name)
 
 

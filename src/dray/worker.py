@@ -17,15 +17,13 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
-from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, check_rows
 from dray.engine import Engine, build_engine
+from dray.job import Job, make_stream
 from dray.models import build_model, enable_activation_checkpointing, parameter_groups, restore_rotary_buffers
 from dray.order import Segment, row_digest
-from dray.plan import Plan
 from dray.ranks import Ranks
 from dray.schedule import learning_rate
-from dray.spec import Spec
 from dray.store import (
     LOWER_IS_BETTER,
     CheckpointInfo,
@@ -37,18 +35,6 @@ from dray.store import (
 )
 from dray.tasks import Task, TaskMetrics, build_task
 from dray.tasks.causal_lm import bits_per_byte
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that a rank needs to know; small, and safe to send."""
-
-    spec: Spec
-    plan: Plan
-    corpus: str
-    manifest: Manifest
-    storage: str
-    run_name: str
 
 
 class Reporter(Protocol):
@@ -93,21 +79,6 @@ def train_rank(job: Job, ranks: Ranks, open_stream: OpenStream, reporter: Report
     ended = loop.follow(check_rows(stream, blocks, ranks.rank), stream)
     reporter.flush()
     return ended
-
-
-def make_stream(job: Job, num_ranks: int, start_step: int) -> RowStream:
-    """What `num_ranks` ranks read from `start_step` on."""
-    spec, batch, num_steps = job.spec, job.plan.batch, job.plan.num_steps
-    if num_steps is None:
-        raise ValueError("the plan was made without the corpus' size")
-    every = spec.validation.every_steps
-    due = {num_steps, *(range(every, num_steps, every) if every else ())}
-    rows_per_rank = -(-spec.batch.global_rows // (num_ranks * batch.micro_rows)) * batch.micro_rows
-    return RowStream(
-        folder=job.corpus, manifest=job.manifest, seed=spec.seed, global_rows=spec.batch.global_rows,
-        num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=batch.micro_rows, start_step=start_step,
-        num_steps=num_steps, validation_steps=tuple(sorted(due)), max_validation_rows=spec.validation.max_rows,
-    )
 
 
 def _begin_attempt(run: Run, ranks: Ranks) -> tuple[int, CheckpointInfo | None]:
