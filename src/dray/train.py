@@ -191,7 +191,7 @@ def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str,
     times, waits, forwards = ([record[name] for record in records]
                               for name in ("seconds", "data_wait_seconds", "forward_seconds"))
     mean_forward = sum(forwards) / len(forwards)
-    per_second = plan.tokens_per_step / seconds
+    per_second = first["step_tokens"] / seconds
     peak = (plan.peak_flops_per_rank or 0.0) * len(records)
     return {
         "step": first["step"], "attempt": first["attempt"], "num_ranks": first["num_ranks"],

@@ -163,10 +163,11 @@ class _Loop:
         micro_rows = self.plan.batch.micro_rows
         batches = [self.task.collate(rows.slice(at, micro_rows)) for at in range(0, rows.num_rows, micro_rows)]
         targets = sum(self.task.num_targets(batch) for batch in batches)
-        digest = row_digest(rows.column("row_id").to_numpy())
+        row_ids = rows.column("row_id").to_numpy()
+        tokens = int(rows.column("num_tokens").to_numpy()[row_ids >= 0].sum())
         # One small agreement a step: what the loss is divided by, what the batch was, and what to do after it.
-        all_targets, all_digests, stops, saves = self.ranks.sum(
-            [targets, digest, int(self.reporter.stop_requested()), int(self._minutes_due())])
+        all_targets, all_tokens, all_digests, stops, saves = self.ranks.sum(
+            [targets, tokens, row_digest(row_ids), int(self.reporter.stop_requested()), int(self._minutes_due())])
         rate = learning_rate(self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate)
         self.engine.train(True)
         loss_sum = torch.zeros((), dtype=torch.float64)
@@ -184,12 +185,12 @@ class _Loop:
         grad_norm = self.engine.step(rate)
         self.progress.step = step
         self.progress.save_due = saves > 0 or self._checkpoint_due(step)
-        self.progress.tokens += self.plan.tokens_per_step
+        self.progress.tokens += all_tokens
         self.reporter.send({
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
             "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
             "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": f"{all_digests % 2**64:016x}",
-            "tokens": self.progress.tokens, "seconds": time.perf_counter() - begun + data_wait,
+            "tokens": self.progress.tokens, "step_tokens": all_tokens, "seconds": time.perf_counter() - begun + data_wait,
             "data_wait_seconds": data_wait, "forward_seconds": working, "time": time.time(),
             "memory_bytes": _memory_bytes(self.ranks.device),
         })
