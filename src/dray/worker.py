@@ -190,7 +190,8 @@ class _Loop:
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
             "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
             "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": f"{all_digests % 2**64:016x}",
-            "tokens": self.progress.tokens, "step_tokens": all_tokens, "seconds": time.perf_counter() - begun + data_wait,
+            "tokens": self.progress.tokens, "step_tokens": all_tokens,
+            "seconds": time.perf_counter() - begun + data_wait,
             "data_wait_seconds": data_wait, "forward_seconds": working, "time": time.time(),
             "memory_bytes": _memory_bytes(self.ranks.device),
         })
