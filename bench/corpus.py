@@ -111,7 +111,8 @@ def dray_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
     ray.shutdown()
     return {"seconds": seconds, "cpu_seconds": sum(parts.values()), "cpu_parts": parts,
             "text_bytes": manifest.train.num_text_bytes, "tokens": manifest.train.num_tokens,
-            "encoder": manifest.encoder, "utilization": manifest.packing.utilization, "num_shards": len(manifest.train.sources[0].shards),
+            "encoder": manifest.encoder, "utilization": manifest.packing.utilization,
+            "num_shards": len(manifest.train.sources[0].shards),
             "dropped": manifest.dropped, **memory.peaks}
 
 
