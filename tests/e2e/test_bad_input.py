@@ -60,7 +60,7 @@ def test_a_spec_that_cannot_run_is_refused(spec_file: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("name", "content", "data", "message"),
     [
-        ("empty.jsonl", b"", {}, "no documents"),
+        ("empty.jsonl", b"", {}, "only empty files"),
         ("other.txt", b"x", {"path": "*.parquet"}, "no file"),
         ("columns.jsonl", b'{"body": "some words"}\n' * 20, {}, "body"),
         ("short.jsonl", b'{"text": "ab"}\n{"text": "cd"}\n', {"cleaning": {"min_chars": 5}}, "too_short"),
