@@ -1,12 +1,13 @@
 """dray: from raw, sharded text to a trained transformer on Ray and DeepSpeed, from one spec file.
 
     import dray
+    from dray.train import train                # train_locally: in this process alone, without Ray
     spec = dray.load_spec("speeches.yaml", ["batch.global_rows=32"])
     print(dray.format_plan(dray.make_plan(spec, dray.local_shape())))
-    ended = dray.train(spec)                    # on Ray; dray.train_locally(spec) in this process alone
-    rows = ended.run.metrics_table()            # a pyarrow table: step, loss, tokens_per_second, …
+    rows = train(spec).run.metrics_table()      # a pyarrow table: step, loss, tokens_per_second, …
 
-Names are imported when they are first used, so that `import dray` costs nothing.
+Names are imported when they are first used, so that `import dray` costs nothing. The drivers live in modules of their
+own names (`dray.train`, `dray.evaluate`, `dray.generate`, `dray.export`) and are imported from there.
 """
 
 from __future__ import annotations
@@ -23,12 +24,6 @@ _HOMES = {
     "parse_shape": "dray.plan",
     "make_plan": "dray.plan",
     "format_plan": "dray.plan",
-    "prepare": "dray.corpus.prepare",
-    "train": "dray.train",
-    "train_locally": "dray.train",
-    "evaluate": "dray.evaluate",
-    "generate": "dray.generate",
-    "export": "dray.export",
     "Run": "dray.store",
     "list_runs": "dray.store",
     "verify_checkpoint": "dray.store",

@@ -61,7 +61,7 @@ def test_a_spec_that_cannot_run_is_refused(spec_file: Path, tmp_path: Path, caps
     ("name", "content", "data", "message"),
     [
         ("empty.jsonl", b"", {}, "only empty files"),
-        ("other.txt", b"x", {"path": "*.parquet"}, "no file"),
+        ("other.txt", b"x", {"path": "*.parquet"}, "no matching file"),
         ("columns.jsonl", b'{"body": "some words"}\n' * 20, {}, "body"),
         ("short.jsonl", b'{"text": "ab"}\n{"text": "cd"}\n', {"cleaning": {"min_chars": 5}}, "too_short"),
         ("label.csv", b"text,label\nhello,0\n", {"label": "lable"}, "lable"),

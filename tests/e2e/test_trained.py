@@ -16,9 +16,12 @@ import torch
 import yaml
 
 import dray
-import dray.errors
 from dray.cli import main
 from dray.corpus.prepare import prepare
+from dray.errors import StoreError
+from dray.evaluate import evaluate
+from dray.export import export
+from dray.generate import generate
 from dray.store import Run
 from dray.train import train, train_locally
 from tiny import tiny_tree
@@ -48,24 +51,24 @@ def test_the_loop_runs_without_ray_and_gives_the_same_run(storage: str, tiny_cor
 
 def test_evaluate_measures_what_the_run_measured(storage: str, run: Run):
     last = run.validations()[-1]
-    found = dray.evaluate(storage, "alone")
+    found = evaluate(storage, "alone")
     assert found["step"] == 30
     for key in ("loss", "perplexity", "accuracy", "bits_per_byte"):
         assert found[key] == pytest.approx(last[key], rel=1e-5)
 
 
 def test_evaluate_takes_other_data(storage: str, run: Run, tiny_corpus: Path):
-    found = dray.evaluate(storage, "alone", data=[f"{tiny_corpus}/part-0.jsonl"])
+    found = evaluate(storage, "alone", data=[f"{tiny_corpus}/part-0.jsonl"])
     assert 0.5 < found["loss"] / run.validations()[-1]["loss"] < 1.5
 
 
 def test_generate_continues_each_prompt(storage: str, run: Run):
     prompts = ["import os", "", "def f(" * 200]
-    greedy = dray.generate(storage, "alone", prompts, temperature=0, max_tokens=8)
-    assert greedy == dray.generate(storage, "alone", prompts, temperature=0, max_tokens=8)
+    greedy = generate(storage, "alone", prompts, temperature=0, max_tokens=8)
+    assert greedy == generate(storage, "alone", prompts, temperature=0, max_tokens=8)
     assert len(greedy) == 3
     assert all(isinstance(text, str) for text in greedy)
-    sampled = {dray.generate(storage, "alone", ["import"], max_tokens=16, seed=seed)[0] for seed in range(4)}
+    sampled = {generate(storage, "alone", ["import"], max_tokens=16, seed=seed)[0] for seed in range(4)}
     assert len(sampled) > 1
 
 
@@ -75,19 +78,19 @@ def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
     from dray.trained import load_trained
 
     folder = tmp_path / "model"
-    assert dray.export(storage, "alone", str(folder)) == 30
+    assert export(storage, "alone", str(folder)) == 30
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = AutoTokenizer.from_pretrained(folder)("def read(self):", return_tensors="pt").input_ids
     trained = load_trained(storage, "alone")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, trained.model(ids).logits)
-    with pytest.raises(dray.errors.StoreError, match="not empty"):
-        dray.export(storage, "alone", str(folder))
+    with pytest.raises(StoreError, match="not empty"):
+        export(storage, "alone", str(folder))
 
 
 def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path: Path, local_ray: None):
     folder = tmp_path / "base"
-    dray.export(storage, "alone", str(folder))
+    export(storage, "alone", str(folder))
     lines = [("good" if i % 2 else "bad") + f" words number {i} here\t{i % 2}" for i in range(200)]
     (tmp_path / "labels.tsv").write_text("\n".join(lines))
     tree = tiny_tree(tmp_path, task="sequence_classification", duration={"steps": 20})
@@ -97,7 +100,7 @@ def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path
     tree |= {"model": {"path": str(folder)}, "tokenizer": {"path": str(folder)}, "validation": {"metric": "accuracy"}}
     ended = train(dray.make_spec(tree), storage=storage, run_name="classifier")
     assert ended.run.validations()[-1]["accuracy"] > 0.9
-    found = dray.evaluate(storage, "classifier", data=[str(tmp_path / "labels.tsv")])
+    found = evaluate(storage, "classifier", data=[str(tmp_path / "labels.tsv")])
     assert found["num_rows"] == 200
     assert found["accuracy"] > 0.9
     assert {"precision", "recall", "f1", "auc"} <= found.keys()
@@ -105,9 +108,9 @@ def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path
 
 def test_the_best_checkpoint_is_kept_and_found(storage: str, run: Run):
     best = min(run.validations(), key=lambda row: row["loss"])["step"]
-    assert dray.evaluate(storage, "alone", step="best")["step"] == best
-    with pytest.raises(dray.errors.StoreError, match="steps with one"):
-        dray.evaluate(storage, "alone", step=7)
+    assert evaluate(storage, "alone", step="best")["step"] == best
+    with pytest.raises(StoreError, match="steps with one"):
+        evaluate(storage, "alone", step=7)
 
 
 def test_show_runs_and_verify_print_pages_and_documents(storage: str, run: Run, capsys: Any):
@@ -126,7 +129,7 @@ def test_show_runs_and_verify_print_pages_and_documents(storage: str, run: Run, 
 
 
 def test_verify_fails_on_one_flipped_bit(storage: str, tiny_corpus: Path, run: Run, capsys: Any):
-    spec = dray.make_spec(tiny_tree(tiny_corpus, duration={"steps": 1}))
+    spec = dray.make_spec(tiny_tree(tiny_corpus, duration={"steps": 1}, schedule={"warmup_steps": 0}))
     broken = train_locally(spec, storage=storage, run_name="broken").run
     file = next(Path(broken.latest_checkpoint().path).glob("rank-*"))
     content = bytearray(file.read_bytes())
