@@ -6,10 +6,9 @@ are not exchanged here: that is DeepSpeed's work.
 
 from __future__ import annotations
 
+import atexit
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -61,22 +60,16 @@ def build_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
 
 
-@contextmanager
-def single_process(device: torch.device) -> Iterator[None]:
-    """A process group of this process alone, for training without Ray."""
-    with tempfile.TemporaryDirectory() as folder:
-        # DeepSpeed reads these; the rendezvous itself goes through a file, so no port is opened.
-        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        before = {name: os.environ.get(name) for name in place}
-        os.environ.update(place)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
-                                store=dist.FileStore(os.path.join(folder, "store"), 1))  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+def join_alone(device: torch.device) -> None:
+    """Make this process a group of one, for training without Ray. Raises RuntimeError inside a larger group.
+
+    The group stays until the process ends: DeepSpeed keeps references to it that outlive an engine.
+    """
+    if dist.is_initialized():
+        if dist.get_world_size() != 1:
+            raise RuntimeError("this process belongs to a group of several ranks already")
+        return
+    # DeepSpeed reads these; the rendezvous itself is in memory, so no port is opened.
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
+    atexit.register(dist.destroy_process_group)

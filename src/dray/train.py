@@ -216,7 +216,7 @@ class _LocalLauncher:
     def run(self, job: Job, recorder: Recorder) -> None:
         import torch
 
-        from dray.ranks import build_ranks, single_process
+        from dray.ranks import build_ranks, join_alone
         from dray.worker import set_threads, train_rank
 
         class Direct:
@@ -231,9 +231,9 @@ class _LocalLauncher:
 
         device = torch.device("cuda" if torch.cuda.is_available() and job.spec.resources.gpus_per_worker else "cpu")
         set_threads(job.spec.resources.cpus_per_worker)
-        with single_process(device):
-            ranks = build_ranks(device, timeout_seconds=1800)
-            recorder.ended = train_rank(job, ranks, lambda stream: stream.blocks(ranks.rank), Direct())
+        join_alone(device)
+        ranks = build_ranks(device, timeout_seconds=1800)
+        recorder.ended = train_rank(job, ranks, lambda stream: stream.blocks(ranks.rank), Direct())
 
 
 class _RayLauncher:

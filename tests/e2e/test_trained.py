@@ -91,10 +91,10 @@ def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
 def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path: Path, local_ray: None):
     folder = tmp_path / "base"
     export(storage, "alone", str(folder))
-    lines = [("good" if i % 2 else "bad") + f" words number {i} here\t{i % 2}" for i in range(200)]
+    lines = [f"words number {i} are {'good' if i % 2 else 'bad'}\t{i % 2}" for i in range(200)]
     (tmp_path / "labels.tsv").write_text("\n".join(lines))
-    tree = tiny_tree(tmp_path, task="sequence_classification", duration={"steps": 20})
-    tree["optimizer"] = {"learning_rate": 1e-2}
+    tree = tiny_tree(tmp_path, task="sequence_classification", duration={"steps": 60})
+    tree["optimizer"] = {"learning_rate": 3e-3}
     tree["data"] = {"train": {"path": str(tmp_path / "labels.tsv"), "header": False, "text": "0", "label": "1"},
                     "validation": {"share": 0.2}, "sequence_tokens": 32}
     tree |= {"model": {"path": str(folder)}, "tokenizer": {"path": str(folder)}, "validation": {"metric": "accuracy"}}
