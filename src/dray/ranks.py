@@ -71,5 +71,6 @@ def join_alone(device: torch.device) -> None:
         return
     # DeepSpeed reads these; the rendezvous itself is in memory, so no port is opened.
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=store)
     atexit.register(dist.destroy_process_group)
