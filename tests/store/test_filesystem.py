@@ -141,3 +141,10 @@ def test_importing_the_store_is_light() -> None:
     code = f"import sys, dray.store; print([module for module in {heavy} if module in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_uri_without_an_authority_keeps_its_slashes() -> None:
+    assert child("hdfs:///data", "runs") == "hdfs:///data/runs"
+    assert child("s3://bucket/runs?scheme=http", "one") == "s3://bucket/runs/one?scheme=http"
+    assert shown("s3://user:secret@bucket/runs?token=x") == "s3://bucket/runs"
+    assert shown("hdfs:///data") == "hdfs:///data"

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -46,7 +46,8 @@ def child(place: str | os.PathLike[str], *names: str) -> str:
         return os.path.join(text, *names)
     parts = urlsplit(text)
     path = "/".join((parts.path.rstrip("/"), *names))
-    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, parts.fragment))
+    # Joined by hand: urlunsplit drops the slashes of an empty authority (hdfs:///data).
+    return f"{parts.scheme}://{parts.netloc}{path}" + (f"?{parts.query}" if parts.query else "")
 
 
 def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
@@ -85,7 +86,7 @@ def shown(place: str | os.PathLike[str]) -> str:
     if not is_uri(text):
         return text
     parts = urlsplit(text)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def is_local(filesystem: pafs.FileSystem) -> bool:
