@@ -15,7 +15,7 @@ import json, sys, torch
 from dray.engine import build_engine
 from dray.models.build import build_model, parameter_groups
 from dray.plan import make_plan, parse_shape
-from dray.ranks import build_ranks, single_process
+from dray.ranks import build_ranks, join_alone
 from dray.spec import make_spec
 from dray.tasks.causal_lm import CausalLM
 
@@ -44,9 +44,9 @@ def losses(stage, offload, precision):
         found.append((total, engine.step(1e-2)))
     return found
 
-with single_process(torch.device("cpu")):
-    ranks = build_ranks(torch.device("cpu"), 60)
-    print(json.dumps([losses(*case) for case in json.loads(sys.argv[1])]))
+join_alone(torch.device("cpu"))
+ranks = build_ranks(torch.device("cpu"), 60)
+print(json.dumps([losses(*case) for case in json.loads(sys.argv[1])]))
 """
 CASES = [
     (0, "none", "fp32"), (1, "none", "fp32"), (1, "optimizer", "fp32"), (3, "parameters", "fp32"),
