@@ -42,7 +42,8 @@ Float = Annotated[float, BeforeValidator(_reject_boolean)]
 class Section(BaseModel):
     """What all sections share: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False,
+                              defer_build=True)
 
 
 class Source(Section):
