@@ -73,15 +73,13 @@ def live_shape() -> Shape:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not nodes:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
-    cpus = min(node.get("CPU", 0.0) for node in nodes)
+    real = {"cpus_per_node": min(node.get("CPU", 0.0) for node in nodes), "oversubscribe": False,
+            "memory_bytes_per_node": int(min(node.get("memory", 0.0) for node in nodes))}
     gpus = int(min(node.get("GPU", 0.0) for node in nodes))
     if gpus:
         kinds = {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_type:")}
-        return parse_shape(f"{len(nodes)}x{gpus}x{min(kinds, default='unknown')}")
-    return local_shape().model_copy(update={
-        "num_nodes": len(nodes), "cpus_per_node": cpus, "oversubscribe": False,
-        "memory_bytes_per_node": int(min(node.get("memory", 0.0) for node in nodes)),
-    })
+        return parse_shape(f"{len(nodes)}x{gpus}x{min(kinds, default='unknown')}").model_copy(update=real)
+    return local_shape().model_copy(update=real | {"num_nodes": len(nodes)})
 
 
 def run_workers(

@@ -118,6 +118,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
     trackers = build_trackers(run, spec)
     recorder = Recorder(run, plan, trackers, display)
     run.set_status("running")
+    reason = ""
     run.update(compressors=job.manifest.validation_compressors)
     status = "failed"
     try:
@@ -126,10 +127,11 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         status = recorder.ended or "failed"
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        run.log_event("failed", error=str(error) or type(error).__name__)
+        reason = str(error) or type(error).__name__
+        run.log_event(status, reason=reason)
         raise
     finally:
-        run.set_status("completed" if status == "early_stopped" else status)
+        run.set_status("completed" if status == "early_stopped" else status, reason)
         trackers.finish(status)
     if status == "interrupted":
         saved = run.latest_checkpoint()

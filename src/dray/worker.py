@@ -77,6 +77,8 @@ def train_rank(job: Job, ranks: Ranks, open_stream: OpenStream, reporter: Report
     reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt, "step": stream.start_step,
                    "num_ranks": ranks.num_ranks})
     ended = loop.follow(check_rows(stream, blocks, ranks.rank), stream)
+    if ranks.rank == 0:
+        run.end_attempt(attempt, ended, loop.progress.step)
     reporter.flush()
     return ended
 
