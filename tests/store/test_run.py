@@ -251,3 +251,12 @@ def test_runs_are_listed_by_age(storage: str, spec: Spec) -> None:
     for name in ("b", "a", "c"):
         Run.create(storage, name, spec, PLAN)
     assert [run.name for run in list_runs(storage)] == ["b", "a", "c"]
+
+
+def test_a_changed_corpus_is_refused_and_a_moved_one_is_not(storage: str, spec: Spec) -> None:
+    run = Run.open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/a", corpus_key="abc")
+    Run.open_or_create(storage, "speeches", spec, PLAN, corpus="/moved/a", corpus_key="abc")
+    assert run.record()["corpus"] == "/moved/a"
+    with pytest.raises(StoreError, match="its corpus was abc and is def now"):
+        Run.open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/b", corpus_key="def")
+    assert run.record()["corpus"] == "/moved/a"

@@ -161,6 +161,10 @@ class Run:
                              "a run keeps its identity",
                              "undo the change, name another run with --run, or start from its newest checkpoint with "
                              "--fork NEW_NAME")
+        if record["corpus_key"] and corpus_key and record["corpus_key"] != corpus_key:
+            raise StoreError(f"run {self.name!r}", f"its corpus was {record['corpus_key']} and is {corpus_key} now",
+                             "a run keeps its rows: files were changed, added or removed since it began",
+                             "put them back, name another run with --run, or --fork NEW_NAME")
         self._check_decay(spec, plan)
         write_bytes(self.filesystem, f"{self.path}/{layout.SPEC_FILE}", dump_spec(spec).encode())
         save_json(self.filesystem, f"{self.path}/{layout.PLAN_FILE}", plan)
