@@ -94,7 +94,10 @@ class Engine:
         norm: Any = None
         if self._plain:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
+            # Summed in fp64 like ZeRO's: in fp32 the norm of a large tensor is off by 2e-4, and the losses drift apart.
+            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip or float("inf"), norm)
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
