@@ -9,7 +9,7 @@ that were ever out of order would fail instead of training on the wrong rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -85,7 +85,7 @@ class RowStream:
         split = self.manifest.train if segment.kind == "train" else self.manifest.validation
         if split is None:
             raise ValueError("the corpus has no validation rows")
-        return _read_rows(self.folder, split, self.manifest.group_rows, ids)
+        return read_rows(self.folder, self.manifest, split, ids)
 
     def blocks(self, rank: int) -> Iterator[pa.Table]:
         """One rank's blocks without Ray."""
@@ -94,12 +94,8 @@ class RowStream:
 
 
 def read_rows(folder: str, manifest: Manifest, split: Split, ids: Ints) -> pa.Table:
-    """Rows of a split by id, outside of a training stream (evaluation)."""
-    return _read_rows(folder, split, manifest.group_rows, ids)
-
-
-def _read_rows(folder: str, split: Split, group_rows: int, ids: Ints) -> pa.Table:
-    """Rows by id, in the order of `ids`; a PADDING slot repeats some row, marked by its id."""
+    """Rows of a split by id, in the order of `ids`; a PADDING slot repeats some row, marked by its id."""
+    group_rows = manifest.group_rows
     filesystem, path = open_filesystem(folder)
     offsets = np.cumsum([0, *(source.num_rows for source in split.sources)])
     # Padding needs some row to be there; any will do, since it has no targets.
@@ -155,7 +151,7 @@ def build_dataset(stream: RowStream) -> Any:
         return ReadTask(lambda: [reader.read_block(segment, rank)], metadata)
 
     # The tasks are pickled one by one: without its cached segments the stream is small.
-    reader = RowStream(**{name: getattr(stream, name) for name in RowStream.__dataclass_fields__})
+    reader = replace(stream)
     count = len(stream.segments) * stream.num_ranks
     return ray.data.read_datasource(_Rows(), override_num_blocks=count, num_cpus=0.5)
 
