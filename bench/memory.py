@@ -52,10 +52,11 @@ def run_rank(rank: int, spec: Spec, folder: str) -> None:
     """Build the model and train a few steps; leave this process' peak memory in a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), DS_ACCELERATOR="cpu",
                       OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    from dray.worker import prepare_process
+
+    prepare_process(1)
     store = dist.FileStore(f"{folder}/store", NUM_RANKS)
     dist.init_process_group("gloo", rank=rank, world_size=NUM_RANKS, store=store)
     resident = train_steps(spec, rank) | {"peak": read_status("VmHWM")}

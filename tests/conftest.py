@@ -13,7 +13,6 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -123,3 +123,14 @@ def test_segments_cover_each_step_and_validation_row_once(start, extra, steps_pe
 def test_a_source_without_rows_is_refused():
     with pytest.raises(ValueError, match="at least one row"):
         Order([SourceCount(0)], 8, 0)
+
+
+def test_an_epoch_of_several_sources_reads_group_by_group():
+    """Sources without weights are one pool: a group's rows come one after another, whichever source it lies in."""
+    counts, group_rows = [1000, 333, 70], 32
+    rows = Order([SourceCount(n) for n in counts], group_rows, seed=4).rows(0, sum(counts))
+    source = np.searchsorted(np.cumsum(counts), rows, side="right")
+    group = source * 1000 + (rows - np.concatenate([[0], np.cumsum(counts)])[source]) // group_rows
+    num_groups = sum(-(-n // group_rows) for n in counts)
+    assert (np.diff(group) != 0).sum() == num_groups - 1
+    assert (np.diff(source) != 0).sum() > 10  # and the sources take turns

@@ -5,8 +5,10 @@ What the workers do is not known here.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ from dray.plan import Shape, local_shape, parse_shape
 _QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -45,6 +46,7 @@ def connect(address: str | None, *, num_cpus: float, verbose: bool = False) -> I
         os.environ.setdefault(name, value)
     import ray
 
+    threading.Thread(target=importlib.import_module, args=("ray.train",), daemon=True).start()  # while Ray starts
     if ray.is_initialized():  # inside a notebook, a test or a larger program: theirs to end
         yield Connection(local=False, shape=live_shape())
         return
@@ -52,6 +54,9 @@ def connect(address: str | None, *, num_cpus: float, verbose: bool = False) -> I
     level = logging.INFO if verbose else logging.ERROR
     if not verbose:
         _silence_ray_data()
+    if not address:
+        # Nobody takes a laptop's node away; the watcher is one more process.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if address:
         try:
             ray.init(address=address, log_to_driver=verbose, logging_level=level)
@@ -99,21 +104,30 @@ def run_workers(
 
     `scratch` is a local folder for Ray Train's own notes, which dray does not read.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    # The workers make their process group themselves: Ray's torch backend would import torch here and in its
+    # controller.
+    class SharedDevices(Backend):  # type: ignore[misc]
+        share_cuda_visible_devices = True
+
+    class Processes(BackendConfig):  # type: ignore[misc]
+        backend_cls = SharedDevices
 
     resources: dict[str, float] = {"CPU": cpus_per_worker}
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         work,
         train_loop_config=config,
         datasets=datasets,
         dataset_config=data_config,
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=bool(gpus_per_worker),
                                      resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpus_per_worker else "gloo"),
+        backend_config=Processes(),
         run_config=RunConfig(name=name, storage_path=scratch,
                              failure_config=FailureConfig(max_failures=max_failures)),
     )

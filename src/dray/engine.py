@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from dray.imports import without_unused
 from dray.plan import Plan
 from dray.ranks import Ranks
 from dray.spec import Optimizer
@@ -258,11 +260,16 @@ def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Modu
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed picks its accelerator when it is imported, and talks a lot."""
+    """DeepSpeed picks its accelerator when it is imported, talks a lot, and prepares for what dray never asks of it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
+    with without_unused():
+        import deepspeed
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # A shared-memory collective for inference alone, compiled for half a minute where a C++ compiler is there.
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Muon's kernels are decorated by torch.compile when they are imported, which loads all of Inductor.
+    with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)):
+        import deepspeed.runtime.zero.muon.original_muon
     return deepspeed

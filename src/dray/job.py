@@ -1,4 +1,4 @@
-"""What is sent to the workers: a small frozen description of a run, and the stream of rows that follows from it.
+"""What is sent to the workers: a small frozen description of a run, where an attempt starts, and its stream of rows.
 
 It is unpickled in every process that Ray Train starts, most of which never compute: it imports neither torch nor ray.
 """
@@ -11,6 +11,7 @@ from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream
 from dray.plan import Plan
 from dray.spec import Spec
+from dray.store import CheckpointInfo, Run
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,25 @@ class Job:
     manifest: Manifest
     storage: str
     run_name: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the worker group: its number, and the checkpoint that it goes on from."""
+
+    number: int
+    checkpoint: CheckpointInfo | None
+
+    @property
+    def start_step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def begin_attempt(job: Job, num_ranks: int) -> Attempt:
+    """Rank 0 decides for all where this attempt starts, and writes it down."""
+    run = Run.open(job.storage, job.run_name)
+    newest = run.latest_checkpoint()
+    return Attempt(run.begin_attempt(num_ranks=num_ranks, start_step=newest.step if newest else 0), newest)
 
 
 def make_stream(job: Job, num_ranks: int, start_step: int) -> RowStream:

@@ -45,59 +45,68 @@ class Order:
         if not sources or any(source.num_rows < 1 for source in sources):
             raise ValueError("every source needs at least one row")
         self.num_rows = sum(source.num_rows for source in sources)
-        self._group_rows = group_rows
-        self._seed = seed
-        self._counts = [source.num_rows for source in sources]
-        self._offsets = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
+        counts = [source.num_rows for source in sources]
+        self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         weights = [source.weight for source in sources if source.weight is not None]
         self._mix = _Mix(weights) if len(weights) == len(sources) and len(sources) > 1 else None
+        pools = [[count] for count in counts] if self._mix else [counts]
+        self._pools = [_Pool(pool, group_rows, seed, stream) for stream, pool in enumerate(pools)]
 
     def rows(self, start: int, stop: int) -> Ints:
         """Row ids of the positions [start, stop): shape (stop - start,), each in [0, num_rows)."""
         positions = np.arange(start, stop, dtype=np.int64)
         if self._mix is None:
-            return self._pool_rows(positions)
+            return self._pools[0].rows(positions)
         ids = np.empty_like(positions)
         of_source, nth = self._mix.deal(positions)
-        for source, offset in enumerate(self._offsets[:-1]):
+        for source, pool in enumerate(self._pools):
             chosen = of_source == source
-            ids[chosen] = offset + self._source_rows(source, nth[chosen])
+            ids[chosen] = self._offsets[source] + pool.rows(nth[chosen])
         return ids
 
-    def _pool_rows(self, positions: Ints) -> Ints:
-        """Sources without weights. Groups never span sources, so each epoch permutes all groups of all sources."""
-        if len(self._counts) == 1:
-            return self._source_rows(0, positions)
-        # The pool is dealt like a mix whose weights are the sizes, exactly: one cycle is one epoch.
-        epochs, within = np.divmod(positions, self.num_rows)
-        key = _key(self._seed, 0x706F6F6C, epochs)
-        slot = _permute(within, np.full_like(within, self.num_rows), key)
-        source = np.searchsorted(self._offsets, slot, side="right") - 1
-        # Which source comes when is a permutation of the whole epoch; the n-th row of a source keeps its own place.
-        ids = np.empty_like(positions)
-        for index, offset in enumerate(self._offsets[:-1]):
-            chosen = source == index
-            ids[chosen] = offset + self._source_rows(
-                index, epochs[chosen] * self._counts[index] + (slot[chosen] - offset)
-            )
+
+class _Pool:
+    """Sources that share their epochs: each epoch permutes the groups of all of them, and the rows inside a group.
+
+    A group never spans two sources, so the last group of each may be short.
+    """
+
+    def __init__(self, counts: Sequence[int], group_rows: int, seed: int, stream: int) -> None:
+        self._group_rows, self._seed, self._stream = group_rows, seed, stream
+        self._num_rows = sum(counts)
+        sizes = np.asarray(counts, dtype=np.int64)
+        num_groups = -(-sizes // group_rows)
+        self._first_rows = np.cumsum(sizes) - sizes
+        self._group_ends = np.cumsum(num_groups)
+        self._first_groups = self._group_ends - num_groups
+        self._lacking = num_groups * group_rows - sizes
+
+    def rows(self, nth: Ints) -> Ints:
+        """Row ids at the pool's own positions `nth`, which run through its epochs one after another."""
+        epochs, within = np.divmod(nth, self._num_rows)
+        distinct, nth_epoch = np.unique(epochs, return_inverse=True)
+        keys = _key(self._seed, self._stream, distinct)
+        ends, lacking = self._short_groups(keys)
+        # Positions behind a short group shift by what it lacks.
+        shift = (lacking[nth_epoch] * (within[:, None] >= ends[nth_epoch])).sum(axis=1)
+        slot, inner = np.divmod(within + shift, self._group_rows)
+        of_epoch = keys[nth_epoch]
+        group = _permute(slot, np.full_like(slot, self._group_ends[-1]), of_epoch)
+        source = np.searchsorted(self._group_ends, group, side="right")
+        size = self._group_rows - np.where(group == self._group_ends[source] - 1, self._lacking[source], 0)
+        row = _permute(inner, size, _remix(of_epoch, group))
+        ids: Ints = self._first_rows[source] + (group - self._first_groups[source]) * self._group_rows + row
         return ids
 
-    def _source_rows(self, source: int, nth: Ints) -> Ints:
-        """Rows (within the source) at its own positions `nth`, which run through its epochs one after another."""
-        num_rows, group_rows = self._counts[source], self._group_rows
-        epochs, within = np.divmod(nth, num_rows)
-        keys = _key(self._seed, source, epochs)
-        num_groups = -(-num_rows // group_rows)
-        groups = np.full_like(nth, num_groups)
-        short = num_rows - (num_groups - 1) * group_rows  # rows in the last group
-        # The last group may be short, and lies anywhere in the epoch: positions after it shift by what it lacks.
-        place_of_last = _unpermute(groups - 1, groups, keys) * group_rows
-        in_last = (within >= place_of_last) & (within < place_of_last + short)
-        shifted = np.where(within >= place_of_last + short, within + group_rows - short, within)
-        slot, inner = np.divmod(shifted, group_rows)
-        group = _permute(slot, groups, keys)
-        size = np.where(in_last, short, group_rows).astype(np.int64)
-        return group * group_rows + _permute(inner, size, _remix(keys, group))
+    def _short_groups(self, keys: Words) -> tuple[Ints, Ints]:
+        """For each epoch where its short groups end, by place, and how many rows each lacks: two [epochs, sources]."""
+        shape = len(keys), len(self._lacking)
+        lasts = np.broadcast_to(self._group_ends - 1, shape).reshape(-1)
+        places = _unpermute(lasts, np.full_like(lasts, self._group_ends[-1]), np.repeat(keys, shape[1])).reshape(shape)
+        by_place = np.argsort(places, axis=1)
+        lacking = self._lacking[by_place]
+        ends = (np.take_along_axis(places, by_place, axis=1) + 1) * self._group_rows - np.cumsum(lacking, axis=1)
+        return ends, lacking
 
 
 class _Mix:

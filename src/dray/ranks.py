@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank a process is, and where on its node."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,33 @@ class Ranks:
         dist.barrier(group=self.control)
 
 
+def join(place: Place, device: torch.device, timeout_seconds: float,
+         announce: Callable[[tuple[str, int] | None], tuple[str, int]], host: str = "127.0.0.1") -> Ranks:
+    """Make the process group of a launcher's workers.
+
+    `announce` gives every worker what rank 0 passes: where it listens. `host` is this node's address.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    build_store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.num_ranks))
+    # Rank 0 listens before it tells where, so no port is guessed and lost to another program.
+    store = None
+    if place.rank == 0:
+        store = build_store(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    address, port = announce((host, store.port) if store else None)
+    store = store or build_store(address, port, is_master=False, timeout=timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=place.rank, world_size=place.num_ranks,
+                            store=store, timeout=timeout)
+    return build_ranks(device, timeout_seconds)
+
+
+def leave() -> None:
+    """End the process group, at the end of an attempt that went well; a broken one is left to the operating system."""
+    dist.destroy_process_group()
+
+
 def build_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
-    """Join the process group that the launcher has made."""
+    """The process group that is there, as this process sees it."""
     control = (
         dist.group.WORLD
         if dist.get_backend() == "gloo"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from dray.corpus.stream import RowStream, build_dataset
-from dray.job import Job, make_stream
+from dray.corpus.stream import build_dataset
+from dray.job import Attempt, Job, begin_attempt, make_stream
 from dray.store import Run
 
 SEND_EVERY_SECONDS = 0.2
@@ -87,7 +87,9 @@ def build_data_config() -> Any:
                       **kwargs: Any) -> list[dict[str, Any]]:
             name, job = next(iter(datasets.items()))
             attempt = Run.open(job.storage, job.run_name).attempts()[-1]
-            dataset = build_dataset(make_stream(job, world_size, attempt["start_step"]))
+            # One process that reads is enough on a laptop; each costs two seconds of CPU to start.
+            dataset = build_dataset(make_stream(job, world_size, attempt["start_step"]),
+                                    num_cpus=min(1.0, job.spec.resources.reader_cpus))
             options = ray.data.ExecutionOptions(preserve_order=True)
             dataset.context.execution_options = options
             dataset.context.enable_progress_bars = False
@@ -98,27 +100,42 @@ def build_data_config() -> Any:
 
 def run_rank(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    import ray
     import ray.train
-    import ray.train.torch
-
-    from dray.ranks import build_ranks
-    from dray.worker import set_threads, train_rank
+    from ray.train.collective import broadcast_from_rank_zero
 
     job: Job = config["job"]
-    set_threads(job.spec.resources.cpus_per_worker)
-    ranks = build_ranks(ray.train.torch.get_device(), timeout_seconds=1800)
+    context = ray.train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    attempt: Attempt = broadcast_from_rank_zero(begin_attempt(job, num_ranks) if rank == 0 else None)
+    stream = make_stream(job, num_ranks, attempt.start_step)
+    blocks = _open_stream()  # rows travel while torch is imported and the model is built
+
+    import torch
+
+    from dray import ranks as group
+    from dray.worker import prepare_process, train_rank
+
+    prepare_process(job.spec.resources.cpus_per_worker)
+    place = group.Place(rank, num_ranks, context.get_local_rank())
+    device = torch.device("cuda", place.local_rank) if job.plan.on_gpu else torch.device("cpu")
+    if job.plan.on_gpu:
+        torch.cuda.set_device(device)
+    ranks = group.join(place, device, 1800, broadcast_from_rank_zero, ray.util.get_node_ip_address())
     reporter = _Posting(config["mailbox"])
-    how = train_rank(job, ranks, _open_stream, reporter)
-    if ranks.rank == 0:
+    how = train_rank(job, ranks, attempt, reporter, stream=stream, blocks=blocks)
+    if rank == 0:
         reporter.send({"kind": "ended", "how": how})
         reporter.flush()
+    group.leave()
 
 
-def _open_stream(stream: RowStream) -> Iterator[pa.Table]:
-    """This rank's blocks. Ray Data starts at once, in the background: its seconds pass while the model is built."""
+def _open_stream() -> Iterator[pa.Table]:
+    """This rank's blocks. Ray Data starts at once, in the background."""
     import ray.train
 
     def first_and_rest() -> tuple[pa.Table | None, Iterator[pa.Table]]:
+        shard = ray.train.get_dataset_shard("rows")
         batches: Iterator[pa.Table] = iter(shard.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
         return next(batches, None), batches
@@ -129,7 +146,6 @@ def _open_stream(stream: RowStream) -> Iterator[pa.Table]:
             yield first
             yield from rest
 
-    shard = ray.train.get_dataset_shard("rows")
     pool = ThreadPoolExecutor(max_workers=1)
     begun = pool.submit(first_and_rest)
     pool.shutdown(wait=False)

@@ -57,6 +57,7 @@ def train(
     with connect(address, num_cpus=wanted, verbose=verbose) as connection:
         # What cannot run is refused before the corpus is read.
         plan = make_plan(spec, connection.shape)
+        spec = _settle_precision(spec, plan, storage, run_name)
         if spec.model.path is not None or spec.model.options or not plan.parameters_exact:
             _check_model(spec)
         begun = time.monotonic()
@@ -75,13 +76,23 @@ def train_locally(
     """Run or resume `spec` in this process: one rank, no Ray. The corpus must have been prepared, or be given."""
     display = display or Display()
     spec = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
+    shape = shape or local_shape()
+    spec = _settle_precision(spec, make_plan(spec, shape, with_ray=False), storage, run_name)
     found = corpus or find(spec, storage)
     if found is None:
         raise RunFailed("the corpus is not prepared", "run `dray prepare` first; preparing needs Ray")
-    plan = make_corpus_plan(spec, shape or local_shape(), found, with_ray=False)
+    plan = make_corpus_plan(spec, shape, found, with_ray=False)
     run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
                              corpus=found.folder, corpus_key=found.manifest.key, fork=None)
     return _drive(run, _make_job(run, spec, plan, found), display, _LocalLauncher())
+
+
+def _settle_precision(spec: Spec, plan: Plan, storage: str, run_name: str | None) -> Spec:
+    """`precision: auto` is decided once, when a run begins: resumed on other hardware it computes as it began."""
+    if spec.precision != "auto":
+        return spec
+    begun = Run.find(storage, run_name or spec.name)
+    return spec.model_copy(update={"precision": begun.spec().precision if begun else plan.precision})
 
 
 def _check_model(spec: Spec) -> None:
@@ -218,8 +229,9 @@ class _LocalLauncher:
     def run(self, job: Job, recorder: Recorder) -> None:
         import torch
 
+        from dray.job import begin_attempt, make_stream
         from dray.ranks import build_ranks, join_alone
-        from dray.worker import set_threads, train_rank
+        from dray.worker import prepare_process, train_rank
 
         class Direct:
             def send(self, record: dict[str, Any]) -> None:
@@ -232,10 +244,12 @@ class _LocalLauncher:
                 pass
 
         device = torch.device("cuda" if torch.cuda.is_available() and job.spec.resources.gpus_per_worker else "cpu")
-        set_threads(job.spec.resources.cpus_per_worker)
+        prepare_process(job.spec.resources.cpus_per_worker)
         join_alone(device)
         ranks = build_ranks(device, timeout_seconds=1800)
-        recorder.ended = train_rank(job, ranks, lambda stream: stream.blocks(ranks.rank), Direct())
+        attempt = begin_attempt(job, ranks.num_ranks)
+        stream = make_stream(job, ranks.num_ranks, attempt.start_step)
+        recorder.ended = train_rank(job, ranks, attempt, Direct(), stream=stream, blocks=stream.blocks(ranks.rank))
 
 
 class _RayLauncher:

@@ -133,8 +133,11 @@ def _take(table: pa.Table, indices: Ints) -> pa.Table:
     return pa.table(columns)
 
 
-def build_dataset(stream: RowStream) -> Any:
-    """The stream as a Ray Dataset of one block a segment and rank, in the order of consumption."""
+def build_dataset(stream: RowStream, num_cpus: float = 1.0) -> Any:
+    """The stream as a Ray Dataset of one block a segment and rank, in the order of consumption.
+
+    `num_cpus`: logical CPUs of one read task; as many run at once as the cluster has left over.
+    """
     import ray.data
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
@@ -153,7 +156,7 @@ def build_dataset(stream: RowStream) -> Any:
     # The tasks are pickled one by one: without its cached segments the stream is small.
     reader = replace(stream)
     count = len(stream.segments) * stream.num_ranks
-    return ray.data.read_datasource(_Rows(), override_num_blocks=count, num_cpus=0.5)
+    return ray.data.read_datasource(_Rows(), override_num_blocks=count, num_cpus=num_cpus)
 
 
 def check_rows(stream: RowStream, blocks: Iterable[pa.Table], rank: int) -> Iterator[tuple[Segment, pa.Table]]:

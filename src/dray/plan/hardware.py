@@ -71,6 +71,8 @@ class Shape(BaseModel):
     memory_bytes_per_node: int
     cpu_bf16: bool = False
     """Whether the CPU multiplies bf16 matrices in hardware; without it bf16 is some 200 times slower than fp32."""
+    cpu_amx: bool = False
+    """Whether the CPU has matrix units, with which everything around the matrix products is worth compiling."""
     cpu_core_fp32_flops: float = 78e9
     cpu_core_bf16_flops: float | None = None
     oversubscribe: bool = False
@@ -117,7 +119,7 @@ def local_shape() -> Shape:
     num_cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     return Shape(
         name="this machine", cpus_per_node=num_cpus, memory_bytes_per_node=_machine_memory_bytes(),
-        cpu_bf16=amx or avx512_bf16, cpu_core_fp32_flops=115e9 if avx512 else 78e9,
+        cpu_bf16=amx or avx512_bf16, cpu_amx=amx, cpu_core_fp32_flops=115e9 if avx512 else 78e9,
         cpu_core_bf16_flops=850e9 if amx else 230e9 if avx512_bf16 else None, oversubscribe=True,
     )
 

@@ -165,7 +165,7 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
         padded = num_tokens * (1 + batch.padded_rows / batch.global_rows)
         seconds = training_seconds(int(padded), strict, peak, setting.num_ranks, precision=precision,
                                    on_gpu=question.on_gpu, recompute=setting.checkpointing)
-    compiles = _resolve_compile(spec, seconds, precision, on_gpu=question.on_gpu)
+    compiles = _resolve_compile(question, seconds)
     return Plan(
         shape=shape, num_ranks=setting.num_ranks, on_gpu=question.on_gpu, precision=precision, zero_stage=setting.stage,
         zero_reason=reason, offload=setting.offload, batch=batch, num_steps=num_steps, tokens_per_step=tokens_per_step,
@@ -333,11 +333,12 @@ def _smaller(question: _Question, setting: _Setting) -> str:
             "or more or larger machines, e.g. --shape 2x8xH100")
 
 
-def _resolve_compile(spec: Spec, seconds: float | None, precision: Precision, *, on_gpu: bool) -> bool:
-    """Where compilation was measured to win (CPU: in bf16) or is known to (GPU), if the run is long enough."""
-    if spec.engine.compile != "auto":
-        return spec.engine.compile
-    return (on_gpu or precision == "bf16") and seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
+def _resolve_compile(question: _Question, seconds: float | None) -> bool:
+    """Where compilation was measured to win (CPU: bf16 on AMX) or is known to (GPU), if the run is long enough."""
+    if question.spec.engine.compile != "auto":
+        return question.spec.engine.compile
+    wins = question.on_gpu or (question.precision == "bf16" and question.shape.cpu_amx)
+    return wins and seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
 
 
 def _shard_bytes(width: int, vocab: int, num_rows: int | None, corpus_tokens: int | None) -> int | None:

@@ -124,11 +124,16 @@ class Run:
     @classmethod
     def open(cls, storage: str | os.PathLike[str], name: str) -> Run:
         """The run of that name. Raises StoreError if there is none."""
-        run = cls(os.fspath(storage), name)
-        if not cls._exists(storage, name):
-            raise StoreError(f"run {name!r}", f"not found in {shown(run.storage)}",
+        run = cls.find(storage, name)
+        if run is None:
+            raise StoreError(f"run {name!r}", f"not found in {shown(absolute(storage))}",
                              way_out="`dray runs` lists what is there; --storage names another place")
         return run
+
+    @classmethod
+    def find(cls, storage: str | os.PathLike[str], name: str) -> Run | None:
+        """The run of that name, if there is one."""
+        return cls(os.fspath(storage), name) if cls._exists(storage, name) else None
 
     @classmethod
     def _exists(cls, storage: str | os.PathLike[str], name: str) -> bool:
