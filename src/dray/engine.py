@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # A shared-memory collective for inference alone, compiled for half a minute where a C++ compiler is there.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     # Muon's kernels are decorated by torch.compile when they are imported, which loads all of Inductor.
     with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)):
         import deepspeed.runtime.zero.muon.original_muon
