@@ -78,7 +78,7 @@ def run_rank(rank: int, folder: str, case: tuple[int, int, str, str], resume: bo
             loss, _ = task.loss_sum(engine, {"input_ids": ids, "labels": labels}, 0.0)
             engine.backward(loss * ranks_wanted / (GLOBAL_ROWS * (WIDTH - 1)), last=at == micros[-1])
             total += float(loss)
-        norm = engine.step(1e-3)
+        norm = engine.step(1e-3).grad_norm
         losses.append((sum(ranks.gather(total)) / (GLOBAL_ROWS * (WIDTH - 1)), norm))
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))

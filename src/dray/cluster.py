@@ -17,7 +17,10 @@ from typing import Any
 from dray.errors import PlanError, RunFailed
 from dray.plan import Shape, local_shape, parse_shape
 
+MAX_GROUP_STARTS = 10
+"""Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before a run fails."""
 _QUIET = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -96,13 +99,14 @@ def run_workers(
     num_workers: int | tuple[int, int],
     cpus_per_worker: float,
     gpus_per_worker: int,
-    max_failures: int,
+    recovery: Any,
     name: str,
     scratch: str,
 ) -> None:
     """Run `work(config)` on a group of Ray Train workers until it ends. Raises RunFailed with the workers' errors.
 
-    `scratch` is a local folder for Ray Train's own notes, which dray does not read.
+    After a failure the group starts anew for as long as `recovery`, a Ray Train callback, does not object. `scratch` is
+    a local folder for Ray Train's own notes, which dray does not read.
     """
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
@@ -128,8 +132,10 @@ def run_workers(
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=bool(gpus_per_worker),
                                      resources_per_worker=resources),
         backend_config=Processes(),
-        run_config=RunConfig(name=name, storage_path=scratch,
-                             failure_config=FailureConfig(max_failures=max_failures)),
+        run_config=RunConfig(
+            name=name, storage_path=scratch, callbacks=[recovery],
+            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1,
+                                         controller_failure_limit=MAX_GROUP_STARTS)),
     )
     try:
         trainer.fit()

@@ -9,6 +9,7 @@ unpickle what they read.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,24 @@ class FragmentReader(Protocol):
     """Where a restore reads from: `dray.store.CheckpointReader` or anything like it."""
 
     def read(self, name: str, state: str, start: int, count: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a step: the global gradient norm before clipping, and whether the weights were updated."""
+
+    grad_norm: float
+    applied: bool
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that can be told to leave everything as it is; DeepSpeed's wrappers call it once a group."""
+
+    allows: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: Any = None) -> Any:
+        """The update, where it is allowed."""
+        return super().step(closure) if self.allows() else None
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,10 @@ class Engine:
         self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
         self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
         self._create_optimizer_states()
+        self.num_updates = 0
+        self._withheld = False
+        self._norm: float | None = None
+        self._optimizer.allows = self._may_update
 
     @property
     def module(self) -> torch.nn.Module:
@@ -90,21 +113,31 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
-        """Update the weights and return the global gradient norm before clipping."""
+    def step(self, learning_rate: float, *, withhold: bool = False) -> Update:
+        """Update the weights, unless `withhold` or the gradient norm, which all ranks share, is not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm: Any = None
+        self._withheld, self._norm = withhold, None
         if self._plain:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             # Summed in fp64 like ZeRO's: in fp32 the norm of a large tensor is off by 2e-4, and the losses drift apart.
             norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
             norm = torch.linalg.vector_norm(torch.stack(norms))
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip or float("inf"), norm)
+            self._norm = float(norm)
         self._engine.step()
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        norm = self._global_norm()
+        applied = not withhold and math.isfinite(norm) and not getattr(self._wrapper, "overflow", False)
+        self.num_updates += applied
+        return Update(norm, applied)
+
+    def _may_update(self) -> bool:
+        return not self._withheld and math.isfinite(self._global_norm())
+
+    def _global_norm(self) -> float:
+        """Ours, or the one that DeepSpeed's wrapper measures before it steps; it says -1 for one that is not finite."""
+        norm = self._norm if self._norm is not None else getattr(self._wrapper, "_global_grad_norm", None)
+        return float("nan") if norm is None or float(norm) < 0 else float(norm)
 
     def fragments(self, *, whole_replicas: bool = False) -> Iterator[Fragment]:
         """What this rank owns; over all ranks every element of every parameter exactly once.
@@ -136,6 +169,7 @@ class Engine:
             for name, buffer in self.buffers().items():
                 buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).reshape(buffer.shape))
             self._set_optimizer_step(optimizer_step)
+            self.num_updates = optimizer_step
             self._refresh_low_precision()
             if hasattr(self._wrapper, "loss_scaler") and loss_scale != 1.0:
                 self._wrapper.loss_scaler.cur_scale = loss_scale
@@ -250,7 +284,7 @@ def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Modu
     model = build_model(constructing, gathering)
     if plan.zero_stage < 3:
         model.to(ranks.device)
-    adamw = torch.optim.AdamW(
+    adamw = GuardedAdamW(
         make_groups(model), lr=0.0, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay, fused=True,
     )

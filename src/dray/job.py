@@ -5,13 +5,15 @@ It is unpickled in every process that Ray Train starts, most of which never comp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream
-from dray.plan import Plan
+from dray.plan import Plan, make_plan
 from dray.spec import Spec
-from dray.store import CheckpointInfo, Run
+from dray.store import Run
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,44 @@ class Job:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the worker group: its number, and the checkpoint that it goes on from."""
+    """One start of the worker group, as its record in the run has it."""
 
     number: int
-    checkpoint: CheckpointInfo | None
+    num_ranks: int
+    start_step: int
+    checkpoint: str
+    """Path of the checkpoint that it goes on from; empty: from the initial weights."""
+    plan: Plan
+    """The job's plan for this number of ranks, and for the micro batch that memory allows by now."""
 
-    @property
-    def start_step(self) -> int:
-        return self.checkpoint.step if self.checkpoint else 0
 
-
-def begin_attempt(job: Job, num_ranks: int) -> Attempt:
-    """Rank 0 decides for all where this attempt starts, and writes it down."""
+def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
+    """Decide for all ranks where this attempt starts, and write it down. Returns its record; called by rank 0."""
     run = Run.open(job.storage, job.run_name)
     newest = run.latest_checkpoint()
-    return Attempt(run.begin_attempt(num_ranks=num_ranks, start_step=newest.step if newest else 0), newest)
+    record: dict[str, Any] = {"num_ranks": num_ranks, "start_step": newest.step if newest else 0,
+                              "checkpoint": newest.path if newest else ""}
+    if micro_rows := run.record().get("micro_rows"):
+        record["micro_rows"] = micro_rows
+    return record | {"attempt": run.begin_attempt(**record)}
 
 
-def make_stream(job: Job, num_ranks: int, start_step: int) -> RowStream:
-    """What `num_ranks` ranks read from `start_step` on."""
-    spec, batch, num_steps = job.spec, job.plan.batch, job.plan.num_steps
+def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:
+    """An attempt from its record; the same on every rank."""
+    plan, num_ranks = job.plan, int(record["num_ranks"])
+    spec, manifest = job.spec, job.manifest
+    if "micro_rows" in record:
+        spec = spec.model_copy(update={"batch": spec.batch.model_copy(update={"micro_rows": record["micro_rows"]})})
+    if num_ranks != plan.num_ranks or "micro_rows" in record:
+        plan = make_plan(spec, plan.shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
+                         vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None, num_ranks=num_ranks)
+    return Attempt(int(record["attempt"]), num_ranks, int(record["start_step"]), record.get("checkpoint", ""), plan)
+
+
+def make_stream(job: Job, attempt: Attempt) -> RowStream:
+    """What the attempt's ranks read, from where it starts."""
+    spec, batch, num_steps = job.spec, attempt.plan.batch, attempt.plan.num_steps
+    num_ranks, start_step = attempt.num_ranks, attempt.start_step
     if num_steps is None:
         raise ValueError("the plan was made without the corpus' size")
     every = spec.validation.every_steps

@@ -9,21 +9,12 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which rank a process is, and where on its node."""
-
-    rank: int
-    num_ranks: int
-    local_rank: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,12 @@ class Ranks:
         dist.all_reduce(tensor, group=self.control)
         return [int(value) for value in tensor.tolist()]
 
+    def total(self, value: float) -> float:
+        """Sum over all ranks in fp64, the same bits on each; not finite if any of them is not."""
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return float(tensor)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         values: list[Any] = [None] * self.num_ranks
@@ -58,24 +55,33 @@ class Ranks:
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
+    def apart(self) -> Ranks:
+        """The same processes with a group of their own for agreements, which another thread may use meanwhile."""
+        return replace(self, control=dist.new_group(backend="gloo"))
 
-def join(place: Place, device: torch.device, timeout_seconds: float,
-         announce: Callable[[tuple[str, int] | None], tuple[str, int]], host: str = "127.0.0.1") -> Ranks:
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a collective that takes longer raises on every rank that waits in it."""
+        for group in (dist.group.WORLD, self.control):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def join(device: torch.device, *, rank: int, num_ranks: int, local_rank: int, host: str,
+         announce: Callable[[tuple[str, int] | None], tuple[str, int]], timeout_seconds: float) -> Ranks:
     """Make the process group of a launcher's workers.
 
     `announce` gives every worker what rank 0 passes: where it listens. `host` is this node's address.
     """
     timeout = timedelta(seconds=timeout_seconds)
     build_store: Any = dist.TCPStore  # type: ignore[attr-defined]
-    os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.num_ranks))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(num_ranks))
     # Rank 0 listens before it tells where, so no port is guessed and lost to another program.
     store = None
-    if place.rank == 0:
+    if rank == 0:
         store = build_store(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
     address, port = announce((host, store.port) if store else None)
     store = store or build_store(address, port, is_master=False, timeout=timeout)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=place.rank, world_size=place.num_ranks,
-                            store=store, timeout=timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=num_ranks, store=store,
+                            timeout=timeout)
     return build_ranks(device, timeout_seconds)
 
 

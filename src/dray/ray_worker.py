@@ -5,53 +5,108 @@ Ray imports this file in its controller and data processes too: torch is importe
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from dray.corpus.stream import build_dataset
-from dray.job import Attempt, Job, begin_attempt, make_stream
+from dray.errors import RunFailed
+from dray.job import Attempt, Job, begin_attempt, make_attempt, make_stream
+from dray.pulse import STACK_SIGNAL, Pulse
+from dray.recovery import Budget, Decision, as_plain
 from dray.store import Run
+from dray.store.evidence import classify, save_failure, save_stacks
+from dray.store.records import now
+from dray.watchdog import Hang
 
+Beats = dict[int, tuple[dict[str, Any], float]]
+"""Rank → its last heartbeat, and the seconds since it arrived."""
 SEND_EVERY_SECONDS = 0.2
+STORED_SECONDS = 30.0
+BEAT_EVERY_SECONDS = 0.5
+GRACE_SECONDS = 2 * BEAT_EVERY_SECONDS  # in which ranks that failed with the first one say so
+FIRST_TIMEOUT_SECONDS = 1800.0  # of a collective, until steps have been measured: compilation takes its time
 PREFETCH_BLOCKS = 2
 
 
 def build_mailbox() -> Any:
-    """The actor that carries records to the driver and a wish to stop to the ranks."""
+    """The actor beside the driver that carries records and heartbeats to it, and a wish to stop to the ranks."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Mailbox:
         def __init__(self) -> None:
             self._records: list[dict[str, Any]] = []
+            self._beats: dict[int, tuple[dict[str, Any], float]] = {}
+            self._failures: list[dict[str, Any]] = []
             self._stop = False
+            self._received = self._stored = 0
 
         def put(self, records: list[dict[str, Any]]) -> bool:
             self._records += records
+            self._received += len(records)
             return self._stop
 
-        def take(self) -> list[dict[str, Any]]:
+        def unstored(self, since: int | None) -> tuple[int, bool]:
+            """How many records have come (or `since`), and whether the driver has stored that many."""
+            since = self._received if since is None else since
+            return since, self._stored >= since
+
+        def beat(self, beat: dict[str, Any]) -> None:
+            if any(beat["attempt"] > known["attempt"] for known, _ in self._beats.values()):
+                self._beats.clear()
+            self._beats[beat["rank"]] = beat, time.monotonic()
+
+        def fail(self, failure: dict[str, Any]) -> None:
+            self._failures.append(failure)
+
+        def leave(self, rank: int) -> None:
+            self._beats.pop(rank, None)
+
+        def evidence(self) -> tuple[list[dict[str, Any]], Beats]:
+            """What failed ranks said since the last call, and the beats, which are forgotten."""
+            failures, self._failures = self._failures, []
+            beats = self._aged()
+            self._beats.clear()
+            return failures, beats
+
+        def take(self, stored: int) -> tuple[list[dict[str, Any]], Beats]:
+            """The records since the last call, for the driver, who has stored so many of those before."""
+            self._stored = stored
             records, self._records = self._records, []
-            return records
+            return records, self._aged()
 
         def request_stop(self) -> None:
             self._stop = True
 
-    return ray.remote(num_cpus=0)(Mailbox).remote()
+        def _aged(self) -> Beats:
+            now = time.monotonic()
+            return {rank: (beat, now - at) for rank, (beat, at) in self._beats.items()}
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
 
 
 class _Posting:
-    """Sends records in batches without waiting, and learns of a wish to stop from the replies."""
+    """Sends records in batches without waiting, lets the heart beat, and learns of wishes from the replies."""
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    def __init__(self, mailbox: Any, pulse: Pulse) -> None:
+        self._mailbox, self._pulse = mailbox, pulse
         self._waiting: list[dict[str, Any]] = []
         self._reply: Any = None
         self._sent_at = 0.0
         self._stop = False
+        self._left = threading.Event()
+        threading.Thread(target=self._keep_beating, name="heart", daemon=True).start()
 
     def send(self, record: dict[str, Any]) -> None:
         self._waiting.append(record)
@@ -66,11 +121,50 @@ class _Posting:
             self._reply = None
         return self._stop
 
+    def notice_given(self) -> bool:
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
+
     def flush(self) -> None:
         import ray
 
         self._post()
         ray.get(self._reply)
+
+    def wait_stored(self) -> None:
+        """Wait until the driver has stored what the ranks have sent by now, or for STORED_SECONDS if there is none."""
+        import ray
+
+        since, deadline = None, time.monotonic() + STORED_SECONDS
+        while time.monotonic() < deadline:
+            since, stored = ray.get(self._mailbox.unstored.remote(since))
+            if stored:
+                return
+            time.sleep(SEND_EVERY_SECONDS)
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Stop beating; with an error, say how this rank failed."""
+        import ray
+
+        self._left.set()
+        if error is None:
+            ray.get(self._mailbox.leave.remote(self._pulse.rank))
+            return
+        beat = self._pulse.beat()
+        ray.get(self._mailbox.fail.remote({
+            "rank": beat["rank"], "attempt": beat["attempt"], "step": beat["step"], "phase": beat["phase"],
+            "pid": beat["pid"], "node": ray.util.get_node_ip_address(), "time": beat["time"],
+            "error_type": f"{type(error).__module__}.{type(error).__name__}", "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)), "exit": None,
+        }))
+
+    def _keep_beating(self) -> None:
+        import ray
+
+        host = {"node_id": ray.get_runtime_context().get_node_id(), "node": ray.util.get_node_ip_address()}
+        while not self._left.wait(BEAT_EVERY_SECONDS):
+            self._mailbox.beat.remote(self._pulse.beat() | host)
 
     def _post(self) -> None:
         self._reply = self._mailbox.put.remote(self._waiting)
@@ -86,16 +180,97 @@ def build_data_config() -> Any:
         def configure(self, datasets: dict[str, Job], world_size: int, worker_handles: Any, worker_node_ids: Any,
                       **kwargs: Any) -> list[dict[str, Any]]:
             name, job = next(iter(datasets.items()))
-            attempt = Run.open(job.storage, job.run_name).attempts()[-1]
+            attempt = make_attempt(job, Run.open(job.storage, job.run_name).attempts()[-1])
             # One process that reads is enough on a laptop; each costs two seconds of CPU to start.
-            dataset = build_dataset(make_stream(job, world_size, attempt["start_step"]),
-                                    num_cpus=min(1.0, job.spec.resources.reader_cpus))
+            dataset = build_dataset(make_stream(job, attempt), num_cpus=min(1.0, job.spec.resources.reader_cpus))
             options = ray.data.ExecutionOptions(preserve_order=True)
             dataset.context.execution_options = options
             dataset.context.enable_progress_bars = False
             return [{name: split} for split in dataset.streaming_split(world_size, equal=True)]
 
     return StreamConfig()
+
+
+def build_recovery(job: Job, mailbox: Any) -> Any:
+    """What Ray Train's controller asks after a failure: it keeps the evidence, and ends the run where that is due."""
+    from ray.train import UserCallback
+
+    class Recovery(UserCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._budget = Budget(job.spec.resources.max_failures)
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, BaseException]) -> None:
+            decision = _recover(job, mailbox, self._budget, worker_exceptions)
+            if not decision.retry:
+                raise RunFailed(decision.reason)
+
+    return Recovery()
+
+
+def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseException]) -> Decision:
+    import ray
+
+    time.sleep(GRACE_SECONDS)
+    said, beats = ray.get(mailbox.evidence.remote())
+    run = Run.open(job.storage, job.run_name)
+    attempt = make_attempt(job, run.attempts()[-1])
+    found = {item["rank"]: item for item in said if item["attempt"] == attempt.number}
+    for rank, error in errors.items():
+        beat = beats.get(rank, ({}, 0.0))[0]
+        found.setdefault(rank, {**beat, "rank": rank, "traceback": "", "exit": None, **as_plain(error)})
+    for rank, (beat, age) in beats.items():
+        if age > 3 * BEAT_EVERY_SECONDS and rank not in found:
+            found[rank] = {**beat, "error_type": "", "message": "gave no further sign of life", "traceback": "",
+                           "exit": None}
+    hangs = [event for event in run.events() if event["kind"] == "hang" and event["attempt"] == attempt.number]
+    newest = run.latest_checkpoint()
+    step = max((int(item.get("step", 0)) for item in found.values()), default=0)
+    committed = newest.step if newest else 0
+    failure = {
+        "attempt": attempt.number, "time": now(), "step": step, "committed_step": committed,
+        "detected_by": "hang" if hangs else "exception" if said else "worker_exit",
+        "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": [],
+        "preempted": any(getattr(getattr(e, "health_check_failure", e), "preempted", False) for e in errors.values()),
+    }
+    save_failure(run, failure)
+    kind = classify(failure)
+    decision = budget.decide(kind, committed_step=committed, micro_rows=attempt.plan.batch.micro_rows)
+    if decision.micro_rows:
+        run.update(micro_rows=decision.micro_rows)
+    run.end_attempt(attempt.number, "failed", step, kind)
+    run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=kind, retry=decision.retry,
+                  reason=decision.reason)
+    return decision
+
+
+def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
+    """Keep every rank's stacks, then end those that hold up the others, so that the group starts again."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def dump(pid: int, path: str) -> str:
+        with suppress(ProcessLookupError):
+            os.kill(pid, STACK_SIGNAL)
+        time.sleep(1.0)
+        return Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).exists() else ""
+
+    def end(pid: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def on_node(work: Any, beat: dict[str, Any]) -> Any:
+        place = NodeAffinitySchedulingStrategy(beat["node_id"], soft=False)
+        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
+
+    dumps = {rank: on_node(dump, beat).remote(beat["pid"], beat["stack_file"]) for rank, (beat, _) in beats.items()}
+    done, _ = ray.wait(list(dumps.values()), num_returns=len(dumps), timeout=30)
+    stacks = {rank: ray.get(ref) for rank, ref in dumps.items() if ref in done}
+    attempt = next(iter(beats.values()))[0]["attempt"]
+    for rank, text in stacks.items():
+        save_stacks(run, attempt, rank, text)
+    run.log_event("hang", attempt=attempt, ranks=list(hang.ranks), reason=hang.reason)
+    ray.wait([on_node(end, beats[rank][0]).remote(beats[rank][0]["pid"]) for rank in hang.ranks],
+             num_returns=len(hang.ranks), timeout=30)
 
 
 def run_rank(config: dict[str, Any]) -> None:
@@ -107,24 +282,40 @@ def run_rank(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    attempt: Attempt = broadcast_from_rank_zero(begin_attempt(job, num_ranks) if rank == 0 else None)
-    stream = make_stream(job, num_ranks, attempt.start_step)
+    record = broadcast_from_rank_zero(begin_attempt(job, num_ranks) if rank == 0 else None)
+    attempt = make_attempt(job, record)
+    pulse = Pulse(rank)
+    pulse.attempt, pulse.step = attempt.number, attempt.start_step
+    pulse.dump_stacks_on_signal()
+    reporter = _Posting(config["mailbox"], pulse)
+    try:
+        _train(job, attempt, reporter, pulse, context.get_local_rank())
+    except BaseException as error:
+        reporter.leave(error)
+        raise
+    reporter.leave()
+
+
+def _train(job: Job, attempt: Attempt, reporter: _Posting, pulse: Pulse, local_rank: int) -> None:
+    stream = make_stream(job, attempt)
     blocks = _open_stream()  # rows travel while torch is imported and the model is built
 
+    import ray
     import torch
+    from ray.train.collective import broadcast_from_rank_zero
 
     from dray import ranks as group
     from dray.worker import prepare_process, train_rank
 
     prepare_process(job.spec.resources.cpus_per_worker)
-    place = group.Place(rank, num_ranks, context.get_local_rank())
-    device = torch.device("cuda", place.local_rank) if job.plan.on_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if job.plan.on_gpu else torch.device("cpu")
     if job.plan.on_gpu:
         torch.cuda.set_device(device)
-    ranks = group.join(place, device, 1800, broadcast_from_rank_zero, ray.util.get_node_ip_address())
-    reporter = _Posting(config["mailbox"])
-    how = train_rank(job, ranks, attempt, reporter, stream=stream, blocks=blocks)
-    if rank == 0:
+    ranks = group.join(device, rank=pulse.rank, num_ranks=attempt.num_ranks, local_rank=local_rank,
+                       host=ray.util.get_node_ip_address(), announce=broadcast_from_rank_zero,
+                       timeout_seconds=FIRST_TIMEOUT_SECONDS)
+    how = train_rank(job, ranks, attempt, reporter, stream=stream, blocks=blocks, pulse=pulse)
+    if pulse.rank == 0:
         reporter.send({"kind": "ended", "how": how})
         reporter.flush()
     group.leave()

@@ -295,6 +295,33 @@ class Checkpoint(Section):
     """How many of the best by `validation.metric` are kept besides."""
 
 
+class Numerics(Section):
+    """What happens to bad numbers. Place, not identity: what was left out is part of the run's record."""
+
+    max_skipped_steps: Annotated[Int, Field(ge=1)] = 8
+    """Steps in a row without an update, because a loss or gradient was not finite, after which the run stops."""
+    spike: Literal["off", "warn", "rewind"] = "warn"
+    """A loss far above the recent ones: `warn` records it; `rewind` goes back to the checkpoint before and leaves the
+    rows of that step out."""
+    spike_sigmas: Annotated[Float, Field(gt=1)] = 10.0
+    """How far is far: robust standard deviations above the median of the last 64 steps."""
+    max_rewinds: Annotated[Int, Field(ge=0)] = 5
+    """Rewinds of a run after which a spike stops it."""
+
+
+class Watchdog(Section):
+    """When a run counts as hung: stacks are dumped, the rank at fault is ended, and the run goes on."""
+
+    silent_seconds: Annotated[Float, Field(ge=5)] = 30.0
+    """A rank that gives no sign of life for so long is stopped or dead."""
+    stuck_seconds: Annotated[Float, Field(ge=5)] = 120.0
+    """No rank moves within a step for so long …"""
+    stuck_steps: Annotated[Float, Field(ge=2)] = 30.0
+    """… and for so many times a usual step: they wait for each other."""
+    patient_seconds: Annotated[Float, Field(ge=5)] = 1800.0
+    """The same for what is no step: imports, compilation, waiting for rows, storage."""
+
+
 def _as_pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -396,6 +423,10 @@ class Spec(Section):
     """When to validate."""
     checkpoint: Checkpoint = Checkpoint()
     """When to commit checkpoints."""
+    numerics: Numerics = Numerics()
+    """Bad numbers."""
+    watchdog: Watchdog = Watchdog()
+    """Hangs."""
     resources: Resources = Resources()
     """Workers."""
     zero: Zero = Zero()

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from dray.cluster import connect, run_workers
@@ -22,8 +24,10 @@ from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
+from dray.watchdog import find_hang
 
 DRAIN_SECONDS = 0.2
+FEWEST_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,17 @@ class Recorder:
         self._run, self._plan, self._trackers, self._display = run, plan, trackers, display
         self._open: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         self.ended: str | None = None
+        self._recent: deque[float] = deque(maxlen=21)
+        self._newest, self._newest_time, self._attempt = 0, 0.0, 0
+
+    @property
+    def step_seconds(self) -> float | None:
+        """A usual step's duration, once a few are known."""
+        return median(self._recent) if len(self._recent) >= FEWEST_STEPS else None
+
+    def say(self, text: str) -> None:
+        """Show a remark to the person who watches."""
+        self._display.say(text)
 
     def take(self, records: Sequence[dict[str, Any]]) -> None:
         """Take some records, in the order in which each rank sent them."""
@@ -184,6 +199,13 @@ class Recorder:
         self._run.log_metrics(rows)
 
     def _show_step(self, row: dict[str, Any]) -> None:
+        self._recent.append(row["seconds"])
+        if row["step"] > self._newest:
+            if self._newest and row["attempt"] > self._attempt:
+                seconds = row["time"] - self._newest_time
+                self._run.log_event("recovered", attempt=row["attempt"], step=row["step"], seconds=seconds)
+                self._display.say(f"step {row['step']} is new again, {seconds:.0f} s after step {self._newest}")
+            self._newest, self._newest_time, self._attempt = row["step"], row["time"], row["attempt"]
         self._trackers.log(row["step"], {k: v for k, v in row.items() if isinstance(v, (int, float))})
         self._display.step(row)
 
@@ -208,8 +230,9 @@ def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str,
     peak = (plan.peak_flops_per_rank or 0.0) * len(records)
     return {
         "step": first["step"], "attempt": first["attempt"], "num_ranks": first["num_ranks"],
-        "loss": sum(record["loss_sum"] for record in records) / max(1, first["num_targets"]),
-        "learning_rate": first["learning_rate"], "grad_norm": first["grad_norm"], "tokens": first["tokens"],
+        "loss": _finite(sum(record["loss_sum"] for record in records) / max(1, first["num_targets"])),
+        "learning_rate": first["learning_rate"], "grad_norm": _finite(first["grad_norm"]), "applied": first["applied"],
+        "tokens": first["tokens"],
         "seconds": seconds, "rows_digest": first["rows_digest"], "num_targets": first["num_targets"],
         "tokens_per_second": per_second,
         "mfu": per_second * plan.flops_per_token_loose / peak if peak else None,
@@ -223,13 +246,19 @@ def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str,
     }
 
 
+def _finite(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
 class _LocalLauncher:
     """The ranks' loop in this process, for tests, notebooks and machines without Ray."""
 
     def run(self, job: Job, recorder: Recorder) -> None:
         import torch
 
-        from dray.job import begin_attempt, make_stream
+        from dray.job import begin_attempt, make_attempt, make_stream
+        from dray.pulse import Pulse
         from dray.ranks import build_ranks, join_alone
         from dray.worker import prepare_process, train_rank
 
@@ -240,6 +269,12 @@ class _LocalLauncher:
             def stop_requested(self) -> bool:
                 return False
 
+            def notice_given(self) -> bool:
+                return False
+
+            def wait_stored(self) -> None:
+                pass
+
             def flush(self) -> None:
                 pass
 
@@ -247,9 +282,10 @@ class _LocalLauncher:
         prepare_process(job.spec.resources.cpus_per_worker)
         join_alone(device)
         ranks = build_ranks(device, timeout_seconds=1800)
-        attempt = begin_attempt(job, ranks.num_ranks)
-        stream = make_stream(job, ranks.num_ranks, attempt.start_step)
-        recorder.ended = train_rank(job, ranks, attempt, Direct(), stream=stream, blocks=stream.blocks(ranks.rank))
+        attempt = make_attempt(job, begin_attempt(job, ranks.num_ranks))
+        stream = make_stream(job, attempt)
+        recorder.ended = train_rank(job, ranks, attempt, Direct(), stream=stream, blocks=stream.blocks(ranks.rank),
+                                    pulse=Pulse(ranks.rank))
 
 
 class _RayLauncher:
@@ -258,7 +294,7 @@ class _RayLauncher:
     def run(self, job: Job, recorder: Recorder) -> None:
         import ray
 
-        from dray.ray_worker import build_data_config, build_mailbox, run_rank
+        from dray.ray_worker import build_data_config, build_mailbox, build_recovery, end_hang, run_rank
 
         mailbox = build_mailbox()
         resources = job.spec.resources
@@ -271,23 +307,33 @@ class _RayLauncher:
                         run_rank, {"job": job, "mailbox": mailbox}, datasets={"rows": job},
                         data_config=build_data_config(), num_workers=resources.workers,
                         cpus_per_worker=resources.cpus_per_worker, gpus_per_worker=resources.gpus_per_worker,
-                        max_failures=resources.max_failures, name=job.run_name, scratch=scratch,
+                        recovery=build_recovery(job, mailbox), name=job.run_name, scratch=scratch,
                     )
             except BaseException as error:
                 failure.append(error)
 
         thread = threading.Thread(target=follow, name="workers", daemon=True)
         thread.start()
-        stops = 0
-        while thread.is_alive():
+        stops, stored, ended_hang = 0, 0, 0
+        while True:
+            alive = thread.is_alive()
             try:
+                records, beats = ray.get(mailbox.take.remote(stored))
+                recorder.take(records)
+                stored += len(records)
+                hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
+                attempt = max((beat["attempt"] for beat, _ in beats.values()), default=0)
+                if hang and attempt > ended_hang:
+                    ended_hang = attempt
+                    recorder.say(f"hung: {hang.reason}")
+                    end_hang(Run.open(job.storage, job.run_name), hang, beats)
+                if not alive:
+                    break
                 thread.join(DRAIN_SECONDS)
-                recorder.take(ray.get(mailbox.take.remote()))
             except KeyboardInterrupt:
                 stops += 1
                 if stops > 1:
                     raise
                 mailbox.request_stop.remote()
-        recorder.take(ray.get(mailbox.take.remote()))
         if failure:
             raise failure[0]

@@ -8,6 +8,7 @@ neither Ray nor the command line.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import resource
 import time
@@ -19,24 +20,29 @@ import pyarrow as pa
 import torch
 
 from dray.corpus.stream import RowStream, check_rows
-from dray.engine import Engine, build_engine
+from dray.engine import Engine, Update, build_engine
+from dray.errors import DrayError
 from dray.job import Attempt, Job
 from dray.models import build_model, enable_activation_checkpointing, parameter_groups, restore_rotary_buffers
-from dray.order import Segment, row_digest
+from dray.numerics import LossSpike, Watch
+from dray.order import Ints, Segment, row_digest
+from dray.pulse import Pulse
 from dray.ranks import Ranks
+from dray.saving import Outcome, Saver
 from dray.schedule import learning_rate
-from dray.store import (
-    LOWER_IS_BETTER,
-    CheckpointReader,
-    CheckpointWriter,
-    Run,
-    apply_retention,
-    make_fragment_key,
-)
-from dray.tasks import Task, TaskMetrics, build_task
+from dray.store import LOWER_IS_BETTER, CheckpointReader, Run, inspect_checkpoint
+from dray.tasks import Batch, Task, TaskMetrics, build_task
 from dray.tasks.causal_lm import bits_per_byte
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+_MEASURED_STEPS = 6  # the first of them is not typical
+_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50
+
+
+class CheckpointDamaged(DrayError):
+    """A checkpoint was committed and is no longer what it was; it is set aside by now."""
 
 
 class Reporter(Protocol):
@@ -46,7 +52,13 @@ class Reporter(Protocol):
 
     def stop_requested(self) -> bool: ...
 
+    def notice_given(self) -> bool:
+        """Whether this machine is about to be taken away."""
+
     def flush(self) -> None: ...
+
+    def wait_stored(self) -> None:
+        """Wait until what all ranks have flushed is in the run's metrics."""
 
 
 @dataclass
@@ -62,17 +74,23 @@ class _Progress:
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
     save_due: bool = False
+    notice: bool = False
+    """A machine is about to go, and the step is to be saved for that."""
+    noticed: bool = False
 
 
 def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, stream: RowStream,
-               blocks: Iterable[pa.Table]) -> str:
+               blocks: Iterable[pa.Table], pulse: Pulse) -> str:
     """Train from where the attempt starts to the end, on this rank's blocks of the stream.
 
     Returns how it ended: completed, early_stopped or interrupted.
     """
     run = Run.open(job.storage, job.run_name)
-    loop = _Loop(job, ranks, reporter, run=run, attempt=attempt)
+    pulse.enter("build", attempt.start_step)
+    loop = _Loop(job, ranks, reporter, run=run, attempt=attempt, pulse=pulse)
+    pulse.enter("restore")
     loop.restore()
+    pulse.enter("data")
     reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt.number, "step": stream.start_step,
                    "num_ranks": ranks.num_ranks})
     ended = loop.follow(check_rows(stream, blocks, ranks.rank), stream)
@@ -83,12 +101,18 @@ def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, 
 
 
 class _Loop:
-    def __init__(self, job: Job, ranks: Ranks, reporter: Reporter, *, run: Run, attempt: Attempt) -> None:
-        self.job, self.ranks, self.reporter = job, ranks, reporter
-        self.run, self.attempt, self.newest = run, attempt.number, attempt.checkpoint
-        self.spec, self.plan = job.spec, job.plan
+    def __init__(self, job: Job, ranks: Ranks, reporter: Reporter, *, run: Run, attempt: Attempt,
+                 pulse: Pulse) -> None:
+        self.job, self.ranks, self.reporter, self.pulse = job, ranks, reporter, pulse
+        self.run, self.attempt = run, attempt.number
+        self.newest = inspect_checkpoint(run.filesystem, attempt.checkpoint) if attempt.checkpoint else None
+        self.spec, self.plan = job.spec, attempt.plan
         self.task: Task = build_task(job.spec, job.manifest)
-        self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, job.plan, ranks)
+        self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, self.plan, ranks)
+        self.saver = Saver(run, self.attempt, self.spec, engine=self.engine, ranks=ranks,
+                           wait_stored=reporter.wait_stored)
+        self.numbers = Watch(self.spec.numerics)
+        self.step_seconds: list[float] = []
         restore_rotary_buffers(self.engine.module)  # half precision casts them, and long rows need their digits
         self.progress = _Progress(step=attempt.start_step, saved_step=attempt.start_step if self.newest else -1)
         self.metrics: TaskMetrics | None = None
@@ -115,7 +139,10 @@ class _Loop:
             mine = range(self.ranks.rank, reader.num_files, self.ranks.num_ranks)
             problems = [problem for found in self.ranks.gather(reader.verify_files(list(mine))) for problem in found]
             if problems:
-                raise RuntimeError(f"checkpoint {self.newest.path} is damaged: {'; '.join(problems)}")
+                if self.ranks.rank == 0:
+                    self.run.set_aside(self.newest, "; ".join(problems))
+                raise CheckpointDamaged(f"checkpoint {self.newest.path} is damaged: {'; '.join(problems)}; it was set "
+                                        "aside, and the one before is used")
             state = reader.metadata
             self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
         for name in ("tokens", "best", "validations_without_better"):
@@ -133,10 +160,11 @@ class _Loop:
             else:
                 ended = self._validate(segment, block, stream)
             if ended:
-                self._save()
+                self._save(last=True)
                 return ended
             waiting_since = time.perf_counter()
-        self._save()
+            self.pulse.enter("data")
+        self._save(last=True)
         return "completed"
 
     def _train_steps(self, segment: Segment, block: pa.Table, stream: RowStream, data_wait: float) -> str:
@@ -153,43 +181,89 @@ class _Loop:
 
     def _train_step(self, step: int, rows: pa.Table, data_wait: float) -> bool:
         """One optimiser update. Returns whether all ranks agree to stop after it."""
-        begun, working = time.perf_counter(), 0.0
+        begun = time.perf_counter()
         micro_rows = self.plan.batch.micro_rows
         batches = [self.task.collate(rows.slice(at, micro_rows)) for at in range(0, rows.num_rows, micro_rows)]
         targets = sum(self.task.num_targets(batch) for batch in batches)
         row_ids = rows.column("row_id").to_numpy()
         tokens = int(rows.column("num_tokens").to_numpy()[row_ids >= 0].sum())
         # One small agreement a step: what the loss is divided by, what the batch was, and what to do after it.
-        all_targets, all_tokens, all_digests, stops, saves = self.ranks.sum(
-            [targets, tokens, row_digest(row_ids), int(self.reporter.stop_requested()), int(self._minutes_due())])
+        self.pulse.enter("agree", step)
+        all_targets, all_tokens, all_digests, stops, saves, notices = self.ranks.sum(
+            [targets, tokens, row_digest(row_ids), int(self.reporter.stop_requested()), int(self._minutes_due()),
+             int(self.reporter.notice_given())])
         rate = learning_rate(self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate)
+        loss_sum, forward_seconds = self._forward_backward(step, batches, all_targets)
+        self.pulse.enter("step")
+        # Gradients are shared, losses are not: a bad one on one rank keeps all of them from the update.
+        total_loss = self.ranks.total(loss_sum)
+        update = self.engine.step(rate, withhold=not math.isfinite(total_loss))
+        self.progress.step = step
+        self.progress.notice = notices > 0 and not self.progress.noticed
+        self.progress.save_due = saves > 0 or self._checkpoint_due(step) or self.progress.notice
+        self.progress.tokens += all_tokens
+        self.reporter.send({
+            "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
+            "num_ranks": self.ranks.num_ranks, "loss_sum": loss_sum, "num_targets": all_targets,
+            "learning_rate": rate, "grad_norm": update.grad_norm, "applied": update.applied,
+            "rows_digest": f"{all_digests % 2**64:016x}",
+            "tokens": self.progress.tokens, "step_tokens": all_tokens,
+            "seconds": time.perf_counter() - begun + data_wait,
+            "data_wait_seconds": data_wait, "forward_seconds": forward_seconds, "time": time.time(),
+            "memory_bytes": _memory_bytes(self.ranks.device),
+        })
+        self._bound_collectives(time.perf_counter() - begun)
+        self._watch_numbers(step, total_loss / max(1, all_targets), update, row_ids)
+        return stops > 0
+
+    def _forward_backward(self, step: int, batches: list[Batch], all_targets: int) -> tuple[float, float]:
+        """The gradients of one step. Returns this rank's summed loss, and the seconds of its forward passes."""
         self.engine.train(True)
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        loss_sum, seconds = torch.zeros((), dtype=torch.float64), 0.0
         for index, batch in enumerate(batches):
             # Dropout's randomness belongs to the place in the run, so there is no generator to save.
             torch.manual_seed((self.spec.seed * 1_000_003 + step) * 65_537 + self.ranks.rank * 1_031 + index)
             batch = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+            self.pulse.enter("forward")
             started = time.perf_counter()
             summed, _ = self.task.loss_sum(self.engine, batch, self.spec.regularization.label_smoothing)
-            working += time.perf_counter() - started  # alone, below ZeRO-3: what tells a slow rank from a waiting one
+            seconds += time.perf_counter() - started  # alone, below ZeRO-3: tells a slow rank from a waiting one
             # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
             mean = summed * (self.ranks.num_ranks / max(1, all_targets))
+            self.pulse.enter("backward")
             self.engine.backward(mean, last=index == len(batches) - 1)
             loss_sum += summed.detach().double().cpu()
-        grad_norm = self.engine.step(rate)
-        self.progress.step = step
-        self.progress.save_due = saves > 0 or self._checkpoint_due(step)
-        self.progress.tokens += all_tokens
-        self.reporter.send({
-            "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
-            "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
-            "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": f"{all_digests % 2**64:016x}",
-            "tokens": self.progress.tokens, "step_tokens": all_tokens,
-            "seconds": time.perf_counter() - begun + data_wait,
-            "data_wait_seconds": data_wait, "forward_seconds": working, "time": time.time(),
-            "memory_bytes": _memory_bytes(self.ranks.device),
-        })
-        return stops > 0
+        return float(loss_sum), seconds
+
+    def _bound_collectives(self, seconds: float) -> None:
+        """Once steps are measured, a collective that takes many times as long is a hang, and raises."""
+        if len(self.step_seconds) < _MEASURED_STEPS:
+            self.step_seconds.append(seconds)
+            if len(self.step_seconds) == _MEASURED_STEPS:
+                slowest = max(self.ranks.gather(max(self.step_seconds[1:])))
+                self.ranks.set_timeout(max(_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS * slowest))
+
+    def _watch_numbers(self, step: int, loss: float, update: Update, row_ids: Ints) -> None:
+        """Record a step without an update, with its rows, and a loss that leaps. Raises BadNumbers and LossSpike."""
+        if update.applied:
+            if self.numbers.is_spike(loss):
+                self._meet_spike(step, loss)
+            return
+        reason = "the gradient norm is not finite" if math.isfinite(loss) else "the loss is not finite"
+        rows = sorted(int(row) for part in self.ranks.gather(row_ids[row_ids >= 0]) for row in part)
+        if self.ranks.rank == 0:
+            self.reporter.send({"kind": "step_skipped", "attempt": self.attempt, "step": step, "reason": reason,
+                                "rows": rows})
+        if self.engine.loss_scale <= 1.0:  # a loss scale finds its level by overflowing
+            self.numbers.skipped(step, reason, self.progress.saved_step)
+
+    def _meet_spike(self, step: int, loss: float) -> None:
+        text = f"the loss leapt to {loss:.4g} at step {step}"
+        if self.ranks.rank == 0:
+            self.reporter.send({"kind": "loss_spike", "attempt": self.attempt, "step": step, "loss": loss})
+        if self.spec.numerics.spike == "rewind":
+            self.saver.finish()
+            raise LossSpike(step, f"{text}; the run goes back to its checkpoint before that, and leaves those rows out")
 
     def _checkpoint_due(self, step: int) -> bool:
         every = self.spec.checkpoint.every_steps
@@ -202,6 +276,7 @@ class _Loop:
     def _validate(self, segment: Segment, rows: pa.Table, stream: RowStream) -> str:
         """One block of a validation pass. Returns how the run ended, if it did."""
         self.metrics = self.metrics or self.task.new_metrics()
+        self.pulse.enter("validate")
         self.engine.train(False)
         with torch.no_grad():
             for at in range(0, rows.num_rows, self.plan.batch.micro_rows):
@@ -234,37 +309,35 @@ class _Loop:
         progress.validations_without_better = 0 if better else progress.validations_without_better + 1
         return rule.patience is not None and progress.validations_without_better >= rule.patience
 
-    def _save(self) -> None:
-        """Commit a checkpoint of the current step; every rank writes what it owns."""
-        step = self.progress.step
-        if self.progress.saved_step == step:
+    def _save(self, *, last: bool = False) -> None:
+        """Begin a checkpoint of the current step; the last one, and one before a machine goes, are waited for."""
+        progress, waits = self.progress, last or self.progress.notice
+        self.pulse.enter("save")
+        if progress.saved_step != progress.step:
+            self.reporter.flush()  # no step is committed whose metrics could still be lost
+            self._report_save(self.saver.begin(progress.step, self._metadata()))
+            progress.saved_step, progress.saved_at, progress.save_due = progress.step, time.monotonic(), False
+        if waits:
+            self._report_save(self.saver.finish(last=last))
+        if progress.notice:
+            progress.notice, progress.noticed = False, True
+            if self.ranks.rank == 0:
+                self.reporter.send({"kind": "saved_before_preemption", "attempt": self.attempt, "step": progress.step})
+
+    def _report_save(self, outcome: Outcome | None) -> None:
+        if outcome is None or self.ranks.rank != 0:
             return
-        begun = time.perf_counter()
-        writer = CheckpointWriter(self.run, step, self.attempt)
-        tensors = {
-            make_fragment_key(fragment.parameter, state, fragment.start): view.detach()
-            for fragment in self.engine.fragments() for state, view in fragment.states.items()
-        }
-        if self.ranks.rank == 0:
-            buffers = self.engine.buffers().items()
-            tensors |= {make_fragment_key(name, "buffer", 0): buffer.detach().reshape(-1) for name, buffer in buffers}
-        files = self.ranks.gather(writer.write_rank(self.ranks.rank, self.ranks.num_ranks, tensors))
-        if self.ranks.rank == 0:
-            writer.commit(files, self._metadata())
-            apply_retention(self.run, self.spec.checkpoint.keep_last, self.spec.checkpoint.keep_best,
-                            self.spec.validation.metric)
-            self.reporter.send({"kind": "checkpoint", "attempt": self.attempt, "step": step,
-                                "seconds": time.perf_counter() - begun})
-        self.ranks.barrier()
-        progress = self.progress
-        progress.saved_step, progress.saved_at, progress.save_due = step, time.monotonic(), False
+        found = {"attempt": self.attempt, "step": outcome.step, "seconds": outcome.seconds,
+                 "blocked_seconds": outcome.blocked_seconds}
+        kind = "checkpoint_failed" if outcome.problem else "checkpoint"
+        self.reporter.send({"kind": kind, **found, **({"problem": outcome.problem} if outcome.problem else {})})
 
     def _metadata(self) -> dict[str, Any]:
         progress = self.progress
         shapes = {name: list(shape) for name, shape in self.engine.parameter_shapes.items()}
         shapes |= {name: list(buffer.shape) for name, buffer in self.engine.buffers().items()}
         return {
-            "step": progress.step, "optimizer_step": progress.step, "tokens": progress.tokens,
+            "step": progress.step, "optimizer_step": self.engine.num_updates, "tokens": progress.tokens,
             "loss_scale": self.engine.loss_scale, "fingerprint": self.spec.fingerprint(), "shapes": shapes,
             "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
             "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,

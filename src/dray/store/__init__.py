@@ -9,7 +9,7 @@ from dray.store.commit import CheckpointWriter
 from dray.store.filesystem import open_filesystem
 from dray.store.layout import Fragment, make_fragment_key, parse_fragment_key
 from dray.store.manifest import CheckpointInfo, RankFile
-from dray.store.reading import CheckpointReader, CheckpointReport, verify_checkpoint
+from dray.store.reading import CheckpointReader, CheckpointReport, inspect_checkpoint, verify_checkpoint
 from dray.store.retention import LOWER_IS_BETTER, apply_retention
 from dray.store.run import Run, find_checkpoint, list_runs
 from dray.store.trackers import Tracker, Trackers, build_trackers, check_trackers
@@ -29,6 +29,7 @@ __all__ = [
     "build_trackers",
     "check_trackers",
     "find_checkpoint",
+    "inspect_checkpoint",
     "list_runs",
     "make_fragment_key",
     "open_filesystem",

@@ -1,0 +1,45 @@
+"""What a rank is doing right now, for those who watch it; and how to make it say where it stands when it hangs.
+
+The loop says which phase it enters; nothing else here runs in its thread. Stack dumps are written by C code in the
+signal handler, so that a rank that holds the interpreter's lock for ever can still be seen into.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+STACK_SIGNAL = signal.SIGUSR1
+
+
+class Pulse:
+    """One rank's present: phase, step, and since when."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.attempt, self.step, self.phase, self._since = 0, 0, "start", time.monotonic()
+        self.stack_file = ""
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Say that a phase begins, at a step if it changed."""
+        self.phase, self._since = phase, time.monotonic()
+        self.step = self.step if step is None else step
+
+    def beat(self) -> dict[str, Any]:
+        """The present as plain values; `seconds` have passed since the phase began."""
+        return {"rank": self.rank, "attempt": self.attempt, "step": self.step, "phase": self.phase,
+                "seconds": time.monotonic() - self._since, "pid": os.getpid(), "host": socket.gethostname(),
+                "stack_file": self.stack_file, "time": time.time()}
+
+    def dump_stacks_on_signal(self) -> None:
+        """From now on STACK_SIGNAL writes the stacks of all threads into a file of this machine."""
+        path = Path(tempfile.gettempdir()) / f"dray-stacks-{os.getpid()}.txt"
+        stream = path.open("w", encoding="utf-8")
+        faulthandler.register(STACK_SIGNAL, file=stream, all_threads=True, chain=False)
+        self._stream, self.stack_file = stream, str(path)  # the stream must outlive the handler

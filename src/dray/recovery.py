@@ -1,0 +1,70 @@
+"""What happens after an attempt failed: go on, go on differently, or give up; by cause, never by count alone.
+
+A failure after which more was committed than after the one before is progress, and starts the count anew. What is
+nobody's fault (a machine taken away) never uses the budget up; what would only fail again is not tried again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+HOPELESS = frozenset({"numerics", "configuration"})
+"""Classes that a restart does not mend."""
+FREE = frozenset({"preemption", "node_loss", "checkpoint", "spike"})
+"""Classes that are not counted: each has its own bound or is nobody's fault."""
+MEMORY = frozenset({"gpu_memory", "host_memory"})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`retry` or not, why, and the micro batch to go on with where it changes."""
+
+    retry: bool
+    reason: str
+    micro_rows: int | None = None
+
+
+@dataclass
+class Budget:
+    """Counts the failures of one driver's attempts."""
+
+    max_failures: int
+    failures: int = 0
+    committed: int = -1
+    free: dict[str, int] = field(default_factory=dict)
+
+    def decide(self, kind: str, *, committed_step: int, micro_rows: int) -> Decision:
+        """What to do after a failure of this class, with the newest committed step and the micro batch it ran with."""
+        if committed_step > self.committed:
+            self.failures, self.committed = 0, committed_step
+            self.free.clear()
+        if kind in HOPELESS:
+            return Decision(False, f"{kind}: a restart would fail again")
+        if kind in MEMORY:
+            if micro_rows == 1:
+                return Decision(False, "out of memory with one row in a forward pass: nothing is left to halve")
+            return Decision(True, f"out of memory: micro batches of {micro_rows // 2} rows from now on",
+                            micro_rows // 2)
+        if kind in FREE:
+            self.free[kind] = self.free.get(kind, 0) + 1
+            return Decision(True, f"{kind}: not counted as a failure")
+        self.failures += 1
+        if self.failures > self.max_failures:
+            return Decision(False, f"{self.failures} failures without a committed step between them; "
+                                   f"resources.max_failures = {self.max_failures}")
+        since = max(0, self.committed)
+        return Decision(True, f"{kind}: failure {self.failures} of {self.max_failures} since step {since}")
+
+
+def kind_of_error(error_type: str, default: str) -> str:
+    """The class of dray's own errors, which doctor's patterns do not know."""
+    names: dict[str, str] = {"CheckpointDamaged": "checkpoint", "LossSpike": "spike", "BadNumbers": "numerics",
+                             "SaveFailed": "storage"}
+    return names.get(error_type.rpartition(".")[2], default)
+
+
+def as_plain(error: BaseException) -> dict[str, Any]:
+    """An error of a worker as Ray's controller has it, without the parts that only Ray can read."""
+    cause = getattr(error, "health_check_failure", None) or error
+    return {"error_type": f"{type(cause).__module__}.{type(cause).__name__}", "message": str(cause)[:4000]}

@@ -1,0 +1,125 @@
+"""Checkpoints written beside training: a step waits for the copy out of the model, and for nothing else.
+
+Every rank copies what it owns to host memory and writes it in a thread; the ranks' threads agree over a process group
+of their own, and rank 0 commits. At most one save is in flight. A save that fails on any rank is given up by all, with
+the reason; training goes on from the step it has reached, until too many fail in a row.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dray.engine import Engine
+from dray.errors import DrayError
+from dray.ranks import Ranks
+from dray.spec import Spec
+from dray.store import CheckpointWriter, RankFile, Run, apply_retention, make_fragment_key
+
+MAX_FAILED_IN_A_ROW = 3
+
+
+class SaveFailed(DrayError):
+    """Checkpoints can no longer be committed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended: `problem` is empty if it is committed."""
+
+    step: int
+    problem: str
+    seconds: float
+    blocked_seconds: float
+
+
+class Saver:
+    """Saves one attempt's checkpoints. Every rank has one and calls it at the same steps."""
+
+    def __init__(self, run: Run, attempt: int, spec: Spec, *, engine: Engine, ranks: Ranks,
+                 wait_stored: Callable[[], None]) -> None:
+        self._run, self._attempt, self._spec, self._engine = run, attempt, spec, engine
+        self._ranks, self._wait_stored = ranks.apart(), wait_stored
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+        self._failed_in_a_row = 0
+
+    def begin(self, step: int, metadata: dict[str, Any]) -> Outcome | None:
+        """Copy the state of this step and write it in the background. Returns the outcome of the save before.
+
+        Raises SaveFailed when too many saves in a row have failed.
+        """
+        before = self.finish()
+        begun = time.perf_counter()
+        tensors = self._copies()
+        blocked = time.perf_counter() - begun
+        self._thread = threading.Thread(target=self._write, args=(step, metadata, tensors, blocked), name="saver",
+                                        daemon=True)
+        self._thread.start()
+        return before
+
+    def finish(self, *, last: bool = False) -> Outcome | None:
+        """Wait for the save in flight, if there is one, and return its outcome.
+
+        Raises SaveFailed when too many in a row have failed, or this one and it is the `last`.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, outcome = None, self._outcome
+        assert outcome is not None
+        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.problem else 0
+        if outcome.problem and (last or self._failed_in_a_row >= MAX_FAILED_IN_A_ROW):
+            count = f"{self._failed_in_a_row} saves in a row" if self._failed_in_a_row > 1 else "the save"
+            raise SaveFailed(f"{count} failed, the latest at step {outcome.step}: {outcome.problem}")
+        return outcome
+
+    def _copies(self) -> dict[str, Tensor]:
+        """What this rank owns, by fragment key, in host memory of its own."""
+        tensors = {
+            make_fragment_key(fragment.parameter, state, fragment.start): view
+            for fragment in self._engine.fragments() for state, view in fragment.states.items()
+        }
+        if self._ranks.rank == 0:
+            buffers = self._engine.buffers().items()
+            tensors |= {make_fragment_key(name, "buffer", 0): buffer.reshape(-1) for name, buffer in buffers}
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+    def _write(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor], blocked: float) -> None:
+        begun = time.perf_counter()
+        try:
+            problem = self._commit(step, metadata, tensors)
+        except Exception as error:  # the group broke: another rank is gone, and training will find out too
+            problem = _describe(error)
+        self._outcome = Outcome(step, problem, time.perf_counter() - begun + blocked, blocked)
+
+    def _commit(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+        """Write, agree, commit. Returns what went wrong, the same on every rank."""
+        ranks, writer = self._ranks, CheckpointWriter(self._run, step, self._attempt)
+        mine: RankFile | str
+        try:
+            mine = writer.write_rank(ranks.rank, ranks.num_ranks, tensors)
+        except Exception as error:
+            mine = f"rank {ranks.rank}: {_describe(error)}"
+        tensors.clear()
+        found = ranks.gather(mine)
+        problem = "; ".join(item for item in found if isinstance(item, str))
+        if ranks.rank == 0 and not problem:
+            try:
+                self._wait_stored()
+                writer.commit(found, metadata)
+                keep, validation = self._spec.checkpoint, self._spec.validation
+                apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)
+            except Exception as error:
+                problem = _describe(error)
+        agreed: str = ranks.broadcast(problem)
+        return agreed
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
