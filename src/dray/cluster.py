@@ -54,7 +54,7 @@ def connect(address: str | None, *, num_cpus: float, verbose: bool = False) -> I
         yield Connection(local=False, shape=live_shape())
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    level = logging.INFO if verbose else logging.ERROR
+    level = logging.INFO if verbose else logging.CRITICAL  # a dead worker is told by the diagnosis
     if not verbose:
         _silence_ray_data()
     if not address:

@@ -1,7 +1,7 @@
 """Tells a run that hangs from one that is slow, by the ranks' heartbeats; pure, so that a test need not wait.
 
-A rank's heart beats in a thread of its own. A rank without beats is stopped, dead or holds the interpreter's lock; ranks
-that all beat but have stood in one phase for many times a step's duration wait for each other.
+A rank's heart beats in a thread of its own. A rank without beats is stopped, dead or holds the interpreter's lock;
+ranks that all beat but have stood in one phase for many times a step's duration wait for each other.
 """
 
 from __future__ import annotations
