@@ -233,8 +233,9 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
         "preempted": any(getattr(getattr(e, "health_check_failure", e), "preempted", False) for e in errors.values()),
     }
     save_failure(run, failure)
-    kind = classify(failure)
-    decision = budget.decide(kind, committed_step=committed, micro_rows=attempt.plan.batch.micro_rows)
+    kind, batch = classify(failure), attempt.plan.batch
+    decision = budget.decide(kind, committed_step=committed, micro_rows=batch.micro_rows,
+                             rows_per_rank=batch.rows_per_rank)
     if decision.micro_rows:
         run.update(micro_rows=decision.micro_rows)
     run.end_attempt(attempt.number, "failed", step, kind)

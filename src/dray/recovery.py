@@ -34,8 +34,8 @@ class Budget:
     committed: int = -1
     free: dict[str, int] = field(default_factory=dict)
 
-    def decide(self, kind: str, *, committed_step: int, micro_rows: int) -> Decision:
-        """What to do after a failure of this class, with the newest committed step and the micro batch it ran with."""
+    def decide(self, kind: str, *, committed_step: int, micro_rows: int, rows_per_rank: int) -> Decision:
+        """What to do after a failure of this class, with the newest committed step and the batch it ran with."""
         if committed_step > self.committed:
             self.failures, self.committed = 0, committed_step
             self.free.clear()
@@ -44,8 +44,8 @@ class Budget:
         if kind in MEMORY:
             if micro_rows == 1:
                 return Decision(False, "out of memory with one row in a forward pass: nothing is left to halve")
-            return Decision(True, f"out of memory: micro batches of {micro_rows // 2} rows from now on",
-                            micro_rows // 2)
+            smaller = max(rows for rows in range(1, micro_rows // 2 + 1) if rows_per_rank % rows == 0)
+            return Decision(True, f"out of memory: micro batches of {smaller} rows from now on", smaller)
         if kind in FREE:
             self.free[kind] = self.free.get(kind, 0) + 1
             return Decision(True, f"{kind}: not counted as a failure")

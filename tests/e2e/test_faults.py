@@ -1,0 +1,164 @@
+"""Real faults on a real local Ray: a worker killed, stopped, out of memory; numbers gone bad; a checkpoint damaged.
+
+Each run must end with the weights of the run that nothing happened to. `make faults` runs the full table.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dray.errors import RunFailed
+from dray.spec import make_spec
+from dray.store import Run, verify_checkpoint
+from dray.train import train
+from tiny import tiny_tree
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+STEPS, EVERY = 24, 6
+
+
+def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
+    """A few steps a second, so that a fault can fall into one."""
+    return tiny_tree(corpus, **{"duration": {"steps": STEPS}, "batch": {"global_rows": 48, "micro_rows": 6},
+                                "checkpoint": {"every_steps": EVERY, "keep_last": 4},
+                                "watchdog": {"silent_seconds": 6, "stuck_seconds": 8, "stuck_steps": 4}, **sections})
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
+    return train(make_spec(make_case(tiny_corpus)), storage=storage, run_name="undisturbed").run
+
+
+def workers() -> list[psutil.Process]:
+    """The ranks of this test's own Ray."""
+    return [process for process in psutil.Process().children(recursive=True)
+            if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def steps_of(storage: str, name: str) -> int:
+    run = Run.find(storage, name)
+    rows = run.metrics() if run else []
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def disturbed(storage: str, corpus: Path, name: str, faults: dict[int, Callable[[psutil.Process], None]],
+              **sections: Any) -> Run:
+    """Train while each fault befalls a random rank once its step has been reported."""
+
+    def befall() -> None:
+        for step, fault in faults.items():
+            while steps_of(storage, name) < step:
+                time.sleep(0.05)
+            fault(random.choice(workers()))
+            time.sleep(2)
+
+    thread = threading.Thread(target=befall, daemon=True)
+    thread.start()
+    run = train(make_spec(make_case(corpus, **sections)), storage=storage, run_name=name).run
+    thread.join(timeout=5)
+    assert not thread.is_alive(), "a fault never happened"
+    return run
+
+
+def assert_nothing_lost(run: Run, undisturbed: Run) -> None:
+    """One metrics row a step, the same rows, the same weights, at most one interval redone a failure."""
+    rows, expected = run.metrics(), undisturbed.metrics()
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["rows_digest"] for row in rows] == [row["rows_digest"] for row in expected]
+    ours, theirs = (verify_checkpoint(each, each.checkpoints()[-1]) for each in (run, undisturbed))
+    assert (ours.step, ours.weights_sha256, ours.optimizer_sha256) == (
+        STEPS, theirs.weights_sha256, theirs.optimizer_sha256)
+    for event in run.events():
+        if event["kind"] == "attempt_failed":
+            after = next(a for a in run.attempts() if a["attempt"] == event["attempt"] + 1)
+            assert event["step"] - after["start_step"] <= EVERY + 1
+
+
+def kill(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGKILL)
+
+
+def stop(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGSTOP)
+
+
+def test_a_killed_worker_costs_at_most_an_interval(storage: str, tiny_corpus: Path, undisturbed: Run):
+    run = disturbed(storage, tiny_corpus, "killed", {8: kill, 16: kill})
+    assert_nothing_lost(run, undisturbed)
+    events = run.events()
+    assert [event["retry"] for event in events if event["kind"] == "attempt_failed"] == [True, True]
+    assert all(event["seconds"] < 120 for event in events if event["kind"] == "recovered")
+
+
+def test_a_stopped_worker_is_found_and_ended(storage: str, tiny_corpus: Path, undisturbed: Run):
+    run = disturbed(storage, tiny_corpus, "stopped", {8: stop})
+    assert_nothing_lost(run, undisturbed)
+    hang = next(event for event in run.events() if event["kind"] == "hang")
+    assert "no sign of life" in hang["reason"]
+    other = next(rank for rank in (0, 1) if rank not in hang["ranks"])
+    stacks = Path(run.uri, "stacks", f"a0001-r{other:05d}.txt").read_text()
+    assert "_train_step" in stacks  # the one that waited shows where
+
+
+def limit_memory(process: psutil.Process) -> None:
+    """Leave the process no more address space than it has: its next large allocation fails."""
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
+
+
+def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corpus: Path, undisturbed: Run):
+    run = disturbed(storage, tiny_corpus, "starved", {8: limit_memory})
+    rows, expected = run.metrics(), undisturbed.metrics()
+    assert [row["rows_digest"] for row in rows] == [row["rows_digest"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert run.record()["micro_rows"] == 3
+    assert run.attempts()[-1]["micro_rows"] == 3
+    failed = next(event for event in run.events() if event["kind"] == "attempt_failed")
+    assert failed["cause"] == "host_memory"
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(storage: str, tiny_corpus: Path,
+                                                                      undisturbed: Run):
+    spec = make_case(tiny_corpus, duration={"steps": 2 * EVERY})
+    run = train(make_spec(spec), storage=storage, run_name="damaged").run
+    file = next(Path(run.latest_checkpoint().path).glob("rank-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+    run = train(make_spec(make_case(tiny_corpus)), storage=storage, run_name="damaged").run
+    assert_nothing_lost(run, undisturbed)
+    assert [attempt["start_step"] for attempt in run.attempts()] == [0, 2 * EVERY, EVERY]
+    aside = [item for item in run.summary()["checkpoints"] if "set aside" in item["problem"]]
+    assert [item["step"] for item in aside] == [2 * EVERY]
+
+
+def test_bad_numbers_end_a_run_with_its_last_sound_checkpoint(storage: str, tiny_corpus: Path):
+    """A rate that makes the weights overflow: steps without an update are recorded with their rows, then it ends."""
+    spec = make_case(tiny_corpus, optimizer={"learning_rate": 10.0, "weight_decay": 10.0},
+                     regularization={"clip_grad_norm": None}, numerics={"max_skipped_steps": 3},
+                     duration={"steps": 400})
+    with pytest.raises(RunFailed, match=r"numerics|not finite"):
+        train(make_spec(spec), storage=storage, run_name="overflown")
+    run = Run.open(storage, "overflown")
+    skipped = [event for event in run.events() if event["kind"] == "step_skipped"]
+    assert len(skipped) >= 3
+    assert all(len(event["rows"]) == 48 for event in skipped)
+    assert len(run.attempts()) == 1  # a restart would fail again
+    assert run.latest_checkpoint() is None or verify_checkpoint(run, run.latest_checkpoint()).ok
+    assert os.path.exists(Path(run.uri, "failures", "a0001.json"))
