@@ -22,7 +22,7 @@ from dray.corpus.stream import RowStream, check_rows
 from dray.engine import Engine, build_engine
 from dray.job import Attempt, Job
 from dray.models import build_model, enable_activation_checkpointing, parameter_groups, restore_rotary_buffers
-from dray.order import Segment, row_digest
+from dray.order import NO_STEPS, Segment, chain_digest, format_digest, row_digest
 from dray.ranks import Ranks
 from dray.schedule import learning_rate
 from dray.store import (
@@ -55,6 +55,9 @@ class _Progress:
 
     step: int
     tokens: int = 0
+    chain_after: int = 0
+    chain: str = NO_STEPS
+    """Chained digest of the rows of all steps after `chain_after`: what the weights were trained on."""
     best: float | None = None
     validations_without_better: int = 0
     last_validation: dict[str, float] = field(default_factory=dict)
@@ -120,8 +123,17 @@ class _Loop:
             self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
         for name in ("tokens", "best", "validations_without_better"):
             setattr(self.progress, name, state[name])
+        self._restore_chain(state.get("rows_chain"))
         self.progress.last_validation = state["validation"]
         self.progress.last_validation_step = state["validation_step"]
+
+    def _restore_chain(self, saved: dict[str, Any] | None) -> None:
+        """Go on with the checkpoint's chain; anew where it has none, or is another run's, whose rows are not ours."""
+        own = self.newest is not None and self.newest.path.startswith(f"{self.run.path}/")
+        if saved and own:
+            self.progress.chain_after, self.progress.chain = saved["after"], saved["digest"]
+        else:
+            self.progress.chain_after = self.progress.step
 
     def follow(self, segments: Iterator[tuple[Segment, pa.Table]], stream: RowStream) -> str:
         """Consume the stream to its end, or until all ranks agree to stop."""
@@ -178,12 +190,13 @@ class _Loop:
             loss_sum += summed.detach().double().cpu()
         grad_norm = self.engine.step(rate)
         self.progress.step = step
+        self.progress.chain = chain_digest(self.progress.chain, all_digests)
         self.progress.save_due = saves > 0 or self._checkpoint_due(step)
         self.progress.tokens += all_tokens
         self.reporter.send({
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
             "num_ranks": self.ranks.num_ranks, "loss_sum": float(loss_sum), "num_targets": all_targets,
-            "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": f"{all_digests % 2**64:016x}",
+            "learning_rate": rate, "grad_norm": grad_norm, "rows_digest": format_digest(all_digests),
             "tokens": self.progress.tokens, "step_tokens": all_tokens,
             "seconds": time.perf_counter() - begun + data_wait,
             "data_wait_seconds": data_wait, "forward_seconds": working, "time": time.time(),
@@ -240,6 +253,7 @@ class _Loop:
         if self.progress.saved_step == step:
             return
         begun = time.perf_counter()
+        self.reporter.flush()  # a rank killed after the commit takes no record of a committed step with it
         writer = CheckpointWriter(self.run, step, self.attempt)
         tensors = {
             make_fragment_key(fragment.parameter, state, fragment.start): view.detach()
@@ -269,6 +283,7 @@ class _Loop:
             "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
             "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
             "validation_step": progress.last_validation_step,
+            "rows_chain": {"after": progress.chain_after, "digest": progress.chain},
         }
 
 
