@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dray.order import PADDING, Order, SourceCount, deal_to_ranks, make_segments, row_digest
+from dray.order import (
+    NO_STEPS,
+    PADDING,
+    LeftOut,
+    Order,
+    SourceCount,
+    batch_positions,
+    chain_digest,
+    deal_to_ranks,
+    format_digest,
+    make_segments,
+    row_digest,
+    row_digests,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -134,3 +147,70 @@ def test_an_epoch_of_several_sources_reads_group_by_group():
     num_groups = sum(-(-n // group_rows) for n in counts)
     assert (np.diff(group) != 0).sum() == num_groups - 1
     assert (np.diff(source) != 0).sum() > 10  # and the sources take turns
+
+
+@st.composite
+def left_out_batches(draw: st.DrawFn) -> tuple[int, ...]:
+    return tuple(sorted(draw(st.sets(st.integers(0, 120), max_size=40))))
+
+
+@given(batches=left_out_batches(), first=st.integers(1, 150), num_steps=st.integers(1, 30))
+def test_step_s_reads_the_sth_batch_that_is_not_left_out(batches, first, num_steps):
+    read = [batch for batch in range(400) if batch not in batches]
+    steps = np.arange(first, first + num_steps)
+    assert LeftOut(batches).batches_at(steps).tolist() == read[first - 1: first - 1 + num_steps]
+
+
+@given(batches=left_out_batches(), first=st.integers(1, 60), num_steps=st.integers(1, 10))
+def test_leaving_out_steps_changes_nothing_before_them(batches, first, num_steps):
+    before, after = LeftOut(batches), LeftOut(batches).with_steps(first, first + num_steps - 1)
+    steps = np.arange(1, 200)
+    assert len(after.batches) == len(batches) + num_steps
+    assert np.array_equal(before.batches_at(steps[: first - 1]), after.batches_at(steps[: first - 1]))
+    # From there on what was read `num_steps` later comes now, and the batches in between never come.
+    assert np.array_equal(before.batches_at(steps[first - 1:] + num_steps), after.batches_at(steps[first - 1:]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches=left_out_batches(), global_rows=st.integers(1, 60), num_ranks=st.integers(1, 16),
+       first=st.integers(1, 10**9))
+def test_left_out_batches_are_read_by_no_rank(batches, global_rows, num_ranks, first):
+    order, steps = Order([SourceCount(1234, 1.0), SourceCount(77, 2.0)], 32, seed=5), np.arange(first, first + 5)
+    read = LeftOut(batches).batches_at(steps)
+    assert not set(read.tolist()) & set(batches)
+    rows = order.rows_at(batch_positions(read, global_rows)).reshape(-1, global_rows)
+    for batch, of_step in zip(read.tolist(), rows, strict=True):
+        assert np.array_equal(of_step, order.rows(batch * global_rows, (batch + 1) * global_rows))
+        dealt = deal_to_ranks(of_step, num_ranks, -(-global_rows // num_ranks))
+        assert sum(row_digest(part) for part in dealt) % 2**64 == row_digests(rows[read == batch])[0]
+
+
+@pytest.mark.parametrize("batches", [(-1,), (3, 3), (5, 2)])
+def test_batches_to_leave_out_are_ascending_indices(batches):
+    with pytest.raises(ValueError, match="ascend"):
+        LeftOut(batches)
+
+
+@pytest.mark.parametrize("weights", [(None, None, None), (1.0, 5.0, 0.5)])
+def test_an_epoch_of_a_pool_is_each_of_its_rows(weights):
+    order = Order([SourceCount(n, w) for n, w in zip((100, 33, 7), weights, strict=True)], 16, seed=2)
+    positions = np.arange(20_000)
+    rows, (pools, epochs) = order.rows_at(positions), order.epochs_at(positions)
+    assert [len(pool) for pool in order.pools] == ([140] if weights[0] is None else [100, 33, 7])
+    for number, pool in enumerate(order.pools):
+        for epoch in range(int(epochs[pools == number].max())):
+            assert np.array_equal(np.sort(rows[(pools == number) & (epochs == epoch)]), np.asarray(pool))
+
+
+def test_a_chained_digest_tells_histories_apart():
+    def chain(*digests: int) -> str:
+        text = NO_STEPS
+        for digest in digests:
+            text = chain_digest(text, digest)
+        return text
+
+    assert chain(1, 2, 3) == chain_digest(chain_digest(chain(1), 2), 3)
+    different = [chain(), chain(1), chain(2, 1), chain(1, 2), chain(1, 1), chain(1, 2, 0), chain(2**64 - 1), chain(0)]
+    assert len(set(different)) == len(different)
+    assert chain(2**64 + 5) == chain(5)  # digests are taken modulo 2^64
+    assert format_digest(2**64 + 5) == "0000000000000005"

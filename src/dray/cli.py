@@ -12,10 +12,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dray import __version__
 from dray.errors import DrayError, RunFailed, SpecError, StoreError
+
+if TYPE_CHECKING:
+    from dray.store import Run
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -101,8 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
     show = _add_run(commands, "show", _show, "what a run did and has")
     _add_json(show)
 
-    verify = _add_run(commands, "verify", _verify, "check a checkpoint, byte for byte")
+    verify = _add_run(commands, "verify", _verify, "check a checkpoint, byte for byte, or the ledger of rows used")
     verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    verify.add_argument("--ledger", action="store_true",
+                        help="prove instead that up to that step each row of each epoch was used exactly once")
     _add_json(verify)
     return parser
 
@@ -290,11 +295,25 @@ def _verify(arguments: argparse.Namespace) -> int:
     from dray.store import Run, find_checkpoint, verify_checkpoint
 
     run = Run.open(*_locate(arguments))
+    if arguments.ledger:
+        return _verify_ledger(run, arguments)
     report = verify_checkpoint(run, find_checkpoint(run, arguments.step))
     if arguments.json:
         _print_json(report.to_json())
     else:
         print(format_verification(report))
+    return 0 if report.ok else 3
+
+
+def _verify_ledger(run: Run, arguments: argparse.Namespace) -> int:
+    from dray.ledger import verify_ledger
+    from dray.report import format_ledger
+
+    report = verify_ledger(run, arguments.step)
+    if arguments.json:
+        _print_json(report.to_json())
+    else:
+        print(format_ledger(report))
     return 0 if report.ok else 3
 
 

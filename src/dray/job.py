@@ -39,6 +39,8 @@ class Attempt:
     """Path of the checkpoint that it goes on from; empty: from the initial weights."""
     plan: Plan
     """The job's plan for this number of ranks, and for the micro batch that memory allows by now."""
+    left_out: tuple[int, ...] = ()
+    """Batches that are never read (`order.LeftOut`): a rewind left them out."""
 
 
 def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
@@ -47,8 +49,8 @@ def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
     newest = run.latest_checkpoint()
     record: dict[str, Any] = {"num_ranks": num_ranks, "start_step": newest.step if newest else 0,
                               "checkpoint": newest.path if newest else ""}
-    if micro_rows := run.record().get("micro_rows"):
-        record["micro_rows"] = micro_rows
+    remembered = run.record()
+    record |= {key: remembered[key] for key in ("micro_rows", "left_out") if remembered.get(key)}
     return record | {"attempt": run.begin_attempt(**record)}
 
 
@@ -61,7 +63,8 @@ def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:
     if num_ranks != plan.num_ranks or "micro_rows" in record:
         plan = make_plan(spec, plan.shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
                          vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None, num_ranks=num_ranks)
-    return Attempt(int(record["attempt"]), num_ranks, int(record["start_step"]), record.get("checkpoint", ""), plan)
+    return Attempt(int(record["attempt"]), num_ranks, int(record["start_step"]), record.get("checkpoint", ""), plan,
+                   tuple(record.get("left_out", ())))
 
 
 def make_stream(job: Job, attempt: Attempt) -> RowStream:
@@ -77,4 +80,5 @@ def make_stream(job: Job, attempt: Attempt) -> RowStream:
         folder=job.corpus, manifest=job.manifest, seed=spec.seed, global_rows=spec.batch.global_rows,
         num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=batch.micro_rows, start_step=start_step,
         num_steps=num_steps, validation_steps=tuple(sorted(due)), max_validation_rows=spec.validation.max_rows,
+        left_out=attempt.left_out,
     )

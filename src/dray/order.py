@@ -1,8 +1,9 @@
 """Which row is read at which step by which rank: pure arithmetic on the corpus' counts and a seed.
 
-Training reads an endless sequence of *positions*; position q belongs to step q // global_rows. Every function here maps
-positions to row ids in O(1) each, at any position: seeking costs nothing and no state is saved. The number of ranks
-enters only when the rows of a step are dealt out. Nothing here reads a file.
+Training reads an endless sequence of *positions*, cut into batches of global_rows each; step s reads the s-th batch of
+those that are not left out. Every function here maps positions to row ids in O(1) each, at any position: seeking costs
+nothing and no state is saved. The number of ranks enters only when the rows of a step are dealt out. Nothing here reads
+a file.
 
 Rows lie on disk in groups of `group_rows`, shuffled once. An epoch permutes the groups and, in each, the rows: reads
 stay sequential within a group while every epoch and seed has an order of its own.
@@ -10,8 +11,11 @@ stay sequential within a group while every epoch and seed has an order of its ow
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,10 +55,16 @@ class Order:
         self._mix = _Mix(weights) if len(weights) == len(sources) and len(sources) > 1 else None
         pools = [[count] for count in counts] if self._mix else [counts]
         self._pools = [_Pool(pool, group_rows, seed, stream) for stream, pool in enumerate(pools)]
+        ends = np.cumsum([sum(pool) for pool in pools]).tolist()
+        self.pools = tuple(range(start, stop) for start, stop in pairwise([0, *ends]))
+        """Row ids that go through epochs together: of each weighted source, or of all sources."""
 
     def rows(self, start: int, stop: int) -> Ints:
         """Row ids of the positions [start, stop): shape (stop - start,), each in [0, num_rows)."""
-        positions = np.arange(start, stop, dtype=np.int64)
+        return self.rows_at(np.arange(start, stop, dtype=np.int64))
+
+    def rows_at(self, positions: Ints) -> Ints:
+        """Row ids of any positions, in their order: shape (len(positions),), each in [0, num_rows)."""
         if self._mix is None:
             return self._pools[0].rows(positions)
         ids = np.empty_like(positions)
@@ -63,6 +73,13 @@ class Order:
             chosen = of_source == source
             ids[chosen] = self._offsets[source] + pool.rows(nth[chosen])
         return ids
+
+    def epochs_at(self, positions: Ints) -> tuple[Ints, Ints]:
+        """For each position the pool that it is dealt to (an index of `pools`), and which of its epochs it lies in."""
+        if self._mix is None:
+            return np.zeros_like(positions), positions // self.num_rows
+        pool, nth = self._mix.deal(positions)
+        return pool, nth // np.asarray([len(rows) for rows in self.pools])[pool]
 
 
 class _Pool:
@@ -132,6 +149,42 @@ class _Mix:
         return source, cycles * self._counts[source] + self._before[within]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Batches of the endless sequence that no step reads; the others are dealt to the steps in order.
+
+    `batches`: their indices, ascending; batch b is the positions [b·global_rows, (b + 1)·global_rows). Leaving out what
+    lies past the batch of step s changes nothing up to step s. Raises ValueError for indices that are negative or do
+    not ascend.
+    """
+
+    batches: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(batch < 0 for batch in self.batches[:1]) or any(a >= b for a, b in pairwise(self.batches)):
+            raise ValueError(f"batches that are left out are counted from 0 and ascend: {list(self.batches)[:8]}")
+
+    @cached_property
+    def _read_before(self) -> Ints:
+        """How many batches are read before each one that is left out: never descending."""
+        return np.asarray(self.batches, dtype=np.int64) - np.arange(len(self.batches))
+
+    def batches_at(self, steps: Ints) -> Ints:
+        """The batch that each step reads: of those not left out the s-th for step s, counted from 1. O(log n) each."""
+        return steps - 1 + np.searchsorted(self._read_before, steps - 1, side="right")
+
+    def with_steps(self, first: int, last: int) -> LeftOut:
+        """What else is left out once the batches of the steps [first, last] are: step `first` then reads what step
+        last + 1 read, and so on; the steps before are as they were."""
+        found: list[int] = self.batches_at(np.arange(first, last + 1, dtype=np.int64)).tolist()
+        return LeftOut(tuple(sorted({*self.batches, *found})))
+
+
+def batch_positions(batches: Ints, global_rows: int) -> Ints:
+    """Positions of some batches, one batch after the other: shape (len(batches) · global_rows,)."""
+    return (batches[:, None] * global_rows + np.arange(global_rows, dtype=np.int64)).reshape(-1)
+
+
 def deal_to_ranks(rows: Ints, num_ranks: int, rows_per_rank: int) -> Ints:
     """The rows of one step, shape (global_rows,), as (num_ranks, rows_per_rank), filled up with PADDING."""
     slots = np.full(num_ranks * rows_per_rank, PADDING, dtype=np.int64)
@@ -144,8 +197,32 @@ def row_digest(rows: Ints) -> int:
 
     Digests of parts add up (modulo 2^64) to the digest of the whole.
     """
-    real = rows[rows >= 0].astype(np.uint64)
-    return int(np.add.reduce(_hash(real + np.uint64(1)), dtype=np.uint64)) if len(real) else 0
+    return int(row_digests(rows))
+
+
+def row_digests(rows: Ints) -> Words:
+    """`row_digest` along the last axis: shape rows.shape[:-1]."""
+    hashes = np.where(rows >= 0, _hash(rows.astype(np.uint64) + np.uint64(1)), np.uint64(0))
+    digests: Words = np.add.reduce(hashes, axis=-1, dtype=np.uint64)
+    return digests
+
+
+def format_digest(digest: int) -> str:
+    """A digest as records carry it: 16 hexadecimal digits."""
+    return f"{digest % 2**64:016x}"
+
+
+NO_STEPS = "0" * 32
+"""The chained digest of no steps at all."""
+
+
+def chain_digest(before: str, digest: int) -> str:
+    """Digest of a history that is one step longer: 32 hexadecimal digits.
+
+    `before`: that of the steps so far (`NO_STEPS` at the start); `digest`: the row digest of the next one. Histories
+    have the same one only if each step of theirs read the same rows.
+    """
+    return hashlib.blake2b(bytes.fromhex(before + format_digest(digest)), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import pyarrow as pa
 from dray.corpus.stream import build_dataset
 from dray.errors import RunFailed
 from dray.job import Attempt, Job, begin_attempt, make_attempt, make_stream
+from dray.order import LeftOut
 from dray.pulse import STACK_SIGNAL, Pulse
 from dray.recovery import Budget, Decision, as_plain
 from dray.store import Run
@@ -234,6 +235,8 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     }
     save_failure(run, failure)
     kind, batch = classify(failure), attempt.plan.batch
+    if kind == "spike":
+        kind = _leave_out(run, attempt, step, job.spec.numerics.max_rewinds)
     decision = budget.decide(kind, committed_step=committed, micro_rows=batch.micro_rows,
                              rows_per_rank=batch.rows_per_rank)
     if decision.micro_rows:
@@ -242,6 +245,14 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=kind, retry=decision.retry,
                   reason=decision.reason)
     return decision
+
+
+def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> str:
+    """Let no later attempt read the batch of this step. Returns the failure's class: too many spikes are bad numbers."""
+    if len(attempt.left_out) >= max_rewinds:
+        return "numerics"
+    run.update(left_out=list(LeftOut(attempt.left_out).with_steps(step, step).batches))
+    return "spike"
 
 
 def end_hang(run: Run, hang: Hang, beats: Beats) -> None:

@@ -1,4 +1,4 @@
-"""Reads the store and explains it: one run as a page, all runs as a table, a checkpoint's verification."""
+"""Reads the store and explains it: one run as a page, all runs as a table, what was verified."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dray.ledger import LedgerReport
 from dray.plan import format_bytes, format_seconds
 from dray.progress import format_values
 from dray.store import CheckpointReport, Run
@@ -75,6 +76,26 @@ def format_verification(report: CheckpointReport) -> str:
     lines += [f"  {problem}" for problem in report.problems]
     if report.ok:
         lines += [f"  weights    {report.weights_sha256}", f"  optimizer  {report.optimizer_sha256}"]
+    return "\n".join(lines)
+
+
+def format_ledger(report: LedgerReport) -> str:
+    """The outcome of `dray verify --ledger`."""
+    begun = f"; forked at step {report.start_step}" if report.start_step else ""
+    lines = [
+        f"{report.run}  ledger {'sound' if report.ok else 'BROKEN'} up to step {report.committed_step}{begun}",
+        f"  steps      {report.steps:,} committed, {report.uncommitted_steps:,} past the checkpoint; "
+        f"{report.attempts:,} attempts, {report.redone_steps:,} steps done again",
+        f"  rows       {report.rows_used:,} used; {report.repeated:,} repeated, {report.skipped:,} skipped, "
+        f"{report.left_out:,} left out",
+    ]
+    apart = ", ".join(f"{name} {count:,}" for name, count in report.epochs_by_source.items() if count != report.epochs)
+    lines.append(f"  epochs     {report.epochs:,} completed{f' ({apart})' if apart else ''}")
+    if report.unlogged_steps:
+        lines.append(f"  unlogged   {report.unlogged_steps:,} steps without a metrics row, proven by the checkpoint")
+    if report.left_out_batches:
+        lines.append(f"  left out   batches {', '.join(map(str, report.left_out_batches))}")
+    lines += [f"  digest     {report.digest}"] if report.ok else [f"  {problem}" for problem in report.problems]
     return "\n".join(lines)
 
 

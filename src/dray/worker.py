@@ -25,7 +25,7 @@ from dray.errors import DrayError
 from dray.job import Attempt, Job
 from dray.models import build_model, enable_activation_checkpointing, parameter_groups, restore_rotary_buffers
 from dray.numerics import LossSpike, Watch
-from dray.order import Ints, Segment, row_digest
+from dray.order import NO_STEPS, Ints, Segment, chain_digest, format_digest, row_digest
 from dray.pulse import Pulse
 from dray.ranks import Ranks
 from dray.saving import Outcome, Saver
@@ -67,6 +67,9 @@ class _Progress:
 
     step: int
     tokens: int = 0
+    chain_after: int = 0
+    chain: str = NO_STEPS
+    """Chained digest of the rows of all steps after `chain_after`: what the weights were trained on."""
     best: float | None = None
     validations_without_better: int = 0
     last_validation: dict[str, float] = field(default_factory=dict)
@@ -147,8 +150,17 @@ class _Loop:
             self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
         for name in ("tokens", "best", "validations_without_better"):
             setattr(self.progress, name, state[name])
+        self._restore_chain(state.get("rows_chain"))
         self.progress.last_validation = state["validation"]
         self.progress.last_validation_step = state["validation_step"]
+
+    def _restore_chain(self, saved: dict[str, Any] | None) -> None:
+        """Go on with the checkpoint's chain; anew where it has none, or is another run's, whose rows are not ours."""
+        own = self.newest is not None and self.newest.path.startswith(f"{self.run.path}/")
+        if saved and own:
+            self.progress.chain_after, self.progress.chain = saved["after"], saved["digest"]
+        else:
+            self.progress.chain_after = self.progress.step
 
     def follow(self, segments: Iterator[tuple[Segment, pa.Table]], stream: RowStream) -> str:
         """Consume the stream to its end, or until all ranks agree to stop."""
@@ -199,6 +211,7 @@ class _Loop:
         total_loss = self.ranks.total(loss_sum)
         update = self.engine.step(rate, withhold=not math.isfinite(total_loss))
         self.progress.step = step
+        self.progress.chain = chain_digest(self.progress.chain, all_digests)
         self.progress.notice = notices > 0 and not self.progress.noticed
         self.progress.save_due = saves > 0 or self._checkpoint_due(step) or self.progress.notice
         self.progress.tokens += all_tokens
@@ -206,7 +219,7 @@ class _Loop:
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
             "num_ranks": self.ranks.num_ranks, "loss_sum": loss_sum, "num_targets": all_targets,
             "learning_rate": rate, "grad_norm": update.grad_norm, "applied": update.applied,
-            "rows_digest": f"{all_digests % 2**64:016x}",
+            "rows_digest": format_digest(all_digests),
             "tokens": self.progress.tokens, "step_tokens": all_tokens,
             "seconds": time.perf_counter() - begun + data_wait,
             "data_wait_seconds": data_wait, "forward_seconds": forward_seconds, "time": time.time(),
@@ -342,6 +355,7 @@ class _Loop:
             "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
             "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
             "validation_step": progress.last_validation_step,
+            "rows_chain": {"after": progress.chain_after, "digest": progress.chain},
         }
 
 

@@ -18,16 +18,35 @@ import pyarrow as pa
 
 from dray.corpus.manifest import Manifest, Split
 from dray.corpus.shards import read_groups
-from dray.order import PADDING, Ints, Order, Segment, SourceCount, deal_to_ranks, make_segments
+from dray.order import (
+    PADDING,
+    Ints,
+    LeftOut,
+    Order,
+    Segment,
+    SourceCount,
+    batch_positions,
+    deal_to_ranks,
+    make_segments,
+)
 from dray.store.filesystem import open_filesystem
 
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of rows in one rank's block: large enough that Ray's cost per block (milliseconds) vanishes."""
 
 
+def make_order(manifest: Manifest, seed: int) -> Order:
+    """The order of a corpus' training rows under a seed."""
+    sources = [SourceCount(source.num_rows, source.weight) for source in manifest.train.sources]
+    return Order(sources, manifest.group_rows, seed)
+
+
 @dataclass(frozen=True)
 class RowStream:
-    """What one worker group reads: from `start_step` (already done) to `num_steps`."""
+    """What one worker group reads: from `start_step` (already done) to `num_steps`.
+
+    `left_out`: batches of the endless sequence that are never read (`order.LeftOut`), ascending.
+    """
 
     folder: str
     manifest: Manifest
@@ -40,11 +59,15 @@ class RowStream:
     num_steps: int
     validation_steps: tuple[int, ...] = ()
     max_validation_rows: int | None = None
+    left_out: tuple[int, ...] = ()
 
     @cached_property
     def order(self) -> Order:
-        return Order([SourceCount(s.num_rows, s.weight) for s in self.manifest.train.sources],
-                     self.manifest.group_rows, self.seed)
+        return make_order(self.manifest, self.seed)
+
+    @cached_property
+    def _left_out(self) -> LeftOut:
+        return LeftOut(self.left_out)
 
     @property
     def num_validation_rows(self) -> int:
@@ -71,7 +94,8 @@ class RowStream:
     def row_ids(self, segment: Segment, rank: int) -> Ints:
         """Row ids of one rank's block; PADDING where a slot is empty. A multiple of `micro_rows` long."""
         if segment.kind == "train":
-            rows = self.order.rows((segment.first - 1) * self.global_rows, segment.last * self.global_rows)
+            batches = self._left_out.batches_at(np.arange(segment.first, segment.last + 1, dtype=np.int64))
+            rows = self.order.rows_at(batch_positions(batches, self.global_rows))
             steps = rows.reshape(-1, self.global_rows)
             return np.concatenate([deal_to_ranks(step, self.num_ranks, self.rows_per_rank)[rank] for step in steps])
         rows = np.arange(segment.start_row, segment.stop_row, dtype=np.int64)

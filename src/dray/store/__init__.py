@@ -10,6 +10,7 @@ from dray.store.filesystem import open_filesystem
 from dray.store.layout import Fragment, make_fragment_key, parse_fragment_key
 from dray.store.manifest import CheckpointInfo, RankFile
 from dray.store.reading import CheckpointReader, CheckpointReport, inspect_checkpoint, verify_checkpoint
+from dray.store.records import make_limits
 from dray.store.retention import LOWER_IS_BETTER, apply_retention
 from dray.store.run import Run, find_checkpoint, list_runs
 from dray.store.trackers import Tracker, Trackers, build_trackers, check_trackers
@@ -32,6 +33,7 @@ __all__ = [
     "inspect_checkpoint",
     "list_runs",
     "make_fragment_key",
+    "make_limits",
     "open_filesystem",
     "parse_fragment_key",
     "verify_checkpoint",

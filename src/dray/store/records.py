@@ -19,6 +19,7 @@ from dray.errors import StoreError
 from dray.store.filesystem import append_line, is_local, list_files, make_folder, read_bytes, write_bytes
 
 PART_BYTES = 64 * 1024
+READ_BYTES = 4 * 1024 * 1024
 
 
 def now() -> str:
@@ -80,8 +81,18 @@ class RowLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, file by file in the order of their names; lines that a killed writer left torn are left out."""
+        return list(self.iterate())
+
+    def iterate(self) -> Iterator[dict[str, Any]]:
+        """`rows`, one after another: of a file only a few megabytes are in memory at a time."""
         names = sorted(name for name in list_files(self.filesystem, self.folder) if name.endswith(".jsonl"))
-        return [row for name in names for row in _parsed(read_bytes(self.filesystem, f"{self.folder}/{name}"))]
+        for name in names:
+            torn = b""
+            with self.filesystem.open_input_stream(f"{self.folder}/{name}") as stream:
+                while content := stream.read(READ_BYTES):
+                    lines, newline, rest = content.rpartition(b"\n")
+                    yield from _parsed(torn + lines + newline if newline else b"")
+                    torn = rest if newline else torn + rest
 
 
 def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
@@ -94,8 +105,8 @@ def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def make_history(rows: Iterable[Mapping[str, Any]], start_steps: Mapping[int, int]) -> list[dict[str, Any]]:
-    """One row a step, by step: what an attempt did past the start of a later attempt was undone, and is left out.
+def make_limits(start_steps: Mapping[int, int]) -> dict[int, float]:
+    """Attempt → the last step of its that counts, infinite for the last attempt: what it did past that was undone.
 
     `start_steps`: attempt → the step it started from.
     """
@@ -104,6 +115,15 @@ def make_history(rows: Iterable[Mapping[str, Any]], start_steps: Mapping[int, in
     for attempt in sorted(start_steps, reverse=True):
         limits[attempt] = limit
         limit = min(limit, start_steps[attempt])
+    return limits
+
+
+def make_history(rows: Iterable[Mapping[str, Any]], start_steps: Mapping[int, int]) -> list[dict[str, Any]]:
+    """One row a step, by step: what an attempt did past the start of a later attempt was undone, and is left out.
+
+    `start_steps`: attempt → the step it started from.
+    """
+    limits = make_limits(start_steps)
     found: dict[int, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: int(row["attempt"])):
         if row["step"] <= limits.get(row["attempt"], float("inf")):

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any, cast
@@ -290,6 +290,10 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """One row a step, by step: the history that leads to the newest state, without what was done and undone."""
         return make_history(self._metrics.rows(), self._start_steps())
+
+    def iterate_metrics(self) -> Iterator[dict[str, Any]]:
+        """Every metrics row as it was logged, also what was undone later or logged twice, one after another."""
+        return self._metrics.iterate()
 
     def validations(self) -> list[dict[str, Any]]:
         """One validation row a step, by step, of the same history."""
