@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dray.recovery import Budget
+
+BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}
 
 
 def test_failures_without_progress_end_a_run_and_progress_starts_the_count_anew():
     budget = Budget(max_failures=2)
-    assert [budget.decide("killed", committed_step=10, micro_rows=4, rows_per_rank=8).retry for _ in range(3)] == [True, True, False]
+    assert [budget.decide("killed", committed_step=10, **BATCH).retry for _ in range(3)] == [True, True, False]
     budget = Budget(max_failures=2)
-    assert all(budget.decide("killed", committed_step=step, micro_rows=4, rows_per_rank=8).retry for step in range(0, 1000, 10))
+    assert all(budget.decide("killed", committed_step=step, **BATCH).retry for step in range(0, 1000, 10))
 
 
 def test_what_is_nobodys_fault_is_not_counted():
     budget = Budget(max_failures=0)
-    assert all(budget.decide("preemption", committed_step=0, micro_rows=4, rows_per_rank=8).retry for _ in range(50))
-    assert not budget.decide("code", committed_step=0, micro_rows=4, rows_per_rank=8).retry
+    assert all(budget.decide("preemption", committed_step=0, **BATCH).retry for _ in range(50))
+    assert not budget.decide("code", committed_step=0, **BATCH).retry
 
 
 def test_what_would_fail_again_is_not_tried_again():
     for kind in ("numerics", "configuration"):
-        decision = Budget(max_failures=5).decide(kind, committed_step=0, micro_rows=4, rows_per_rank=8)
+        decision = Budget(max_failures=5).decide(kind, committed_step=0, **BATCH)
         assert not decision.retry
         assert kind in decision.reason
 

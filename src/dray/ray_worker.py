@@ -248,7 +248,7 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
 
 
 def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> str:
-    """Let no later attempt read the batch of this step. Returns the failure's class: too many spikes are bad numbers."""
+    """Let no later attempt read the batch of this step. Returns the class: too many spikes are bad numbers."""
     if len(attempt.left_out) >= max_rewinds:
         return "numerics"
     run.update(left_out=list(LeftOut(attempt.left_out).with_steps(step, step).batches))
