@@ -104,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     show = _add_run(commands, "show", _show, "what a run did and has")
     _add_json(show)
 
+    doctor = _add_run(commands, "doctor", _doctor, "why a run ended as it did, and the way out")
+    _add_json(doctor)
+
     verify = _add_run(commands, "verify", _verify, "check a checkpoint, byte for byte, or the ledger of rows used")
     verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     verify.add_argument("--ledger", action="store_true",
@@ -287,6 +290,19 @@ def _show(arguments: argparse.Namespace) -> int:
         _print_json(run.summary())
     else:
         print(format_summary(run))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from dray.doctor import diagnose
+    from dray.report import format_diagnosis
+    from dray.store import Run
+
+    diagnosis = diagnose(Run.open(*_locate(arguments)))
+    if arguments.json:
+        _print_json(diagnosis.to_json())
+    else:
+        print(format_diagnosis(diagnosis))
     return 0
 
 

@@ -35,7 +35,7 @@ class Pulse:
         """The present as plain values; `seconds` have passed since the phase began."""
         return {"rank": self.rank, "attempt": self.attempt, "step": self.step, "phase": self.phase,
                 "seconds": time.monotonic() - self._since, "pid": os.getpid(), "host": socket.gethostname(),
-                "stack_file": self.stack_file, "time": time.time()}
+                "stack_file": self.stack_file, "log_file": _stderr_file(), "time": time.time()}
 
     def dump_stacks_on_signal(self) -> None:
         """From now on STACK_SIGNAL writes the stacks of all threads into a file of this machine."""
@@ -43,3 +43,11 @@ class Pulse:
         stream = path.open("w", encoding="utf-8")
         faulthandler.register(STACK_SIGNAL, file=stream, all_threads=True, chain=False)
         self._stream, self.stack_file = stream, str(path)  # the stream must outlive the handler
+
+
+def _stderr_file() -> str:
+    """The file that this process' standard error goes to, where it is one."""
+    try:
+        return os.readlink("/proc/self/fd/2")
+    except OSError:
+        return ""

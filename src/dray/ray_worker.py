@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,13 +18,14 @@ from typing import Any
 import pyarrow as pa
 
 from dray.corpus.stream import build_dataset
+from dray.doctor import classify
 from dray.errors import RunFailed
 from dray.job import Attempt, Job, begin_attempt, make_attempt, make_stream
 from dray.order import LeftOut
 from dray.pulse import STACK_SIGNAL, Pulse
-from dray.recovery import Budget, Decision, as_plain
+from dray.recovery import Budget, Decision, kind_of_errors
 from dray.store import Run
-from dray.store.evidence import classify, save_failure, save_stacks
+from dray.store.evidence import make_rank_failure, save_beat, save_failure, save_log, save_stacks, unwrap
 from dray.store.records import now
 from dray.watchdog import Hang
 
@@ -153,12 +153,9 @@ class _Posting:
             ray.get(self._mailbox.leave.remote(self._pulse.rank))
             return
         beat = self._pulse.beat()
-        ray.get(self._mailbox.fail.remote({
-            "rank": beat["rank"], "attempt": beat["attempt"], "step": beat["step"], "phase": beat["phase"],
-            "pid": beat["pid"], "node": ray.util.get_node_ip_address(), "time": beat["time"],
-            "error_type": f"{type(error).__module__}.{type(error).__name__}", "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)), "exit": None,
-        }))
+        ray.get(self._mailbox.fail.remote(make_rank_failure(
+            beat["rank"], error, attempt=beat["attempt"], step=beat["step"], phase=beat["phase"], pid=beat["pid"],
+            node=ray.util.get_node_ip_address(), time=beat["time"])))
 
     def _keep_beating(self) -> None:
         import ray
@@ -209,35 +206,20 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
 
 
 def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseException]) -> Decision:
+    """Keep the evidence of a failed attempt and decide what comes after it."""
     import ray
 
     time.sleep(GRACE_SECONDS)
     said, beats = ray.get(mailbox.evidence.remote())
     run = Run.open(job.storage, job.run_name)
     attempt = make_attempt(job, run.attempts()[-1])
-    found = {item["rank"]: item for item in said if item["attempt"] == attempt.number}
-    for rank, error in errors.items():
-        beat = beats.get(rank, ({}, 0.0))[0]
-        found.setdefault(rank, {**beat, "rank": rank, "traceback": "", "exit": None, **as_plain(error)})
-    for rank, (beat, age) in beats.items():
-        if age > 3 * BEAT_EVERY_SECONDS and rank not in found:
-            found[rank] = {**beat, "error_type": "", "message": "gave no further sign of life", "traceback": "",
-                           "exit": None}
-    hangs = [event for event in run.events() if event["kind"] == "hang" and event["attempt"] == attempt.number]
-    newest = run.latest_checkpoint()
-    step = max((int(item.get("step", 0)) for item in found.values()), default=0)
-    committed = newest.step if newest else 0
-    failure = {
-        "attempt": attempt.number, "time": now(), "step": step, "committed_step": committed,
-        "detected_by": "hang" if hangs else "exception" if said else "worker_exit",
-        "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": [],
-        "preempted": any(getattr(getattr(e, "health_check_failure", e), "preempted", False) for e in errors.values()),
-    }
+    failure = _make_failure(run, attempt, [item for item in said if item["attempt"] == attempt.number], beats, errors)
     save_failure(run, failure)
-    kind, batch = classify(failure), attempt.plan.batch
+    step, batch = failure["step"], attempt.plan.batch
+    kind = kind_of_errors((rank["error_type"] for rank in failure["ranks"]), default=classify(failure))
     if kind == "spike":
         kind = _leave_out(run, attempt, step, job.spec.numerics.max_rewinds)
-    decision = budget.decide(kind, committed_step=committed, micro_rows=batch.micro_rows,
+    decision = budget.decide(kind, committed_step=failure["committed_step"], micro_rows=batch.micro_rows,
                              rows_per_rank=batch.rows_per_rank)
     if decision.micro_rows:
         run.update(micro_rows=decision.micro_rows)
@@ -245,6 +227,31 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=kind, retry=decision.retry,
                   reason=decision.reason)
     return decision
+
+
+def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats: Beats,
+                  errors: dict[int, BaseException]) -> dict[str, Any]:
+    """The document of a failed attempt: what ranks said, what Ray says of the others, and who fell silent."""
+    found = {item["rank"]: item for item in said}
+    for rank, (beat, age) in beats.items():
+        save_beat(run, attempt.number, rank, beat)
+        # A dead rank's file may lie on another node: then its heartbeat is its last word.
+        with suppress(OSError):
+            save_log(run, attempt.number, rank, Path(beat["log_file"]).read_text(encoding="utf-8", errors="replace"))
+        place = {key: beat[key] for key in ("node", "pid", "step", "phase", "time")}
+        if rank not in found and (rank in errors or age > 3 * BEAT_EVERY_SECONDS):
+            found[rank] = make_rank_failure(rank, errors.get(rank), **place)
+    for rank, error in errors.items():
+        found.setdefault(rank, make_rank_failure(rank, error))
+    hung = any(event["kind"] == "hang" and event["attempt"] == attempt.number for event in run.events())
+    newest = run.latest_checkpoint()
+    return {
+        "attempt": attempt.number, "time": now(), "committed_step": newest.step if newest else 0,
+        "step": max((int(item.get("step") or 0) for item in found.values()), default=attempt.start_step),
+        "detected_by": "hang" if hung else "exception" if said else "worker_exit",
+        "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": [],
+        "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
+    }
 
 
 def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> str:

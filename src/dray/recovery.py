@@ -6,8 +6,8 @@ nobody's fault (a machine taken away) never uses the budget up; what would only 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 HOPELESS = frozenset({"numerics", "configuration"})
 """Classes that a restart does not mend."""
@@ -57,14 +57,8 @@ class Budget:
         return Decision(True, f"{kind}: failure {self.failures} of {self.max_failures} since step {since}")
 
 
-def kind_of_error(error_type: str, default: str) -> str:
-    """The class of dray's own errors, which doctor's patterns do not know."""
-    names: dict[str, str] = {"CheckpointDamaged": "checkpoint", "LossSpike": "spike", "BadNumbers": "numerics",
-                             "SaveFailed": "storage"}
-    return names.get(error_type.rpartition(".")[2], default)
-
-
-def as_plain(error: BaseException) -> dict[str, Any]:
-    """An error of a worker as Ray's controller has it, without the parts that only Ray can read."""
-    cause = getattr(error, "health_check_failure", None) or error
-    return {"error_type": f"{type(cause).__module__}.{type(cause).__name__}", "message": str(cause)[:4000]}
+def kind_of_errors(error_types: Iterable[str], default: str) -> str:
+    """The class of a failure in which a rank raised one of dray's own errors, which mean one thing each."""
+    own = {"CheckpointDamaged": "checkpoint", "LossSpike": "spike", "BadNumbers": "numerics", "SaveFailed": "storage"}
+    names = (error_type.rpartition(".")[2] for error_type in error_types)
+    return next((own[name] for name in names if name in own), default)

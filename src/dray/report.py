@@ -10,12 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dray.doctor import Diagnosis
 from dray.ledger import LedgerReport
 from dray.plan import format_bytes, format_seconds
 from dray.progress import format_values
 from dray.store import CheckpointReport, Run
 
 SPARK = "▁▂▃▄▅▆▇█"
+MAX_OTHERS = 4
 
 
 def format_runs(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -66,6 +68,26 @@ def format_summary(run: Run) -> str:
         state = "sound" if item["verified"] else f"unsound: {item['problem']}"
         lines.append(f"  checkpoint   step {item['step']}  {format_bytes(item['bytes'])}  {state}")
     return "\n".join(lines)
+
+
+def format_diagnosis(diagnosis: Diagnosis) -> str:
+    """Why a run ended as it did: class and cause, where, the evidence, and the way out."""
+    lines = [f"{diagnosis.run}  {diagnosis.fault}: {diagnosis.cause}"]
+    place = [f"{name} {value}" for name, value in (
+        ("attempt", diagnosis.attempt), ("rank", diagnosis.rank), ("node", diagnosis.node or None),
+        ("process", diagnosis.pid), ("step", diagnosis.step)) if value is not None]
+    if diagnosis.attempt is not None:
+        lines.append(f"  where        {', '.join(place)}")
+    for exhibit in diagnosis.exhibits:
+        lines.append(f"  {exhibit.kind:<12} {exhibit.source}")
+        lines += [f"    │ {line.rstrip()}" for line in exhibit.lines if line.strip()]
+    lines += [f"  meanwhile    {other}" for other in diagnosis.others[:MAX_OTHERS]]
+    if len(diagnosis.others) > MAX_OTHERS:
+        lines.append(f"  meanwhile    {len(diagnosis.others) - MAX_OTHERS} more ranks")
+    lines += [f"  before       attempt {past.attempt}: {past.fault}, {past.cause}" for past in diagnosis.history
+              if past.attempt != diagnosis.attempt]
+    lines += [f"  note         {note}" for note in diagnosis.notes]
+    return "\n".join([*lines, f"  way out      {diagnosis.way_out}"])
 
 
 def format_verification(report: CheckpointReport) -> str:

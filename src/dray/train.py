@@ -18,10 +18,12 @@ from typing import Any
 
 from dray.cluster import connect, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
+from dray.doctor import diagnose
 from dray.errors import Interrupted, RunFailed
 from dray.job import Job
 from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
+from dray.report import format_diagnosis
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
 from dray.watchdog import find_hang
@@ -140,6 +142,12 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         with display.steps(num_steps, done):
             launcher.run(job, recorder)
         status = recorder.ended or "failed"
+    except RunFailed as error:
+        reason = str(error)
+        run.set_status("failed", reason)
+        diagnosis = diagnose(run)
+        run.log_event("failed", reason=reason, cause=diagnosis.fault)
+        raise RunFailed(reason, format_diagnosis(diagnosis)) from error
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = str(error) or type(error).__name__

@@ -1,24 +1,152 @@
-"""placeholder until merge"""
+"""What a run keeps of its failures: one document a failed attempt, and each rank's last words, stacks and heartbeat.
+
+Ranks and the driver write, `dray.doctor` reads. Evidence is for people: what is damaged or missing is left out, and
+never stands in the way of a run or of its diagnosis.
+"""
+
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from dray.store.records import save_json
-from dray.store.run import Run
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from dray.errors import StoreError
+from dray.store import layout
+from dray.store.filesystem import list_files, write_bytes
+from dray.store.layout import RunFolder
+from dray.store.records import load_json, make_json
+
+TAIL_BYTES = 64 * 1024
+_INNER = ("health_check_failure", "controller_failure", "_base_exc", "cause")
+"""Where Ray's wrappers keep the error that a person wants to read."""
 
 
-def save_failure(run: Run, failure: Mapping[str, Any]) -> None:
-    save_json(run.filesystem, f"{run.path}/failures/a{int(failure['attempt']):04d}.json", failure)
+def log_path(run: RunFolder, attempt: int, rank: int) -> str:
+    """Where a rank's last lines are kept."""
+    return f"{run.path}/{layout.LOGS}/{layout.make_rank_evidence(attempt, rank, 'log')}"
 
 
-def save_stacks(run: Run, attempt: int, rank: int, text: str) -> None:
-    from dray.store.filesystem import write_bytes
-    write_bytes(run.filesystem, f"{run.path}/stacks/a{attempt:04d}-r{rank:05d}.txt", text.encode())
+def stack_path(run: RunFolder, attempt: int, rank: int) -> str:
+    """Where the stacks of a rank's threads are kept."""
+    return f"{run.path}/{layout.STACKS}/{layout.make_rank_evidence(attempt, rank, 'txt')}"
 
 
-def classify(failure: Mapping[str, Any]) -> str:
-    for item in failure["ranks"]:
-        if item["error_type"].startswith("dray."):
-            return item["error_type"]
-    return "code"
+def beat_path(run: RunFolder, attempt: int, rank: int) -> str:
+    """Where a rank's last heartbeat is kept."""
+    return f"{run.path}/{layout.BEATS}/{layout.make_rank_evidence(attempt, rank, 'json')}"
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def save_failure(run: RunFolder, failure: Mapping[str, Any]) -> None:
+    """Keep what is known of a failed attempt (its number is `attempt`), replacing what was known before.
+
+    Fields that `dray.doctor` reads: step, detected_by, ranks (a list of `make_rank_failure`), nodes_lost, preempted,
+    host_memory; any other is kept.
+    """
+    path = f"{run.path}/{layout.FAILURES}/{layout.make_failure_file(int(failure['attempt']))}"
+    write_bytes(run.filesystem, path, make_json(failure, indent=1) + b"\n")
+
+
+def make_rank_failure(rank: int | None, error: BaseException | None = None, **fields: Any) -> dict[str, Any]:
+    """How one rank ended, as plain values: its error, freed of Ray's wrappers, and `fields` (node, pid, exit, time …).
+
+    The driver's own failure has no rank.
+    """
+    record: dict[str, Any] = {"rank": rank, "node": None, "pid": None, "error_type": "", "message": "",
+                              "traceback": "", "exit": None, "time": None, "step": None}
+    if error is not None:
+        inner = unwrap(error)
+        text = "".join(traceback.format_exception(inner))
+        told = getattr(error, "traceback_str", None) or getattr(error, "_traceback_str", None)
+        record |= {"error_type": f"{type(inner).__module__}.{type(inner).__qualname__}", "message": str(inner),
+                   "traceback": str(told or text)[-TAIL_BYTES:]}
+    return record | fields
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The error inside Ray's wrappers: Train's around a worker's, and a task's around what its code raised."""
+    for _ in range(8):
+        inner = next((found for name in _INNER if isinstance(found := getattr(error, name, None), BaseException)), None)
+        if inner is None or inner is error:
+            break
+        error = inner
+    return error
+
+
+def save_log(run: RunFolder, attempt: int, rank: int, content: str) -> None:
+    """Keep the last TAIL_BYTES of what a rank printed."""
+    tail = content.encode(errors="replace")[-TAIL_BYTES:]
+    write_bytes(run.filesystem, log_path(run, attempt, rank), tail, durable=False)
+
+
+def save_stacks(run: RunFolder, attempt: int, rank: int, text: str) -> None:
+    """Keep the stacks of all threads of a rank, as `faulthandler` writes them."""
+    write_bytes(run.filesystem, stack_path(run, attempt, rank), text.encode(errors="replace"), durable=False)
+
+
+def save_beat(run: RunFolder, attempt: int, rank: int, beat: Mapping[str, Any]) -> None:
+    """Keep a rank's last heartbeat: step, phase and time."""
+    write_bytes(run.filesystem, beat_path(run, attempt, rank), make_json({"rank": rank, **beat}), durable=False)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def load_failures(run: RunFolder) -> list[dict[str, Any]]:
+    """What is known of the failed attempts, by attempt."""
+    folder = f"{run.path}/{layout.FAILURES}"
+    numbers = (layout.parse_failure_file(name) for name in list_files(run.filesystem, folder))
+    found = []
+    for number in sorted(number for number in numbers if number is not None):
+        document = _read_json(run.filesystem, f"{folder}/{layout.make_failure_file(number)}")
+        if document is not None:
+            found.append({"ranks": [], **document, "attempt": number})
+    return found
+
+
+def load_log(run: RunFolder, attempt: int, rank: int, max_lines: int = 40) -> list[str]:
+    """The last lines of what a rank printed; none where nothing was kept."""
+    text = _read_tail(run.filesystem, log_path(run, attempt, rank))
+    return text.rstrip().splitlines()[-max_lines:]
+
+
+def load_stacks(run: RunFolder, attempt: int) -> dict[int, str]:
+    """Rank → the stacks that were kept of it."""
+    return {rank: _read_tail(run.filesystem, stack_path(run, attempt, rank))
+            for rank in _ranks(run, layout.STACKS, attempt)}
+
+
+def load_beats(run: RunFolder, attempt: int) -> dict[int, dict[str, Any]]:
+    """Rank → its last heartbeat."""
+    beats = {rank: _read_json(run.filesystem, beat_path(run, attempt, rank))
+             for rank in _ranks(run, layout.BEATS, attempt)}
+    return {rank: beat for rank, beat in beats.items() if beat is not None}
+
+
+def _ranks(run: RunFolder, folder: str, attempt: int) -> list[int]:
+    names = list_files(run.filesystem, f"{run.path}/{folder}")
+    parsed = [found for found in map(layout.parse_rank_evidence, names) if found is not None]
+    return sorted(rank for number, rank in parsed if number == attempt)
+
+
+def _read_json(filesystem: pafs.FileSystem, path: str) -> dict[str, Any] | None:
+    try:
+        return load_json(filesystem, path)
+    except (StoreError, OSError, pa.ArrowException):
+        return None
+
+
+def _read_tail(filesystem: pafs.FileSystem, path: str) -> str:
+    """The file's last bytes as text; a rank may still be writing it."""
+    try:
+        with filesystem.open_input_file(path) as stream:
+            stream.seek(max(0, stream.size() - TAIL_BYTES))
+            content: bytes = stream.read()
+    except (OSError, pa.ArrowException):
+        return ""
+    return content.decode("utf-8", errors="replace")

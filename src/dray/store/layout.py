@@ -4,6 +4,8 @@
         attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
         checkpoints/step-00000020-a0001/      rank-00000-of-00002.safetensors …, manifest.json, COMMITTED
         pins/<fork>.json                      trackers/
+        failures/a0001.json                   what is known of a failed attempt
+        logs/a0001-r00000.log  stacks/a0001-r00000.txt  beats/a0001-r00000.json
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ RUN_FILE = "run.json"
 PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
 CHECKPOINTS, PINS, TRACKERS = "checkpoints", "pins", "trackers"
+FAILURES, LOGS, STACKS, BEATS = "failures", "logs", "stacks", "beats"
 MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "COMMITTED"
 REJECTED_FILE = "REJECTED"
@@ -28,6 +31,8 @@ RESERVED_NAMES = frozenset({"corpora"})
 _CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
 _RANK_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
 _ATTEMPT_FILE = re.compile(r"(\d{4,})\.json")
+_FAILURE_FILE = re.compile(r"a(\d{4,})\.json")
+_RANK_EVIDENCE = re.compile(r"a(\d{4,})-r(\d{5,})\.(?:log|txt|json)")
 
 
 class RunFolder(Protocol):
@@ -91,6 +96,28 @@ def parse_attempt_file(name: str) -> int | None:
     """Number of the attempt that a file records; none for any other name."""
     match = _ATTEMPT_FILE.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def make_failure_file(attempt: int) -> str:
+    """File name of what is known of a failed attempt; 0: nothing was started."""
+    return f"a{attempt:04d}.json"
+
+
+def parse_failure_file(name: str) -> int | None:
+    """Number of the attempt whose failure a file describes; none for any other name."""
+    match = _FAILURE_FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def make_rank_evidence(attempt: int, rank: int, ending: str) -> str:
+    """File name of one rank's log (`log`), stacks (`txt`) or heartbeat (`json`) in an attempt."""
+    return f"a{attempt:04d}-r{rank:05d}.{ending}"
+
+
+def parse_rank_evidence(name: str) -> tuple[int, int] | None:
+    """(attempt, rank) of a rank's log, stacks or heartbeat; none for any other name."""
+    match = _RANK_EVIDENCE.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def make_fragment_key(parameter: str, state: str, start: int) -> str:
