@@ -64,7 +64,7 @@ class Display:
     def _line(self, row: Mapping[str, Any], now: float) -> str:
         step = int(row["step"])
         first_step, first_time = self._first or (step, now)
-        parts = [f"step {step}/{self._num_steps}", f"loss {row['loss']:.4f}",
+        parts = [f"step {step}/{self._num_steps}", f"loss {format_loss(row['loss'])}",
                  f"{row['tokens_per_second']:,.0f} tokens/s"]
         if row.get("mfu") is not None:
             parts.append(f"MFU {row['mfu']:.0%}")
@@ -73,6 +73,11 @@ class Display:
             parts.append(f"ETA {format_seconds(left)}")
         parts.append(f"{format_bytes(row['memory_bytes_max'])} a rank")
         return "  ".join(parts)
+
+
+def format_loss(loss: float | None) -> str:
+    """A loss with four digits; none is one that was not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def format_values(values: Mapping[str, float]) -> str:

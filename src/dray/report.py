@@ -47,7 +47,7 @@ def format_summary(run: Run) -> str:
     if summary["reason"]:
         lines.append(f"  reason       {summary['reason']}")
     if rows:
-        losses = [row["loss"] for row in rows]
+        losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
         seconds = sum(row["seconds"] for row in rows)
         lines += [
             f"  train loss   {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}",
