@@ -1,6 +1,6 @@
 """(a) Tokens a second and (b) seconds to the first step: dray beside a hand-written DDP loop and the stock arm.
 
-    python -m bench.training [--steps 12] [--rounds 1] [--precision fp32]
+    python -m bench.training [--steps 10] [--rounds 2] [--precision bf16]
 
 All arms train one model (Llama, hidden 384, 6 layers, vocabulary 8192, rows of 512, micro batch 8) with 2 workers of
 one thread, one after the other in each round, on the same machine; medians over the steps after the third, then
@@ -21,6 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from bench.report import write_section
+from dray.plan import local_shape
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "../shared/data/corpus_en"
@@ -84,9 +85,9 @@ def stock_arm(folder: Path, steps: int, stage: int, precision: str) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--precision", default="bf16" if local_shape().cpu_bf16 else "fp32", choices=["fp32", "bf16"])
     arguments = parser.parse_args()
     figures: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="dray-bench-") as name:

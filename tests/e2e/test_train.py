@@ -133,15 +133,15 @@ def test_early_stopping_ends_a_run_that_no_longer_gets_better(storage: str, tiny
     assert run.latest_checkpoint().step == run.metrics()[-1]["step"]
 
 
-def test_a_worker_that_raises_is_a_failed_run_with_its_reason(storage: str, tiny_corpus: Path, straight: Run):
-    spec = make_spec(tiny_tree(tiny_corpus, duration={"steps": 400}, checkpoint={"every_steps": 4},
-                               resources={"workers": 1, "max_failures": 0}))
-    run = alone(storage, tiny_corpus, "broken", duration={"steps": 4})
-    # A checkpoint whose bytes are damaged after its marker was written must not be loaded.
-    file = next(Path(run.latest_checkpoint().path).glob("rank-*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(bytes(content))
-    with pytest.raises(RunFailed, match="damaged"):
-        train(spec, storage=storage, run_name="broken")
+def test_a_worker_that_raises_is_a_failed_run_with_its_diagnosis(tmp_path: Path, tiny_corpus: Path, local_ray: None):
+    """A token shard that is damaged while the run sleeps: reading it fails as often as it is tried."""
+    sections: dict[str, Any] = {"resources": {"workers": 1, "max_failures": 1}}
+    run = go(str(tmp_path), tiny_corpus, "broken", duration={"steps": 4}, **sections)
+    for shard in Path(run.record()["corpus"]).rglob("*.arrow"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    with pytest.raises(RunFailed) as failed:
+        go(str(tmp_path), tiny_corpus, "broken", duration={"steps": 8}, **sections)
     assert run.status == "failed"
+    causes = [event["cause"] for event in run.events() if event["kind"] == "attempt_failed"]
+    assert causes == ["data", "data"]
+    assert "arrow" in failed.value.diagnosis.lower()
