@@ -259,6 +259,34 @@ def test_a_fork_goes_on_where_its_origin_stood(tmp_path: Path, corpus: Corpus):
     assert verify_ledger(run).ok
 
 
+def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path):
+    from dray.train import train_locally
+
+    corpus = build_random_corpus(tmp_path / "corpus", [50], tokens=64)
+
+    def train(steps: int, **fields: Any) -> Run:
+        tree = tiny_tree(Path("texts"), duration={"steps": steps}, checkpoint={"every_steps": 4}, seed=SEED)
+        return train_locally(make_spec(tree | fields), storage=str(tmp_path / "runs"), corpus=corpus).run
+
+    train(6)
+    run = train(15)
+    report = verify_ledger(run)
+    assert report.ok, report.problems
+    assert (report.steps, report.attempts, report.epochs) == (15, 2, 15 * 8 // 50)
+    whole = train(15, name="whole")
+    assert verify_ledger(whole).digest == report.digest
+    edit_log(run, 2, lambda rows: rows[2:])
+    assert (verify_ledger(run).ok, verify_ledger(run).unlogged_steps) == (True, 2)
+    tree = tiny_tree(Path("texts"), name="fork", duration={"steps": 20}, checkpoint={"every_steps": 4}, seed=8)
+    fork = Run.fork(run.storage, run.name, "fork", make_spec(tree), {}, corpus=corpus.folder,
+                    corpus_key=corpus.manifest.key)
+    train_locally(make_spec(tree), storage=run.storage, corpus=corpus)
+    edit_log(fork, 1, lambda rows: rows[1:])
+    report = verify_ledger(fork)
+    assert report.ok, report.problems
+    assert (report.start_step, report.steps, report.unlogged_steps) == (15, 5, 1)
+
+
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
