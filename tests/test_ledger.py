@@ -59,14 +59,14 @@ class Simulated:
 
     def attempt(self, num_ranks: int, num_steps: int, *, micro_rows: int = 1, left_out: Sequence[int] = (),
                 cut: Random | None = None, losing: Random | None = None) -> None:
-        """Go on from the newest checkpoint to `num_steps`. `cut`: killed at a random moment, within some ten steps;
+        """Go on from the newest checkpoint to `num_steps`. `cut`: killed at a random moment, within some six steps;
         `losing`: a kill takes the rows with it that the driver has not yet logged."""
         newest = self.run.latest_checkpoint()
         start = newest.step if newest else 0
         fields = {"left_out": list(left_out)} if left_out else {}
         number = self.run.begin_attempt(num_ranks, start, **fields)
         chain = self._load_chain(newest)
-        self.moments = cut.randrange((num_ranks + 3) * 9) if cut else 10**9
+        self.moments = cut.randrange((num_ranks + 3) * 6) if cut else 10**9
         unlogged: list[dict[str, Any]] = []
         try:
             for step, shares in self._steps(num_ranks, micro_rows, start, num_steps, tuple(left_out)):
