@@ -59,14 +59,14 @@ class Simulated:
 
     def attempt(self, num_ranks: int, num_steps: int, *, micro_rows: int = 1, left_out: Sequence[int] = (),
                 cut: Random | None = None, losing: Random | None = None) -> None:
-        """Go on from the newest checkpoint to `num_steps`. `cut`: killed at a random moment, within some ten steps;
+        """Go on from the newest checkpoint to `num_steps`. `cut`: killed at a random moment, within some six steps;
         `losing`: a kill takes the rows with it that the driver has not yet logged."""
         newest = self.run.latest_checkpoint()
         start = newest.step if newest else 0
         fields = {"left_out": list(left_out)} if left_out else {}
         number = self.run.begin_attempt(num_ranks, start, **fields)
         chain = self._load_chain(newest)
-        self.moments = cut.randrange((num_ranks + 3) * 9) if cut else 10**9
+        self.moments = cut.randrange((num_ranks + 3) * 6) if cut else 10**9
         unlogged: list[dict[str, Any]] = []
         try:
             for step, shares in self._steps(num_ranks, micro_rows, start, num_steps, tuple(left_out)):
@@ -257,6 +257,34 @@ def test_a_fork_goes_on_where_its_origin_stood(tmp_path: Path, corpus: Corpus):
     # Steps 31 to 95 are positions 360 to 1139 of its own order: epochs of 263 rows end at 526, 789 and 1052.
     assert (report.start_step, report.steps, report.rows_used, report.epochs) == (30, 65, 65 * 12, 2)
     assert verify_ledger(run).ok
+
+
+def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path):
+    from dray.train import train_locally
+
+    corpus = build_random_corpus(tmp_path / "corpus", [50], tokens=64)
+
+    def train(steps: int, **fields: Any) -> Run:
+        tree = tiny_tree(Path("texts"), duration={"steps": steps}, checkpoint={"every_steps": 4}, seed=SEED)
+        return train_locally(make_spec(tree | fields), storage=str(tmp_path / "runs"), corpus=corpus).run
+
+    train(6)
+    run = train(15)
+    report = verify_ledger(run)
+    assert report.ok, report.problems
+    assert (report.steps, report.attempts, report.epochs) == (15, 2, 15 * 8 // 50)
+    whole = train(15, name="whole")
+    assert verify_ledger(whole).digest == report.digest
+    edit_log(run, 2, lambda rows: rows[2:])
+    assert (verify_ledger(run).ok, verify_ledger(run).unlogged_steps) == (True, 2)
+    tree = tiny_tree(Path("texts"), name="fork", duration={"steps": 20}, checkpoint={"every_steps": 4}, seed=8)
+    fork = Run.fork(run.storage, run.name, "fork", make_spec(tree), {}, corpus=corpus.folder,
+                    corpus_key=corpus.manifest.key)
+    train_locally(make_spec(tree), storage=run.storage, corpus=corpus)
+    edit_log(fork, 1, lambda rows: rows[1:])
+    report = verify_ledger(fork)
+    assert report.ok, report.problems
+    assert (report.start_step, report.steps, report.unlogged_steps) == (15, 5, 1)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.stream import RowStream, build_dataset, check_rows, read_rows
 from dray.order import PADDING
 from dray.spec import make_spec
+from random_corpus import build_random_corpus
 from tiny import tiny_tree
 
 
@@ -25,6 +28,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, local_ra
         "validation": {"path": f"{tiny_corpus}/part-2.jsonl"},
     })
     return prepare(make_spec(tree), str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def random_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return build_random_corpus(tmp_path_factory.mktemp("random"), [150, 70])
 
 
 def make_stream(corpus: Corpus, **fields: Any) -> RowStream:
@@ -74,6 +82,20 @@ def test_any_number_of_ranks_reads_the_same_global_batches(corpus: Corpus, num_r
                                                            micro_rows: int):
     other = make_stream(corpus, num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=micro_rows)
     assert rows_by_step(other) == rows_by_step(make_stream(corpus))
+
+
+@settings(max_examples=40, deadline=None)
+@given(left_out=st.sets(st.integers(0, 40), max_size=12), num_ranks=st.integers(1, 16), micro_rows=st.integers(1, 3),
+       start_step=st.integers(0, 29))
+def test_left_out_batches_are_never_read(random_corpus: Corpus, left_out: set[int], num_ranks: int, micro_rows: int,
+                                         start_step: int):
+    """From any step on, at any number of ranks: the batches of the endless sequence but for those left out."""
+    whole = rows_by_step(make_stream(random_corpus, num_ranks=1, rows_per_rank=12, num_steps=80, validation_steps=()))
+    kept = [batch for batch in range(80) if batch not in left_out]
+    found = rows_by_step(make_stream(
+        random_corpus, left_out=tuple(sorted(left_out)), num_ranks=num_ranks, micro_rows=micro_rows,
+        rows_per_rank=-(-12 // (num_ranks * micro_rows)) * micro_rows, start_step=start_step, validation_steps=()))
+    assert found == {step: whole[kept[step - 1] + 1] for step in range(start_step + 1, 31)}
 
 
 def test_a_stream_from_the_middle_is_the_rest_of_the_whole(corpus: Corpus):

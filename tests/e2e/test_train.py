@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dray.errors import RunFailed, StoreError
+from dray.ledger import verify_ledger
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
 from dray.train import train, train_locally
@@ -80,6 +81,9 @@ def test_resume_at_other_places_goes_on_with_the_same_run(storage: str, tiny_cor
     compare(run, straight, 1e-5)
     assert [attempt["start_step"] for attempt in run.attempts()] == [0, 4, 8]
     assert [attempt["num_ranks"] for attempt in run.attempts()] == [2, 4, 1]
+    ledger = verify_ledger(run)
+    assert ledger.ok, ledger.problems
+    assert (ledger.steps, ledger.digest) == (12, verify_ledger(straight).digest)
 
 
 def test_resume_in_its_own_place_is_equal_bit_for_bit(storage: str, tiny_corpus: Path, straight: Run):

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dray.store import Run, open_filesystem
-from dray.store.filesystem import list_files
+from dray.store.filesystem import is_local, list_files
 from dray.store.records import PART_BYTES, RowLog, make_history, make_table
 
 
@@ -156,6 +156,18 @@ def test_parts_on_an_object_store(s3_storage: str) -> None:
     sizes = list_files(filesystem, f"{path}/rows")
     assert len(sizes) == 4
     assert max(sizes.values()) < 1.5 * PART_BYTES
+
+
+@pytest.mark.parametrize("read_bytes", [13, 97, 10**6])
+def test_rows_are_read_in_pieces_of_any_size(run: Run, monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
+    monkeypatch.setattr("dray.store.records.READ_BYTES", read_bytes)
+    attempt = run.begin_attempt(1, 0)
+    rows = [{"step": step, "attempt": attempt, "filler": "ä" * step} for step in range(1, 30)]
+    run.log_metrics(rows)
+    if is_local(run.filesystem):
+        with open(f"{run.path}/metrics/a0001.jsonl", "ab") as stream:
+            stream.write(b'{"step": 30, "att')  # torn
+    assert list(run.iterate_metrics()) == run.metrics() == rows
 
 
 def test_table_and_parquet(run: Run) -> None:
