@@ -142,7 +142,7 @@ class _Posting:
             since, stored = ray.get(self._mailbox.unstored.remote(since))
             if stored:
                 return
-            time.sleep(SEND_EVERY_SECONDS)
+            time.sleep(0.05)
 
     def leave(self, error: BaseException | None = None) -> None:
         """Stop beating; with an error, say how this rank failed."""

@@ -28,7 +28,7 @@ from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
 from dray.watchdog import find_hang
 
-DRAIN_SECONDS = 0.2
+DRAIN_SECONDS = 0.1
 FEWEST_STEPS = 5
 
 

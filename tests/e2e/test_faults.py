@@ -26,7 +26,7 @@ from dray.train import train
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-STEPS, EVERY = 24, 6
+STEPS, EVERY, SAVE_STEPS = 24, 6, 6
 
 
 def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
@@ -89,7 +89,8 @@ def assert_nothing_lost(run: Run, undisturbed: Run) -> None:
     for event in run.events():
         if event["kind"] == "attempt_failed":
             after = next(a for a in run.attempts() if a["attempt"] == event["attempt"] + 1)
-            assert event["step"] - after["start_step"] <= EVERY + 1
+            # One interval, the step under way, and those done while the save before was being written.
+            assert event["step"] - after["start_step"] <= EVERY + 1 + SAVE_STEPS
 
 
 def kill(process: psutil.Process) -> None:
