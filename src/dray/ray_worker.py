@@ -149,6 +149,7 @@ class _Posting:
         import ray
 
         self._left.set()
+        self.flush()
         if error is None:
             ray.get(self._mailbox.leave.remote(self._pulse.rank))
             return
