@@ -24,6 +24,8 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<fu
 _WRAPPERS = re.compile(r"(?:^|\.)(?:RayTaskError(?:\(.*\))?|TrainingFailedError|WorkerGroupError|ControllerError"
                        r"|RunFailed|UserExceptionWithTraceback)$")
 
+OWN_FILE = re.compile(r"(?:^|/)dray/(?:\w+/)?\w+\.py$")
+"""A file of dray itself; a project that lies in a folder called dray has longer paths to what it installed."""
 LOST_TYPES = re.compile(r"(?:^|\.)(?:ActorDiedError|RayActorError|ActorUnavailableError|WorkerCrashedError"
                         r"|NodeDiedError|LocalRayletDiedError|WorkerHealthCheck(?:Failed|Timeout)Error)$")
 _LOST_TEXT = re.compile(r"The actor (?:died|is dead|is unavailable)|[Ww]orker (?:died unexpectedly|unexpectedly exits)"
@@ -51,6 +53,7 @@ class Case:
     pid: int | None = None
     step: int | None = None
     time: float | None = None
+    phase: str = ""
     error_type: str = ""
     message: str = ""
     traceback: str = ""
@@ -105,7 +108,8 @@ def _make_case(record: Mapping[str, Any], failure: Mapping[str, Any], logs: Mapp
         kind, message = _unwrap(kind, message)
     ip = re.search(r"^\tip: (\S+)$|\(IP: ([^,]+),", message, re.M)
     case = Case(
-        rank=rank if isinstance(rank, int) else None, pid=record.get("pid"), step=record.get("step"),
+        rank=rank if isinstance(rank, int) else None, pid=make_whole(record.get("pid")), step=make_whole(record.get("step")),
+        phase=str(record.get("phase") or ""),
         node=str(record.get("node") or record.get("host") or (next(filter(None, ip.groups())) if ip else "")),
         time=make_seconds(record.get("time")), error_type=kind, message=message, traceback=traceback,
         exit=make_exit(record.get("exit")), failure=failure,
@@ -159,6 +163,11 @@ def make_exit(value: Any) -> str:
         return signal.Signals(known).name
     except ValueError:
         return f"exit code {code}"
+
+
+def make_whole(value: Any) -> int | None:
+    """A whole number of a record; none for anything else."""
+    return int(value) if isinstance(value, (int, float)) and value == value else None
 
 
 def make_seconds(value: Any) -> float | None:

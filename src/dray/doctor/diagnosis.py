@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dray.doctor.cases import Case, make_cases, make_seconds, shorten
+from dray.doctor.cases import OWN_FILE, Case, make_cases, make_seconds, make_whole, shorten
 from dray.doctor.faults import AGAIN, Fault, Finding, Values, classify, find_first
 from dray.doctor.stalls import (
     Frame,
@@ -27,6 +28,7 @@ from dray.errors import DrayError
 from dray.store import Run
 from dray.store.evidence import load_beats, load_failures, load_log, load_stacks
 
+_COMPILED_AT = re.compile(r"\[/\S*/(?=gloo/transport)")
 LOG_LINES, STACK_LINES, TRACEBACK_LINES = 12, 8, 12
 SILENT_SECONDS, SILENT_STEPS = 300.0, 30.0
 """A run that is said to run and has not made a step for so long, and so many times a usual step, hangs."""
@@ -127,7 +129,8 @@ class _Examination:
         batch = plan.get("batch") if isinstance(plan.get("batch"), dict) else {}
         values = Values(
             storage=self.run.uri, corpus=self.record.get("corpus") or "unknown",
-            resume=f"step {self.resume_step}" if self.resume_step else "its beginning: nothing was committed",
+            resume=f"step {self.resume_step}" if self.resume_step else "the beginning (nothing was committed)",
+            resume_step=self.resume_step or 0,
             micro_rows=self.record.get("micro_rows") or batch.get("micro_rows", "unknown"),
             **{name: plan[name] for name in ("zero_stage", "offload", "activation_checkpointing", "on_gpu", "precision")
                if name in plan})
@@ -139,7 +142,8 @@ class _Examination:
 
     def _make_past(self, failure: Mapping[str, Any]) -> Past:
         first = find_first(make_cases(failure))
-        return Past(int(failure["attempt"]), classify(failure), first.case.rank if first else None, failure.get("step"),
+        return Past(int(failure["attempt"]), classify(failure), first.case.rank if first else None,
+                    make_whole(failure.get("step")),
                     first.cause(self.values) if first else "")
 
     # ---- which question is the right one ----------------------------------------------------------------------------
@@ -149,7 +153,7 @@ class _Examination:
         failure = self.failures[-1] if self.failures and self.failures[-1]["attempt"] >= newest else None
         if self.status in ("completed", "created") and failure is None:
             return self._examine_numbers() or self._healthy()
-        if failure is not None and self.status != "completed":
+        if failure is not None and self.record.get("status") not in ("completed", "interrupted"):
             return self._examine_failure(failure)
         if self.status == "failed":
             return self._examine_failure({"attempt": newest, "ranks": [], "message": self._find_reason()})
@@ -199,8 +203,8 @@ class _Examination:
             if fault is Fault.UNKNOWN:
                 return self._make(fault, "the attempt failed and nothing says why",
                                   "start it again with --verbose, and look into Ray's logs", attempt=attempt,
-                                  step=failure.get("step"), exhibits=self._last_events())
-            first = find_first([Case(failure=failure, step=failure.get("step"))])
+                                  step=make_whole(failure.get("step")), exhibits=self._last_events())
+            first = find_first([Case(failure=failure, step=make_whole(failure.get("step")))])
             assert first is not None
         if first.fault is Fault.HANG or (first.case.symptom and first.fault is Fault.KILLED):
             found = self._examine_hang(attempt, first, cases)
@@ -217,13 +221,12 @@ class _Examination:
     def _tell(self, attempt: int, first: Finding, cases: Sequence[Case], **changes: Any) -> Diagnosis:
         """The diagnosis of what came first, with its evidence and what the others saw."""
         case = first.case
-        step = case.step if case.step is not None else first.case.failure.get("step")
+        step = case.step if case.step is not None else make_whole(case.failure.get("step"))
         told = self._make(
             first.fault, first.cause(self.values), first.way_out(self.values), attempt=attempt, rank=case.rank,
             node=case.node, pid=case.pid, step=step, error_type=case.error_type, message=case.message,
             exhibits=self._show_rank(attempt, case),
-            others=tuple(f"{_called(other.rank)}: {other.error or other.exit or 'no word'}" for other in cases
-                         if other.rank != case.rank))
+            others=_tell_others(cases, case.rank))
         if first.fault is Fault.NUMERICS:
             told = replace(told, exhibits=told.exhibits + self._show_numbers())
         return replace(told, **changes)
@@ -245,10 +248,9 @@ class _Examination:
     def _examine_hang(self, attempt: int, first: Finding, cases: Sequence[Case]) -> Diagnosis | None:
         """Which rank the others waited for, or lost. None if nothing tells it from the others."""
         stacks, beats = load_stacks(self.run, attempt), load_beats(self.run, attempt)
-        said = {case.rank: {"step": case.step, "time": case.time, "phase": record.get("phase")}
-                for case, record in zip(cases, first.case.failure.get("ranks") or [], strict=False)
-                if case.rank is not None}
-        beats = {**{rank: beat for rank, beat in said.items() if beat["step"] is not None}, **beats}
+        said = {case.rank: {"step": case.step, "time": case.time, "phase": case.phase or None} for case in cases
+                if case.rank is not None and case.step is not None}
+        beats = {**said, **beats}
         if first.fault is Fault.HANG and len(beats) > 1 and all_wait_for_rows(beats, stacks):
             return self._tell(
                 attempt, first, cases, fault=Fault.DATA, rank=None, node="", pid=None,
@@ -260,16 +262,14 @@ class _Examination:
         if first.fault is Fault.KILLED:
             stall = Stall(tuple(sorted(silent)), "it said nothing") if silent and len(silent) < num_ranks else None
         else:
-            stall = find_stall(stacks, beats, named=self._named(attempt, cases), num_ranks=num_ranks)
+            watched: dict[str, Any] = next((event for event in reversed(self.events) if event.get("kind") == "hang"
+                                            and event.get("attempt") == attempt), {})
+            missing = sorted({rank for case in cases for rank in missing_ranks(case.text)})
+            ended = [case.rank for case in cases if case.lost and case.rank is not None]
+            stall = find_stall(stacks, beats, named=watched.get("ranks") or missing, ended=ended, num_ranks=num_ranks)
+            if stall and watched.get("reason"):
+                stall = replace(stall, sign=str(watched["reason"]))
         return self._tell_stall(attempt, first, cases, stall, beats=beats, stacks=stacks) if stall else None
-
-    def _named(self, attempt: int, cases: Sequence[Case]) -> tuple[int, ...]:
-        """Ranks that the watchdog or a collective named, or that the driver ended when it found the hang."""
-        watched = [event for event in self.events if event.get("kind") == "hang" and event.get("attempt") == attempt]
-        if watched:
-            return tuple(int(rank) for rank in watched[-1].get("ranks") or ())
-        missing = tuple(sorted({rank for case in cases for rank in missing_ranks(case.text)}))
-        return missing or tuple(case.rank for case in cases if case.lost and case.rank is not None)
 
     def _tell_stall(self, attempt: int, first: Finding, cases: Sequence[Case], stall: Stall, *,
                     beats: Mapping[int, Mapping[str, Any]], stacks: Mapping[int, str]) -> Diagnosis:
@@ -288,14 +288,12 @@ class _Examination:
             cause = f"{_called(rank)} stood still{at}{stands}: {stall.sign}"
             way_out = self._way_out_of_hang(frame)
         node = case.node or str(beats.get(rank, {}).get("node") or beats.get(rank, {}).get("host") or "")
-        others = [f"{_called(other.rank)}: {other.error or other.exit or 'no word'}" for other in cases
-                  if other.rank != rank]
         waiting = [f"{_called(other)}: waits in {format_frame(place)}" for other, text in sorted(stacks.items())
                    if other != rank and (place := innermost_own(make_loop_stack(text)))]
         return self._tell(attempt, first, cases, cause=cause, way_out=way_out, rank=rank, step=step, node=node,
                           pid=case.pid or beats.get(rank, {}).get("pid"), error_type=case.error_type,
                           message=case.message, exhibits=self._show_rank(attempt, case),
-                          others=tuple(others or waiting))
+                          others=_tell_others(cases, rank) or tuple(waiting))
 
     # ---- a run that goes on, or went to its end ---------------------------------------------------------------------
 
@@ -360,7 +358,7 @@ class _Examination:
         return AGAIN.format_map(self.values)
 
     def _way_out_of_hang(self, frame: Frame | None) -> str:
-        if frame and "/dray/" not in frame[0]:
+        if frame and not OWN_FILE.search(frame[0]):
             return f"mend what waits in {format_frame(frame)}; {self._again()}"
         return f"look on its node for a stopped process, a dead mount or a failing card (`dmesg -T`); {self._again()}"
 
@@ -381,6 +379,12 @@ class _Examination:
         skipped = [f"step {event.get('step')}: {event.get('reason') or event['kind']}" for event in self.events
                    if event.get("kind") in ("step_skipped", "loss_spike")]
         return _exhibits(("metrics", "the last steps", rows), ("events", "skipped steps", skipped[-5:]))
+
+
+def _tell_others(cases: Sequence[Case], rank: int | None) -> tuple[str, ...]:
+    """What the other ranks saw, a line each; where gloo was compiled is nobody's concern."""
+    return tuple(f"{_called(case.rank)}: {shorten(_COMPILED_AT.sub('[', case.error) or case.exit or 'no word', 140)}"
+                 for case in cases if case.rank != rank)
 
 
 def _exhibits(*pieces: tuple[str, str, Sequence[str]]) -> tuple[Exhibit, ...]:

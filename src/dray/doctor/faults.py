@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from dray.doctor.cases import COLLECTIVE_TIMEOUT, CONNECTION_LOST, Case, make_cases
+from dray.doctor.cases import COLLECTIVE_TIMEOUT, CONNECTION_LOST, OWN_FILE, Case, make_cases
 
 
 class Fault(StrEnum):
@@ -108,7 +108,9 @@ def _lower_rate(values: Values) -> str:
                 f"more schedule.warmup_steps (it was {values['warmup_steps']})"]
     if values["precision"] == "fp16":
         measures.insert(0, "precision=bf16")
-    return f"fork the run from {values['resume']} (--fork NEW_NAME) with {', or '.join(measures)}"
+    begun = values["resume_step"]
+    how = f"fork the run from {values['resume']} (--fork NEW_NAME)" if begun else "start it anew (--run NEW_NAME)"
+    return f"{how} with {', or '.join(measures)}"
 
 
 def _preempted(case: Case) -> bool:
@@ -125,8 +127,8 @@ def _hung(case: Case) -> bool:
 
 def _in_corpus(case: Case) -> bool:
     """Whether dray's innermost frame lies in the reading of rows."""
-    own = [file for file, _, _ in case.frames if "/dray/" in file]
-    return bool(own) and "/dray/corpus/" in own[-1]
+    own = [file for file, _, _ in case.frames if OWN_FILE.search(file)]
+    return bool(own) and "/corpus/" in own[-1]
 
 
 def _host_is_full(case: Case) -> bool:
@@ -170,11 +172,11 @@ RULES: tuple[Rule, ...] = (
     Rule(Fault.DATA, "{who} met a token or label outside of what the model knows{at}: {error}",
          "make tokenizer and model agree (model.vocab_size, number of labels), then prepare the corpus again",
          text=r"index out of range in self|Target -?\d+ is out of bounds|device-side assert triggered"),
+    Rule(Fault.DATA, "the corpus cannot be used: {error}", "do as the message says, then `dray prepare`",
+         types="CorpusError"),
     Rule(Fault.DATA, "{who} could not read its rows{at}: {error}",
          "check the corpus ({corpus}) and its storage; deleting its folder and `dray prepare` build it anew",
          when=lambda case: bool(case.error_type) and not case.symptom and _in_corpus(case)),
-    Rule(Fault.DATA, "the corpus cannot be used: {error}", "do as the message says, then `dray prepare`",
-         types="CorpusError"),
     Rule(Fault.STORAGE, "a checkpoint is damaged ({who}): {error}", "what was set aside is not used; " + AGAIN,
          types="CheckpointDamaged", text=r"^checkpoint \S+ is damaged"),
     Rule(Fault.STORAGE, "storage failed {who}{at}: {error}",

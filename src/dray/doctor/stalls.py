@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dray.doctor.cases import COLLECTIVE_TIMEOUT, make_seconds, parse_frames
+from dray.doctor.cases import COLLECTIVE_TIMEOUT, OWN_FILE, make_seconds, make_whole, parse_frames
 
 Frame = tuple[str, int, str]
 
@@ -24,7 +24,6 @@ _THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+[^\n]*\(most recent
 _COLLECTIVE = re.compile(r"/torch/distributed/(?:distributed_c10d|c10d_logger)|/deepspeed/comm/|/dray/ranks\.py"
                          r"|/ray/train/(?:v2/)?.*collective")
 _FOREIGN = re.compile(r"/(?:site|dist)-packages/|/lib/python3|^<|/importlib/")
-_OWN = re.compile(r"/dray/")
 
 
 def make_loop_stack(dump: str) -> tuple[Frame, ...]:
@@ -40,7 +39,7 @@ def make_loop_stack(dump: str) -> tuple[Frame, ...]:
 
 def innermost_own(stack: Sequence[Frame]) -> Frame | None:
     """The innermost frame of dray or of user code; else the innermost of all."""
-    own = [frame for frame in stack if _OWN.search(frame[0]) or not _FOREIGN.search(frame[0])]
+    own = [frame for frame in stack if OWN_FILE.search(frame[0]) or not _FOREIGN.search(frame[0])]
     return next(iter([*own, *stack]), None)
 
 
@@ -61,15 +60,17 @@ class Stall:
 
 
 def find_stall(stacks: Mapping[int, str], beats: Mapping[int, Mapping[str, Any]], *, named: Sequence[int] = (),
-               num_ranks: int = 0) -> Stall | None:
-    """The ranks that the others wait for. `named`: ranks that a collective or the watchdog missed.
+               ended: Sequence[int] = (), num_ranks: int = 0) -> Stall | None:
+    """The ranks that the others wait for. `named`: ranks that a collective or the watchdog missed; `ended`: ranks that
+    were ended when the hang was found.
 
     Signs, by their weight: a rank was named; it left no stack, so it was stopped; it stands outside of the collective
-    that the others wait in; its stack is unlike all others; it is furthest behind; its heartbeat is the oldest.
+    that the others wait in; its stack is unlike all others; it was ended; it is furthest behind; its heartbeat is the
+    oldest.
     """
     found = {rank: make_loop_stack(text) for rank, text in stacks.items() if text.strip()}
     every = set(range(num_ranks)) | set(stacks) | set(beats)
-    for ranks, sign in _signs(found, beats, every, named):
+    for ranks, sign in _signs(found, beats, every, named, ended):
         if ranks and (len(ranks) < len(every) or sign == NAMED):
             return _stall(sorted(ranks), sign, found, beats)
     return None
@@ -79,12 +80,12 @@ NAMED = "the others missed it"
 
 
 def _signs(found: Mapping[int, tuple[Frame, ...]], beats: Mapping[int, Mapping[str, Any]], every: set[int],
-           named: Sequence[int]) -> list[tuple[set[int], str]]:
+           named: Sequence[int], ended: Sequence[int]) -> list[tuple[set[int], str]]:
     waiting = {rank for rank, stack in found.items() if in_collective(stack)}
     own = {rank: (frame[0], frame[2]) for rank, stack in found.items() if (frame := innermost_own(stack))}
     shared = Counter(own.values())
     odd = {rank for rank, place in own.items() if shared[place] == 1} if max(shared.values(), default=0) > 1 else set()
-    steps = {rank: int(beat["step"]) for rank, beat in beats.items() if beat.get("step") is not None}
+    steps = {rank: step for rank, beat in beats.items() if (step := make_whole(beat.get("step"))) is not None}
     times = {rank: time for rank, beat in beats.items() if (time := make_seconds(beat.get("time"))) is not None}
     lowest, oldest = min(steps.values(), default=0), min(times.values(), default=0.0)
     return [
@@ -92,6 +93,7 @@ def _signs(found: Mapping[int, tuple[Frame, ...]], beats: Mapping[int, Mapping[s
         (every - set(found) if found else set(), "it left no stack: it was stopped, or its machine is gone"),
         (set(found) - waiting if waiting else set(), "it stands outside of the collective that the others wait in"),
         (odd, "its stack is unlike the others'"),
+        (set(ended), "it was ended when the hang was found"),
         ({rank for rank, step in steps.items() if step == lowest}, "it is the furthest behind"),
         ({rank for rank, time in times.items() if time == oldest}, "its heartbeat is the oldest"),
     ]
@@ -100,9 +102,8 @@ def _signs(found: Mapping[int, tuple[Frame, ...]], beats: Mapping[int, Mapping[s
 def _stall(ranks: Sequence[int], sign: str, found: Mapping[int, tuple[Frame, ...]],
            beats: Mapping[int, Mapping[str, Any]]) -> Stall:
     beat = beats.get(ranks[0], {})
-    step = beat.get("step")
     return Stall(tuple(ranks), sign, innermost_own(found.get(ranks[0], ())), str(beat.get("phase") or ""),
-                 int(step) if step is not None else None)
+                 make_whole(beat.get("step")))
 
 
 def missing_ranks(text: str) -> tuple[int, ...]:
