@@ -88,6 +88,7 @@ def test_a_rank_that_waits_elsewhere_hangs_the_others(run: Run, groups: dict[str
     fail(run, [group.ranks[0], group.ranks[2]], stacks=group.stacks, detected_by="hang")
     found = diagnose(run)
     assert (found.fault, found.rank) == (Fault.HANG, CULPRIT)
+    assert [(past.fault, past.rank) for past in found.history] == [(Fault.HANG, CULPRIT)]
     assert "outside of the collective" in found.cause
     assert "read_slowly (" in found.cause
     assert "gloo_groups.py" in found.way_out
@@ -236,6 +237,7 @@ def test_a_killed_actor_is_not_out_of_memory_though_ray_guesses_so(run: Run, loc
     found = diagnose(run)
     assert (found.fault, found.rank) == (Fault.KILLED, 1)
     assert found.node  # from Ray's own text
+    assert "OOM killer" not in found.message  # Ray's guess, of every dead worker
     with pytest.raises(FloatingPointError) as raised:
         ray.get(Worker.remote().meet.remote())
     assert type(unwrap(raised.value)) is FloatingPointError

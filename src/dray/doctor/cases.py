@@ -5,6 +5,7 @@ Nothing is decided here but whether a rank died without a word, and whether it o
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -108,8 +109,8 @@ def _make_case(record: Mapping[str, Any], failure: Mapping[str, Any], logs: Mapp
         kind, message = _unwrap(kind, message)
     ip = re.search(r"^\tip: (\S+)$|\(IP: ([^,]+),", message, re.M)
     case = Case(
-        rank=rank if isinstance(rank, int) else None, pid=make_whole(record.get("pid")), step=make_whole(record.get("step")),
-        phase=str(record.get("phase") or ""),
+        rank=rank if isinstance(rank, int) else None, pid=make_whole(record.get("pid")),
+        step=make_whole(record.get("step")), phase=str(record.get("phase") or ""),
         node=str(record.get("node") or record.get("host") or (next(filter(None, ip.groups())) if ip else "")),
         time=make_seconds(record.get("time")), error_type=kind, message=message, traceback=traceback,
         exit=make_exit(record.get("exit")), failure=failure,
@@ -167,7 +168,7 @@ def make_exit(value: Any) -> str:
 
 def make_whole(value: Any) -> int | None:
     """A whole number of a record; none for anything else."""
-    return int(value) if isinstance(value, (int, float)) and value == value else None
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def make_seconds(value: Any) -> float | None:

@@ -29,6 +29,7 @@ from dray.store import Run
 from dray.store.evidence import load_beats, load_failures, load_log, load_stacks
 
 _COMPILED_AT = re.compile(r"\[/\S*/(?=gloo/transport)")
+EXAMINED_ATTEMPTS = 3
 LOG_LINES, STACK_LINES, TRACEBACK_LINES = 12, 8, 12
 SILENT_SECONDS, SILENT_STEPS = 300.0, 30.0
 """A run that is said to run and has not made a step for so long, and so many times a usual step, hangs."""
@@ -106,6 +107,7 @@ class _Examination:
         self.failures: list[dict[str, Any]] = self._read("the failures", lambda: load_failures(run), [])
         self.resume_step: int | None = self._read("the checkpoints", self._find_resume_step, None)
         self.values = self._make_values()
+        self.history: tuple[Past, ...] = ()
         self.history = tuple(self._make_past(failure) for failure in self.failures)
 
     def _read(self, what: str, read: Any, fallback: Any) -> Any:
@@ -141,9 +143,13 @@ class _Examination:
         return Values(values)
 
     def _make_past(self, failure: Mapping[str, Any]) -> Past:
+        """Of an older attempt its document alone is asked: stacks and logs of many ranks take long to read."""
+        attempt = int(failure["attempt"])
+        if attempt > len(self.attempts) - EXAMINED_ATTEMPTS:
+            found = self._examine_failure(failure)
+            return Past(attempt, found.fault, found.rank, found.step, found.cause)
         first = find_first(make_cases(failure))
-        return Past(int(failure["attempt"]), classify(failure), first.case.rank if first else None,
-                    make_whole(failure.get("step")),
+        return Past(attempt, classify(failure), first.case.rank if first else None, make_whole(failure.get("step")),
                     first.cause(self.values) if first else "")
 
     # ---- which question is the right one ----------------------------------------------------------------------------

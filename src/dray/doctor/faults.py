@@ -122,7 +122,11 @@ def _node_is_lost(case: Case) -> bool:
 
 
 def _hung(case: Case) -> bool:
-    return case.failure.get("detected_by") == "hang" and (case.lost or case.symptom)
+    return case.failure.get("detected_by") == "hang" and case.lost
+
+
+def _waited_in_a_hang(case: Case) -> bool:
+    return case.failure.get("detected_by") == "hang" and case.symptom
 
 
 def _in_corpus(case: Case) -> bool:
@@ -245,6 +249,8 @@ RULES: tuple[Rule, ...] = (
          when=lambda case: case.lost),
 
     # ---- ranks that only saw another one go
+    Rule(Fault.HANG, "{who} waited for a rank that hung{at}", "look at the rank that is missing or furthest behind; "
+         + AGAIN, when=_waited_in_a_hang),
     Rule(Fault.HANG, "a collective of {who} waited in vain for another rank{at}",
          "look at the rank that is missing or furthest behind; " + AGAIN,
          when=lambda case: bool(COLLECTIVE_TIMEOUT.search(case.text))),
