@@ -3,7 +3,8 @@
     <storage>/<run>/  spec.yaml  plan.json  run.json  metrics.parquet
         attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
         checkpoints/step-00000020-a0001/      rank-00000-of-00002.safetensors …, manifest.json, COMMITTED
-        pins/<fork>.json                      trackers/
+        pins/<fork>.json, _hold-….json        trackers/
+        drivers/0001.json, 0001-beat.json, 0001-end.json
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ RUN_FILE = "run.json"
 PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
 CHECKPOINTS, PINS, TRACKERS = "checkpoints", "pins", "trackers"
+DRIVERS = "drivers"
 MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "COMMITTED"
 REJECTED_FILE = "REJECTED"
+DELETING_FILE = "DELETING"
 RESERVED_NAMES = frozenset({"corpora"})
 
 _CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
 _RANK_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
 _ATTEMPT_FILE = re.compile(r"(\d{4,})\.json")
+_DRIVER_FILE = re.compile(r"(\d{4,})\.json")
 
 
 class RunFolder(Protocol):
@@ -90,6 +94,17 @@ def make_attempt_file(attempt: int) -> str:
 def parse_attempt_file(name: str) -> int | None:
     """Number of the attempt that a file records; none for any other name."""
     match = _ATTEMPT_FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def make_driver_file(driver: int, suffix: str = "") -> str:
+    """File name of a driver's record; with `-beat` of its last sign of life, with `-end` of its end."""
+    return f"{driver:04d}{suffix}.json"
+
+
+def parse_driver_file(name: str) -> int | None:
+    """Number of the driver that a file records; none for any other name."""
+    match = _DRIVER_FILE.fullmatch(name)
     return int(match[1]) if match else None
 
 
