@@ -26,6 +26,8 @@ class Job:
     manifest: Manifest
     storage: str
     run_name: str
+    driver: int | None = None
+    """Number of the driver whose attempts these are: none of an earlier one's commits once it has taken over."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
                               "checkpoint": newest.path if newest else ""}
     remembered = run.record()
     record |= {key: remembered[key] for key in ("micro_rows", "left_out") if remembered.get(key)}
-    return record | {"attempt": run.begin_attempt(**record)}
+    return record | {"attempt": run.begin_attempt(driver=job.driver, **record)}
 
 
 def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import tempfile
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,13 +21,14 @@ from typing import Any
 from dray.cluster import connect, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
-from dray.errors import Interrupted, RunFailed
+from dray.errors import Interrupted, RunFailed, StoreError
 from dray.job import Job
 from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
 from dray.report import format_diagnosis
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
+from dray.store.drivers import HEARTBEAT_SECONDS, Driver
 from dray.watchdog import find_hang
 
 DRAIN_SECONDS = 0.1
@@ -132,19 +135,21 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         return Ended(run, "completed")
     if done:
         display.say(f"{run.name} goes on from step {done}")
+    driver = run.take_over()
+    job, heart = replace(job, driver=driver.number), _Heart(run, driver)
     trackers = build_trackers(run, spec)
     recorder = Recorder(run, plan, trackers, display)
-    run.set_status("running")
+    run.set_status("running", driver=driver)
     reason = ""
     run.update(compressors=job.manifest.validation_compressors)
     status = "failed"
     try:
-        with display.steps(num_steps, done):
+        with display.steps(num_steps, done), heart:
             launcher.run(job, recorder)
         status = recorder.ended or "failed"
     except RunFailed as error:
         reason = str(error)
-        run.set_status("failed", reason)
+        run.set_status("failed", reason, driver)
         diagnosis = diagnose(run)
         run.log_event("failed", reason=reason, cause=diagnosis.fault)
         raise RunFailed(reason, format_diagnosis(diagnosis)) from error
@@ -154,13 +159,38 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         run.log_event(status, reason=reason)
         raise
     finally:
-        run.set_status("completed" if status == "early_stopped" else status, reason)
+        run.set_status("completed" if status == "early_stopped" else status, reason, driver)
+        run.release(driver)
         trackers.finish(status)
     if status == "interrupted":
         saved = run.latest_checkpoint()
         raise Interrupted(saved.step if saved else 0)
     run.export_metrics_parquet()
     return Ended(run, status)
+
+
+class _Heart:
+    """Gives the driver's signs of life; a driver that has been replaced by another is interrupted."""
+
+    def __init__(self, run: Run, driver: Driver) -> None:
+        self._run, self._driver, self._ended = run, driver, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            try:
+                self._run.heartbeat(self._driver)
+            except StoreError:  # taken over: what this driver's attempts do from now on does not count
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            except OSError:
+                continue  # the storage is away; the next beat may come through
 
 
 def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:

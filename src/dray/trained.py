@@ -48,7 +48,7 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
         spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
         pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id, initial_weights=False,
     )
-    with CheckpointReader(run, info) as reader:
+    with run.hold(info), CheckpointReader(run, info) as reader:
         problems = reader.verify_files(range(reader.num_files))
         if problems:
             raise StoreError(info.path, "; ".join(problems), "a damaged checkpoint is never loaded",

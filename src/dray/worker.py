@@ -138,7 +138,7 @@ class _Loop:
         """Copy the newest checkpoint into the engine, if there is one. Nothing unverified is read."""
         if self.newest is None:
             return
-        with CheckpointReader(self.run, self.newest) as reader:
+        with self.run.hold(self.newest), CheckpointReader(self.run, self.newest) as reader:
             mine = range(self.ranks.rank, reader.num_files, self.ranks.num_ranks)
             problems = [problem for found in self.ranks.gather(reader.verify_files(list(mine))) for problem in found]
             if problems:

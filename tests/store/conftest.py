@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from failing_proxy import FailingProxy, failing_proxy
 from sharded_model import PLAN, make_test_spec
 
 from dray.spec import Spec
@@ -36,6 +37,28 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_storage(s3_endpoint: str) -> str:
     return f"s3://bucket/{uuid.uuid4().hex}/runs?{s3_endpoint}"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries as they are, with pauses that a test can wait for, and none by the S3 library itself."""
+    monkeypatch.setattr("dray.store.retrying.RETRY_SECONDS", 20.0)
+    monkeypatch.setattr("dray.store.retrying.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dray.store.retrying.LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("dray.store.filesystem.SDK_ATTEMPTS", 1)
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str, impatient: None) -> Iterator[FailingProxy]:
+    """A proxy before the S3 server that fails when told to."""
+    target = s3_endpoint.partition("endpoint_override=")[2].partition("&")[0]
+    with failing_proxy(target) as running:
+        yield running
+
+
+@pytest.fixture
+def failing_storage(proxy: FailingProxy) -> str:
+    return f"s3://bucket/{uuid.uuid4().hex}/runs?endpoint_override={proxy.endpoint}&scheme=http&region=us-east-1"
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -15,10 +15,10 @@ from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 from dray.errors import StoreError
 from dray.store import CheckpointReader, CheckpointWriter, Run, apply_retention, open_filesystem, verify_checkpoint
+from dray.store.exclusive import create_exclusive
 from dray.store.filesystem import (
     absolute,
     child,
-    create_exclusive,
     list_files,
     open_whole,
     read_bytes,
@@ -128,7 +128,7 @@ def test_many_small_tensors_take_few_requests(s3_storage: str) -> None:
     info = writer.commit([file], {"shapes": {name: [8] for name in names}})
     with CheckpointReader(run, info) as reader:
         reader.read(names[0])
-        stream = reader._open[0][0]
+        stream = reader._open[0][0]._stream
         before = stream.tell()
         assert all(reader.read(name).sum() == 8 for name in names)
         assert stream.tell() == before

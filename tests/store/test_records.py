@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sharded_model import PLAN, make_test_spec, save
 
 from dray.store import Run, open_filesystem
 from dray.store.filesystem import is_local, list_files
@@ -187,3 +189,83 @@ def test_table_and_parquet(run: Run) -> None:
 def test_table_of_large_numbers() -> None:
     table = make_table([{"tokens": 2**40, "rate": 3e-4}, {"tokens": None, "rate": float("inf")}])
     assert table.column("tokens").to_pylist() == [2**40, None]
+
+
+def train(run: Run, last: int, every: int = 10) -> int:
+    """An attempt as the driver does it: it starts from the newest sound checkpoint, logs each step, saves at times."""
+    newest = run.latest_checkpoint()
+    start = newest.step if newest else 0
+    attempt = run.begin_attempt(1, start)
+    for step in range(start + 1, last + 1):
+        run.log_metrics([{"step": step, "attempt": attempt, "loss": 1.0}])
+        if step % every == 0:
+            save(run, step, num_ranks=1, attempt=attempt)
+    return attempt
+
+
+def assert_one_row_a_step(run: Run, last: int) -> None:
+    assert [row["step"] for row in run.metrics()] == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize("bad", [[30], [30, 20], [20], [10, 20, 30], [30, 10]], ids=str)
+def test_falling_back_to_an_older_checkpoint_leaves_no_gap(local_run: Run, bad: list[int]) -> None:
+    """Three attempts, then some of their checkpoints turn out bad: one row a step, of the attempt that counts."""
+    train(local_run, 14)
+    train(local_run, 23)
+    train(local_run, 36)
+    assert_one_row_a_step(local_run, 36)
+    assert [(info.step, info.attempt) for info in local_run.checkpoints()] == [(10, 1), (20, 2), (30, 3)]
+    for info in local_run.checkpoints():
+        if info.step in bad:
+            local_run.set_aside(info, "its checksum is another")
+    sound = [step for step in (10, 20, 30) if step not in bad]
+    newest = local_run.latest_checkpoint()
+    assert (newest.step if newest else None) == (sound[-1] if sound else None)
+    attempt = train(local_run, 40)
+    assert_one_row_a_step(local_run, 40)
+    start = sound[-1] if sound else 0
+    assert {row["attempt"] for row in local_run.metrics() if row["step"] > start} == {attempt}
+    assert [info.step for info in local_run.checkpoints()] == sound + [s for s in (10, 20, 30, 40) if s > start]
+    assert all("undone" in info.problem or "set aside" in info.problem
+               for info in local_run.checkpoints(verified_only=False) if not info.verified)
+
+
+def test_a_checkpoint_set_aside_after_others_were_made_from_it(local_run: Run) -> None:
+    """What was trained from it before stays sound: it was verified when it was read."""
+    train(local_run, 10)
+    train(local_run, 20)
+    local_run.set_aside(local_run.checkpoints()[0], "a bad sector")
+    assert [info.step for info in local_run.checkpoints()] == [20]
+    train(local_run, 30)
+    assert_one_row_a_step(local_run, 30)
+    local_run.set_aside(local_run.checkpoints()[0], "a bad sector")
+    local_run.set_aside(local_run.checkpoints()[0], "a bad sector")
+    train(local_run, 12)
+    assert_one_row_a_step(local_run, 12)
+
+
+def test_a_fork_falls_back_to_where_it_came_from(local_run: Run) -> None:
+    train(local_run, 10)
+    fork = Run.fork(local_run.storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
+    train(fork, 20)
+    fork.set_aside(fork.checkpoints()[0], "a bad sector")
+    newest = fork.latest_checkpoint()
+    assert newest is not None
+    assert newest.path.startswith(local_run.path)
+    train(fork, 25)
+    assert [row["step"] for row in fork.metrics()] == list(range(11, 26))
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.sets(st.integers(0, 5), max_size=3)), min_size=1, max_size=5))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_life_has_one_row_a_step(tmp_path: Path, life: list[tuple[int, set[int]]]) -> None:
+    """Attempts of some steps, after each of which some of the sound checkpoints turn out bad."""
+    run = Run.create(tmp_path, f"r{uuid.uuid4().hex}", make_test_spec(), PLAN)
+    for done, bad in life:
+        newest = run.latest_checkpoint()
+        last = (newest.step if newest else 0) + done
+        train(run, last, every=4)
+        assert_one_row_a_step(run, last)
+        for index, info in enumerate(run.checkpoints()):
+            if index in bad:
+                run.set_aside(info, "bad")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from sharded_model import PLAN, make_test_spec, save
 
-from dray.store import Run, apply_retention, verify_checkpoint
-from dray.store.filesystem import list_folders
+from dray.errors import StoreError
+from dray.store import CheckpointInfo, CheckpointReader, Run, apply_retention, verify_all, verify_checkpoint
+from dray.store.filesystem import list_files, list_folders
+from dray.store.records import load_json, save_json
 
 
 def steps_of(run: Run) -> list[int]:
@@ -84,3 +91,111 @@ def test_what_a_fork_started_from_is_kept(storage: str, run: Run) -> None:
     found = fork.latest_checkpoint()
     assert found is not None
     assert verify_checkpoint(fork, found).ok
+
+
+HOLD = """
+import sys
+from dray.store import Run
+run = Run.open(sys.argv[1], "speeches")
+with run.hold(run.checkpoints()[0]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def names_of_pins(run: Run) -> list[str]:
+    return sorted(list_files(run.filesystem, f"{run.path}/pins"))
+
+
+def test_what_is_held_is_kept(run: Run) -> None:
+    first = save(run, 10)
+    with run.hold(first), CheckpointReader(run, first) as reader:
+        for step in (20, 30):
+            save(run, step)
+            apply_retention(run, keep_last=1)
+        assert steps_of(run) == [10, 30]
+        assert reader.verify_files([0, 1]) == []
+    assert names_of_pins(run) == []
+    assert [path.rpartition("/")[2] for path in apply_retention(run, keep_last=1)] == ["step-00000010-a0001"]
+    with pytest.raises(StoreError, match="the checkpoint of step 10 was deleted meanwhile"), run.hold(first):
+        pytest.fail("it is gone")
+    assert names_of_pins(run) == []
+
+
+def test_a_reader_in_another_process(local_run: Run) -> None:
+    """Its pin counts while it lives; killed, it holds nothing, and what it left is cleared away."""
+    save(local_run, 10)
+    save(local_run, 20)
+    reader = subprocess.Popen([sys.executable, "-c", HOLD, local_run.storage], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "held\n"
+    apply_retention(local_run, keep_last=1)
+    assert steps_of(local_run) == [10, 20]
+    os.kill(reader.pid, signal.SIGKILL)
+    reader.communicate()
+    assert len(names_of_pins(local_run)) == 1
+    apply_retention(local_run, keep_last=1)
+    assert steps_of(local_run) == [20]
+    assert names_of_pins(local_run) == []
+
+
+@pytest.mark.parametrize(("hours", "kept"), [(23, True), (25, False)])
+def test_a_reader_elsewhere_holds_for_a_day(run: Run, hours: int, kept: bool) -> None:
+    save(run, 10)
+    save(run, 20)
+    with run.hold(run.checkpoints()[0]):
+        path = f"{run.path}/pins/{names_of_pins(run)[0]}"
+        time = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
+        save_json(run.filesystem, path, load_json(run.filesystem, path) | {"host": "elsewhere", "time": time})
+        apply_retention(run, keep_last=1)
+        assert steps_of(run) == ([10, 20] if kept else [20])
+
+
+def test_a_reader_that_comes_in_the_middle(local_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a reader and a deletion at the same time at least one gives way, wherever the reader comes in."""
+    from dray.store import retention
+
+    look, readers = retention._pinned, []
+    for turn in (1, 2):  # before the first look at the pins, and between the two
+        first = save(local_run, 10, attempt=turn)
+        save(local_run, 20, attempt=turn)
+        calls: list[int] = []
+
+        def come_in(run: Run, info: CheckpointInfo = first, turn: int = turn, calls: list[int] = calls) -> set[str]:
+            calls.append(1)
+            if len(calls) == turn:
+                readers.append(run.hold(info))
+                try:
+                    readers[-1].__enter__()
+                except StoreError as error:
+                    readers[-1] = error
+            return look(run)
+
+        monkeypatch.setattr(retention, "_pinned", come_in)
+        apply_retention(local_run, keep_last=1)
+        monkeypatch.setattr(retention, "_pinned", look)
+        if isinstance(readers[-1], StoreError):
+            assert "was deleted meanwhile" in str(readers[-1])
+        else:
+            assert verify_checkpoint(local_run, first).ok
+            readers[-1].__exit__(None, None, None)
+    assert not isinstance(readers[0], StoreError)
+
+
+def test_a_deletion_that_was_cut_off(local_run: Run) -> None:
+    """What was to be deleted is no longer used, and goes the next time."""
+    doomed, newest = save(local_run, 10), save(local_run, 20)
+    Path(doomed.path, "DELETING").touch()
+    assert steps_of(local_run) == [20]
+    assert local_run.checkpoints(verified_only=False)[0].problem == "it is being deleted"
+    assert apply_retention(local_run, keep_last=5) == [doomed.path]
+    assert local_run.latest_checkpoint() == newest
+
+
+def test_verifying_holds(run: Run) -> None:
+    save(run, 10)
+    save(run, 20)
+    reports = verify_all(run)
+    assert [(report.step, report.ok) for report in reports] == [(10, True), (20, True)]
+    assert names_of_pins(run) == []

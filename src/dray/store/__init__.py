@@ -6,13 +6,15 @@ Every other part reaches storage through these names; nothing outside knows how 
 from __future__ import annotations
 
 from dray.store.commit import CheckpointWriter
+from dray.store.drivers import Driver
 from dray.store.filesystem import open_filesystem
 from dray.store.layout import Fragment, make_fragment_key, parse_fragment_key
 from dray.store.manifest import CheckpointInfo, RankFile
 from dray.store.reading import CheckpointReader, CheckpointReport, inspect_checkpoint, verify_checkpoint
 from dray.store.records import make_limits
 from dray.store.retention import LOWER_IS_BETTER, apply_retention
-from dray.store.run import Run, find_checkpoint, list_runs
+from dray.store.retrying import StorageFailed
+from dray.store.run import Run, find_checkpoint, list_runs, verify_all
 from dray.store.trackers import Tracker, Trackers, build_trackers, check_trackers
 
 __all__ = [
@@ -21,9 +23,11 @@ __all__ = [
     "CheckpointReader",
     "CheckpointReport",
     "CheckpointWriter",
+    "Driver",
     "Fragment",
     "RankFile",
     "Run",
+    "StorageFailed",
     "Tracker",
     "Trackers",
     "apply_retention",
@@ -36,5 +40,6 @@ __all__ = [
     "make_limits",
     "open_filesystem",
     "parse_fragment_key",
+    "verify_all",
     "verify_checkpoint",
 ]

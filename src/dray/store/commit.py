@@ -1,7 +1,7 @@
 """The commit of a checkpoint: every rank's file, then the manifest, then the marker, each synced before the next.
 
 A rank writes its own file and nothing else; one of them commits. Nothing here waits for other ranks, so a save may run
-in a thread beside training. Refuses a tensor of the wrong form, fragments that do not cover, a stale attempt.
+in a thread beside training. Refuses a tensor of the wrong form, fragments that do not cover, a stale attempt or driver.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from dray.errors import StoreError
-from dray.store.filesystem import exists, list_files, make_folder, open_whole, write_bytes
+from dray.store.drivers import check_driver
+from dray.store.exclusive import create_exclusive
+from dray.store.filesystem import exists, list_files, make_folder, write_bytes, write_whole
 from dray.store.layout import (
     ATTEMPTS,
     CHECKPOINTS,
@@ -22,6 +25,7 @@ from dray.store.layout import (
     MARKER_FILE,
     Fragment,
     RunFolder,
+    make_attempt_file,
     make_checkpoint_folder,
     make_rank_file,
     parse_attempt_file,
@@ -36,6 +40,7 @@ from dray.store.manifest import (
     make_pieces,
     make_sha256,
 )
+from dray.store.records import load_json
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +63,8 @@ class CheckpointWriter:
 
         `tensors`: fragment key (`make_fragment_key(parameter, state, start)`) → 1-D tensor on any device, fp32 for
         param, exp_avg and exp_avg_sq, of any dtype for buffer and extra. Tensors are copied to the host one at a time.
-        Raises StoreError for a wrong tensor or a checkpoint already committed, OSError if the storage fails.
+        If the storage fails for a moment the file is written again from the start: the tensors must not change before
+        this returns. Raises StoreError for a wrong tensor or a checkpoint already committed, StorageFailed.
         """
         if sys.byteorder != "little":
             raise StoreError(self.path, "this machine is big-endian", "safetensors files are little-endian")
@@ -68,20 +74,25 @@ class CheckpointWriter:
         if exists(self.filesystem, f"{self.path}/{MARKER_FILE}"):
             raise StoreError(self.path, "is committed already", "a committed checkpoint is never written again")
         make_folder(self.filesystem, self.path)
-        digest, num_bytes = hashlib.sha256(), 0
-        with open_whole(self.filesystem, f"{self.path}/{name}") as stream:
+
+        def produce(stream: Any) -> tuple[int, str]:
+            digest, num_bytes = hashlib.sha256(), 0
             for chunk in _file_chunks(ordered, {"format": "pt", "step": str(self.step), "rank": str(rank)}):
                 digest.update(chunk)
                 stream.write(chunk)
                 num_bytes += len(chunk)
-        return RankFile(rank, name, num_bytes, digest.hexdigest(), fragments)
+            return num_bytes, digest.hexdigest()
+
+        num_bytes, sha256 = write_whole(self.filesystem, f"{self.path}/{name}", produce)
+        return RankFile(rank, name, num_bytes, sha256, fragments)
 
     def commit(self, rank_files: Sequence[RankFile], metadata: Mapping[str, Any]) -> CheckpointInfo:
         """Make the checkpoint exist: manifest first, the marker last. Called once, with the files of all ranks.
 
         `metadata` needs `shapes` (name → shape of every parameter, buffer and extra). Known besides: `tied` (alias →
         name), `validation` (metric → value), `num_ranks`, `zero_stage`, `fingerprint`, `tokens`, `loss_scale` ….
-        Raises StoreError if a fragment is missing or written twice, a file is not there, or a later attempt has begun.
+        Raises StoreError if a fragment is missing or written twice, a file is not there, a later attempt has begun,
+        another driver has taken the run over, or the checkpoint is committed already: a marker is never replaced.
         """
         files = tuple(sorted(rank_files, key=lambda file: file.rank))
         if "shapes" not in metadata:
@@ -91,10 +102,13 @@ class CheckpointWriter:
         content = manifest.to_bytes()
         self._check_files(files)
         write_bytes(self.filesystem, f"{self.path}/{MANIFEST_FILE}", content)
-        self._check_current()
-        marker = {"manifest_sha256": make_sha256(content), "committed": datetime.now(UTC).isoformat()}
+        marker = {"manifest_sha256": make_sha256(content), "committed": datetime.now(UTC).isoformat(),
+                  "nonce": uuid.uuid4().hex}
         committed = json.dumps(marker).encode()
-        write_bytes(self.filesystem, f"{self.path}/{MARKER_FILE}", committed)
+        # Last of all. Who takes over after this look finds the checkpoint, or starts before it and so undoes it.
+        self._check_current()
+        if not create_exclusive(self.filesystem, f"{self.path}/{MARKER_FILE}", committed):
+            raise StoreError(self.path, "is committed already", "a committed checkpoint is never written again")
         num_bytes = len(content) + len(committed) + sum(file.num_bytes for file in files)
         return CheckpointInfo(self.step, self.attempt, self.path, num_bytes, True, manifest.metrics)
 
@@ -110,12 +124,23 @@ class CheckpointWriter:
                                  f"{file.num_bytes} bytes were written")
 
     def _check_current(self) -> None:
-        """A later attempt has taken the run over: what this one does now must not count."""
+        """A later attempt or driver has taken the run over: what this one does now must not count.
+
+        An attempt that a stale driver began after its successor's is none, whatever its number.
+        """
         names = list_files(self.filesystem, f"{self.run_path}/{ATTEMPTS}")
-        newest = max((parse_attempt_file(name) or 0 for name in names), default=0)
-        if newest > self.attempt:
+        numbers = {parse_attempt_file(name) or 0 for name in names}
+        drivers = {number: self._driver_of(number) for number in numbers if number >= self.attempt}
+        mine = drivers.get(self.attempt, 0)
+        driver, newest = max(((driver, number) for number, driver in drivers.items()), default=(mine, self.attempt))
+        if (driver, newest) > (mine, self.attempt):
             raise StoreError(self.path, f"attempt {self.attempt} is over: attempt {newest} has begun",
                              "only the newest attempt commits")
+        check_driver(self.filesystem, self.run_path, mine, self.path)
+
+    def _driver_of(self, attempt: int) -> int:
+        record = load_json(self.filesystem, f"{self.run_path}/{ATTEMPTS}/{make_attempt_file(attempt)}")
+        return int(record.get("driver") or 0)
 
 
 def _make_fragment(key: str, tensor: torch.Tensor) -> Fragment:

@@ -1,28 +1,36 @@
 """One way to reach any storage: local disk, S3, GCS and HDFS by pyarrow, every other scheme by fsspec.
 
 Files are written whole: on a local disk through a synced temporary file and a rename, on object stores by one put.
-Refuses: an unknown scheme, a place that is a file or cannot be written.
+Every operation waits for a storage that fails for the moment (`retrying`). Refuses: an unknown scheme, a place that is
+a file or cannot be written.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
-from urllib.parse import urlsplit
+from threading import Lock
+from typing import Any, TypeVar, cast
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.errors import StoreError
+from dray.store.retrying import first_line, patience, retry
 
 ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs")
 TEMPORARY = ".tmp-"
-SETTLE_SECONDS = 0.5
+SDK_ATTEMPTS = 5
+"""How often the S3 library tries a request itself, within some seconds; GCS_SECONDS is the same for Google's."""
+GCS_SECONDS = 15
+PROBE_SECONDS = 10.0
+"""How long a first look at a storage place waits: a mistyped address is likelier there than an outage."""
+
+T = TypeVar("T")
 
 
 def is_uri(place: str | os.PathLike[str]) -> bool:
@@ -61,7 +69,7 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     scheme = place.partition("://")[0]
     try:
         if scheme in ARROW_SCHEMES:
-            filesystem, path = pafs.FileSystem.from_uri(place)
+            filesystem, path = _open_arrow(place)
             if not path:
                 raise ValueError("it names no bucket")
         else:
@@ -71,6 +79,20 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
                          "storage is a path or a URI (s3://, gs://, hdfs://, or a scheme known to fsspec)",
                          "check the scheme, its query and that its library is installed") from error
     return filesystem, path.rstrip("/") or path
+
+
+def _open_arrow(place: str) -> tuple[pafs.FileSystem, str]:
+    """By pyarrow, with its own retries cut short: left alone, Google's library goes on for a quarter of an hour."""
+    parts = urlsplit(place)
+    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in dict(parse_qsl(parts.query)):
+        place += f"{'&' if parts.query else '?'}retry_limit_seconds={GCS_SECONDS}"
+    filesystem, path = pafs.FileSystem.from_uri(place)
+    if isinstance(filesystem, pafs.S3FileSystem):
+        # Rebuilt, since a URI says nothing of retries; and a small file opened late is one request instead of three.
+        options = filesystem.__reduce__()[1][0] | {"allow_delayed_open": True}
+        strategy = pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS)
+        filesystem = pafs.S3FileSystem(**options, retry_strategy=strategy)
+    return filesystem, cast(str, path)
 
 
 def _open_fsspec(place: str) -> tuple[pafs.FileSystem, str]:
@@ -94,37 +116,98 @@ def is_local(filesystem: pafs.FileSystem) -> bool:
     return isinstance(filesystem, pafs.LocalFileSystem)
 
 
+def is_object_store(filesystem: pafs.FileSystem) -> bool:
+    """Whether it is S3 or GCS: no folders, and a file is there as a whole or not at all."""
+    return isinstance(filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem))
+
+
 def exists(filesystem: pafs.FileSystem, path: str) -> bool:
     """Whether there is a file or folder at the path."""
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    return bool(_info(filesystem, path).type != pafs.FileType.NotFound)
+
+
+def is_file(filesystem: pafs.FileSystem, path: str) -> bool:
+    """Whether there is a file at the path."""
+    return bool(_info(filesystem, path).type == pafs.FileType.File)
+
+
+def modified(filesystem: pafs.FileSystem, path: str) -> float | None:
+    """When a file was last written, in seconds by the storage's clock; none if it is missing or nothing is known."""
+    nanoseconds = _info(filesystem, path).mtime_ns
+    return None if nanoseconds is None else nanoseconds / 1e9
+
+
+def _info(filesystem: pafs.FileSystem, path: str) -> Any:
+    return retry(lambda: filesystem.get_file_info(path), path)
 
 
 def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
-    """The whole file. Raises FileNotFoundError or another OSError."""
-    with filesystem.open_input_file(path) as stream:
-        return cast(bytes, stream.read())
+    """The whole file. Raises FileNotFoundError, and StorageFailed."""
+    def read() -> bytes:
+        with filesystem.open_input_file(path) as stream:
+            return cast(bytes, stream.read())
+
+    return retry(read, path)
+
+
+class RangeReader:
+    """A file opened for reading ranges, from any number of threads. After a failure it is opened anew: the handle of a
+    network mount that went stale never recovers."""
+
+    def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
+        self._filesystem, self.path = filesystem, path
+        self._stream: Any = None
+        self._lock = Lock()
+
+    def read_at(self, num_bytes: int, offset: int) -> bytes:
+        """Up to `num_bytes` bytes; fewer only at the file's end. Raises FileNotFoundError, and StorageFailed."""
+        def read() -> bytes:
+            with self._lock:
+                stream = self._stream = self._stream or self._filesystem.open_input_file(self.path)
+            try:
+                return cast(bytes, stream.read_at(num_bytes, offset))
+            except OSError:
+                with self._lock:
+                    self._stream = None if self._stream is stream else self._stream
+                raise
+
+        return retry(read, self.path)
+
+    def close(self) -> None:
+        """Close the file; a later read opens it again."""
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
 
 def list_files(filesystem: pafs.FileSystem, folder: str) -> dict[str, int]:
     """File name → size in bytes of the files directly in a folder; none where there is no folder."""
-    found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    return {item.base_name: item.size for item in found if item.type == pafs.FileType.File}
+    return {item.base_name: item.size for item in _entries(filesystem, folder) if item.type == pafs.FileType.File}
 
 
 def list_folders(filesystem: pafs.FileSystem, folder: str) -> list[str]:
     """Sorted names of the folders directly in a folder; none where there is no folder."""
-    found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    return sorted(item.base_name for item in found if item.type == pafs.FileType.Directory)
+    return sorted(item.base_name for item in _entries(filesystem, folder) if item.type == pafs.FileType.Directory)
+
+
+def _entries(filesystem: pafs.FileSystem, folder: str) -> list[Any]:
+    selector = pafs.FileSelector(folder, allow_not_found=True)
+    return cast("list[Any]", retry(lambda: filesystem.get_file_info(selector), folder))
 
 
 def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
     """Create a folder and its parents, synced. Object stores have no folders, and nothing is written there."""
-    if not is_local(filesystem):
-        if not isinstance(filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem)):
-            filesystem.create_dir(path, recursive=True)
-    elif not os.path.isdir(path):
+    if is_local(filesystem):
+        retry(lambda: _make_local_folder(path), path)
+    elif not is_object_store(filesystem):
+        retry(lambda: filesystem.create_dir(path, recursive=True), path)
+
+
+def _make_local_folder(path: str) -> None:
+    if not os.path.isdir(path):
         parent = os.path.dirname(path)
-        make_folder(filesystem, parent)
+        _make_local_folder(parent)
         with suppress(FileExistsError):
             os.mkdir(path)
         sync(parent)
@@ -133,7 +216,13 @@ def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
 def delete_folder(filesystem: pafs.FileSystem, path: str) -> None:
     """Delete a folder and all in it; none there is no error."""
     with suppress(FileNotFoundError):
-        filesystem.delete_dir(path)
+        retry(lambda: filesystem.delete_dir(path), path)
+
+
+def delete_file(filesystem: pafs.FileSystem, path: str) -> None:
+    """Delete a file; none there is no error."""
+    with suppress(FileNotFoundError):
+        retry(lambda: filesystem.delete_file(path), path)
 
 
 def sync(path: str) -> None:
@@ -150,15 +239,18 @@ def open_whole(filesystem: pafs.FileSystem, path: str, durable: bool = True) -> 
     """A stream to a file that appears under its name only when all of it is there, and synced if `durable`.
 
     The folder must exist. After an exception inside, nothing is left under the name (on an object store it may show up
-    shortly before it is deleted: commit protocols there rest on a marker written last).
+    shortly before it is deleted: commit protocols there rest on a marker written last). One try: what the block has
+    written is gone after a failure, so only `write_whole`, which can call its producer again, waits for the storage.
     """
     target = path
     if is_local(filesystem):
         folder, name = os.path.split(path)
         target = os.path.join(folder, f"{TEMPORARY}{name}-{uuid.uuid4().hex[:12]}")
     stream = filesystem.open_output_stream(target)
+    whole = False
     try:
         yield stream
+        whole = True
         stream.close()
         if is_local(filesystem):
             if durable:
@@ -169,46 +261,54 @@ def open_whole(filesystem: pafs.FileSystem, path: str, durable: bool = True) -> 
     except BaseException:
         with suppress(OSError):
             stream.close()
-        with suppress(OSError):
-            filesystem.delete_file(target)
+        # A put that failed at its end put nothing: what is deleted then would be the file that was there before.
+        if not (whole and is_object_store(filesystem)):
+            with suppress(OSError):
+                filesystem.delete_file(target)
         raise
 
 
-def write_bytes(filesystem: pafs.FileSystem, path: str, content: bytes, durable: bool = True) -> None:
-    """Write a small file whole, replacing what is there; makes its folder."""
-    make_folder(filesystem, path.rpartition("/")[0])
-    with open_whole(filesystem, path, durable) as stream:
-        stream.write(content)
+def write_whole(filesystem: pafs.FileSystem, path: str, produce: Callable[[Any], T], durable: bool = True) -> T:
+    """Write a file as `open_whole` does with what `produce` writes into a stream; what `produce` returned.
 
-
-def create_exclusive(filesystem: pafs.FileSystem, path: str, content: bytes) -> bool:
-    """Create a small file unless it exists; whether this call created it. The content must be unlike any other's.
-
-    On a local disk exactly one of any number of processes succeeds. On other stores, which pyarrow gives no conditional
-    put for, the last of the simultaneous writers wins: all look again after a pause.
+    The folder must exist. While the storage fails `produce` is called again, each time with a new stream: it must be
+    able to start over, and give the same bytes. Raises StorageFailed.
     """
+    def write() -> T:
+        with open_whole(filesystem, path, durable) as stream:
+            return produce(stream)
+
+    return retry(write, path)
+
+
+def write_bytes(filesystem: pafs.FileSystem, path: str, content: bytes, durable: bool = True) -> None:
+    """Write a small file whole, replacing what is there; makes its folder. Raises StorageFailed."""
     make_folder(filesystem, path.rpartition("/")[0])
-    if is_local(filesystem):
-        return _link_exclusive(path, content)
-    if exists(filesystem, path):
-        return False
-    with open_whole(filesystem, path) as stream:
-        stream.write(content)
-    time.sleep(SETTLE_SECONDS)
-    return read_bytes(filesystem, path) == content
+    write_whole(filesystem, path, lambda stream: stream.write(content), durable)
 
 
 def append_line(path: str, content: bytes) -> None:
     """Append whole lines to a local file, first cutting off a line that a killed writer left torn."""
-    with open(path, "ab+") as stream:
+    retry(lambda: _append_line(path, content), path)
+
+
+def _append_line(path: str, content: bytes) -> None:
+    with open(path, "ab+", buffering=0) as stream:  # a buffer would be written again when the file is closed
         fcntl.flock(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
         if size:
             stream.seek(size - 1)
             if stream.read(1) != b"\n":
-                stream.truncate(_end_of_last_line(stream, size))
-        stream.write(content)
-        stream.flush()
+                size = _end_of_last_line(stream, size)
+                stream.truncate(size)
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[stream.write(left) :]
+        except OSError:
+            with suppress(OSError):  # no half of the lines may stay beside the whole of them
+                stream.truncate(size)
+            raise
 
 
 def require_writable(filesystem: pafs.FileSystem, path: str, place: str) -> None:
@@ -218,12 +318,12 @@ def require_writable(filesystem: pafs.FileSystem, path: str, place: str) -> None
         if is_local(filesystem):
             _require_writable_folder(path)
             return
-        if filesystem.get_file_info(path).type == pafs.FileType.File:
-            raise NotADirectoryError("it is a file")
-        probe = f"{path}/{TEMPORARY}probe-{uuid.uuid4().hex[:12]}"
-        with open_whole(filesystem, probe) as stream:
-            stream.write(b"dray")
-        filesystem.delete_file(probe)
+        with patience(PROBE_SECONDS):
+            if is_file(filesystem, path):
+                raise NotADirectoryError("it is a file")
+            probe = f"{path}/{TEMPORARY}probe-{uuid.uuid4().hex[:12]}"
+            write_whole(filesystem, probe, lambda stream: stream.write(b"dray"))
+            delete_file(filesystem, probe)
     except (OSError, pa.ArrowException) as error:
         raise StoreError(shown(place), f"cannot be written ({first_line(error)})", rule,
                          "give another place with --storage, or mend its permissions") from error
@@ -241,23 +341,6 @@ def _require_writable_folder(path: str) -> None:
     os.rmdir(probe)
 
 
-def _link_exclusive(path: str, content: bytes) -> bool:
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f"{TEMPORARY}{name}-{uuid.uuid4().hex[:12]}")
-    with open(temporary, "xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    try:
-        os.link(temporary, path)  # unlike a rename, a link never replaces
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-    sync(folder)
-    return True
-
-
 def _end_of_last_line(stream: Any, size: int, block: int = 65536) -> int:
     """Offset behind the last newline before `size`; 0 if there is none."""
     end = size
@@ -269,8 +352,3 @@ def _end_of_last_line(stream: Any, size: int, block: int = 65536) -> int:
             return int(start + position + 1)
         end = start
     return 0
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's message, fit to stand inside another one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

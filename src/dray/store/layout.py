@@ -3,7 +3,8 @@
     <storage>/<run>/  spec.yaml  plan.json  run.json  metrics.parquet
         attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
         checkpoints/step-00000020-a0001/      rank-00000-of-00002.safetensors …, manifest.json, COMMITTED
-        pins/<fork>.json                      trackers/
+        pins/<fork>.json, _hold-….json        trackers/
+        drivers/0001.json, 0001-beat.json, 0001-end.json
         failures/a0001.json                   what is known of a failed attempt
         logs/a0001-r00000.log  stacks/a0001-r00000.txt  beats/a0001-r00000.json
 """
@@ -23,9 +24,11 @@ PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
 CHECKPOINTS, PINS, TRACKERS = "checkpoints", "pins", "trackers"
 FAILURES, LOGS, STACKS, BEATS = "failures", "logs", "stacks", "beats"
+DRIVERS = "drivers"
 MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "COMMITTED"
 REJECTED_FILE = "REJECTED"
+DELETING_FILE = "DELETING"
 RESERVED_NAMES = frozenset({"corpora"})
 
 _CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
@@ -33,6 +36,7 @@ _RANK_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
 _ATTEMPT_FILE = re.compile(r"(\d{4,})\.json")
 _FAILURE_FILE = re.compile(r"a(\d{4,})\.json")
 _RANK_EVIDENCE = re.compile(r"a(\d{4,})-r(\d{5,})\.(?:log|txt|json)")
+_DRIVER_FILE = re.compile(r"(\d{4,})\.json")
 
 
 class RunFolder(Protocol):
@@ -118,6 +122,17 @@ def parse_rank_evidence(name: str) -> tuple[int, int] | None:
     """(attempt, rank) of a rank's log, stacks or heartbeat; none for any other name."""
     match = _RANK_EVIDENCE.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def make_driver_file(driver: int, suffix: str = "") -> str:
+    """File name of a driver's record; with `-beat` of its last sign of life, with `-end` of its end."""
+    return f"{driver:04d}{suffix}.json"
+
+
+def parse_driver_file(name: str) -> int | None:
+    """Number of the driver that a file records; none for any other name."""
+    match = _DRIVER_FILE.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def make_fragment_key(parameter: str, state: str, start: int) -> str:

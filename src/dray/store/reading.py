@@ -1,7 +1,8 @@
 """Finding checkpoints, proving them sound, and reading ranges of any tensor from any number of rank files.
 
 Only headers and byte ranges are read, on local disks and object stores alike; nothing is ever unpickled. Refuses what
-has no marker, a manifest of another hash, or a file of another size; `verify_files` checks every byte.
+has no marker, a manifest of another hash, or a file of another size; `verify_files` checks every byte. A storage that
+is out of reach is an error, never damage.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pyarrow import fs as pafs
 
 from dray.errors import StoreError
 from dray.store.commit import CHUNK_BYTES, DTYPES, tensor_bytes
-from dray.store.filesystem import is_local, list_files, list_folders, read_bytes
+from dray.store.filesystem import RangeReader, is_local, list_files, list_folders, read_bytes
 from dray.store.layout import (
     CHECKPOINTS,
+    DELETING_FILE,
     MANIFEST_FILE,
     MARKER_FILE,
     REJECTED_FILE,
@@ -39,6 +41,8 @@ from dray.store.manifest import (
     make_pieces,
     make_sha256,
 )
+from dray.store.pins import hold
+from dray.store.retrying import make_damage
 
 if TYPE_CHECKING:
     import torch
@@ -60,19 +64,24 @@ def find_checkpoints(run: RunFolder) -> list[CheckpointInfo]:
 
 
 def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo:
-    """A checkpoint as it lies there; `verified` rests on marker, manifest and sizes, not on the files' bytes."""
+    """A checkpoint as it lies there; `verified` rests on marker, manifest and sizes, not on the files' bytes.
+
+    Raises StorageFailed if the storage is out of reach: what cannot be looked at is not unsound.
+    """
     parsed = parse_checkpoint_folder(path.rpartition("/")[2])
     if parsed is None:
         raise StoreError(path, "not a checkpoint's folder")
     sizes = list_files(filesystem, path)
     info = CheckpointInfo(*parsed, path, sum(sizes.values()), verified=False, committed=MARKER_FILE in sizes)
-    if REJECTED_FILE in sizes:
-        reason = read_bytes(filesystem, f"{path}/{REJECTED_FILE}").decode(errors="replace")
-        return replace(info, problem=f"set aside: {reason}")
     try:
+        if REJECTED_FILE in sizes:
+            reason = read_bytes(filesystem, f"{path}/{REJECTED_FILE}").decode(errors="replace")
+            return replace(info, problem=f"set aside: {reason}")
+        if DELETING_FILE in sizes:
+            return replace(info, committed=False, problem="it is being deleted")
         manifest = load_manifest(filesystem, path, sizes)
     except (StoreError, OSError) as error:
-        return replace(info, problem=getattr(error, "what", str(error)))
+        return replace(info, problem=make_damage(error))
     return replace(info, verified=True, metrics=manifest.metrics)
 
 
@@ -150,7 +159,7 @@ class CheckpointReader:
         self._shapes = self.manifest.shapes
         self._pieces = make_pieces(self.manifest.files, self._shapes, self.path)
         self._tied: dict[str, str] = dict(self.metadata.get("tied") or {})
-        self._open: dict[int, tuple[Any, dict[str, _Tensor]]] = {}
+        self._open: dict[int, tuple[RangeReader, dict[str, _Tensor]]] = {}
         self._lock = Lock()
         self._blocks = None if is_local(self.filesystem) else _Blocks()
 
@@ -214,13 +223,16 @@ class CheckpointReader:
         return [problem for problem in problems if problem]
 
     def _verify(self, file: RankFile) -> str:
-        digest = hashlib.sha256()
+        digest, offset = hashlib.sha256(), 0
+        stream = RangeReader(self.filesystem, f"{self.path}/{file.file}")
         try:
-            with self.filesystem.open_input_file(f"{self.path}/{file.file}") as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    digest.update(chunk)
-        except OSError as error:
-            return f"{file.file} cannot be read: {error}"
+            while chunk := stream.read_at(CHUNK_BYTES, offset):
+                digest.update(chunk)
+                offset += len(chunk)
+        except (StoreError, OSError) as error:
+            return f"{file.file} cannot be read: {make_damage(error)}"
+        finally:
+            stream.close()
         return "" if digest.hexdigest() == file.sha256 else f"{file.file} has changed: its checksum is another"
 
     def _resolved(self, name: str) -> str:
@@ -229,7 +241,7 @@ class CheckpointReader:
             raise StoreError(self.path, f"{name}: no such tensor in this checkpoint")
         return name
 
-    def _find(self, piece: Piece) -> tuple[Any, _Tensor]:
+    def _find(self, piece: Piece) -> tuple[RangeReader, _Tensor]:
         """The open file that holds a piece, and where it lies in there."""
         with self._lock:
             if piece.file not in self._open:
@@ -243,9 +255,9 @@ class CheckpointReader:
             raise StoreError(where, f"{key}: not as the manifest has it")
         return stream, tensor
 
-    def _open_file(self, file: RankFile) -> tuple[Any, dict[str, _Tensor]]:
+    def _open_file(self, file: RankFile) -> tuple[RangeReader, dict[str, _Tensor]]:
         where = f"{self.path}/{file.file}"
-        stream = self.filesystem.open_input_file(where)
+        stream = RangeReader(self.filesystem, where)
         try:
             return stream, read_header(stream, file.num_bytes, where)
         except BaseException:
@@ -309,9 +321,10 @@ class CheckpointReport:
 
 
 def verify_checkpoint(run: RunFolder, info: CheckpointInfo) -> CheckpointReport:
-    """Check marker, manifest, coverage and every byte of every file, and hash the tensors. Finds instead of raising."""
+    """Check marker, manifest, coverage and every byte of every file, and hash the tensors. Finds damage instead of
+    raising; raises StorageFailed if the storage is out of reach. Retention spares the checkpoint meanwhile."""
     try:
-        with CheckpointReader(run, info) as reader:
+        with hold(run.filesystem, info.path), CheckpointReader(run, info) as reader:
             files = []
             for index, file in enumerate(reader.manifest.files):
                 problems = reader.verify_files([index])
@@ -320,8 +333,7 @@ def verify_checkpoint(run: RunFolder, info: CheckpointInfo) -> CheckpointReport:
             problems = [str(file["problem"]) for file in files if not file["ok"]]
             hashes = ("", "") if problems else (hash_weights(reader), hash_optimizer(reader))
     except (StoreError, OSError) as error:
-        what = error.what if isinstance(error, StoreError) else str(error)
-        return CheckpointReport(info.step, info.attempt, info.path, False, [], [what])
+        return CheckpointReport(info.step, info.attempt, info.path, False, [], [make_damage(error)])
     return CheckpointReport(info.step, info.attempt, info.path, not problems, files, problems, *hashes)
 
 

@@ -50,9 +50,9 @@ def load_json(filesystem: pafs.FileSystem, path: str) -> dict[str, Any]:
     return value
 
 
-def save_json(filesystem: pafs.FileSystem, path: str, value: Mapping[str, Any]) -> None:
+def save_json(filesystem: pafs.FileSystem, path: str, value: Mapping[str, Any], durable: bool = True) -> None:
     """Write a JSON mapping whole, replacing what is there."""
-    write_bytes(filesystem, path, make_json(value, indent=1) + b"\n")
+    write_bytes(filesystem, path, make_json(value, indent=1) + b"\n", durable)
 
 
 class RowLog:

@@ -1,19 +1,17 @@
-"""Which checkpoints are kept: the newest, the best by a metric, and those that forks started from.
+"""Which checkpoints are kept: the newest, the best by a metric, those that forks started from, those being read.
 
-Deletes the marker before the files, so that a half-deleted checkpoint is never taken for one. Never deletes a sound
-checkpoint to keep an unsound one.
+Says what it will delete and looks at the pins again before it does; deletes the marker before the files, so that a
+half-deleted checkpoint is never taken for one. Never deletes a sound checkpoint to keep an unsound one.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 
-from dray.store.filesystem import delete_folder, exists, list_files
-from dray.store.layout import MARKER_FILE, PINS, RUN_FILE
+from dray.store.filesystem import delete_file, delete_folder, write_bytes
+from dray.store.layout import DELETING_FILE, MARKER_FILE
 from dray.store.manifest import CheckpointInfo
-from dray.store.records import load_json
+from dray.store.pins import pinned_checkpoints
 from dray.store.run import Run
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
@@ -23,8 +21,8 @@ def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = 
     """Delete what need not be kept; the paths deleted.
 
     Kept: the newest `keep_last` sound checkpoints, the best `keep_best` by `metric` (lower is better for losses, higher
-    for the rest), and every one that an existing fork started from. Besides, unsound ones older than the newest sound
-    one go. Call it from the process that commits, between two saves.
+    for the rest), every one that an existing fork started from, and every one that is held by a reader (`Run.hold`).
+    Besides, unsound ones older than the newest sound one go. Call it from the process that commits, between two saves.
     """
     if keep_last < 1 or keep_best < 0:
         raise ValueError(f"keep_last {keep_last}, keep_best {keep_best}: at least the newest checkpoint is kept")
@@ -36,11 +34,22 @@ def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = 
     kept = {info.path for info in sound[-keep_last:]} | set(_best(run, sound, keep_best, metric)) | _pinned(run)
     doomed = [info for info in found if info.path not in kept
               and (info.verified or (info.attempt, info.step) < newest)]
+    return _delete(run, doomed) if doomed else []
+
+
+def _delete(run: Run, doomed: list[CheckpointInfo]) -> list[str]:
+    """Announce, look again, delete. A reader pins first and looks for the announcement afterwards: of the two, at least
+    one sees the other."""
     for info in doomed:
-        with suppress(FileNotFoundError):
-            run.filesystem.delete_file(f"{info.path}/{MARKER_FILE}")
-        delete_folder(run.filesystem, info.path)
-    return [info.path for info in doomed]
+        write_bytes(run.filesystem, f"{info.path}/{DELETING_FILE}", b"", durable=False)
+    pinned = _pinned(run)
+    for info in doomed:
+        if info.path in pinned:
+            delete_file(run.filesystem, f"{info.path}/{DELETING_FILE}")
+        else:
+            delete_file(run.filesystem, f"{info.path}/{MARKER_FILE}")
+            delete_folder(run.filesystem, info.path)
+    return [info.path for info in doomed if info.path not in pinned]
 
 
 def _best(run: Run, sound: list[CheckpointInfo], keep_best: int, metric: str) -> list[str]:
@@ -56,12 +65,4 @@ def _best(run: Run, sound: list[CheckpointInfo], keep_best: int, metric: str) ->
 
 
 def _pinned(run: Run) -> set[str]:
-    """Paths of the checkpoints that forks started from. A fork that is not there yet may be just beginning."""
-    storage = run.path.removesuffix(run.name)
-    fresh = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
-    pinned = set()
-    for name in list_files(run.filesystem, f"{run.path}/{PINS}"):
-        pin = load_json(run.filesystem, f"{run.path}/{PINS}/{name}")
-        if pin["pinned"] > fresh or exists(run.filesystem, f"{storage}{pin['run']}/{RUN_FILE}"):
-            pinned.add(f"{storage}{pin['checkpoint']}")
-    return pinned
+    return pinned_checkpoints(run.filesystem, run.path, run.path.removesuffix(run.name))

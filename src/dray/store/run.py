@@ -8,38 +8,41 @@ from __future__ import annotations
 
 import os
 import re
-import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import Any, cast
 
 import pyarrow as pa
 import yaml
-from pyarrow import fs as pafs
 
 from dray.errors import SpecError, StoreError
 from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec
-from dray.store import layout
+from dray.store import drivers, layout, pins
+from dray.store.drivers import Driver
+from dray.store.exclusive import create_exclusive
 from dray.store.filesystem import (
+    PROBE_SECONDS,
     absolute,
     child,
-    create_exclusive,
     exists,
-    first_line,
+    is_file,
     list_files,
     list_folders,
     open_filesystem,
-    open_whole,
     read_bytes,
     require_writable,
     shown,
     write_bytes,
+    write_whole,
 )
 from dray.store.manifest import CheckpointInfo
-from dray.store.reading import find_checkpoints, inspect_checkpoint
+from dray.store.reading import CheckpointReport, find_checkpoints, inspect_checkpoint, verify_checkpoint
 from dray.store.records import RowLog, load_json, make_history, make_json, make_table, now, save_json
+from dray.store.retrying import first_line, patience
 
 STATUSES = ("created", "running", "completed", "failed", "interrupted")
 
@@ -222,37 +225,80 @@ class Run:
 
     @property
     def status(self) -> str:
-        """One of STATUSES; a run whose driver is gone from this machine counts as interrupted."""
+        """One of STATUSES; a run whose driver is gone counts as interrupted."""
         record = self.record()
-        if record["status"] == "running" and _is_gone(record.get("driver") or {}):
+        if record["status"] == "running" and self._driver_is_gone(record.get("driver") or {}):
             return "interrupted"
         return cast(str, record["status"])
 
-    def set_status(self, status: str, reason: str = "") -> None:
-        """Record the run's status; the process that says `running` is its driver."""
+    def _driver_is_gone(self, process: Mapping[str, Any]) -> bool:
+        gone = drivers.is_gone(process)
+        if gone is None and (newest := self.driver()) is not None:  # on another machine: signs of life tell
+            return not drivers.is_alive(self.filesystem, self.path, newest, time.time())
+        return bool(gone)
+
+    def set_status(self, status: str, reason: str = "", driver: Driver | None = None) -> None:
+        """Record the run's status; the process that says `running` is its driver. What a driver says that has been
+        replaced by a later one is not recorded."""
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is not one of {STATUSES}")
+        if driver is not None and drivers.newest_driver(self.filesystem, self.path) > driver.number:
+            return
         fields: dict[str, Any] = {"status": status, "reason": reason, "changed": now()}
         if status == "running":
-            pid = os.getpid()
-            fields["driver"] = {"host": socket.gethostname(), "pid": pid, "started": _process_start(pid)}
+            fields["driver"] = drivers.make_process()
         self.update(**fields)
+
+    # ---- drivers --------------------------------------------------------------------------------------------------
+
+    def take_over(self, wait_seconds: float = 0.0) -> Driver:
+        """Become the run's one driver, before anything else is done to it; the token that `heartbeat` and `release`
+        want, and whose `number` goes to `begin_attempt`.
+
+        Raises StoreError while another driver is alive: on this machine its process tells, elsewhere its signs of life
+        (`drivers.DEAD_SECONDS` without one end its hold). `wait_seconds`: how long to wait for a driver elsewhere to
+        end or to be found dead, as a driver that is restarted by a scheduler should. From then on the attempts of
+        earlier drivers commit nothing.
+        """
+        return drivers.take_over(self.filesystem, self.path, f"run {self.name!r}", wait_seconds)
+
+    def heartbeat(self, driver: Driver) -> None:
+        """Give a sign of life, every `drivers.HEARTBEAT_SECONDS`: one listing and one small file. Raises StoreError if
+        another driver has taken the run over: this one must stop then."""
+        drivers.heartbeat(self.filesystem, self.path, driver, f"run {self.name!r}")
+
+    def release(self, driver: Driver) -> None:
+        """Let the run go, after the last status was set: the next driver need not wait. Harmless if it is not ours."""
+        drivers.release(self.filesystem, self.path, driver)
+
+    def driver(self) -> dict[str, Any] | None:
+        """Who took the run over last: number, host, pid, time, …, and `released` if it has let go; none if nobody."""
+        return drivers.load_driver(self.filesystem, self.path)
 
     # ---- attempts -------------------------------------------------------------------------------------------------
 
-    def begin_attempt(self, num_ranks: int, start_step: int, **fields: Any) -> int:
+    def begin_attempt(self, num_ranks: int, start_step: int, driver: int | None = None, **fields: Any) -> int:
         """Record one start of the worker group and return its number, which no other start gets.
 
         `start_step`: the step of the checkpoint it starts from (0: none). What earlier attempts did past it is undone.
+        `driver`: the number of the driver that it belongs to; without, the newest one. Raises StoreError if a later
+        driver has taken the run over.
         """
-        folder = f"{self.path}/{layout.ATTEMPTS}"
-        number = max((attempt["attempt"] for attempt in self.attempts()), default=0) + 1
+        folder, where = f"{self.path}/{layout.ATTEMPTS}", f"run {self.name!r}"
+        if driver is None:
+            driver = drivers.newest_driver(self.filesystem, self.path)
+        drivers.check_driver(self.filesystem, self.path, driver, where)
+        numbers = map(layout.parse_attempt_file, list_files(self.filesystem, folder))
+        number = max((found for found in numbers if found is not None), default=0) + 1
         while True:
             record = {"attempt": number, "num_ranks": num_ranks, "start_step": start_step, "started": now(),
-                      "nonce": uuid.uuid4().hex, **fields}
+                      "driver": driver, "nonce": uuid.uuid4().hex, **fields}
             if create_exclusive(self.filesystem, f"{folder}/{layout.make_attempt_file(number)}", make_json(record)):
-                return number
+                break
             number += 1
+        # Again, now that every later driver sees this attempt: so those of a later one have higher numbers.
+        drivers.check_driver(self.filesystem, self.path, driver, where)
+        return number
 
     def end_attempt(self, attempt: int, status: str, step: int, reason: str = "") -> None:
         """Record how an attempt ended, at which step. One that was killed has no such record."""
@@ -300,7 +346,14 @@ class Run:
         return make_history(self._validation.rows(), self._start_steps())
 
     def _start_steps(self) -> dict[int, int]:
-        return {attempt["attempt"]: attempt["start_step"] for attempt in self.attempts()}
+        """Attempt → the step it started from, without those that a driver recorded after its successor's: it saw so,
+        and they never ran."""
+        found, newest = dict[int, int](), 0
+        for attempt in self.attempts():
+            if attempt.get("driver", 0) >= newest:
+                newest = attempt.get("driver", 0)
+                found[attempt["attempt"]] = attempt["start_step"]
+        return found
 
     def metrics_table(self) -> pa.Table:
         """`metrics()` as a table."""
@@ -310,9 +363,8 @@ class Run:
         """Write `metrics()` as metrics.parquet into the run folder; its path there."""
         import pyarrow.parquet as pq
 
-        path = f"{self.path}/{layout.PARQUET_FILE}"
-        with open_whole(self.filesystem, path) as stream:
-            pq.write_table(self.metrics_table(), stream)
+        path, table = f"{self.path}/{layout.PARQUET_FILE}", self.metrics_table()
+        write_whole(self.filesystem, path, lambda stream: pq.write_table(table, stream))
         return path
 
     def log_event(self, kind: str, **fields: Any) -> None:
@@ -359,6 +411,20 @@ class Run:
         write_bytes(self.filesystem, f"{info.path}/{layout.REJECTED_FILE}", reason.encode())
         self.log_event("checkpoint_set_aside", step=info.step, attempt=info.attempt, reason=reason)
 
+    @contextmanager
+    def hold(self, info: CheckpointInfo) -> Iterator[None]:
+        """Keep retention from deleting a checkpoint while the block reads it, in whichever run it lies.
+
+        Raises StoreError if a sound one was deleted before it could be held. Where nothing can be written nothing is
+        held, and the block runs all the same.
+        """
+        with pins.hold(self.filesystem, info.path):
+            names = list_files(self.filesystem, info.path)
+            if info.verified and (layout.MARKER_FILE not in names or layout.DELETING_FILE in names):
+                raise StoreError(f"run {self.name!r}", f"the checkpoint of step {info.step} was deleted meanwhile",
+                                 "retention keeps what is held before it looks", "try again, or choose a newer one")
+            yield
+
     # ---- summary --------------------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
@@ -402,11 +468,17 @@ def find_checkpoint(run: Run, step: int | None = None) -> CheckpointInfo:
     return chosen[-1]
 
 
+def verify_all(run: Run) -> list[CheckpointReport]:
+    """Check every byte of every committed checkpoint of a run, by step."""
+    return [verify_checkpoint(run, info) for info in run.checkpoints(verified_only=False) if info.committed]
+
+
 def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
     """The runs in a storage place by time of creation; none where there is no such place."""
     filesystem, path = open_filesystem(storage)
-    if filesystem.get_file_info(path).type == pafs.FileType.File:
-        raise StoreError(shown(absolute(storage)), "is a file", "the storage is a folder of runs")
+    with patience(PROBE_SECONDS):  # an address that is mistyped is found out here
+        if is_file(filesystem, path):
+            raise StoreError(shown(absolute(storage)), "is a file", "the storage is a folder of runs")
     names = (name for name in list_folders(filesystem, path) if re.fullmatch(RUN_NAME, name))
     runs = [Run(os.fspath(storage), name) for name in names
             if name not in layout.RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{layout.RUN_FILE}")]
@@ -415,19 +487,3 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
 
 def _decay_start(spec: Spec, num_steps: int) -> int:
     return max(0, num_steps - (spec.schedule.decay_steps or max(1, num_steps // 10)))
-
-
-def _process_start(pid: int) -> str:
-    """When a process started, in clock ticks since boot: tells it from a later one of the same number."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stream:
-            return stream.read().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
-def _is_gone(driver: Mapping[str, Any]) -> bool:
-    """Whether a driver on this machine has ended without a word; of another machine's nothing is known."""
-    if driver.get("host") != socket.gethostname() or not os.path.isdir("/proc/self"):
-        return False
-    return _process_start(int(driver["pid"])) != driver.get("started")
