@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dray.imports import without_unused
+from dray.imports import first_import
 from dray.plan import Plan
 from dray.ranks import Ranks
 from dray.spec import Optimizer
@@ -299,7 +299,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with without_unused():
+    with first_import("deepspeed", without=("mlflow",)):
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # A shared-memory collective for inference alone, compiled for half a minute where a C++ compiler is there.

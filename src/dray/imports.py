@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-UNUSED = ("mlflow", "scipy", "sklearn")
-
 
 @contextmanager
-def without_unused() -> Iterator[None]:
-    """Inside, an import of an unused package that is not loaded yet fails as if it were not installed."""
-    hidden = [name for name in UNUSED if name not in sys.modules]
+def first_import(library: str, *, without: tuple[str, ...]) -> Iterator[None]:
+    """If the block is the first to import the library, the packages `without` look as if they were not installed.
+
+    A library that is loaded has asked already what there is, and would trip over an answer that changes.
+    """
+    hidden = [] if library in sys.modules else [name for name in without if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: what Python calls absent
     try:
         yield

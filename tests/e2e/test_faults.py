@@ -1,6 +1,6 @@
 """Real faults on a real local Ray: a worker killed, stopped, out of memory; numbers gone bad; a checkpoint damaged.
 
-Each run must end with the weights of the run that nothing happened to. `make faults` runs the full table.
+Each run must end with the weights of the run that nothing happened to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dray.errors import RunFailed
+from dray.errors import RunFailed, StoreError
 from dray.ledger import verify_ledger
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
@@ -170,3 +170,31 @@ def test_bad_numbers_end_a_run_with_its_last_sound_checkpoint(storage: str, tiny
     assert len(run.attempts()) == 1  # a restart would fail again
     assert run.latest_checkpoint() is None or verify_checkpoint(run, run.latest_checkpoint()).ok
     assert os.path.exists(Path(run.uri, "failures", "a0001.json"))
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(storage: str, tiny_corpus: Path, undisturbed: Run):
+    first, spec = undisturbed.take_over(), make_spec(make_case(tiny_corpus, duration={"steps": STEPS + 2}))
+    attempts = len(undisturbed.attempts())
+    with pytest.raises(StoreError, match="undisturbed"):
+        train(spec, storage=storage, run_name="undisturbed")
+    assert len(undisturbed.attempts()) == attempts
+    assert undisturbed.status == "completed"
+    undisturbed.release(first)
+    train(spec, storage=storage, run_name="undisturbed")
+    assert undisturbed.metrics()[-1]["step"] == STEPS + 2
+
+
+def test_a_leap_of_the_loss_is_rewound_and_its_rows_are_left_out(storage: str, tiny_corpus: Path, undisturbed: Run):
+    """Every loss counts as a leap once enough are known, so the run goes back twice and then gives up."""
+    spec = make_case(tiny_corpus, numerics={"spike": "rewind", "spike_sigmas": 1.0000001, "max_rewinds": 2},
+                     optimizer={"learning_rate": 0.3}, duration={"steps": 200}, checkpoint={"every_steps": 5})
+    with pytest.raises(RunFailed, match=r"leapt|numerics"):
+        train(make_spec(spec), storage=storage, run_name="leaping")
+    run = Run.open(storage, "leaping")
+    spikes = [event["step"] for event in run.events() if event["kind"] == "loss_spike"]
+    assert len(spikes) == 3
+    left_out = run.attempts()[-1]["left_out"]
+    assert left_out[0] == spikes[0] - 1  # batches count from 0, steps from 1
+    assert len(left_out) == 2
+    assert verify_ledger(run).left_out == 2 * 48
+    assert verify_ledger(run).ok

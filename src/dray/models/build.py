@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dray.imports import without_unused
+from dray.imports import first_import
 from dray.models.config import auto_class, find_folder, make_config
 from dray.models.folder import load_folder
 from dray.models.initialize import Gathering, initialize_weights, no_gathering, restore_rotary_buffers
@@ -34,7 +34,7 @@ def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
     modifier_rank=0)`). Without `initial_weights` the parameters are left as they come from the allocator, for a restore
     to fill. What became of a folder's weights is logged, and kept as `model.load_report`. Raises SpecError.
     """
-    with without_unused():
+    with first_import("transformers", without=("scipy", "sklearn")):
         config = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
                              eos_token_id=eos_token_id, labels=labels)
         model = _construct(config, spec.task, constructing or nullcontext(), dtype)
