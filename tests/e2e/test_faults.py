@@ -185,9 +185,10 @@ def test_a_second_driver_is_refused_while_the_first_lives(storage: str, tiny_cor
 
 
 def test_a_leap_of_the_loss_is_rewound_and_its_rows_are_left_out(storage: str, tiny_corpus: Path, undisturbed: Run):
-    """Every loss counts as a leap once enough are known, so the run goes back twice and then gives up."""
-    spec = make_case(tiny_corpus, numerics={"spike": "rewind", "spike_sigmas": 1.0000001, "max_rewinds": 2},
-                     optimizer={"learning_rate": 0.3}, duration={"steps": 200}, checkpoint={"every_steps": 5})
+    """A rate that rises until training breaks down: the run goes back twice, and then gives up."""
+    spec = make_case(tiny_corpus, numerics={"spike": "rewind", "spike_sigmas": 3.0, "max_rewinds": 2},
+                     optimizer={"learning_rate": 0.3}, schedule={"warmup_steps": 200}, duration={"steps": 200},
+                     checkpoint={"every_steps": 5})
     with pytest.raises(RunFailed, match=r"leapt|numerics"):
         train(make_spec(spec), storage=storage, run_name="leaping")
     run = Run.open(storage, "leaping")

@@ -6,7 +6,8 @@ Uncompressed, so that a local reader copies nothing. Refuses groups that the sou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.corpus.manifest import Shard, SourceRows
+from dray.errors import CorpusError
 from dray.store.filesystem import is_local, make_folder, open_whole
+from dray.store.retrying import first_line
 
 
 def make_schema(sequence_tokens: int, dtype: str, labelled: bool) -> pa.Schema:
@@ -72,7 +75,7 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
     """Groups of a source by number, one after the other in the order asked for.
 
     Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read. Raises
-    IndexError for a group that is not there.
+    IndexError for a group that is not there, CorpusError for a shard that is gone or no longer what it was.
     """
     counts = [-(-shard.num_rows // group_rows) for shard in source.shards]
     ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
@@ -82,13 +85,23 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
     shard_of = np.searchsorted(ends, wanted, side="right")
     batches: dict[int, pa.RecordBatch] = {}
     for index in np.unique(shard_of).tolist():
-        with _open(filesystem, f"{folder}/{source.shards[index].file}") as file:
-            reader = pa.ipc.open_file(file)
+        with _open_shard(filesystem, folder, source.shards[index]) as reader:
             for group in np.unique(wanted[shard_of == index]).tolist():
                 batches[group] = reader.get_batch(group - int(ends[index]) + counts[index])
     return pa.Table.from_batches([batches[group] for group in wanted.tolist()])
 
 
-def _open(filesystem: pafs.FileSystem, path: str) -> Any:
-    # Closing a memory map leaves the pages to the batches that still use them.
-    return pa.memory_map(path) if is_local(filesystem) else filesystem.open_input_file(path)
+@contextmanager
+def _open_shard(filesystem: pafs.FileSystem, folder: str, shard: Shard) -> Iterator[pa.ipc.RecordBatchFileReader]:
+    """The shard's record batches, if it still has the size that the manifest gives, and an Arrow file's form."""
+    path = f"{folder}/{shard.file}"
+    try:
+        # Closing a memory map leaves the pages to the batches that still use them.
+        with pa.memory_map(path) if is_local(filesystem) else filesystem.open_input_file(path) as file:
+            if file.size() != shard.num_bytes:
+                raise pa.ArrowInvalid(f"it has {file.size()} bytes instead of {shard.num_bytes}")
+            yield pa.ipc.open_file(file)
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        raise CorpusError(path, f"cannot be read ({first_line(error)})",
+                          "token shards stay as they were prepared for as long as runs use them",
+                          f"delete {folder} and run `dray prepare`: the same shards come back") from error
