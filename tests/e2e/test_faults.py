@@ -179,6 +179,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(storage: str, tiny_cor
         train(spec, storage=storage, run_name="undisturbed")
     assert len(undisturbed.attempts()) == attempts
     assert undisturbed.status == "completed"
+    assert undisturbed.plan()["num_steps"] == STEPS  # and nothing was written
     undisturbed.release(first)
     train(spec, storage=storage, run_name="undisturbed")
     assert undisturbed.metrics()[-1]["step"] == STEPS + 2

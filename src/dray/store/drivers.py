@@ -93,6 +93,13 @@ def take_over(filesystem: pafs.FileSystem, run_path: str, where: str, wait_secon
             return driver  # else another was faster: it is the one to be asked now
 
 
+def check_free(filesystem: pafs.FileSystem, run_path: str, where: str) -> None:
+    """Raise StoreError while a driver is at work on the run."""
+    record = load_driver(filesystem, run_path)
+    if record is not None and "released" not in record:
+        _check_gone(filesystem, f"{run_path}/{DRIVERS}", record, where)
+
+
 def heartbeat(filesystem: pafs.FileSystem, run_path: str, driver: Driver, where: str) -> None:
     """Give a sign of life: two requests. Raises StoreError if the run has been taken over."""
     check_driver(filesystem, run_path, driver.number, where)

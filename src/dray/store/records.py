@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +17,15 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.errors import StoreError
-from dray.store.filesystem import append_line, is_local, list_files, make_folder, read_bytes, write_bytes
+from dray.store.filesystem import (
+    RangeReader,
+    append_line,
+    is_local,
+    list_files,
+    make_folder,
+    read_bytes,
+    write_bytes,
+)
 
 PART_BYTES = 64 * 1024
 READ_BYTES = 4 * 1024 * 1024
@@ -87,12 +96,12 @@ class RowLog:
         """`rows`, one after another: of a file only a few megabytes are in memory at a time."""
         names = sorted(name for name in list_files(self.filesystem, self.folder) if name.endswith(".jsonl"))
         for name in names:
-            torn = b""
-            with self.filesystem.open_input_stream(f"{self.folder}/{name}") as stream:
-                while content := stream.read(READ_BYTES):
+            torn, offset = b"", 0
+            with closing(RangeReader(self.filesystem, f"{self.folder}/{name}")) as reader:
+                while content := reader.read_at(READ_BYTES, offset):
                     lines, newline, rest = content.rpartition(b"\n")
                     yield from _parsed(torn + lines + newline if newline else b"")
-                    torn = rest if newline else torn + rest
+                    torn, offset = rest if newline else torn + rest, offset + len(content)
 
 
 def _parsed(content: bytes) -> Iterator[dict[str, Any]]:

@@ -78,13 +78,14 @@ class Run:
         """Begin the run of that name or go on with it; with `fork`, begin (or go on with) a fork of it by that name.
 
         `plan` is the plan as plain values. Raises StoreError, with nothing written, if the storage cannot be written,
-        the run there has another identity, or there is nothing to fork from.
+        the run there has another identity or is being driven already, or there is nothing to fork from.
         """
         wanted = fork or name
         if cls._exists(storage, wanted):
             run = cls.open(storage, wanted)
             if fork and (run.origin() or {}).get("run") != name:
                 raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name")
+            drivers.check_free(run.filesystem, run.path, f"run {wanted!r}")
             run._take_up(spec, plan, corpus, corpus_key)
             return run
         if fork:
