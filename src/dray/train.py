@@ -150,9 +150,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
     except RunFailed as error:
         reason = str(error)
         run.set_status("failed", reason, driver)
-        diagnosis = diagnose(run)
-        run.log_event("failed", reason=reason, cause=diagnosis.fault)
-        raise RunFailed(reason, format_diagnosis(diagnosis)) from error
+        raise RunFailed(reason, _explain(run, reason)) from error
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = str(error) or type(error).__name__
@@ -167,6 +165,17 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         raise Interrupted(saved.step if saved else 0)
     run.export_metrics_parquet()
     return Ended(run, status)
+
+
+def _explain(run: Run, reason: str) -> str:
+    """The diagnosis of a failed run, which must not stand in the way of the failure itself."""
+    try:
+        diagnosis = diagnose(run)
+    except Exception as problem:
+        run.log_event("failed", reason=reason, cause="unknown")
+        return f"no diagnosis could be made ({type(problem).__name__}: {problem})"
+    run.log_event("failed", reason=reason, cause=diagnosis.fault)
+    return format_diagnosis(diagnosis)
 
 
 class _Heart:

@@ -114,6 +114,7 @@ def test_a_stopped_worker_is_found_and_ended(storage: str, tiny_corpus: Path, un
     assert_nothing_lost(run, undisturbed)
     hang = next(event for event in run.events() if event["kind"] == "hang")
     assert "no sign of life" in hang["reason"]
+    assert [event["cause"] for event in run.events() if event["kind"] == "attempt_failed"] == ["hang"]
     other = next(rank for rank in (0, 1) if rank not in hang["ranks"])
     stacks = Path(run.uri, "stacks", f"a0001-r{other:05d}.txt").read_text()
     assert "_train_step" in stacks  # the one that waited shows where
