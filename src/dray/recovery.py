@@ -7,7 +7,7 @@ nobody's fault (a machine taken away) never uses the budget up; what would only 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 HOPELESS = frozenset({"numerics", "configuration"})
 """Classes that a restart does not mend."""
@@ -32,13 +32,11 @@ class Budget:
     max_failures: int
     failures: int = 0
     committed: int = -1
-    free: dict[str, int] = field(default_factory=dict)
 
     def decide(self, kind: str, *, committed_step: int, micro_rows: int, rows_per_rank: int) -> Decision:
         """What to do after a failure of this class, with the newest committed step and the batch it ran with."""
         if committed_step > self.committed:
             self.failures, self.committed = 0, committed_step
-            self.free.clear()
         if kind in HOPELESS:
             return Decision(False, f"{kind}: a restart would fail again")
         if kind in MEMORY:
@@ -47,7 +45,6 @@ class Budget:
             smaller = max(rows for rows in range(1, micro_rows // 2 + 1) if rows_per_rank % rows == 0)
             return Decision(True, f"out of memory: micro batches of {smaller} rows from now on", smaller)
         if kind in FREE:
-            self.free[kind] = self.free.get(kind, 0) + 1
             return Decision(True, f"{kind}: not counted as a failure")
         self.failures += 1
         if self.failures > self.max_failures:

@@ -195,11 +195,11 @@ class _Heart:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
                 self._run.heartbeat(self._driver)
+            except OSError:  # StorageFailed too, which is a StoreError besides: the next beat may come through
+                continue
             except StoreError:  # taken over: what this driver's attempts do from now on does not count
                 os.kill(os.getpid(), signal.SIGINT)
                 return
-            except OSError:
-                continue  # the storage is away; the next beat may come through
 
 
 def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:
