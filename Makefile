@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check bench docs clean
+.PHONY: setup setup-dev demo test check faults bench docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -34,6 +34,10 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+# Every fault of docs/reliability.md; `make test` has the quick ones.
+faults: setup-dev
+	$(BIN)/python -m pytest tests/faults -m 'slow or not slow' --write-figures
 
 check: setup-dev
 	$(BIN)/ruff check src tests bench

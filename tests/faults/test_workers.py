@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,45 +16,15 @@ from typing import Any
 
 import psutil
 import pytest
+from harness import EVERY, STEPS, kill, make_case, rank_processes, steps_of, stop, wait_for
 
 from dray.errors import RunFailed, StoreError
 from dray.ledger import verify_ledger
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
 from dray.train import train
-from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-STEPS, EVERY, SAVE_STEPS = 24, 6, 6
-
-
-def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
-    """A few steps a second, so that a fault can fall into one."""
-    return tiny_tree(corpus, **{"duration": {"steps": STEPS}, "batch": {"global_rows": 48, "micro_rows": 6},
-                                "checkpoint": {"every_steps": EVERY, "keep_last": 4},
-                                "watchdog": {"silent_seconds": 6, "stuck_seconds": 8, "stuck_steps": 4}, **sections})
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
-    return train(make_spec(make_case(tiny_corpus)), storage=storage, run_name="undisturbed").run
-
-
-def workers() -> list[psutil.Process]:
-    """The ranks of this test's own Ray."""
-    return [process for process in psutil.Process().children(recursive=True)
-            if "RayTrainWorker" in " ".join(process.cmdline())]
-
-
-def steps_of(storage: str, name: str) -> int:
-    run = Run.find(storage, name)
-    rows = run.metrics() if run else []
-    return int(rows[-1]["step"]) if rows else 0
 
 
 def disturbed(storage: str, corpus: Path, name: str, faults: dict[int, Callable[[psutil.Process], None]],
@@ -64,9 +33,8 @@ def disturbed(storage: str, corpus: Path, name: str, faults: dict[int, Callable[
 
     def befall() -> None:
         for step, fault in faults.items():
-            while steps_of(storage, name) < step:
-                time.sleep(0.05)
-            fault(random.choice(workers()))
+            wait_for(lambda step=step: steps_of(storage, name) >= step, f"step {step}")
+            fault(random.choice(rank_processes()))
             time.sleep(2)
 
     thread = threading.Thread(target=befall, daemon=True)
@@ -77,41 +45,19 @@ def disturbed(storage: str, corpus: Path, name: str, faults: dict[int, Callable[
     return run
 
 
-def assert_nothing_lost(run: Run, undisturbed: Run) -> None:
-    """One metrics row a step, the same rows, the same weights, at most one interval redone a failure."""
-    rows, expected = run.metrics(), undisturbed.metrics()
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["rows_digest"] for row in rows] == [row["rows_digest"] for row in expected]
-    assert verify_ledger(run).ok
-    ours, theirs = (verify_checkpoint(each, each.checkpoints()[-1]) for each in (run, undisturbed))
-    assert (ours.step, ours.weights_sha256, ours.optimizer_sha256) == (
-        STEPS, theirs.weights_sha256, theirs.optimizer_sha256)
-    for event in run.events():
-        if event["kind"] == "attempt_failed":
-            after = next(a for a in run.attempts() if a["attempt"] == event["attempt"] + 1)
-            # One interval, the step under way, and those done while the save before was being written.
-            assert event["step"] - after["start_step"] <= EVERY + 1 + SAVE_STEPS
-
-
-def kill(process: psutil.Process) -> None:
-    process.send_signal(signal.SIGKILL)
-
-
-def stop(process: psutil.Process) -> None:
-    process.send_signal(signal.SIGSTOP)
-
-
-def test_a_killed_worker_costs_at_most_an_interval(storage: str, tiny_corpus: Path, undisturbed: Run):
+def test_a_killed_worker_costs_at_most_an_interval(storage: str, tiny_corpus: Path, undisturbed: Run, measured):
+    """a random worker killed (SIGKILL) in a step, twice"""
     run = disturbed(storage, tiny_corpus, "killed", {8: kill, 16: kill})
-    assert_nothing_lost(run, undisturbed)
+    measured(run, undisturbed)
     events = run.events()
     assert [event["retry"] for event in events if event["kind"] == "attempt_failed"] == [True, True]
     assert all(event["seconds"] < 120 for event in events if event["kind"] == "recovered")
 
 
-def test_a_stopped_worker_is_found_and_ended(storage: str, tiny_corpus: Path, undisturbed: Run):
+def test_a_stopped_worker_is_found_and_ended(storage: str, tiny_corpus: Path, undisturbed: Run, measured):
+    """a worker stopped (SIGSTOP): no sign of life"""
     run = disturbed(storage, tiny_corpus, "stopped", {8: stop})
-    assert_nothing_lost(run, undisturbed)
+    measured(run, undisturbed)
     hang = next(event for event in run.events() if event["kind"] == "hang")
     assert "no sign of life" in hang["reason"]
     assert [event["cause"] for event in run.events() if event["kind"] == "attempt_failed"] == ["hang"]
@@ -126,7 +72,7 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corp
     def starve() -> None:
         while not (run := Run.find(storage, "starved")) or not any(e["kind"] == "ready" for e in run.events()):
             time.sleep(0.05)
-        process = workers()[0]
+        process = rank_processes()[0]
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**24, resource.RLIM_INFINITY))
 
     threading.Thread(target=starve, daemon=True).start()
@@ -142,7 +88,8 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corp
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(storage: str, tiny_corpus: Path,
-                                                                      undisturbed: Run):
+                                                                      undisturbed: Run, measured):
+    """one bit of the newest checkpoint flipped"""
     spec = make_case(tiny_corpus, duration={"steps": 2 * EVERY})
     run = train(make_spec(spec), storage=storage, run_name="damaged").run
     file = next(Path(run.latest_checkpoint().path).glob("rank-*.safetensors"))
@@ -150,7 +97,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(storage: s
     content[-5] ^= 1
     file.write_bytes(bytes(content))
     run = train(make_spec(make_case(tiny_corpus)), storage=storage, run_name="damaged").run
-    assert_nothing_lost(run, undisturbed)
+    measured(run, undisturbed)
     assert [attempt["start_step"] for attempt in run.attempts()] == [0, 2 * EVERY, EVERY]
     aside = [event for event in run.events() if event["kind"] == "checkpoint_set_aside"]
     assert [event["step"] for event in aside] == [2 * EVERY]

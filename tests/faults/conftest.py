@@ -1,0 +1,62 @@
+"""What the tests of faults share: the run that nothing happens to, and the table of what each fault cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Measured, make_case, measure
+
+from dray.spec import make_spec
+from dray.store import Run
+from dray.train import train
+
+RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
+ROWS: list[tuple[str, Measured]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-figures", action="store_true", help="write what was measured into docs/reliability.md")
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One storage for all runs: the corpus is prepared once."""
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
+    """The run that nothing happens to."""
+    return train(make_spec(make_case(tiny_corpus)), storage=storage, run_name="undisturbed").run
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[..., Measured]:
+    """`measure`, whose figures enter the table under the first line of the test's docstring."""
+
+    def take(run: Run, undisturbed: Run, **options: Any) -> Measured:
+        found = measure(run, undisturbed, **options)
+        ROWS.append((request.function.__doc__.strip().splitlines()[0].rstrip("."), found))
+        return found
+
+    return take
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not session.config.getoption("--write-figures") or not ROWS:
+        return
+    from bench.report import write_section
+
+    lines = ["| fault | cause in the record | steps redone | rows repeated, skipped | seconds to the next new step "
+             "| weights at the end |", "|---|---|--:|--:|--:|---|"]
+    for fault, row in ROWS:
+        causes = ", ".join(f"`{cause}`" for cause in dict.fromkeys(row.causes)) or "–"
+        seconds = "–" if row.seconds is None else f"{row.seconds:.0f}"
+        lines.append(f"| {fault} | {causes} | {row.steps_redone} | {row.repeated}, {row.skipped} | {seconds} "
+                     f"| {row.weights} |")
+    write_section("faults", "\n".join(lines), [{"fault": fault, **asdict(row)} for fault, row in ROWS],
+                  page=RELIABILITY)

@@ -1,0 +1,170 @@
+"""Runs that real faults befall, and what is measured of each: the same for every fault.
+
+A run is either `dray.train.train` in this process, on the Ray of all tests, or a `dray train` process of its own, which
+a test may kill together with everything that belongs to it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from dray.ledger import verify_ledger
+from dray.store import Run, verify_checkpoint
+from tiny import tiny_tree
+
+STEPS, EVERY = 24, 6
+SAVE_STEPS = 6
+"""Steps that may be done while a checkpoint is still being written."""
+INJECTED = Path(__file__).parent / "injected"
+
+
+def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
+    """A few steps a second, so that a fault can fall into one."""
+    return tiny_tree(corpus, **{"duration": {"steps": STEPS}, "batch": {"global_rows": 48, "micro_rows": 6},
+                                "checkpoint": {"every_steps": EVERY, "keep_last": 4},
+                                "watchdog": {"silent_seconds": 6, "stuck_seconds": 8, "stuck_steps": 4}, **sections})
+
+
+def kill(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGKILL)
+
+
+def stop(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGSTOP)
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Poll until it holds. Raises TimeoutError that says what did not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+        time.sleep(0.05)
+
+
+def processes_named(word: str, of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Descendants of a process (by default this one) whose command line has the word: only what a test started."""
+    found = []
+    for process in (of or psutil.Process()).children(recursive=True):
+        try:
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def rank_processes(of: psutil.Process | None = None) -> list[psutil.Process]:
+    return processes_named("RayTrainWorker", of)
+
+
+def steps_of(storage: str, name: str) -> int:
+    """The newest step in a run's metrics."""
+    run = Run.find(storage, name)
+    rows = run.metrics() if run else []
+    return int(rows[-1]["step"]) if rows else 0
+
+
+class Training:
+    """A `dray train` process of its own, in a session of its own."""
+
+    def __init__(self, case: Mapping[str, Any], storage: str, name: str, folder: Path, *, address: str | None = None,
+                 environment: Mapping[str, str] | None = None) -> None:
+        self.storage, self.name = storage, name
+        spec, self.log = folder / f"{name}.yaml", folder / f"{name}.log"
+        spec.write_text(yaml.safe_dump(dict(case)))
+        command = [sys.executable, "-m", "dray.cli", "train", str(spec), "--storage", storage, "--run", name]
+        with self.log.open("ab") as log:
+            self.process = psutil.Popen([*command, *(("--address", address) if address else ())], stdout=log,
+                                        stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})},
+                                        start_new_session=True)
+
+    @property
+    def run(self) -> Run:
+        return Run.open(self.storage, self.name)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks of the local Ray that this process started; those of a cluster are not its children."""
+        return rank_processes(self.process)
+
+    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+        def reached() -> bool:
+            if self.process.poll() is not None and steps_of(self.storage, self.name) < step:
+                raise AssertionError(f"ended with {self.process.returncode} before step {step}:\n{self.output[-3000:]}")
+            return steps_of(self.storage, self.name) >= step
+
+        wait_for(reached, f"step {step}", seconds)
+
+    def finish(self, seconds: float = 180) -> int:
+        """Wait for its end; returns the exit code."""
+        return int(self.process.wait(timeout=seconds))
+
+    def kill_all(self) -> None:
+        """SIGKILL to the process and all that descends from it, as when a machine loses its power."""
+        everything = [self.process, *self.process.children(recursive=True)]
+        for process in everything:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(everything, timeout=20)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a fault cost."""
+
+    causes: list[str]
+    steps_redone: int
+    seconds: float | None
+    """From the last step before a failure to the next new one, the longest; None if no driver lived through it."""
+    weights: str
+    repeated: int
+    skipped: int
+
+
+def measure(run: Run, undisturbed: Run, *, exact: bool = True, interval: int = EVERY) -> Measured:
+    """Assert that nothing was lost, and return what it took.
+
+    One metrics row a step; the rows of the undisturbed run, step by step; no row repeated or skipped; at most one
+    interval (and the steps done while the save before was still being written) redone a failure; the final weights and
+    optimiser states equal bit for bit, or, where the number of ranks changed, all losses within 1e-5.
+    """
+    rows, expected = run.metrics(), undisturbed.metrics()
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert [row["rows_digest"] for row in rows] == [row["rows_digest"] for row in expected]
+    ledger = verify_ledger(run)
+    assert ledger.ok, ledger.problems
+    assert (ledger.repeated, ledger.skipped) == (0, 0)
+    ours, theirs = (verify_checkpoint(each, each.checkpoints()[-1]) for each in (run, undisturbed))
+    assert (ours.ok, ours.step) == (True, theirs.step)
+    if exact:
+        assert (ours.weights_sha256, ours.optimizer_sha256) == (theirs.weights_sha256, theirs.optimizer_sha256)
+        weights = "equal bit for bit"
+    else:
+        greatest = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, expected, strict=True))
+        assert greatest < 1e-5
+        weights = f"losses within {greatest:.0e}"
+    causes, seconds = [], [event["seconds"] for event in run.events() if event["kind"] == "recovered"]
+    for event in run.events():
+        if event["kind"] == "attempt_failed":
+            causes.append(event["cause"])
+            after = next(a for a in run.attempts() if a["attempt"] > event["attempt"])
+            lost = event["step"] - after["start_step"]
+            assert lost <= interval + 1 + SAVE_STEPS
+    return Measured(causes, ledger.redone_steps, max(seconds, default=None), weights, ledger.repeated, ledger.skipped)
