@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check faults bench docs clean
+.PHONY: setup setup-dev demo test check faults soak bench docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -43,6 +43,10 @@ check: setup-dev
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contracts
+
+# 15 minutes of random faults an arm, beside the stock arm.
+soak: setup-dev
+	$(BIN)/python -m bench.soak
 
 bench: setup-dev
 	$(BIN)/python -m bench

@@ -76,7 +76,8 @@ def test_a_small_run_on_a_laptop() -> None:
 def test_the_terms_add_up() -> None:
     for stage in range(4):
         memory = make_plan(spec_of(zero={"stage": stage}), LAPTOP).memory
-        terms = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "framework", "allocator")
+        terms = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "checkpoint",
+                 "framework", "allocator")
         assert memory.total == sum(getattr(memory, term) for term in terms)
         assert memory.activations_checkpointed < memory.activations_kept
 

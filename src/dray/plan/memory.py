@@ -27,8 +27,8 @@ GPU_HOST_PROCESS_BYTES = 4_000_000_000
 # Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs: assumed, and a
 # share of all that comes and goes.
 CPU_SLACK, GPU_SLACK = 0.45, 0.08
-# glibc maps blocks from here on by themselves, and gives them back when they are freed.
-MAPPED_BYTES = 32 * 2**20
+# fp32 weights and AdamW's two moments.
+CHECKPOINT_BYTES = 12
 READER_BYTES = 1_500_000_000
 
 
@@ -43,6 +43,8 @@ class MemoryPlan(BaseModel):
     activations: int
     logits: int
     buffers: int
+    checkpoint: int
+    """The copy that is being written while training goes on; on a GPU it is in host memory."""
     framework: int
     allocator: int
     """Freed memory that the allocator keeps."""
@@ -114,12 +116,14 @@ def make_memory(load: Load) -> MemoryPlan:
     peak = max(_moments(load), key=lambda moment: moment.total)
     framework = _framework_bytes(load)
     slack = int(GPU_SLACK * (peak.total - peak.lasting)) if load.on_gpu else _heap_bytes(load)
-    total = peak.total + framework + slack
+    checkpoint = 0 if load.on_gpu else CHECKPOINT_BYTES * load.share
+    total = peak.total + checkpoint + framework + slack
     kept, checkpointed = (_activation_bytes(replace(load, checkpointing=way)) for way in (False, True))
     return MemoryPlan(
         parameters=peak.parameters, gradients=peak.gradients, optimizer=peak.optimizer, activations=peak.activations,
-        logits=peak.logits, buffers=peak.buffers, framework=framework, allocator=slack, total=total, peak=peak.name,
-        host_bytes=_host_bytes(load, total), activations_kept=kept, activations_checkpointed=checkpointed,
+        logits=peak.logits, buffers=peak.buffers, checkpoint=checkpoint, framework=framework, allocator=slack,
+        total=total, peak=peak.name, host_bytes=_host_bytes(load, total), activations_kept=kept,
+        activations_checkpointed=checkpointed,
     )
 
 
@@ -239,12 +243,12 @@ def _heap_bytes(load: Load) -> int:
     """What glibc's heap holds of freed blocks: a share of the activations, and whole tensors of the parameters' sizes.
 
     Those are the last step's gradients and, with ZeRO, the parameters as they were before they moved into flat buffers;
-    ZeRO-3 gathers and frees them once more.
+    ZeRO-3 gathers and frees them once more. Ranks let their heap keep what it frees (`prepare_process` in worker.py),
+    and the copy for a checkpoint lies there first.
     """
-    large = load.sizes.vocab * load.sizes.hidden
-    small = load.count.total - (large if load.element_bytes * large >= MAPPED_BYTES else 0)
     times = {0: 1, 1: 2, 2: 2, 3: 3}[load.stage]
-    return int(CPU_SLACK * _activation_bytes(load)) + times * load.element_bytes * small
+    tensors = times * load.element_bytes * load.count.total
+    return int(CPU_SLACK * _activation_bytes(load)) + max(0, tensors - CHECKPOINT_BYTES * load.share)
 
 
 def _framework_bytes(load: Load) -> int:
@@ -258,9 +262,9 @@ def _host_bytes(load: Load, total: int) -> int:
     readers = READER_BYTES if load.with_ray else 0
     if not load.on_gpu:
         return load.ranks_per_node * total + readers
-    offloaded = 0
+    on_host = CHECKPOINT_BYTES * load.share
     if load.offload != "none":  # master weights, moments, fp32 gradients, and a copy in the compute type
-        offloaded = (16 + load.element_bytes) * load.share
+        on_host += (16 + load.element_bytes) * load.share
     if load.offload == "parameters":
-        offloaded += load.element_bytes * load.share
-    return load.ranks_per_node * (GPU_HOST_PROCESS_BYTES + offloaded) + readers
+        on_host += load.element_bytes * load.share
+    return load.ranks_per_node * (GPU_HOST_PROCESS_BYTES + on_host) + readers

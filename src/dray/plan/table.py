@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dray.plan.plan import Plan
 
-_TERMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "framework", "allocator")
+_TERMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "checkpoint", "framework",
+          "allocator")
 
 
 def format_plan(plan: Plan) -> str:

@@ -1,0 +1,85 @@
+"""A step with a heap that keeps what it frees, as dray's ranks have it, beside glibc's own: `python -m bench.heap`.
+
+Single processes without Ray train the model of bench.training on random rows, one thread each, in turn; medians of the
+steps after the third, over all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+from bench.report import ROOT, write_section
+from dray.plan import local_shape, make_plan
+from dray.spec import make_spec
+
+SPEC = {
+    "name": "heap", "data": {"train": "none", "sequence_tokens": 512},
+    "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
+    "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
+    "batch": {"global_rows": 8, "micro_rows": 8}, "duration": {"steps": 1}, "resources": {"workers": 1},
+    "zero": {"stage": 0}, "engine": {"compile": False},
+}
+
+
+def train(keeps: bool, num_steps: int) -> list[float]:
+    """Seconds of each step after the third."""
+    import torch
+
+    from dray.engine import build_engine
+    from dray.models.build import build_model, parameter_groups
+    from dray.ranks import build_ranks, join_alone
+    from dray.tasks.causal_lm import CausalLM
+    from dray.worker import prepare_process
+
+    if keeps:
+        prepare_process(1)
+    torch.set_num_threads(1)
+    join_alone(torch.device("cpu"))
+    spec = make_spec(SPEC)
+    plan, task = make_plan(spec, local_shape(), with_ray=False), CausalLM()
+    engine = build_engine(
+        lambda constructing, gathering: build_model(spec, vocab_size=8192, pad_token_id=0, eos_token_id=0,
+                                                    constructing=constructing, gathering=gathering),
+        lambda model: parameter_groups(model, 0.1), spec.optimizer, plan,
+        build_ranks(torch.device("cpu"), timeout_seconds=300))
+    engine.train(True)
+    ids, times = torch.randint(0, 8192, (8, 512)), [time.perf_counter()]
+    for _ in range(num_steps):
+        loss, _ = task.loss_sum(engine, {"input_ids": ids, "labels": ids}, 0.0)
+        engine.backward(loss / ids.numel(), last=True)
+        engine.step(1e-4)
+        del loss
+        times.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(times[3:])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--arm", choices=["keeps", "returns"], help="be one arm: print its times")
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(train(options.arm == "keeps", options.steps)))
+        return
+    times: dict[str, list[float]] = {"keeps": [], "returns": []}
+    for _ in range(options.rounds):
+        for arm, seconds in times.items():
+            command = [sys.executable, "-m", "bench.heap", "--arm", arm, "--steps", str(options.steps)]
+            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+            seconds += json.loads(done.stdout.splitlines()[-1])
+            print(arm, f"{statistics.median(seconds):.3f}", file=sys.stderr, flush=True)
+    middle = {arm: statistics.median(seconds) for arm, seconds in times.items()}
+    write_section("heap", f"{options.rounds} rounds, medians: a step takes {middle['keeps']:.3f} s with a heap that "
+                          f"keeps what it frees, {middle['returns']:.3f} s with glibc's own: "
+                          f"{1 - middle['keeps'] / middle['returns']:.0%} less.", times)
+
+
+if __name__ == "__main__":
+    main()
