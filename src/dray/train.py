@@ -66,7 +66,7 @@ def train(
     with connect(address, num_cpus=wanted, verbose=verbose) as connection:
         # What cannot run is refused before the corpus is read.
         plan = make_plan(spec, connection.shape)
-        spec = _settle_precision(spec, plan, storage, run_name)
+        spec = _settle(spec, plan, storage, run_name)
         if spec.model.path is not None or spec.model.options or not plan.parameters_exact:
             _check_model(spec)
         begun = time.monotonic()
@@ -86,7 +86,7 @@ def train_locally(
     display = display or Display()
     spec = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
     shape = shape or local_shape()
-    spec = _settle_precision(spec, make_plan(spec, shape, with_ray=False), storage, run_name)
+    spec = _settle(spec, make_plan(spec, shape, with_ray=False), storage, run_name)
     found = corpus or find(spec, storage)
     if found is None:
         raise RunFailed("the corpus is not prepared", "run `dray prepare` first; preparing needs Ray")
@@ -96,12 +96,18 @@ def train_locally(
     return _drive(run, _make_job(run, spec, plan, found), display, _LocalLauncher())
 
 
-def _settle_precision(spec: Spec, plan: Plan, storage: str, run_name: str | None) -> Spec:
-    """`precision: auto` is decided once, when a run begins: resumed on other hardware it computes as it began."""
-    if spec.precision != "auto":
-        return spec
-    begun = Run.find(storage, run_name or spec.name)
-    return spec.model_copy(update={"precision": begun.spec().precision if begun else plan.precision})
+def _settle(spec: Spec, plan: Plan, storage: str, run_name: str | None) -> Spec:
+    """Decide once, when a run begins, what other hardware or another working directory would decide differently.
+
+    A folder of weights is found from everywhere, workers included; resumed on other hardware a run computes as it began.
+    """
+    updates: dict[str, Any] = {}
+    if spec.model.path is not None and Path(spec.model.path).is_dir():
+        updates["model"] = spec.model.model_copy(update={"path": str(Path(spec.model.path).resolve())})
+    if spec.precision == "auto":
+        begun = Run.find(storage, run_name or spec.name)
+        updates["precision"] = begun.spec().precision if begun else plan.precision
+    return spec.model_copy(update=updates)
 
 
 def _check_model(spec: Spec) -> None:

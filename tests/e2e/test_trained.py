@@ -88,7 +88,9 @@ def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
         export(storage, "alone", str(folder))
 
 
-def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path: Path, local_ray: None):
+def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path: Path, local_ray: None,
+                                                monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # the workers' working directory is another
     folder = tmp_path / "base"
     export(storage, "alone", str(folder))
     lines = [f"words number {i} are {'good' if i % 2 else 'bad'}\t{i % 2}" for i in range(200)]
@@ -97,7 +99,7 @@ def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path
     tree["optimizer"] = {"learning_rate": 3e-3}
     tree["data"] = {"train": {"path": str(tmp_path / "labels.tsv"), "header": False, "text": "0", "label": "1"},
                     "validation": {"share": 0.2}, "sequence_tokens": 32}
-    tree |= {"model": {"path": str(folder)}, "tokenizer": {"path": str(folder)}, "validation": {"metric": "accuracy"}}
+    tree |= {"model": {"path": "base"}, "tokenizer": {"path": "base"}, "validation": {"metric": "accuracy"}}
     ended = train(dray.make_spec(tree), storage=storage, run_name="classifier")
     assert ended.run.validations()[-1]["accuracy"] > 0.9
     found = evaluate(storage, "classifier", data=[str(tmp_path / "labels.tsv")])
