@@ -1,7 +1,6 @@
 """The only file that knows DeepSpeed: build, forward, backward, step, and the model states as named fragments.
 
-A fragment is a 1-D run of one parameter's elements, in fp32, with its optimiser states: what a rank owns under its ZeRO
-stage. Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever
+A fragment is a 1-D run of one parameter's elements with its optimiser states: what a rank owns under its ZeRO stage. Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever
 stage and number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another number of ranks and
 unpickle what they read.
 """
@@ -12,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,7 +54,10 @@ class GuardedAdamW(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + length) of a parameter: live 1-D fp32 views, one a state."""
+    """Elements [start, start + length) of a parameter: live 1-D views, one a state.
+
+    All are fp32, but for frozen parameters in half precision: those have no fp32 master.
+    """
 
     parameter: str
     start: int
@@ -84,6 +86,7 @@ class Engine:
         self.num_updates = 0
         self._withheld = False
         self._norm: float | None = None
+        self._norm_scale = 1.0
         self._optimizer.allows = self._may_update
 
     @property
@@ -99,7 +102,20 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         """The current loss scale; 1 except in fp16."""
-        return float(getattr(self._wrapper, "cur_scale", getattr(self._wrapper, "loss_scale", 1.0)) or 1.0)
+        return float(self._loss_scaler.cur_scale) if self._loss_scaler is not None else 1.0
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """The loss scale and how far it is on its way to the next growth; empty except in fp16."""
+        scaler = self._loss_scaler
+        if scaler is None:
+            return {}
+        return {"scale": float(scaler.cur_scale), "steady_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
+
+    @property
+    def _loss_scaler(self) -> Any:
+        """What holds DeepSpeed's dynamic loss scale, under ZeRO and without it; none except in fp16."""
+        scaler = getattr(self._wrapper, "loss_scaler", None) or getattr(self._wrapper, "loss_scale_config", None)
+        return scaler if getattr(scaler, "last_overflow_iter", None) is not None else None
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's forward pass."""
@@ -118,6 +134,8 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._withheld, self._norm = withhold, None
+        # Without ZeRO DeepSpeed's norm is that of the scaled gradients.
+        self._norm_scale = self.loss_scale if self.stage == 0 else 1.0
         if self._plain:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             # Summed in fp64 like ZeRO's: in fp32 the norm of a large tensor is off by 2e-4, and the losses drift apart.
@@ -137,7 +155,7 @@ class Engine:
     def _global_norm(self) -> float:
         """Ours, or the one that DeepSpeed's wrapper measures before it steps; it says -1 for one that is not finite."""
         norm = self._norm if self._norm is not None else getattr(self._wrapper, "_global_grad_norm", None)
-        return float("nan") if norm is None or float(norm) < 0 else float(norm)
+        return float("nan") if norm is None or float(norm) < 0 else float(norm) / self._norm_scale
 
     def fragments(self, *, whole_replicas: bool = False) -> Iterator[Fragment]:
         """What this rank owns; over all ranks every element of every parameter exactly once.
@@ -157,11 +175,14 @@ class Engine:
                 yield fragment
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers (equal on every rank) by name."""
+        """Persistent buffers by name. Rank 0's are saved, and every rank restores those."""
         return {name: buffer for name, buffer in self.module.named_buffers() if self._persists(name)}
 
-    def restore(self, reader: FragmentReader, optimizer_step: int, loss_scale: float = 1.0) -> None:
-        """Copy this rank's ranges out of a checkpoint, of whatever stage and number of ranks."""
+    def restore(self, reader: FragmentReader, optimizer_step: int, loss_scale: Mapping[str, float]) -> None:
+        """Copy this rank's ranges out of a checkpoint, of whatever stage and number of ranks.
+
+        `loss_scale`: what `loss_scale_state` was.
+        """
         with torch.no_grad():
             for fragment in self.fragments(whole_replicas=True):
                 for state, view in fragment.states.items():
@@ -171,8 +192,9 @@ class Engine:
             self._set_optimizer_step(optimizer_step)
             self.num_updates = optimizer_step
             self._refresh_low_precision()
-            if hasattr(self._wrapper, "loss_scaler") and loss_scale != 1.0:
-                self._wrapper.loss_scaler.cur_scale = loss_scale
+            if self._loss_scaler is not None:
+                self._loss_scaler.cur_scale = loss_scale["scale"]
+                self._loss_scaler.cur_iter, self._loss_scaler.last_overflow_iter = int(loss_scale["steady_steps"]), -1
 
     def _masters(self) -> dict[int, Tensor]:
         """Stage 0 in half precision: the fp32 copy of each parameter, by the parameter's id."""

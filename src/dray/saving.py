@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dray.engine import Engine
@@ -85,10 +86,11 @@ class Saver:
             make_fragment_key(fragment.parameter, state, fragment.start): view
             for fragment in self._engine.fragments() for state, view in fragment.states.items()
         }
+        copies = {key: view.detach().to("cpu", torch.float32, copy=True) for key, view in tensors.items()}
         if self._ranks.rank == 0:
-            buffers = self._engine.buffers().items()
-            tensors |= {make_fragment_key(name, "buffer", 0): buffer.reshape(-1) for name, buffer in buffers}
-        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+            for name, buffer in self._engine.buffers().items():
+                copies[make_fragment_key(name, "buffer", 0)] = buffer.detach().reshape(-1).to("cpu", copy=True)
+        return copies
 
     def _write(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor], blocked: float) -> None:
         begun = time.perf_counter()

@@ -351,7 +351,7 @@ class _Loop:
         shapes |= {name: list(buffer.shape) for name, buffer in self.engine.buffers().items()}
         return {
             "step": progress.step, "optimizer_step": self.engine.num_updates, "tokens": progress.tokens,
-            "loss_scale": self.engine.loss_scale, "fingerprint": self.spec.fingerprint(), "shapes": shapes,
+            "loss_scale": self.engine.loss_scale_state(), "fingerprint": self.spec.fingerprint(), "shapes": shapes,
             "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
             "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
             "validation_step": progress.last_validation_step,
