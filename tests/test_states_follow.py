@@ -1,4 +1,4 @@
-"""The states follow to any place: what one ZeRO stage at one number of ranks saved, every other restores, tensor by tensor.
+"""The states follow to any place: what one ZeRO stage at one number of ranks saved, all others restore, each tensor.
 
 Real DeepSpeed over gloo, and dray's own Saver and reader. What the engine holds after a restore is asked of DeepSpeed
 and torch, not of the fragments that the restore itself goes by. fp16 is computed by torch although DeepSpeed holds this
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from rank_host import RankHost, rank_host
 from torch import Tensor, nn
 
 from dray.plan import Plan, make_plan, parse_shape
@@ -21,6 +20,7 @@ from dray.plan.zero_config import make_buckets, make_deepspeed_config
 from dray.ranks import Ranks
 from dray.spec import Spec, make_spec
 from dray.store import CheckpointReader, Run, verify_checkpoint
+from rank_host import RankHost, rank_host
 from tiny import tiny_tree
 
 VOCAB, WIDTH, ROW_TOKENS, GLOBAL_ROWS, MICRO_ROWS = 61, 10, 8, 12, 2  # odd sizes: no partition comes out even
@@ -66,6 +66,14 @@ class Model(nn.Module):
         return self.head(hidden + self.down(torch.relu(self.up(hidden))))
 
 
+class Wide(nn.Module):
+    """Six million parameters in layers of equal size: a checkpoint far larger than any buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(24)])
+
+
 def make_place(place: Place) -> tuple[Spec, Plan]:
     spec = make_spec(tiny_tree(
         Path("none"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": MICRO_ROWS}, data={"sequence_tokens": 16},
@@ -81,7 +89,7 @@ def make_place(place: Place) -> tuple[Spec, Plan]:
     return spec, plan.model_copy(update={"deepspeed": config, "precision": place.precision})
 
 
-def build(place: Place, ranks: Ranks, *, initial: bool) -> Any:
+def build(place: Place, ranks: Ranks, *, initial: bool, kind: type[nn.Module] = Model) -> Any:
     """The engine, with its weights, or with those that a restore is to replace."""
     from deepspeed.accelerator import get_accelerator
 
@@ -91,22 +99,20 @@ def build(place: Place, ranks: Ranks, *, initial: bool) -> Any:
     get_accelerator().is_fp16_supported = lambda: True
     spec, plan = make_place(place)
 
-    def build_model(constructing: Any, gathering: Any) -> Model:
+    def build_model(constructing: Any, gathering: Any) -> nn.Module:
         with constructing:
-            model = Model()
+            model = kind()
         generator = torch.Generator().manual_seed(3 if initial else 4)
         for parameter in model.parameters():
             with gathering([parameter]), torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         return model
 
-    engine = build_engine(build_model, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks)
-    assert len(engine._optimizer.param_groups) >= 2  # with weight decay and without
-    return engine
+    return build_engine(build_model, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks)
 
 
-def train_step(engine: Any, ranks: Ranks, step: int) -> float:
-    """One step on the rows of that step, which do not depend on the place. Returns the global loss."""
+def train_step(engine: Any, ranks: Ranks, step: int) -> tuple[float, float]:
+    """One step on the rows of that step, which do not depend on the place. Returns the global loss and the norm."""
     rows = torch.randint(0, VOCAB, (GLOBAL_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(step))
     mine = rows[ranks.rank * (share := GLOBAL_ROWS // ranks.num_ranks):][:share]
     targets, total = GLOBAL_ROWS * (ROW_TOKENS - 1), 0.0
@@ -117,8 +123,8 @@ def train_step(engine: Any, ranks: Ranks, step: int) -> float:
         loss = nn.functional.cross_entropy(logits.reshape(-1, VOCAB), ids[:, 1:].reshape(-1), reduction="sum")
         engine.backward(loss * ranks.num_ranks / targets, last=at + MICRO_ROWS >= share)
         total += float(loss.detach())
-    engine.step(1e-3)
-    return ranks.total(total) / targets
+    norm = engine.step(1e-3).grad_norm
+    return ranks.total(total) / targets, norm
 
 
 def held(engine: Any, place: Place) -> dict[str, Tensor]:
@@ -169,24 +175,27 @@ def save(engine: Any, ranks: Ranks, place: Place, run: Run, step: int) -> None:
 def train_and_save(ranks: Ranks, storage: str, place: Place) -> None:
     """Train, save, note what is held, and what the steps after it come to."""
     run, engine = Run.open(storage, str(place)), build(place, ranks, initial=True)
+    assert len(engine._optimizer.param_groups) >= 2  # with weight decay and without
     for step in range(1, TRAINED_STEPS + 1):
         train_step(engine, ranks, step)
     save(engine, ranks, place, run, TRAINED_STEPS)
     note = {"held": held(engine, place), "scale": engine.loss_scale_state(), "updates": engine.num_updates}
     note["later"] = go_on(engine, ranks, place)
+    if place.precision == "fp16":  # it would not, if the way to its next growth were lost
+        assert note["later"]["scales"][0] > note["scale"]["scale"]
     if ranks.rank == 0:
         torch.save(note, f"{storage}/{place}.pt")
 
 
 def go_on(engine: Any, ranks: Ranks, place: Place) -> dict[str, Any]:
     """What the steps after the checkpoint come to."""
-    steps = range(TRAINED_STEPS + 1, TRAINED_STEPS + LATER_STEPS + 1)
-    losses, scales = zip(*[(train_step(engine, ranks, step), engine.loss_scale) for step in steps], strict=True)
-    return {"losses": losses, "scales": scales, "held": held(engine, place)}
+    found = [(*train_step(engine, ranks, TRAINED_STEPS + 1 + later), engine.loss_scale) for later in range(LATER_STEPS)]
+    losses, norms, scales = zip(*found, strict=True)
+    return {"losses": losses, "norms": norms, "scales": scales, "held": held(engine, place)}
 
 
 def restore_each(ranks: Ranks, storage: str, place: Place, sources: list[Place]) -> dict[Place, float]:
-    """Restore what each of the sources saved, compare it, and train on; returns the greatest relative loss difference."""
+    """Restore what each of the sources saved, compare it, and train on; returns relative differences."""
     engine, differences = build(place, ranks, initial=False), {}
     for source in sources:
         run, note = Run.open(storage, str(source)), torch.load(f"{storage}/{source}.pt")
@@ -196,7 +205,7 @@ def restore_each(ranks: Ranks, storage: str, place: Place, sources: list[Place])
         assert engine.loss_scale_state() == note["scale"]
         later, expected = go_on(engine, ranks, place), note["later"]
         assert later["scales"] == expected["scales"]
-        pairs = zip(later["losses"], expected["losses"], strict=True)
+        pairs = [pair for key in ("losses", "norms") for pair in zip(later[key], expected[key], strict=True)]
         differences[source] = max(abs(found - wanted) / wanted for found, wanted in pairs)
         if place == source:
             check_equal(later["held"], expected["held"], f"{place}, {LATER_STEPS} steps later")
@@ -216,7 +225,7 @@ def host() -> Iterator[RankHost]:
 
 
 def follow(host: RankHost, storage: Path, sources: list[Place], places: list[Place]) -> dict[Any, float]:
-    """Save in each source, restore all of them in each place; relative differences of the losses by (source, place)."""
+    """Save in each source, restore all of them in each place; differences of loss and norm by (source, place)."""
     for source in sources:
         run = Run.create(str(storage), str(source), make_place(source)[0], {"num_steps": 9, "num_ranks": source.ranks})
         run.begin_attempt(num_ranks=source.ranks, start_step=0)
@@ -246,3 +255,48 @@ def test_half_precision_in_every_stage(host: RankHost, tmp_path: Path, precision
     differences = follow(host, tmp_path, sources, places)
     for (source, place), difference in differences.items():
         assert difference <= (0 if source == place else within), (str(source), str(place))
+
+
+def save_wide(ranks: Ranks, storage: str, place: Place) -> None:
+    save(build(place, ranks, initial=True, kind=Wide), ranks, place, Run.open(storage, str(place)), 0)
+
+
+def restore_wide(ranks: Ranks, storage: str, source: Place, place: Place) -> tuple[int, int]:
+    """Verify and restore as the training loop does. Returns the bytes read, and those of memory needed for it."""
+    from dray.store.filesystem import RangeReader
+
+    num_bytes, read_at = 0, RangeReader.read_at
+
+    def counted(self: RangeReader, wanted: int, offset: int) -> bytes:
+        nonlocal num_bytes
+        content = read_at(self, wanted, offset)
+        num_bytes += len(content)
+        return content
+
+    RangeReader.read_at = counted  # type: ignore[method-assign]
+    engine, run = build(place, ranks, initial=False, kind=Wide), Run.open(storage, str(source))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew
+    before = memory("VmHWM")
+    with CheckpointReader(run, run.latest_checkpoint()) as reader:
+        assert reader.verify_files(range(ranks.rank, reader.num_files, ranks.num_ranks)) == []
+        engine.restore(reader, 0, {})
+    return num_bytes, memory("VmHWM") - before
+
+
+def memory(field: str) -> int:
+    """Bytes of this process' memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")
+def test_a_restore_takes_a_share_of_the_bytes_and_less_of_the_memory(host: RankHost, tmp_path: Path) -> None:
+    source = Place(1, 3)
+    run = Run.create(str(tmp_path), str(source), make_place(source)[0], {"num_steps": 9, "num_ranks": 3})
+    run.begin_attempt(num_ranks=3, start_step=0)
+    host.run(save_wide, 3, str(tmp_path), source)
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    for place in (Place(1, 3), Place(3, 3), Place(2, 2)):
+        found = host.run(restore_wide, place.ranks, str(tmp_path), source, place)
+        print(checkpoint.num_bytes, place, found)

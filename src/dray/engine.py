@@ -1,8 +1,9 @@
 """The only file that knows DeepSpeed: build, forward, backward, step, and the model states as named fragments.
 
-A fragment is a 1-D run of one parameter's elements with its optimiser states: what a rank owns under its ZeRO stage. Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever
-stage and number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another number of ranks and
-unpickle what they read.
+A fragment is a 1-D run of one parameter's elements with its optimiser states: what a rank owns under its ZeRO stage.
+Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever stage and
+number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another number of ranks and unpickle
+what they read.
 """
 
 from __future__ import annotations
@@ -86,7 +87,6 @@ class Engine:
         self.num_updates = 0
         self._withheld = False
         self._norm: float | None = None
-        self._norm_scale = 1.0
         self._optimizer.allows = self._may_update
 
     @property
@@ -127,6 +127,8 @@ class Engine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, which is already normalised; below ZeRO-2 only the last one communicates."""
         self._engine.set_gradient_accumulation_boundary(last)
+        if self.stage == 0:
+            loss = loss * self.loss_scale  # without ZeRO DeepSpeed divides the gradients by it, and no more
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, *, withhold: bool = False) -> Update:
@@ -134,8 +136,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._withheld, self._norm = withhold, None
-        # Without ZeRO DeepSpeed's norm is that of the scaled gradients.
-        self._norm_scale = self.loss_scale if self.stage == 0 else 1.0
+        scale = self.loss_scale
         if self._plain:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             # Summed in fp64 like ZeRO's: in fp32 the norm of a large tensor is off by 2e-4, and the losses drift apart.
@@ -144,7 +145,8 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip or float("inf"), norm)
             self._norm = float(norm)
         self._engine.step()
-        norm = self._global_norm()
+        # DeepSpeed's norm is the scaled gradients' without ZeRO; ZeRO-3 divides it by the next step's scale.
+        norm = self._global_norm() / {0: scale, 3: scale / self.loss_scale}.get(self.stage, 1.0)
         applied = not withhold and math.isfinite(norm) and not getattr(self._wrapper, "overflow", False)
         self.num_updates += applied
         return Update(norm, applied)
@@ -155,7 +157,7 @@ class Engine:
     def _global_norm(self) -> float:
         """Ours, or the one that DeepSpeed's wrapper measures before it steps; it says -1 for one that is not finite."""
         norm = self._norm if self._norm is not None else getattr(self._wrapper, "_global_grad_norm", None)
-        return float("nan") if norm is None or float(norm) < 0 else float(norm) / self._norm_scale
+        return float("nan") if norm is None or float(norm) < 0 else float(norm)
 
     def fragments(self, *, whole_replicas: bool = False) -> Iterator[Fragment]:
         """What this rank owns; over all ranks every element of every parameter exactly once.

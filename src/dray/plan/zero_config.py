@@ -61,7 +61,7 @@ def make_deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000,
-                 "hysteresis": 2, "min_loss_scale": 1},
+                 "hysteresis": 1, "min_loss_scale": 1},  # as without ZeRO, where DeepSpeed knows no hysteresis
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }

@@ -1,0 +1,136 @@
+"""`python -m bench.restore`: seconds to restore a checkpoint, against plain reading of the same bytes.
+
+A Llama of 13 M parameters (a checkpoint of some 160 MB), 1 and 2 ranks, ZeRO 1 and 3, on a local disk whose pages are
+in memory, so that nothing hides behind the disk. In each round, one after the other: read, read with SHA-256 (each rank
+its part of the bytes), and dray's restore: verify, then copy into the engine. The slowest rank counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bench.report import write_section
+from dray.engine import build_engine
+from dray.models import build_model, parameter_groups
+from dray.plan import make_plan, parse_shape
+from dray.ranks import Ranks, build_ranks
+from dray.saving import Saver
+from dray.spec import Spec, make_spec
+from dray.store import CheckpointInfo, CheckpointReader, Run
+
+VOCAB, CHUNK_BYTES = 8192, 8 * 1024 * 1024
+ARMS = ("read", "read with SHA-256", "restore")
+
+
+def make_bench_spec(stage: int, num_ranks: int) -> Spec:
+    return make_spec({
+        "name": "restore", "data": {"train": "none/*.jsonl", "sequence_tokens": 128},
+        "tokenizer": {"train": "byte_bpe", "vocab_size": VOCAB},
+        "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
+        "batch": {"global_rows": 8, "micro_rows": 2}, "duration": {"steps": 1}, "precision": "fp32",
+        "resources": {"workers": num_ranks}, "zero": {"stage": stage}, "engine": {"compile": False},
+    })
+
+
+def read_plainly(ranks: Ranks, files: list[Path], *, with_checksum: bool) -> None:
+    """This rank's equal part of the bytes, in large pieces into one buffer."""
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    for path in files:
+        share = -(-path.stat().st_size // ranks.num_ranks)
+        left, digest = min(share, path.stat().st_size - share * ranks.rank), hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            file.seek(share * ranks.rank)
+            while left > 0 and (count := file.readinto(buffer[: min(left, CHUNK_BYTES)])):
+                left -= count
+                if with_checksum:
+                    digest.update(buffer[:count])
+
+
+def restore(ranks: Ranks, run: Run, info: CheckpointInfo, engine: Any) -> None:
+    """As a rank of a run that resumes does it."""
+    with CheckpointReader(run, info) as reader:
+        mine = range(ranks.rank, reader.num_files, ranks.num_ranks)
+        assert not any(ranks.gather(reader.verify_files(mine)))
+        engine.restore(reader, 0, {})
+
+
+def run_rank(rank: int, place: tuple[int, int], storage: str, rounds: int, results: Any) -> None:
+    stage, num_ranks = place
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{storage}/rendezvous", num_ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks, store=store)
+    ranks, spec = build_ranks(torch.device("cpu"), 600), make_bench_spec(stage, num_ranks)
+    plan = make_plan(spec, parse_shape("1xCPU(cpus=8,memory=16GB)"), with_ray=False)
+    engine = build_engine(
+        lambda constructing, gathering: build_model(
+            spec, vocab_size=VOCAB, constructing=constructing, gathering=gathering),
+        lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks)
+    run = Run.open(storage, "restore")
+    saver = Saver(run, 1, spec, engine=engine, ranks=ranks, wait_stored=lambda: None)
+    saver.begin(0, {"shapes": {name: list(shape) for name, shape in engine.parameter_shapes.items()}})
+    saver.finish(last=True)
+    info = run.latest_checkpoint()
+    assert info is not None
+    files = sorted(Path(info.path).glob("*.safetensors"))
+    arms: tuple[Callable[[], None], ...] = (
+        lambda: read_plainly(ranks, files, with_checksum=False),
+        lambda: read_plainly(ranks, files, with_checksum=True),
+        lambda: restore(ranks, run, info, engine),
+    )
+    for arm in arms:  # the files' pages, and the allocator's
+        arm()
+    seconds: list[list[float]] = []
+    for _ in range(rounds):
+        row = []
+        for arm in arms:
+            ranks.barrier()
+            begun = time.perf_counter()
+            arm()
+            row.append(max(ranks.gather(time.perf_counter() - begun)))
+        seconds.append(row)
+    if rank == 0:
+        results[place] = (info.num_bytes, seconds)
+    dist.barrier()
+    os._exit(0)  # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the process
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    lines = [f"{rounds} rounds, medians of seconds.\n",
+             "| place | MB | " + " | ".join(ARMS) + " | restore ÷ read with SHA-256 |", "|---" * 6 + "|"]
+    figures = {}
+    with mp.Manager() as manager:
+        results = manager.dict()
+        for stage, num_ranks in ((1, 1), (1, 2), (3, 1), (3, 2)):
+            with tempfile.TemporaryDirectory(prefix="dray-restore-") as storage:
+                spec = make_bench_spec(stage, num_ranks)
+                run = Run.create(storage, "restore", spec, {"num_steps": 1, "num_ranks": num_ranks})
+                run.begin_attempt(num_ranks=num_ranks, start_step=0)
+                mp.spawn(run_rank, args=((stage, num_ranks), storage, rounds, results), nprocs=num_ranks)
+            num_bytes, seconds = results[stage, num_ranks]
+            medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
+            ratio = statistics.median(row[2] / row[1] for row in seconds)
+            place = f"ZeRO {stage}, {num_ranks} rank{'s' * (num_ranks > 1)}"
+            figures[place] = {"bytes": num_bytes, "seconds": seconds}
+            lines.append(f"| {place} | {num_bytes / 1e6:.0f} | " + " | ".join(f"{value:.2f}" for value in medians)
+                         + f" | {ratio:.2f} |")
+    write_section("restore", "\n".join(lines), figures)
+
+
+if __name__ == "__main__":
+    main()
