@@ -56,7 +56,7 @@ def run_rank(rank: int, folder: str, case: tuple[int, int, str, str], resume: bo
     run = Run.open(folder, "engine")
     if resume:
         with CheckpointReader(run, run.latest_checkpoint()) as reader:
-            engine.restore(reader, HALF)
+            engine.restore(reader, HALF, {})
     data = torch.randint(0, VOCAB, (STEPS, GLOBAL_ROWS, WIDTH), generator=torch.Generator().manual_seed(1))
     share = GLOBAL_ROWS // ranks_wanted
     losses = []
