@@ -202,7 +202,9 @@ def go_on(engine: Any, ranks: Ranks, place: Place) -> dict[str, Any]:
 def restore_each(ranks: Ranks, storage: str, place: Place, sources: list[Place]) -> dict[Place, float]:
     """Restore what each of the sources saved, compare it, and train on; returns relative differences."""
     engine, differences = build(place, ranks, initial=False), {}
-    for source in sources:
+    for number, source in enumerate(sources):
+        if number:
+            train_step(engine, ranks, 1)  # leaves ZeRO-3's small parameters gathered: they must not stay as they were
         run, note = Run.open(storage, str(source)), torch.load(f"{storage}/{source}.pt")
         with CheckpointReader(run, run.latest_checkpoint()) as reader:
             engine.restore(reader, reader.metadata["optimizer_step"], reader.metadata["loss_scale"])
