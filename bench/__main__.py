@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-PARTS = ("bench.training", "bench.recovery", "bench.restore", "bench.corpus", "bench.memory", "bench.heap", "bench.parity")
+PARTS = ("bench.training", "bench.recovery", "bench.restore", "bench.corpus", "bench.memory", "bench.heap",
+         "bench.parity")
 
 if __name__ == "__main__":
     for part in PARTS:

@@ -99,7 +99,7 @@ def train_locally(
 def _settle(spec: Spec, plan: Plan, storage: str, run_name: str | None) -> Spec:
     """Decide once, when a run begins, what other hardware or another working directory would decide differently.
 
-    A folder of weights is found from everywhere, workers included; resumed on other hardware a run computes as it began.
+    A folder of weights is found by the workers too, and a run that is resumed on other hardware computes as it began.
     """
     updates: dict[str, Any] = {}
     if spec.model.path is not None and Path(spec.model.path).is_dir():
