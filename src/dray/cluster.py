@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,10 @@ from dray.plan import Shape, local_shape, parse_shape
 
 MAX_GROUP_STARTS = 10
 """Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before a run fails."""
+RESIZE_SECONDS = 30.0
+"""How often an elastic group is compared with what the cluster has."""
+ANSWER_SECONDS = 3.0
+"""A node that cannot be connected to for so long is lost."""
 _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DEDUP_LOGS": "1",
@@ -39,10 +44,12 @@ class Connection:
 
 
 @contextmanager
-def connect(address: str | None, *, num_cpus: float, verbose: bool = False) -> Iterator[Connection]:
+def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.0, gpus_per_worker: int = 0,
+            verbose: bool = False) -> Iterator[Connection]:
     """Connect to `address` (or RAY_ADDRESS), else start a local Ray with at least `num_cpus` logical CPUs.
 
-    A local Ray is oversubscribed on purpose: on a laptop two workers and a reader share two cores.
+    Of a cluster only nodes that can hold a worker count: a head is often smaller, or has neither CPUs nor GPUs. A local
+    Ray is oversubscribed on purpose: on a laptop two workers and a reader share two cores.
     Raises PlanError when the address does not answer.
     """
     for name, value in _QUIET.items():
@@ -51,7 +58,7 @@ def connect(address: str | None, *, num_cpus: float, verbose: bool = False) -> I
 
     threading.Thread(target=importlib.import_module, args=("ray.train",), daemon=True).start()  # while Ray starts
     if ray.is_initialized():  # inside a notebook, a test or a larger program: theirs to end
-        yield Connection(local=False, shape=live_shape())
+        yield Connection(local=False, shape=live_shape(cpus_per_worker, gpus_per_worker))
         return
     address = address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if verbose else logging.CRITICAL  # a dead worker is told by the diagnosis
@@ -69,18 +76,21 @@ def connect(address: str | None, *, num_cpus: float, verbose: bool = False) -> I
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-num_cpus // 1))),
                  include_dashboard=verbose, log_to_driver=verbose, logging_level=level)
     try:
-        yield Connection(local=not address, shape=live_shape() if address else local_shape())
+        shape = live_shape(cpus_per_worker, gpus_per_worker) if address else local_shape()
+        yield Connection(local=not address, shape=shape)
     finally:
         ray.shutdown()
 
 
-def live_shape() -> Shape:
-    """The shape of the connected cluster, by its smallest live node."""
+def live_shape(cpus_per_worker: float, gpus_per_worker: int) -> Shape:
+    """The shape of the connected cluster, by the smallest live node of those that can hold a worker, if any can."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not nodes:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not alive:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
+    nodes = [node for node in alive if node.get("CPU", 0.0) >= cpus_per_worker
+             and node.get("GPU", 0.0) >= gpus_per_worker] or alive
     real = {"cpus_per_node": min(node.get("CPU", 0.0) for node in nodes), "oversubscribe": False,
             "memory_bytes_per_node": int(min(node.get("memory", 0.0) for node in nodes))}
     gpus = int(min(node.get("GPU", 0.0) for node in nodes))
@@ -88,6 +98,31 @@ def live_shape() -> Shape:
         kinds = {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_type:")}
         return parse_shape(f"{len(nodes)}x{gpus}x{min(kinds, default='unknown')}").model_copy(update=real)
     return local_shape().model_copy(update=real | {"num_nodes": len(nodes)})
+
+
+def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
+    """Those of the nodes that are dead, or on which no Ray answers: Ray itself takes half a minute to be sure."""
+    import ray
+
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    return sorted(node_id for node_id in node_ids if node_id not in nodes or not _answers(nodes[node_id]))
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
+        socket.create_connection(address, timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def max_wait_seconds() -> float:
+    """How long a run waits for a worker group that cannot start, e.g. for a node that went away, before it fails."""
+    from ray.train.v2._internal import constants
+
+    seconds = os.environ.get(constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR)
+    return MAX_GROUP_STARTS * float(seconds or constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
 
 
 def run_workers(
@@ -105,7 +140,7 @@ def run_workers(
 ) -> None:
     """Run `work(config)` on a group of Ray Train workers until it ends. Raises RunFailed with the workers' errors.
 
-    After a failure the group starts anew for as long as `recovery`, a Ray Train callback, does not object. `scratch` is
+    The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not object. `scratch` is
     a local folder for Ray Train's own notes, which dray does not read.
     """
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
@@ -130,12 +165,13 @@ def run_workers(
         datasets=datasets,
         dataset_config=data_config,
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=bool(gpus_per_worker),
-                                     resources_per_worker=resources),
+                                     resources_per_worker=resources,
+                                     elastic_resize_monitor_interval_s=RESIZE_SECONDS),
         backend_config=Processes(),
         run_config=RunConfig(
             name=name, storage_path=scratch, callbacks=[recovery],
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1,
-                                         controller_failure_limit=MAX_GROUP_STARTS)),
+                                         controller_failure_limit=-1)),
     )
     try:
         trainer.fit()

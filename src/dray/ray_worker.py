@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dray.cluster import find_lost_nodes, max_wait_seconds
 from dray.corpus.stream import build_dataset
 from dray.doctor import classify
 from dray.errors import RunFailed
@@ -33,6 +34,7 @@ Beats = dict[int, tuple[dict[str, Any], float]]
 """Rank → its last heartbeat, and the seconds since it arrived."""
 SEND_EVERY_SECONDS = 0.2
 STORED_SECONDS = 30.0
+LEAVE_SECONDS = 120.0  # in which a group that is to be resized must have saved
 BEAT_EVERY_SECONDS = 0.5
 GRACE_SECONDS = 2 * BEAT_EVERY_SECONDS  # in which ranks that failed with the first one say so
 FIRST_TIMEOUT_SECONDS = 1800.0  # of a collective, until steps have been measured: compilation takes its time
@@ -49,13 +51,14 @@ def build_mailbox() -> Any:
             self._records: list[dict[str, Any]] = []
             self._beats: dict[int, tuple[dict[str, Any], float]] = {}
             self._failures: list[dict[str, Any]] = []
-            self._stop = False
-            self._received = self._stored = 0
+            self._stop, self._notice = False, False
+            self._received = self._stored = self._judged = 0
 
-        def put(self, records: list[dict[str, Any]]) -> bool:
+        def put(self, records: list[dict[str, Any]]) -> tuple[bool, bool]:
+            """Take a rank's records. Returns whether it should stop, and whether its group is to be dissolved."""
             self._records += records
             self._received += len(records)
-            return self._stop
+            return self._stop, self._notice
 
         def unstored(self, since: int | None) -> tuple[int, bool]:
             """How many records have come (or `since`), and whether the driver has stored that many."""
@@ -63,8 +66,8 @@ def build_mailbox() -> Any:
             return since, self._stored >= since
 
         def beat(self, beat: dict[str, Any]) -> None:
-            if any(beat["attempt"] > known["attempt"] for known, _ in self._beats.values()):
-                self._beats.clear()
+            if beat["attempt"] <= self._judged:  # late, of a group that has failed: it must not look like a hang
+                return
             self._beats[beat["rank"]] = beat, time.monotonic()
 
         def fail(self, failure: dict[str, Any]) -> None:
@@ -77,8 +80,18 @@ def build_mailbox() -> Any:
             """What failed ranks said since the last call, and the beats, which are forgotten."""
             failures, self._failures = self._failures, []
             beats = self._aged()
+            self._judged = max((beat["attempt"] for beat, _ in beats.values()), default=self._judged)
             self._beats.clear()
+            self._notice = False
             return failures, beats
+
+        def give_notice(self) -> None:
+            """Let all ranks save and leave."""
+            self._notice = True
+
+        def num_left(self) -> int:
+            """How many ranks have left since the last `evidence`."""
+            return len(self._failures)
 
         def take(self, stored: int) -> tuple[list[dict[str, Any]], Beats]:
             """The records since the last call, for the driver, who has stored so many of those before."""
@@ -105,7 +118,7 @@ class _Posting:
         self._waiting: list[dict[str, Any]] = []
         self._reply: Any = None
         self._sent_at = 0.0
-        self._stop = False
+        self._stop = self._notice = False
         self._left = threading.Event()
         threading.Thread(target=self._keep_beating, name="heart", daemon=True).start()
 
@@ -115,17 +128,21 @@ class _Posting:
             self._post()
 
     def stop_requested(self) -> bool:
-        import ray
-
-        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._stop |= ray.get(self._reply)
-            self._reply = None
+        self._read_reply()
         return self._stop
 
     def notice_given(self) -> bool:
         import ray.train
 
-        return ray.train.get_preemption_info() is not None
+        self._read_reply()
+        return self._notice or ray.train.get_preemption_info() is not None
+
+    def _read_reply(self) -> None:
+        import ray
+
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stop, self._notice = ray.get(self._reply)
+            self._reply = None
 
     def flush(self) -> None:
         import ray
@@ -191,30 +208,76 @@ def build_data_config() -> Any:
 
 
 def build_recovery(job: Job, mailbox: Any) -> Any:
-    """What Ray Train's controller asks after a failure: it keeps the evidence, and ends the run where that is due."""
-    from ray.train import UserCallback
+    """What Ray Train's controller asks at every turn: it keeps the evidence of a failure, ends the run where that is
+    due, lets the ranks save before their group is resized, and bounds the wait for a group that cannot start."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller import state
 
-    class Recovery(UserCallback):  # type: ignore[misc]
+    class Recovery(ControllerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self._budget = Budget(job.spec.resources.max_failures)
+            self._down_since: float | None = None
 
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, BaseException]) -> None:
-            decision = _recover(job, mailbox, self._budget, worker_exceptions)
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if isinstance(current_state, state.ResizingState):
+                _dissolve(job, mailbox, current_state.scaling_decision.num_workers)
+            elif isinstance(current_state, state.RunningState):
+                self._down_since = None
+            elif isinstance(current_state, state.RestartingState | state.ReschedulingState | state.InitializingState):
+                if isinstance(previous_state, state.RunningState | state.PreemptingState):
+                    self._judge(current_state.training_failed_error, isinstance(previous_state, state.PreemptingState))
+                self._wait()
+
+        def _judge(self, error: BaseException, noticed: bool) -> None:
+            errors = getattr(error, "worker_failures", {})
+            decision = _recover(job, mailbox, self._budget, errors, noticed=noticed)
             if not decision.retry:
                 raise RunFailed(decision.reason)
+
+        def _wait(self) -> None:
+            """Bound the time without a group; Ray itself would ask for ever, an elastic group without a pause."""
+            self._down_since = self._down_since or time.monotonic()
+            waited = time.monotonic() - self._down_since
+            if waited > max_wait_seconds():
+                raise RunFailed(f"no group of {job.spec.resources.min_workers} workers could start for {waited:.0f} s: "
+                                "the cluster has no room for it")
+            time.sleep(BEAT_EVERY_SECONDS)
 
     return Recovery()
 
 
-def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseException]) -> Decision:
-    """Keep the evidence of a failed attempt and decide what comes after it."""
+def _dissolve(job: Job, mailbox: Any, num_ranks: int) -> None:
+    """Before the group starts again with another number of ranks: let its ranks save and leave, but not for ever."""
+    import ray
+
+    run = Run.open(job.storage, job.run_name)
+    attempt = run.attempts()[-1]
+    mailbox.give_notice.remote()
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while ray.get(mailbox.num_left.remote()) < attempt["num_ranks"] and time.monotonic() < deadline:
+        time.sleep(SEND_EVERY_SECONDS)
+    said, beats = ray.get(mailbox.evidence.remote())
+    step = max((int(item["step"]) for item in [*said, *(beat for beat, _ in beats.values())]), default=0)
+    newest = run.latest_checkpoint()
+    run.end_attempt(attempt["attempt"], "resized", step)
+    run.log_event("resized", attempt=attempt["attempt"], step=step, saved_step=newest.step if newest else 0,
+                  num_ranks=attempt["num_ranks"], to_num_ranks=num_ranks)
+
+
+def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseException], *, noticed: bool) -> Decision:
+    """Keep the evidence of a failed attempt and decide what comes after it. `noticed`: a node was to be taken away."""
     import ray
 
     time.sleep(GRACE_SECONDS)
     said, beats = ray.get(mailbox.evidence.remote())
     run = Run.open(job.storage, job.run_name)
-    attempt = make_attempt(job, run.attempts()[-1])
+    records = run.attempts()
+    if not records or "ended" in records[-1]:  # the group died before its rank 0 could write its attempt down
+        begin_attempt(job, job.plan.num_ranks)
+        records = run.attempts()
+    attempt = make_attempt(job, records[-1])
     failure = _make_failure(run, attempt, [item for item in said if item["attempt"] == attempt.number], beats, errors)
+    failure["preempted"] |= noticed
     save_failure(run, failure)
     step, batch = failure["step"], attempt.plan.batch
     kind = kind_of_errors((rank["error_type"] for rank in failure["ranks"]), default=classify(failure))
@@ -234,13 +297,14 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
                   errors: dict[int, BaseException]) -> dict[str, Any]:
     """The document of a failed attempt: what ranks said, what Ray says of the others, and who fell silent."""
     found = {item["rank"]: item for item in said}
+    lost = find_lost_nodes({beat["node_id"] for rank, (beat, _) in beats.items() if rank not in found})
     for rank, (beat, age) in beats.items():
         save_beat(run, attempt.number, rank, beat)
         # A dead rank's file may lie on another node: then its heartbeat is its last word.
         with suppress(OSError):
             save_log(run, attempt.number, rank, Path(beat["log_file"]).read_text(encoding="utf-8", errors="replace"))
         place = {key: beat[key] for key in ("node", "pid", "step", "phase", "time")}
-        if rank not in found and (rank in errors or age > 3 * BEAT_EVERY_SECONDS):
+        if rank not in found and (rank in errors or beat["node_id"] in lost or age > 3 * BEAT_EVERY_SECONDS):
             found[rank] = make_rank_failure(rank, errors.get(rank), **place)
     for rank, error in errors.items():
         found.setdefault(rank, make_rank_failure(rank, error))
@@ -250,7 +314,7 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
         "attempt": attempt.number, "time": now(), "committed_step": newest.step if newest else 0,
         "step": max((int(item.get("step") or 0) for item in found.values()), default=attempt.start_step),
         "detected_by": "hang" if hung else "exception" if said else "worker_exit",
-        "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": [],
+        "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": lost,
         "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
     }
 
@@ -284,7 +348,10 @@ def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
 
     dumps = {rank: on_node(dump, beat).remote(beat["pid"], beat["stack_file"]) for rank, (beat, _) in beats.items()}
     done, _ = ray.wait(list(dumps.values()), num_returns=len(dumps), timeout=30)
-    stacks = {rank: ray.get(ref) for rank, ref in dumps.items() if ref in done}
+    stacks = {}
+    for rank, ref in dumps.items():
+        with suppress(ray.exceptions.RayError):  # a rank whose node is gone has none
+            stacks |= {rank: ray.get(ref)} if ref in done else {}
     attempt = next(iter(beats.values()))[0]["attempt"]
     for rank, text in stacks.items():
         save_stacks(run, attempt, rank, text)

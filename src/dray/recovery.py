@@ -56,6 +56,7 @@ class Budget:
 
 def kind_of_errors(error_types: Iterable[str], default: str) -> str:
     """The class of a failure in which a rank raised one of dray's own errors, which mean one thing each."""
-    own = {"CheckpointDamaged": "checkpoint", "LossSpike": "spike", "BadNumbers": "numerics", "SaveFailed": "storage"}
+    own = {"CheckpointDamaged": "checkpoint", "LossSpike": "spike", "BadNumbers": "numerics", "SaveFailed": "storage",
+           "GroupDissolved": "preemption"}
     names = (error_type.rpartition(".")[2] for error_type in error_types)
     return next((own[name] for name in names if name in own), default)

@@ -63,7 +63,8 @@ def train(
     Run.check_storage(storage)
     check_trackers(spec, storage)
     wanted = spec.resources.max_workers * spec.resources.cpus_per_worker + spec.resources.reader_cpus
-    with connect(address, num_cpus=wanted, verbose=verbose) as connection:
+    with connect(address, num_cpus=wanted, cpus_per_worker=spec.resources.cpus_per_worker,
+                 gpus_per_worker=spec.resources.gpus_per_worker, verbose=verbose) as connection:
         # What cannot run is refused before the corpus is read.
         plan = make_plan(spec, connection.shape)
         spec = _settle(spec, plan, storage, run_name)

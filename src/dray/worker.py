@@ -45,6 +45,10 @@ class CheckpointDamaged(DrayError):
     """A checkpoint was committed and is no longer what it was; it is set aside by now."""
 
 
+class GroupDissolved(DrayError):
+    """A machine is about to be taken away, or the group is to have another size; what was reached is saved."""
+
+
 class Reporter(Protocol):
     """Where a rank's records go, and where a wish to stop comes from."""
 
@@ -53,7 +57,7 @@ class Reporter(Protocol):
     def stop_requested(self) -> bool: ...
 
     def notice_given(self) -> bool:
-        """Whether this machine is about to be taken away."""
+        """Whether a machine of the group is about to be taken away, or the group is to have another size."""
 
     def flush(self) -> None: ...
 
@@ -78,8 +82,7 @@ class _Progress:
     saved_step: int = -1
     save_due: bool = False
     notice: bool = False
-    """A machine is about to go, and the step is to be saved for that."""
-    noticed: bool = False
+    """The group is about to end: the step is to be saved for that, and no other one begun."""
 
 
 def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, stream: RowStream,
@@ -212,7 +215,7 @@ class _Loop:
         update = self.engine.step(rate, withhold=not math.isfinite(total_loss))
         self.progress.step = step
         self.progress.chain = chain_digest(self.progress.chain, all_digests)
-        self.progress.notice = notices > 0 and not self.progress.noticed
+        self.progress.notice = notices > 0
         self.progress.save_due = saves > 0 or self._checkpoint_due(step) or self.progress.notice
         self.progress.tokens += all_tokens
         self.reporter.send({
@@ -323,7 +326,10 @@ class _Loop:
         return rule.patience is not None and progress.validations_without_better >= rule.patience
 
     def _save(self, *, last: bool = False) -> None:
-        """Begin a checkpoint of the current step; the last one, and one before a machine goes, are waited for."""
+        """Begin a checkpoint of the current step; the last one, and one before the group ends, are waited for.
+
+        Raises GroupDissolved in the latter case, on every rank: steps past that checkpoint would only be done again.
+        """
         progress, waits = self.progress, last or self.progress.notice
         self.pulse.enter("save")
         if progress.saved_step != progress.step:
@@ -331,11 +337,13 @@ class _Loop:
             self._report_save(self.saver.begin(progress.step, self._metadata()))
             progress.saved_step, progress.saved_at, progress.save_due = progress.step, time.monotonic(), False
         if waits:
-            self._report_save(self.saver.finish(last=last))
-        if progress.notice:
-            progress.notice, progress.noticed = False, True
-            if self.ranks.rank == 0:
-                self.reporter.send({"kind": "saved_before_preemption", "attempt": self.attempt, "step": progress.step})
+            outcome = self.saver.finish(last=last)
+            self._report_save(outcome)
+        if progress.notice and not last:
+            saved = outcome is None or not outcome.problem
+            if self.ranks.rank == 0 and saved:
+                self.reporter.send({"kind": "saved_on_notice", "attempt": self.attempt, "step": progress.step})
+            raise GroupDissolved(f"the group was to end; step {progress.step} is {'' if saved else 'not '}saved")
 
     def _report_save(self, outcome: Outcome | None) -> None:
         if outcome is None or self.ranks.rank != 0:

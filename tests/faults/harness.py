@@ -21,6 +21,7 @@ import yaml
 
 from dray.ledger import verify_ledger
 from dray.store import Run, verify_checkpoint
+from dray.store.evidence import load_failures
 from tiny import tiny_tree
 
 STEPS, EVERY = 24, 6
@@ -44,7 +45,7 @@ def stop(process: psutil.Process) -> None:
     process.send_signal(signal.SIGSTOP)
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
     """Poll until it holds. Raises TimeoutError that says what did not come."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -76,6 +77,57 @@ def steps_of(storage: str, name: str) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
+class Nodes:
+    """A local Ray of several nodes, each with processes of its own: a head for the readers, and nodes for a rank each.
+
+    This process is not connected to it.
+    """
+
+    RANK_CPUS = 1.5
+    """A rank fits on a node of two CPUs, and neither another one nor a reader fits beside it."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self.address: str = self.cluster.address
+        self.nodes: list[Any] = []
+
+    def add(self, count: int = 1) -> None:
+        self.nodes += [self.cluster.add_node(num_cpus=2) for _ in range(count)]
+
+    def remove(self) -> str:
+        """Kill all processes of the oldest node (SIGKILL), as when it loses its power; returns its id."""
+        node = self.nodes.pop(0)
+        self.cluster.remove_node(node, allow_graceful=False)
+        return str(node.node_id)
+
+    def drain(self, seconds: float) -> None:
+        """Give notice, as a cloud does, that the oldest node will be taken away after so many seconds."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        accepted, reason = GcsClient(address=self.address).drain_node(
+            self.nodes[0].node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "",
+            int((time.time() + seconds) * 1000))
+        assert accepted, reason
+
+    def shut_down(self) -> None:
+        while self.nodes:
+            self.remove()
+        if self.cluster.head_node is not None:
+            self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
+
+
+def events(run: Run, kind: str) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["kind"] == kind]
+
+
+def nodes_lost(run: Run) -> list[str]:
+    """The nodes that the documents of its failures say were lost."""
+    return [node for failure in load_failures(run) for node in failure["nodes_lost"]]
+
+
 class Training:
     """A `dray train` process of its own, in a session of its own."""
 
@@ -102,7 +154,7 @@ class Training:
         """The ranks of the local Ray that this process started; those of a cluster are not its children."""
         return rank_processes(self.process)
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 300) -> None:
         def reached() -> bool:
             if self.process.poll() is not None and steps_of(self.storage, self.name) < step:
                 raise AssertionError(f"ended with {self.process.returncode} before step {step}:\n{self.output[-3000:]}")
@@ -110,7 +162,7 @@ class Training:
 
         wait_for(reached, f"step {step}", seconds)
 
-    def finish(self, seconds: float = 180) -> int:
+    def finish(self, seconds: float = 400) -> int:
         """Wait for its end; returns the exit code."""
         return int(self.process.wait(timeout=seconds))
 

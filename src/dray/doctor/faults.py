@@ -222,7 +222,8 @@ RULES: tuple[Rule, ...] = (
     # ---- a rank that is gone
     Rule(Fault.PREEMPTION, "the cloud took node {node} with {who} away{at}",
          AGAIN + " (checkpoint.every_minutes bounds what is lost)",
-         types="PreemptionError", text=r"forcibly preempted|interrupted by node preemption|node was preempted"),
+         types="PreemptionError|GroupDissolved",
+         text=r"forcibly preempted|interrupted by node preemption|node was preempted"),
     Rule(Fault.PREEMPTION, "the cloud took node {node} with {who} away{at}",
          AGAIN + " (checkpoint.every_minutes bounds what is lost)", when=_preempted),
     Rule(Fault.NODE_LOSS, "node {node} went away with {who}{at}",

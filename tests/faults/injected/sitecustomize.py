@@ -2,7 +2,8 @@
 
 DRAY_FAULT names `module:qualified.name:moment:flag file`: at the moment (`before` or `after`) of the first call of that
 function in any process, the process kills itself with SIGKILL. The flag file is created with O_EXCL, so that of all
-processes and attempts just one dies, once.
+processes and attempts just one dies, once. At the moment `late` the process lives, but the function returns None for
+LATE_SECONDS from the first time on that it had something to return.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ import importlib.machinery
 import os
 import signal
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
+LATE_SECONDS = 3.0
 
-def _die_once(flag: str) -> None:
+
+def _is_first(flag: str) -> bool:
     try:
         os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return
-    os.kill(os.getpid(), signal.SIGKILL)
+        return False
+    return True
+
+
+def _die_once(flag: str) -> None:
+    if _is_first(flag):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _arm(module: ModuleType, qualified: str, moment: str, flag: str) -> None:
@@ -41,7 +50,17 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str) -> None:
             _die_once(flag)
         return result
 
-    setattr(owner, name, dying)
+    late_until = 0.0
+
+    @functools.wraps(original)
+    def late(*arguments: Any, **named: Any) -> Any:
+        nonlocal late_until
+        result = original(*arguments, **named)
+        if result is not None and _is_first(flag):
+            late_until = time.monotonic() + LATE_SECONDS
+        return result if time.monotonic() > late_until else None
+
+    setattr(owner, name, late if moment == "late" else dying)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

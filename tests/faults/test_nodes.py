@@ -1,0 +1,169 @@
+"""Nodes go, with and without a notice, and come back or do not.
+
+A local Ray of several nodes: the head holds the driver and the readers, each of the other nodes one rank. Training is
+a `dray train` process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import EVERY, INJECTED, SAVE_STEPS, Nodes, Training, events, make_case, nodes_lost, wait_for
+
+from dray.doctor import Fault, diagnose
+from dray.store import Run
+
+ENVIRONMENT = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
+
+
+@pytest.fixture
+def head() -> Iterator[Nodes]:
+    """A head alone; nodes that a test adds take over its environment."""
+    found = Nodes()
+    yield found
+    found.shut_down()
+
+
+@pytest.fixture
+def nodes(head: Nodes) -> Nodes:
+    """A head and two nodes for one rank each."""
+    head.add(2)
+    return head
+
+
+def start(nodes: Nodes, storage: str, name: str, corpus: Path, folder: Path, *, workers: Any = 2,
+          environment: dict[str, str] | None = None, **sections: Any) -> Training:
+    case = make_case(corpus, resources={"workers": workers, "cpus_per_worker": nodes.RANK_CPUS}, **sections)
+    return Training(case, storage, name, folder, address=nodes.address, environment=ENVIRONMENT | (environment or {}))
+
+
+def causes(run: Run) -> list[str]:
+    return [event["cause"] for event in events(run, "attempt_failed")]
+
+
+@pytest.mark.slow
+def test_a_removed_node_is_replaced(storage: str, tiny_corpus: Path, undisturbed: Run, measured, nodes: Nodes,
+                                    tmp_path: Path):
+    """a node removed without notice, another one joins; no failure was allowed"""
+    training = start(nodes, storage, "replaced", tiny_corpus, tmp_path, workers=2)
+    training.wait_for_step(8)
+    lost = nodes.remove()
+    nodes.add()
+    assert training.finish() == 0, training.output
+    measured(training.run, undisturbed)
+    assert causes(training.run) == ["node_loss"]
+    assert nodes_lost(training.run) == [lost]
+    assert events(training.run, "hang") == []
+
+
+def test_a_node_with_a_notice_is_left_before_it_goes(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
+                                                     nodes: Nodes, tmp_path: Path):
+    """notice of preemption (a minute), the node goes, another one joins"""
+    training = start(nodes, storage, "noticed", tiny_corpus, tmp_path)
+    training.wait_for_step(8)
+    nodes.drain(60)
+    wait_for(lambda: causes(training.run) != [], "the end of the group on the node that will go")
+    nodes.remove()
+    nodes.add()
+    assert training.finish() == 0, training.output
+    found = measured(training.run, undisturbed)
+    assert found.steps_redone <= 1
+    assert causes(training.run) == ["preemption"]
+    (saved,) = events(training.run, "saved_on_notice")
+    assert training.run.attempts()[1]["start_step"] == saved["step"]
+
+
+@pytest.mark.slow
+def test_a_notice_that_is_too_short_costs_an_interval(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
+                                                      nodes: Nodes, tmp_path: Path):
+    """notice of preemption, the node is gone before anything can be saved"""
+    training = start(nodes, storage, "hasty", tiny_corpus, tmp_path)
+    training.wait_for_step(8)
+    nodes.drain(1)
+    nodes.remove()
+    nodes.add()
+    assert training.finish() == 0, training.output
+    found = measured(training.run, undisturbed)
+    assert found.steps_redone <= EVERY + 1 + SAVE_STEPS
+    assert causes(training.run) in (["preemption"], ["node_loss"])
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_notice_that_they_see_at_different_steps(
+        storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch):
+    """notice of preemption that one rank sees three seconds after the other"""
+    flag, nodes = tmp_path / "late", head
+    monkeypatch.setenv("DRAY_FAULT", f"ray.train:get_preemption_info:late:{flag}")
+    monkeypatch.setenv("PYTHONPATH", f"{INJECTED}:{os.environ.get('PYTHONPATH', '')}")
+    nodes.add(2)
+    training = start(nodes, storage, "late", tiny_corpus, tmp_path)
+    training.wait_for_step(8)
+    nodes.drain(60)
+    wait_for(lambda: causes(training.run) != [], "the end of the group on the node that will go")
+    assert flag.exists(), "the fault never happened"
+    nodes.remove()
+    nodes.add()
+    assert training.finish() == 0, training.output
+    found = measured(training.run, undisturbed)
+    assert found.steps_redone <= 1
+    assert causes(training.run) == ["preemption"]
+    assert len(events(training.run, "saved_on_notice")) == 1
+    assert events(training.run, "hang") == []
+
+
+@pytest.mark.slow
+def test_an_elastic_group_goes_on_with_fewer_ranks(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
+                                                   nodes: Nodes, tmp_path: Path):
+    """elastic group: a node removed that never comes back"""
+    training = start(nodes, storage, "shrunk", tiny_corpus, tmp_path, workers=[1, 2])
+    training.wait_for_step(8)
+    nodes.remove()
+    assert training.finish() == 0, training.output
+    measured(training.run, undisturbed, exact=False)
+    assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [2, 1]
+    assert causes(training.run) == ["node_loss"]
+
+
+@pytest.mark.slow
+def test_an_elastic_group_grows(storage: str, tiny_corpus: Path, undisturbed: Run, measured, nodes: Nodes,
+                                tmp_path: Path):
+    """elastic group: a node joins"""
+    nodes.remove()
+    # One row a pass makes steps slow enough for the next look at the cluster to come before the last of them.
+    training = start(nodes, storage, "grown", tiny_corpus, tmp_path, workers=[1, 2], batch={"micro_rows": 1})
+    training.wait_for_step(1)
+    nodes.add()
+    assert training.finish() == 0, training.output
+    found = measured(training.run, undisturbed, exact=False)
+    assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [1, 2]
+    (resized,) = events(training.run, "resized")
+    assert resized["saved_step"] == resized["step"]
+    assert found.steps_redone == 0
+    assert causes(training.run) == []
+
+
+@pytest.mark.slow
+def test_a_node_that_never_returns_ends_the_run_in_time(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
+                                                        nodes: Nodes, tmp_path: Path):
+    """a node removed that never comes back: the run ends, and is started again once there is another node"""
+    patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
+    training = start(nodes, storage, "waiting", tiny_corpus, tmp_path, environment=patience)
+    training.wait_for_step(8)
+    nodes.remove()
+    begun = time.monotonic()
+    assert training.finish() == 3, training.output
+    assert time.monotonic() - begun < 120
+    assert "no group of 2 workers" in training.output
+    found = diagnose(training.run)
+    assert found.fault is Fault.NODE_LOSS
+    assert "another joins" in found.way_out
+    nodes.add()
+    again = start(nodes, storage, "waiting", tiny_corpus, tmp_path)
+    assert again.finish() == 0, again.output
+    measured(again.run, undisturbed)
