@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,13 +105,21 @@ def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
     import ray
 
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    return sorted(node_id for node_id in node_ids if node_id not in nodes or not _answers(nodes[node_id]))
+    return sorted(node_id for node_id in node_ids if (node := nodes.get(node_id)) is None
+                  or not _answers(node["NodeManagerAddress"], node["NodeManagerPort"]))
 
 
-def _answers(node: Mapping[str, Any]) -> bool:
+def head_is_gone() -> bool:
+    """Whether the connected cluster's head, and with it the cluster's memory, no longer answers."""
+    import ray
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return not _answers(host, int(port))
+
+
+def _answers(host: str, port: int) -> bool:
     try:
-        address = node["NodeManagerAddress"], node["NodeManagerPort"]
-        socket.create_connection(address, timeout=ANSWER_SECONDS).close()
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
     except OSError:
         return False
     return True

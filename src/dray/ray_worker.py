@@ -305,7 +305,8 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
             save_log(run, attempt.number, rank, Path(beat["log_file"]).read_text(encoding="utf-8", errors="replace"))
         place = {key: beat[key] for key in ("node", "pid", "step", "phase", "time")}
         if rank not in found and (rank in errors or beat["node_id"] in lost or age > 3 * BEAT_EVERY_SECONDS):
-            found[rank] = make_rank_failure(rank, errors.get(rank), **place)
+            silence = {} if rank in errors else {"message": f"no sign of life for {age:.0f} s"}
+            found[rank] = make_rank_failure(rank, errors.get(rank), **place, **silence)
     for rank, error in errors.items():
         found.setdefault(rank, make_rank_failure(rank, error))
     hung = any(event["kind"] == "hang" and event["attempt"] == attempt.number for event in run.events())

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dray.cluster import connect, run_workers
+from dray.cluster import connect, head_is_gone, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.errors import Interrupted, RunFailed, StoreError
@@ -32,6 +32,8 @@ from dray.store.drivers import HEARTBEAT_SECONDS, Driver
 from dray.watchdog import find_hang
 
 DRAIN_SECONDS = 0.1
+MAILBOX_SECONDS = 60.0
+"""How long the mailbox, which does next to nothing, may take to answer."""
 FEWEST_STEPS = 5
 
 
@@ -373,7 +375,7 @@ class _RayLauncher:
         while True:
             alive = thread.is_alive()
             try:
-                records, beats = ray.get(mailbox.take.remote(stored))
+                records, beats = ray.get(mailbox.take.remote(stored), timeout=MAILBOX_SECONDS)
                 recorder.take(records)
                 stored += len(records)
                 hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
@@ -385,6 +387,9 @@ class _RayLauncher:
                 if not alive:
                     break
                 thread.join(DRAIN_SECONDS)
+            except ray.exceptions.RayError as error:  # the ranks report through it: without it they cannot be followed
+                raise RunFailed("the head of the Ray cluster is gone" if head_is_gone() else
+                                f"the mailbox on the head was lost: {error}") from error
             except KeyboardInterrupt:
                 stops += 1
                 if stops > 1:

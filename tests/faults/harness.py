@@ -89,9 +89,15 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self.address: str = self.cluster.address
+        self.cluster = Cluster()
         self.nodes: list[Any] = []
+
+    def start(self) -> None:
+        self.cluster.add_node(num_cpus=1, include_dashboard=False)
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
 
     def add(self, count: int = 1) -> None:
         self.nodes += [self.cluster.add_node(num_cpus=2) for _ in range(count)]
@@ -101,6 +107,10 @@ class Nodes:
         node = self.nodes.pop(0)
         self.cluster.remove_node(node, allow_graceful=False)
         return str(node.node_id)
+
+    def remove_head(self) -> None:
+        """Kill all processes of the head (SIGKILL), the cluster's memory among them."""
+        self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
 
     def drain(self, seconds: float) -> None:
         """Give notice, as a cloud does, that the oldest node will be taken away after so many seconds."""
@@ -116,7 +126,7 @@ class Nodes:
         while self.nodes:
             self.remove()
         if self.cluster.head_node is not None:
-            self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
+            self.remove_head()
 
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ ENVIRONMENT = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
 def head() -> Iterator[Nodes]:
     """A head alone; nodes that a test adds take over its environment."""
     found = Nodes()
-    yield found
-    found.shut_down()
+    try:
+        found.start()
+        yield found
+    finally:
+        found.shut_down()
 
 
 @pytest.fixture
@@ -34,6 +37,17 @@ def nodes(head: Nodes) -> Nodes:
     """A head and two nodes for one rank each."""
     head.add(2)
     return head
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets a fault of injected/sitecustomize.py for the nodes that are added from then on."""
+
+    def prepare(fault: str) -> None:
+        monkeypatch.setenv("DRAY_FAULT", fault)
+        monkeypatch.setenv("PYTHONPATH", f"{INJECTED}:{os.environ.get('PYTHONPATH', '')}")
+
+    return prepare
 
 
 def start(nodes: Nodes, storage: str, name: str, corpus: Path, folder: Path, *, workers: Any = 2,
@@ -96,19 +110,18 @@ def test_a_notice_that_is_too_short_costs_an_interval(storage: str, tiny_corpus:
 @pytest.mark.slow
 def test_ranks_agree_on_a_notice_that_they_see_at_different_steps(
         storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch):
+        inject: Callable[[str], None]):
     """notice of preemption that one rank sees three seconds after the other"""
-    flag, nodes = tmp_path / "late", head
-    monkeypatch.setenv("DRAY_FAULT", f"ray.train:get_preemption_info:late:{flag}")
-    monkeypatch.setenv("PYTHONPATH", f"{INJECTED}:{os.environ.get('PYTHONPATH', '')}")
-    nodes.add(2)
-    training = start(nodes, storage, "late", tiny_corpus, tmp_path)
+    flag = tmp_path / "late"
+    inject(f"ray.train:get_preemption_info:late:{flag}")
+    head.add(2)
+    training = start(head, storage, "late", tiny_corpus, tmp_path)
     training.wait_for_step(8)
-    nodes.drain(60)
+    head.drain(60)
     wait_for(lambda: causes(training.run) != [], "the end of the group on the node that will go")
     assert flag.exists(), "the fault never happened"
-    nodes.remove()
-    nodes.add()
+    head.remove()
+    head.add()
     assert training.finish() == 0, training.output
     found = measured(training.run, undisturbed)
     assert found.steps_redone <= 1
@@ -131,14 +144,14 @@ def test_an_elastic_group_goes_on_with_fewer_ranks(storage: str, tiny_corpus: Pa
 
 
 @pytest.mark.slow
-def test_an_elastic_group_grows(storage: str, tiny_corpus: Path, undisturbed: Run, measured, nodes: Nodes,
-                                tmp_path: Path):
+def test_an_elastic_group_grows(storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes,
+                                tmp_path: Path, inject: Callable[[str], None]):
     """elastic group: a node joins"""
-    nodes.remove()
-    # One row a pass makes steps slow enough for the next look at the cluster to come before the last of them.
-    training = start(nodes, storage, "grown", tiny_corpus, tmp_path, workers=[1, 2], batch={"micro_rows": 1})
+    inject("dray.worker:_Loop._train_step:slow:")  # so that the next look at the cluster comes before the last step
+    head.add()
+    training = start(head, storage, "grown", tiny_corpus, tmp_path, workers=[1, 2])
     training.wait_for_step(1)
-    nodes.add()
+    head.add()
     assert training.finish() == 0, training.output
     found = measured(training.run, undisturbed, exact=False)
     assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [1, 2]
@@ -165,5 +178,27 @@ def test_a_node_that_never_returns_ends_the_run_in_time(storage: str, tiny_corpu
     assert "another joins" in found.way_out
     nodes.add()
     again = start(nodes, storage, "waiting", tiny_corpus, tmp_path)
+    assert again.finish() == 0, again.output
+    measured(again.run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_dead_head_ends_the_driver_and_another_one_goes_on(storage: str, tiny_corpus: Path, undisturbed: Run,
+                                                             measured, nodes: Nodes, tmp_path: Path):
+    """the head killed with all its processes (SIGKILL), `dray train` typed again on a new cluster"""
+    training = start(nodes, storage, "headless", tiny_corpus, tmp_path)
+    training.wait_for_step(8)
+    begun = time.monotonic()
+    nodes.remove_head()
+    assert training.finish() == 3, training.output
+    assert time.monotonic() - begun < 120
+    assert "the head of the Ray cluster is gone" in training.output
+    found = diagnose(training.run)
+    assert found.fault is Fault.NODE_LOSS
+    assert "ray start --head" in found.way_out
+    nodes.shut_down()
+    nodes.start()
+    nodes.add(2)
+    again = start(nodes, storage, "headless", tiny_corpus, tmp_path)
     assert again.finish() == 0, again.output
     measured(again.run, undisturbed)

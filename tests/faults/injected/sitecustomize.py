@@ -3,7 +3,8 @@
 DRAY_FAULT names `module:qualified.name:moment:flag file`: at the moment (`before` or `after`) of the first call of that
 function in any process, the process kills itself with SIGKILL. The flag file is created with O_EXCL, so that of all
 processes and attempts just one dies, once. At the moment `late` the process lives, but the function returns None for
-LATE_SECONDS from the first time on that it had something to return.
+LATE_SECONDS from the first time on that it had something to return. At the moment `slow` every call takes SLOW_SECONDS
+longer, in all processes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from types import ModuleType
 from typing import Any
 
-LATE_SECONDS = 3.0
+LATE_SECONDS = SLOW_SECONDS = 3.0
 
 
 def _is_first(flag: str) -> bool:
@@ -60,7 +61,12 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str) -> None:
             late_until = time.monotonic() + LATE_SECONDS
         return result if time.monotonic() > late_until else None
 
-    setattr(owner, name, late if moment == "late" else dying)
+    @functools.wraps(original)
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(SLOW_SECONDS)
+        return original(*arguments, **named)
+
+    setattr(owner, name, {"late": late, "slow": slow}.get(moment, dying))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
