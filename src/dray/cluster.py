@@ -92,6 +92,7 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int) -> Shape:
     nodes = [node for node in alive if node.get("CPU", 0.0) >= cpus_per_worker
              and node.get("GPU", 0.0) >= gpus_per_worker] or alive
     real = {"cpus_per_node": min(node.get("CPU", 0.0) for node in nodes), "oversubscribe": False,
+            "spare_cpus": max((node.get("CPU", 0.0) for node in alive if node not in nodes), default=0.0),
             "memory_bytes_per_node": int(min(node.get("memory", 0.0) for node in nodes))}
     gpus = int(min(node.get("GPU", 0.0) for node in nodes))
     if gpus:

@@ -52,7 +52,7 @@ def build_mailbox() -> Any:
             self._beats: dict[int, tuple[dict[str, Any], float]] = {}
             self._failures: list[dict[str, Any]] = []
             self._stop, self._notice = False, False
-            self._received = self._stored = self._judged = 0
+            self._received = self._stored = self._judged = self._num_left = 0
 
         def put(self, records: list[dict[str, Any]]) -> tuple[bool, bool]:
             """Take a rank's records. Returns whether it should stop, and whether its group is to be dissolved."""
@@ -72,9 +72,11 @@ def build_mailbox() -> Any:
 
         def fail(self, failure: dict[str, Any]) -> None:
             self._failures.append(failure)
+            self._num_left += 1
 
         def leave(self, rank: int) -> None:
             self._beats.pop(rank, None)
+            self._num_left += 1
 
         def evidence(self) -> tuple[list[dict[str, Any]], Beats]:
             """What failed ranks said since the last call, and the beats, which are forgotten."""
@@ -82,7 +84,7 @@ def build_mailbox() -> Any:
             beats = self._aged()
             self._judged = max((beat["attempt"] for beat, _ in beats.values()), default=self._judged)
             self._beats.clear()
-            self._notice = False
+            self._notice, self._num_left = False, 0
             return failures, beats
 
         def give_notice(self) -> None:
@@ -91,7 +93,7 @@ def build_mailbox() -> Any:
 
         def num_left(self) -> int:
             """How many ranks have left since the last `evidence`."""
-            return len(self._failures)
+            return self._num_left
 
         def take(self, stored: int) -> tuple[list[dict[str, Any]], Beats]:
             """The records since the last call, for the driver, who has stored so many of those before."""

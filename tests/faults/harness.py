@@ -224,8 +224,9 @@ def measure(run: Run, undisturbed: Run, *, exact: bool = True, interval: int = E
         weights = f"losses within {greatest:.0e}"
     causes, seconds = [], [event["seconds"] for event in run.events() if event["kind"] == "recovered"]
     for event in run.events():
-        if event["kind"] == "attempt_failed":
+        if event["kind"] in ("attempt_failed", "failed"):
             causes.append(event["cause"])
+        if event["kind"] == "attempt_failed":
             after = next(a for a in run.attempts() if a["attempt"] > event["attempt"])
             lost = event["step"] - after["start_step"]
             assert lost <= interval + 1 + SAVE_STEPS

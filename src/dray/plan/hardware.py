@@ -75,6 +75,8 @@ class Shape(BaseModel):
     """Whether the CPU has matrix units, with which everything around the matrix products is worth compiling."""
     cpu_core_fp32_flops: float = 78e9
     cpu_core_bf16_flops: float | None = None
+    spare_cpus: float = 0.0
+    """CPUs of a node besides, too small for a worker, e.g. the head: those who read may have them."""
     oversubscribe: bool = False
     """Whether more workers than CPUs may be started: yes on one's own machine, no on a cluster."""
 

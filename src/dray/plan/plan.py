@@ -197,7 +197,7 @@ def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> in
                        "give resources.gpus_per_worker=0, or plan for other hardware: --shape 1x8xH100")
             raise PlanError(where, what, f"{fewest} workers × {resources.gpus_per_worker} GPU are asked for", way_out)
     if not shape.oversubscribe:
-        readers = resources.reader_cpus if with_ray else 0.0
+        readers = max(0.0, resources.reader_cpus - shape.spare_cpus) if with_ray else 0.0
         # A worker's CPUs lie on one node; the readers' too.
         per_node = int((shape.cpus_per_node + 1e-9) // resources.cpus_per_worker)
         by_cpu = min(shape.num_nodes * per_node, int((shape.num_cpus - readers + 1e-9) // resources.cpus_per_worker))
