@@ -228,7 +228,9 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
             elif isinstance(current_state, state.RestartingState | state.ReschedulingState | state.InitializingState):
                 if isinstance(previous_state, state.RunningState | state.PreemptingState):
                     self._judge(current_state.training_failed_error, isinstance(previous_state, state.PreemptingState))
-                self._wait()
+                self._bound_wait()
+                if previous_state is current_state:  # an elastic group asks again at once
+                    time.sleep(BEAT_EVERY_SECONDS)
 
         def _judge(self, error: BaseException, noticed: bool) -> None:
             errors = getattr(error, "worker_failures", {})
@@ -236,14 +238,13 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
             if not decision.retry:
                 raise RunFailed(decision.reason)
 
-        def _wait(self) -> None:
-            """Bound the time without a group; Ray itself would ask for ever, an elastic group without a pause."""
+        def _bound_wait(self) -> None:
+            """End a run that has waited too long for a group: Ray itself would wait for ever."""
             self._down_since = self._down_since or time.monotonic()
             waited = time.monotonic() - self._down_since
             if waited > max_wait_seconds():
                 raise RunFailed(f"no group of {job.spec.resources.min_workers} workers could start for {waited:.0f} s: "
                                 "the cluster has no room for it")
-            time.sleep(BEAT_EVERY_SECONDS)
 
     return Recovery()
 
@@ -313,9 +314,10 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
         found.setdefault(rank, make_rank_failure(rank, error))
     hung = any(event["kind"] == "hang" and event["attempt"] == attempt.number for event in run.events())
     newest = run.latest_checkpoint()
+    places = list(found.values()) or [beat for beat, _ in beats.values()]  # ranks of a group that was ended said nothing
     return {
         "attempt": attempt.number, "time": now(), "committed_step": newest.step if newest else 0,
-        "step": max((int(item.get("step") or 0) for item in found.values()), default=attempt.start_step),
+        "step": max((int(item.get("step") or 0) for item in places), default=attempt.start_step),
         "detected_by": "hang" if hung else "exception" if said else "worker_exit",
         "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": lost,
         "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
@@ -351,7 +353,7 @@ def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
 
     dumps = {rank: on_node(dump, beat).remote(beat["pid"], beat["stack_file"]) for rank, (beat, _) in beats.items()}
     done, _ = ray.wait(list(dumps.values()), num_returns=len(dumps), timeout=30)
-    stacks = {}
+    stacks: dict[int, str] = {}
     for rank, ref in dumps.items():
         with suppress(ray.exceptions.RayError):  # a rank whose node is gone has none
             stacks |= {rank: ray.get(ref)} if ref in done else {}

@@ -95,18 +95,25 @@ def test_a_node_with_a_notice_is_left_before_it_goes(storage: str, tiny_corpus: 
 
 
 @pytest.mark.slow
-def test_a_notice_that_is_too_short_costs_an_interval(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
-                                                      nodes: Nodes, tmp_path: Path):
-    """notice of preemption, the node is gone before anything can be saved"""
-    training = start(nodes, storage, "hasty", tiny_corpus, tmp_path)
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_notice_that_is_too_short_costs_an_interval(
+        storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
+        inject: Callable[[str], None], stays: bool):
+    """notice of preemption a second ahead, which is too short to save: the node is killed at once, or a while later"""
+    inject("dray.saving:Saver._commit:slow:")  # three seconds
+    head.add(2)
+    training = start(head, storage, f"hasty-{stays}", tiny_corpus, tmp_path)
     training.wait_for_step(8)
-    nodes.drain(1)
-    nodes.remove()
-    nodes.add()
+    head.drain(1)
+    if stays:
+        wait_for(lambda: causes(training.run) != [], "the end of the group on the node whose time is up")
+    head.remove()
+    head.add()
     assert training.finish() == 0, training.output
     found = measured(training.run, undisturbed)
-    assert found.steps_redone <= EVERY + 1 + SAVE_STEPS
+    assert 0 < found.steps_redone <= EVERY + 1 + SAVE_STEPS
     assert causes(training.run) in (["preemption"], ["node_loss"])
+    assert events(training.run, "saved_on_notice") == []
 
 
 @pytest.mark.slow
