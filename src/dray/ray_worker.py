@@ -314,7 +314,8 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
         found.setdefault(rank, make_rank_failure(rank, error))
     hung = any(event["kind"] == "hang" and event["attempt"] == attempt.number for event in run.events())
     newest = run.latest_checkpoint()
-    places = list(found.values()) or [beat for beat, _ in beats.values()]  # ranks of a group that was ended said nothing
+    # Ranks of a group that was ended at its deadline have said nothing.
+    places = list(found.values()) or [beat for beat, _ in beats.values()]
     return {
         "attempt": attempt.number, "time": now(), "committed_step": newest.step if newest else 0,
         "step": max((int(item.get("step") or 0) for item in places), default=attempt.start_step),
