@@ -33,8 +33,9 @@ from dray.watchdog import Hang
 Beats = dict[int, tuple[dict[str, Any], float]]
 """Rank → its last heartbeat, and the seconds since it arrived."""
 SEND_EVERY_SECONDS = 0.2
-STORED_SECONDS = 30.0
 LEAVE_SECONDS = 120.0  # in which a group that is to be resized must have saved
+STORED_SECONDS = 180.0
+"""How long a save waits for the driver to store the metrics: longer than a storage that fails is waited for."""
 BEAT_EVERY_SECONDS = 0.5
 GRACE_SECONDS = 2 * BEAT_EVERY_SECONDS  # in which ranks that failed with the first one say so
 FIRST_TIMEOUT_SECONDS = 1800.0  # of a collective, until steps have been measured: compilation takes its time
@@ -153,7 +154,8 @@ class _Posting:
         ray.get(self._reply)
 
     def wait_stored(self) -> None:
-        """Wait until the driver has stored what the ranks have sent by now, or for STORED_SECONDS if there is none."""
+        """Wait until the driver has stored what the ranks have sent by now. Raises TimeoutError if it has not: no
+        step is committed whose metrics could still be lost."""
         import ray
 
         since, deadline = None, time.monotonic() + STORED_SECONDS
@@ -162,6 +164,7 @@ class _Posting:
             if stored:
                 return
             time.sleep(0.05)
+        raise TimeoutError(f"the driver has not stored the metrics within {STORED_SECONDS:.0f} s")
 
     def leave(self, error: BaseException | None = None) -> None:
         """Stop beating; with an error, say how this rank failed."""
@@ -274,11 +277,7 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     time.sleep(GRACE_SECONDS)
     said, beats = ray.get(mailbox.evidence.remote())
     run = Run.open(job.storage, job.run_name)
-    records = run.attempts()
-    if not records or "ended" in records[-1]:  # the group died before its rank 0 could write its attempt down
-        begin_attempt(job, job.plan.num_ranks)
-        records = run.attempts()
-    attempt = make_attempt(job, records[-1])
+    attempt = make_attempt(job, _find_failed_attempt(run, job))
     failure = _make_failure(run, attempt, [item for item in said if item["attempt"] == attempt.number], beats, errors)
     failure["preempted"] |= noticed
     save_failure(run, failure)
@@ -294,6 +293,15 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=kind, retry=decision.retry,
                   reason=decision.reason)
     return decision
+
+
+def _find_failed_attempt(run: Run, job: Job) -> dict[str, Any]:
+    """The record of the attempt that failed. A group that failed before its rank 0 wrote it down gets its record now:
+    the newest one tells of an attempt that had ended before."""
+    newest: dict[str, Any] = next(iter(run.attempts()[-1:]), {})
+    if newest.get("driver") == job.driver and newest.get("status") != "failed":
+        return newest
+    return begin_attempt(job, job.plan.num_ranks)
 
 
 def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats: Beats,
