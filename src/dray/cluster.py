@@ -152,6 +152,7 @@ def run_workers(
     The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not object. `scratch` is
     a local folder for Ray Train's own notes, which dray does not read.
     """
+    from ray.exceptions import RayActorError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -186,6 +187,8 @@ def run_workers(
         trainer.fit()
     except TrainingFailedError as error:
         raise RunFailed(f"the workers failed: {_root_cause(error)}") from error
+    except RayActorError as error:  # Ray never restarts it, and the workers end with it
+        raise RunFailed(f"Ray Train's controller was lost: {str(error).partition(chr(10))[0]}") from error
 
 
 def _root_cause(error: BaseException) -> str:

@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,7 @@ from typing import Any
 from dray.cluster import connect, head_is_gone, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
+from dray.doctor.stalls import find_straggler
 from dray.errors import Interrupted, RunFailed, StoreError
 from dray.job import Job
 from dray.plan import Plan, Shape, local_shape, make_plan
@@ -29,12 +31,17 @@ from dray.report import format_diagnosis
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
+from dray.store.retrying import StorageFailed, patience
 from dray.watchdog import find_hang
 
 DRAIN_SECONDS = 0.1
 MAILBOX_SECONDS = 60.0
 """How long the mailbox, which does next to nothing, may take to answer."""
 FEWEST_STEPS = 5
+KEPT_SECONDS = 60.0
+"""How long metrics that cannot be stored are kept: a disk that is full may be freed."""
+LAST_WORD_SECONDS = 10.0
+"""How long a storage is waited for by each of the last words on a run that has failed."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,8 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         with display.steps(num_steps, done), heart:
             launcher.run(job, recorder)
         status = recorder.ended or "failed"
-    except RunFailed as error:
+    except (RunFailed, StorageFailed) as error:
         reason = str(error)
-        run.set_status("failed", reason, driver)
         raise RunFailed(reason, _explain(run, reason)) from error
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -166,8 +172,9 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         run.log_event(status, reason=reason)
         raise
     finally:
-        run.set_status("completed" if status == "early_stopped" else status, reason, driver)
-        run.release(driver)
+        with _last_words(status):
+            run.set_status("completed" if status == "early_stopped" else status, reason, driver)
+            run.release(driver)
         trackers.finish(status)
     if status == "interrupted":
         saved = run.latest_checkpoint()
@@ -178,13 +185,25 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
 
 def _explain(run: Run, reason: str) -> str:
     """The diagnosis of a failed run, which must not stand in the way of the failure itself."""
-    try:
-        diagnosis = diagnose(run)
-    except Exception as problem:
-        run.log_event("failed", reason=reason, cause="unknown")
-        return f"no diagnosis could be made ({type(problem).__name__}: {problem})"
-    run.log_event("failed", reason=reason, cause=diagnosis.fault)
-    return format_diagnosis(diagnosis)
+    with patience(LAST_WORD_SECONDS):
+        try:
+            diagnosis = diagnose(run, reason=reason)
+            cause, text = str(diagnosis.fault), format_diagnosis(diagnosis)
+        except Exception as problem:
+            cause, text = "unknown", f"no diagnosis could be made ({type(problem).__name__}: {problem})"
+        with suppress(StorageFailed):
+            run.log_event("failed", reason=reason, cause=cause)
+    return text
+
+
+@contextmanager
+def _last_words(status: str) -> Iterator[None]:
+    """Where a run has failed its end is written down if that can be done soon: the failure itself is told anyway."""
+    if status != "failed":
+        yield
+        return
+    with patience(LAST_WORD_SECONDS), suppress(StorageFailed):
+        yield
 
 
 class _Heart:
@@ -216,54 +235,102 @@ def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:
 
 
 class Recorder:
-    """Turns the ranks' records into the run's metrics: one row a step once every rank has reported it."""
+    """Turns the ranks' records into the run's metrics: one row a step once every rank has reported it.
+
+    While the storage takes nothing (a full disk, say) they are kept here and tried again, for KEPT_SECONDS.
+    """
 
     def __init__(self, run: Run, plan: Plan, trackers: Trackers, display: Display) -> None:
         self._run, self._plan, self._trackers, self._display = run, plan, trackers, display
         self._open: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         self.ended: str | None = None
-        self._recent: deque[float] = deque(maxlen=21)
+        self._rows: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
+        self._failing_since: float | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=21)
+        self._slow: set[tuple[int, int]] = set()
         self._newest, self._newest_time, self._attempt = 0, 0.0, 0
 
     @property
     def step_seconds(self) -> float | None:
         """A usual step's duration, once a few are known."""
-        return median(self._recent) if len(self._recent) >= FEWEST_STEPS else None
+        seconds = [row["seconds"] for row in self._recent]
+        return median(seconds) if len(seconds) >= FEWEST_STEPS else None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether all that was taken is in the run's records."""
+        return not self._rows and not self._events
 
     def say(self, text: str) -> None:
         """Show a remark to the person who watches."""
         self._display.say(text)
 
     def take(self, records: Sequence[dict[str, Any]]) -> None:
-        """Take some records, in the order in which each rank sent them."""
-        rows: list[dict[str, Any]] = []
+        """Take some records, in the order in which each rank sent them. Raises StorageFailed once nothing could be
+        stored for too long."""
         for record in records:
             kind = record["kind"]
             if kind == "step":
                 key = record["attempt"], record["step"]
                 self._open[key].append(record)
                 if len(self._open[key]) == record["num_ranks"]:
-                    rows.append(make_metrics_row(self._open.pop(key), self._plan))
-                    self._show_step(rows[-1])
+                    self._rows.append(make_metrics_row(self._open.pop(key), self._plan))
+                    self._show_step(self._rows[-1])
             elif kind == "validation":
-                rows.append(record)
+                self._rows.append(record)
                 self._show_validation(record)
             elif kind == "ended":
                 self.ended = record["how"]
             else:
-                self._run.log_event(kind, **{k: v for k, v in record.items() if k not in ("kind", "time")})
-        self._run.log_metrics(rows)
+                self._events.append({k: v for k, v in record.items() if k != "time"})
+        self._store()
+
+    def wait_stored(self) -> None:
+        """Try until all that was taken is stored. Raises StorageFailed."""
+        while not self.is_stored:
+            time.sleep(DRAIN_SECONDS)
+            self._store()
+
+    def _store(self) -> None:
+        try:
+            while self._events:
+                self._run.log_event(**self._events[0])
+                del self._events[0]
+            self._run.log_metrics(self._rows)
+            self._rows.clear()
+            self._failing_since = None
+        except StorageFailed as error:
+            if self._failing_since is None:
+                self._failing_since = time.monotonic()
+                self._display.say(f"metrics are kept in memory for {KEPT_SECONDS:.0f} s at most: {error}")
+            if time.monotonic() - self._failing_since > KEPT_SECONDS:
+                raise
 
     def _show_step(self, row: dict[str, Any]) -> None:
-        self._recent.append(row["seconds"])
         if row["step"] > self._newest:
+            arrived = time.monotonic()  # the rows' own times are by the clocks of the ranks
             if self._newest and row["attempt"] > self._attempt:
-                seconds = row["time"] - self._newest_time
-                self._run.log_event("recovered", attempt=row["attempt"], step=row["step"], seconds=seconds)
+                seconds = arrived - self._newest_time
+                self._events.append({"kind": "recovered", "attempt": row["attempt"], "step": row["step"],
+                                     "seconds": seconds})
                 self._display.say(f"step {row['step']} is new again, {seconds:.0f} s after step {self._newest}")
-            self._newest, self._newest_time, self._attempt = row["step"], row["time"], row["attempt"]
+            self._newest, self._newest_time, self._attempt = row["step"], arrived, row["attempt"]
+        self._recent.append(row)
+        self._tell_straggler(row)
         self._trackers.log(row["step"], {k: v for k, v in row.items() if isinstance(v, (int, float))})
         self._display.step(row)
+
+    def _tell_straggler(self, row: dict[str, Any]) -> None:
+        """Say once an attempt that a rank is slow: the others wait for it at every step."""
+        slow = find_straggler([recent for recent in self._recent if recent["attempt"] == row["attempt"]])
+        if slow is None or slow.rank is None or (row["attempt"], slow.rank) in self._slow:
+            return
+        self._slow.add((row["attempt"], slow.rank))
+        self._events.append({"kind": "straggler", "attempt": row["attempt"], "step": row["step"], "rank": slow.rank,
+                             "ratio": slow.ratio})
+        self._display.say(f"rank {slow.rank} is slow: its forward passes take {slow.ratio:.1f} times as long as the "
+                          f"others', in {slow.num_steps} of the last steps; `dray doctor {self._run.name}` says more")
 
     def _show_validation(self, record: dict[str, Any]) -> None:
         values = {k: v for k, v in record.items() if k not in ("kind", "attempt", "step", "time")}
@@ -330,7 +397,7 @@ class _LocalLauncher:
                 return False
 
             def wait_stored(self) -> None:
-                pass
+                recorder.wait_stored()
 
             def flush(self) -> None:
                 pass
@@ -343,6 +410,7 @@ class _LocalLauncher:
         stream = make_stream(job, attempt)
         recorder.ended = train_rank(job, ranks, attempt, Direct(), stream=stream, blocks=stream.blocks(ranks.rank),
                                     pulse=Pulse(ranks.rank))
+        recorder.wait_stored()
 
 
 class _RayLauncher:
@@ -371,20 +439,21 @@ class _RayLauncher:
 
         thread = threading.Thread(target=follow, name="workers", daemon=True)
         thread.start()
-        stops, stored, ended_hang = 0, 0, 0
+        stops, taken, stored, ended_hang = 0, 0, 0, 0
         while True:
             alive = thread.is_alive()
             try:
                 records, beats = ray.get(mailbox.take.remote(stored), timeout=MAILBOX_SECONDS)
+                taken += len(records)
                 recorder.take(records)
-                stored += len(records)
+                stored = taken if recorder.is_stored else stored
                 hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
                 attempt = max((beat["attempt"] for beat, _ in beats.values()), default=0)
                 if hang and attempt > ended_hang:
                     ended_hang = attempt
                     recorder.say(f"hung: {hang.reason}")
                     end_hang(Run.open(job.storage, job.run_name), hang, beats)
-                if not alive:
+                if not alive and (failure or recorder.is_stored):
                     break
                 thread.join(DRAIN_SECONDS)
             except ray.exceptions.RayError as error:  # the ranks report through it: without it they cannot be followed
@@ -395,5 +464,8 @@ class _RayLauncher:
                 if stops > 1:
                     raise
                 mailbox.request_stop.remote()
+            except StorageFailed:
+                mailbox.request_stop.remote()  # where Ray outlives this call, its workers do not
+                raise
         if failure:
             raise failure[0]

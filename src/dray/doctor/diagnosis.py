@@ -88,19 +88,20 @@ class Diagnosis:
         return tree
 
 
-def diagnose(run: Run, now: float | None = None) -> Diagnosis:
-    """Why the run ended as it did, or stands where it stands. `now`: seconds since 1970."""
-    return _Examination(run, time.time() if now is None else now).diagnose()
+def diagnose(run: Run, now: float | None = None, reason: str = "") -> Diagnosis:
+    """Why the run ended as it did, or stands where it stands. `now`: seconds since 1970; `reason`: why its driver,
+    which asks, gives it up: what it could not write down is told all the same."""
+    return _Examination(run, time.time() if now is None else now, reason).diagnose()
 
 
 class _Examination:
     """What was read of a run, and the questions put to it."""
 
-    def __init__(self, run: Run, now: float) -> None:
-        self.run, self.now = run, now
+    def __init__(self, run: Run, now: float, reason: str) -> None:
+        self.run, self.now, self.reason = run, now, reason
         self.notes: list[str] = []
         self.record: dict[str, Any] = self._read("run.json", run.record, {})
-        self.status: str = self._read("the status", lambda: run.status, "unknown")
+        self.status: str = "failed" if reason else self._read("the status", lambda: run.status, "unknown")
         self.attempts: list[dict[str, Any]] = self._read("the attempts", run.attempts, [])
         self.rows: list[dict[str, Any]] = self._read("the metrics", run.metrics, [])
         self.events: list[dict[str, Any]] = self._read("the events", run.events, [])
@@ -170,10 +171,11 @@ class _Examination:
         return self._examine_numbers() or self._healthy()
 
     def _find_reason(self) -> str:
-        """Why a run failed that left no document: what its driver wrote down."""
+        """Why a run failed that left no document: what its driver says, or wrote down."""
         ends = [str(attempt.get("reason") or "") for attempt in self.attempts[-1:]]
         told = [str(event.get("reason") or "") for event in self.events if event.get("kind") == "failed"]
-        return next((text for text in (str(self.record.get("reason") or ""), *ends, *told[-1:]) if text), "")
+        texts = (self.reason, str(self.record.get("reason") or ""), *ends, *told[-1:])
+        return next((text for text in texts if text), "")
 
     def _make(self, fault: Fault, cause: str, way_out: str, **fields: Any) -> Diagnosis:
         return Diagnosis(run=self.run.name, status=self.status, fault=fault, cause=cause, way_out=way_out,

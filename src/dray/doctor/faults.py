@@ -185,7 +185,7 @@ RULES: tuple[Rule, ...] = (
          types="CheckpointDamaged", text=r"^checkpoint \S+ is damaged"),
     Rule(Fault.STORAGE, "storage failed {who}{at}: {error}",
          "check that {storage} is reachable, mounted and writable with the nodes' credentials; " + AGAIN,
-         types="StoreError|SaveFailed|PermissionError|BlockingIOError",
+         types="StoreError|StorageFailed|SaveFailed|PermissionError|BlockingIOError",
          text=r"AWS Error (?P<aws>\w+)|Read-only file system|Input/output error|Stale file handle|Permission denied"
               r"|Transport endpoint is not connected|When \w+ing [^\n]*(?:key|bucket) '|google::cloud::Status"
               r"|Unable to locate credentials|Too many open files"),
@@ -219,7 +219,10 @@ RULES: tuple[Rule, ...] = (
          text=r"The client socket has failed to connect|failed to listen on|EADDRINUSE|Address already in use"
               r"|Unable to find address for"),
 
-    # ---- a rank that is gone
+    # ---- a process that is gone
+    Rule(Fault.KILLED, "the process that starts the workers was killed from outside: {error}",
+         "look on the driver's node for who did it (`dmesg -T`, the batch system, `ray stop`); " + AGAIN,
+         text=r"Ray Train's controller was lost"),
     Rule(Fault.PREEMPTION, "the cloud took node {node} with {who} away{at}",
          AGAIN + " (checkpoint.every_minutes bounds what is lost)",
          types="PreemptionError|GroupDissolved",

@@ -1,0 +1,121 @@
+"""The driver's side of metrics: nothing is lost while a disk is full, a slow rank is named once, and ends are told."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dray.doctor import Fault, diagnose
+from dray.plan import local_shape, make_plan
+from dray.progress import Display
+from dray.spec import make_spec
+from dray.store import Run, build_trackers
+from dray.store.retrying import StorageFailed
+from dray.train import Recorder
+from tiny import tiny_tree
+
+
+class Listening(Display):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        pass
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False,
+                      capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def make_recorder(storage: Path) -> tuple[Run, Recorder, Listening]:
+    spec = make_spec(tiny_tree(storage))
+    plan = make_plan(spec, local_shape())
+    run = Run.create(storage, "recorded", spec, plan.model_dump(mode="json"))
+    run.begin_attempt(2, 0)
+    display = Listening()
+    return run, Recorder(run, plan, build_trackers(run, spec), display), display
+
+
+def make_records(step: int, forward_seconds: tuple[float, float] = (1.0, 1.0), attempt: int = 1, time: float = 0.0
+                 ) -> list[dict[str, Any]]:
+    return [{"kind": "step", "rank": rank, "attempt": attempt, "step": step, "num_ranks": 2, "loss_sum": 1.0,
+             "num_targets": 2, "learning_rate": 0.1, "grad_norm": 1.0, "applied": True, "rows_digest": "", "tokens": 8,
+             "step_tokens": 8, "seconds": 2.0, "data_wait_seconds": 0.0, "forward_seconds": forward_seconds[rank],
+             "time": time, "memory_bytes": 1} for rank in (0, 1)]
+
+
+def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, recorder, display = make_recorder(disk)
+    recorder.take(make_records(1))
+    ballast = disk / "ballast"
+    with pytest.raises(OSError, match="No space"):
+        ballast.write_bytes(bytes(3_000_000))
+    for step in range(2, 30):  # more than the last page of the file still takes
+        recorder.take([*make_records(step), {"kind": "note", "attempt": 1, "step": step}])
+    assert not recorder.is_stored
+    assert sum("kept in memory" in text for text in display.said) == 1
+    ballast.unlink()
+    recorder.take([])
+    assert recorder.is_stored
+    assert [row["step"] for row in run.iterate_metrics()] == list(range(1, 30))
+    assert [event["step"] for event in run.events() if event["kind"] == "note"] == list(range(2, 30))
+    with pytest.raises(OSError, match="No space"):
+        ballast.write_bytes(bytes(3_000_000))
+    monkeypatch.setattr("dray.train.KEPT_SECONDS", 0.3)
+    recorder.take([record for step in range(30, 90) for record in make_records(step)])
+    with pytest.raises(StorageFailed, match="is full"):
+        recorder.wait_stored()
+
+
+def test_a_slow_rank_is_named_once_an_attempt(tmp_path: Path) -> None:
+    run, recorder, display = make_recorder(tmp_path)
+    for step in range(1, 31):
+        recorder.take(make_records(step, (1.0, 5.0 if step > 4 else 1.0)))
+    slow = [event for event in run.events() if event["kind"] == "straggler"]
+    assert [(event["rank"], round(event["ratio"], 3)) for event in slow] == [(1, 5.0)]
+    assert slow[0]["step"] > 12  # not for a hiccup
+    assert sum("rank 1 is slow" in text for text in display.said) == 1
+    run.begin_attempt(2, 30)
+    for step in range(31, 45):
+        recorder.take(make_records(step, (5.0, 1.0), attempt=2))
+    assert [event["rank"] for event in run.events() if event["kind"] == "straggler"] == [1, 0]
+
+
+def test_the_time_to_the_next_new_step_is_by_the_drivers_clock(tmp_path: Path) -> None:
+    run, recorder, _ = make_recorder(tmp_path)
+    recorder.take(make_records(1, time=3600.0))
+    run.begin_attempt(2, 0)
+    recorder.take([*make_records(1, attempt=2, time=5.0), *make_records(2, attempt=2, time=6.0)])
+    recovered = next(event for event in run.events() if event["kind"] == "recovered")
+    assert 0 <= recovered["seconds"] < 60
+
+
+@pytest.mark.parametrize(("reason", "fault"), [
+    ("Ray Train's controller was lost: The actor died unexpectedly before finishing this task.", Fault.KILLED),
+    ("metrics/a0001.jsonl: the storage is full ([Errno 28] No space left on device); free space there", Fault.STORAGE),
+    ("the workers failed: dray.store.retrying.StorageFailed: x: the storage refuses it (Read-only file system)",
+     Fault.STORAGE),
+])
+def test_what_the_driver_could_not_write_down_is_told_all_the_same(tmp_path: Path, reason: str, fault: Fault) -> None:
+    run, _, _ = make_recorder(tmp_path)
+    run.set_status("running")
+    found = diagnose(run, reason=reason)
+    assert (found.status, found.fault) == ("failed", fault)
