@@ -1,4 +1,4 @@
-"""What tests share: a tiny real corpus, a tiny spec, and one local Ray for all tests that train."""
+"""What tests share: a tiny real corpus, one local Ray for all tests that train, and an S3 server."""
 
 from __future__ import annotations
 
@@ -45,3 +45,24 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for source in sources[number::4]:
                 file.write(json.dumps({"id": source.name, "text": source.read_text("utf-8", "replace")[:8000]}) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """host:port of a real S3 server, with one bucket called `bucket`."""
+    from dray.store import open_filesystem
+
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    names = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    filesystem, _ = open_filesystem(f"s3://bucket/x?{query}&allow_bucket_creation=true")
+    filesystem.create_dir("bucket")
+    yield query
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Measured, make_case, measure
+from harness import INJECTED, Measured, make_case, measure
 
 from dray.spec import make_spec
 from dray.store import Run
@@ -16,6 +18,15 @@ from dray.train import train
 
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 ROWS: list[tuple[str, Measured]] = []
+FAULT_FILE = Path(tempfile.mkdtemp(prefix="dray-fault-"), "named")
+
+# What every process of the tests' Ray inherits, which is started later: faults asleep, and S3's credentials.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(INJECTED), os.environ.get("PYTHONPATH"))))
+os.environ["DRAY_FAULT_FILE"] = str(FAULT_FILE)
+os.environ.setdefault("RAY_worker_niceness", "0")  # the ranks are what is tested here, not what runs beside
+for _name, _value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+                      "AWS_EC2_METADATA_DISABLED": "true"}.items():
+    os.environ.setdefault(_name, _value)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,12 +46,26 @@ def undisturbed(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
 
 
 @pytest.fixture
+def name_fault(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Name the place (`module:function:moment`) where one of the processes that start from now on meets a fault, once;
+    the file that is there when it has."""
+    def name(place: str, action: str = "kill") -> Path:
+        FAULT_FILE.write_text(f"{place}:{tmp_path / 'happened'}:{action}")
+        return tmp_path / "happened"
+
+    yield name
+    FAULT_FILE.unlink(missing_ok=True)
+
+
+@pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[..., Measured]:
     """`measure`, whose figures enter the table under the first line of the test's docstring."""
 
     def take(run: Run, undisturbed: Run, **options: Any) -> Measured:
         found = measure(run, undisturbed, **options)
-        ROWS.append((request.function.__doc__.strip().splitlines()[0].rstrip("."), found))
+        case = getattr(request.node, "callspec", None)
+        row = request.function.__doc__.strip().splitlines()[0].rstrip(".")
+        ROWS.append((row.replace("{id}", case.id.replace("-", " ") if case else ""), found))
         return found
 
     return take

@@ -7,21 +7,28 @@ a test may kill together with everything that belongs to it.
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 from dray.ledger import verify_ledger
+from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
 from dray.store.evidence import load_failures
+from dray.train import train
 from tiny import tiny_tree
 
 STEPS, EVERY = 24, 6
@@ -51,7 +58,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> 
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def processes_named(word: str, of: psutil.Process | None = None) -> list[psutil.Process]:
@@ -136,6 +143,87 @@ def events(run: Run, kind: str) -> list[dict[str, Any]]:
 def nodes_lost(run: Run) -> list[str]:
     """The nodes that the documents of its failures say were lost."""
     return [node for failure in load_failures(run) for node in failure["nodes_lost"]]
+
+
+def random_rank() -> psutil.Process:
+    return random.choice(rank_processes())
+
+
+@contextmanager
+def befalling(storage: str, name: str, faults: Mapping[int, Callable[[], object]]) -> Iterator[None]:
+    """While the block trains a run, each fault happens once its step is in the run's metrics."""
+    def befall() -> None:
+        for step, fault in faults.items():
+            wait_for(lambda step=step: steps_of(storage, name) >= step, f"step {step}", 300)
+            fault()
+            time.sleep(2)
+
+    thread = threading.Thread(target=befall, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=10)
+    assert not thread.is_alive(), "a fault never happened"
+
+
+def disturbed(storage: str, corpus: Path, name: str, faults: Mapping[int, Callable[[], object]], **sections: Any
+              ) -> Run:
+    """A run, trained here to its end, that the faults befall."""
+    with befalling(storage, name, faults):
+        return train(make_spec(make_case(corpus, **sections)), storage=storage, run_name=name).run
+
+
+def causes(run: Run) -> list[str]:
+    """The causes in the record, one a failed attempt."""
+    return [event["cause"] for event in run.events() if event["kind"] == "attempt_failed"]
+
+
+def copy_storage(storage: str, to: Path, *runs: str) -> str:
+    """A storage of its own with the same corpus, and with some of the runs."""
+    for name in ("corpora", *runs):
+        shutil.copytree(Path(storage, name), to / name)
+    return str(to)
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A real file system of that size; skips the test where none may be mounted."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=False,
+                      capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, *, left: int) -> Path:
+    """Write a file that leaves so many bytes free on the disk."""
+    ballast, state = disk / "ballast", os.statvfs(disk)
+    ballast.write_bytes(bytes(state.f_bavail * state.f_frsize - left))
+    return ballast
+
+
+@contextmanager
+def slowed(process: psutil.Process, share: float) -> Iterator[None]:
+    """While the block runs, the process gets that share of the time, a fiftieth of a second at once."""
+    ended = threading.Event()
+
+    def brake() -> None:
+        with suppress(psutil.NoSuchProcess):
+            while not ended.is_set():
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(0.02 * (1 - share))
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.02 * share)
+
+    thread = threading.Thread(target=brake, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=10)
 
 
 class Training:

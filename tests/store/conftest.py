@@ -1,37 +1,17 @@
-"""Storage places of both kinds: a local folder, and an S3 server in this process."""
+"""Storage places of both kinds: a local folder, and the tests' S3 server."""
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from failing_proxy import FailingProxy, failing_proxy
 from sharded_model import PLAN, make_test_spec
 
 from dray.spec import Spec
-from dray.store import Run, open_filesystem
-
-
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """host:port of a real S3 server, with one bucket called `bucket`."""
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    names = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    filesystem, _ = open_filesystem(f"s3://bucket/x?{query}&allow_bucket_creation=true")
-    filesystem.create_dir("bucket")
-    yield query
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+from dray.store import Run
+from failing_proxy import FailingProxy, failing_proxy
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
-"""Faults at an exact place inside dray's own processes; on their PYTHONPATH only where a test puts it there.
+"""Faults at an exact place inside dray's own processes; on their PYTHONPATH, and asleep until a test names a fault.
 
-DRAY_FAULT names `module:qualified.name:moment:flag file`: at the moment (`before` or `after`) of the first call of that
-function in any process, the process kills itself with SIGKILL. The flag file is created with O_EXCL, so that of all
-processes and attempts just one dies, once. At the moment `late` the process lives, but the function returns None for
-LATE_SECONDS from the first time on that it had something to return. At the moment `slow` every call takes SLOW_SECONDS
-longer, in all processes.
+DRAY_FAULT, or the file that DRAY_FAULT_FILE names once a test has written it, holds
+`module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first call of that
+function in any process, the process does the action. The flag file is created with O_EXCL, so that of all processes and
+attempts just one does it, once. At the moment `late` the function returns None for PAUSE_SECONDS from the first time on
+that it had something to return; at the moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import datetime
 import functools
 import importlib.abc
 import importlib.machinery
@@ -16,10 +18,45 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-LATE_SECONDS = SLOW_SECONDS = 3.0
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail() -> None:
+    raise RuntimeError("a mistake in the code")
+
+
+def _deadlock() -> None:
+    """Lock a mutex twice, with the interpreter's lock held: no other thread of this process ever runs again."""
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+
+def _hasten_clock() -> None:
+    """From now on this process' clock is an hour fast: a stand-in, since all processes of a machine share one."""
+    original, hour = time.time, datetime.timedelta(hours=1)
+
+    class Fast(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return datetime.datetime.now(tz) + hour
+
+    time.time = lambda: original() + hour.total_seconds()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("dray.") and getattr(module, "datetime", None) is datetime.datetime:
+            module.datetime = Fast  # type: ignore[attr-defined]
+
+
+ACTIONS = {"kill": _kill, "fail": _fail, "deadlock": _deadlock, "hasten_clock": _hasten_clock}
+
+
+PAUSE_SECONDS = 3.0
 
 
 def _is_first(flag: str) -> bool:
@@ -30,66 +67,58 @@ def _is_first(flag: str) -> bool:
     return True
 
 
-def _die_once(flag: str) -> None:
-    if _is_first(flag):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _arm(module: ModuleType, qualified: str, moment: str, flag: str) -> None:
+def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str = "kill") -> None:
     *owners, name = qualified.split(".")
     owner: Any = module
     for part in owners:
         owner = getattr(owner, part)
     original = getattr(owner, name)
 
-    @functools.wraps(original)
-    def dying(*arguments: Any, **named: Any) -> Any:
-        if moment == "before":
-            _die_once(flag)
-        result = original(*arguments, **named)
-        if moment == "after":
-            _die_once(flag)
-        return result
-
     late_until = 0.0
 
     @functools.wraps(original)
-    def late(*arguments: Any, **named: Any) -> Any:
+    def faulty(*arguments: Any, **named: Any) -> Any:
         nonlocal late_until
+        if moment == "slow":
+            time.sleep(PAUSE_SECONDS)
+        if moment == "before" and _is_first(flag):
+            ACTIONS[action]()
         result = original(*arguments, **named)
-        if result is not None and _is_first(flag):
-            late_until = time.monotonic() + LATE_SECONDS
-        return result if time.monotonic() > late_until else None
+        if moment == "after" and _is_first(flag):
+            ACTIONS[action]()
+        if moment == "late" and result is not None and _is_first(flag):
+            late_until = time.monotonic() + PAUSE_SECONDS
+        return result if time.monotonic() >= late_until else None
 
-    @functools.wraps(original)
-    def slow(*arguments: Any, **named: Any) -> Any:
-        time.sleep(SLOW_SECONDS)
-        return original(*arguments, **named)
+    setattr(owner, name, faulty)
 
-    setattr(owner, name, {"late": late, "slow": slow}.get(moment, dying))
+
+def _named_fault() -> list[str]:
+    file = Path(os.environ.get("DRAY_FAULT_FILE", "/dev/null"))
+    text = os.environ.get("DRAY_FAULT") or (file.read_text() if file.exists() else "")
+    return text.split(":") if text else []
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Arms the module once it has been loaded by whoever finds it."""
-
-    def __init__(self, name: str, *fault: str) -> None:
-        self.name, self.fault = name, fault
+    """Arms the module of the fault, if one is named by then, once it has been loaded by whoever finds it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
+        if not name.startswith(("dray.", "ray.train")):
             return None
-        sys.meta_path.remove(self)
+        fault = _named_fault()
+        if not fault or fault[0] != name:
+            return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec and spec.loader:
             load = spec.loader.exec_module
 
             def load_and_arm(module: ModuleType) -> None:
                 load(module)
-                _arm(module, *self.fault)
+                _arm(module, *fault[1:])
 
             spec.loader.exec_module = load_and_arm  # type: ignore[method-assign]
         return spec
 
 
-if "DRAY_FAULT" in os.environ:
-    sys.meta_path.insert(0, _Finder(*os.environ["DRAY_FAULT"].split(":")))
+if "DRAY_FAULT" in os.environ or "DRAY_FAULT_FILE" in os.environ:
+    sys.meta_path.insert(0, _Finder())

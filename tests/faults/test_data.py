@@ -1,0 +1,91 @@
+"""What the rows come through fails: a token shard that is gone, an object store that is full, clocks that differ."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Training, befalling, causes, copy_storage, disturbed, kill, make_case, random_rank, wait_for
+
+from dray.doctor import diagnose
+from dray.errors import RunFailed
+from dray.spec import make_spec
+from dray.store import Run
+from dray.train import train
+
+pytestmark = pytest.mark.slow
+
+FILL = """
+import sys, time, numpy, ray
+from ray._private.internal_api import memory_summary
+ray.init(address=sys.argv[1], log_to_driver=False)
+held = [ray.put(numpy.full(2_000_000, number, dtype="int64")) for number in range(15)]
+print(memory_summary(sys.argv[1], stats_only=True), flush=True)
+time.sleep(600)
+"""
+"""Holds 240 MB in a store of 80: the most of it is spilled to disk, and all that follows finds no free place."""
+
+
+def test_a_token_shard_is_deleted(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
+    """a token shard deleted, then a worker killed, so that it is read again"""
+    place = copy_storage(storage, tmp_path / "runs")
+    spec = make_spec(make_case(tiny_corpus, resources={"workers": 2, "max_failures": 1}))
+    shard, aside = next(Path(place, "corpora").rglob("train*/*.arrow")), tmp_path / "aside"
+
+    def lose_a_shard() -> None:
+        shard.rename(aside)
+        kill(random_rank())
+
+    with befalling(place, "shardless", {8: lose_a_shard}), pytest.raises(RunFailed) as failed:
+        train(spec, storage=place, run_name="shardless")
+    run = Run.open(place, "shardless")
+    assert causes(run) == ["killed", "data"]
+    found = diagnose(run)
+    assert found.fault == "data"
+    assert shard.name in failed.value.diagnosis
+    aside.rename(shard)
+    train(spec, storage=place, run_name="shardless")
+    measured(run, undisturbed)
+
+
+@pytest.fixture
+def small_store() -> Iterator[str]:
+    """Address of a Ray whose object store holds 80 MB. This process is not connected to it."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "object_store_memory": 80_000_000,
+                                                            "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+def test_the_object_store_is_full(small_store: str, storage: str, tiny_corpus: Path, undisturbed: Run, measured,
+                                  tmp_path: Path):
+    """the object store full: another program holds three times as much as it takes"""
+    with (tmp_path / "fill.log").open("wb") as log:
+        filler = subprocess.Popen([sys.executable, "-c", FILL, small_store], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: "Spilled" in (tmp_path / "fill.log").read_text(), "objects that are spilled")
+        training = Training(make_case(tiny_corpus), storage, "spilled", tmp_path, address=small_store)
+        assert training.finish(600) == 0, training.output
+    finally:
+        filler.kill()
+        filler.wait(timeout=20)
+    measured(training.run, undisturbed)
+    assert causes(training.run) == []
+
+
+def test_the_clock_of_a_rank_is_an_hour_fast(storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault,
+                                             local_ray: None):
+    """the clock of one rank an hour fast (a stand-in: Python's clock in that process), and a worker killed"""
+    happened = name_fault("dray.ray_worker:run_rank:before", "hasten_clock")
+    run = disturbed(storage, tiny_corpus, "hasty", {13: lambda: kill(random_rank())},
+                    checkpoint={"every_steps": 6, "keep_last": 2})
+    assert happened.exists()
+    measured(run, undisturbed)
+    assert causes(run) == ["killed"]  # and nothing that a clock would bring about
+    assert [info.step for info in run.checkpoints()] == [18, 24]
+    assert all(0 < event["seconds"] < 600 for event in run.events() if event["kind"] == "recovered")

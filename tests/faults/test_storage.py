@@ -1,0 +1,145 @@
+"""The storage has a bad day: S3 that is slow, fails or is away, and disks that fill or turn read-only.
+
+S3 is a real server, behind a proxy that fails on request; the disks are real file systems of a few megabytes.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import STEPS, befalling, causes, copy_storage, disturbed, fill, make_case, small_disk, wait_for
+
+from dray.doctor import diagnose
+from dray.errors import RunFailed
+from dray.spec import make_spec
+from dray.store import Run, verify_checkpoint
+from dray.store.drivers import HEARTBEAT_SECONDS
+from dray.train import train
+from failing_proxy import FailingProxy, Fault, failing_proxy
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+OUTAGE_SECONDS = HEARTBEAT_SECONDS + 5
+"""An outage into which one of the driver's signs of life falls."""
+
+
+@pytest.fixture(scope="module")
+def proxy(s3_endpoint: str) -> Iterator[FailingProxy]:
+    with failing_proxy(s3_endpoint.partition("endpoint_override=")[2].partition("&")[0]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def s3_storage(proxy: FailingProxy) -> str:
+    return f"s3://bucket/{uuid.uuid4().hex}/runs?endpoint_override={proxy.endpoint}&scheme=http&region=us-east-1"
+
+
+def slow(method: str, path: str) -> Fault | None:
+    time.sleep(0.2)
+    return None
+
+
+def flaky(method: str, path: str) -> Fault | None:
+    faults: tuple[Fault, ...] = ((503, "SlowDown"), (500, "InternalError"), "reset", "lost")
+    return random.choice(faults) if random.random() < 0.3 else None
+
+
+def down(method: str, path: str) -> Fault | None:
+    return "reset"
+
+
+@pytest.mark.parametrize(("decide", "seconds"), [
+    pytest.param(slow, 1e6, id="answers-0.2-s-late"),
+    pytest.param(flaky, 1e6, id="fails-30-%-of-all-requests"),
+    pytest.param(down, OUTAGE_SECONDS, id=f"is-away-for-{OUTAGE_SECONDS:.0f}-s"),
+])
+def test_s3_on_a_bad_day(decide: Callable[[str, str], Fault | None], seconds: float, s3_storage: str, s3_endpoint: str,
+                         proxy: FailingProxy, tiny_corpus: Path, undisturbed: Run, measured):
+    """S3 {id}"""
+    direct = f"{s3_storage.partition('?')[0]}?{s3_endpoint}"  # what the test asks for does not fail
+    name = decide.__name__
+
+    def begin() -> None:
+        proxy.decide = decide
+        timer.start()
+
+    def end() -> None:
+        proxy.decide = lambda method, path: None
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    failed = proxy.num_failed
+    spec = make_spec(make_case(tiny_corpus))
+    try:
+        with befalling(direct, name, {3: begin}):
+            train(spec, storage=s3_storage, run_name=name)
+    finally:
+        end()
+    run = Run.open(direct, name)
+    measured(run, undisturbed)
+    assert (causes(run), len(run.attempts()), run.driver()["number"]) == ([], 1, 1)
+    assert run.status == "completed"
+    assert proxy.num_failed > failed or decide is slow
+
+
+def test_a_disk_is_full(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
+    """the disk is full, and freed after the run has failed"""
+    with small_disk(tmp_path / "disk", 48) as disk:
+        place, ballast = copy_storage(storage, disk / "runs"), []
+        spec = make_case(tiny_corpus, resources={"workers": 2, "max_failures": 0})
+        with befalling(place, "full", {8: lambda: ballast.append(fill(disk, left=300_000))}), \
+                pytest.raises(RunFailed) as failed:
+            train(make_spec(spec), storage=place, run_name="full")
+        assert "No space left" in failed.value.diagnosis
+        run = Run.open(place, "full")
+        assert (causes(run), diagnose(run).fault) == (["storage"], "storage")
+        sound = run.checkpoints()
+        assert [info.step for info in sound] == [6]
+        assert all(verify_checkpoint(run, info).ok for info in sound)
+        ballast[0].unlink()
+        train(make_spec(spec), storage=place, run_name="full")
+        measured(run, undisturbed, interval=STEPS)
+
+
+def test_a_full_disk_is_freed_in_time(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
+    """the disk is full, and freed after the first save that failed"""
+    with small_disk(tmp_path / "disk", 48) as disk:
+        place = copy_storage(storage, disk / "runs")
+
+        def fill_for_a_while() -> None:
+            ballast, run = fill(disk, left=300_000), Run.open(place, "freed")
+            wait_for(lambda: any(event["kind"] == "checkpoint_failed" for event in run.events()), "a save that failed")
+            ballast.unlink()
+
+        run = disturbed(place, tiny_corpus, "freed", {8: fill_for_a_while})
+        measured(run, undisturbed)
+        assert (causes(run), len(run.attempts())) == ([], 1)
+        problems = [event["problem"] for event in run.events() if event["kind"] == "checkpoint_failed"]
+        assert problems
+        assert all("No space left" in problem for problem in problems)
+
+
+def test_a_disk_turns_read_only(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
+    """the disk turns read-only, and is mended after the run has failed"""
+    with small_disk(tmp_path / "disk", 48) as disk:
+        place = copy_storage(storage, disk / "runs")
+
+        def remount(how: str) -> bool:  # refused while a file is open for writing
+            command = ["mount", "-o", f"remount,{how}", str(disk)]
+            return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+        spec = make_spec(make_case(tiny_corpus))
+        with befalling(place, "closed", {8: lambda: wait_for(lambda: remount("ro"), "a read-only disk")}), \
+                pytest.raises(RunFailed) as failed:
+            train(spec, storage=place, run_name="closed")
+        assert "Read-only file system" in failed.value.diagnosis
+        assert "storage" in failed.value.diagnosis
+        assert remount("rw")
+        run = train(spec, storage=place, run_name="closed").run
+        measured(run, undisturbed)
