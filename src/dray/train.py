@@ -467,5 +467,6 @@ class _RayLauncher:
             except StorageFailed:
                 mailbox.request_stop.remote()  # where Ray outlives this call, its workers do not
                 raise
+        ray.kill(mailbox)  # where Ray outlives this call
         if failure:
             raise failure[0]

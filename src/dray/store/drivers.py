@@ -30,6 +30,8 @@ DEAD_SECONDS = 60.0
 """A driver on another machine without a sign of life for so long is gone."""
 LOOK_SECONDS = 1.0
 """How often one that waits for another driver looks again."""
+_held: set[str] = set()
+"""Nonces of the holds that this process has now: one that it could not write the end of has ended all the same."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def take_over(filesystem: pafs.FileSystem, run_path: str, where: str, wait_secon
         record = {"number": driver.number, "nonce": driver.nonce, "time": now(), **make_process()}
         path = f"{folder}/{make_driver_file(driver.number)}"
         if create_exclusive(filesystem, path, make_json(record, indent=1)):
+            _held.add(driver.nonce)
             return driver  # else another was faster: it is the one to be asked now
 
 
@@ -109,6 +112,7 @@ def heartbeat(filesystem: pafs.FileSystem, run_path: str, driver: Driver, where:
 
 def release(filesystem: pafs.FileSystem, run_path: str, driver: Driver) -> None:
     """Let the next driver take over at once."""
+    _held.discard(driver.nonce)
     save_json(filesystem, f"{run_path}/{DRIVERS}/{make_driver_file(driver.number, '-end')}", {"released": now()})
 
 
@@ -133,7 +137,7 @@ def is_alive(filesystem: pafs.FileSystem, run_path: str, record: Mapping[str, An
 def _check_gone(filesystem: pafs.FileSystem, folder: str, record: Mapping[str, Any], where: str) -> None:
     """Raise StoreError unless a driver's process is known to have ended, or it was silent for long enough."""
     gone = is_gone(record)
-    if gone:
+    if gone or (gone is False and record["pid"] == os.getpid() and record["nonce"] not in _held):
         return
     who = f"driver {record['number']} (process {record['pid']} on {record['host']}, since {record['time']})"
     if gone is not None:
