@@ -21,6 +21,7 @@ from dray.errors import RunFailed
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
 from dray.store.drivers import HEARTBEAT_SECONDS
+from dray.store.layout import DRIVERS
 from dray.train import train
 from failing_proxy import FailingProxy, Fault, failing_proxy
 
@@ -65,8 +66,10 @@ def test_s3_on_a_bad_day(decide: Callable[[str, str], Fault | None], seconds: fl
     direct = f"{s3_storage.partition('?')[0]}?{s3_endpoint}"  # what the test asks for does not fail
     name = decide.__name__
 
+    asked: list[str] = []
+
     def begin() -> None:
-        proxy.decide = decide
+        proxy.decide = lambda method, path: (asked.append(path), decide(method, path))[1]
         timer.start()
 
     def end() -> None:
@@ -86,6 +89,7 @@ def test_s3_on_a_bad_day(decide: Callable[[str, str], Fault | None], seconds: fl
     assert (causes(run), len(run.attempts()), run.driver()["number"]) == ([], 1, 1)
     assert run.status == "completed"
     assert proxy.num_failed > failed or decide is slow
+    assert any(DRIVERS in path for path in asked) or decide is not down  # signs of life were refused, too
 
 
 def test_a_disk_is_full(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):

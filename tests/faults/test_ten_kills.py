@@ -19,7 +19,7 @@ NUM_KILLS = 10
 @pytest.mark.timeout(3600)
 def test_ten_kills(storage: str, tiny_corpus: Path, local_ray: None, measured):
     """ten times a random worker killed (SIGKILL) at a random moment"""
-    spec = make_spec(make_case(tiny_corpus, duration={"steps": 40 * NUM_KILLS}))
+    spec = make_spec(make_case(tiny_corpus, duration={"steps": 30 * NUM_KILLS}))
     undisturbed = train(spec, storage=storage, run_name="never-killed").run
     moments: list[int] = []
 
