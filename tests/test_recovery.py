@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from dray.job import Job, begin_attempt
+from dray.plan import local_shape, make_plan
+from dray.ray_worker import _find_failed_attempt
 from dray.recovery import Budget
+from dray.spec import make_spec
+from dray.store import Run
+from tiny import tiny_tree
 
 BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}
 
@@ -42,3 +50,20 @@ def test_out_of_memory_halves_the_micro_batch_until_nothing_is_left():
 def test_a_smaller_micro_batch_divides_a_ranks_rows():
     decision = Budget(max_failures=0).decide("gpu_memory", committed_step=0, micro_rows=15, rows_per_rank=15)
     assert decision.micro_rows == 5  # the greatest divisor of 15 that is at most half of it
+
+
+def test_a_failure_is_that_of_the_newest_attempt_or_gets_one_of_its_own(tmp_path: Path):
+    spec = make_spec(tiny_tree(tmp_path))
+    plan = make_plan(spec, local_shape())
+    run = Run.create(tmp_path, "failing", spec, plan.model_dump(mode="json"))
+    driver = run.take_over()
+    job: Any = Job(spec, plan, "", None, run.storage, run.name, driver.number)  # type: ignore[arg-type]
+    assert _find_failed_attempt(run, job)["attempt"] == 1  # none was recorded
+    assert _find_failed_attempt(run, job)["attempt"] == 1  # it runs by its record
+    run.end_attempt(1, "failed", 0, "code")
+    assert _find_failed_attempt(run, job)["attempt"] == 2  # the newest had failed before
+    assert begin_attempt(job, 2)["attempt"] == 3
+    run.release(driver)
+    job = replace(job, driver=run.take_over().number)
+    assert _find_failed_attempt(run, job)["attempt"] == 4  # the newest is an earlier driver's
+    assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2, 3, 4]
