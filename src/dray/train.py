@@ -174,6 +174,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
     finally:
         with _last_words(status):
             run.set_status("completed" if status == "early_stopped" else status, reason, driver)
+        with _last_words(status):
             run.release(driver)
         trackers.finish(status)
     if status == "interrupted":
