@@ -69,6 +69,8 @@ def build_mailbox() -> Any:
         def beat(self, beat: dict[str, Any]) -> None:
             if beat["attempt"] <= self._judged:  # late, of a group that has failed: it must not look like a hang
                 return
+            if any(beat["attempt"] > known["attempt"] for known, _ in self._beats.values()):
+                self._beats.clear()
             self._beats[beat["rank"]] = beat, time.monotonic()
 
         def fail(self, failure: dict[str, Any]) -> None:
