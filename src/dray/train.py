@@ -31,10 +31,12 @@ from dray.report import format_diagnosis
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
+from dray.store.filesystem import is_local
 from dray.store.retrying import StorageFailed, patience
 from dray.watchdog import find_hang
 
-DRAIN_SECONDS = 0.1
+DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
+"""How often the ranks' records are taken and stored: object stores rewrite a whole object, and GCS takes one a second."""
 MAILBOX_SECONDS = 60.0
 """How long the mailbox, which does next to nothing, may take to answer."""
 FEWEST_STEPS = 5
@@ -440,34 +442,55 @@ class _RayLauncher:
 
         thread = threading.Thread(target=follow, name="workers", daemon=True)
         thread.start()
-        stops, taken, stored, ended_hang = 0, 0, 0, 0
-        while True:
-            alive = thread.is_alive()
-            try:
-                records, beats = ray.get(mailbox.take.remote(stored), timeout=MAILBOX_SECONDS)
-                taken += len(records)
-                recorder.take(records)
-                stored = taken if recorder.is_stored else stored
-                hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
-                attempt = max((beat["attempt"] for beat, _ in beats.values()), default=0)
-                if hang and attempt > ended_hang:
-                    ended_hang = attempt
-                    recorder.say(f"hung: {hang.reason}")
-                    end_hang(Run.open(job.storage, job.run_name), hang, beats)
-                if not alive and (failure or recorder.is_stored):
-                    break
-                thread.join(DRAIN_SECONDS)
-            except ray.exceptions.RayError as error:  # the ranks report through it: without it they cannot be followed
-                raise RunFailed("the head of the Ray cluster is gone" if head_is_gone() else
-                                f"the mailbox on the head was lost: {error}") from error
-            except KeyboardInterrupt:
-                stops += 1
-                if stops > 1:
-                    raise
-                mailbox.request_stop.remote()
-            except StorageFailed:
-                mailbox.request_stop.remote()  # where Ray outlives this call, its workers do not
-                raise
+        on_disk = is_local(Run.open(job.storage, job.run_name).filesystem)
+        drain_seconds = DRAIN_SECONDS if on_disk else OBJECT_DRAIN_SECONDS
+        taken, stored, ended_hang, stopping = 0, 0, 0, False
+        try:
+            with _noted_interrupts() as interrupts:
+                while True:
+                    alive = thread.is_alive()
+                    records, beats = ray.get(mailbox.take.remote(stored), timeout=MAILBOX_SECONDS)
+                    taken += len(records)
+                    recorder.take(records)
+                    stored = taken if recorder.is_stored else stored
+                    hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
+                    attempt = max((beat["attempt"] for beat, _ in beats.values()), default=0)
+                    if hang and attempt > ended_hang:
+                        ended_hang = attempt
+                        recorder.say(f"hung: {hang.reason}")
+                        end_hang(Run.open(job.storage, job.run_name), hang, beats)
+                    if interrupts and not stopping:
+                        stopping = True
+                        mailbox.request_stop.remote()
+                    if not alive and (failure or recorder.is_stored):
+                        break
+                    thread.join(drain_seconds)
+        except ray.exceptions.RayError as error:  # the ranks report through it: without it they cannot be followed
+            raise RunFailed("the head of the Ray cluster is gone" if head_is_gone() else
+                            f"the mailbox on the head was lost: {error}") from error
+        except StorageFailed:
+            mailbox.request_stop.remote()  # where Ray outlives this call, its workers do not
+            raise
         ray.kill(mailbox)  # where Ray outlives this call
         if failure:
             raise failure[0]
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """The first Ctrl-C is noted, so that it finds no record half taken; the second one raises KeyboardInterrupt."""
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        if len(noted) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
