@@ -36,7 +36,7 @@ from dray.store.retrying import StorageFailed, patience
 from dray.watchdog import find_hang
 
 DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
-"""How often the ranks' records are taken and stored: object stores rewrite a whole object, and GCS takes one a second."""
+"""How often the ranks' records are taken and stored: object stores rewrite an object, and GCS takes one a second."""
 MAILBOX_SECONDS = 60.0
 """How long the mailbox, which does next to nothing, may take to answer."""
 FEWEST_STEPS = 5
