@@ -155,6 +155,12 @@ def test_workers_must_leave_cpus_for_reading() -> None:
     assert make_plan(spec_of(resources={"workers": 4}), LAPTOP).num_ranks == 4
 
 
+def test_readers_may_have_the_cpus_of_a_head_that_is_too_small_for_a_worker() -> None:
+    spec, node = spec_of(resources={"workers": 1, "cpus_per_worker": 4}), parse_shape("1xCPU(cpus=4,memory=64GB)")
+    assert "1 for reading" in refusal(spec, node)
+    assert make_plan(spec, node.model_copy(update={"spare_cpus": 1.0})).num_ranks == 1
+
+
 def test_a_workers_cpus_lie_on_one_node() -> None:
     shape = parse_shape("3xCPU(cpus=4,memory=64GB)")  # 12 CPUs, but only three workers of 3
     assert "give resources.workers=3" in refusal(spec_of(resources={"workers": 4, "cpus_per_worker": 3}), shape)
