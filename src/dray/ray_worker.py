@@ -137,10 +137,11 @@ class _Posting:
         return self._stop
 
     def notice_given(self) -> bool:
-        import ray.train
+        from ray.train.v2._internal.execution.context import get_train_context
 
         self._read_reply()
-        return self._notice or ray.train.get_preemption_info() is not None
+        # Not ray.train.get_preemption_info(): that goes through an actor at every step, and the ranks agree anyway.
+        return self._notice or get_train_context().preemption_context.preemption_info is not None
 
     def _read_reply(self) -> None:
         import ray

@@ -122,7 +122,7 @@ def test_ranks_agree_on_a_notice_that_they_see_at_different_steps(
         inject: Callable[[str], None]):
     """notice of preemption that one rank sees three seconds after the other"""
     flag = tmp_path / "late"
-    inject(f"ray.train:get_preemption_info:late:{flag}")
+    inject(f"dray.ray_worker:_Posting.notice_given:late:{flag}")
     head.add(2)
     training = start(head, storage, "late", tiny_corpus, tmp_path)
     training.wait_for_step(8)

@@ -3,8 +3,8 @@
 DRAY_FAULT, or the file that DRAY_FAULT_FILE names once a test has written it, holds
 `module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first call of that
 function in any process, the process does the action. The flag file is created with O_EXCL, so that of all processes and
-attempts just one does it, once. At the moment `late` the function returns None for PAUSE_SECONDS from the first time on
-that it had something to return; at the moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
+attempts just one does it, once. At the moment `late` the function returns False for PAUSE_SECONDS from the first time
+on that it had True to return; at the moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str
         result = original(*arguments, **named)
         if moment == "after" and _is_first(flag):
             ACTIONS[action]()
-        if moment == "late" and result is not None and _is_first(flag):
+        if moment == "late" and result and _is_first(flag):
             late_until = time.monotonic() + PAUSE_SECONDS
-        return result if time.monotonic() >= late_until else None
+        return result if time.monotonic() >= late_until else False
 
     setattr(owner, name, faulty)
 
@@ -103,7 +103,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Arms the module of the fault, if one is named by then, once it has been loaded by whoever finds it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if not name.startswith(("dray.", "ray.train")):
+        if not name.startswith("dray."):
             return None
         fault = _named_fault()
         if not fault or fault[0] != name:
