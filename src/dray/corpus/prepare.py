@@ -252,7 +252,10 @@ def _make_tokenizer(spec: Spec, job: Job, parts: Sequence[Part], say: Progress) 
     path = staged(job, "tokenizer.json")
     if not exists(*path):
         say("training the tokeniser" if spec.tokenizer.train else "checking the tokeniser")
-        made = run_task(job, make_tokenizer, (spec.tokenizer, tuple(parts)))
+        settings = spec.tokenizer
+        if settings.path is not None:  # a task has another working directory
+            settings = settings.model_copy(update={"path": absolute(settings.path)})
+        made = run_task(job, make_tokenizer, (settings, tuple(parts)))
         write_bytes(*path, json.dumps(made).encode(), durable=False)
     tree = json.loads(read_bytes(*path))
     return TokenizerInfo(**{**tree, "prefix": tuple(tree["prefix"]), "suffix": tuple(tree["suffix"])})
