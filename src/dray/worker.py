@@ -378,7 +378,7 @@ def prepare_process(cpus: float) -> None:
     """Set one rank's compute threads, and let its heap keep what it frees.
 
     Ray leaves torch with one thread a core, or one in all, by chance. glibc returns every large block to the system
-    and faults it in again at the next step: keeping them, in one arena, makes a step on a CPU 5 to 8 % shorter.
+    and faults it in again at the next step: keeping them, in one arena, makes a step on a CPU shorter (bench/heap.py).
     """
     threads = max(1, int(cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)
