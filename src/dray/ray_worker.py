@@ -37,7 +37,7 @@ LEAVE_SECONDS = 120.0  # in which a group that is to be resized must have saved
 STORED_SECONDS = 180.0
 """How long a save waits for the driver to store the metrics: longer than a storage that fails is waited for."""
 BEAT_EVERY_SECONDS = 0.5
-GRACE_SECONDS = 2 * BEAT_EVERY_SECONDS  # in which ranks that failed with the first one say so
+GRACE_SECONDS = BEAT_EVERY_SECONDS  # in which ranks that failed with the first one say so
 FIRST_TIMEOUT_SECONDS = 1800.0  # of a collective, until steps have been measured: compilation takes its time
 PREFETCH_BLOCKS = 2
 
