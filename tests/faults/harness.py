@@ -84,6 +84,16 @@ def steps_of(storage: str, name: str) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
+def ask_own_ray() -> None:
+    """A head that this process started made itself the one whose memory it asks, and asking a dead one ends the process
+    after a minute: ask the Ray of all tests again."""
+    import ray
+    from ray.experimental import internal_kv
+
+    if ray.is_initialized():
+        internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
+
+
 class Nodes:
     """A local Ray of several nodes, each with processes of its own: a head for the readers, and nodes for a rank each.
 
@@ -134,6 +144,7 @@ class Nodes:
             self.remove()
         if self.cluster.head_node is not None:
             self.remove_head()
+        ask_own_ray()
 
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:

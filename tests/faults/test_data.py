@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Training, befalling, causes, copy_storage, disturbed, kill, make_case, random_rank, wait_for
+from harness import (
+    Training,
+    ask_own_ray,
+    befalling,
+    causes,
+    copy_storage,
+    disturbed,
+    kill,
+    make_case,
+    random_rank,
+    wait_for,
+)
 
 from dray.doctor import diagnose
 from dray.errors import RunFailed
@@ -60,6 +71,7 @@ def small_store() -> Iterator[str]:
                                                             "include_dashboard": False})
     yield cluster.address
     cluster.shutdown()
+    ask_own_ray()
 
 
 def test_the_object_store_is_full(small_store: str, storage: str, tiny_corpus: Path, undisturbed: Run, measured,
