@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from failing_proxy import FailingProxy, Fault
 from pyarrow import fs as pafs
 from sharded_model import PLAN, make_test_spec, save
 
@@ -20,6 +19,7 @@ from dray.store import Run, StorageFailed, open_filesystem
 from dray.store.exclusive import _build_store, _s3_settings, create_exclusive
 from dray.store.filesystem import list_files, read_bytes, write_bytes
 from dray.store.retrying import patience
+from failing_proxy import FailingProxy, Fault
 
 RACE = """
 import sys

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from failing_proxy import FailingProxy, Fault
 from fsspec.implementations.memory import MemoryFileSystem
 from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
@@ -32,6 +31,7 @@ from dray.store.filesystem import (
     write_whole,
 )
 from dray.store.retrying import is_transient, patience, retry
+from failing_proxy import FailingProxy, Fault
 
 
 class GoogleError(Exception):
