@@ -205,8 +205,11 @@ def build_data_config() -> Any:
                       **kwargs: Any) -> list[dict[str, Any]]:
             name, job = next(iter(datasets.items()))
             attempt = make_attempt(job, Run.open(job.storage, job.run_name).attempts()[-1])
-            # One process that reads is enough on a laptop; each costs two seconds of CPU to start.
-            dataset = build_dataset(make_stream(job, attempt), num_cpus=min(1.0, job.spec.resources.reader_cpus))
+            resources = job.spec.resources
+            # One process that reads is enough on a laptop; each costs two seconds of CPU to start. An elastic group may
+            # hold every CPU, and readers that ask for one would wait for ever.
+            num_cpus = 0.0 if isinstance(resources.workers, tuple) else min(1.0, resources.reader_cpus)
+            dataset = build_dataset(make_stream(job, attempt), num_cpus=num_cpus)
             options = ray.data.ExecutionOptions(preserve_order=True)
             dataset.context.execution_options = options
             dataset.context.enable_progress_bars = False

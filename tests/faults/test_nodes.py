@@ -211,3 +211,15 @@ def test_a_dead_head_ends_the_driver_and_another_one_goes_on(storage: str, tiny_
     again = start(nodes, storage, "headless", tiny_corpus, tmp_path)
     assert again.finish() == 0, again.output
     measured(again.run, undisturbed)
+
+
+@pytest.mark.slow
+def test_an_elastic_group_that_takes_every_cpu_is_read_for(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
+                                                           head: Nodes, tmp_path: Path):
+    """an elastic group takes every CPU of the cluster, and leaves none to the readers"""
+    head.cluster.add_node(num_cpus=1)  # like the head: a rank on each
+    case = make_case(tiny_corpus, resources={"workers": [1, 2], "cpus_per_worker": 1})
+    training = Training(case, storage, "crowded", tmp_path, address=head.address)
+    assert training.finish() == 0, training.output
+    assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [2]
+    measured(training.run, undisturbed)
