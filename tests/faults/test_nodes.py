@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import EVERY, INJECTED, SAVE_STEPS, Nodes, Training, events, make_case, nodes_lost, wait_for
+from harness import EVERY, INJECTED, SAVE_STEPS, Nodes, Training, causes, events, make_case, nodes_lost, wait_for
 
 from dray.doctor import Fault, diagnose
 from dray.store import Run
@@ -56,10 +56,6 @@ def start(nodes: Nodes, storage: str, name: str, corpus: Path, folder: Path, *, 
     resources = {"workers": workers, "cpus_per_worker": nodes.RANK_CPUS, "max_failures": 0}
     case = make_case(corpus, resources=resources, **sections)
     return Training(case, storage, name, folder, address=nodes.address, environment=ENVIRONMENT | (environment or {}))
-
-
-def causes(run: Run) -> list[str]:
-    return [event["cause"] for event in events(run, "attempt_failed")]
 
 
 @pytest.mark.slow
