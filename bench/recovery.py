@@ -43,9 +43,9 @@ Steps = list[tuple[int, float]]
 """(step, time) in the order in which they were done."""
 
 
-def run_and_kill(command: list[str], read_steps: Callable[[], Steps]) -> tuple[Steps, float]:
+def run_and_kill(command: list[str], read_steps: Callable[[], Steps], **more: str) -> tuple[Steps, float]:
     """Start a command, kill a worker of it after KILL_AFTER, wait for its end. Its steps, and the time of the kill."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         while max((step for step, _ in read_steps()), default=0) < KILL_AFTER:
@@ -98,7 +98,7 @@ def stock_arm(folder: Path, number: int) -> dict[str, float]:
              "checkpoint-every": EVERY, "max-failures": 100, "log": log, "storage": folder / "stock"}
     flags = [str(part) for key, value in sizes.items() for part in (f"--{key}", value)]
     return measure(*run_and_kill([sys.executable, str(STOCK), "--corpus", str(CORPUS), "--tokenizer", str(tokenizer),
-                                  *flags], read))
+                                  *flags], read, RAY_ADDRESS="local"))
 
 
 def main() -> None:

@@ -79,7 +79,8 @@ def stock_arm(folder: Path, steps: int, stage: int, precision: str) -> dict[str,
     flags = [] if precision == "bf16" else ["--fp32"]
     out, _ = run([sys.executable, str(STOCK), "--corpus", str(CORPUS), "--tokenizer", str(tokenizer),
                   "--steps", str(steps), "--zero", str(stage), "--checkpoint-every", "1000",
-                  "--storage", str(folder / "stock"), *flags], OMP_NUM_THREADS="1")
+                  "--storage", str(folder / "stock"), *flags], OMP_NUM_THREADS="1",
+                 RAY_ADDRESS="local")  # a cluster that has been left somewhere is not for it
     return dict(json.loads(out.strip().splitlines()[-1]))
 
 
