@@ -8,6 +8,7 @@ those that were done before the kill and again after it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from bench.training import CORPUS, ROOT, STOCK
 
 STEPS, EVERY, KILL_AFTER = 40, 10, 17
 SPEC = f"""
-name: recovery
+name: bench
 data: {{train: ["{CORPUS}/*.jsonl.gz"], sequence_tokens: 128}}
 tokenizer: {{train: byte_bpe, vocab_size: 2048}}
 model: {{architecture: llama, hidden_size: 128, num_layers: 2, num_heads: 2}}
@@ -43,6 +44,37 @@ Steps = list[tuple[int, float]]
 """(step, time) in the order in which they were done."""
 
 
+def rank_processes(pid: int) -> list[psutil.Process]:
+    """The Ray Train workers among the descendants of a process."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def read_dray_steps(run: Path) -> Steps:
+    """From a run's folder; a line that is being written is left out."""
+    rows = [json.loads(line) for path in sorted((run / "metrics").glob("*.jsonl"))
+            for line in path.read_text().splitlines() if line.endswith("}")]
+    return sorted(((row["step"], row["time"]) for row in rows), key=lambda item: item[1])
+
+
+def read_stock_steps(log: Path) -> Steps:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(row["step"], row["time"]) for row in map(json.loads, lines)]
+
+
+def make_stock_flags(corpora: Path, log: Path, storage: Path, steps: int) -> list[str]:
+    """The stock script's flags for the model of SPEC, with the tokeniser that dray made for it."""
+    tokenizer = next(corpora.glob("*/tokenizer/tokenizer.json"))
+    sizes = {"corpus": CORPUS, "tokenizer": tokenizer, "steps": steps, "zero": 1, "micro": 16, "seq": 128,
+             "hidden": 128, "layers": 2, "vocab": 2048, "checkpoint-every": EVERY, "max-failures": 100, "log": log,
+             "storage": storage}
+    return [str(part) for key, value in sizes.items() for part in (f"--{key}", value)]
+
+
 def run_and_kill(command: list[str], read_steps: Callable[[], Steps], **more: str) -> tuple[Steps, float]:
     """Start a command, kill a worker of it after KILL_AFTER, wait for its end. Its steps, and the time of the kill."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
@@ -52,8 +84,7 @@ def run_and_kill(command: list[str], read_steps: Callable[[], Steps], **more: st
             if process.poll() is not None:
                 raise SystemExit(f"{' '.join(command)} ended with {process.returncode} before the kill")
             time.sleep(0.05)
-        ranks = [child for child in psutil.Process(process.pid).children(recursive=True)
-                 if "RayTrainWorker" in " ".join(child.cmdline())]
+        ranks = rank_processes(process.pid)
         killed = time.time()
         random.choice(ranks).send_signal(signal.SIGKILL)
         if process.wait(timeout=600):
@@ -76,29 +107,16 @@ def measure(steps: Steps, killed: float) -> dict[str, float]:
 def dray_arm(folder: Path, number: int) -> dict[str, float]:
     name = f"r{number}"
 
-    def read() -> Steps:
-        rows = [json.loads(line) for path in sorted((folder / "runs" / name / "metrics").glob("*.jsonl"))
-                for line in path.read_text().splitlines()]
-        return sorted(((row["step"], row["time"]) for row in rows), key=lambda item: item[1])
-
     command = [f"{sys.prefix}/bin/dray", "train", str(folder / "spec.yaml"), "--storage", str(folder / "runs"),
                "--run", name]
-    return measure(*run_and_kill(command, read))
+    return measure(*run_and_kill(command, lambda: read_dray_steps(folder / "runs" / name)))
 
 
 def stock_arm(folder: Path, number: int) -> dict[str, float]:
     log = folder / f"stock-{number}.jsonl"
-    tokenizer = next((folder / "runs" / "corpora").glob("*/tokenizer/tokenizer.json"))
-
-    def read() -> Steps:
-        lines = log.read_text().splitlines() if log.exists() else []
-        return [(row["step"], row["time"]) for row in map(json.loads, lines)]
-
-    sizes = {"steps": STEPS, "zero": 1, "micro": 16, "seq": 128, "hidden": 128, "layers": 2, "vocab": 2048,
-             "checkpoint-every": EVERY, "max-failures": 100, "log": log, "storage": folder / "stock"}
-    flags = [str(part) for key, value in sizes.items() for part in (f"--{key}", value)]
-    return measure(*run_and_kill([sys.executable, str(STOCK), "--corpus", str(CORPUS), "--tokenizer", str(tokenizer),
-                                  *flags], read, RAY_ADDRESS="local"))
+    flags = make_stock_flags(folder / "runs" / "corpora", log, folder / "stock", STEPS)
+    return measure(*run_and_kill([sys.executable, str(STOCK), *flags], lambda: read_stock_steps(log),
+                                 RAY_ADDRESS="local"))
 
 
 def main() -> None:

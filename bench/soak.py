@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import random
 import signal
@@ -31,27 +30,15 @@ from typing import Any
 
 import psutil
 
-from bench.recovery import Steps
+from bench.recovery import EVERY, SPEC, Steps, make_stock_flags, rank_processes, read_dray_steps, read_stock_steps
 from bench.report import write_section
-from bench.training import CORPUS, ROOT, STOCK
+from bench.training import ROOT, STOCK
 from dray.store import Run
 
-EVERY, MICRO_ROWS, WORKERS = 10, 16, 2
+STEPS, MICRO_ROWS, WORKERS = 1_000_000, 16, 2
 CONTROL_SECONDS = 90
 NOTICE_SECONDS, REPLACE_SECONDS, FULL_SECONDS, OPERATOR_SECONDS = 15, 5, 8, 120
 STORAGE_BYTES = 4 * 2**30
-SPEC = f"""
-name: soak
-data: {{train: ["{CORPUS}/*.jsonl.gz"], sequence_tokens: 128}}
-tokenizer: {{train: byte_bpe, vocab_size: 2048}}
-model: {{architecture: llama, hidden_size: 128, num_layers: 2, num_heads: 2}}
-batch: {{global_rows: {WORKERS * MICRO_ROWS}, micro_rows: {MICRO_ROWS}}}
-schedule: {{name: constant}}
-duration: {{steps: 1000000}}
-checkpoint: {{every_steps: {EVERY}}}
-resources: {{workers: {WORKERS}}}
-zero: {{stage: 1}}
-"""
 # The stock script starts a Ray of its own: here it takes the cluster that RAY_ADDRESS names.
 RUN_STOCK = """
 import runpy, sys, ray
@@ -127,8 +114,7 @@ class Arm:
     def befall(self, fault: Fault) -> None:
         print(f"{self.name} at {fault.at:.0f} s, {len(self.read_steps())} steps: {fault.kind}", file=sys.stderr,
               flush=True)
-        ranks = [process for process in psutil.Process().children(recursive=True)
-                 if "RayTrainWorker" in _command_line(process)]
+        ranks = rank_processes(os.getpid())
         if fault.kind in ("kill", "hang") and ranks:
             rank = ranks[fault.choice % len(ranks)]
             rank.send_signal(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
@@ -175,13 +161,6 @@ class Arm:
         self.cluster.shutdown()
 
 
-def _command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-
-
 @contextlib.contextmanager
 def full_able_storage(folder: Path) -> Iterator[bool]:
     """`folder/storage` on a small file system of its own, which a fault may fill; False where none can be mounted."""
@@ -197,29 +176,14 @@ def full_able_storage(folder: Path) -> Iterator[bool]:
 
 
 def dray_command(folder: Path, name: str) -> list[str]:
-    return [f"{sys.prefix}/bin/dray", "train", str(folder / "spec.yaml"), "--storage", str(folder / "storage" / "runs"),
-            "--run", name]
-
-
-def read_dray(folder: Path, name: str) -> Steps:
-    rows = [json.loads(line) for path in sorted((folder / "storage" / "runs" / name / "metrics").glob("*.jsonl"))
-            for line in path.read_text().splitlines() if line.endswith("}")]
-    return sorted(((row["step"], row["time"]) for row in rows if "seconds" in row), key=lambda item: item[1])
+    return [f"{sys.prefix}/bin/dray", "train", str(folder / "spec.yaml"), f"duration.steps={STEPS}", "--storage",
+            str(folder / "storage" / "runs"), "--run", name]
 
 
 def stock_command(folder: Path) -> list[str]:
-    tokenizer = next((folder / "storage" / "runs" / "corpora").glob("*/tokenizer/tokenizer.json"))
-    sizes = {"steps": 1_000_000, "zero": 1, "micro": MICRO_ROWS, "seq": 128, "hidden": 128, "layers": 2, "vocab": 2048,
-             "checkpoint-every": EVERY, "max-failures": 100, "log": folder / "stock.jsonl",
-             "storage": folder / "storage" / "stock"}
-    flags = [str(part) for key, value in sizes.items() for part in (f"--{key}", value)]
-    return [sys.executable, "-c", RUN_STOCK, str(STOCK), "--corpus", str(CORPUS), "--tokenizer", str(tokenizer), *flags]
-
-
-def read_stock(folder: Path) -> Steps:
-    log = folder / "stock.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [(row["step"], row["time"]) for row in map(json.loads, lines)]
+    flags = make_stock_flags(folder / "storage" / "runs" / "corpora", folder / "stock.jsonl",
+                             folder / "storage" / "stock", STEPS)
+    return [sys.executable, "-c", RUN_STOCK, str(STOCK), *flags]
 
 
 def stock_rows_repeated(steps: Steps) -> int:
@@ -279,15 +243,17 @@ def measure(folder: Path, seconds: float, faults: list[Fault]) -> dict[str, Any]
     subprocess.run([f"{sys.prefix}/bin/dray", "prepare", str(folder / "spec.yaml"), "--storage",
                     str(folder / "storage" / "runs")], check=True, capture_output=True)
     figures: dict[str, Any] = {}
-    control = Arm("control", folder, lambda: dray_command(folder, "control"), lambda: read_dray(folder, "control"))
+    runs = folder / "storage" / "runs"
+    control = Arm("control", folder, lambda: dray_command(folder, "control"), lambda: read_dray_steps(runs / "control"))
     try:
         steps, _ = control.follow(CONTROL_SECONDS, [])
     finally:
         control.end()
     control_step = statistics.median(b[1] - a[1] for a, b in itertools.pairwise(steps))
     figures["control"] = {"step_seconds": control_step, "steps": len(steps)}
-    for name, command, read in (("dray", lambda: dray_command(folder, "dray"), lambda: read_dray(folder, "dray")),
-                                ("stock", lambda: stock_command(folder), lambda: read_stock(folder))):
+    arms = (("dray", lambda: dray_command(folder, "dray"), lambda: read_dray_steps(runs / "dray")),
+            ("stock", lambda: stock_command(folder), lambda: read_stock_steps(folder / "stock.jsonl")))
+    for name, command, read in arms:
         arm = Arm(name, folder, command, read)
         try:
             done, _ = arm.follow(seconds, faults)
@@ -295,7 +261,7 @@ def measure(folder: Path, seconds: float, faults: list[Fault]) -> dict[str, Any]
             arm.end()
         figures[name] = summarize(arm, done, seconds, control_step, faults)
         if name == "dray":
-            ledger = verify_ledger(Run.open(str(folder / "storage" / "runs"), "dray"))
+            ledger = verify_ledger(Run.open(str(runs), "dray"))
             figures[name] |= {"repeated": ledger.repeated, "skipped": ledger.skipped, "ledger_ok": ledger.ok,
                               "problems": ledger.problems}
         else:

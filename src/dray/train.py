@@ -31,7 +31,7 @@ from dray.report import format_diagnosis
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
-from dray.store.filesystem import is_local
+from dray.store.filesystem import absolute, is_local
 from dray.store.retrying import StorageFailed, patience
 from dray.watchdog import find_hang
 
@@ -115,7 +115,7 @@ def _settle(spec: Spec, plan: Plan, storage: str, run_name: str | None) -> Spec:
     """
     updates: dict[str, Any] = {}
     if spec.model.path is not None and Path(spec.model.path).is_dir():
-        updates["model"] = spec.model.model_copy(update={"path": str(Path(spec.model.path).resolve())})
+        updates["model"] = spec.model.model_copy(update={"path": absolute(spec.model.path)})
     if spec.precision == "auto":
         begun = Run.find(storage, run_name or spec.name)
         updates["precision"] = begun.spec().precision if begun else plan.precision
