@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dray.spec import make_spec
 from dray.store import Run, build_trackers
 from dray.store.retrying import StorageFailed
 from dray.train import Recorder
+from small_disk import small_disk
 from tiny import tiny_tree
 
 
@@ -36,13 +36,8 @@ class Listening(Display):
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False,
-                      capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", 2) as folder:
+        yield folder
 
 
 def make_recorder(storage: Path) -> tuple[Run, Recorder, Listening]:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 import yaml
 
 from dray.ledger import verify_ledger
@@ -185,7 +184,7 @@ def disturbed(storage: str, corpus: Path, name: str, faults: Mapping[int, Callab
 
 def causes(run: Run) -> list[str]:
     """The causes in the record, one a failed attempt."""
-    return [event["cause"] for event in run.events() if event["kind"] == "attempt_failed"]
+    return [event["cause"] for event in events(run, "attempt_failed")]
 
 
 def copy_storage(storage: str, to: Path, *runs: str) -> str:
@@ -193,19 +192,6 @@ def copy_storage(storage: str, to: Path, *runs: str) -> str:
     for name in ("corpora", *runs):
         shutil.copytree(Path(storage, name), to / name)
     return str(to)
-
-
-@contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A real file system of that size; skips the test where none may be mounted."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=False,
-                      capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(disk: Path, *, left: int) -> Path:

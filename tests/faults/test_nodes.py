@@ -6,14 +6,13 @@ a `dray train` process.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import EVERY, INJECTED, SAVE_STEPS, Nodes, Training, causes, events, make_case, nodes_lost, wait_for
+from harness import EVERY, SAVE_STEPS, Nodes, Training, causes, events, make_case, nodes_lost, wait_for
 
 from dray.doctor import Fault, diagnose
 from dray.store import Run
@@ -39,23 +38,24 @@ def nodes(head: Nodes) -> Nodes:
     return head
 
 
-@pytest.fixture
-def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Sets a fault of injected/sitecustomize.py for the nodes that are added from then on."""
-
-    def prepare(fault: str) -> None:
-        monkeypatch.setenv("DRAY_FAULT", fault)
-        monkeypatch.setenv("PYTHONPATH", f"{INJECTED}:{os.environ.get('PYTHONPATH', '')}")
-
-    return prepare
-
-
 def start(nodes: Nodes, storage: str, name: str, corpus: Path, folder: Path, *, workers: Any = 2,
           environment: dict[str, str] | None = None, **sections: Any) -> Training:
     # Whatever happens to nodes does not count as a failure, of which none is allowed here.
     resources = {"workers": workers, "cpus_per_worker": nodes.RANK_CPUS, "max_failures": 0}
     case = make_case(corpus, resources=resources, **sections)
     return Training(case, storage, name, folder, address=nodes.address, environment=ENVIRONMENT | (environment or {}))
+
+
+def assert_ends_for_lost_nodes(training: Training, lose: Callable[[], object], said: str, *, way_out: str) -> None:
+    """Without those nodes the run ends within two minutes, and says why and what to do."""
+    begun = time.monotonic()
+    lose()
+    assert training.finish() == 3, training.output
+    assert time.monotonic() - begun < 120
+    assert said in training.output
+    found = diagnose(training.run)
+    assert found.fault is Fault.NODE_LOSS
+    assert way_out in found.way_out
 
 
 @pytest.mark.slow
@@ -94,9 +94,9 @@ def test_a_node_with_a_notice_is_left_before_it_goes(storage: str, tiny_corpus: 
 @pytest.mark.parametrize("stays", [False, True])
 def test_a_notice_that_is_too_short_costs_an_interval(
         storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
-        inject: Callable[[str], None], stays: bool):
+        name_fault: Callable[..., Path], stays: bool):
     """notice of preemption a second ahead, which is too short to save: the node is killed at once, or a while later"""
-    inject("dray.saving:Saver._commit:slow:")  # three seconds
+    name_fault("dray.saving:Saver._commit:slow")  # three seconds
     head.add(2)
     training = start(head, storage, f"hasty-{stays}", tiny_corpus, tmp_path)
     training.wait_for_step(8)
@@ -115,16 +115,15 @@ def test_a_notice_that_is_too_short_costs_an_interval(
 @pytest.mark.slow
 def test_ranks_agree_on_a_notice_that_they_see_at_different_steps(
         storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
-        inject: Callable[[str], None]):
+        name_fault: Callable[..., Path]):
     """notice of preemption that one rank sees three seconds after the other"""
-    flag = tmp_path / "late"
-    inject(f"dray.ray_worker:_Posting.notice_given:late:{flag}")
+    happened = name_fault("dray.ray_worker:_Posting.notice_given:late")
     head.add(2)
     training = start(head, storage, "late", tiny_corpus, tmp_path)
     training.wait_for_step(8)
     head.drain(60)
     wait_for(lambda: causes(training.run) != [], "the end of the group on the node that will go")
-    assert flag.exists(), "the fault never happened"
+    assert happened.exists(), "the fault never happened"
     head.remove()
     head.add()
     assert training.finish() == 0, training.output
@@ -150,9 +149,9 @@ def test_an_elastic_group_goes_on_with_fewer_ranks(storage: str, tiny_corpus: Pa
 
 @pytest.mark.slow
 def test_an_elastic_group_grows(storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes,
-                                tmp_path: Path, inject: Callable[[str], None]):
+                                tmp_path: Path, name_fault: Callable[..., Path]):
     """elastic group: a node joins"""
-    inject("dray.worker:_Loop._train_step:slow:")  # so that the next look at the cluster comes before the last step
+    name_fault("dray.worker:_Loop._train_step:slow")  # so that the next look at the cluster comes before the last step
     head.add()
     training = start(head, storage, "grown", tiny_corpus, tmp_path, workers=[1, 2])
     training.wait_for_step(1)
@@ -173,14 +172,7 @@ def test_a_node_that_never_returns_ends_the_run_in_time(storage: str, tiny_corpu
     patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
     training = start(nodes, storage, "waiting", tiny_corpus, tmp_path, environment=patience)
     training.wait_for_step(8)
-    nodes.remove()
-    begun = time.monotonic()
-    assert training.finish() == 3, training.output
-    assert time.monotonic() - begun < 120
-    assert "no group of 2 workers" in training.output
-    found = diagnose(training.run)
-    assert found.fault is Fault.NODE_LOSS
-    assert "another joins" in found.way_out
+    assert_ends_for_lost_nodes(training, nodes.remove, "no group of 2 workers", way_out="another joins")
     nodes.add()
     again = start(nodes, storage, "waiting", tiny_corpus, tmp_path)
     assert again.finish() == 0, again.output
@@ -193,14 +185,8 @@ def test_a_dead_head_ends_the_driver_and_another_one_goes_on(storage: str, tiny_
     """the head killed with all its processes (SIGKILL), `dray train` typed again on a new cluster"""
     training = start(nodes, storage, "headless", tiny_corpus, tmp_path)
     training.wait_for_step(8)
-    begun = time.monotonic()
-    nodes.remove_head()
-    assert training.finish() == 3, training.output
-    assert time.monotonic() - begun < 120
-    assert "the head of the Ray cluster is gone" in training.output
-    found = diagnose(training.run)
-    assert found.fault is Fault.NODE_LOSS
-    assert "ray start --head" in found.way_out
+    assert_ends_for_lost_nodes(training, nodes.remove_head, "the head of the Ray cluster is gone",
+                               way_out="ray start --head")
     nodes.shut_down()
     nodes.start()
     nodes.add(2)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import STEPS, befalling, causes, copy_storage, disturbed, fill, make_case, small_disk, wait_for
+from harness import STEPS, befalling, causes, copy_storage, disturbed, fill, make_case, wait_for
 
 from dray.doctor import diagnose
 from dray.errors import RunFailed
@@ -24,6 +24,7 @@ from dray.store.drivers import HEARTBEAT_SECONDS
 from dray.store.layout import DRIVERS
 from dray.train import train
 from failing_proxy import FailingProxy, Fault, failing_proxy
+from small_disk import small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 OUTAGE_SECONDS = HEARTBEAT_SECONDS + 5

@@ -23,7 +23,7 @@ from dray.plan.flops import (
     training_seconds,
 )
 from dray.plan.hardware import Precision, Shape
-from dray.plan.memory import Load, MemoryPlan, make_memory
+from dray.plan.memory import CHECKPOINT_BYTES, Load, MemoryPlan, make_memory
 from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
 from dray.plan.zero_config import make_buckets, make_deepspeed_config
 from dray.spec import Spec
@@ -173,7 +173,8 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
         parameters_exact=sizes.exact, flops_per_token_loose=flops_per_token_loose(sizes, count, width),
         flops_per_token_strict=strict, peak_flops_per_rank=peak, memory=question.memory(setting),
         memory_limit_bytes=question.rank_limit(setting.num_ranks), host_limit_bytes=question.host_limit,
-        checkpoint_bytes=12 * count.total, shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
+        checkpoint_bytes=CHECKPOINT_BYTES * count.total,
+        shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
         compile=compiles, activation_checkpointing=setting.checkpointing,
         est_seconds=None if seconds is None else seconds + START_SECONDS + COMPILE_SECONDS * compiles,
         deepspeed=make_deepspeed_config(

@@ -1,6 +1,6 @@
 """Faults at an exact place inside dray's own processes; on their PYTHONPATH, and asleep until a test names a fault.
 
-DRAY_FAULT, or the file that DRAY_FAULT_FILE names once a test has written it, holds
+The file that DRAY_FAULT_FILE names holds, once a test has written it,
 `module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first call of that
 function in any process, the process does the action. The flag file is created with O_EXCL, so that of all processes and
 attempts just one does it, once. At the moment `late` the function returns False for PAUSE_SECONDS from the first time
@@ -95,7 +95,7 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str
 
 def _named_fault() -> list[str]:
     file = Path(os.environ.get("DRAY_FAULT_FILE", "/dev/null"))
-    text = os.environ.get("DRAY_FAULT") or (file.read_text() if file.exists() else "")
+    text = file.read_text() if file.exists() else ""
     return text.split(":") if text else []
 
 
@@ -120,5 +120,5 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "DRAY_FAULT" in os.environ or "DRAY_FAULT_FILE" in os.environ:
+if "DRAY_FAULT_FILE" in os.environ:
     sys.meta_path.insert(0, _Finder())
