@@ -68,7 +68,10 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         # Nobody takes a laptop's node away; the watcher is one more process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if address:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
+            if port.isdigit() and not _answers(host, int(port)):  # Ray would ask for many minutes
+                raise ConnectionError(address)
             ray.init(address=address, log_to_driver=verbose, logging_level=level)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PlanError("--address", f"no Ray cluster answers at {address}", way_out="ray start --head") from error

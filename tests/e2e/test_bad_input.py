@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,16 @@ def test_storage_without_permission(tmp_path: Path, spec_file: Path, capsys: Any
     locked.mkdir(mode=0o500)
     assert main(["train", str(spec_file), "--storage", str(locked / "runs")]) == 2
     assert "writ" in capsys.readouterr().err
+
+
+def test_an_address_where_no_cluster_answers(tmp_path: Path, spec_file: Path):
+    """A process of its own: one that is connected already asks nobody."""
+    command = [sys.executable, "-m", "dray.cli", "train", str(spec_file), "--storage", str(tmp_path / "runs")]
+    done = subprocess.run([*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, check=False,
+                          timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "dray: --address: no Ray cluster answers at 127.0.0.1:1" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_unknown_option_is_a_usage_error(spec_file: Path):
