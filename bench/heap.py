@@ -31,10 +31,8 @@ def train(keeps: bool, num_steps: int) -> list[float]:
     """Seconds of each step after the third."""
     import torch
 
-    from dray.engine import build_engine
-    from dray.models.build import build_model, parameter_groups
+    from bench.engines import build, train_steps
     from dray.ranks import build_ranks, join_alone
-    from dray.tasks.causal_lm import CausalLM
     from dray.worker import prepare_process
 
     if keeps:
@@ -42,20 +40,9 @@ def train(keeps: bool, num_steps: int) -> list[float]:
     torch.set_num_threads(1)
     join_alone(torch.device("cpu"))
     spec = make_spec(SPEC)
-    plan, task = make_plan(spec, local_shape(), with_ray=False), CausalLM()
-    engine = build_engine(
-        lambda constructing, gathering: build_model(spec, vocab_size=8192, pad_token_id=0, eos_token_id=0,
-                                                    constructing=constructing, gathering=gathering),
-        lambda model: parameter_groups(model, 0.1), spec.optimizer, plan,
-        build_ranks(torch.device("cpu"), timeout_seconds=300))
-    engine.train(True)
-    ids, times = torch.randint(0, 8192, (8, 512)), [time.perf_counter()]
-    for _ in range(num_steps):
-        loss, _ = task.loss_sum(engine, {"input_ids": ids, "labels": ids}, 0.0)
-        engine.backward(loss / ids.numel(), last=True)
-        engine.step(1e-4)
-        del loss
-        times.append(time.perf_counter())
+    plan, ranks = make_plan(spec, local_shape(), with_ray=False), build_ranks(torch.device("cpu"), timeout_seconds=300)
+    engine, times = build(spec, plan, ranks), [time.perf_counter()]
+    times += [time.perf_counter() for _ in train_steps(engine, spec, plan, ranks, num_steps)]
     return [after - before for before, after in itertools.pairwise(times[3:])]
 
 

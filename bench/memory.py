@@ -65,40 +65,25 @@ def run_rank(rank: int, spec: Spec, folder: str) -> None:
     prepare_process(1)
     store = dist.FileStore(f"{folder}/store", NUM_RANKS)
     dist.init_process_group("gloo", rank=rank, world_size=NUM_RANKS, store=store)
-    resident = train_steps(spec, rank, Run.open(folder, spec.name)) | {"peak": read_status("VmHWM")}
+    resident = train(spec, Run.open(folder, spec.name)) | {"peak": read_status("VmHWM")}
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(resident), encoding="utf-8")
     dist.barrier()
     os._exit(0)  # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the process
 
 
-def train_steps(spec: Spec, rank: int, run: Run) -> dict[str, int]:
-    """The engine's own steps on random rows, one of them saved. Returns resident bytes once the engine is built."""
+def train(spec: Spec, run: Run) -> dict[str, int]:
+    """A few steps, one of them saved. Returns resident bytes once the engine is built."""
     import torch
 
-    from dray.engine import build_engine
-    from dray.models.build import build_model, parameter_groups
+    from bench.engines import build, train_steps
     from dray.ranks import build_ranks
     from dray.saving import Saver
-    from dray.tasks.causal_lm import CausalLM
 
-    plan, task = plan_case(spec), CausalLM()
-    vocab, width = spec.tokenizer.vocab_size, spec.data.sequence_tokens
-    ranks = build_ranks(torch.device("cpu"), timeout_seconds=300)
-    engine = build_engine(
-        lambda constructing, gathering: build_model(spec, vocab_size=vocab, pad_token_id=0, eos_token_id=0,
-                                                    constructing=constructing, gathering=gathering),
-        lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks,
-    )
+    plan, ranks = plan_case(spec), build_ranks(torch.device("cpu"), timeout_seconds=300)
+    engine = build(spec, plan, ranks)
     built = read_status("VmRSS")
     saver = Saver(run, 1, spec, engine=engine, ranks=ranks, wait_stored=lambda: None)
-    engine.train(True)
-    random = torch.Generator().manual_seed(rank)
-    for step in range(1, NUM_STEPS + 1):
-        ids = torch.randint(0, vocab, (plan.batch.micro_rows, width), generator=random)
-        loss, _ = task.loss_sum(engine, {"input_ids": ids, "labels": ids}, 0.0)
-        engine.backward(loss / ids.numel(), last=True)
-        engine.step(1e-4)
-        del loss
+    for step in train_steps(engine, spec, plan, ranks, NUM_STEPS):
         if step == SAVED_STEP:
             shapes = {name: list(shape) for name, shape in engine.parameter_shapes.items()}
             shapes |= {name: list(buffer.shape) for name, buffer in engine.buffers().items()}

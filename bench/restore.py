@@ -22,9 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from bench.engines import build
 from bench.report import write_section
-from dray.engine import build_engine
-from dray.models import build_model, parameter_groups
 from dray.plan import make_plan, parse_shape
 from dray.ranks import Ranks, build_ranks
 from dray.saving import Saver
@@ -75,10 +74,7 @@ def run_rank(rank: int, place: tuple[int, int], storage: str, rounds: int, resul
     dist.init_process_group("gloo", rank=rank, world_size=num_ranks, store=store)
     ranks, spec = build_ranks(torch.device("cpu"), 600), make_bench_spec(stage, num_ranks)
     plan = make_plan(spec, parse_shape("1xCPU(cpus=8,memory=16GB)"), with_ray=False)
-    engine = build_engine(
-        lambda constructing, gathering: build_model(
-            spec, vocab_size=VOCAB, constructing=constructing, gathering=gathering),
-        lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks)
+    engine = build(spec, plan, ranks)
     run = Run.open(storage, "restore")
     saver = Saver(run, 1, spec, engine=engine, ranks=ranks, wait_stored=lambda: None)
     saver.begin(0, {"shapes": {name: list(shape) for name, shape in engine.parameter_shapes.items()}})

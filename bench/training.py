@@ -69,8 +69,16 @@ def dray_arm(folder: Path, steps: int, stage: int, precision: str, *, compiled: 
 
 def ddp_arm(steps: int, precision: str, compiled: bool) -> dict[str, float]:
     flags = ["--compile"] * compiled + ["--bf16"] * (precision == "bf16")
-    out, _ = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                  "bench/ddp_loop.py", "--steps", str(steps), *flags], OMP_NUM_THREADS="1")
+    return torchrun("bench/ddp_loop.py", "--steps", str(steps), *flags)
+
+
+def engine_arm(steps: int, stage: int, precision: str) -> dict[str, float]:
+    return torchrun("-m", "bench.engines", "--steps", str(steps), "--stage", str(stage), "--precision", precision)
+
+
+def torchrun(*command: str) -> dict[str, float]:
+    out, _ = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+                 OMP_NUM_THREADS="1")
     return dict(json.loads(out.strip().splitlines()[-1]))
 
 
@@ -98,6 +106,7 @@ def main() -> None:
         for number in range(arguments.rounds):
             steps, precision = arguments.steps, arguments.precision
             figures["DDP loop, eager"].append(ddp_arm(steps, precision, False))
+            figures["dray's engine alone, ZeRO 1, eager"].append(engine_arm(steps, 1, precision))
             figures["dray, ZeRO 1, eager"].append(dray_arm(folder, steps, 1, precision, compiled=False, number=number))
             figures["stock, ZeRO 1"].append(stock_arm(folder, steps, 1, precision))
             figures["DDP loop, compiled"].append(ddp_arm(steps, precision, True))

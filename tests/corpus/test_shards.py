@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 
-from dray.corpus.manifest import Manifest, Packing, Shard, SourceRows, Split, dump_manifest, load_manifest
+from dray.corpus.manifest import VERSION, Manifest, Packing, Shard, SourceRows, Split, dump_manifest, load_manifest
 from dray.corpus.shards import make_batch, make_schema, read_groups, write_shard
 from dray.errors import CorpusError
 
@@ -63,6 +63,21 @@ def test_mapped_rows_outlive_the_map_and_are_not_copied(tmp_path: Path, source: 
     assert table.column("input_ids").to_pylist()[11][0] == 11
 
 
+@pytest.mark.parametrize("column", ["input_ids", "num_tokens", "label"])
+def test_a_flipped_bit_is_noticed_where_it_is_read(tmp_path: Path, column: str) -> None:
+    """The file keeps its size and its form."""
+    tokens, counts = np.arange(72, dtype=np.uint16).reshape(12, WIDTH), np.arange(100, 112, dtype=np.int32)
+    rows = make_batch(make_schema(WIDTH, "uint16", True), tokens, counts, counts + 100)
+    source = make_source(12, write_shard(pafs.LocalFileSystem(), str(tmp_path), "0.arrow", rows, GROUP))
+    path, group = tmp_path / "0.arrow", {"input_ids": tokens, "num_tokens": counts, "label": counts + 100}[column]
+    content = bytearray(path.read_bytes())
+    content[content.rindex(group[GROUP:2 * GROUP].tobytes()) + 4] ^= 4  # its last place: small groups carry more
+    path.write_bytes(content)
+    assert read_groups(pafs.LocalFileSystem(), str(tmp_path), source, [0, 2], GROUP).num_rows == 2 * GROUP
+    with pytest.raises(CorpusError, match="group 1 is not what was written"):
+        read_groups(pafs.LocalFileSystem(), str(tmp_path), source, [0, 1], GROUP)
+
+
 @pytest.mark.parametrize("groups", [[-1], [5], [0, 99]])
 def test_groups_that_are_not_there(tmp_path: Path, source: SourceRows, groups: list[int]) -> None:
     with pytest.raises(IndexError, match="of source s"):
@@ -77,9 +92,9 @@ def test_labels_ride_along(tmp_path: Path) -> None:
 
 def make_manifest(source: SourceRows) -> Manifest:
     return Manifest(
-        version=1, key="k", sequence_tokens=WIDTH, group_rows=GROUP, vocab_size=100, pad_token_id=1, eos_token_id=0,
-        encoder="gigatoken", labels=(), train=Split(sources=(source, source)), validation=None, source_files=(),
-        dropped={}, num_records=1, num_bad=0, shuffle_seed=0,
+        version=VERSION, key="k", sequence_tokens=WIDTH, group_rows=GROUP, vocab_size=100, pad_token_id=1,
+        eos_token_id=0, encoder="gigatoken", labels=(), train=Split(sources=(source, source)), validation=None,
+        source_files=(), dropped={}, num_records=1, num_bad=0, shuffle_seed=0,
         packing=Packing(utilization=1, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0))
 
 
@@ -94,7 +109,8 @@ def test_a_manifest_comes_back_whole_and_sums_up(tmp_path: Path, source: SourceR
 
 @pytest.mark.parametrize(("content", "what"), [
     (None, "holds no prepared corpus"), (b"{", "is not a manifest"), (b'{"version": 99}', "is of version 99"),
-    (b'{"version": 1}', "is not a manifest"), (b"[]", "is of version None"),
+    (b'{"version": 1}', "is of version 1"), (b'{"version": %d}' % VERSION, "is not a manifest"),
+    (b"[]", "is of version None"),
 ])
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes | None, what: str) -> None:
     if content is not None:

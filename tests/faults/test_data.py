@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from harness import (
     Training,
@@ -40,25 +42,46 @@ time.sleep(600)
 """Holds 240 MB in a store of 80: the most of it is spilled to disk, and all that follows finds no free place."""
 
 
-def test_a_token_shard_is_deleted(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
-    """a token shard deleted, then a worker killed, so that it is read again"""
-    place = copy_storage(storage, tmp_path / "runs")
-    spec = make_spec(make_case(tiny_corpus, resources={"workers": 2, "max_failures": 1}))
-    shard, aside = next(Path(place, "corpora").rglob("train*/*.arrow")), tmp_path / "aside"
+def delete(shard: Path) -> None:
+    shard.unlink()
 
-    def lose_a_shard() -> None:
-        shard.rename(aside)
+
+def flip_bits(shard: Path) -> None:
+    """One bit of each group's tokens: the file keeps its size and its form."""
+    content = bytearray(shard.read_bytes())
+    with pa.ipc.open_file(pa.py_buffer(bytes(content))) as reader:
+        for group in range(reader.num_record_batches):
+            tokens = reader.get_batch(group).column("input_ids").flatten().to_numpy()
+            content[content.index(tokens[:256].tobytes())] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(("harm", "words"), [
+    pytest.param(delete, "No such file", id="deleted"),
+    pytest.param(flip_bits, "is not what was written", id="no longer what it was, by a bit,"),
+])
+def test_a_token_shard_is_harmed(harm: Callable[[Path], None], words: str, storage: str, tiny_corpus: Path,
+                                 undisturbed: Run, measured, tmp_path: Path):
+    """a token shard {id}, then a worker killed, so that it is read again"""
+    place, name = copy_storage(storage, tmp_path / "runs"), harm.__name__
+    spec = make_spec(make_case(tiny_corpus, resources={"workers": 2, "max_failures": 1}))
+    shard, sound = next(Path(place, "corpora").rglob("train*/*.arrow")), tmp_path / "sound"
+    shutil.copy(shard, sound)
+
+    def do_harm() -> None:
+        harm(shard)
         kill(random_rank())
 
-    with befalling(place, "shardless", {8: lose_a_shard}), pytest.raises(RunFailed) as failed:
-        train(spec, storage=place, run_name="shardless")
-    run = Run.open(place, "shardless")
+    with befalling(place, name, {8: do_harm}), pytest.raises(RunFailed) as failed:
+        train(spec, storage=place, run_name=name)
+    run = Run.open(place, name)
     assert causes(run) == ["killed", "data"]
     found = diagnose(run)
     assert found.fault == "data"
     assert shard.name in failed.value.diagnosis
-    aside.rename(shard)
-    train(spec, storage=place, run_name="shardless")
+    assert words in failed.value.diagnosis
+    shutil.copy(sound, shard)
+    train(spec, storage=place, run_name=name)
     measured(run, undisturbed)
 
 

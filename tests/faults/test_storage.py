@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pytest
 from harness import STEPS, befalling, causes, copy_storage, disturbed, fill, make_case, wait_for
+from pyarrow.fs import copy_files
 
+from dray.corpus.prepare import prepare
 from dray.doctor import diagnose
 from dray.errors import RunFailed
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
 from dray.store.drivers import HEARTBEAT_SECONDS
+from dray.store.filesystem import open_filesystem
 from dray.store.layout import DRIVERS
 from dray.train import train
 from failing_proxy import FailingProxy, Fault, failing_proxy
@@ -91,6 +94,22 @@ def test_s3_on_a_bad_day(decide: Callable[[str, str], Fault | None], seconds: fl
     assert run.status == "completed"
     assert proxy.num_failed > failed or decide is slow
     assert any(DRIVERS in path for path in asked) or decide is not down  # signs of life were refused, too
+
+
+def test_a_corpus_is_prepared_on_a_bad_day(s3_storage: str, s3_endpoint: str, proxy: FailingProxy, tiny_corpus: Path,
+                                           tmp_path: Path):
+    """Its sources and its place are on an S3 that fails 30 % of all requests."""
+    folder, query = s3_storage.replace("/runs?", "/texts?").split("?")
+    filesystem, path = open_filesystem(f"{folder}?{s3_endpoint}")
+    copy_files(str(tiny_corpus), path, destination_filesystem=filesystem)
+    spec = make_spec(make_case(tiny_corpus, data={"train": [f"{folder}/*.jsonl?{query}"]}))
+    failed, proxy.decide = proxy.num_failed, flaky
+    try:
+        found = prepare(spec, s3_storage).manifest
+    finally:
+        proxy.decide = lambda method, path: None
+    assert proxy.num_failed > failed
+    assert found == prepare(spec, str(tmp_path)).manifest
 
 
 def test_a_disk_is_full(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):

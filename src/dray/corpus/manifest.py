@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dray.errors import CorpusError
 from dray.store.filesystem import read_bytes
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 
 

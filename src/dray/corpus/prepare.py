@@ -53,10 +53,10 @@ from dray.store.filesystem import (
     list_files,
     make_folder,
     open_filesystem,
-    open_whole,
     read_bytes,
     require_writable,
     write_bytes,
+    write_whole,
 )
 
 GROUP_ROWS = 256
@@ -187,8 +187,7 @@ def _prepare(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) 
     filesystem, path = open_filesystem(folder)
     try:
         manifest = _build(spec, folder, key, inputs, say)
-        with open_whole(filesystem, f"{path}/{MANIFEST}") as stream:
-            stream.write(dump_manifest(manifest))
+        write_bytes(filesystem, f"{path}/{MANIFEST}", dump_manifest(manifest))
     except UserError:
         if not exists(filesystem, f"{path}/{MANIFEST}"):
             delete_folder(filesystem, path)
@@ -265,11 +264,14 @@ def _write_quarantine(job: Job, parts: Sequence[Part]) -> None:
     """One file of all bad records, in reading order."""
     filesystem, path = open_folder(job.folder)
     there = list_files(*staged(job, "read"))
-    with open_whole(filesystem, f"{path}/{QUARANTINE}", durable=False) as stream:
+
+    def write(stream: Any) -> None:
         for part in parts:
             name = f"{part.index:06d}.quarantine.jsonl"
             if name in there:
                 stream.write(read_bytes(*staged(job, "read", name)))
+
+    write_whole(filesystem, f"{path}/{QUARANTINE}", write, durable=False)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Token shards: Arrow IPC files of rows, one record batch a group, read by group from a memory map or by ranges.
 
-Uncompressed, so that a local reader copies nothing. Refuses groups that the source does not have.
+Uncompressed, so that a local reader copies nothing. Each group carries its own CRC-32, so that a bit that flips under a
+run is noticed by whoever reads it. Refuses groups that the source does not have.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +19,10 @@ from pyarrow import fs as pafs
 
 from dray.corpus.manifest import Shard, SourceRows
 from dray.errors import CorpusError
-from dray.store.filesystem import is_local, make_folder, open_whole
-from dray.store.retrying import first_line
+from dray.store.filesystem import is_local, make_folder, write_whole
+from dray.store.retrying import first_line, retry
+
+CHECKSUM = b"crc32"
 
 
 def make_schema(sequence_tokens: int, dtype: str, labelled: bool) -> pa.Schema:
@@ -60,22 +64,36 @@ class _Measured:
 
 def write_shard(filesystem: pafs.FileSystem, folder: str, file: str, rows: pa.RecordBatch, group_rows: int) -> Shard:
     """Write rows as one shard `folder/file`, a record batch a group; the same rows give the same bytes."""
-    path = f"{folder}/{file}"
-    make_folder(filesystem, path.rpartition("/")[0])
-    with open_whole(filesystem, path) as stream:
+    def write(stream: Any) -> _Measured:
         sink = _Measured(stream)
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), rows.schema) as writer:
             for start in range(0, rows.num_rows, group_rows):
-                writer.write_batch(rows.slice(start, group_rows))
-    return Shard(file=file, num_rows=rows.num_rows, num_bytes=sink.num_bytes, sha256=sink.hash.hexdigest())
+                group = rows.slice(start, group_rows)
+                writer.write_batch(group, custom_metadata={CHECKSUM: _checksum(group)})
+        return sink
+
+    path = f"{folder}/{file}"
+    make_folder(filesystem, path.rpartition("/")[0])
+    written = write_whole(filesystem, path, write)
+    return Shard(file=file, num_rows=rows.num_rows, num_bytes=written.num_bytes, sha256=written.hash.hexdigest())
+
+
+def _checksum(group: pa.RecordBatch) -> bytes:
+    """CRC-32 over the values of all columns, which have no nulls."""
+    found = 0
+    for column in group.columns:
+        values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+        found = zlib.crc32(values.to_numpy(zero_copy_only=True), found)
+    return b"%08x" % found
 
 
 def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, groups: Sequence[int],
                 group_rows: int) -> pa.Table:
     """Groups of a source by number, one after the other in the order asked for.
 
-    Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read. Raises
-    IndexError for a group that is not there, CorpusError for a shard that is gone or no longer what it was.
+    Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read, tried again
+    while the storage fails. Raises IndexError for a group that is not there, CorpusError for a shard that is gone or no
+    longer what it was, StorageFailed.
     """
     counts = [-(-shard.num_rows // group_rows) for shard in source.shards]
     ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
@@ -85,10 +103,26 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
     shard_of = np.searchsorted(ends, wanted, side="right")
     batches: dict[int, pa.RecordBatch] = {}
     for index in np.unique(shard_of).tolist():
-        with _open_shard(filesystem, folder, source.shards[index]) as reader:
-            for group in np.unique(wanted[shard_of == index]).tolist():
-                batches[group] = reader.get_batch(group - int(ends[index]) + counts[index])
+        first = int(ends[index]) - counts[index]
+        within = [group - first for group in np.unique(wanted[shard_of == index]).tolist()]
+        for number, batch in _read_shard(filesystem, folder, source.shards[index], within).items():
+            batches[first + number] = batch
     return pa.Table.from_batches([batches[group] for group in wanted.tolist()])
+
+
+def _read_shard(filesystem: pafs.FileSystem, folder: str, shard: Shard, groups: list[int]) -> dict[int, pa.RecordBatch]:
+    """Groups of one shard by their number in it, each with the checksum that it was written with."""
+    def read() -> dict[int, pa.RecordBatch]:
+        found: dict[int, pa.RecordBatch] = {}
+        with _open_shard(filesystem, folder, shard) as reader:
+            for group in groups:
+                with_metadata = reader.get_batch_with_custom_metadata(group)
+                if (with_metadata.custom_metadata or {}).get(CHECKSUM) != _checksum(with_metadata.batch):
+                    raise pa.ArrowInvalid(f"group {group} is not what was written: its checksum differs")
+                found[group] = with_metadata.batch
+        return found
+
+    return retry(read, f"{folder}/{shard.file}")
 
 
 @contextmanager

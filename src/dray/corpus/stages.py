@@ -15,16 +15,20 @@ from typing import Any
 
 from dray.corpus.parts import Job, load_record, record_name, staged
 from dray.errors import UserError
-from dray.store.filesystem import list_files
+from dray.store.filesystem import list_files, shown
+from dray.store.retrying import retry
 
 Progress = Callable[[str], None]
 PROGRESS_SECONDS = 2.0
 
 
 def _answer(function: Callable[[Job, Any], Any], job: Job, index: int, item: Any) -> tuple[int, bytes]:
-    """A task's result or its UserError, pickled: an expected error crosses Ray without its wrapping."""
+    """A task's result or its UserError, pickled: an expected error crosses Ray without its wrapping.
+
+    The pieces of work write whole files and their record last, so one that meets a failing storage starts over.
+    """
     try:
-        return index, pickle.dumps(function(job, item))
+        return index, pickle.dumps(retry(lambda: function(job, item), shown(job.folder)))
     except UserError as error:
         return index, pickle.dumps(error)
 
