@@ -68,6 +68,10 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         # Nobody takes a laptop's node away; the watcher is one more process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if address:
+        from ray._private.services import canonicalize_bootstrap_address
+
+        if address == "auto":  # the cluster that was started last on this machine, which may have ended
+            address = canonicalize_bootstrap_address("auto") or address
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             if port.isdigit() and not _answers(host, int(port)):  # Ray would ask for many minutes
