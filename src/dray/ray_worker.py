@@ -53,6 +53,7 @@ def build_mailbox() -> Any:
             self._beats: dict[int, tuple[dict[str, Any], float]] = {}
             self._failures: list[dict[str, Any]] = []
             self._stop, self._notice = False, False
+            self._controller: Any = None
             self._received = self._stored = self._judged = self._num_left = 0
 
         def put(self, records: list[dict[str, Any]]) -> tuple[bool, bool]:
@@ -107,12 +108,31 @@ def build_mailbox() -> Any:
         def request_stop(self) -> None:
             self._stop = True
 
+        def keep_controller(self, controller: Any) -> None:
+            self._controller = controller
+
+        def controller(self) -> Any:
+            """Ray Train's controller, which owns the workers; none before it has started."""
+            return self._controller
+
         def _aged(self) -> Beats:
             now = time.monotonic()
             return {rank: (beat, now - at) for rank, (beat, at) in self._beats.items()}
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+
+
+def end_workers(mailbox: Any) -> None:
+    """End what a driver that cannot go on leaves behind, where Ray outlives it: the workers end with Ray Train's
+    controller, which owns them."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        controller = ray.get(mailbox.controller.remote(), timeout=BEAT_EVERY_SECONDS)
+        if controller is not None:
+            ray.kill(controller)
+    ray.kill(mailbox)
 
 
 class _Posting:
@@ -221,6 +241,7 @@ def build_data_config() -> Any:
 def build_recovery(job: Job, mailbox: Any) -> Any:
     """What Ray Train's controller asks at every turn: it keeps the evidence of a failure, ends the run where that is
     due, lets the ranks save before their group is resized, and bounds the wait for a group that cannot start."""
+    import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback
     from ray.train.v2._internal.execution.controller import state
 
@@ -228,6 +249,9 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
         def __init__(self) -> None:
             self._budget = Budget(job.spec.resources.max_failures)
             self._down_since: float | None = None
+
+        def after_controller_start(self, train_run_context: Any) -> None:
+            mailbox.keep_controller.remote(ray.get_runtime_context().current_actor)
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             if isinstance(current_state, state.ResizingState):

@@ -422,7 +422,14 @@ class _RayLauncher:
     def run(self, job: Job, recorder: Recorder) -> None:
         import ray
 
-        from dray.ray_worker import build_data_config, build_mailbox, build_recovery, end_hang, run_rank
+        from dray.ray_worker import (
+            build_data_config,
+            build_mailbox,
+            build_recovery,
+            end_hang,
+            end_workers,
+            run_rank,
+        )
 
         mailbox = build_mailbox()
         resources = job.spec.resources
@@ -468,8 +475,8 @@ class _RayLauncher:
         except ray.exceptions.RayError as error:  # the ranks report through it: without it they cannot be followed
             raise RunFailed("the head of the Ray cluster is gone" if head_is_gone() else
                             f"the mailbox on the head was lost: {error}") from error
-        except StorageFailed:
-            mailbox.request_stop.remote()  # where Ray outlives this call, its workers do not
+        except (StorageFailed, KeyboardInterrupt):
+            end_workers(mailbox)
             raise
         ray.kill(mailbox)  # where Ray outlives this call
         if failure:

@@ -195,9 +195,12 @@ def copy_storage(storage: str, to: Path, *runs: str) -> str:
 
 
 def fill(disk: Path, *, left: int) -> Path:
-    """Write a file that leaves so many bytes free on the disk."""
-    ballast, state = disk / "ballast", os.statvfs(disk)
-    ballast.write_bytes(bytes(state.f_bavail * state.f_frsize - left))
+    """Write a file that leaves so many bytes free on the disk, whatever else is being written there."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+    os.truncate(ballast, ballast.stat().st_size - left)
     return ballast
 
 

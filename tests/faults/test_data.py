@@ -58,7 +58,7 @@ def flip_bits(shard: Path) -> None:
 
 @pytest.mark.parametrize(("harm", "words"), [
     pytest.param(delete, "No such file", id="deleted"),
-    pytest.param(flip_bits, "is not what was written", id="no longer what it was, by a bit,"),
+    pytest.param(flip_bits, "is not what was written", id="with a flipped bit in each group"),
 ])
 def test_a_token_shard_is_harmed(harm: Callable[[Path], None], words: str, storage: str, tiny_corpus: Path,
                                  undisturbed: Run, measured, tmp_path: Path):
