@@ -19,10 +19,10 @@ import torch.distributed as dist
 from dray.engine import Engine, build_engine
 from dray.models import build_model, parameter_groups
 from dray.plan import Plan, local_shape, make_plan
+from dray.process import prepare_process
 from dray.ranks import Ranks, build_ranks
 from dray.spec import Spec, make_spec
 from dray.tasks.causal_lm import CausalLM
-from dray.worker import prepare_process
 
 
 def build(spec: Spec, plan: Plan, ranks: Ranks) -> Engine:

@@ -32,8 +32,8 @@ def train(keeps: bool, num_steps: int) -> list[float]:
     import torch
 
     from bench.engines import build, train_steps
+    from dray.process import prepare_process
     from dray.ranks import build_ranks, join_alone
-    from dray.worker import prepare_process
 
     if keeps:
         prepare_process(1)

@@ -60,7 +60,7 @@ def run_rank(rank: int, spec: Spec, folder: str) -> None:
                       OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import torch.distributed as dist
 
-    from dray.worker import prepare_process
+    from dray.process import prepare_process
 
     prepare_process(1)
     store = dist.FileStore(f"{folder}/store", NUM_RANKS)

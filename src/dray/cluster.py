@@ -17,6 +17,7 @@ from typing import Any
 
 from dray.errors import PlanError, RunFailed
 from dray.plan import Shape, local_shape, parse_shape
+from dray.process import HEAP_ENVIRONMENT
 
 MAX_GROUP_STARTS = 10
 """Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before a run fails."""
@@ -187,6 +188,7 @@ def run_workers(
         backend_config=Processes(),
         run_config=RunConfig(
             name=name, storage_path=scratch, callbacks=[recovery],
+            worker_runtime_env={"env_vars": HEAP_ENVIRONMENT},
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1,
                                          controller_failure_limit=-1)),
     )

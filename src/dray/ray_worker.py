@@ -436,7 +436,8 @@ def _train(job: Job, attempt: Attempt, reporter: _Posting, pulse: Pulse, local_r
     from ray.train.collective import broadcast_from_rank_zero
 
     from dray import ranks as group
-    from dray.worker import prepare_process, train_rank
+    from dray.process import prepare_process
+    from dray.worker import train_rank
 
     prepare_process(job.spec.resources.cpus_per_worker)
     device = torch.device("cuda", local_rank) if job.plan.on_gpu else torch.device("cpu")

@@ -385,9 +385,10 @@ class _LocalLauncher:
         import torch
 
         from dray.job import begin_attempt, make_attempt, make_stream
+        from dray.process import prepare_process
         from dray.pulse import Pulse
         from dray.ranks import build_ranks, join_alone
-        from dray.worker import prepare_process, train_rank
+        from dray.worker import train_rank
 
         class Direct:
             def send(self, record: dict[str, Any]) -> None:

@@ -7,9 +7,7 @@ neither Ray nor the command line.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -33,9 +31,6 @@ from dray.schedule import learning_rate
 from dray.store import LOWER_IS_BETTER, CheckpointReader, Run, inspect_checkpoint
 from dray.tasks import Batch, Task, TaskMetrics, build_task
 from dray.tasks.causal_lm import bits_per_byte
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-
 
 _MEASURED_STEPS = 6  # the first of them is not typical
 _LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50
@@ -372,17 +367,3 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def prepare_process(cpus: float) -> None:
-    """Set one rank's compute threads, and let its heap keep what it frees.
-
-    Ray leaves torch with one thread a core, or one in all, by chance. glibc returns every large block to the system
-    and faults it in again at the next step: keeping them, in one arena, makes a step on a CPU shorter (bench/heap.py).
-    """
-    threads = max(1, int(cpus))
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1)):
-            libc.mallopt(option, value)
