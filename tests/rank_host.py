@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -55,7 +54,6 @@ def _serve(connection: Connection) -> None:
     from dray.engine import _import_deepspeed
     from dray.imports import first_import
 
-    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls what torch has renamed, at every step
     torch.set_num_threads(1)  # no pool of threads, which a fork would lose
     _import_deepspeed(torch.device("cpu"))
     with first_import("transformers", without=("scipy", "sklearn")):

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -326,6 +327,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     with first_import("deepspeed", without=("mlflow",)):
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # ZeRO-3 calls what torch has renamed, hundreds of times a step: a rank's log should hold what went wrong.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A shared-memory collective for inference alone, compiled for half a minute where a C++ compiler is there.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     # Muon's kernels are decorated by torch.compile when they are imported, which loads all of Inductor.

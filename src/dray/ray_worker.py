@@ -37,7 +37,8 @@ LEAVE_SECONDS = 120.0  # in which a group that is to be resized must have saved
 STORED_SECONDS = 180.0
 """How long a save waits for the driver to store the metrics: longer than a storage that fails is waited for."""
 BEAT_EVERY_SECONDS = 0.5
-GRACE_SECONDS = BEAT_EVERY_SECONDS  # in which ranks that failed with the first one say so
+GRACE_SECONDS = 1.0
+"""In which the ranks that fail with the first one say so; where all have, nobody waits."""
 FIRST_TIMEOUT_SECONDS = 1800.0  # of a collective, until steps have been measured: compilation takes its time
 PREFETCH_BLOCKS = 2
 
@@ -304,10 +305,12 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     """Keep the evidence of a failed attempt and decide what comes after it. `noticed`: a node was to be taken away."""
     import ray
 
-    time.sleep(GRACE_SECONDS)
-    said, beats = ray.get(mailbox.evidence.remote())
     run = Run.open(job.storage, job.run_name)
     attempt = make_attempt(job, _find_failed_attempt(run, job))
+    deadline = time.monotonic() + GRACE_SECONDS
+    while ray.get(mailbox.num_left.remote()) < attempt.num_ranks - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    said, beats = ray.get(mailbox.evidence.remote())
     failure = _make_failure(run, attempt, [item for item in said if item["attempt"] == attempt.number], beats, errors)
     failure["preempted"] |= noticed
     save_failure(run, failure)
