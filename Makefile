@@ -17,6 +17,7 @@ $(BIN)/python:
 $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch
 	$(PIP) -e '.[train]'
+	$(BIN)/python -m compileall -q src  # as pip does for what it copies: every worker process imports dray
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
