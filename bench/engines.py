@@ -34,6 +34,17 @@ def build(spec: Spec, plan: Plan, ranks: Ranks) -> Engine:
         lambda model: parameter_groups(model, spec.optimizer.weight_decay), spec.optimizer, plan, ranks)
 
 
+def make_case(num_ranks: int, stage: int, precision: str = "auto") -> Spec:
+    """The model and the rows of bench/ddp_loop.py."""
+    return make_spec({
+        "name": "engines", "data": {"train": "none", "sequence_tokens": 512},
+        "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
+        "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
+        "batch": {"global_rows": 8 * num_ranks, "micro_rows": 8}, "duration": {"steps": 1}, "precision": precision,
+        "resources": {"workers": num_ranks}, "zero": {"stage": stage}, "engine": {"compile": False},
+    })
+
+
 def train_steps(engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, num_steps: int) -> Iterator[int]:
     """Train on random rows; the number of each step once it is done."""
     task, random = CausalLM(), torch.Generator().manual_seed(ranks.rank)
@@ -57,14 +68,7 @@ def main() -> None:
     prepare_process(1)
     dist.init_process_group("gloo")
     ranks = build_ranks(torch.device("cpu"), timeout_seconds=300)
-    spec = make_spec({
-        "name": "engines", "data": {"train": "none", "sequence_tokens": 512},
-        "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
-        "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
-        "batch": {"global_rows": 8 * ranks.num_ranks, "micro_rows": 8}, "duration": {"steps": 1},
-        "precision": options.precision, "resources": {"workers": ranks.num_ranks}, "zero": {"stage": options.stage},
-        "engine": {"compile": False},
-    })
+    spec = make_case(ranks.num_ranks, options.stage, options.precision)
     plan = make_plan(spec, local_shape(), with_ray=False)
     engine, times = build(spec, plan, ranks), [time.perf_counter()]
     times += [time.perf_counter() for _ in train_steps(engine, spec, plan, ranks, options.steps)]

@@ -16,22 +16,13 @@ import time
 
 from bench.report import ROOT, write_section
 from dray.plan import local_shape, make_plan
-from dray.spec import make_spec
-
-SPEC = {
-    "name": "heap", "data": {"train": "none", "sequence_tokens": 512},
-    "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
-    "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
-    "batch": {"global_rows": 8, "micro_rows": 8}, "duration": {"steps": 1}, "resources": {"workers": 1},
-    "zero": {"stage": 0}, "engine": {"compile": False},
-}
 
 
 def train(keeps: bool, num_steps: int) -> list[float]:
     """Seconds of each step after the third."""
     import torch
 
-    from bench.engines import build, train_steps
+    from bench.engines import build, make_case, train_steps
     from dray.process import prepare_process
     from dray.ranks import build_ranks, join_alone
 
@@ -39,7 +30,7 @@ def train(keeps: bool, num_steps: int) -> list[float]:
         prepare_process(1)
     torch.set_num_threads(1)
     join_alone(torch.device("cpu"))
-    spec = make_spec(SPEC)
+    spec = make_case(1, stage=0)
     plan, ranks = make_plan(spec, local_shape(), with_ray=False), build_ranks(torch.device("cpu"), timeout_seconds=300)
     engine, times = build(spec, plan, ranks), [time.perf_counter()]
     times += [time.perf_counter() for _ in train_steps(engine, spec, plan, ranks, num_steps)]

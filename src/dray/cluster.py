@@ -57,11 +57,12 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         os.environ.setdefault(name, value)
     import ray
 
+    if not ray.is_initialized():
+        address = _find_cluster(address or os.environ.get("RAY_ADDRESS"))
     threading.Thread(target=importlib.import_module, args=("ray.train",), daemon=True).start()  # while Ray starts
     if ray.is_initialized():  # inside a notebook, a test or a larger program: theirs to end
         yield Connection(local=False, shape=live_shape(cpus_per_worker, gpus_per_worker))
         return
-    address = address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if verbose else logging.CRITICAL  # a dead worker is told by the diagnosis
     if not verbose:
         _silence_ray_data()
@@ -69,17 +70,10 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         # Nobody takes a laptop's node away; the watcher is one more process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if address:
-        from ray._private.services import canonicalize_bootstrap_address
-
-        if address == "auto":  # the cluster that was started last on this machine, which may have ended
-            address = canonicalize_bootstrap_address("auto") or address
-        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            if port.isdigit() and not _answers(host, int(port)):  # Ray would ask for many minutes
-                raise ConnectionError(address)
             ray.init(address=address, log_to_driver=verbose, logging_level=level)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise PlanError("--address", f"no Ray cluster answers at {address}", way_out="ray start --head") from error
+            raise _no_answer(address) from error
     else:
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-num_cpus // 1))),
                  include_dashboard=verbose, log_to_driver=verbose, logging_level=level)
@@ -88,6 +82,22 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         yield Connection(local=not address, shape=shape)
     finally:
         ray.shutdown()
+
+
+def _find_cluster(address: str | None) -> str | None:
+    """The address, once something listens there: Ray itself would ask for many minutes. Raises PlanError."""
+    if address == "auto":  # the cluster that was started last on this machine, which may have ended
+        from ray._private.services import canonicalize_bootstrap_address
+
+        address = canonicalize_bootstrap_address("auto") or address
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if address and port.isdigit() and not _answers(host, int(port)):
+        raise _no_answer(address)
+    return address
+
+
+def _no_answer(address: str) -> PlanError:
+    return PlanError("--address", f"no Ray cluster answers at {address}", way_out="ray start --head")
 
 
 def live_shape(cpus_per_worker: float, gpus_per_worker: int) -> Shape:

@@ -1,7 +1,7 @@
 """A rank's process: its compute threads, and a heap that keeps what it frees.
 
 glibc returns every large block to the system and faults it in again at the next step; keeping them, in one arena, makes
-a step on a CPU a tenth to a fifth shorter (bench/heap.py).
+a step on a CPU a tenth shorter (bench/heap.py).
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ def test_an_address_where_no_cluster_answers(tmp_path: Path, spec_file: Path):
                           timeout=120)
     assert done.returncode == 2, done.stderr
     assert "dray: --address: no Ray cluster answers at 127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -14,7 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import STEPS, befalling, causes, copy_storage, disturbed, fill, make_case, rank_processes, wait_for
+from harness import (
+    EVERY,
+    STEPS,
+    befalling,
+    causes,
+    copy_storage,
+    disturbed,
+    fill,
+    make_case,
+    rank_processes,
+    wait_for,
+)
 from pyarrow.fs import copy_files
 
 from dray.corpus.prepare import prepare
@@ -127,6 +138,7 @@ def test_a_disk_is_full(storage: str, tiny_corpus: Path, undisturbed: Run, measu
         sound = run.checkpoints()
         assert sound
         assert sound[-1].step < STEPS
+        assert [info.step for info in sound] == list(range(EVERY, sound[-1].step + 1, EVERY))
         assert all(verify_checkpoint(run, info).ok for info in sound)
         ballast[0].unlink()
         train(make_spec(spec), storage=place, run_name="full")

@@ -243,8 +243,8 @@ def _heap_bytes(load: Load) -> int:
     """What glibc's heap holds of freed blocks: a share of the activations, and whole tensors of the parameters' sizes.
 
     Those are the last step's gradients and, with ZeRO, the parameters as they were before they moved into flat buffers;
-    ZeRO-3 gathers and frees them once more. Ranks let their heap keep what it frees (process.py),
-    and the copy for a checkpoint lies there first.
+    ZeRO-3 gathers and frees them once more. Ranks let their heap keep what it frees (process.py), and the copy for a
+    checkpoint lies there first.
     """
     times = {0: 1, 1: 2, 2: 2, 3: 3}[load.stage]
     tensors = times * load.element_bytes * load.count.total
