@@ -30,7 +30,10 @@ def local_ray() -> Iterator[None]:
     """One Ray for every test that trains: starting it costs more than a tiny run."""
     import ray
 
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
+    from dray.cluster import fork_environment
+
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,
+             runtime_env=fork_environment("light:full", {}))
     yield
     ray.shutdown()
 

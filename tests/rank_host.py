@@ -51,13 +51,12 @@ def rank_host() -> Iterator[RankHost]:
 
 
 def _serve(connection: Connection) -> None:
-    from dray.engine import _import_deepspeed
-    from dray.imports import first_import
+    from dray.worker import preload
 
     torch.set_num_threads(1)  # no pool of threads, which a fork would lose
-    _import_deepspeed(torch.device("cpu"))
-    with first_import("transformers", without=("scipy", "sklearn")):
-        import transformers.models.llama.modeling_llama  # noqa: F401
+    preload()
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     while True:
         try:
             function, num_ranks, arguments = connection.recv()

@@ -74,7 +74,7 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, mo
     assert [event["step"] for event in run.events() if event["kind"] == "note"] == list(range(2, 30))
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(bytes(3_000_000))
-    monkeypatch.setattr("dray.train.KEPT_SECONDS", 0.3)
+    monkeypatch.setattr("dray.train.OUTAGE_SECONDS", 0.3)
     recorder.take([record for step in range(30, 90) for record in make_records(step)])
     with pytest.raises(StorageFailed, match="is full"):
         recorder.wait_stored()

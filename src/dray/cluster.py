@@ -6,15 +6,17 @@ What the workers do is not known here.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dray import forkserver
 from dray.errors import PlanError, RunFailed
 from dray.plan import Shape, local_shape, parse_shape
 from dray.process import HEAP_ENVIRONMENT
@@ -69,19 +71,34 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
     if not address:
         # Nobody takes a laptop's node away; the watcher is one more process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # `ray job submit` hands the job's environment on in this variable.
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    with_ranks = cpus_per_worker > 0 and not gpus_per_worker  # on CPUs, for those on GPUs are forks of `light`
+    light = fork_environment("light:full" if with_ranks else "light", submitted)
     if address:
         try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level)
+            ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=light)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_answer(address) from error
     else:
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-num_cpus // 1))),
-                 include_dashboard=verbose, log_to_driver=verbose, logging_level=level)
+                 include_dashboard=verbose, log_to_driver=verbose, logging_level=level, runtime_env=light)
     try:
         shape = live_shape(cpus_per_worker, gpus_per_worker) if address else local_shape()
         yield Connection(local=not address, shape=shape)
     finally:
         ray.shutdown()
+
+
+_OWN_PYTHON = ("pip", "uv", "conda", "container", "image_uri", "nsight", "rocprof_sys", "py_executable")
+"""What in a runtime environment chooses the Python of its workers."""
+
+
+def fork_environment(kind: str, job: Mapping[str, Any]) -> dict[str, str]:
+    """The runtime environment of workers that are forks (`kind`: forkserver.make_command); empty where the `job`'s
+    runtime environment brings a Python of its own, or the system cannot do it."""
+    own = any(name in job and not forkserver.is_command(str(job[name])) for name in _OWN_PYTHON)
+    return {} if own or not forkserver.is_possible() else {"py_executable": forkserver.make_command(kind)}
 
 
 def _find_cluster(address: str | None) -> str | None:
@@ -170,6 +187,7 @@ def run_workers(
     The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not object. `scratch` is
     a local folder for Ray Train's own notes, which dray does not read.
     """
+    import ray
     from ray.exceptions import RayActorError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
@@ -187,6 +205,8 @@ def run_workers(
     resources: dict[str, float] = {"CPU": cpus_per_worker}
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
+    # What has touched CUDA cannot be forked, and libraries do so when they are imported.
+    forked = fork_environment("light" if gpus_per_worker else "full", ray.get_runtime_context().runtime_env)
     trainer = DataParallelTrainer(
         work,
         train_loop_config=config,
@@ -198,7 +218,7 @@ def run_workers(
         backend_config=Processes(),
         run_config=RunConfig(
             name=name, storage_path=scratch, callbacks=[recovery],
-            worker_runtime_env={"env_vars": HEAP_ENVIRONMENT},
+            worker_runtime_env={"env_vars": HEAP_ENVIRONMENT, **forked},
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1,
                                          controller_failure_limit=-1)),
     )

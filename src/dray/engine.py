@@ -296,7 +296,7 @@ def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Modu
 
     `make_groups` gives the optimiser's parameter groups. The learning rate is set at each step.
     """
-    deepspeed = _import_deepspeed(ranks.device)
+    deepspeed = import_deepspeed(ranks.device.type)
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     config = dict(plan.deepspeed)
     constructing: AbstractContextManager[Any] = nullcontext()
@@ -319,9 +319,9 @@ def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Modu
     return Engine(deepspeed_engine, plan, ranks)
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device_type: str) -> Any:
     """DeepSpeed picks its accelerator when it is imported, talks a lot, and prepares for what dray never asks of it."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device_type == "cuda" else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with first_import("deepspeed", without=("mlflow",)):

@@ -30,6 +30,11 @@ def prepare_process(cpus: float) -> None:
     threads = max(1, int(cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+    prepare_heap()
+
+
+def prepare_heap() -> None:
+    """Let this process' heap keep what it frees: in the main thread, and in threads that are yet to start."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in _OPTIONS.values():
             libc.mallopt(option, value)

@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 
@@ -41,6 +43,25 @@ GRACE_SECONDS = 1.0
 """In which the ranks that fail with the first one say so; where all have, nobody waits."""
 FIRST_TIMEOUT_SECONDS = 1800.0  # of a collective, until steps have been measured: compilation takes its time
 PREFETCH_BLOCKS = 2
+
+
+def preload() -> None:
+    """Import what Ray's own helpers of training use, for the fork server; no torch.
+
+    Ray draws its ids from a generator that must not have been used before the fork, or all children draw the same ones;
+    and it draws one for every class of actors that is imported.
+    """
+    import ray.actor
+
+    class ActorClassID(ray.ActorClassID):  # type: ignore[misc]
+        @classmethod
+        def from_random(cls) -> Any:
+            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
+
+    with mock.patch.object(ray.actor, "ActorClassID", ActorClassID):
+        for name in ("ray.data", "ray.train.v2._internal.execution.controller", "pyarrow.dataset", "pyarrow.fs",
+                     "ray.train.v2.api.data_parallel_trainer", "pyarrow.parquet"):
+            import_module(name)
 
 
 def build_mailbox() -> Any:

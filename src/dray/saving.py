@@ -2,7 +2,7 @@
 
 Every rank copies what it owns to host memory and writes it in a thread; the ranks' threads agree over a process group
 of their own, and rank 0 commits. At most one save is in flight. A save that fails on any rank is given up by all, with
-the reason; training goes on from the step it has reached, until too many fail in a row.
+the reason; training goes on from the step it has reached, until too many in a row have failed for too long.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dray.errors import DrayError
 from dray.ranks import Ranks
 from dray.spec import Spec
 from dray.store import CheckpointWriter, RankFile, Run, apply_retention, make_fragment_key
+from dray.store.retrying import OUTAGE_SECONDS
 
 MAX_FAILED_IN_A_ROW = 3
 
@@ -48,12 +49,12 @@ class Saver:
         self._ranks, self._wait_stored = ranks.apart(), wait_stored
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._failing_since = 0, 0.0
 
     def begin(self, step: int, metadata: dict[str, Any]) -> Outcome | None:
         """Copy the state of this step and write it in the background. Returns the outcome of the save before.
 
-        Raises SaveFailed when too many saves in a row have failed.
+        Raises SaveFailed as `finish` does.
         """
         before = self.finish()
         begun = time.perf_counter()
@@ -67,15 +68,22 @@ class Saver:
     def finish(self, *, last: bool = False) -> Outcome | None:
         """Wait for the save in flight, if there is one, and return its outcome.
 
-        Raises SaveFailed when too many in a row have failed, or this one and it is the `last`.
+        Raises SaveFailed when MAX_FAILED_IN_A_ROW have failed in more than OUTAGE_SECONDS, or this one and it is the
+        `last`.
         """
         if self._thread is None:
             return None
         self._thread.join()
         self._thread, outcome = None, self._outcome
         assert outcome is not None
-        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.problem else 0
-        if outcome.problem and (last or self._failed_in_a_row >= MAX_FAILED_IN_A_ROW):
+        if not outcome.problem:
+            self._failed_in_a_row = 0
+            return outcome
+        if not self._failed_in_a_row:
+            self._failing_since = time.monotonic()
+        self._failed_in_a_row += 1
+        too_long = time.monotonic() - self._failing_since > OUTAGE_SECONDS
+        if last or (too_long and self._failed_in_a_row >= MAX_FAILED_IN_A_ROW):
             count = f"{self._failed_in_a_row} saves in a row" if self._failed_in_a_row > 1 else "the save"
             raise SaveFailed(f"{count} failed, the latest at step {outcome.step}: {outcome.problem}")
         return outcome

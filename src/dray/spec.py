@@ -312,7 +312,7 @@ class Numerics(Section):
 class Watchdog(Section):
     """When a run counts as hung: stacks are dumped, the rank at fault is ended, and the run goes on."""
 
-    silent_seconds: Annotated[Float, Field(ge=5)] = 30.0
+    silent_seconds: Annotated[Float, Field(ge=5)] = 15.0
     """A rank that gives no sign of life for so long is stopped or dead."""
     stuck_seconds: Annotated[Float, Field(ge=5)] = 120.0
     """No rank moves within a step for so long …"""

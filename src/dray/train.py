@@ -32,7 +32,7 @@ from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
 from dray.store.filesystem import absolute, is_local
-from dray.store.retrying import StorageFailed, patience
+from dray.store.retrying import OUTAGE_SECONDS, StorageFailed, patience
 from dray.watchdog import find_hang
 
 DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
@@ -40,8 +40,6 @@ DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
 MAILBOX_SECONDS = 60.0
 """How long the mailbox, which does next to nothing, may take to answer."""
 FEWEST_STEPS = 5
-KEPT_SECONDS = 60.0
-"""How long metrics that cannot be stored are kept: a disk that is full may be freed."""
 LAST_WORD_SECONDS = 10.0
 """How long a storage is waited for by each of the last words on a run that has failed."""
 
@@ -240,7 +238,7 @@ def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:
 class Recorder:
     """Turns the ranks' records into the run's metrics: one row a step once every rank has reported it.
 
-    While the storage takes nothing (a full disk, say) they are kept here and tried again, for KEPT_SECONDS.
+    While the storage takes nothing (a full disk, say) they are kept here and tried again, for OUTAGE_SECONDS.
     """
 
     def __init__(self, run: Run, plan: Plan, trackers: Trackers, display: Display) -> None:
@@ -306,8 +304,8 @@ class Recorder:
         except StorageFailed as error:
             if self._failing_since is None:
                 self._failing_since = time.monotonic()
-                self._display.say(f"metrics are kept in memory for {KEPT_SECONDS:.0f} s at most: {error}")
-            if time.monotonic() - self._failing_since > KEPT_SECONDS:
+                self._display.say(f"metrics are kept in memory for {OUTAGE_SECONDS:.0f} s at most: {error}")
+            if time.monotonic() - self._failing_since > OUTAGE_SECONDS:
                 raise
 
     def _show_step(self, row: dict[str, Any]) -> None:

@@ -18,12 +18,19 @@ import pyarrow as pa
 import torch
 
 from dray.corpus.stream import RowStream, check_rows
-from dray.engine import Engine, Update, build_engine
+from dray.engine import Engine, Update, build_engine, import_deepspeed
 from dray.errors import DrayError
 from dray.job import Attempt, Job
-from dray.models import build_model, enable_activation_checkpointing, parameter_groups, restore_rotary_buffers
+from dray.models import (
+    build_model,
+    enable_activation_checkpointing,
+    import_transformers,
+    parameter_groups,
+    restore_rotary_buffers,
+)
 from dray.numerics import LossSpike, Watch
 from dray.order import NO_STEPS, Ints, Segment, chain_digest, format_digest, row_digest
+from dray.process import prepare_heap
 from dray.pulse import Pulse
 from dray.ranks import Ranks
 from dray.saving import Outcome, Saver
@@ -34,6 +41,13 @@ from dray.tasks.causal_lm import bits_per_byte
 
 _MEASURED_STEPS = 6  # the first of them is not typical
 _LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50
+
+
+def preload() -> None:
+    """Import what a rank on CPUs uses, for the fork server."""
+    prepare_heap()
+    import_transformers()
+    import_deepspeed("cpu")
 
 
 class CheckpointDamaged(DrayError):

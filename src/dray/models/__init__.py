@@ -4,7 +4,13 @@
 writes Hugging Face folders, `build.py` puts them together. Knows no DeepSpeed, reads no pickles, runs no remote code.
 """
 
-from dray.models.build import build_model, enable_activation_checkpointing, num_parameters, parameter_groups
+from dray.models.build import (
+    build_model,
+    enable_activation_checkpointing,
+    import_transformers,
+    num_parameters,
+    parameter_groups,
+)
 from dray.models.config import make_config
 from dray.models.folder import LoadReport, save_pretrained_folder
 from dray.models.initialize import initialize_weights, restore_rotary_buffers
@@ -13,6 +19,7 @@ __all__ = [
     "LoadReport",
     "build_model",
     "enable_activation_checkpointing",
+    "import_transformers",
     "initialize_weights",
     "make_config",
     "num_parameters",

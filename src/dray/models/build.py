@@ -9,18 +9,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 from dray.imports import first_import
-from dray.models.config import auto_class, find_folder, make_config
+from dray.models.config import TASK_CLASSES, auto_class, find_folder, make_config
 from dray.models.folder import load_folder
 from dray.models.initialize import Gathering, initialize_weights, no_gathering, restore_rotary_buffers
 from dray.spec import Spec
 
 logger = logging.getLogger("dray.models")
+
+
+def import_transformers() -> None:
+    """Import what every model needs of transformers."""
+    with _leanly():
+        import_module("transformers.initialization")
+        for task in TASK_CLASSES:
+            auto_class(task)
+
+
+def _leanly() -> AbstractContextManager[None]:
+    return first_import("transformers", without=("scipy", "sklearn"))
 
 
 def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
@@ -34,7 +47,7 @@ def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
     modifier_rank=0)`). Without `initial_weights` the parameters are left as they come from the allocator, for a restore
     to fill. What became of a folder's weights is logged, and kept as `model.load_report`. Raises SpecError.
     """
-    with first_import("transformers", without=("scipy", "sklearn")):
+    with _leanly():
         config = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
                              eos_token_id=eos_token_id, labels=labels)
         model = _construct(config, spec.task, constructing or nullcontext(), dtype)

@@ -25,7 +25,7 @@ _UNGATED_SILU = ("mamba", "mamba2", "falcon_mamba")
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
                      "xmod", "mpnet", "longformer")
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "d_inner", "ffn_hidden_size")
-_TASK_CLASSES = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
+TASK_CLASSES = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
 def make_config(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
@@ -63,7 +63,7 @@ def auto_class(task: str) -> Any:
     """The transformers class that builds a task's models."""
     import transformers
 
-    return getattr(transformers, _TASK_CLASSES[task])
+    return getattr(transformers, TASK_CLASSES[task])
 
 
 def find_folder(path: str) -> Path:

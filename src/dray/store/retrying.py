@@ -22,6 +22,8 @@ from dray.errors import DrayError, StoreError
 
 RETRY_SECONDS = 120.0
 """How long an operation is tried again: a store that is down for a minute is survived."""
+OUTAGE_SECONDS = 60.0
+"""How long a run goes on while its storage takes nothing, not even late: a disk that is full may be freed."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
 """Pauses are drawn between 0 and a bound that doubles from the first to the longest: ranks do not come back at once."""
 

@@ -5,6 +5,8 @@ The file that DRAY_FAULT_FILE names holds, once a test has written it,
 function in any process, the process does the action. The flag file is created with O_EXCL, so that of all processes and
 attempts just one does it, once. At the moment `late` the function returns False for PAUSE_SECONDS from the first time
 on that it had True to return; at the moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
+
+A module is armed when it is loaded, or, in a fork of a process that had loaded it, when that begins.
 """
 
 from __future__ import annotations
@@ -73,12 +75,16 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str
     for part in owners:
         owner = getattr(owner, part)
     original = getattr(owner, name)
-
+    armed_for = _named_fault()
+    if getattr(original, "armed_for", None) == armed_for:
+        return
     late_until = 0.0
 
     @functools.wraps(original)
     def faulty(*arguments: Any, **named: Any) -> Any:
         nonlocal late_until
+        if _named_fault() != armed_for:  # of an earlier test
+            return original(*arguments, **named)
         if moment == "slow":
             time.sleep(PAUSE_SECONDS)
         if moment == "before" and _is_first(flag):
@@ -90,6 +96,7 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str
             late_until = time.monotonic() + PAUSE_SECONDS
         return result if time.monotonic() >= late_until else False
 
+    faulty.armed_for = armed_for  # type: ignore[attr-defined]
     setattr(owner, name, faulty)
 
 
@@ -120,5 +127,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _arm_what_is_loaded() -> None:
+    fault = _named_fault()
+    if fault and fault[0] in sys.modules:
+        _arm(sys.modules[fault[0]], *fault[1:])
+
+
 if "DRAY_FAULT_FILE" in os.environ:
+    os.register_at_fork(after_in_child=_arm_what_is_loaded)
     sys.meta_path.insert(0, _Finder())

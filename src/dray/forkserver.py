@@ -1,0 +1,266 @@
+"""Ray workers that start in a fraction of the time: forks of a process that has imported everything.
+
+Most of a worker's start is imports: a rank spends five seconds of CPU on Ray, torch, transformers and DeepSpeed, and
+does so again after every failure. Ray starts a worker with the command that `py_executable` of its runtime environment
+names; `make_command` gives one that runs this file. The first worker of a job on a node becomes their fork server: it
+imports, and forks itself to be that worker. Later ones hand their arguments, environment and standard streams over, and
+end: Ray knows a worker by the process that registers, as it must for workers in containers. Where no server answers, a
+worker starts as it would without one.
+
+The server `light` has imported Ray; `full`, a fork of it that ranks on CPUs need, the rest. They end with the node's
+raylet, or once `full` (where there is none, `light`) has had no child for IDLE_SECONDS. Their sockets lie in a folder
+that only their user can enter. What has touched CUDA cannot be forked, so `light` imports nothing that may touch it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import importlib
+import json
+import os
+import select
+import socket
+import sys
+import time
+import types
+import zlib
+from contextlib import suppress
+from typing import Any
+
+PRELOADS = {"light": "dray.ray_worker", "full": "dray.worker"}
+"""Server → the module whose `preload` imports what its children need."""
+IDLE_SECONDS = 60.0
+ANSWER_SECONDS = 20.0
+"""How long a worker waits for a server that is still importing; Ray waits a minute for a worker."""
+BIND_SECONDS = 5.0
+"""How long a worker waits for a server that has just been started to listen."""
+_LENGTH_BYTES, _DONE = 4, b"1"
+Request = dict[str, Any]
+"""A worker to be: `arguments` (of Python), `environment`, `folder`."""
+
+
+def make_command(kind: str) -> str:
+    """The `py_executable` of workers that are to be forks of a server: words for a shell.
+
+    `kind`: `light`, `full`, or `light:full`, which is `light` where `full` will soon be asked for. A node that has
+    neither this Python nor this file starts the worker with a Python of its own.
+    """
+    script = (f"[ -x {sys.executable} ] && [ -f {__file__} ] && exec {sys.executable} -I -S {__file__} {kind} \"$@\"; "
+              "exec python \"$@\"")
+    return f"bash -c '{script}' dray"
+
+
+def is_command(py_executable: str) -> bool:
+    """Whether it is one of `make_command`."""
+    return __file__ in py_executable
+
+
+def is_possible() -> bool:
+    """Whether this system can tell a server that its raylet has ended."""
+    return hasattr(os, "pidfd_open")
+
+
+def become_worker(kind: str, arguments: list[str]) -> None:
+    """Be what Ray started this process for, in a fork of the node's server if there is one. Returns when such a fork
+    has taken over."""
+    server, _, soon = kind.partition(":")
+    place = _find_place(with_full="full" in (server, soon))
+    if place:
+        lock = os.open(f"{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # there is a server, or another worker has begun to be it
+            os.close(lock)
+            if _hand_over(f"{place}.{server}", arguments):
+                return
+        else:  # such a lock outlives exec, and forks do not have it
+            os.set_inheritable(lock, True)
+            server_command = [sys.executable, "-P", "-m", "dray.forkserver", "--serve", place, kind]
+            os.execv(sys.executable, server_command + arguments)
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def _find_place(*, with_full: bool) -> str:
+    """Where this job's servers on this node listen: the beginning of a path; empty where others could listen."""
+    folder = f"{os.environ.get('TMPDIR', '/tmp')}/dray-fork-{os.getuid()}"
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        found = os.lstat(folder)
+    except OSError:
+        return ""
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        return ""
+    # What decides what an import gives: a job's runtime environment is its own.
+    job = [os.environ.get(name, "") for name in ("PYTHONPATH", "RAY_JOB_ID")]
+    imports = [sys.executable, __file__, str(with_full), *job]
+    return f"{folder}/{os.getppid()}-{zlib.crc32(chr(0).join(imports).encode()):08x}"
+
+
+def _make_request(arguments: list[str]) -> Request:
+    return {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+
+
+def _hand_over(path: str, arguments: list[str]) -> bool:
+    """Ask the server at `path` for a fork that takes this process' place. Returns whether there is one."""
+    body = json.dumps(_make_request(arguments)).encode()
+    deadline = time.monotonic() + BIND_SECONDS
+    while time.monotonic() < deadline:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            try:
+                connection.connect(path)
+                socket.send_fds(connection, [len(body).to_bytes(_LENGTH_BYTES, "big")], [0, 1, 2])
+                connection.sendall(body)
+                return connection.recv(1) == _DONE
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.05)
+            except OSError:
+                return False
+    return False
+
+
+class Server:
+    """Listens at a path, and forks a worker for each request."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        if os.path.exists(path):  # of a server that was killed: the holder of the lock is the only one
+            os.unlink(path)
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(path)
+        self.socket.listen(128)
+        self._children: set[int] = set()
+
+    def serve(self, raylet: int, companion: int | None = None) -> Request | None:
+        """Answer requests for as long as there is anyone to serve; `raylet` is a file descriptor of that process, and
+        the child `companion` another server, without which this one ends.
+
+        Returns None then, and in each child the request that it is to fulfil.
+        """
+        used = time.monotonic()
+        while time.monotonic() - used < IDLE_SECONDS:
+            waiting: list[Any] = [self.socket, raylet]
+            ready, _, _ = select.select(waiting, [], [], 1.0)
+            if raylet in ready:
+                break
+            if ready and (request := self._answer()):
+                return request
+            if companion in self._reap():
+                break
+            used = time.monotonic() if ready or self._children else used
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+        return None
+
+    def fork(self) -> int:
+        """Returns the child's process id, and 0 in the child."""
+        child = os.fork()
+        if child:
+            self._children.add(child)
+        else:
+            os.setpgrp()  # Ray ends what a dead worker leaves behind by its process group
+        return child
+
+    def _reap(self) -> set[int]:
+        """The children that have ended since the last call."""
+        ended = set()
+        while self._children and (child := os.waitpid(-1, os.WNOHANG)[0]):
+            ended.add(child)
+            self._children.discard(child)
+        return ended
+
+    def _answer(self) -> Request | None:
+        connection, _ = self.socket.accept()
+        with connection:
+            connection.settimeout(ANSWER_SECONDS)
+            try:
+                head, streams, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, 3)
+                length, body = int.from_bytes(head, "big"), bytearray()
+                while len(body) < length:
+                    part = connection.recv(length - len(body))
+                    if not part:
+                        return None
+                    body += part
+                request: Request = json.loads(body)
+                connection.send(_DONE)
+            except (OSError, ValueError):  # it has not waited, and starts by itself
+                return None
+            if not self.fork():
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+                return request
+            for stream in streams:
+                os.close(stream)
+        return None
+
+
+def serve(place: str, kind: str, arguments: list[str]) -> None:
+    """Be the servers that a worker of this kind needs, and that worker as the first of their children."""
+    first: Request | None = _make_request(arguments)
+    server, _, soon = kind.partition(":")
+    raylet = os.pidfd_open(os.getppid())
+    _clear(os.path.dirname(place))
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start its threads when it is imported
+    own, full, companion = Server(f"{place}.light"), None, None
+    if "full" in (server, soon):
+        full = Server(f"{place}.full")
+    _preload("light")
+    if full:
+        companion = own.fork()
+        if companion:
+            full.socket.close()
+        else:
+            own.socket.close()
+            _preload("full")
+            own, companion = full, None
+        first = first if (server == "full") == (own is full) else None
+    gc.collect()
+    gc.freeze()  # a collection in a child would touch, and so copy, every page
+    request = first if first and not own.fork() else own.serve(raylet, companion)
+    if request:
+        own.socket.close()
+        os.close(raylet)
+        _run(request)
+    elif own is not full:
+        os.unlink(f"{place}.lock")  # two servers for a moment would do no harm: the later one is asked
+
+
+def _clear(folder: str) -> None:
+    """Remove what servers have left there that were killed, once their raylets have ended."""
+    for name in os.listdir(folder):
+        if not os.path.exists(f"/proc/{name.partition('-')[0]}"):
+            with suppress(FileNotFoundError):
+                os.unlink(f"{folder}/{name}")
+
+
+def _preload(kind: str) -> None:
+    """Import what children of this kind need. What cannot be imported is their failure to report."""
+    try:
+        importlib.import_module(PRELOADS[kind]).preload()
+    except Exception as error:
+        print(f"dray's fork server could not import everything: {error!r}", file=sys.stderr)
+
+
+def _run(request: Request) -> None:
+    """Be the worker that was asked for, as if Python had just been started with its arguments."""
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = request["arguments"]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()  # Python's own generator does so after a fork
+    main = types.ModuleType("__main__")
+    main.__file__ = sys.argv[0]
+    sys.modules["__main__"] = main
+    with open(sys.argv[0], encoding="utf-8") as script:
+        code = compile(script.read(), sys.argv[0], "exec")
+    exec(code, main.__dict__)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve(sys.argv[2], sys.argv[3], sys.argv[4:])
+    else:
+        become_worker(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,188 @@
+"""Workers of a real Ray that are forks of their node's server, and what becomes of them without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dray import forkserver
+from dray.cluster import fork_environment
+
+pytestmark = pytest.mark.skipif(not forkserver.is_possible(), reason="this system has no pidfd_open")
+
+
+class Cluster:
+    """A process of its own with a local Ray, whose driver runs what it is told."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(folder), "RAY_TMPDIR": "/tmp", "RAY_ADDRESS": "local", **environment})
+
+    def probe(self, kind: str, **environment: str) -> dict[str, Any]:
+        """What a new worker of that kind says about itself."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps([kind, environment]), file=self.process.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def end(self) -> None:
+        self.process.communicate("", timeout=60)
+
+
+DRIVER = textwrap.dedent("""
+    import json, os, sys
+    import ray
+    from dray.cluster import fork_environment
+
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def probe(self):
+            import multiprocessing, random
+            from ray._raylet import WorkerID
+            parent = os.getppid()
+            return {"pid": os.getpid(), "parent": parent, "random": WorkerID.from_random().hex(),
+                    "parent_command": open(f"/proc/{parent}/cmdline").read().split(chr(0)),
+                    "group": os.getpgrp(), "path": sys.path, "colour": os.environ.get("COLOUR"),
+                    "loaded": [name for name in ("torch", "deepspeed", "ray.data") if name in sys.modules],
+                    "log": os.readlink("/proc/self/fd/1"), "main": sys.modules["__main__"].__file__}
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    kept = []
+    for line in sys.stdin:
+        kind, environment = json.loads(line)
+        kept.append(Worker.options(runtime_env={**fork_environment(kind, {}), "env_vars": environment}).remote())
+        print(json.dumps(ray.get(kept[-1].probe.remote(), timeout=120)), flush=True)
+""")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("sockets"))
+    yield cluster
+    cluster.end()
+
+
+def is_forked(found: dict[str, Any]) -> bool:
+    return "dray.forkserver" in found["parent_command"]
+
+
+def test_workers_are_forks_with_what_is_theirs(cluster: Cluster):
+    first, second = cluster.probe("light", COLOUR="red"), cluster.probe("light", COLOUR="blue")
+    assert is_forked(first)
+    assert second["parent"] == first["parent"]
+    assert (first["loaded"], second["loaded"]) == (["ray.data"], ["ray.data"])  # no torch, which may touch CUDA
+    assert (first["colour"], second["colour"]) == ("red", "blue")
+    assert first["random"] != second["random"]  # Ray's ids come from a generator that a fork would copy
+    for found in (first, second):
+        assert found["group"] == found["pid"]  # Ray ends the process group of a dead worker
+        assert found["main"].endswith("default_worker.py")
+        assert str(Path(found["main"]).parent) in found["path"]
+        assert str(found["pid"]) in found["log"]
+
+
+def test_ranks_are_forks_of_one_that_has_imported_more(cluster: Cluster):
+    first, second = cluster.probe("full"), cluster.probe("full")
+    assert is_forked(first)
+    assert second["parent"] == first["parent"]
+    assert first["loaded"] == ["torch", "deepspeed", "ray.data"]
+    assert first["random"] != second["random"]
+    assert psutil.Process(first["parent"]).ppid() == cluster.probe("light:full")["parent"]
+
+
+def test_a_server_that_was_killed_is_replaced(cluster: Cluster):
+    before = cluster.probe("full")
+    full = psutil.Process(before["parent"])
+    light = full.parent()
+    assert light
+    full.kill()
+    light.wait(10)  # one without the other is replaced by none
+    after = cluster.probe("full")
+    assert is_forked(after)
+    assert after["parent"] != before["parent"]
+    assert psutil.pid_exists(before["pid"])  # its children live on
+
+
+def test_a_worker_does_not_wait_for_a_server_that_does_not_answer(cluster: Cluster):
+    server = psutil.Process(cluster.probe("light")["parent"])
+    server.suspend()
+    try:
+        alone = cluster.probe("light")
+        assert not is_forked(alone)
+    finally:
+        server.resume()
+    time.sleep(2)
+    later = cluster.probe("light")
+    assert later["parent"] == server.pid
+    # It has not forked for the one that had given up.
+    assert alone["pid"] not in [child.pid for child in server.children()]
+    assert len({child.pid for child in server.children()} - {server.pid}) == len(server.children())
+
+
+def test_a_folder_that_others_can_enter_is_not_used(tmp_path: Path):
+    folder = tmp_path / f"dray-fork-{os.getuid()}"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    cluster = Cluster(tmp_path)
+    try:
+        assert not is_forked(cluster.probe("light"))
+        assert not list(folder.iterdir())
+    finally:
+        cluster.end()
+
+
+def test_servers_end_with_their_raylet(tmp_path: Path):
+    cluster = Cluster(tmp_path)
+    servers = [psutil.Process(cluster.probe(kind)["parent"]) for kind in ("light", "full")]
+    cluster.process.send_signal(signal.SIGKILL)
+    cluster.process.wait()
+    _, alive = psutil.wait_procs(servers, timeout=60)
+    assert not alive
+    assert not list((tmp_path / f"dray-fork-{os.getuid()}").iterdir())
+
+
+def test_a_server_ends_when_it_has_no_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(forkserver, "IDLE_SECONDS", 1.5)
+    server = forkserver.Server(str(tmp_path / "x.light"))
+    assert server.serve(os.pidfd_open(os.getpid())) is None
+    assert not (tmp_path / "x.light").exists()
+
+
+def test_a_request_that_makes_no_sense_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(forkserver, "IDLE_SECONDS", 1.5)
+    server = forkserver.Server(str(tmp_path / "x.light"))
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(tmp_path / "x.light"))
+        connection.sendall(b"nonsense")
+        connection.close()
+        assert server.serve(os.pidfd_open(os.getpid())) is None
+
+
+def test_a_node_without_this_file_uses_its_own_python(tmp_path: Path):
+    command = forkserver.make_command("light").replace(forkserver.__file__, str(tmp_path / "absent.py"))
+    script = tmp_path / "worker.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    # As Ray puts it together.
+    said = subprocess.check_output(["bash", "-c", f"exec {command} {script} --a 'b c'"], text=True,
+                                   env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+    assert said.strip() == "['--a', 'b c']"
+
+
+@pytest.mark.parametrize("job", [{"pip": ["x"]}, {"uv": ["x"]}, {"conda": "x"}, {"image_uri": "x"},
+                                 {"py_executable": "uv run python"}])
+def test_a_job_with_its_own_python_keeps_it(job: dict[str, Any]):
+    assert fork_environment("full", job) == {}
+    assert fork_environment("full", {"working_dir": "x", **fork_environment("light", {})})
