@@ -1,12 +1,14 @@
 """Goodput under a random fault every 20 to 60 seconds, beside the stock arm: `python -m bench.soak` (`make soak`).
 
-Both arms train one small Llama with 2 workers on a Ray cluster of three local nodes, checkpoint every 10 steps, and
-meet the same schedule of faults: a worker killed, a worker stopped, a node gone without a word, a node gone after a
-notice of 15 seconds, a full storage. The stock arm is ../shared/stock/train.py with --max-failures 100. Time counts
-from an arm's first step. Goodput is steps committed at the end × the step time of a run without faults ÷ seconds.
+Both arms train one small Llama with 2 workers on a Ray cluster of a head without CPUs and two nodes, each of which
+has room for both workers and a reader. They checkpoint every 10 steps, and meet the same schedule of faults: a worker
+killed, a worker stopped, a worker's node gone without a word, or after a notice of 15 seconds, a full storage. The
+stock arm is ../shared/stock/train.py with --max-failures 100. Time counts from an arm's first step. Goodput is steps
+committed at the end × the step time of a run without faults ÷ seconds.
 
 A node that went is replaced after REPLACE_SECONDS. What an arm does not survive by itself is done by hand and
-counted: a stopped worker is killed after OPERATOR_SECONDS, a command that ended is typed again.
+counted: a stopped worker is killed after OPERATOR_SECONDS, a command that ended is typed again. --keep says where the
+arms' logs and dray's run, without its checkpoints, are copied to.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import dataclasses
 import itertools
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -74,14 +77,14 @@ class Arm:
         from ray.cluster_utils import Cluster
 
         self.name, self.folder, self.command, self.read_steps = name, folder, command, read_steps
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes = [self.add_node() for _ in range(WORKERS)]
         self.by_hand: list[str] = []
         self.later: list[tuple[float, Callable[[], None]]] = []
         self.process = self.start()
 
     def add_node(self) -> Any:
-        return self.cluster.add_node(num_cpus=1)
+        return self.cluster.add_node(num_cpus=WORKERS + 1)
 
     def start(self) -> subprocess.Popen[bytes]:
         with (self.folder / f"{self.name}.log").open("ab") as log:
@@ -121,9 +124,9 @@ class Arm:
             if fault.kind == "hang":
                 self.do_later(OPERATOR_SECONDS, lambda: self.end_stopped(rank))
         elif fault.kind == "node":
-            self.remove(self.nodes[fault.choice % len(self.nodes)])
+            self.remove(self.choose_node(ranks, fault.choice))
         elif fault.kind == "preemption":
-            node = self.nodes[fault.choice % len(self.nodes)]
+            node = self.choose_node(ranks, fault.choice)
             self.give_notice(node)
             self.do_later(NOTICE_SECONDS, lambda: self.remove(node))
         elif fault.kind == "storage":
@@ -132,6 +135,13 @@ class Arm:
             with filler.open("wb") as file, contextlib.suppress(OSError):
                 os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
             self.do_later(FULL_SECONDS, filler.unlink)
+
+    def choose_node(self, ranks: list[psutil.Process], choice: int) -> Any:
+        """The node of one of the workers; any of them while there are none."""
+        above = {parent.pid for parent in ranks[choice % len(ranks)].parents()} if ranks else set()
+        there = [node for node in self.nodes if {entry.process.pid for processes in node.all_processes.values()
+                                                 for entry in processes} & above]
+        return (there or self.nodes)[choice % len(there or self.nodes)]
 
     def do_later(self, seconds: float, work: Callable[[], None]) -> None:
         self.later.append((time.time() + seconds, work))
@@ -212,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     seconds = options.minutes * 60
     with tempfile.TemporaryDirectory(prefix="dray-soak-") as name:
@@ -220,7 +231,11 @@ def main() -> None:
             kinds = ["kill", "hang", "node", "preemption", *(["storage"] if can_fill else [])]
             faults = make_schedule(seconds, kinds, options.seed)
             (folder / "spec.yaml").write_text(SPEC)
-            figures = measure(folder, seconds, faults)
+            try:
+                figures = measure(folder, seconds, faults)
+            finally:
+                if options.keep:
+                    keep(folder, options.keep)
     counts = ", ".join(f"{sum(fault.kind == kind for fault in faults)} {kind}" for kind in kinds)
     lines = [f"{options.minutes:g} minutes an arm, {len(faults)} faults ({counts}), seed {options.seed}; a step takes "
              f"{figures['control']['step_seconds']:.3f} s where nothing happens"
@@ -234,6 +249,14 @@ def main() -> None:
                      f"| {row['repeated']:,} | {row['skipped']} | {by_hand} |")
     ratio = figures["dray"]["goodput"] / max(figures["stock"]["goodput"], 1e-9)
     write_section("soak", "\n".join([*lines, "", f"Goodput, dray ÷ stock: {ratio:.1f}."]), figures)
+
+
+def keep(folder: Path, to: Path) -> None:
+    """Copy what tells how it went."""
+    shutil.copytree(folder / "storage" / "runs", to, ignore=shutil.ignore_patterns("checkpoints", "corpora"),
+                    dirs_exist_ok=True)
+    for path in [*folder.glob("*.log"), *folder.glob("*.jsonl")]:
+        shutil.copy(path, to)
 
 
 def measure(folder: Path, seconds: float, faults: list[Fault]) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str
         return result if time.monotonic() >= late_until else False
 
     faulty.armed_for = armed_for  # type: ignore[attr-defined]
-    setattr(owner, name, faulty)
+    for holder in [owner, *(other for path, other in list(sys.modules.items()) if path.startswith("dray."))]:
+        if vars(holder).get(name) is original:  # other modules have imported it by name
+            setattr(holder, name, faulty)
 
 
 def _named_fault() -> list[str]:
