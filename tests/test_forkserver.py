@@ -154,21 +154,19 @@ def test_servers_end_with_their_raylet(tmp_path: Path):
     assert not list((tmp_path / f"dray-fork-{os.getuid()}").iterdir())
 
 
-def test_a_server_ends_when_it_has_no_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(forkserver, "IDLE_SECONDS", 1.5)
+def test_a_server_ends_when_it_has_no_children(tmp_path: Path):
     server = forkserver.Server(str(tmp_path / "x.light"))
-    assert server.serve(os.pidfd_open(os.getpid())) is None
+    assert server.serve(os.pidfd_open(os.getpid()), idle_seconds=1.5) is None
     assert not (tmp_path / "x.light").exists()
 
 
-def test_a_request_that_makes_no_sense_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(forkserver, "IDLE_SECONDS", 1.5)
+def test_a_request_that_makes_no_sense_is_dropped(tmp_path: Path):
     server = forkserver.Server(str(tmp_path / "x.light"))
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(tmp_path / "x.light"))
         connection.sendall(b"nonsense")
         connection.close()
-        assert server.serve(os.pidfd_open(os.getpid())) is None
+        assert server.serve(os.pidfd_open(os.getpid()), idle_seconds=1.5) is None
 
 
 def test_a_node_without_this_file_uses_its_own_python(tmp_path: Path):

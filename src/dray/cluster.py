@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ MAX_GROUP_STARTS = 10
 """Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before a run fails."""
 RESIZE_SECONDS = 30.0
 """How often an elastic group is compared with what the cluster has."""
+WARM_SECONDS = 5.0
+"""How often new nodes are looked for."""
 ANSWER_SECONDS = 3.0
 """A node that cannot be connected to for so long is lost."""
 _QUIET = {
@@ -99,6 +103,43 @@ def fork_environment(kind: str, job: Mapping[str, Any]) -> dict[str, str]:
     runtime environment brings a Python of its own, or the system cannot do it."""
     own = any(name in job and not forkserver.is_command(str(job[name])) for name in _OWN_PYTHON)
     return {} if own or not forkserver.is_possible() else {"py_executable": forkserver.make_command(kind)}
+
+
+class WarmNodes:
+    """Fork servers on the nodes that can hold a rank, so that one that comes to a node need not wait for imports.
+
+    A server stays for as long as it has a child: one on each node does nothing else.
+    """
+
+    def __init__(self, cpus_per_worker: float, gpus_per_worker: int) -> None:
+        import ray
+
+        self._wanted = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
+        kind = "light" if gpus_per_worker else "light:full"
+        self.environment = fork_environment(kind, ray.get_runtime_context().runtime_env)
+        """The runtime environment of an actor that keeps its node's servers."""
+        self._keepers: dict[str, Any] = {ray.get_runtime_context().get_node_id(): None}  # the mailbox is there
+        self._looked_at = -math.inf
+
+    def look(self) -> None:
+        """Take care of the nodes that have joined, every few seconds at most."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if not self.environment or time.monotonic() - self._looked_at < WARM_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+
+        class Keeper:
+            pass
+
+        for node in ray.nodes():
+            node_id, has = node["NodeID"], node["Resources"]
+            fits = all(has.get(name, 0.0) >= amount for name, amount in self._wanted.items())
+            if node["Alive"] and fits and node_id not in self._keepers:
+                there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+                actor = ray.remote(num_cpus=0, scheduling_strategy=there, runtime_env=self.environment)(Keeper)
+                self._keepers[node_id] = actor.remote()
 
 
 def _find_cluster(address: str | None) -> str | None:

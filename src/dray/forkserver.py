@@ -8,8 +8,9 @@ end: Ray knows a worker by the process that registers, as it must for workers in
 worker starts as it would without one.
 
 The server `light` has imported Ray; `full`, a fork of it that ranks on CPUs need, the rest. They end with the node's
-raylet, or once `full` (where there is none, `light`) has had no child for IDLE_SECONDS. Their sockets lie in a folder
-that only their user can enter. What has touched CUDA cannot be forked, so `light` imports nothing that may touch it.
+raylet, or once `light` has had no other child for IDLE_SECONDS; who wants them to stay keeps one (`cluster.WarmNodes`).
+Their sockets lie in a folder that only their user can enter. What has touched CUDA cannot be forked, so `light` imports
+nothing that may touch it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fcntl
 import gc
 import importlib
 import json
+import math
 import os
 import select
 import socket
@@ -132,23 +134,23 @@ class Server:
         self.socket.listen(128)
         self._children: set[int] = set()
 
-    def serve(self, raylet: int, companion: int | None = None) -> Request | None:
-        """Answer requests for as long as there is anyone to serve; `raylet` is a file descriptor of that process, and
-        the child `companion` another server, without which this one ends.
+    def serve(self, master: int, companion: int | None = None, idle_seconds: float = math.inf) -> Request | None:
+        """Answer requests until the process with the file descriptor `master` has ended, or the child `companion`, or
+        there has been no other child for so long.
 
         Returns None then, and in each child the request that it is to fulfil.
         """
         used = time.monotonic()
-        while time.monotonic() - used < IDLE_SECONDS:
-            waiting: list[Any] = [self.socket, raylet]
+        while time.monotonic() - used < idle_seconds:
+            waiting: list[Any] = [self.socket, master]
             ready, _, _ = select.select(waiting, [], [], 1.0)
-            if raylet in ready:
+            if master in ready:
                 break
             if ready and (request := self._answer()):
                 return request
             if companion in self._reap():
                 break
-            used = time.monotonic() if ready or self._children else used
+            used = time.monotonic() if ready or self._children - {companion} else used
         with suppress(FileNotFoundError):
             os.unlink(self._path)
         return None
@@ -199,28 +201,28 @@ def serve(place: str, kind: str, arguments: list[str]) -> None:
     """Be the servers that a worker of this kind needs, and that worker as the first of their children."""
     first: Request | None = _make_request(arguments)
     server, _, soon = kind.partition(":")
-    raylet = os.pidfd_open(os.getppid())
     _clear(os.path.dirname(place))
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start its threads when it is imported
-    own, full, companion = Server(f"{place}.light"), None, None
-    if "full" in (server, soon):
-        full = Server(f"{place}.full")
+    own, master, companion, idle_seconds = Server(f"{place}.light"), os.getppid(), None, IDLE_SECONDS
+    full = Server(f"{place}.full") if "full" in (server, soon) else None
     _preload("light")
     if full:
+        light = os.getpid()
         companion = own.fork()
         if companion:
             full.socket.close()
         else:
             own.socket.close()
             _preload("full")
-            own, companion = full, None
+            own, master, companion, idle_seconds = full, light, None, math.inf
         first = first if (server == "full") == (own is full) else None
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page
-    request = first if first and not own.fork() else own.serve(raylet, companion)
+    descriptor = os.pidfd_open(master)
+    request = first if first and not own.fork() else own.serve(descriptor, companion, idle_seconds)
     if request:
         own.socket.close()
-        os.close(raylet)
+        os.close(descriptor)
         _run(request)
     elif own is not full:
         os.unlink(f"{place}.lock")  # two servers for a moment would do no harm: the later one is asked

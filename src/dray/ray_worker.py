@@ -64,8 +64,9 @@ def preload() -> None:
             import_module(name)
 
 
-def build_mailbox() -> Any:
-    """The actor beside the driver that carries records and heartbeats to it, and a wish to stop to the ranks."""
+def build_mailbox(environment: dict[str, str]) -> Any:
+    """The actor beside the driver that carries records and heartbeats to it, and a wish to stop to the ranks; with a
+    runtime environment of its own."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -142,7 +143,7 @@ def build_mailbox() -> Any:
             return {rank: (beat, now - at) for rank, (beat, at) in self._beats.items()}
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here, runtime_env=environment)(Mailbox).remote()
 
 
 def end_workers(mailbox: Any) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dray.cluster import connect, head_is_gone, run_workers
+from dray.cluster import WarmNodes, connect, head_is_gone, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.doctor.stalls import find_straggler
@@ -430,8 +430,9 @@ class _RayLauncher:
             run_rank,
         )
 
-        mailbox = build_mailbox()
         resources = job.spec.resources
+        warm = WarmNodes(resources.cpus_per_worker, resources.gpus_per_worker)
+        mailbox = build_mailbox(warm.environment)
         failure: list[BaseException] = []
 
         def follow() -> None:
@@ -455,6 +456,7 @@ class _RayLauncher:
             with _noted_interrupts() as interrupts:
                 while True:
                     alive = thread.is_alive()
+                    warm.look()
                     records, beats = ray.get(mailbox.take.remote(stored), timeout=MAILBOX_SECONDS)
                     taken += len(records)
                     recorder.take(records)

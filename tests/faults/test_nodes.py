@@ -11,8 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from harness import EVERY, SAVE_STEPS, Nodes, Training, causes, events, make_case, nodes_lost, wait_for
+from harness import (
+    EVERY,
+    SAVE_STEPS,
+    Nodes,
+    Training,
+    causes,
+    events,
+    make_case,
+    nodes_lost,
+    processes_named,
+    wait_for,
+)
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from dray.doctor import Fault, diagnose
 from dray.store import Run
@@ -88,6 +101,19 @@ def test_a_node_with_a_notice_is_left_before_it_goes(storage: str, tiny_corpus: 
     assert causes(training.run) == ["preemption"]
     (saved,) = events(training.run, "saved_on_notice")
     assert training.run.attempts()[1]["start_step"] == saved["step"]
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_is_made_ready_for_ranks(storage: str, tiny_corpus: Path, head: Nodes, tmp_path: Path):
+    head.add(2)
+    training = start(head, storage, "joined", tiny_corpus, tmp_path, duration={"steps": 120})
+    training.wait_for_step(3)
+    head.add()
+    raylet = head.nodes[-1].all_processes[PROCESS_TYPE_RAYLET][0].process.pid
+    # The one that knows Ray, and its fork that knows what a rank needs; all ranks are on other nodes.
+    wait_for(lambda: len(processes_named("dray.forkserver", psutil.Process(raylet))) == 2, "the node's servers", 30)
+    assert training.finish() == 0, training.output
+    assert len(training.run.attempts()) == 1
 
 
 @pytest.mark.slow
