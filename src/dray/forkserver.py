@@ -173,27 +173,25 @@ class Server:
         return ended
 
     def _answer(self) -> Request | None:
+        """Fork for whoever has come. Returns the request in the child."""
         connection, _ = self.socket.accept()
+        streams: list[int] = []
         with connection:
             connection.settimeout(ANSWER_SECONDS)
             try:
                 head, streams, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, 3)
-                length, body = int.from_bytes(head, "big"), bytearray()
-                while len(body) < length:
-                    part = connection.recv(length - len(body))
-                    if not part:
-                        return None
-                    body += part
-                request: Request = json.loads(body)
+                with connection.makefile("rb") as body:
+                    request: Request = json.loads(body.read(int.from_bytes(head, "big")))
                 connection.send(_DONE)
-            except (OSError, ValueError):  # it has not waited, and starts by itself
+                if not self.fork():
+                    for number, stream in enumerate(streams):
+                        os.dup2(stream, number)
+                    return request
+            except (OSError, ValueError):  # nonsense, or one that has not waited and starts by itself
                 return None
-            if not self.fork():
-                for number, stream in enumerate(streams):
-                    os.dup2(stream, number)
-                return request
-            for stream in streams:
-                os.close(stream)
+            finally:
+                for stream in streams:
+                    os.close(stream)
         return None
 
 
@@ -257,7 +255,7 @@ def _run(request: Request) -> None:
     main.__file__ = sys.argv[0]
     sys.modules["__main__"] = main
     with open(sys.argv[0], encoding="utf-8") as script:
-        code = compile(script.read(), sys.argv[0], "exec")
+        code = compile(script.read(), sys.argv[0], "exec", dont_inherit=True)
     exec(code, main.__dict__)
 
 
