@@ -77,8 +77,7 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # `ray job submit` hands the job's environment on in this variable.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
-    with_ranks = cpus_per_worker > 0 and not gpus_per_worker  # on CPUs, for those on GPUs are forks of `light`
-    light = fork_environment("light:full" if with_ranks else "light", submitted)
+    light = fork_environment(f"light:{_server_of_ranks(gpus_per_worker)}" if cpus_per_worker else "light", submitted)
     if address:
         try:
             ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=light)
@@ -105,6 +104,11 @@ def fork_environment(kind: str, job: Mapping[str, Any]) -> dict[str, str]:
     return {} if own or not forkserver.is_possible() else {"py_executable": forkserver.make_command(kind)}
 
 
+def _server_of_ranks(gpus_per_worker: int) -> str:
+    """What has touched CUDA cannot be forked, and libraries do so when they are imported."""
+    return "light" if gpus_per_worker else "full"
+
+
 class WarmNodes:
     """Fork servers on the nodes that can hold a rank, so that one that comes to a node need not wait for imports.
 
@@ -114,11 +118,11 @@ class WarmNodes:
     def __init__(self, cpus_per_worker: float, gpus_per_worker: int) -> None:
         import ray
 
-        self._wanted = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
-        kind = "light" if gpus_per_worker else "light:full"
-        self.environment = fork_environment(kind, ray.get_runtime_context().runtime_env)
+        self._cpus, self._gpus = cpus_per_worker, gpus_per_worker
+        context = ray.get_runtime_context()
+        self.environment = fork_environment(f"light:{_server_of_ranks(gpus_per_worker)}", context.runtime_env)
         """The runtime environment of an actor that keeps its node's servers."""
-        self._keepers: dict[str, Any] = {ray.get_runtime_context().get_node_id(): None}  # the mailbox is there
+        self._keepers: dict[str, Any] = {context.get_node_id(): None}  # the mailbox is there
         self._looked_at = -math.inf
 
     def look(self) -> None:
@@ -134,9 +138,8 @@ class WarmNodes:
             pass
 
         for node in ray.nodes():
-            node_id, has = node["NodeID"], node["Resources"]
-            fits = all(has.get(name, 0.0) >= amount for name, amount in self._wanted.items())
-            if node["Alive"] and fits and node_id not in self._keepers:
+            node_id, holds = node["NodeID"], _can_hold(node["Resources"], self._cpus, self._gpus)
+            if node["Alive"] and holds and node_id not in self._keepers:
                 there = NodeAffinitySchedulingStrategy(node_id, soft=False)
                 actor = ray.remote(num_cpus=0, scheduling_strategy=there, runtime_env=self.environment)(Keeper)
                 self._keepers[node_id] = actor.remote()
@@ -165,8 +168,7 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int) -> Shape:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not alive:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
-    nodes = [node for node in alive if node.get("CPU", 0.0) >= cpus_per_worker
-             and node.get("GPU", 0.0) >= gpus_per_worker] or alive
+    nodes = [node for node in alive if _can_hold(node, cpus_per_worker, gpus_per_worker)] or alive
     real = {"cpus_per_node": min(node.get("CPU", 0.0) for node in nodes), "oversubscribe": False,
             "spare_cpus": max((node.get("CPU", 0.0) for node in alive if node not in nodes), default=0.0),
             "memory_bytes_per_node": int(min(node.get("memory", 0.0) for node in nodes))}
@@ -175,6 +177,10 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int) -> Shape:
         kinds = {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_type:")}
         return parse_shape(f"{len(nodes)}x{gpus}x{min(kinds, default='unknown')}").model_copy(update=real)
     return local_shape().model_copy(update=real | {"num_nodes": len(nodes)})
+
+
+def _can_hold(resources: Mapping[str, float], cpus_per_worker: float, gpus_per_worker: int) -> bool:
+    return resources.get("CPU", 0.0) >= cpus_per_worker and resources.get("GPU", 0.0) >= gpus_per_worker
 
 
 def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
@@ -246,8 +252,7 @@ def run_workers(
     resources: dict[str, float] = {"CPU": cpus_per_worker}
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
-    # What has touched CUDA cannot be forked, and libraries do so when they are imported.
-    forked = fork_environment("light" if gpus_per_worker else "full", ray.get_runtime_context().runtime_env)
+    forked = fork_environment(_server_of_ranks(gpus_per_worker), ray.get_runtime_context().runtime_env)
     trainer = DataParallelTrainer(
         work,
         train_loop_config=config,

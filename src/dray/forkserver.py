@@ -1,7 +1,7 @@
 """Ray workers that start in a fraction of the time: forks of a process that has imported everything.
 
-Most of a worker's start is imports: a rank spends five seconds of CPU on Ray, torch, transformers and DeepSpeed, and
-does so again after every failure. Ray starts a worker with the command that `py_executable` of its runtime environment
+Most of a worker's start is imports: a rank's are Ray, torch, transformers and DeepSpeed, and after every failure it
+imports them again. Ray starts a worker with the command that `py_executable` of its runtime environment
 names; `make_command` gives one that runs this file. The first worker of a job on a node becomes their fork server: it
 imports, and forks itself to be that worker. Later ones hand their arguments, environment and standard streams over, and
 end: Ray knows a worker by the process that registers, as it must for workers in containers. Where no server answers, a
@@ -45,8 +45,8 @@ Request = dict[str, Any]
 def make_command(kind: str) -> str:
     """The `py_executable` of workers that are to be forks of a server: words for a shell.
 
-    `kind`: `light`, `full`, or `light:full`, which is `light` where `full` will soon be asked for. A node that has
-    neither this Python nor this file starts the worker with a Python of its own.
+    `kind`: a server, or `server:soon` where another one will soon be asked for. A node that has neither this Python nor
+    this file starts the worker with a Python of its own.
     """
     script = (f"[ -x {sys.executable} ] && [ -f {__file__} ] && exec {sys.executable} -I -S {__file__} {kind} \"$@\"; "
               "exec python \"$@\"")
@@ -66,15 +66,14 @@ def is_possible() -> bool:
 def become_worker(kind: str, arguments: list[str]) -> None:
     """Be what Ray started this process for, in a fork of the node's server if there is one. Returns when such a fork
     has taken over."""
-    server, _, soon = kind.partition(":")
-    place = _find_place(with_full="full" in (server, soon))
+    place = _find_place(with_full="full" in kind)
     if place:
         lock = os.open(f"{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # there is a server, or another worker has begun to be it
             os.close(lock)
-            if _hand_over(f"{place}.{server}", arguments):
+            if _hand_over(f"{place}.{kind.partition(':')[0]}", arguments):
                 return
         else:  # such a lock outlives exec, and forks do not have it
             os.set_inheritable(lock, True)
@@ -197,33 +196,39 @@ class Server:
 
 def serve(place: str, kind: str, arguments: list[str]) -> None:
     """Be the servers that a worker of this kind needs, and that worker as the first of their children."""
-    first: Request | None = _make_request(arguments)
-    server, _, soon = kind.partition(":")
+    first, raylet = _make_request(arguments), os.getppid()
     _clear(os.path.dirname(place))
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start its threads when it is imported
-    own, master, companion, idle_seconds = Server(f"{place}.light"), os.getppid(), None, IDLE_SECONDS
-    full = Server(f"{place}.full") if "full" in (server, soon) else None
+    light = Server(f"{place}.light")
+    full = Server(f"{place}.full") if "full" in kind else None
     _preload("light")
-    if full:
-        light = os.getpid()
-        companion = own.fork()
-        if companion:
-            full.socket.close()
-        else:
-            own.socket.close()
+    if full is None:
+        _serve(light, raylet, first, idle_seconds=IDLE_SECONDS)
+    else:
+        asked, parent = full if kind == "full" else light, os.getpid()
+        companion = light.fork()
+        if not companion:
+            light.socket.close()
             _preload("full")
-            own, master, companion, idle_seconds = full, light, None, math.inf
-        first = first if (server == "full") == (own is full) else None
+            _serve(full, parent, first if asked is full else None)
+            return
+        full.socket.close()
+        _serve(light, raylet, first if asked is light else None, companion, IDLE_SECONDS)
+    os.unlink(f"{place}.lock")  # two servers for a moment would do no harm: the later one is asked
+
+
+def _serve(server: Server, master: int, first: Request | None, companion: int | None = None,
+           idle_seconds: float = math.inf) -> None:
+    """Have the server answer, and be whatever it is asked for in its children, who do not return."""
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page
     descriptor = os.pidfd_open(master)
-    request = first if first and not own.fork() else own.serve(descriptor, companion, idle_seconds)
+    request = first if first and not server.fork() else server.serve(descriptor, companion, idle_seconds)
     if request:
-        own.socket.close()
+        server.socket.close()
         os.close(descriptor)
         _run(request)
-    elif own is not full:
-        os.unlink(f"{place}.lock")  # two servers for a moment would do no harm: the later one is asked
+        raise SystemExit
 
 
 def _clear(folder: str) -> None:
