@@ -17,7 +17,7 @@ from dray.store.evidence import (
     stack_path,
     unwrap,
 )
-from dray.store.filesystem import write_bytes
+from dray.store.filesystem import list_files, read_bytes, write_bytes
 
 
 def test_what_is_saved_is_read(run: Run) -> None:
@@ -36,6 +36,18 @@ def test_what_is_saved_is_read(run: Run) -> None:
     first, second = load_failures(run)
     assert (first["attempt"], first["more"], first["ranks"][0]["exit"]) == (1, {"kept": 1}, "SIGKILL")
     assert (second["attempt"], second["ranks"], second["reason"]) == (12, [], "no cluster")
+
+
+def test_no_secret_is_kept(run: Run) -> None:
+    secret = "wJalrXUtnFEMIK7MDENG"
+    save_log(run, 1, 0, f"AWS_SECRET_ACCESS_KEY={secret}\nlast words\n")
+    save_stacks(run, 1, 0, f"s3://me:{secret}@bucket")
+    save_beat(run, 1, 0, {"password": secret})
+    save_failure(run, {"attempt": 1, "ranks": [make_rank_failure(0, OSError(f"s3://b?secret_key={secret}"))]})
+    for folder in ("logs", "stacks", "beats", "failures"):
+        (name,) = list_files(run.filesystem, f"{run.path}/{folder}")
+        assert secret not in read_bytes(run.filesystem, f"{run.path}/{folder}/{name}").decode()
+    assert load_log(run, 1, 0)[-1] == "last words"
 
 
 def test_damage_is_left_out(run: Run) -> None:

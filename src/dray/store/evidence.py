@@ -1,7 +1,8 @@
 """What a run keeps of its failures: one document a failed attempt, and each rank's last words, stacks and heartbeat.
 
 Ranks and the driver write, `dray.doctor` reads. Evidence is for people: what is damaged or missing is left out, and
-never stands in the way of a run or of its diagnosis.
+never stands in the way of a run or of its diagnosis. Texts are freed of secrets before they are kept: others may read
+the storage.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.errors import StoreError
+from dray.redaction import redact, redact_fields
 from dray.store import layout
 from dray.store.filesystem import list_files, write_bytes
 from dray.store.layout import RunFolder
@@ -49,7 +51,7 @@ def save_failure(run: RunFolder, failure: Mapping[str, Any]) -> None:
     host_memory; any other is kept.
     """
     path = f"{run.path}/{layout.FAILURES}/{layout.make_failure_file(int(failure['attempt']))}"
-    write_bytes(run.filesystem, path, make_json(failure, indent=1) + b"\n")
+    write_bytes(run.filesystem, path, make_json(redact_fields(failure), indent=1) + b"\n")
 
 
 def make_rank_failure(rank: int | None, error: BaseException | None = None, **fields: Any) -> dict[str, Any]:
@@ -80,18 +82,20 @@ def unwrap(error: BaseException) -> BaseException:
 
 def save_log(run: RunFolder, attempt: int, rank: int, content: str) -> None:
     """Keep the last TAIL_BYTES of what a rank printed."""
-    tail = content.encode(errors="replace")[-TAIL_BYTES:]
+    # A little more is redacted than is kept, so that no secret loses its name at the cut.
+    tail = redact(content[-2 * TAIL_BYTES:]).encode(errors="replace")[-TAIL_BYTES:]
     write_bytes(run.filesystem, log_path(run, attempt, rank), tail, durable=False)
 
 
 def save_stacks(run: RunFolder, attempt: int, rank: int, text: str) -> None:
     """Keep the stacks of all threads of a rank, as `faulthandler` writes them."""
-    write_bytes(run.filesystem, stack_path(run, attempt, rank), text.encode(errors="replace"), durable=False)
+    write_bytes(run.filesystem, stack_path(run, attempt, rank), redact(text).encode(errors="replace"), durable=False)
 
 
 def save_beat(run: RunFolder, attempt: int, rank: int, beat: Mapping[str, Any]) -> None:
     """Keep a rank's last heartbeat: step, phase and time."""
-    write_bytes(run.filesystem, beat_path(run, attempt, rank), make_json({"rank": rank, **beat}), durable=False)
+    content = make_json(redact_fields({"rank": rank, **beat}))
+    write_bytes(run.filesystem, beat_path(run, attempt, rank), content, durable=False)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pyarrow as pa
 import yaml
 
 from dray.errors import SpecError, StoreError
+from dray.redaction import redact, redact_fields
 from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec
 from dray.store import drivers, layout, pins
 from dray.store.drivers import Driver
@@ -245,7 +246,7 @@ class Run:
             raise ValueError(f"status {status!r} is not one of {STATUSES}")
         if driver is not None and drivers.newest_driver(self.filesystem, self.path) > driver.number:
             return
-        fields: dict[str, Any] = {"status": status, "reason": reason, "changed": now()}
+        fields: dict[str, Any] = {"status": status, "reason": redact(reason), "changed": now()}
         if status == "running":
             fields["driver"] = drivers.make_process()
         self.update(**fields)
@@ -369,8 +370,8 @@ class Run:
         return path
 
     def log_event(self, kind: str, **fields: Any) -> None:
-        """Append one event. Any process may."""
-        self._events.append("events", [{"time": now(), "kind": kind, **fields}])
+        """Append one event, freed of secrets. Any process may."""
+        self._events.append("events", [{"time": now(), "kind": kind, **redact_fields(fields)}])
 
     def events(self) -> list[dict[str, Any]]:
         """All events by time."""
