@@ -13,14 +13,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from dray import forkserver
 from dray.errors import PlanError, RunFailed
-from dray.plan import Shape, local_shape, parse_shape
+from dray.plan import Accelerator, Card, Shape, find_cards, local_shape, make_accelerator, match_accelerator
 from dray.process import HEAP_ENVIRONMENT
 
 MAX_GROUP_STARTS = 10
@@ -29,6 +29,8 @@ RESIZE_SECONDS = 30.0
 """How often an elastic group is compared with what the cluster has."""
 WARM_SECONDS = 5.0
 """How often new nodes are looked for."""
+CARDS_SECONDS = 30.0
+"""How long the nodes may take to say which GPUs they have."""
 ANSWER_SECONDS = 3.0
 """A node that cannot be connected to for so long is lost."""
 _QUIET = {
@@ -165,18 +167,45 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int) -> Shape:
     """The shape of the connected cluster, by the smallest live node of those that can hold a worker, if any can."""
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node for node in ray.nodes() if node["Alive"]]
     if not alive:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
-    nodes = [node for node in alive if _can_hold(node, cpus_per_worker, gpus_per_worker)] or alive
-    real = {"cpus_per_node": min(node.get("CPU", 0.0) for node in nodes), "oversubscribe": False,
-            "spare_cpus": max((node.get("CPU", 0.0) for node in alive if node not in nodes), default=0.0),
-            "memory_bytes_per_node": int(min(node.get("memory", 0.0) for node in nodes))}
-    gpus = int(min(node.get("GPU", 0.0) for node in nodes))
-    if gpus:
-        kinds = {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_type:")}
-        return parse_shape(f"{len(nodes)}x{gpus}x{min(kinds, default='unknown')}").model_copy(update=real)
-    return local_shape().model_copy(update=real | {"num_nodes": len(nodes)})
+    nodes = [node for node in alive if _can_hold(node["Resources"], cpus_per_worker, gpus_per_worker)] or alive
+    spare = [node["Resources"].get("CPU", 0.0) for node in alive if node not in nodes]
+
+    def least(resource: str) -> float:
+        return min(float(node["Resources"].get(resource, 0.0)) for node in nodes)
+
+    shape = local_shape().model_copy(update={  # the instruction sets are this machine's
+        "num_nodes": len(nodes), "cpus_per_node": least("CPU"), "memory_bytes_per_node": int(least("memory")),
+        "spare_cpus": max(spare, default=0.0), "oversubscribe": False, "name": "the cluster",
+        "accelerators_per_node": int(least("GPU")), "accelerator": None})
+    if not shape.accelerators_per_node:
+        return shape
+    label = "accelerator_type:"
+    kinds = [key.removeprefix(label) for node in nodes for key in node["Resources"] if key.startswith(label)]
+    kind = min(kinds, default="unknown")
+    card = _ask_accelerator([node["NodeID"] for node in nodes]) if gpus_per_worker else None
+    unknown = Accelerator(name=kind, memory_bytes=None, half_flops=None, fp32_flops=None)
+    return shape.model_copy(update={"accelerator": card or match_accelerator(kind) or unknown})
+
+
+def _ask_accelerator(node_ids: Sequence[str]) -> Accelerator | None:
+    """What the drivers of these nodes say of their cards, the least of all; None where none answers in time."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def ask(node_id: str) -> Any:
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(find_cards).remote()
+
+    asked = [ask(node_id) for node_id in node_ids]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=CARDS_SECONDS)
+    cards: list[Card] = []
+    for answer in answered:
+        with suppress(ray.exceptions.RayError):  # a node that went away, or whose environment lacks dray
+            cards += ray.get(answer)
+    return make_accelerator(cards) if cards else None
 
 
 def _can_hold(resources: Mapping[str, float], cpus_per_worker: float, gpus_per_worker: int) -> bool:

@@ -53,7 +53,7 @@ def test_a_cluster_with_an_unknown_card_can_be_described() -> None:
 @pytest.mark.parametrize(("text", "says"), [
     ("H100", "not a shape"), ("", "not a shape"), ("2x8", "not a shape"), ("axbxH100", "not a shape"),
     ("0x8xH100", "no machine"), ("2x0xH100", "no machine"), ("2x8xH10O", "did you mean H100"),
-    ("2x8xZZZ", "known: B200"), ("1x4x(memory=48GB)", "lacks memory or tflops"),
+    ("2x8xZZZ", "known: GB300"), ("1x4x(memory=48GB)", "lacks memory or tflops"),
     ("1x4x(memory=48,tflops=180)", "unit"), ("1x4x(memory=48GB,tflops=180PF)", "unit"),
     ("1x4x(memory=48GB,flops=180)", "not a setting"), ("4xCPU(cpus=16)", "lacks memory"),
     ("1x4x(memory=0GB,tflops=1)", "above zero"),

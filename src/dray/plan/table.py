@@ -42,7 +42,10 @@ def _row(name: str, value: str, remark: str = "") -> str:
 
 def _hardware(plan: Plan) -> list[str]:
     shape = plan.shape
-    card = f"{shape.num_accelerators} × {shape.accelerator.name}" if shape.accelerator else "CPU"
+    card = "CPU"
+    if shape.accelerator:
+        size = shape.accelerator.memory_bytes
+        card = f"{shape.num_accelerators} × {shape.accelerator.name}" + (f" ({format_bytes(size)})" if size else "")
     memory = format_bytes(shape.memory_bytes_per_node)
     nodes = f"{shape.num_nodes} node{'s' * (shape.num_nodes > 1)}"
     return [
