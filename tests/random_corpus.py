@@ -28,7 +28,8 @@ def build_random_corpus(folder: Path, num_rows: Sequence[int], *, weights: Seque
     manifest = Manifest(
         version=VERSION, key=key, sequence_tokens=tokens, group_rows=group_rows, vocab_size=512, pad_token_id=0,
         eos_token_id=0, encoder="tokenizers", labels=(), train=Split(sources=tuple(sources)), validation=None,
-        source_files=(), dropped={}, num_records=sum(num_rows), num_bad=0, packing=packing, shuffle_seed=0)
+        num_source_files=0, num_source_bytes=0, dropped={}, num_records=sum(num_rows), num_bad=0,
+        packing=packing, shuffle_seed=0)
     (folder / MANIFEST).write_bytes(dump_manifest(manifest))
     return Corpus(str(folder), manifest)
 

@@ -64,7 +64,8 @@ def build_corpus(folder: str, spec: Spec, num_rows: int) -> Corpus:
     manifest = Manifest(
         version=VERSION, key="random", sequence_tokens=width, group_rows=256, vocab_size=vocab, pad_token_id=0,
         eos_token_id=0, encoder="tokenizers", labels=(), train=Split(sources=(source,)), validation=None,
-        source_files=(), dropped={}, num_records=num_rows, num_bad=0, packing=packing, shuffle_seed=0)
+        num_source_files=0, num_source_bytes=0, dropped={}, num_records=num_rows, num_bad=0,
+        packing=packing, shuffle_seed=0)
     return Corpus(folder, manifest)
 
 

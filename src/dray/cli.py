@@ -211,7 +211,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     with connect(arguments.address, num_cpus=1, verbose=arguments.verbose):
         corpus = prepare(spec, arguments.storage, Display().say)
     if arguments.json:
-        _print_json({"folder": corpus.folder, **corpus.manifest.model_dump(mode="json")})
+        files = [file.model_dump(mode="json") for file in corpus.source_files()]
+        _print_json({"folder": corpus.folder, **corpus.manifest.model_dump(mode="json"), "source_files": files})
     else:
         print(f"{corpus.folder}: {corpus.manifest.train.num_rows:,} rows of {corpus.manifest.sequence_tokens} tokens")
     return 0

@@ -120,8 +120,8 @@ def test_every_document_is_in_exactly_one_split_and_the_counts_agree(tmp_path: P
     assert manifest.train.num_text_bytes + manifest.validation.num_text_bytes == sum(len(text) for text in texts)
     assert manifest.train.num_tokens == sum(row["num_tokens"] for row in read_rows(corpus, manifest.train.sources[0]))
     assert manifest.packing.utilization > 0.9
-    assert [file.num_documents for file in manifest.source_files] == [500, 500]
-    for file in manifest.source_files:
+    assert [file.num_documents for file in corpus.source_files()] == [500, 500]
+    for file in corpus.source_files():
         assert file.sha256 == hashlib.sha256(Path(file.path).read_bytes()).hexdigest()
     for name, digest in digests(manifest):
         assert hashlib.sha256(Path(corpus.folder, name).read_bytes()).hexdigest() == digest
@@ -133,7 +133,8 @@ def test_only_the_corpus_is_left_in_the_storage(tmp_path: Path) -> None:
     key = corpus.manifest.key
     assert corpus.folder == str(tmp_path / "out/corpora" / key)
     assert files_below(tmp_path / "out/corpora") == [key, *(f"{key}/{name}" for name in (
-        "manifest.json", "quarantine.jsonl", "tokenizer", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+        "manifest.json", "quarantine.jsonl", "source_files.json", "tokenizer",
+        "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
         "train", "train/000-000000.arrow"))]
 
 
@@ -334,7 +335,7 @@ def test_an_object_store_as_input_and_storage_by_two_processes_at_once(bucket: s
     found = find(spec, bucket.format("out"))
     assert found is not None
     assert len(read_rows(found, found.manifest.train.sources[0])) == corpus.manifest.train.num_rows
-    assert [file.path.partition("/in/")[2] for file in corpus.manifest.source_files] == [
+    assert [file.path.partition("/in/")[2] for file in corpus.source_files()] == [
         "deep/a.jsonl.gz", "deep/b.jsonl.gz"]
     assert "secret" not in corpus.manifest.model_dump_json()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 
-from dray.corpus.manifest import VERSION, Manifest, Packing, Shard, SourceRows, Split, dump_manifest, load_manifest
+from dray.corpus.manifest import (
+    VERSION,
+    Manifest,
+    Packing,
+    Shard,
+    SourceFile,
+    SourceRows,
+    Split,
+    dump_manifest,
+    dump_source_files,
+    load_manifest,
+    load_source_files,
+)
 from dray.corpus.shards import make_batch, make_schema, read_groups, write_shard
 from dray.errors import CorpusError
 
@@ -94,7 +107,7 @@ def make_manifest(source: SourceRows) -> Manifest:
     return Manifest(
         version=VERSION, key="k", sequence_tokens=WIDTH, group_rows=GROUP, vocab_size=100, pad_token_id=1,
         eos_token_id=0, encoder="gigatoken", labels=(), train=Split(sources=(source, source)), validation=None,
-        source_files=(), dropped={}, num_records=1, num_bad=0, shuffle_seed=0,
+        num_source_files=0, num_source_bytes=0, dropped={}, num_records=1, num_bad=0, shuffle_seed=0,
         packing=Packing(utilization=1, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0))
 
 
@@ -105,6 +118,27 @@ def test_a_manifest_comes_back_whole_and_sums_up(tmp_path: Path, source: SourceR
     assert (manifest.train.num_rows, manifest.train.num_tokens) == (36, 108)
     assert manifest.num_bytes == 2 * sum(shard.num_bytes for shard in source.shards)
     assert Shard.model_validate(source.shards[0].model_dump()) == source.shards[0]
+
+
+def test_a_manifest_of_the_version_before_is_read(tmp_path: Path, source: SourceRows) -> None:
+    """It held the account of the source files itself; the rows are the same."""
+    files = [SourceFile(path=f"{n}.txt", num_bytes=n, sha256="", num_documents=1, num_bad=0) for n in range(3)]
+    manifest = make_manifest(source).model_copy(update={"num_source_files": 3, "num_source_bytes": 3})
+    old = {key: value for key, value in manifest.model_dump(mode="json").items() if not key.startswith("num_source_")}
+    old |= {"version": 2, "source_files": [file.model_dump() for file in files]}
+    (tmp_path / "manifest.json").write_text(json.dumps(old))
+    assert load_manifest(pafs.LocalFileSystem(), str(tmp_path)) == manifest
+    assert list(load_source_files(pafs.LocalFileSystem(), str(tmp_path))) == files
+
+
+def test_the_account_of_the_source_files_lies_beside_the_manifest(tmp_path: Path, source: SourceRows) -> None:
+    """Workers load the manifest: its size does not go by the number of files."""
+    files = [SourceFile(path="a.txt", num_bytes=7, sha256="5", num_documents=1, num_bad=2)]
+    (tmp_path / "source_files.json").write_bytes(dump_source_files(files))
+    assert list(load_source_files(pafs.LocalFileSystem(), str(tmp_path))) == files
+    (tmp_path / "source_files.json").write_bytes(b"{}")
+    with pytest.raises(CorpusError, match="is not the account"):
+        load_source_files(pafs.LocalFileSystem(), str(tmp_path))
 
 
 @pytest.mark.parametrize(("content", "what"), [

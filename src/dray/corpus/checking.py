@@ -120,12 +120,14 @@ def make_manifest(key: str, job: Job, work: Work) -> Manifest:
     packed = [record["train"] for record in work.packed if "train" in record]
     counts = {name: sum(record[name] for record in packed)
               for name in ("num_cut_documents", "num_truncated_documents", "num_truncated_tokens")}
+    files = work.source_files()
     utilization = round(train.num_tokens / (train.num_rows * job.sequence_tokens), 6)
     return Manifest(
         version=VERSION, key=key, sequence_tokens=job.sequence_tokens, group_rows=job.group_rows,
         vocab_size=job.info.vocab_size, pad_token_id=job.info.pad_token_id, eos_token_id=job.info.eos_token_id,
         encoder=job.info.encoder, labels=job.labels, train=train,
-        validation=validation if validation.num_rows else None, source_files=tuple(work.source_files()),
+        validation=validation if validation.num_rows else None,
+        num_source_files=len(files), num_source_bytes=sum(file.num_bytes for file in files),
         dropped=dict(sorted(dropped.items())), num_records=work.total("num_records"), num_bad=work.total("num_bad"),
         packing=Packing(utilization=utilization, **counts), shuffle_seed=job.shuffle_seed,
         validation_compressors=work.compressors,

@@ -7,15 +7,21 @@ same inputs and settings give the same bytes. Refuses manifests of another versi
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from pyarrow import fs as pafs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dray.errors import CorpusError
 from dray.store.filesystem import read_bytes
 
-VERSION = 2
+VERSION = 3
+"""Of the manifest's form; version 2, which held the source files itself, is read too."""
+ROWS_VERSION = 2
+"""Raised when the same inputs and settings give other rows: it is a part of a corpus' key."""
 MANIFEST = "manifest.json"
+SOURCE_FILES = "source_files.json"
 
 
 class _Record(BaseModel):
@@ -87,6 +93,9 @@ class SourceFile(_Record):
     """Records in it that could not be read; they are listed in quarantine.jsonl."""
 
 
+_SOURCE_FILES = TypeAdapter(tuple[SourceFile, ...])
+
+
 class Packing(_Record):
     """How well documents fill the training rows."""
 
@@ -116,7 +125,9 @@ class Manifest(_Record):
     """Names of the classes in the order of their ids; empty for tasks without labels."""
     train: Split
     validation: Split | None
-    source_files: tuple[SourceFile, ...]
+    num_source_files: int
+    num_source_bytes: int
+    """Size of the input files on storage. What each gave is told in source_files.json, which no worker reads."""
     dropped: dict[str, int]
     """Documents that were left out, by reason."""
     num_records: int
@@ -132,10 +143,6 @@ class Manifest(_Record):
         """Bytes of all token shards."""
         return self.train.num_bytes + (self.validation.num_bytes if self.validation else 0)
 
-    @property
-    def num_source_bytes(self) -> int:
-        return sum(file.num_bytes for file in self.source_files)
-
 
 def load_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest:
     """The manifest of the corpus in a folder. Raises CorpusError if there is none, or it is of another version."""
@@ -143,9 +150,9 @@ def load_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest:
     try:
         tree = json.loads(read_bytes(filesystem, path))
         version = tree.get("version") if isinstance(tree, dict) else None
-        if version != VERSION:
+        if version not in (2, VERSION):
             raise CorpusError(path, f"is of version {version}", f"this dray reads version {VERSION}", "prepare again")
-        return Manifest.model_validate(tree)
+        return Manifest.model_validate(_from_version_2(tree) if version == 2 else tree)
     except FileNotFoundError as error:
         raise CorpusError(folder, "holds no prepared corpus", f"a complete corpus has a {MANIFEST}",
                           "`dray prepare` makes one") from error
@@ -153,6 +160,35 @@ def load_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest:
         raise CorpusError(path, "is not a manifest", "it is written by `dray prepare`", "delete the folder") from error
 
 
+def _from_version_2(tree: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 2 as one of today, which keeps the account of its source files elsewhere."""
+    files = tree.get("source_files", [])
+    counts = {"num_source_files": len(files), "num_source_bytes": sum(file["num_bytes"] for file in files)}
+    return {key: value for key, value in tree.items() if key != "source_files"} | counts | {"version": VERSION}
+
+
+def load_source_files(filesystem: pafs.FileSystem, folder: str) -> tuple[SourceFile, ...]:
+    """What each input file of a corpus gave, in reading order. Raises CorpusError for a corpus without that account."""
+    try:
+        tree = json.loads(read_bytes(filesystem, f"{folder}/{SOURCE_FILES}"))
+    except FileNotFoundError:  # version 2 kept it in the manifest
+        tree = json.loads(read_bytes(filesystem, f"{folder}/{MANIFEST}")).get("source_files")
+    try:
+        return _SOURCE_FILES.validate_python(tree)
+    except ValidationError as error:
+        raise CorpusError(f"{folder}/{SOURCE_FILES}", "is not the account of a corpus' source files",
+                          "it is written by `dray prepare`", "delete the folder") from error
+
+
 def dump_manifest(manifest: Manifest) -> bytes:
     """The manifest as JSON, the same bytes for the same content."""
-    return (json.dumps(manifest.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n").encode()
+    return _dump(manifest.model_dump(mode="json"))
+
+
+def dump_source_files(files: Sequence[SourceFile]) -> bytes:
+    """The account of the source files as JSON."""
+    return _dump([file.model_dump(mode="json") for file in files])
+
+
+def _dump(tree: Any) -> bytes:
+    return (json.dumps(tree, ensure_ascii=False, indent=1) + "\n").encode()

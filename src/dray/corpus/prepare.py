@@ -22,7 +22,18 @@ from pyarrow import fs as pafs
 
 from dray.corpus.checking import Work, check_bad_share, check_packed, check_reads, make_labels, make_manifest
 from dray.corpus.compression import measure_compressors
-from dray.corpus.manifest import MANIFEST, VERSION, Manifest, Shard, dump_manifest, load_manifest
+from dray.corpus.manifest import (
+    MANIFEST,
+    ROWS_VERSION,
+    SOURCE_FILES,
+    Manifest,
+    Shard,
+    SourceFile,
+    dump_manifest,
+    dump_source_files,
+    load_manifest,
+    load_source_files,
+)
 from dray.corpus.parts import (
     STAGING,
     Chunk,
@@ -74,6 +85,10 @@ class Corpus:
     folder: str
     manifest: Manifest
 
+    def source_files(self) -> tuple[SourceFile, ...]:
+        """What each input file gave, in reading order. Raises CorpusError for a corpus without that account."""
+        return load_source_files(*open_filesystem(self.folder))
+
 
 @dataclass(frozen=True)
 class _Inputs:
@@ -119,7 +134,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         tokenizer = {name: hashlib.sha256(content).hexdigest()
                      for name, content in read_tokenizer_files(spec.tokenizer.path).items()}
     settings = {
-        "version": VERSION,
+        "version": ROWS_VERSION,
         "packs_rows": spec.packs_rows,
         "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
         "share": _share(spec),
@@ -154,7 +169,8 @@ def _find(spec: Spec, storage: str, inputs: _Inputs) -> Corpus | None:
         return None
     corpus = Corpus(folder, load_manifest(filesystem, path))
     found = corpus.manifest
-    check_bad_share(found.source_files, found.num_bad, found.num_records, spec.data.max_bad_share)
+    if found.num_bad > spec.data.max_bad_share * found.num_records:
+        check_bad_share(corpus.source_files(), found.num_bad, found.num_records, spec.data.max_bad_share)
     return corpus
 
 
@@ -216,6 +232,8 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     shards = run_stage(job, "shards", _merge, list(enumerate(work.plans)), say)
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job, work.parts)
+    filesystem, path = open_folder(folder)
+    write_bytes(filesystem, f"{path}/{SOURCE_FILES}", dump_source_files(work.source_files()))
     return make_manifest(key, job, work)
 
 
