@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dray.errors import SpecError
-from dray.spec import Source, Spec, differing_paths, dump_spec, load_spec, make_spec, recipe_names
+from dray.spec import MAX_SPEC_BYTES, Source, Spec, differing_paths, dump_spec, load_spec, make_spec, recipe_names
+from dray.yaml_reading import read_yaml
 
 TREE = {
     "name": "speeches",
@@ -96,7 +98,11 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("data.validation={share: 2}", "data.validation.share = 2: input should be less than 1"),
         ("batch.global_rows", "not an override; overrides read key.path=value"),
         ("Batch.rows=1", "not an override"),
-        ("batch.global_rows=[1", "the value is not YAML"),
+        ("batch.global_rows=[1", "the value cannot be used \\(not YAML"),
+        ("batch={global_rows: 1, global_rows: 2}", "the key global_rows stands twice, in line 1"),
+        ("name=2026-13-45", "the value cannot be used"),
+        ("data.train=\"a\\0b\"", "holds a character that no file name can hold"),
+        ("model=&a {options: *a}", "nested deeper"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_where_and_what(spec_file: Path, override: str, message: str):
@@ -111,7 +117,18 @@ def test_a_mistake_is_one_line_that_says_where_and_what(spec_file: Path, overrid
         ("a: [1", "not YAML"),
         ("just words", "holds a str"),
         ("- a\n- b", "holds a list"),
-        ("", "holds a NoneType"),
+        ("", "is empty"),
+        ("# a comment alone", "is empty"),
+        ("name: a\nseed: 1\ndata:\n  train: x\n  train: y", "the key train stands twice, in lines 4 and 5"),
+        ("name: a\n'name': b", "the key name stands twice, in lines 1 and 2"),
+        ("name: a\n---\nname: b", "another document"),
+        ("name: 2026-13-45", "month must be in 1..12"),
+        ("seed: !!int ''", "not what its form says"),
+        ("[" * 5000, "nested deeper than 50 levels"),
+        ("a: &a {b: *a}", "nested deeper than 50 levels"),
+        ("a0: &a0 x\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)), "aliases"),
+        ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("1: 2", "the key 1 is"),
         ("name: x", "data is missing"),
     ],
 )
@@ -131,6 +148,32 @@ def test_a_missing_file_and_an_unknown_recipe_get_a_way_out(tmp_path: Path):
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match="UTF-8"):
         load_spec(binary)
+
+
+def test_what_is_no_text_file_is_refused(tmp_path: Path):
+    huge = tmp_path / "huge.yaml"
+    with huge.open("wb") as file:
+        file.truncate(MAX_SPEC_BYTES + 1)
+    with pytest.raises(SpecError, match="holds more than 4 MiB"):
+        load_spec(huge)
+    for name, message in ((str(tmp_path), "is a folder"), ("a" * 5000, "File name too long"),
+                          (f"{huge}/x", "no such file"), ("a\0b", "null byte")):
+        with pytest.raises(SpecError, match=message) as caught:
+            load_spec(name)
+        assert len(str(caught.value)) < 400
+
+
+def test_a_pipe_is_read_as_a_file_is():
+    read_end, write_end = os.pipe()
+    os.write(write_end, yaml.safe_dump(TREE).encode())
+    os.close(write_end)
+    assert load_spec(f"/dev/fd/{read_end}").name == "speeches"
+    os.close(read_end)
+
+
+def test_merged_keys_may_be_overridden():
+    tree = read_yaml("base: &b {a: 1, c: 3}\none: &o\n  <<: *b\n  a: 2\ntwo:\n  <<: *o\n  c: 4")
+    assert tree["two"] == {"a": 2, "c": 4}
 
 
 def changed(**sections: dict[str, object]) -> Spec:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import yaml
 
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.stream import read_rows
@@ -16,6 +15,7 @@ from dray.spec import Spec, make_spec
 from dray.tasks import build_task
 from dray.tasks.causal_lm import bits_per_byte
 from dray.trained import Trained, load_trained
+from dray.yaml_reading import BadYaml, read_yaml
 
 ROWS_PER_BATCH = 16
 
@@ -83,8 +83,10 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
     sources = []
     for text in data:
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = read_yaml(text)
+        except BadYaml as error:
+            if text.startswith("{"):
+                raise SpecError("--data", f"{text!r}: {error}", "a mapping is YAML") from error
             value = text
         if not isinstance(value, (str, dict)):
             raise SpecError("--data", f"{text!r} is neither a path nor a mapping",

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,12 +21,16 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dray.errors import SpecError
+from dray.yaml_reading import BadYaml, read_yaml
 
 METRICS = {
     "causal_lm": ("loss", "perplexity", "accuracy", "bits_per_byte"),
     "sequence_classification": ("loss", "accuracy", "precision", "recall", "f1", "auc"),
 }
 """What a validation measures, by task."""
+MAX_SPEC_BYTES = 4 * 2**20
+"""What is larger is no spec, but data given in its place."""
+_SPEC_FILE = "a spec is a UTF-8 text file"
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -492,38 +498,60 @@ def recipe_names() -> list[str]:
 
 
 def load_text(spec: str) -> str:
-    """The YAML text of a spec file or of a recipe, by path or name. Raises SpecError if there is neither."""
-    path = Path(spec)
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(spec, f"cannot be read ({error})", "a spec is a UTF-8 text file") from error
-    if spec in recipe_names():
-        return (resources.files("dray.recipes") / f"{spec}.yaml").read_text(encoding="utf-8")
-    near = difflib.get_close_matches(spec, recipe_names(), n=1)
+    """The YAML text of a spec file (or pipe) or of a recipe, by path or name. Raises SpecError if there is neither."""
+    try:
+        mode = os.stat(spec).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return _load_recipe(spec)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
+        raise SpecError(_shown(spec), f"cannot be read ({_reason(error)})", _SPEC_FILE) from error
+    if stat.S_ISDIR(mode):
+        raise SpecError(spec, "is a folder", _SPEC_FILE, "name the file in it")
+    try:
+        with open(spec, "rb") as file:
+            content = file.read(MAX_SPEC_BYTES + 1)
+        if len(content) > MAX_SPEC_BYTES:
+            raise SpecError(spec, f"holds more than {MAX_SPEC_BYTES // 2**20} MiB", _SPEC_FILE)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SpecError(spec, f"is not UTF-8 (byte {error.start})", _SPEC_FILE) from error
+    except OSError as error:
+        raise SpecError(spec, f"cannot be read ({_reason(error)})", _SPEC_FILE) from error
+
+
+def _load_recipe(name: str) -> str:
+    if name in recipe_names():
+        return (resources.files("dray.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipe_names())}"
-    raise SpecError(spec, "no such file, and no recipe of that name", way_out=hint)
+    raise SpecError(_shown(name), "no such file, and no recipe of that name", way_out=hint)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _shown(text: str, width: int = 200) -> str:
+    """A user's own words, fit for a line."""
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:width])
+    return printable + ("…" if len(text) > width else "")
 
 
 def load_spec(spec: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """Load a spec file or recipe and apply `key=value` overrides of dotted paths. Raises SpecError."""
     where = str(spec)
     try:
-        tree = yaml.safe_load(load_text(where))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise SpecError(where, f"not YAML: {problem}{line}", "a spec is a YAML mapping") from error
-    if not isinstance(tree, dict):
-        raise SpecError(where, f"holds a {type(tree).__name__}", "a spec is a YAML mapping of sections",
-                        "`dray init NAME` writes one to start from")
-    return make_spec(_overridden(tree, overrides), where)
+        tree = read_yaml(load_text(where))
+    except BadYaml as error:
+        raise SpecError(where, str(error), "a spec is a YAML mapping") from error
+    return make_spec(_overridden(tree, overrides) if isinstance(tree, dict) else tree, where)
 
 
-def make_spec(tree: Mapping[str, Any], where: str = "spec") -> Spec:
+def make_spec(tree: Any, where: str = "spec") -> Spec:
     """Validate a tree of plain values. Raises SpecError that names the first offending dotted path."""
+    if not isinstance(tree, Mapping):
+        raise SpecError(where, f"holds a {type(tree).__name__}" if tree is not None else "is empty",
+                        "a spec is a YAML mapping of sections", "`dray init NAME` writes one to start from")
     try:
         return Spec.model_validate(dict(tree))
     except ValidationError as error:
@@ -551,11 +579,13 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
-            raise SpecError(override, "not an override", "overrides read key.path=value", "e.g. batch.global_rows=64")
+            raise SpecError(_shown(override), "not an override", "overrides read key.path=value",
+                            "e.g. batch.global_rows=64")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SpecError(override, "the value is not YAML", "values are read as YAML", "quote it") from error
+            value = read_yaml(text)
+        except BadYaml as error:
+            raise SpecError(_shown(override), f"the value cannot be used ({error})", "values are read as YAML",
+                            "quote it") from error
         *parents, last = key.split(".")
         node = tree
         for parent in parents:
@@ -583,7 +613,7 @@ def _translated(error: ValidationError, where: str) -> SpecError:
     """The first of pydantic's findings as one line; an unknown key gets its nearest known one."""
     details = error.errors(include_url=False)
     # Of a union's findings the deepest is about what the user wrote; unknown keys are clearest of all.
-    first = next((item for item in details if item["type"] == "extra_forbidden"), details[0])
+    first = next((item for item in details if item["type"] in ("extra_forbidden", "invalid_key")), details[0])
     parts = [str(part) for part in first["loc"]]
     path = ".".join(part for part in parts if "[" not in part and not part[:1].isupper())
     if first["type"] == "extra_forbidden":
@@ -596,9 +626,11 @@ def _translated(error: ValidationError, where: str) -> SpecError:
         names = ", ".join(key.rpartition(".")[2] for key in siblings)
         hint = f"did you mean {near[0]}?" if near else f"known here: {names}"
         return SpecError(where, f"unknown key {path}", way_out=hint)
+    if first["type"] == "invalid_key":
+        return SpecError(where, f"the key {path} is a {type(first['loc'][-1]).__name__}", "keys are words")
     if first["type"] == "missing":
         return SpecError(where, f"{path} is missing", "it has no default")
-    given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f" = {first['input']!r}"
+    given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f" = {_shown(repr(first['input']))}"
     message = str(first["msg"]).removeprefix("Value error, ")
     if not path:
         return SpecError(where, message)

@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any, cast
 
 import pyarrow as pa
-import yaml
 
 from dray.errors import SpecError, StoreError
 from dray.redaction import redact, redact_fields
@@ -44,6 +43,7 @@ from dray.store.manifest import CheckpointInfo
 from dray.store.reading import CheckpointReport, find_checkpoints, inspect_checkpoint, verify_checkpoint
 from dray.store.records import RowLog, load_json, make_history, make_json, make_table, now, save_json
 from dray.store.retrying import first_line, patience
+from dray.yaml_reading import BadYaml, read_yaml
 
 STATUSES = ("created", "running", "completed", "failed", "interrupted")
 
@@ -209,8 +209,8 @@ class Run:
         """The spec as last run. Raises StoreError if it is not there."""
         path = f"{self.path}/{layout.SPEC_FILE}"
         try:
-            return make_spec(yaml.safe_load(read_bytes(self.filesystem, path)), path)
-        except (FileNotFoundError, yaml.YAMLError, SpecError) as error:
+            return make_spec(read_yaml(read_bytes(self.filesystem, path).decode()), path)
+        except (FileNotFoundError, UnicodeDecodeError, BadYaml, SpecError) as error:
             raise StoreError(path, f"cannot be read ({error})", way_out="start the run again with its spec") from error
 
     def plan(self) -> dict[str, Any]:
