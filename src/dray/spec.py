@@ -368,7 +368,7 @@ class Zero(Section):
     """How model states are spread over the ranks. Place, not identity."""
 
     stage: Literal[0, 1, 2, 3, "auto"] = "auto"
-    """ZeRO stage; `auto`: the lowest that fits."""
+    """ZeRO stage; `auto`: the fastest that fits, by the estimate of the plan."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What lies in host memory: the optimiser states (stages 1 to 3), or these and the parameters (stage 3)."""
 

@@ -14,17 +14,11 @@ from pydantic import BaseModel, ConfigDict
 
 from dray.errors import PlanError
 from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
-from dray.plan.flops import (
-    COMPILE_SECONDS,
-    START_SECONDS,
-    flops_per_token_loose,
-    flops_per_token_strict,
-    peak_flops_per_rank,
-    training_seconds,
-)
+from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
 from dray.plan.memory import CHECKPOINT_BYTES, Load, MemoryPlan, make_memory
 from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
+from dray.plan.speed import COMPILE_SECONDS, START_SECONDS, peak_flops_per_rank, step_time
 from dray.plan.zero_config import make_buckets, make_deepspeed_config
 from dray.spec import Spec
 
@@ -32,6 +26,8 @@ from dray.spec import Spec
 GPU_USABLE, HOST_USABLE = 0.94, 0.90
 # Tokens in a forward pass: fewer leave the hardware idle, more gain nothing.
 GPU_TOKENS, CPU_TOKENS = (4_096, 32_768), (1_024, 4_096)
+# Of stages whose estimated times differ by less, the lowest is taken.
+NEARLY = 1.05
 # A compilation is worth its time when the whole takes at least so much longer.
 COMPILE_PAYS = 8
 
@@ -126,6 +122,15 @@ class _Question:
             with_ray=self.with_ray,
         )
 
+    def peak_flops(self, num_ranks: int) -> float | None:
+        return peak_flops_per_rank(self.shape, self.precision, on_gpu=self.on_gpu, num_ranks=num_ranks,
+                                   cpus_per_worker=self.spec.resources.cpus_per_worker)
+
+    def step_seconds(self, setting: _Setting) -> float | None:
+        """Estimated seconds of a step; None where the hardware's speed is unknown."""
+        peak = self.peak_flops(setting.num_ranks)
+        return None if peak is None else step_time(self.load(setting), self.shape, peak).total
+
     def fits(self, setting: _Setting) -> bool:
         memory, limit = self.memory(setting), self.rank_limit(setting.num_ranks)
         return (limit is None or memory.total <= limit) and memory.host_bytes <= max(self.host_limit, 1)
@@ -158,20 +163,16 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
     num_steps = num_steps_of(spec.duration, spec.batch.global_rows, tokens_per_step, num_rows)
     num_tokens = None if num_steps is None else num_steps * tokens_per_step
     strict = flops_per_token_strict(sizes, count, width)
-    peak = peak_flops_per_rank(shape, precision, on_gpu=question.on_gpu, cpus_per_worker=spec.resources.cpus_per_worker,
-                               num_ranks=setting.num_ranks)
-    seconds = None
-    if num_tokens is not None and peak is not None:
-        padded = num_tokens * (1 + batch.padded_rows / batch.global_rows)
-        seconds = training_seconds(int(padded), strict, peak, setting.num_ranks, precision=precision,
-                                   on_gpu=question.on_gpu, recompute=setting.checkpointing)
+    a_step = question.step_seconds(setting)
+    seconds = None if num_steps is None or a_step is None else num_steps * a_step
     compiles = _resolve_compile(question, seconds)
     return Plan(
         shape=shape, num_ranks=setting.num_ranks, on_gpu=question.on_gpu, precision=precision, zero_stage=setting.stage,
         zero_reason=reason, offload=setting.offload, batch=batch, num_steps=num_steps, tokens_per_step=tokens_per_step,
         num_tokens=num_tokens, num_parameters=count.total, num_embedding_parameters=count.embedding,
         parameters_exact=sizes.exact, flops_per_token_loose=flops_per_token_loose(sizes, count, width),
-        flops_per_token_strict=strict, peak_flops_per_rank=peak, memory=question.memory(setting),
+        flops_per_token_strict=strict, peak_flops_per_rank=question.peak_flops(setting.num_ranks),
+        memory=question.memory(setting),
         memory_limit_bytes=question.rank_limit(setting.num_ranks), host_limit_bytes=question.host_limit,
         checkpoint_bytes=CHECKPOINT_BYTES * count.total,
         shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
@@ -230,7 +231,7 @@ def _resolve_precision(spec: Spec, shape: Shape, *, on_gpu: bool) -> Precision:
 
 
 def _choose(question: _Question, num_ranks: int) -> tuple[_Setting, str]:
-    """The lowest ZeRO stage that fits, with the greatest micro batch that is useful. Raises PlanError."""
+    """The fastest ZeRO stage of those that fit, each with the greatest micro batch that is useful. Raises PlanError."""
     spec = question.spec
     stages = _stages(spec)
     least_tokens, most_tokens = GPU_TOKENS if question.on_gpu else CPU_TOKENS
@@ -238,14 +239,38 @@ def _choose(question: _Question, num_ranks: int) -> tuple[_Setting, str]:
     micros = _micros(spec, num_ranks, elastic=question.elastic)
     useful = [rows for rows in micros if rows * width <= most_tokens] or micros[-1:]
     enough = [rows for rows in useful if rows * width >= least_tokens] or useful[:1]
-    # First a stage that fits with enough tokens a pass; a higher stage is better than a starved one.
+
+    def settings(stage: int, rows_allowed: list[int]) -> Iterator[_Setting]:
+        for rows in rows_allowed:
+            yield _Setting(num_ranks, stage, rows, spec.engine.activation_checkpointing, spec.zero.offload)
+
+    # First stages that fit with enough tokens a pass; a higher stage is better than a starved one.
     for rows_allowed in (enough, useful):
-        for stage in stages:
-            for rows in rows_allowed:
-                setting = _Setting(num_ranks, stage, rows, spec.engine.activation_checkpointing, spec.zero.offload)
-                if question.fits(setting):
-                    return setting, _reason(question, setting, stages)
+        first = (next(filter(question.fits, settings(stage, rows_allowed)), None) for stage in stages)
+        fitting = [setting for setting in first if setting is not None]
+        if fitting:
+            return _fastest(question, fitting, stages)
     raise _does_not_fit(question, num_ranks, stages[-1], useful[-1])
+
+
+def _fastest(question: _Question, fitting: list[_Setting], stages: list[int]) -> tuple[_Setting, str]:
+    """The setting with the least estimated time, of nearly equal ones the lowest stage; and why."""
+    if len(stages) == 1:
+        return fitting[0], f"stage {stages[0]} as the spec says"
+    seconds = {setting: question.step_seconds(setting) or 0.0 for setting in fitting}
+    chosen = next(setting for setting in fitting if seconds[setting] <= NEARLY * min(seconds.values()))
+    reasons = []
+    if len(fitting) > 1 and seconds[chosen]:
+        others = ", ".join(f"stage {other.stage} {seconds[other]:.3g} s" for other in fitting if other != chosen)
+        reasons.append(f"about {seconds[chosen]:.3g} s a step, {others}")
+    refused = [stage for stage in stages if stage not in {setting.stage for setting in fitting}]
+    if refused:
+        needed = question.memory(replace(chosen, stage=refused[-1])).total
+        limit = question.rank_limit(chosen.num_ranks)
+        room = f" of {limit / 1e9:.1f} GB" if limit is not None else ""
+        reasons.append(f"stage {refused[-1]} would take {needed / 1e9:.1f} GB a rank{room}")
+    what = "the fastest that fits" if seconds[chosen] else "the lowest that fits"
+    return chosen, f"stage {chosen.stage} is {what}" + (": " if reasons else "") + "; ".join(reasons)
 
 
 def _stages(spec: Spec) -> list[int]:
@@ -259,19 +284,6 @@ def _micros(spec: Spec, num_ranks: int, *, elastic: bool) -> list[int]:
         return micro_candidates(spec.batch.global_rows, num_ranks, elastic=elastic)
     make_batch(spec.batch.global_rows, num_ranks, spec.batch.micro_rows, elastic=elastic)
     return [spec.batch.micro_rows]
-
-
-def _reason(question: _Question, setting: _Setting, stages: list[int]) -> str:
-    if question.spec.zero.stage != "auto":
-        return f"stage {setting.stage} as the spec says"
-    if setting.stage == stages[0]:
-        return f"stage {setting.stage} is the lowest that fits"
-    lower = replace(setting, stage=setting.stage - 1)
-    needed = question.memory(lower).total
-    limit = question.rank_limit(setting.num_ranks)
-    room = f" of {limit / 1e9:.1f} GB" if limit is not None else ""
-    return (f"stage {setting.stage} is the lowest that fits: stage {lower.stage} would take "
-            f"{needed / 1e9:.1f} GB a rank{room}")
 
 
 def _does_not_fit(question: _Question, num_ranks: int, stage: int, micro_rows: int) -> PlanError:
