@@ -94,12 +94,9 @@ def test_the_fastest_stage_that_fits_is_taken() -> None:
     roomy = make_plan(spec_of(**small), parse_shape("1x8xB200"))
     assert roomy.zero_stage in {1, 2}
     assert "is the fastest that fits" in roomy.zero_reason
-    stages = [make_plan(large(engine={"activation_checkpointing": True}), parse_shape(shape)).zero_stage
-              for shape in ("2x8xB200", "2x8xH100", "2x8x(memory=40GB,tflops=312)", "2x8x(memory=20GB,tflops=312)")]
-    assert stages == sorted(stages)
-    assert stages[-1] == 3
-    plan = make_plan(large(), parse_shape("2x8x(memory=40GB,tflops=312)"))
-    assert "would take" in plan.zero_reason
+    tight = make_plan(large(engine={"activation_checkpointing": True}), parse_shape("2x8x(memory=20GB,tflops=312)"))
+    assert tight.zero_stage == 3
+    assert "stage 2 would take" in tight.zero_reason
 
 
 def test_the_stage_and_the_time_follow_the_network() -> None:
@@ -305,7 +302,7 @@ def test_planning_imports_nothing_heavy() -> None:
 
 def test_the_table_names_what_matters() -> None:
     text = format_plan(make_plan(large(), parse_shape("2x8xH100")))
-    for word in ("2x8xH100", "ZeRO", "lowest that fits", "gradients", "optimizer", "activations", "logits", "fits",
+    for word in ("2x8xH100", "ZeRO", "the fastest that fits", "gradients", "optimizer", "activations", "logits", "fits",
                  "strict", "loose", "tokens/s", "checkpoint", "host"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from dray.plan.plan import Plan
 
 _TERMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "checkpoint", "framework",
@@ -52,7 +54,8 @@ def _hardware(plan: Plan) -> list[str]:
         f"{shape.name or 'cluster'}: {nodes}, {card}, {shape.cpus_per_node:g} CPUs and {memory} a node",
         _row("ranks", str(plan.num_ranks), "on GPUs" if plan.on_gpu else "on CPUs"),
         _row("precision", plan.precision),
-        _row("ZeRO", str(plan.zero_stage), plan.zero_reason),
+        *(_row("" if number else "ZeRO", "" if number else str(plan.zero_stage), remark)
+          for number, remark in enumerate(re.split("[:;] ", plan.zero_reason))),
         _row("offload", plan.offload),
         _row("compile", "yes" if plan.compile else "no"),
     ]
