@@ -1,4 +1,4 @@
-"""A rank's process: its compute threads, and a heap that keeps what it frees.
+"""A rank's process: its compute threads, a heap that keeps what it frees, and where compiled code is kept.
 
 glibc returns every large block to the system and faults it in again at the next step; keeping them, in one arena, makes
 a step on a CPU a tenth shorter (bench/heap.py).
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
+from pathlib import Path
 
 _OPTIONS = {
     "MALLOC_ARENA_MAX": (-8, 1),
@@ -31,6 +33,17 @@ def prepare_process(cpus: float) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     prepare_heap()
+    keep_compiled_code()
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep its code where the next run finds it, also after /tmp was emptied: a compilation on CPUs
+    takes half a minute cold and a few seconds warm. A folder that the person has named stays as it is."""
+    with suppress(OSError, RuntimeError):  # no home, or one that cannot be written: torch's own place in /tmp
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dray" / "inductor"
+        place.mkdir(parents=True, exist_ok=True)
+        if os.access(place, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place))
 
 
 def prepare_heap() -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dray.errors import PlanError
 from dray.plan import Card, find_cards, local_shape, make_accelerator, make_plan, match_accelerator
 from dray.plan.machine import _visible_handles
+from dray.process import keep_compiled_code
 from dray.spec import make_spec
 
 GIB = 2**30
@@ -100,3 +103,36 @@ def test_gpus_of_a_cluster_that_nothing_knows_are_planned_for_without_a_memory_c
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-2:] == ["GPU 2 B9000 None", "CPU B9000"], done.stdout + done.stderr
+
+
+def test_without_a_compiler_nothing_is_compiled_and_asking_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    shape = local_shape().model_copy(update={"cpu_bf16": True, "cpu_amx": True, "cpu_core_bf16_flops": 850e9})
+    assert not shape.has_compiler
+    tree = {"name": "x", "data": {"train": "x", "sequence_tokens": 512},
+            "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
+            "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
+            "duration": {"steps": 100_000}}
+    plan = make_plan(make_spec(tree, "x"), shape)
+    assert not plan.compile
+    assert any("no C++ compiler" in note for note in plan.notes)
+    assert make_plan(make_spec(tree, "x"), shape.model_copy(update={"has_compiler": True})).compile
+    with pytest.raises(PlanError, match=r"engine.compile = true: .* no C\+\+ compiler"):
+        make_plan(make_spec(tree | {"engine": {"compile": True}}, "x"), shape)
+
+
+def test_compiled_code_is_kept_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "dray" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

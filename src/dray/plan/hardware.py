@@ -84,6 +84,8 @@ class Shape(BaseModel):
     """Whether the CPU multiplies bf16 matrices in hardware; without it bf16 is some 200 times slower than fp32."""
     cpu_amx: bool = False
     """Whether the CPU has matrix units, with which everything around the matrix products is worth compiling."""
+    has_compiler: bool = True
+    """Whether there is a C++ compiler, without which torch.compile makes nothing."""
     cpu_core_fp32_flops: float = 78e9
     cpu_core_bf16_flops: float | None = None
     spare_cpus: float = 0.0

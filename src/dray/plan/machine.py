@@ -7,6 +7,7 @@ those of AMD are known by Ray's label on a cluster.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def local_shape() -> Shape:
     return Shape(
         name="this machine", cpus_per_node=_num_cpus(), memory_bytes_per_node=_machine_memory_bytes(),
         accelerators_per_node=len(cards), accelerator=make_accelerator(cards) if cards else None,
-        cpu_bf16=amx or avx512_bf16, cpu_amx=amx, cpu_core_fp32_flops=115e9 if avx512 else 78e9,
+        cpu_bf16=amx or avx512_bf16, cpu_amx=amx, has_compiler=_has_compiler(),
+        cpu_core_fp32_flops=115e9 if avx512 else 78e9,
         cpu_core_bf16_flops=850e9 if amx else 230e9 if avx512_bf16 else None, oversubscribe=True,
     )
 
@@ -121,6 +123,11 @@ def _read_card(nvml: Any, handle: Any) -> Card:
         # Two transfers a clock, as the clock is told.
         memory_bytes_per_second=memory_mhz and bus_bits and 2.0 * memory_mhz * 1e6 * bus_bits / 8,
     )
+
+
+def _has_compiler() -> bool:
+    """Whether torch.compile would find a compiler: $CXX, else the usual ones."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++", "c++"))
 
 
 def _num_cpus() -> float:

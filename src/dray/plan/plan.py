@@ -347,10 +347,17 @@ def _smaller(question: _Question, setting: _Setting) -> str:
 
 
 def _resolve_compile(question: _Question, seconds: float | None) -> bool:
-    """Where compilation was measured to win (CPU: bf16 on AMX) or is known to (GPU), if the run is long enough."""
-    if question.spec.engine.compile != "auto":
-        return question.spec.engine.compile
-    wins = question.on_gpu or (question.precision == "bf16" and question.shape.cpu_amx)
+    """Where compilation was measured to win (CPU: bf16 on AMX) or is known to (GPU), if the run is long enough.
+
+    Raises PlanError where it is asked for and cannot be.
+    """
+    wanted, shape = question.spec.engine.compile, question.shape
+    if wanted is True and not shape.has_compiler:
+        raise PlanError("engine.compile = true", f"{shape.name} has no C++ compiler", "torch.compile needs one",
+                        "install g++, name another with CXX, or give engine.compile=auto")
+    if wanted != "auto":
+        return wanted
+    wins = shape.has_compiler and (question.on_gpu or (question.precision == "bf16" and shape.cpu_amx))
     return wins and seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
 
 
@@ -374,6 +381,8 @@ def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator
         yield "offloading saves nothing where the workers run on the CPU"
     if question.on_gpu and shape.accelerator is not None and shape.accelerator.memory_bytes is None:
         yield f"the memory of {shape.accelerator.name} is unknown: whether it fits was not checked"
+    if spec.engine.compile == "auto" and not shape.has_compiler and (question.on_gpu or shape.cpu_amx):
+        yield "not compiled: there is no C++ compiler here (g++); compiled it would be faster"
     if question.precision == "fp16":
         yield "fp16 needs loss scaling, and skips steps that overflow"
     if question.precision == "bf16" and setting.stage < 2 and batch.accumulation > 1:
