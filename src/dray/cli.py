@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dray import __version__
 from dray.errors import DrayError, RunFailed, SpecError, StoreError
+from dray.redaction import redact
 
 if TYPE_CHECKING:
     from dray.store import Run
@@ -35,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments))
     except RunFailed as error:
-        print(f"dray: {error}", file=sys.stderr)
+        print(redact(f"dray: {error}"), file=sys.stderr)
         if error.diagnosis:
-            print(error.diagnosis, file=sys.stderr)
+            print(redact(error.diagnosis), file=sys.stderr)
         return error.exit_code
     except DrayError as error:
-        print(f"dray: {error}", file=sys.stderr)
+        print(redact(f"dray: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("dray: interrupted", file=sys.stderr)

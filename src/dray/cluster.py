@@ -22,6 +22,7 @@ from dray import forkserver
 from dray.errors import PlanError, RunFailed
 from dray.plan import Accelerator, Card, Shape, find_cards, local_shape, make_accelerator, match_accelerator
 from dray.process import HEAP_ENVIRONMENT
+from dray.redaction import forget_shared_credentials, share_credentials
 
 MAX_GROUP_STARTS = 10
 """Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before a run fails."""
@@ -69,6 +70,7 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         address = _find_cluster(address or os.environ.get("RAY_ADDRESS"))
     threading.Thread(target=importlib.import_module, args=("ray.train",), daemon=True).start()  # while Ray starts
     if ray.is_initialized():  # inside a notebook, a test or a larger program: theirs to end
+        share_credentials()
         yield Connection(local=False, shape=live_shape(cpus_per_worker, gpus_per_worker))
         return
     level = logging.INFO if verbose else logging.CRITICAL  # a dead worker is told by the diagnosis
@@ -88,10 +90,12 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
     else:
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-num_cpus // 1))),
                  include_dashboard=verbose, log_to_driver=verbose, logging_level=level, runtime_env=light)
+    share_credentials()
     try:
         shape = live_shape(cpus_per_worker, gpus_per_worker) if address else local_shape()
         yield Connection(local=not address, shape=shape)
     finally:
+        forget_shared_credentials()
         ray.shutdown()
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from dray.plan import format_bytes, format_seconds
+from dray.redaction import redact
 
 LOG_EVERY_SECONDS = 5.0
 
@@ -59,7 +60,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Show one remark on a line of its own."""
-        self._console.print(text, markup=False)
+        self._console.print(redact(text), markup=False)
 
     def _line(self, row: Mapping[str, Any], now: float) -> str:
         step = int(row["step"])

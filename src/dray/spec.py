@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dray.errors import SpecError
+from dray.redaction import redact, take_in_all
 from dray.yaml_reading import BadYaml, read_yaml
 
 METRICS = {
@@ -46,10 +47,16 @@ Float = Annotated[float, BeforeValidator(_reject_boolean)]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, unknown keys refused."""
+    """What all sections share: frozen, unknown keys refused, URIs without their credentials."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False,
                               defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_credentials(cls, given: Any) -> Any:
+        """Credentials in URIs never become part of a spec, which is written down and sent to trackers."""
+        return take_in_all(given)
 
 
 class Source(Section):
@@ -532,7 +539,8 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(text: str, width: int = 200) -> str:
-    """A user's own words, fit for a line."""
+    """A user's own words, without secrets, fit for a line."""
+    text = redact(text)
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:width])
     return printable + ("…" if len(text) > width else "")
 
@@ -631,7 +639,7 @@ def _translated(error: ValidationError, where: str) -> SpecError:
     if first["type"] == "missing":
         return SpecError(where, f"{path} is missing", "it has no default")
     given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f" = {_shown(repr(first['input']))}"
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = redact(str(first["msg"]).removeprefix("Value error, "))
     if not path:
         return SpecError(where, message)
     return SpecError(where, f"{path}{given}: {message[:1].lower()}{message[1:]}")

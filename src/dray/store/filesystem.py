@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.errors import StoreError
+from dray.redaction import restored, take_in
 from dray.store.retrying import first_line, patience, retry
 
 ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs")
@@ -40,8 +41,11 @@ def is_uri(place: str | os.PathLike[str]) -> bool:
 
 
 def absolute(place: str | os.PathLike[str]) -> str:
-    """The place as an absolute local path or an unchanged URI: it means the same in every process of the machine."""
-    text = os.fspath(place)
+    """The place as an absolute local path or a URI: it means the same in every process of the machine.
+
+    A URI's credentials are split off here and stay in memory (`redaction.take_in`): what comes back may be kept.
+    """
+    text = take_in(os.fspath(place))
     if text.startswith("file://"):
         text = urlsplit(text).path
     return text if is_uri(text) else os.path.abspath(os.path.expanduser(text))
@@ -69,11 +73,11 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     scheme = place.partition("://")[0]
     try:
         if scheme in ARROW_SCHEMES:
-            filesystem, path = _open_arrow(place)
+            filesystem, path = _open_arrow(restored(place))
             if not path:
                 raise ValueError("it names no bucket")
         else:
-            filesystem, path = _open_fsspec(place)
+            filesystem, path = _open_fsspec(restored(place))
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
         raise StoreError(shown(place), f"cannot be opened ({first_line(error)})",
                          "storage is a path or a URI (s3://, gs://, hdfs://, or a scheme known to fsspec)",

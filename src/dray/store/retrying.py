@@ -19,6 +19,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from dray.errors import DrayError, StoreError
+from dray.redaction import redact
 
 RETRY_SECONDS = 120.0
 """How long an operation is tried again: a store that is down for a minute is survived."""
@@ -128,9 +129,9 @@ def make_damage(error: StoreError | OSError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's message, fit to stand inside another one."""
+    """The beginning of an error's message, without secrets, fit to stand inside another one."""
     text = error.what if isinstance(error, StoreError) else str(error)
-    return (text.strip() or type(error).__name__).splitlines()[0][:200]
+    return redact((text.strip() or type(error).__name__).splitlines()[0])[:200]
 
 
 def _is_storage_error(error: BaseException) -> bool:

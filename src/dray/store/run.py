@@ -19,7 +19,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from dray.errors import SpecError, StoreError
-from dray.redaction import redact, redact_fields
+from dray.redaction import redact, redact_fields, take_in_all
 from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec
 from dray.store import drivers, layout, pins
 from dray.store.drivers import Driver
@@ -199,7 +199,8 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """run.json: name, created, status, fingerprint, identity, corpus, and what `update` added."""
-        return load_json(self.filesystem, f"{self.path}/{layout.RUN_FILE}")
+        # Records of earlier versions may hold URIs with credentials.
+        return cast("dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{layout.RUN_FILE}")))
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json. One process at a time: the driver."""

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from dray.errors import StoreError
+from dray.redaction import redact, restored
 from dray.spec import Spec
 from dray.store.filesystem import is_local, make_folder, open_filesystem, shown, write_bytes
 from dray.store.layout import TRACKERS
@@ -103,7 +104,7 @@ class Trackers:
     def _report(self, name: str, error: Exception) -> None:
         if name not in self._reported:
             self._reported.add(name)
-            self._run.log_event("tracker_failed", tracker=name, error=f"{type(error).__name__}: {error}"[:500])
+            self._run.log_event("tracker_failed", tracker=name, error=redact(f"{type(error).__name__}: {error}")[:500])
 
 
 def build_trackers(run: Run, spec: Spec, finish_seconds: float = FINISH_SECONDS) -> Trackers:
@@ -194,7 +195,7 @@ class MlflowTracker:
     def start(self, run_name: str, spec: Mapping[str, Any]) -> None:
         if self._uri is None:
             make_folder(self._run.filesystem, self._folder)
-        client = self._client = self._module.MlflowClient(self._uri or f"sqlite:///{self._folder}/mlflow.db")
+        client = self._client = self._module.MlflowClient(restored(self._uri or "") or f"sqlite:///{self._folder}/mlflow.db")
         known = client.get_experiment_by_name("dray")
         place = None if self._uri else f"{self._folder}/artifacts"
         experiment = known.experiment_id if known else client.create_experiment("dray", place)
