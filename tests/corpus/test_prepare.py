@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dray.corpus import prepare as prepare_module
 from dray.corpus.manifest import Manifest, SourceRows
-from dray.corpus.prepare import Corpus, corpus_key, find, prepare
+from dray.corpus.prepare import Corpus, corpus_key, find, find_inputs, prepare
 from dray.corpus.shards import read_groups
 from dray.errors import CorpusError, StoreError
 from dray.spec import Spec, make_spec
 from dray.store.filesystem import open_filesystem
+from dray.store.retrying import StorageFailed
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -157,8 +159,37 @@ def test_the_key_goes_by_inputs_and_settings(tmp_path: Path) -> None:
     assert corpus_key(make(str(path), validation={"share": 0.1})) != key
     assert corpus_key(make(str(path), shuffle_seed=1)) != key
     assert corpus_key(make(str(path), tokenizer={"train": "byte_bpe", "vocab_size": 301})) != key
+
+
+def test_what_the_inputs_hold_makes_the_key_and_neither_their_names_nor_their_times(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "here/a.jsonl", make_texts(50))
+    spec, storage = make(str(path)), str(tmp_path / "out")
+    corpus = prepare(spec, storage)
     os.utime(path, ns=(1, 1))
-    assert corpus_key(spec) != key
+    assert find(spec, storage) == corpus
+    moved = tmp_path / "there/b.jsonl"
+    moved.parent.mkdir()
+    path.rename(moved)
+    assert find(make(str(moved)), storage) == corpus
+    text = moved.read_text()
+    moved.write_text(text.replace("0-0 ", "0-x "))  # of the same size
+    os.utime(moved, ns=(1, 1))
+    assert corpus_key(make(str(moved))) != corpus.manifest.key
+    # The order of the files decides which of equal documents is kept.
+    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", make_texts(5, seed)) for seed, name in enumerate("ab"))
+    assert corpus_key(make([str(one), str(two)])) != corpus_key(make([str(two), str(one)]))
+
+
+def test_an_object_store_is_asked_for_etags(bucket: str, tmp_path: Path) -> None:
+    filesystem, folder = open_filesystem(bucket.format("in"))
+    for name, text in (("a/x.jsonl", "one"), ("b/y.jsonl", "one"), ("c/z.jsonl", "two")):
+        with filesystem.open_output_stream(f"{folder}/{name}") as stream:
+            stream.write(json.dumps({"text": text}).encode())
+    same, copied, other = (corpus_key(make(bucket.format(f"in/{name}"))) for name in "abc")
+    assert same == copied != other
+    files = find_inputs(make(bucket.format("in/a"))).files[0]
+    assert files[0].digest.startswith("etag ")
+    assert files[0].sha256 == ""
 
 
 def test_weighted_sources_stay_apart_and_own_validation_is_not_mixed_in(tmp_path: Path) -> None:
@@ -293,14 +324,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> tuple
 def test_killed_half_way_it_goes_on_where_it_stopped(straight: tuple[Spec, Corpus], tmp_path: Path) -> None:
     spec, expected = straight
     storage = tmp_path / "out"
-    reads = storage / "corpora" / expected.manifest.key / ".staging/read"
+    staging = storage / "corpora" / expected.manifest.key / ".staging"
     process = start_process(spec, str(storage))
     deadline = time.monotonic() + 120
-    while not list(reads.glob("*.json")) and time.monotonic() < deadline:
+    while not list(staging.glob("*/read/*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = sorted(reads.glob("*.json"))
+    done = sorted(staging.glob("*/read/*.json"))
     assert done, "nothing was finished before the kill"
     assert find(spec, str(storage)) is None
     # A mark on finished work shows in the manifest if that work is used rather than done again.
@@ -392,6 +423,42 @@ def test_a_truncated_file_costs_its_rest(tmp_path: Path) -> None:
     manifest = prepare(make(str(path)), str(tmp_path / "out")).manifest
     assert manifest.num_bad == 1
     assert 500 < manifest.train.num_documents < 1500
+
+
+# --- what is done stays done ---
+
+
+def test_a_storage_that_fails_costs_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, storage = make(str(write_jsonl(tmp_path / "a.jsonl", make_texts(50)))), str(tmp_path / "out")
+
+    def fail(*_: Any) -> None:
+        raise StorageFailed("corpora", "the storage failed for 120 s")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(prepare_module, "measure_compressors", fail)
+        with pytest.raises(StorageFailed):
+            prepare(spec, storage)
+    lines: list[str] = []
+    prepare(spec, storage, lines.append)
+    assert lines == ["shards: 1 of 1"]
+
+
+def test_inputs_that_are_refused_take_no_work_of_others_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(50)) + "no record\n" * 10)
+    strict, storage = make(str(path)), tmp_path / "out"
+    folder = storage / "corpora" / corpus_key(strict)
+    others = folder / ".staging/claims/another-process"
+    others.parent.mkdir(parents=True)
+    others.touch()
+    lines: list[str] = []
+    with pytest.raises(CorpusError, match="max_bad_share"):
+        prepare(strict, str(storage), lines.append)
+    assert others.exists()
+    assert lines[-1] == f"what another process has prepared stays in {folder}"
+    assert [file.name for file in others.parent.iterdir()] == ["another-process"]
+    assert prepare(make(str(path), max_bad_share=0.5), str(storage)).manifest.num_bad == 10
+    assert not others.exists()
 
 
 # --- refusals ---

@@ -15,7 +15,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -26,12 +26,11 @@ from pyarrow import fs as pafs
 
 from dray.corpus.cleaning import Hashes, clean, hash_texts, held_out
 from dray.corpus.compression import SAMPLE_BYTES, decode_sample
+from dray.corpus.contents import check_unchanged
 from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
 from dray.corpus.reading import Bad, Documents, Span, SpanReader
 from dray.corpus.shards import make_batch, make_schema, write_shard
-from dray.corpus.sources import current_stamp
 from dray.corpus.tokenizing import TokenizerInfo, append_token, load_decoder, load_encoder
-from dray.errors import CorpusError
 from dray.spec import Cleaning, Source
 from dray.store.filesystem import child, make_folder, open_filesystem, open_whole, read_bytes, write_bytes
 
@@ -105,7 +104,8 @@ class Job:
     tokenizer: TokenizerInfo | None = None
     chunks: tuple[Chunk, ...] = ()
     labels: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
+    work: str = "work"
+    """Folder of the intermediate files: another one for inputs of other names, which the records tell of."""
 
     @property
     def info(self) -> TokenizerInfo:
@@ -126,7 +126,7 @@ def open_folder(folder: str) -> tuple[pafs.FileSystem, str]:
 def staged(job: Job, *names: str) -> tuple[pafs.FileSystem, str]:
     """Filesystem and path of an intermediate file."""
     filesystem, path = open_folder(job.folder)
-    return filesystem, "/".join((path, STAGING, *names))
+    return filesystem, "/".join((path, STAGING, job.work, *names))
 
 
 def record_name(index: int) -> str:
@@ -179,10 +179,7 @@ def _joined(batches: Sequence[Documents]) -> Documents:
 
 def read_part(job: Job, part: Part) -> dict[str, Any]:
     """Read, clean, hash and encode the documents of a part. Returns its record. Raises CorpusError."""
-    for file in {span.file for span in part.spans}:
-        if current_stamp(file) != (file.num_bytes, file.stamp):
-            raise CorpusError(file.name, "changed while the corpus was being prepared", "inputs must hold still",
-                              "start again")
+    check_unchanged(dict.fromkeys(span.file for span in part.spans))
     files: dict[str, dict[str, Any]] = {}
     quarantine: list[Bad] = []
 
@@ -202,6 +199,7 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
         dropped += cleaned.dropped
         writer.add(cleaned.texts, cleaned.labels)
     writer.close()
+    check_unchanged(dict.fromkeys(span.file for span in part.spans))
     lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
     if lines:
         write_bytes(*staged(job, "read", f"{part.index:06d}.quarantine.jsonl"), "".join(lines).encode(), durable=False)

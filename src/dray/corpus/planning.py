@@ -15,6 +15,7 @@ from dray.corpus.parsing import LINE_FORMS
 from dray.corpus.parts import SPLITS, Job, Part, ShardPlan
 from dray.corpus.reading import Span
 from dray.corpus.sources import InputFile
+from dray.store.retrying import StorageFailed, is_transient, retry
 
 MIN_PART_BYTES, PART_BYTES, MAX_PART_BYTES = 4 << 20, 32 << 20, 256 << 20
 SHARD_BYTES, MAX_SHARD_BYTES = 32 << 20, 256 << 20
@@ -61,9 +62,17 @@ def _cut_parquet(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    def read() -> Any:
         with file.open().open_input_file(file.path) as stream:
-            metadata = pq.read_metadata(stream)
+            return pq.read_metadata(stream)
+
+    try:
+        metadata = retry(read, file.name)
+    except StorageFailed as error:
+        if is_transient(error.__cause__ or error):  # cut otherwise, the same files would make other rows
+            raise
+        yield Span(file), file.num_bytes
+        return
     except (OSError, pa.ArrowException):  # reading it will say what is wrong
         yield Span(file), file.num_bytes
         return

@@ -1,8 +1,9 @@
 """Raw corpus → token shards, through Ray Data: the same inputs and settings once, by any number of processes.
 
-The folder's name is a hash of the inputs and settings. On a local disk a second process waits for the first; elsewhere
-it does the same work over, byte for byte. What a killed process finished is found and used. Refuses inputs that give no
-documents, and more unreadable records than `data.max_bad_share`; then it leaves nothing behind.
+The folder's name is a hash of the settings and of what the inputs hold, wherever they lie and whenever they were
+written. On a local disk a second process waits for the first; elsewhere it does the same work over, byte for byte. What
+a killed process finished is found and used. Refuses inputs that give no documents, and more unreadable records than
+`data.max_bad_share`; then it takes away what it has made, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,6 +24,7 @@ from pyarrow import fs as pafs
 
 from dray.corpus.checking import Work, check_bad_share, check_packed, check_reads, make_labels, make_manifest
 from dray.corpus.compression import measure_compressors
+from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.manifest import (
     MANIFEST,
     ROWS_VERSION,
@@ -53,19 +56,22 @@ from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, find_files
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.tokenizing import TokenizerInfo, read_tokenizer_files
-from dray.errors import CorpusError, UserError
+from dray.errors import CorpusError, SpecError
 from dray.spec import HeldOut, Spec
 from dray.store.filesystem import (
     absolute,
     child,
+    delete_file,
     delete_folder,
     exists,
     is_local,
     list_files,
+    list_folders,
     make_folder,
     open_filesystem,
     read_bytes,
     require_writable,
+    shown,
     write_bytes,
     write_whole,
 )
@@ -76,6 +82,7 @@ PARTITION_BYTES = 512 * 1024 * 1024
 """Estimated text in one hash partition of deduplication."""
 MIN_CHUNK_BYTES = 48 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
+CLAIMS = "claims"
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,15 @@ class _Inputs:
 
 
 def find_inputs(spec: Spec) -> _Inputs:
-    """List the files of every source. Raises CorpusError for a path that is missing or matches nothing."""
+    """The files of every source, with the digests of their content. Raises CorpusError for a path that is missing or
+    matches nothing, and for files that cannot be read or change meanwhile."""
+    inputs = list_inputs(spec)
+    known = iter(with_digests([file for files in inputs.files for file in files]))
+    return replace(inputs, files=tuple(tuple(next(known) for _ in files) for files in inputs.files))
+
+
+def list_inputs(spec: Spec) -> _Inputs:
+    """The files of every source, unread. Raises CorpusError for a path that is missing or matches nothing."""
     data = spec.data
     named = [("train", f"data.train.{i}", source) for i, source in enumerate(data.train)]
     if isinstance(data.validation, tuple):
@@ -126,7 +141,8 @@ def _source_name(path: str) -> str:
 
 
 def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
-    """16 hexadecimal digits of a hash over the inputs (path, size, stamp) and every setting that changes the result."""
+    """16 hexadecimal digits of a hash over what the inputs hold, in their order, and every setting that changes the
+    result. Neither names nor times count: copied or moved files are the same corpus."""
     inputs = inputs or find_inputs(spec)
     tokenizer: Any = {"train": spec.tokenizer.train, "vocab_size": spec.tokenizer.vocab_size,
                       "sample_bytes": spec.tokenizer.sample_bytes}
@@ -140,9 +156,9 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         "share": _share(spec),
         "tokenizer": tokenizer,
         "sources": [
-            {"name": source.name, "split": source.split, "weight": source.source.weight, "text": source.source.text,
+            {"split": source.split, "weight": source.source.weight, "text": source.source.text,
              "label": _label(spec, source), "header": source.source.header,
-             "files": [(file.name, file.num_bytes, file.stamp, file.form) for file in files]}
+             "files": [(file.digest, file.form, file.compression) for file in files]}
             for source, files in zip(inputs.sources, inputs.files, strict=True)
         ],
     }
@@ -159,11 +175,10 @@ def _label(spec: Spec, source: CorpusSource) -> str | None:
 
 def find(spec: Spec, storage: str) -> Corpus | None:
     """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as `prepare` does."""
-    return _find(spec, storage, find_inputs(spec))
+    return _find(spec, child(storage, "corpora", corpus_key(spec)))
 
 
-def _find(spec: Spec, storage: str, inputs: _Inputs) -> Corpus | None:
-    folder = child(storage, "corpora", corpus_key(spec, inputs))
+def _find(spec: Spec, folder: str) -> Corpus | None:
     filesystem, path = open_filesystem(folder)
     if not exists(filesystem, f"{path}/{MANIFEST}"):
         return None
@@ -182,17 +197,18 @@ def prepare(spec: Spec, storage: str, progress: Progress | None = None) -> Corpu
     """
     say = progress or (lambda line: None)
     inputs = find_inputs(spec)
-    found = _find(spec, storage, inputs)
+    key = corpus_key(spec, inputs)
+    place = child(storage, "corpora")
+    folder = child(place, key)
+    found = _find(spec, folder)
     if found:
         return found
-    place = child(storage, "corpora")
     filesystem, root = open_filesystem(place)
     require_writable(filesystem, root, place)
-    key = corpus_key(spec, inputs)
     made = [folder for folder in (root, absolute(storage)) if is_local(filesystem) and not os.path.exists(folder)]
     try:
         with _lock(root, key, say) if is_local(filesystem) else nullcontext():
-            return _find(spec, storage, inputs) or _prepare(spec, child(place, key), key, inputs, say)
+            return _find(spec, folder) or _prepare(spec, folder, key, inputs, say)
     finally:
         for folder in made:  # for nothing, if it is still empty
             with suppress(OSError):
@@ -201,14 +217,15 @@ def prepare(spec: Spec, storage: str, progress: Progress | None = None) -> Corpu
 
 def _prepare(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Corpus:
     filesystem, path = open_filesystem(folder)
+    claim = _Claim(filesystem, path)
     try:
         manifest = _build(spec, folder, key, inputs, say)
         write_bytes(filesystem, f"{path}/{MANIFEST}", dump_manifest(manifest))
-    except UserError:
+    except (CorpusError, SpecError):
         if not exists(filesystem, f"{path}/{MANIFEST}"):
-            delete_folder(filesystem, path)
+            claim.withdraw(say)
             raise
-    except Exception:
+    except Exception:  # a failing storage, Ray, a signal: what is done is found again
         # Another process, on a store without locks, may have finished first and cleared the intermediate files.
         if not exists(filesystem, f"{path}/{MANIFEST}"):
             raise
@@ -216,10 +233,30 @@ def _prepare(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) 
     return Corpus(folder, load_manifest(filesystem, path))
 
 
+class _Claim:
+    """The mark of a process that works on a corpus folder, so that one whose inputs are refused takes away no work but
+    its own: neither that of another process beside it nor what an earlier one had done when it ended."""
+
+    def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
+        self._filesystem, self._path, self._name = filesystem, path, uuid.uuid4().hex
+        self._is_first = not list_files(filesystem, f"{path}/{STAGING}") and not list_folders(filesystem, path)
+        write_bytes(filesystem, f"{path}/{STAGING}/{CLAIMS}/{self._name}", b"", durable=False)
+
+    def withdraw(self, say: Progress) -> None:
+        """Delete the folder if nobody else has worked in it."""
+        others = set(list_files(self._filesystem, f"{self._path}/{STAGING}/{CLAIMS}")) - {self._name}
+        if self._is_first and not others:
+            delete_folder(self._filesystem, self._path)
+        else:
+            delete_file(self._filesystem, f"{self._path}/{STAGING}/{CLAIMS}/{self._name}")
+            say(f"what another process has prepared stays in {shown(self._path)}")
+
+
 def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Manifest:
     job, work = _plan(spec, folder, inputs)
     job = replace(job, tokenizer=_make_tokenizer(spec, job, work.parts, say))
     work.reads = run_stage(job, "read", read_part, work.parts, say)
+    _check_unchanged(inputs, work)
     check_reads(job, work, spec.data.max_bad_share)
     chunks = [Chunk(name, part.source) for part, read in zip(work.parts, work.reads, strict=True)
               for name in read["chunks"]]
@@ -235,6 +272,14 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     filesystem, path = open_folder(folder)
     write_bytes(filesystem, f"{path}/{SOURCE_FILES}", dump_source_files(work.source_files()))
     return make_manifest(key, job, work)
+
+
+def _check_unchanged(inputs: _Inputs, work: Work) -> None:
+    """Raises CorpusError if a file that was read whole is not the one whose digest went into the key."""
+    known = {file.name: file.sha256 for files in inputs.files for file in files if file.sha256}
+    for file in work.source_files():
+        if file.sha256 != known.get(file.path, file.sha256):
+            raise changed_meanwhile(file.path)
 
 
 def _samples(job: Job, num_chunks: int) -> list[bytes]:
@@ -260,8 +305,15 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs) -> tuple[Job, Work]:
         shuffle_seed=data.shuffle_seed, packs_rows=spec.packs_rows, share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
         num_partitions=-(-total // PARTITION_BYTES) if data.cleaning.deduplicate == "exact" else 0,
+        work=_name_of_work(inputs),
     )
     return job, Work(parts, sizes={file.name: file.num_bytes for files in inputs.files for file in files})
+
+
+def _name_of_work(inputs: _Inputs) -> str:
+    """The same files under other names are another work: its records would tell of files that are not there."""
+    names = json.dumps([file.name for files in inputs.files for file in files])
+    return f"work-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def _make_tokenizer(spec: Spec, job: Job, parts: Sequence[Part], say: Progress) -> TokenizerInfo:

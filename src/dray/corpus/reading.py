@@ -17,6 +17,11 @@ from dray.corpus.parsing import BadRecord, LineParser, make_parser, missing_colu
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
 from dray.spec import Source
+from dray.store.retrying import first_line, is_transient
+
+
+class InputOutage(TimeoutError):
+    """An input cannot be read for the moment: the piece of work that needs it is tried again (`store.retrying`)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ class SpanReader:
     sha256: str = ""
 
     def read(self) -> Iterator[Documents]:
-        """Documents in blocks of some megabytes. Raises CorpusError for a missing column or an unreadable file."""
+        """Documents in blocks of some megabytes. Raises CorpusError for a missing column or an unreadable file, and
+        InputOutage."""
         form = self.span.file.form
         if form in ("text", "lines") and self.source.label is not None:
             raise CorpusError(self.span.file.name, f"format {form} has no label column",
@@ -84,8 +90,11 @@ class SpanReader:
             else:
                 yield from self._read_lines(*range_chunks(self.span.file, self.span.start, self.span.stop))
             if self.span.start == 0:
-                self.sha256 = stream.finish() if stream else hash_file(self.span.file)
+                known = self.span.file.sha256
+                self.sha256 = stream.finish() if stream else known or hash_file(self.span.file)
         except (OSError, pa.ArrowException) as error:
+            if is_transient(error):
+                raise InputOutage(f"{self.span.file.name} cannot be read ({first_line(error)})") from error
             raise CorpusError(self.span.file.name, f"cannot be read ({error})", "inputs must be readable") from error
         finally:
             if stream:

@@ -20,6 +20,7 @@ from pyarrow import fs as pafs
 from dray.errors import CorpusError
 from dray.spec import Source
 from dray.store.filesystem import absolute, is_uri, open_filesystem, shown
+from dray.store.retrying import retry
 
 STDLIB = "python:stdlib"
 TEXT_SUFFIXES = (
@@ -48,6 +49,17 @@ class InputFile:
     """Changes when the file does: its time of modification in nanoseconds, or its ETag."""
     form: str
     compression: str
+    digest: str = ""
+    """What its content is known by (`contents.py`), wherever it lies and whenever it was written; empty: not asked."""
+
+    @property
+    def sha256(self) -> str:
+        """The digest, if it is the SHA-256 of the file as it lies on storage; else empty."""
+        return self.digest if len(self.digest) == 64 else ""
+
+    @property
+    def is_local(self) -> bool:
+        return not is_uri(self.place)
 
     @property
     def name(self) -> str:
@@ -150,7 +162,7 @@ def _etag(filesystem: pafs.FileSystem, path: str) -> str:
 def current_stamp(file: InputFile) -> tuple[int, str]:
     """Size and stamp of the file as it is now. Raises FileNotFoundError."""
     filesystem = file.open()
-    info = filesystem.get_file_info(file.path)
+    info = retry(lambda: filesystem.get_file_info(file.path), file.name)
     if info.type == pafs.FileType.NotFound:
         raise FileNotFoundError(file.path)
     now = _input_file(filesystem, file.place, info, file.form, file.compression)
