@@ -243,17 +243,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(result)
     else:
-        print("\n".join(f"{key:<20} {value:.6g}" if isinstance(value, float) else f"{key:<20} {value}"
-                        for key, value in result.items()))
+        shown = {key: f"{value:.6g}" if isinstance(value, float) else "undefined on these rows" if value is None
+                 else str(value) for key, value in result.items()}
+        print("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from dray.generate import generate
+    from dray.progress import Display
 
     storage, name = _locate(arguments)
     texts = generate(storage, name, arguments.prompt, step=arguments.step, max_tokens=arguments.max_tokens,
-                     temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
+                     temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
+                     say=Display().say)
     if arguments.json:
         _print_json([{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)])
         return 0
@@ -264,9 +267,10 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from dray.export import export
+    from dray.progress import Display
 
     storage, name = _locate(arguments)
-    step = export(storage, name, arguments.folder, step=arguments.step)
+    step = export(storage, name, arguments.folder, step=arguments.step, say=Display().say)
     print(f"{arguments.folder}: step {step} of {name}, for AutoModel.from_pretrained")
     return 0
 

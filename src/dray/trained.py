@@ -5,16 +5,23 @@ Nothing is unpickled: the configuration comes from the run's spec, the weights f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import torch
 
+from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest, load_manifest
+from dray.corpus.tokenizer_folder import Dress
+from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_tokenizer_files
 from dray.errors import StoreError
-from dray.models import build_model
+from dray.models import build_model, longest_row
 from dray.spec import Spec
 from dray.store import LOWER_IS_BETTER, CheckpointInfo, CheckpointReader, Run, open_filesystem
+from dray.store.filesystem import child
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,45 @@ class Trained:
     @property
     def tokenizer_folder(self) -> str:
         """The corpus' tokeniser, on the corpus' storage."""
-        return f"{self.corpus}/tokenizer"
+        return child(self.corpus, "tokenizer")
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens that the model takes at once; None if it counts no positions."""
+        return longest_row(self.model.config)
+
+    @cached_property
+    def dress(self) -> Dress:
+        """What training did to a text, for texts that are given to the model now: a prompt is not ended."""
+        packs, manifest = self.spec.packs_rows, self.manifest
+        prefix, suffix = manifest.prefix, manifest.suffix
+        if prefix is None or suffix is None:  # a corpus made before its manifest said so
+            info = describe(read_tokenizer_files(self.tokenizer_folder), [], needs_end=packs)
+            prefix, suffix = () if packs else info.prefix, info.suffix
+        longest = self.longest_row if packs else None
+        return Dress(prefix, () if packs else suffix, manifest.pad_token_id, manifest.eos_token_id,
+                     self.spec.data.cleaning.normalize, longest or self.spec.data.sequence_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, as training gave them to the model."""
+        encoder = load_encoder(self.tokenizer_folder, "transformers" if self.manifest.encoder == "transformers"
+                               else "tokenizers")  # the reference, whose ids gigatoken's equal
+        ids, _ = encoder.encode(normalize(pa.array([text], pa.large_string()), self.dress.normalize))
+        return [*self.dress.prefix, *ids.tolist(), *self.dress.suffix]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text, without special tokens."""
+        return str(load_decoder(self.tokenizer_folder).decode(list(ids), skip_special_tokens=True))
+
+    def move_to_device(self) -> torch.device:
+        """Put the model on the GPU if there is one with room for it and its activations, and say where it is now."""
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+            free, _ = torch.cuda.mem_get_info()
+            device = torch.device("cuda" if num_bytes * 5 // 4 < free else "cpu")
+        self.model.to(device)
+        return device
 
 
 def load_trained(storage: str, name: str, step: str | int | None = None) -> Trained:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,11 @@ from dray.corpus.tokenizing import (
     END_OF_TEXT,
     PAD,
     Encoder,
-    append_token,
     copy_tokenizer,
     describe,
     read_tokenizer_files,
     save_trained,
+    surround,
     train_byte_bpe,
 )
 from dray.errors import CorpusError
@@ -61,7 +62,7 @@ def test_the_vocabulary_has_the_wanted_size_special_tokens_included(trained: Pat
     files = read_tokenizer_files(str(trained))
     info = describe(files, [TEXT], needs_end=True)
     assert (info.vocab_size, info.eos_token_id, info.pad_token_id) == (400, 0, 1)
-    assert (info.prefix, info.suffix, info.encoder, info.dtype) == ((), (), "gigatoken", "uint16")
+    assert (info.prefix, info.suffix, info.encoder, info.dtype) == ((), (0,), "gigatoken", "uint16")
 
 
 def test_nothing_to_train_on_gives_bytes_alone() -> None:
@@ -157,12 +158,107 @@ def test_refusals(tmp_path: Path, names: list[str] | None, what: str) -> None:
 def test_packing_needs_a_token_that_ends_documents(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 
-    files = {"tokenizer.json": Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).to_str().encode()}
+    vocab = {"a": 0, "?": 1, "[PAD]": 2}
+    files = {"tokenizer.json": Tokenizer(models.WordLevel(vocab, unk_token="?")).to_str().encode()}
     with pytest.raises(CorpusError, match="no end-of-text token"):
         describe(files, [], needs_end=True)
     assert describe(files, [], needs_end=False).eos_token_id is None
 
 
-def test_append_token_ends_every_document() -> None:
-    tokens, lengths = append_token(np.array([5, 6, 7], np.uint32), np.array([2, 0, 1]), 9, "uint16")
-    assert (tokens.tolist(), lengths.tolist(), tokens.dtype) == ([5, 6, 9, 9, 7, 9], [3, 1, 2], np.uint16)
+def test_documents_are_surrounded() -> None:
+    ids, lengths = np.array([5, 6, 7], np.uint32), np.array([2, 0, 1])
+    tokens, found = surround(ids, lengths, (), (9,), "uint16")
+    assert (tokens.tolist(), found.tolist(), tokens.dtype) == ([5, 6, 9, 9, 7, 9], [3, 1, 2], np.uint16)
+    tokens, found = surround(ids, lengths, (1, 2), (8, 9), "uint32")
+    assert tokens.tolist() == [1, 2, 5, 6, 8, 9, 1, 2, 8, 9, 1, 2, 7, 8, 9]
+    assert found.tolist() == [6, 4, 5]
+    assert surround(ids, lengths, (), (), "uint16")[0].tolist() == [5, 6, 7]
+
+
+# --- folders of other makers ---
+
+
+def make_word_level(words: str, **config: Any) -> dict[str, bytes]:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {word: index for index, word in enumerate(words.split())}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_no_word_is_taken_for_padding() -> None:
+    text = "terrible film was the good"
+    with pytest.raises(CorpusError, match="neither a pad token nor an end-of-text token that is no word"):
+        describe(make_word_level(f"{text} [UNK]"), [text], needs_end=False)
+    # Named as padding, but a word; unknown words are no padding either.
+    for name in ("terrible", "[UNK]"):
+        files = make_word_level(f"{text} [UNK] </s>", pad_token=name, unk_token="[UNK]")
+        assert describe(files, [text], needs_end=False).pad_token_id == 6
+        assert describe(files, [text], needs_end=True).pad_token_id is None
+    info = describe(make_word_level(f"{text} [UNK] </s> <pad>"), [text], needs_end=True)
+    assert (info.pad_token_id, info.eos_token_id, info.filler, info.suffix) == (7, 6, 7, (6,))
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_gpt2s_bare_files_are_read_as_transformers_reads_them(tmp_path: Path, shared_data: Path,
+                                                              names: tuple[str, str]) -> None:
+    from transformers import GPT2Tokenizer
+
+    source = shared_data / "gpt2_vocab"
+    files = {new: (source / old).read_bytes() for new, old in zip(names, ("encoder.json", "vocab.bpe"), strict=True)}
+    copy_tokenizer(str(write(tmp_path / "bare", files)), LOCAL, str(tmp_path / "copy"))
+    ours = Encoder(read_tokenizer_files(str(tmp_path / "copy")), "tokenizers")
+    given = {"vocab.json": (source / "encoder.json").read_bytes(), "merges.txt": (source / "vocab.bpe").read_bytes()}
+    theirs = GPT2Tokenizer.from_pretrained(write(tmp_path / "slow", given))
+    texts = [*tokenizing.PROBES[1:], "# # a ## b"]
+    assert encode(ours, *texts) == [theirs.encode(text) for text in texts]
+
+
+def test_a_config_json_names_the_class_of_slow_files(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "wor", "##d"]
+    files = {"vocab.txt": "\n".join(words).encode(), "config.json": b'{"model_type": "bert"}'}
+    copy_tokenizer(str(write(tmp_path / "bert", files)), LOCAL, str(tmp_path / "copy"))
+    info = describe(read_tokenizer_files(str(tmp_path / "copy")), ["Word"], needs_end=False)
+    assert (info.prefix, info.suffix, info.pad_token_id) == ((2,), (3,), 0)
+
+
+@pytest.mark.parametrize(("files", "what"), [
+    ({"tokenizer.json": b"{"}, "tokenizer.json cannot be loaded"),
+    ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "lacks some of the 256 bytes"),
+    ({"vocab.json": b"[1]", "merges.txt": b""}, "vocab.json holds a list"),
+    ({"vocab.txt": b"a"}, "cannot be loaded"),
+    (make_word_level("a b [UNK]") | {"tokenizer_config.json": b"{"}, "tokenizer_config.json is broken JSON"),
+    (make_word_level("a b [UNK]") | {"added_tokens.json": b'{"b": 7}'}, "'b' has the id 7 in one file and 1"),
+    (make_word_level("a b [UNK]") | {"added_tokens.json": b'{"<x>": 9}'}, "'<x>' has the id 9 in one file and 3"),
+])
+def test_broken_folders_are_one_line(tmp_path: Path, files: dict[str, bytes], what: str) -> None:
+    with pytest.raises(CorpusError, match=what) as raised:
+        copy_tokenizer(str(write(tmp_path / "folder", files)), LOCAL, str(tmp_path / "copy"))
+    assert "\n" not in str(raised.value)
+
+
+def test_tokens_that_stand_beside_the_tokenizer_are_put_into_it(tmp_path: Path) -> None:
+    files = make_word_level("a b [UNK] </s>", eos_token="</s>", additional_special_tokens=["b"])
+    files["added_tokens.json"] = json.dumps({"<x>": 4}).encode()
+    copy_tokenizer(str(write(tmp_path / "folder", files)), LOCAL, str(tmp_path / "copy"))
+    ours = Encoder(read_tokenizer_files(str(tmp_path / "copy")), "tokenizers")
+    assert encode(ours, "a<x>a</s>b") == [[0, 4, 0, 3, 1]]
+
+
+def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    files = {"vocab.txt": b"a\nb", "tokenizer_config.json": json.dumps(config).encode(),
+             "evil.py": f"open({str(ran)!r}, 'w')".encode()}
+    with pytest.raises(CorpusError, match="cannot be loaded"):
+        copy_tokenizer(str(write(tmp_path / "folder", files)), LOCAL, str(tmp_path / "copy"))
+    assert not ran.exists()

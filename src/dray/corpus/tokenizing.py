@@ -2,7 +2,7 @@
 
 gigatoken encodes only where a check on real documents of this corpus proves that its ids equal those of the Hugging
 Face tokeniser; else `tokenizers` does, or transformers for tokenisers without a tokenizer.json. Refuses folders without
-a tokeniser, and tokenisers without a token that can end a document.
+a tokeniser, and tokenisers without a token that can end a packed document, or pad a row of its own.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,19 +21,33 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from dray.corpus.tokenizer_folder import (
+    END_OF_TEXT,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    Files,
+    completed,
+    dump_json,
+    first_line,
+    from_byte_level_files,
+    load_tokenizer,
+    read_json,
+    special_tokens,
+)
 from dray.errors import CorpusError
 from dray.store.filesystem import list_files, open_filesystem, read_bytes, shown, write_bytes
 
-END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-TOKENIZER_JSON = "tokenizer.json"
 VOCABULARY_FILES = (
     TOKENIZER_JSON, "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model",
 )
 TOKENIZER_FILES = (
-    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *VOCABULARY_FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )
+OLD_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+"""How GPT-2's files were first called."""
+KNOWN_PADS = (PAD, "[PAD]", "<pad>")
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
 PROBES = (
     "", " ", "\n\n  x", "don't we'll I'M", "123 ١٢٣ 漢字\u3000😀\u00a0x e\u0301", "\r\n\t \t", "a" * 300,
@@ -44,6 +58,8 @@ PROBES = (
 CHECK_BYTES = 400_000
 """Text of real documents on which gigatoken must agree."""
 
+EncodeOne = Callable[[str, bool], list[int]]
+"""Ids of a text, with or without what the tokeniser puts around it."""
 Tokens = npt.NDArray[np.unsignedinteger]
 Ints = npt.NDArray[np.int64]
 
@@ -54,12 +70,19 @@ class TokenizerInfo:
 
     vocab_size: int
     """One more than the largest id."""
-    pad_token_id: int
+    pad_token_id: int | None
+    """None for packed rows under a tokeniser that has no such token: their padding is never looked at."""
     eos_token_id: int | None
     encoder: str
     prefix: tuple[int, ...]
-    """Ids that the tokeniser puts before a single text (such as [CLS])."""
+    """Ids before each document: what the tokeniser puts before a text (such as [CLS])."""
     suffix: tuple[int, ...]
+    """Ids after each document: the end of a packed one, else what the tokeniser puts there, or the end."""
+
+    @property
+    def filler(self) -> int:
+        """What fills a row behind its tokens."""
+        return next((i for i in (self.pad_token_id, self.eos_token_id) if i is not None), 0)
 
     @property
     def dtype(self) -> str:
@@ -138,14 +161,19 @@ def save_trained(filesystem: pafs.FileSystem, folder: str, tokenizer_json: str) 
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": PAD,
               "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
     write_bytes(filesystem, f"{folder}/{TOKENIZER_JSON}", tokenizer_json.encode(), durable=False)
-    write_bytes(filesystem, f"{folder}/tokenizer_config.json", _dump(config), durable=False)
+    write_bytes(filesystem, f"{folder}/{TOKENIZER_CONFIG}", dump_json(config), durable=False)
 
 
 def copy_tokenizer(place: str, filesystem: pafs.FileSystem, folder: str) -> None:
-    """Copy a tokeniser folder; slow files are turned into a tokenizer.json where transformers can."""
+    """Copy a tokeniser folder; slow files are turned into a tokenizer.json where transformers can. Raises CorpusError.
+
+    Tokens that only stand beside tokenizer.json are put into it.
+    """
     files = read_tokenizer_files(place)
     if TOKENIZER_JSON not in files:
         files = _convert(files, place)
+    if TOKENIZER_JSON in files:
+        files = completed(files)
     for name, content in sorted(files.items()):
         write_bytes(filesystem, f"{folder}/{name}", content, durable=False)
 
@@ -156,36 +184,37 @@ def read_tokenizer_files(place: str) -> dict[str, bytes]:
     rule = "a Hugging Face tokeniser folder holds tokenizer.json, or the files of a slow tokeniser"
     if filesystem.get_file_info(path).type != pafs.FileType.Directory:
         raise CorpusError("tokenizer.path", f"{shown(place)} is no folder", rule, "or train one: {train: byte_bpe}")
-    names = [name for name in list_files(filesystem, path) if name in TOKENIZER_FILES]
+    there = list_files(filesystem, path)
+    names = {name: name for name in there if name in TOKENIZER_FILES}
+    names = {new: old for old, new in OLD_NAMES.items() if old in there} | names
     if not set(names) & set(VOCABULARY_FILES):
-        found = ", ".join(sorted(list_files(filesystem, path))[:8]) or "nothing"
+        found = ", ".join(sorted(there)[:8]) or "nothing"
         raise CorpusError("tokenizer.path", f"{shown(place)} holds no tokeniser, but {found}", rule)
-    return {name: read_bytes(filesystem, f"{path}/{name}") for name in sorted(names)}
+    return {name: read_bytes(filesystem, f"{path}/{names[name]}") for name in sorted(names)}
 
 
-def _convert(files: dict[str, bytes], place: str) -> dict[str, bytes]:
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as made:
-        for name, content in files.items():
-            with open(os.path.join(given, name), "wb") as stream:
-                stream.write(content)
+def _convert(files: Files, place: str) -> Files:
+    """Slow files with a tokenizer.json made of them: by transformers, or as GPT-2's where nothing names their class."""
+    filesystem, path = open_filesystem(place)
+    beside = [name for name in list_files(filesystem, path) if name == "config.json"]  # names the model's type
+    model = {name: read_bytes(filesystem, f"{path}/{name}") for name in beside}
+    named = "tokenizer_class" in read_json(files, TOKENIZER_CONFIG) or model
+    if not named and {"vocab.json", "merges.txt"} <= files.keys():
+        return from_byte_level_files(files, shown(place))
+    with tempfile.TemporaryDirectory() as made:
         try:
-            AutoTokenizer.from_pretrained(given).save_pretrained(made)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise CorpusError("tokenizer.path", f"{shown(place)} cannot be loaded ({error})",
+            _load_slow(files | model).save_pretrained(made)
+        except Exception as error:  # transformers' own, the system's and those of every library it calls
+            raise CorpusError("tokenizer.path", f"{shown(place)} cannot be loaded ({first_line(error)})",
                               "transformers' AutoTokenizer must load it",
-                              "add a tokenizer_config.json that names its tokenizer_class") from error
+                              f"add a {TOKENIZER_CONFIG} that names its tokenizer_class, or a {TOKENIZER_JSON}",
+                              ) from error
         return files | {name: _read(os.path.join(made, name)) for name in os.listdir(made) if name in TOKENIZER_FILES}
 
 
 def _read(path: str) -> bytes:
     with open(path, "rb") as stream:
         return stream.read()
-
-
-def _dump(tree: Any) -> bytes:
-    return (json.dumps(tree, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
 
 
 # --- encoding ---
@@ -214,9 +243,9 @@ def load_encoder(folder: str, name: str) -> Encoder:
 
 @lru_cache(maxsize=2)
 def load_decoder(folder: str) -> Any:
-    """The `tokenizers.Tokenizer` of a folder, once a process; None for one that has only slow files."""
+    """What decodes the ids of a folder's tokeniser, once a process: of tokenizers, or of transformers."""
     files = read_tokenizer_files(folder)
-    return _load_fast(files) if TOKENIZER_JSON in files else None
+    return _load_fast(files) if TOKENIZER_JSON in files else _load_slow(files)
 
 
 def _gigatoken(files: dict[str, bytes]) -> Any:
@@ -265,63 +294,77 @@ def _transformers(files: dict[str, bytes]) -> Any:
 
 def _load_fast(files: dict[str, bytes]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(files[TOKENIZER_JSON].decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return load_tokenizer(files)
 
 
 def _load_slow(files: dict[str, bytes]) -> Any:
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             with open(os.path.join(folder, name), "wb") as stream:
                 stream.write(content)
-        return AutoTokenizer.from_pretrained(folder)
+        return load_auto_tokenizer(folder)
+
+
+def load_auto_tokenizer(folder: str) -> Any:
+    """What transformers makes of a local folder; code that it holds is not run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def describe(files: dict[str, bytes], sample: Sequence[str], needs_end: bool) -> TokenizerInfo:
-    """Ids and encoder of a tokeniser; `sample`: real documents for the check of gigatoken. Raises CorpusError."""
-    if TOKENIZER_JSON in files:
-        tokenizer = _load_fast(files)
-        names = tokenizer.get_vocab(with_added_tokens=True)
-        encode = lambda text, special: tokenizer.encode(text, add_special_tokens=special).ids  # noqa: E731
-    else:
-        tokenizer = _load_slow(files)
-        names = tokenizer.get_vocab()
-        encode = lambda text, special: tokenizer.encode(text, add_special_tokens=special)  # noqa: E731
-    special = _special_tokens(files)
+    """What is to know of a tokeniser, for packed rows (`needs_end`) or one document a row. Raises CorpusError.
+
+    `sample`: real documents, on which gigatoken is checked, and on which no pad token may be a word.
+    """
+    tokenizer = _load_fast(files) if TOKENIZER_JSON in files else _load_slow(files)
+    encode = partial(_encode_one, tokenizer)
+    names, special = tokenizer.get_vocab(), special_tokens(files)
     ends = (special.get("eos_token"), *KNOWN_ENDS, special.get("sep_token"))
     end = next((names[name] for name in ends if name in names), None)
-    if needs_end and end is None:
-        raise CorpusError("tokenizer.path", "the tokeniser has no end-of-text token", "packed documents end with one",
-                          "name it as eos_token in tokenizer_config.json")
-    pad = names.get(special.get("pad_token", ""), names.get(PAD, names.get("[PAD]", end if end is not None else 0)))
-    prefix, suffix = _template(encode)
-    encoder = _choose_encoder(files, sample)
-    return TokenizerInfo(max(names.values()) + 1, pad, end, encoder, prefix, suffix)
+    pads = [names[name] for name in (special.get("pad_token"), *KNOWN_PADS)
+            if name in names and name != special.get("unk_token")]
+    prefix, suffix = _template(encode, sample)
+    if needs_end:
+        if end is None:
+            raise CorpusError("tokenizer.path", "the tokeniser has no end-of-text token",
+                              "packed documents end with one", f"name it as eos_token in {TOKENIZER_CONFIG}")
+        pad = next((pad for pad in pads if not _is_word(pad, encode, sample)), None)
+        suffix = (end,)
+    else:
+        pad = next((pad for pad in (*pads, end) if pad is not None and not _is_word(pad, encode, sample)), None)
+        if pad is None:
+            raise CorpusError("tokenizer.path", "the tokeniser has neither a pad token nor an end-of-text token that "
+                              "is no word", "rows are padded to one length, and a word is no padding",
+                              f"name one as pad_token in {TOKENIZER_CONFIG}")
+        if not suffix and end is not None and TOKENIZER_JSON in files:
+            suffix = (end,)
+    return TokenizerInfo(max(names.values()) + 1, pad, end, _choose_encoder(files, sample), prefix, suffix)
 
 
-def _special_tokens(files: dict[str, bytes]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in json.loads(files.get(name, b"{}")).items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(content, str):
-                found[key] = content
-    return found
+def _encode_one(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Ids of a text by a tokeniser of tokenizers or of transformers."""
+    encoded = tokenizer.encode(text, add_special_tokens=special)
+    return list(getattr(encoded, "ids", encoded))
 
 
-def _template(encode: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokeniser puts around a single text."""
-    bare, dressed = encode("word", False), encode("word", True)
-    for start in range(len(dressed) - len(bare) + 1):
-        if dressed[start:start + len(bare)] == bare:
-            return tuple(dressed[:start]), tuple(dressed[start + len(bare):])
-    return (), ()
+def _template(encode: EncodeOne, sample: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokeniser puts around a single text. Raises CorpusError if it does anything else to one."""
+    for text in ("word", "a", *sample[:10]):
+        bare, around = encode(text, False), encode(text, True)
+        for start in range(len(around) - len(bare) + 1):
+            if bare and around[start:start + len(bare)] == bare:
+                return tuple(around[:start]), tuple(around[start + len(bare):])
+    if not around:
+        return (), ()
+    raise CorpusError("tokenizer.path", f"the tokeniser makes {around[:20]} of a text whose own ids are {bare[:20]}",
+                      "special tokens stand before and after a text", "use another tokeniser")
+
+
+def _is_word(pad: int, encode: EncodeOne, sample: Sequence[str]) -> bool:
+    """Whether a token is part of texts: of more than one in a hundred of the sample."""
+    seen = sum(pad in encode(text[:10_000], False) for text in sample[:200])
+    return seen * 100 > min(200, len(sample))
 
 
 def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:
@@ -344,12 +387,16 @@ def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:
     return "gigatoken" if np.array_equal(lengths, our_lengths) and np.array_equal(ids, ours) else "tokenizers"
 
 
-def append_token(ids: npt.NDArray[np.uint32], lengths: Ints, token: int, dtype: str) -> tuple[Tokens, Ints]:
-    """The documents' ids with a token after each, in the given type."""
-    ends = np.cumsum(lengths + 1)
-    out = np.empty(len(ids) + len(lengths), dtype)
+def surround(ids: npt.NDArray[np.uint32], lengths: Ints, prefix: Sequence[int], suffix: Sequence[int],
+             dtype: str) -> tuple[Tokens, Ints]:
+    """The documents' ids with `prefix` before and `suffix` after each, in the given type."""
+    stops = np.cumsum(lengths + len(prefix) + len(suffix))
+    starts = stops - lengths - len(prefix) - len(suffix)
+    out = np.empty(len(ids) + len(lengths) * (len(prefix) + len(suffix)), dtype)
     inside = np.ones(len(out), bool)
-    inside[ends - 1] = False
+    places = [starts + nth for nth in range(len(prefix))] + [stops - nth for nth in range(len(suffix), 0, -1)]
+    for place, token in zip(places, (*prefix, *suffix), strict=True):
+        inside[place] = False
+        out[place] = token
     out[inside] = ids
-    out[ends - 1] = token
-    return out, lengths + 1
+    return out, lengths + len(prefix) + len(suffix)

@@ -11,7 +11,7 @@ from dray.models.build import (
     num_parameters,
     parameter_groups,
 )
-from dray.models.config import make_config
+from dray.models.config import longest_row, make_config
 from dray.models.folder import LoadReport, save_pretrained_folder
 from dray.models.initialize import initialize_weights, restore_rotary_buffers
 
@@ -21,6 +21,7 @@ __all__ = [
     "enable_activation_checkpointing",
     "import_transformers",
     "initialize_weights",
+    "longest_row",
     "make_config",
     "num_parameters",
     "parameter_groups",

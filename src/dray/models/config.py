@@ -214,13 +214,19 @@ def _folder_config(spec: Spec, vocab_size: int) -> Any:
     _check_folder_vocabulary(spec, config, folder, vocab_size)
     for name, value in (_dropouts(config, spec.regularization.dropout) | _checked_options(spec, config)).items():
         setattr(config, name, value)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type in _OFFSET_POSITIONS:
-        limit -= (config.pad_token_id or 0) + 1
+    limit = longest_row(config)
     if limit is not None and limit < spec.data.sequence_tokens:
         raise SpecError(f"data.sequence_tokens = {spec.data.sequence_tokens}", f"{folder} takes rows of {limit} tokens",
                         way_out=f"give {limit} or fewer")
     return config
+
+
+def longest_row(config: Any) -> int | None:
+    """Tokens that a model of the configuration can take at once; None if it counts no positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type in _OFFSET_POSITIONS:
+        limit -= (config.pad_token_id or 0) + 1
+    return None if limit is None or limit < 1 else int(limit)
 
 
 def _check_folder_sizes(spec: Spec, config: Any) -> None:
@@ -256,7 +262,8 @@ def _read_vocabulary(folder: Path) -> Any:
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError):
         return None
-    return model.get("vocab"), model.get("merges")
+    merges = model.get("merges")  # pairs, or as older files have them, both parts in one string
+    return model.get("vocab"), merges and [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
 
 
 def _names_for(task: str) -> list[str]:
