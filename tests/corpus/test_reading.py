@@ -104,8 +104,8 @@ def test_labels_of_mixed_types_and_odd_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "t", "y": value}) + "\n" for value in ["a", 1, None, 1.5, "", [1]]))
     found, bad, _ = read(path, label="y")
-    assert [label for _, label in found] == ["a", "1"]
-    assert len(bad) == 4
+    assert [label for _, label in found] == ["a", "1", "1.5"]
+    assert len(bad) == 3
 
 
 BAD_LINES: list[tuple[bytes, str]] = [
@@ -348,5 +348,6 @@ def test_parquet_refusals(tmp_path: Path) -> None:
         read(path)
     with pytest.raises(CorpusError, match="no text column 'body'; columns: n, text, t"):
         read(path, text="body")
-    with pytest.raises(CorpusError, match="labels are strings or integers"):
-        read(path, text="t", label="text")
+    path = write_parquet(tmp_path / "b.parquet", {"text": ["x"], "y": [[1]]})
+    with pytest.raises(CorpusError, match="the label column 'y' holds list"):
+        read(path, label="y")

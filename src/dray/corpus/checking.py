@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dray.corpus.labels import choose_labels, named
 from dray.corpus.manifest import VERSION, Manifest, Packing, Shard, SourceFile, SourceRows, Split
 from dray.corpus.parts import DROP_REASONS, SPLITS, Job, Part, ShardPlan
 from dray.errors import CorpusError
-
-MAX_LABELS = 10_000
 
 Record = dict[str, Any]
 
@@ -83,23 +82,33 @@ def check_bad_share(files: Iterable[SourceFile], num_bad: int, num_records: int,
 
 
 def make_labels(job: Job, work: Work) -> tuple[str, ...]:
-    """Names of the classes in the order of their ids: by number if all are integers, else by name."""
-    labels = {label for read in work.reads for label in read["labels"]}
+    """Names of the classes in the order of their ids; none for tasks without labels. Raises CorpusError."""
     if job.packs_rows:
         return ()
-    if len(labels) > MAX_LABELS:
-        raise CorpusError("data.train.label", f"{len(labels)} different labels", f"at most {MAX_LABELS}",
-                          "is it a column of text?")
-    if len(labels) < 2:
-        raise CorpusError("data.train.label", f"only the label {next(iter(labels), '')!r}",
-                          "a classification has two classes or more", "check the column and the files")
-    if all(label.removeprefix("-").isdecimal() and label.isascii() for label in labels):
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
-    return tuple(sorted(labels))
+    train, validation = (_labels_read(split, job, work) for split in SPLITS)
+    return choose_labels(train, validation, num_labels=job.num_labels, known=job.known_labels)
 
 
-def check_packed(job: Job, packed: Sequence[Record]) -> None:
+def _labels_read(split: str, job: Job, work: Work) -> Counter[str]:
+    """Documents of each label in the sources of a split, before any is dropped as a duplicate."""
+    found: Counter[str] = Counter()
+    for part, read in zip(work.parts, work.reads, strict=True):
+        if job.sources[part.source].split == split:
+            found.update(read["labels"])
+    return found
+
+
+def check_width(job: Job) -> None:
+    """Raises CorpusError for rows that what stands around a document fills."""
+    around = len(job.info.prefix) + len(job.info.suffix)
+    if job.sequence_tokens <= around:
+        raise CorpusError(f"data.sequence_tokens = {job.sequence_tokens}", f"the tokeniser puts {around} tokens around "
+                          "a text", "a row has room for text", f"give {around + 1} or more")
+
+
+def check_packed(job: Job, work: Work) -> None:
     """Raises CorpusError for a source or a split that deduplication or holding out left empty."""
+    packed = work.packed
     for index, source in enumerate(job.sources):
         mine = [record for chunk, record in zip(job.chunks, packed, strict=True) if chunk.source == index]
         if not any(source.split in record for record in mine):
@@ -109,6 +118,27 @@ def check_packed(job: Job, packed: Sequence[Record]) -> None:
         num_documents = sum(record["train"]["num_documents"] for record in packed)
         raise CorpusError("data.validation.share", f"{job.share} of {num_documents} documents holds out none of them",
                           "validation needs at least one document", f"raise it above {1 / num_documents:.2g}")
+    if not job.packs_rows and not job.known_labels:
+        _check_classes(job, work)
+
+
+def _check_classes(job: Job, work: Work) -> None:
+    """Raises CorpusError for a class of whose training documents none is left."""
+    train = _documents_by_label("train", job, work.packed)
+    lost = {label: count for label, count in _labels_read("train", job, work).items() if not train[label]}
+    if lost:
+        raise CorpusError("data.train", f"no training document is left of the label {named(lost)}",
+                          "a class is learnt from its documents; these are held out for validation, or another label "
+                          "has their texts too", "give it more documents, or leave its documents out")
+
+
+def _documents_by_label(split: str, job: Job, packed: Sequence[Record]) -> dict[str, int]:
+    """Documents of each class in a split, classes without any included."""
+    counts = [0] * len(job.labels)
+    for record in packed:
+        counts = [a + b for a, b in zip(counts, record.get(split, {}).get("by_label", counts[:0]) or [0] * len(counts),
+                                        strict=True)]
+    return dict(zip(job.labels, counts, strict=True))
 
 
 def make_manifest(key: str, job: Job, work: Work) -> Manifest:
@@ -125,9 +155,10 @@ def make_manifest(key: str, job: Job, work: Work) -> Manifest:
     return Manifest(
         version=VERSION, key=key, sequence_tokens=job.sequence_tokens, group_rows=job.group_rows,
         vocab_size=job.info.vocab_size, pad_token_id=job.info.pad_token_id, eos_token_id=job.info.eos_token_id,
-        encoder=job.info.encoder, labels=job.labels, train=train,
+        encoder=job.info.encoder, prefix=job.info.prefix, suffix=job.info.suffix, labels=job.labels, train=train,
         validation=validation if validation.num_rows else None,
         num_source_files=len(files), num_source_bytes=sum(file.num_bytes for file in files),
+        num_contradicting=sum(record["contradicting"] for record in work.duplicates),
         dropped=dict(sorted(dropped.items())), num_records=work.total("num_records"), num_bad=work.total("num_bad"),
         packing=Packing(utilization=utilization, **counts), shuffle_seed=job.shuffle_seed,
         validation_compressors=work.compressors,
@@ -147,4 +178,4 @@ def _make_split(split: str, job: Job, work: Work) -> Split:
                        if (plan.split, plan.source) == (split, index))
         weight = source.source.weight if split == "train" else None
         rows.append(SourceRows(name=source.name, weight=weight, shards=shards, **counts))
-    return Split(sources=tuple(rows))
+    return Split(sources=tuple(rows), documents_by_label=_documents_by_label(split, job, work.packed))

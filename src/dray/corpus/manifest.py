@@ -18,7 +18,7 @@ from dray.store.filesystem import read_bytes
 
 VERSION = 3
 """Of the manifest's form; version 2, which held the source files itself, is read too."""
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Raised when the same inputs and settings give other rows: it is a part of a corpus' key."""
 MANIFEST = "manifest.json"
 SOURCE_FILES = "source_files.json"
@@ -56,6 +56,8 @@ class Split(_Record):
     """The training or the validation rows: those of one source after the other."""
 
     sources: tuple[SourceRows, ...]
+    documents_by_label: dict[str, int] = {}
+    """Documents of each class; empty for tasks without labels."""
 
     @property
     def num_rows(self) -> int:
@@ -117,10 +119,15 @@ class Manifest(_Record):
     group_rows: int
     """Rows in a group, the unit of reading: one Arrow record batch. Only the last group of a source may be shorter."""
     vocab_size: int
-    pad_token_id: int
+    pad_token_id: int | None
+    """None where packed rows need none."""
     eos_token_id: int | None
     encoder: str
     """What encoded the text: `gigatoken` where a check proved its ids equal, else `tokenizers` or `transformers`."""
+    prefix: tuple[int, ...] | None = None
+    """Ids that stand before each document; None in manifests that did not say so yet, as for `suffix`."""
+    suffix: tuple[int, ...] | None = None
+    """Ids that stand after each document."""
     labels: tuple[str, ...]
     """Names of the classes in the order of their ids; empty for tasks without labels."""
     train: Split
@@ -130,6 +137,8 @@ class Manifest(_Record):
     """Size of the input files on storage. What each gave is told in source_files.json, which no worker reads."""
     dropped: dict[str, int]
     """Documents that were left out, by reason."""
+    num_contradicting: int = 0
+    """Documents whose text an earlier one has under another label."""
     num_records: int
     """Records read: documents and bad ones."""
     num_bad: int

@@ -17,11 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dray.corpus.bytes_in import read_first_line
+from dray.corpus.labels import label_name, label_names
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
 from dray.spec import Source
 
 LINE_FORMS = ("jsonl", "csv", "tsv", "lines")
+
+
+MAX_EXACT = 2.0**53
 
 
 class BadRecord(Exception):
@@ -80,7 +84,7 @@ class _JsonLines:
 
     def __init__(self, text: str, label: str | None) -> None:
         self._text, self._label = text, label
-        self._label_types = [pa.string(), pa.int64(), pa.bool_()] if label is not None else [None]
+        self._label_types = [pa.string(), pa.int64(), pa.bool_(), pa.float64()] if label is not None else [None]
         self.columns: list[str] = []
 
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
@@ -97,8 +101,8 @@ class _JsonLines:
             if table.num_rows != num_lines or any(column.null_count for column in columns):
                 return None
             texts = _whole(table[self._text], pa.large_string())
-            labels = _whole(table[self._label], pa.string()) if self._label is not None else None
-            return None if texts is None else (texts, labels)
+            labels = _named(table[self._label]) if self._label is not None else None
+            return None if texts is None or (labels is not None and labels.null_count) else (texts, labels)
         return None
 
     def parse_line(self, line: str) -> tuple[str, str]:
@@ -122,7 +126,7 @@ class _JsonLines:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadRecord("lone surrogate") from error
-        return text, "" if self._label is None else _label_name(record[self._label])
+        return text, "" if self._label is None else _label(record[self._label])
 
 
 def _read_json(data: bytes, text: str, label: str | None, label_type: pa.DataType | None) -> pa.Table | None:
@@ -149,12 +153,19 @@ def _whole(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array | None:
     return array
 
 
-def _label_name(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int) or (isinstance(value, str) and value):
-        return str(value)
-    raise BadRecord("the label is neither a string nor an integer")
+def _named(column: pa.ChunkedArray) -> pa.Array:
+    """The labels of a column by their names; null for what is none, or cannot be told from a neighbour."""
+    if pa.types.is_floating(column.type):  # so large that other whole numbers would be read as the same
+        column = pc.if_else(pc.less(pc.abs(column), MAX_EXACT), column, None)
+    return label_names(pa.concat_arrays(column.chunks)) if column.num_chunks else pa.array([], pa.string())
+
+
+def _label(value: Any) -> str:
+    """The name of a label. Raises BadRecord."""
+    try:
+        return label_name(value)
+    except ValueError as error:
+        raise BadRecord(str(error)) from error
 
 
 @dataclass
@@ -192,8 +203,8 @@ class _Delimited:
         if table.num_rows != data.count(b"\n") + (data[-1:] != b"\n"):
             return None
         texts = _whole(table[names[self.text]], pa.large_string())
-        labels = _whole(table[names[self.label]], pa.string()) if self.label is not None else None
-        if texts is None or (labels is not None and pc.any(pc.equal(labels, "")).as_py()):
+        labels = _named(table[names[self.label]]) if self.label is not None else None
+        if texts is None or (labels is not None and labels.null_count):
             return None
         return texts, labels
 
@@ -206,9 +217,7 @@ class _Delimited:
             raise BadRecord(f"{len(fields)} fields instead of {self.num_columns}")
         if self.label is None:
             return fields[self.text], ""
-        if not fields[self.label]:
-            raise BadRecord("no label")
-        return fields[self.text], fields[self.label]
+        return fields[self.text], _label(fields[self.label])
 
 
 def _split_fields(line: str, delimiter: str) -> list[str]:

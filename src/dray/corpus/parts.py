@@ -30,7 +30,7 @@ from dray.corpus.contents import check_unchanged
 from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
 from dray.corpus.reading import Bad, Documents, Span, SpanReader
 from dray.corpus.shards import make_batch, make_schema, write_shard
-from dray.corpus.tokenizing import TokenizerInfo, append_token, load_decoder, load_encoder
+from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
 from dray.spec import Cleaning, Source
 from dray.store.filesystem import child, make_folder, open_filesystem, open_whole, read_bytes, write_bytes
 
@@ -104,6 +104,11 @@ class Job:
     tokenizer: TokenizerInfo | None = None
     chunks: tuple[Chunk, ...] = ()
     labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their ids."""
+    num_labels: int | None = None
+    """How many classes the spec wants; None: as many as there are."""
+    known_labels: tuple[str, ...] = ()
+    """The classes of a trained model that the corpus is to measure; empty: they are found."""
     work: str = "work"
     """Folder of the intermediate files: another one for inputs of other names, which the records tell of."""
 
@@ -207,7 +212,7 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
     return _save_record(job, "read", part.index, {
         "files": files, "dropped": dict(dropped), "num_bad": num_bad,
         "num_records": num_bad + sum(entry["num_documents"] for entry in files.values()),
-        "chunks": writer.chunks, "labels": sorted(writer.labels),
+        "chunks": writer.chunks, "labels": dict(sorted(writer.labels.items())),
     })
 
 
@@ -222,24 +227,24 @@ class _ChunkWriter:
         self._labels: list[pa.Array] = []
         self._text_bytes = 0
         self.chunks: list[str] = []
-        self.labels: set[str] = set()
+        self.labels: Counter[str] = Counter()
 
     def add(self, texts: pa.Array, labels: pa.Array | None) -> None:
         """Encode a batch of cleaned documents."""
         if not len(texts):
             return
         ids, lengths = self._encoder.encode(texts)
+        info = self._job.info
         if self._job.packs_rows:
-            end = self._job.info.eos_token_id
-            tokens, lengths = append_token(ids, lengths, cast(int, end), self._job.info.dtype)
+            tokens, lengths = surround(ids, lengths, info.prefix, info.suffix, info.dtype)
         else:
-            tokens = ids.astype(self._job.info.dtype)
+            tokens = ids.astype(info.dtype)
         bounds = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset:texts.offset + len(texts) + 1]
         self._tokens.append(tokens)
         self._columns.append((lengths, np.diff(bounds), *hash_texts(texts)))
         if labels is not None:
             self._labels.append(labels)
-            self.labels.update(labels.unique().to_pylist())
+            self.labels.update({item["values"]: item["counts"] for item in labels.value_counts().to_pylist()})
         self._text_bytes += int(bounds[-1] - bounds[0])
         if self._text_bytes >= self._job.chunk_bytes:
             self.close()
@@ -261,19 +266,21 @@ class _ChunkWriter:
             columns["label"] = pa.concat_arrays(self._labels)
         _write_batches(filesystem, f"{path}.documents", [pa.record_batch(columns)])
         if self._job.num_partitions:
-            _write_batches(filesystem, f"{path}.hashes", _partition(high, low, self._job.num_partitions))
+            classes = hash_texts(columns["label"].cast(pa.large_string()))[1] if self._labels else None
+            _write_batches(filesystem, f"{path}.hashes", _partition(high, low, classes, self._job.num_partitions))
         self.chunks.append(name)
         self._tokens, self._columns, self._labels, self._text_bytes = [], [], [], 0
 
 
-def _partition(high: Hashes, low: Hashes, num_partitions: int) -> list[pa.RecordBatch]:
-    """Hashes and places of the documents of each partition, in reading order."""
+def _partition(high: Hashes, low: Hashes, classes: Hashes | None, num_partitions: int) -> list[pa.RecordBatch]:
+    """Hashes and places of the documents of each partition, in reading order; hashes of labels where there are any."""
     place = (high % np.uint64(num_partitions)).astype(np.int64)
     order = np.argsort(place, kind="stable")
     bounds = np.searchsorted(place[order], np.arange(num_partitions + 1))
+    columns = {"high": high, "low": low} | ({} if classes is None else {"class": classes})
     return [
-        pa.record_batch({"high": pa.array(high[chosen]), "low": pa.array(low[chosen]),
-                         "document": pa.array(chosen.astype(np.int32))})
+        pa.record_batch({name: pa.array(column[chosen]) for name, column in columns.items()}
+                        | {"document": pa.array(chosen.astype(np.int32))})
         for chosen in (order[start:stop] for start, stop in itertools.pairwise(bounds))
     ]
 
@@ -295,21 +302,26 @@ def _read_batch(filesystem: pafs.FileSystem, path: str, index: int) -> pa.Record
 def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
     """Of the documents of one hash partition with equal text, all but the first: by split, source, file and offset.
 
-    Validation sources come first: a training document that equals one of theirs is left out of training.
+    Validation sources come first: a training document that equals one of theirs is left out of training. Those whose
+    label is not the first one's are counted.
     """
     held = [job.sources[chunk.source].split == "validation" for chunk in job.chunks]
     ranked = [*(i for i, first in enumerate(held) if first), *(i for i, first in enumerate(held) if not first)]
     batches = [_read_batch(*staged(job, "read", f"{job.chunks[i].name}.hashes"), partition) for i in ranked]
     sizes = [batch.num_rows for batch in batches]
     chunk = np.repeat(np.array(ranked, np.int64), sizes)
-    high, low, document = (np.concatenate([batch.column(name).to_numpy() for batch in batches] or [np.empty(0)])
-                           for name in ("high", "low", "document"))
+    high, low, document, *classes = (
+        np.concatenate([batch.column(name).to_numpy() for batch in batches] or [np.empty(0)])
+        for name in ("high", "low", "document", *(() if job.packs_rows else ("class",))))
     order = np.lexsort((low, high))
     high, low = high[order], low[order]
     again = np.zeros(len(order), bool)
     again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
     first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))] if len(order) else order
     lost, kept = order[again], first[again]
+    contradicting = sum(int((hashes[lost] != hashes[kept]).sum()) for hashes in classes)
+    if job.cleaning.deduplicate == "none":  # looked for contradictions only
+        lost, kept = lost[:0], kept[:0]
     is_held = np.array(held, bool)
     leaked = is_held[chunk[kept]] & ~is_held[chunk[lost]]
     by_chunk = np.argsort(chunk[lost], kind="stable")
@@ -322,7 +334,7 @@ def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
     make_folder(filesystem, path.rpartition("/")[0])
     _write_batches(filesystem, path, drops)
     return _save_record(job, "duplicates", partition, {
-        "duplicate": int((~leaked).sum()), "in_validation": int(leaked.sum())})
+        "duplicate": int((~leaked).sum()), "in_validation": int(leaked.sum()), "contradicting": contradicting})
 
 
 def _kept(job: Job, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
@@ -364,14 +376,15 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
                 "num_truncated_documents": rows.num_truncated_documents,
                 "num_truncated_tokens": rows.num_truncated_tokens,
             }
+            if labels is not None:
+                record[split]["by_label"] = np.bincount(labels, minlength=len(job.labels)).tolist()
     return _save_record(job, "packed", index, record)
 
 
 def _write_sample(job: Job, index: int, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints) -> None:
     tokenizer = load_decoder(child(job.folder, "tokenizer"))
-    if tokenizer is not None:
-        text = decode_sample(tokenizer, tokens, lengths, chosen, SAMPLE_BYTES // len(job.chunks))
-        write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
+    text = decode_sample(tokenizer, tokens, lengths, chosen, SAMPLE_BYTES // len(job.chunks))
+    write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
 
 
 def _make_rows(job: Job, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints,
@@ -381,9 +394,8 @@ def _make_rows(job: Job, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints,
         starts = np.cumsum(lengths) - lengths
         tokens, lengths = gather(tokens, starts[chosen], lengths[chosen]), lengths[chosen]
     if job.packs_rows:
-        return pack(tokens, lengths, job.sequence_tokens, info.pad_token_id), None
-    suffix = info.suffix or ((info.eos_token_id,) if info.eos_token_id is not None else ())
-    rows = one_a_row(tokens, lengths, job.sequence_tokens, info.pad_token_id, prefix=info.prefix, suffix=suffix)
+        return pack(tokens, lengths, job.sequence_tokens, info.filler), None
+    rows = one_a_row(tokens, lengths, job.sequence_tokens, info.filler, prefix=info.prefix, suffix=info.suffix)
     ids = {label: index for index, label in enumerate(job.labels)}
     encoded = documents.column("label").dictionary_encode()
     lookup = np.array([ids[label] for label in encoded.dictionary.to_pylist()], np.int32)

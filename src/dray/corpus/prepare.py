@@ -22,7 +22,15 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from dray.corpus.checking import Work, check_bad_share, check_packed, check_reads, make_labels, make_manifest
+from dray.corpus.checking import (
+    Work,
+    check_bad_share,
+    check_packed,
+    check_reads,
+    check_width,
+    make_labels,
+    make_manifest,
+)
 from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.manifest import (
@@ -103,6 +111,8 @@ class _Inputs:
 
     sources: tuple[CorpusSource, ...]
     files: tuple[tuple[InputFile, ...], ...]
+    labels: tuple[str, ...] = ()
+    """The classes of a trained model that they are to measure; empty: those that the training documents have."""
 
 
 def find_inputs(spec: Spec) -> _Inputs:
@@ -155,6 +165,8 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
         "share": _share(spec),
         "tokenizer": tokenizer,
+        "labels": inputs.labels,
+        "num_labels": None if spec.packs_rows else spec.model.num_labels,
         "sources": [
             {"split": source.split, "weight": source.source.weight, "text": source.source.text,
              "label": _label(spec, source), "header": source.source.header,
@@ -189,14 +201,15 @@ def _find(spec: Spec, folder: str) -> Corpus | None:
     return corpus
 
 
-def prepare(spec: Spec, storage: str, progress: Progress | None = None) -> Corpus:
+def prepare(spec: Spec, storage: str, progress: Progress | None = None, labels: Sequence[str] = ()) -> Corpus:
     """Prepare the corpus of a spec below `<storage>/corpora/`, or find it prepared; Ray must be connected if not.
 
-    `progress` gets a line now and then. Raises CorpusError for inputs that cannot become a corpus, StoreError for a
-    storage that cannot be written.
+    `progress` gets a line now and then. `labels`: the classes of a trained model that the corpus is to measure, in the
+    order of their ids; it may lack some of them. Raises CorpusError for inputs that cannot become a corpus, StoreError
+    for a storage that cannot be written.
     """
     say = progress or (lambda line: None)
-    inputs = find_inputs(spec)
+    inputs = replace(find_inputs(spec), labels=tuple(labels))
     key = corpus_key(spec, inputs)
     place = child(storage, "corpora")
     folder = child(place, key)
@@ -255,6 +268,7 @@ class _Claim:
 def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Manifest:
     job, work = _plan(spec, folder, inputs)
     job = replace(job, tokenizer=_make_tokenizer(spec, job, work.parts, say))
+    check_width(job)
     work.reads = run_stage(job, "read", read_part, work.parts, say)
     _check_unchanged(inputs, work)
     check_reads(job, work, spec.data.max_bad_share)
@@ -263,7 +277,7 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     job = replace(job, chunks=tuple(chunks), labels=make_labels(job, work))
     work.duplicates = run_stage(job, "duplicates", find_duplicates, range(job.num_partitions), say)
     work.packed = run_stage(job, "packed", pack_chunk, range(len(chunks)), say)
-    check_packed(job, work.packed)
+    check_packed(job, work)
     work.plans = make_shard_plans(job, work.packed)
     work.compressors = measure_compressors(_samples(job, len(chunks)))
     shards = run_stage(job, "shards", _merge, list(enumerate(work.plans)), say)
@@ -299,12 +313,15 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs) -> tuple[Job, Work]:
                     for source in inputs.sources)
     parts, part_bytes = make_parts(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
+    # Contradicting labels are looked for whether or not duplicates are dropped.
+    compares = data.cleaning.deduplicate == "exact" or not (spec.packs_rows or inputs.labels)
     job = Job(
         folder=folder, sources=sources, cleaning=data.cleaning, max_record_bytes=data.max_record_bytes,
         sequence_tokens=data.sequence_tokens, group_rows=GROUP_ROWS if spec.packs_rows else LABELLED_GROUP_ROWS,
         shuffle_seed=data.shuffle_seed, packs_rows=spec.packs_rows, share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
-        num_partitions=-(-total // PARTITION_BYTES) if data.cleaning.deduplicate == "exact" else 0,
+        num_partitions=-(-total // PARTITION_BYTES) if compares else 0,
+        num_labels=spec.model.num_labels, known_labels=inputs.labels,
         work=_name_of_work(inputs),
     )
     return job, Work(parts, sizes={file.name: file.num_bytes for files in inputs.files for file in files})

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dray.corpus.bytes_in import BOM, DamagedFile, HashingStream, decompress, hash_file, line_blocks, range_chunks
+from dray.corpus.labels import RULE, label_names
 from dray.corpus.parsing import BadRecord, LineParser, make_parser, missing_column
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
@@ -224,6 +225,8 @@ def _check_columns(schema: pa.Schema, name: str, source: Source) -> None:
     for column in (source.text, source.label):
         if column is not None and column not in schema.names:
             raise missing_column(name, source, schema.names)
+    if source.label is not None and pa.types.is_nested(schema.field(source.label).type):
+        raise CorpusError(name, f"the label column {source.label!r} holds {schema.field(source.label).type}", RULE)
     kind = schema.field(source.text).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     textual = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -241,10 +244,7 @@ def _parquet_documents(batch: pa.RecordBatch, name: str, row: int, source: Sourc
         (pc.fill_null(odd, False), lambda i: f"longer than data.max_record_bytes = {limit}"),
     ]
     if labels is not None:
-        if pa.types.is_floating(labels.type):
-            raise CorpusError(name, f"the label column {source.label!r} holds {labels.type}",
-                              "labels are strings or integers")
-        labels = labels.cast(pa.string())
+        labels = label_names(labels)
         checks.append((pc.is_null(labels), lambda i: "no label"))
     reasons = {i: reason(i) for mask, reason in checks for i in pc.indices_nonzero(mask).to_pylist()}
     if not _clean_text(raw):

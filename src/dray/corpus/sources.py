@@ -179,6 +179,11 @@ def _form(path: str, source: Source) -> tuple[str, str]:
     return form, compression
 
 
+def suffix_form(path: str) -> str:
+    """The form that the suffixes of a path, glob or URI tell; empty if they tell none."""
+    return _form(path.partition("?")[0] if is_uri(path) else path, Source(path=path))[0]
+
+
 def _hidden(relative: str) -> bool:
     return any(part.startswith(".") or part in SKIPPED_NAMES for part in relative.split("/"))
 

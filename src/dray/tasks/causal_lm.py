@@ -83,6 +83,9 @@ class CausalLMMetrics:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": self._num_correct / count,
                 "num_targets": float(self._num_targets)}
 
+    def undefined(self) -> tuple[str, ...]:
+        return () if self._num_targets else ("loss", "perplexity", "accuracy", "bits_per_byte")
+
 
 def bits_per_byte(mean_loss: float, num_tokens: int, num_text_bytes: int) -> float:
     """Bits needed for a byte of text by a model that loses `mean_loss` nats a token on text of `num_tokens` tokens.

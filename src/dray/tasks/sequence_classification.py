@@ -90,8 +90,9 @@ class ClassificationMetrics:
     def compute(self) -> dict[str, float]:
         """`loss`, `accuracy`, `precision`, `recall`, `f1`, `auc`, `num_targets`.
 
-        With two classes the middle four are those of class 1, with more the unweighted mean over classes (AUC: each
-        class against the rest). `auc` is 0.5, what guessing gives, where the documents do not show every class.
+        With two classes the middle four are those of class 1, with more the unweighted mean over the classes that the
+        documents or the guesses show (AUC: each class against the rest). `auc` is 0.5, what guessing gives, where the
+        documents do not show every class.
         """
         if not self._labels:
             names = ("loss", "accuracy", "precision", "recall", "f1", "auc", "num_targets")
@@ -100,8 +101,7 @@ class ClassificationMetrics:
 
         scores = torch.tensor(self._scores, dtype=torch.float64)
         guesses = scores.argmax(dim=-1).tolist()
-        kind: dict[str, Any] = {"average": "binary"} if self._num_labels == 2 else {
-            "average": "macro", "labels": list(range(self._num_labels))}
+        kind: dict[str, Any] = {"average": "binary"} if self._num_labels == 2 else {"average": "macro"}
         precision, recall, f1, _ = precision_recall_fscore_support(self._labels, guesses, zero_division=0.0, **kind)
         return {
             "loss": math.fsum(self._losses) / len(self._labels),
@@ -109,6 +109,14 @@ class ClassificationMetrics:
             "precision": float(precision), "recall": float(recall), "f1": float(f1), "auc": self._auc(scores),
             "num_targets": float(len(self._labels)),
         }
+
+    def undefined(self) -> tuple[str, ...]:
+        """The AUC without every class; with two classes what asks for documents of class 1, where there are none."""
+        seen = set(self._labels)
+        if not seen:
+            return ("loss", "accuracy", "precision", "recall", "f1", "auc")
+        positives = ("recall", "f1") if self._num_labels == 2 and 1 not in seen else ()
+        return (*positives, "auc") if len(seen) < self._num_labels else ()
 
     def _auc(self, scores: Tensor) -> float:
         from sklearn.metrics import roc_auc_score

@@ -45,6 +45,9 @@ class TaskMetrics(Protocol):
     def compute(self) -> dict[str, float]:
         """The metrics by name. `loss` is always among them."""
 
+    def undefined(self) -> tuple[str, ...]:
+        """Names of those whose value stands for nothing on the rows seen."""
+
 
 class Task(Protocol):
     """One file a task."""
