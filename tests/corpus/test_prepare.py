@@ -239,7 +239,7 @@ def test_rows_are_shuffled_over_files_with_the_corpus_seed(tmp_path: Path) -> No
 
 def test_classification_rows_in_length_buckets(tmp_path: Path) -> None:
     texts = make_texts(1500, words=20)
-    labels = ["pos" if i % 3 else "neg" for i in range(1500)]
+    labels = ["odd", *("pos" if i % 3 else "neg" for i in range(1499))]
     train = write_jsonl(tmp_path / "train.jsonl", texts, y=labels)
     dev = write_jsonl(tmp_path / "dev.jsonl", make_texts(70, 1), y=["neg"] * 69 + ["odd"])
     spec = make({"path": str(train), "label": "y"}, "sequence_classification", sequence_tokens=64,
@@ -261,6 +261,44 @@ def test_classification_rows_in_length_buckets(tmp_path: Path) -> None:
     assert np.ptp(lengths, axis=1).mean() < 8
     assert len(set(lengths.mean(axis=1).argsort().tolist())) == 23
     assert 0 < manifest.packing.num_truncated_documents <= sum(row["num_tokens"] == 64 for row in rows)
+
+
+@pytest.mark.parametrize("deduplicate", ["exact", "none"])
+def test_texts_under_two_labels_are_counted(tmp_path: Path, deduplicate: str) -> None:
+    texts = make_texts(30)
+    path = write_jsonl(tmp_path / "a.jsonl", texts + texts[:6], y=["a", "b"] * 15 + ["a", "a", "b", "b", "a", "b"])
+    manifest = prepare(make({"path": str(path), "label": "y"}, "sequence_classification", cleaning={
+        "deduplicate": deduplicate}), str(tmp_path / "out")).manifest
+    assert manifest.num_contradicting == 2
+    assert manifest.dropped == ({"duplicate": 6} if deduplicate == "exact" else {})
+    assert manifest.train.documents_by_label == (
+        {"a": 15, "b": 15} if deduplicate == "exact" else {"a": 18, "b": 18})
+
+
+def test_classes_of_a_trained_model_stay_as_they_are(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["only one"], y=["pos"])
+    spec = make({"path": str(path), "label": "y"}, "sequence_classification")
+    corpus = prepare(spec, str(tmp_path / "out"), labels=("pos", "neg", "odd"))
+    assert corpus.manifest.labels == ("pos", "neg", "odd")
+    assert corpus.manifest.train.documents_by_label == {"pos": 1, "neg": 0, "odd": 0}
+    assert read_rows(corpus, corpus.manifest.train.sources[0])[0]["label"] == 0
+    with pytest.raises(CorpusError, match=r"does not know the label 'pos' \(1\); it knows 'a', 'b'"):
+        prepare(spec, str(tmp_path / "out"), labels=("a", "b"))
+
+
+def test_a_class_without_a_training_document_is_refused(tmp_path: Path) -> None:
+    texts = make_texts(40)
+    write_jsonl(tmp_path / "a.jsonl", texts, y=["a", "b"] * 20)
+    # The text that has the third label has the first one too, and before.
+    write_jsonl(tmp_path / "b.jsonl", texts[:1], y=["c"])
+    spec = make({"path": str(tmp_path / "*.jsonl"), "label": "y"}, "sequence_classification")
+    with pytest.raises(CorpusError, match=r"no training document is left of the label 'c' \(1\)"):
+        prepare(spec, str(tmp_path / "out"))
+    validation = {"path": str(write_jsonl(tmp_path / "v/held.jsonl", ["new"], y=["d"])), "label": "y"}
+    spec = make({"path": str(tmp_path / "a.jsonl"), "label": "y"}, "sequence_classification", validation=validation)
+    with pytest.raises(CorpusError, match=r"data.validation: no training document has the label 'd' \(1\)"):
+        prepare(spec, str(tmp_path / "out"))
+    assert files_below(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(("values", "labels"), [([10, 9, 2], ("2", "9", "10")), (["b", "B", "a"], ("B", "a", "b"))])
