@@ -259,6 +259,28 @@ def test_a_fork_goes_on_where_its_origin_stood(tmp_path: Path, corpus: Corpus):
     assert verify_ledger(run).ok
 
 
+def test_a_fork_leaves_out_what_its_origin_did(tmp_path: Path, corpus: Corpus):
+    run = begin(tmp_path, corpus)
+    left_out = LeftOut((4, 9)).batches
+    run.update(left_out=list(left_out))
+    Simulated(run, corpus, every=10).attempt(2, 30, left_out=left_out)
+    assert verify_ledger(run).ok
+
+    def fork(name: str, **fields: Any) -> Run:
+        tree = tiny_tree(Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, **{"seed": SEED, **fields})
+        return Run.fork(tmp_path, "tiny", name, make_spec(tree), {"num_steps": 100}, corpus=corpus.folder,
+                        corpus_key=corpus.manifest.key)
+
+    same = fork("same", optimizer={"learning_rate": 1e-4})
+    assert same.record()["left_out"] == [4, 9]
+    Simulated(same, corpus, chained=False, every=10).attempt(3, 60, left_out=same.record()["left_out"])
+    assert verify_ledger(same).problems == []
+    forgetful = fork("forgetful")
+    Simulated(forgetful, corpus, chained=False, every=10).attempt(3, 60)
+    assert "steps 31–32 read batches that had been read before" in verify_ledger(forgetful).problems
+    assert "left_out" not in fork("reordered", seed=8).record()  # in another order they are other rows
+
+
 def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path):
     from dray.train import train_locally
 

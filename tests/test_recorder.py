@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,12 @@ def make_recorder(storage: Path) -> tuple[Run, Recorder, Listening]:
     return run, Recorder(run, plan, build_trackers(run, spec), display), display
 
 
-def make_records(step: int, forward_seconds: tuple[float, float] = (1.0, 1.0), attempt: int = 1, time: float = 0.0
+def make_records(step: int, forward_seconds: tuple[float, float] = (1.0, 1.0), attempt: int = 1, at: float = 0.0
                  ) -> list[dict[str, Any]]:
     return [{"kind": "step", "rank": rank, "attempt": attempt, "step": step, "num_ranks": 2, "loss_sum": 1.0,
              "num_targets": 2, "learning_rate": 0.1, "grad_norm": 1.0, "applied": True, "rows_digest": "", "tokens": 8,
              "step_tokens": 8, "seconds": 2.0, "data_wait_seconds": 0.0, "forward_seconds": forward_seconds[rank],
-             "time": time, "memory_bytes": 1} for rank in (0, 1)]
+             "time": at, "memory_bytes": 1} for rank in (0, 1)]
 
 
 def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +82,51 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, mo
         recorder.wait_stored()
 
 
+def test_a_thread_that_waits_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray the thread that saves waits for the metrics while the next steps come in."""
+    run, recorder, _ = make_recorder(tmp_path)
+    log_metrics, log_event = Run.log_metrics, Run.log_event
+
+    def log_slowly(self: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+        log_metrics(self, rows)
+        time.sleep(0.002)
+
+    def tell_slowly(self: Run, kind: str, **fields: Any) -> None:
+        log_event(self, kind, **fields)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(Run, "log_metrics", log_slowly)
+    monkeypatch.setattr(Run, "log_event", tell_slowly)
+    monkeypatch.setattr("dray.train.DRAIN_SECONDS", 0.0)
+    ended = threading.Event()
+
+    def save() -> None:
+        while not ended.is_set():
+            recorder.wait_stored()
+
+    savers = [threading.Thread(target=save) for _ in range(2)]
+    for saver in savers:
+        saver.start()
+    for step in range(1, 61):
+        recorder.take([*make_records(step), {"kind": "note", "attempt": 1, "step": step}])
+    ended.set()
+    for saver in savers:
+        saver.join()
+    recorder.wait_stored()
+    assert [row["step"] for row in run.iterate_metrics()] == list(range(1, 61))
+    assert sorted(event["step"] for event in run.events() if event["kind"] == "note") == list(range(1, 61))
+
+
+def test_a_save_that_fails_is_told_and_so_is_what_cannot_be_deleted(tmp_path: Path) -> None:
+    _, recorder, display = make_recorder(tmp_path)
+    for step in (1, 2):
+        for kind in ("checkpoint_failed", "retention_failed"):
+            recorder.take([{"kind": kind, "attempt": 1, "step": step, "problem": "no such luck"}])
+    assert [text.partition(":")[0] for text in display.said] == [
+        "step 1 could not be saved", "older checkpoints cannot be deleted, so the storage fills up",
+        "step 2 could not be saved"]
+
+
 def test_a_slow_rank_is_named_once_an_attempt(tmp_path: Path) -> None:
     run, recorder, display = make_recorder(tmp_path)
     for step in range(1, 31):
@@ -96,9 +143,9 @@ def test_a_slow_rank_is_named_once_an_attempt(tmp_path: Path) -> None:
 
 def test_the_time_to_the_next_new_step_is_by_the_drivers_clock(tmp_path: Path) -> None:
     run, recorder, _ = make_recorder(tmp_path)
-    recorder.take(make_records(1, time=3600.0))
+    recorder.take(make_records(1, at=3600.0))
     run.begin_attempt(2, 0)
-    recorder.take([*make_records(1, attempt=2, time=5.0), *make_records(2, attempt=2, time=6.0)])
+    recorder.take([*make_records(1, attempt=2, at=5.0), *make_records(2, attempt=2, at=6.0)])
     recovered = next(event for event in run.events() if event["kind"] == "recovered")
     assert 0 <= recovered["seconds"] < 60
 

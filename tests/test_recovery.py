@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dray.job import Job, begin_attempt
 from dray.plan import local_shape, make_plan
-from dray.ray_worker import _find_failed_attempt
-from dray.recovery import Budget
+from dray.ray_worker import _find_failed_attempt, _find_spike
+from dray.recovery import MAX_NODE_LOSSES, Budget, SmallerBatch
 from dray.spec import make_spec
-from dray.store import Run
+from dray.store import CheckpointWriter, Driver, Run, make_fragment_key
 from tiny import tiny_tree
 
 BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}
@@ -52,12 +54,23 @@ def test_a_smaller_micro_batch_divides_a_ranks_rows():
     assert decision.micro_rows == 5  # the greatest divisor of 15 that is at most half of it
 
 
-def test_a_failure_is_that_of_the_newest_attempt_or_gets_one_of_its_own(tmp_path: Path):
-    spec = make_spec(tiny_tree(tmp_path))
+def make_job(folder: Path) -> tuple[Run, Any, Driver]:
+    """A run without a corpus, its job, and the hold on it."""
+    spec = make_spec(tiny_tree(folder))
     plan = make_plan(spec, local_shape())
-    run = Run.create(tmp_path, "failing", spec, plan.model_dump(mode="json"))
+    run = Run.create(folder, "failing", spec, plan.model_dump(mode="json"))
     driver = run.take_over()
-    job: Any = Job(spec, plan, "", None, run.storage, run.name, driver.number)  # type: ignore[arg-type]
+    return run, Job(spec, plan, "", None, run.storage, run.name, driver.number), driver  # type: ignore[arg-type]
+
+
+def save(run: Run, step: int, attempt: int = 1) -> None:
+    writer = CheckpointWriter(run, step, attempt)
+    file = writer.write_rank(0, 1, {make_fragment_key("w", "param", 0): torch.ones(4)})
+    writer.commit([file], {"shapes": {"w": [4]}})
+
+
+def test_a_failure_is_that_of_the_newest_attempt_or_gets_one_of_its_own(tmp_path: Path):
+    run, job, driver = make_job(tmp_path)
     assert _find_failed_attempt(run, job)["attempt"] == 1  # none was recorded
     assert _find_failed_attempt(run, job)["attempt"] == 1  # it runs by its record
     run.end_attempt(1, "failed", 0, "code")
@@ -67,3 +80,45 @@ def test_a_failure_is_that_of_the_newest_attempt_or_gets_one_of_its_own(tmp_path
     job = replace(job, driver=run.take_over().number)
     assert _find_failed_attempt(run, job)["attempt"] == 4  # the newest is an earlier driver's
     assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2, 3, 4]
+
+
+def test_an_attempt_that_was_resized_is_not_relabelled(tmp_path: Path):
+    run, job, _ = make_job(tmp_path)
+    assert begin_attempt(job, 2)["attempt"] == 1
+    run.end_attempt(1, "resized", 3)
+    assert _find_failed_attempt(run, job)["attempt"] == 2
+    assert [attempt.get("status") for attempt in run.attempts()] == ["resized", None]
+
+
+def test_nodes_that_go_without_progress_end_a_run():
+    budget = Budget(max_failures=0)
+    decisions = [budget.decide("node_loss", committed_step=10, **BATCH) for _ in range(MAX_NODE_LOSSES + 1)]
+    assert [decision.retry for decision in decisions] == [True] * MAX_NODE_LOSSES + [False]
+    assert "checkpoint.every_minutes" in decisions[-1].reason
+    budget = Budget(max_failures=0)
+    assert all(budget.decide("node_loss", committed_step=step, **BATCH).retry for step in range(0, 500, 10))
+
+
+def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
+    run, job, _ = make_job(tmp_path)
+
+    def run_out(committed: int) -> None:
+        before = SmallerBatch.from_record(run.record())
+        run.update(**SmallerBatch.after(before, before.micro_rows // 2 if before else 4, committed).to_record())
+
+    run_out(0)
+    assert begin_attempt(job, 2)["micro_rows"] == 4
+    run_out(0)  # and again, before anything was committed: the same shortage
+    assert begin_attempt(job, 2)["micro_rows"] == 2
+    save(run, 10, attempt=run.attempts()[-1]["attempt"])
+    assert "micro_rows" not in begin_attempt(job, 2)
+    run_out(10)
+    assert begin_attempt(job, 2)["micro_rows"] == 1
+    save(run, 20, attempt=run.attempts()[-1]["attempt"])
+    assert begin_attempt(job, 2)["micro_rows"] == 1, "the second time it was no accident"
+
+
+def test_the_step_that_is_left_out_is_the_one_whose_loss_leapt():
+    failure = {"step": 9, "ranks": [{"error_type": "builtins.RuntimeError", "step": 9},
+                                    {"error_type": "dray.numerics.LossSpike", "step": 8}]}
+    assert _find_spike(failure) == 8

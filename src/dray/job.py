@@ -12,8 +12,9 @@ from typing import Any
 from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream
 from dray.plan import Plan, make_plan
+from dray.recovery import SmallerBatch
 from dray.spec import Spec
-from dray.store import Run
+from dray.store import Run, find_resume_checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,20 @@ class Attempt:
 
 
 def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
-    """Decide for all ranks where this attempt starts, and write it down. Returns its record; called by rank 0."""
+    """Decide for all ranks where this attempt starts, and write it down. Returns its record; called by rank 0.
+
+    Raises CheckpointsLost where the run would have to begin again.
+    """
     run = Run.open(job.storage, job.run_name)
-    newest = run.latest_checkpoint()
+    newest = find_resume_checkpoint(run)
     record: dict[str, Any] = {"num_ranks": num_ranks, "start_step": newest.step if newest else 0,
                               "checkpoint": newest.path if newest else ""}
     remembered = run.record()
-    record |= {key: remembered[key] for key in ("micro_rows", "left_out") if remembered.get(key)}
+    if remembered.get("left_out"):
+        record["left_out"] = remembered["left_out"]
+    smaller = SmallerBatch.from_record(remembered)
+    if smaller and smaller.is_needed(record["start_step"]):
+        record["micro_rows"] = smaller.micro_rows
     return record | {"attempt": run.begin_attempt(driver=job.driver, **record)}
 
 

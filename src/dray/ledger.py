@@ -81,7 +81,8 @@ def verify_ledger(run: Run, step: int | None = None) -> LedgerReport:
     log = _read_log(run, spans)
     committed = info.step if info else base
     last = max([committed, *log.steps[-1:].tolist()])
-    walk = _Walk(make_order(manifest, spec.seed), spec.batch.global_rows, log, base, _load_chain(run, info, base))
+    walk = _Walk(make_order(manifest, spec.seed), spec.batch.global_rows, log, base, _load_chain(run, info, base),
+                 origin_left_out=_load_origin_left_out(run, base))
     for span in spans:
         walk.follow(span, span.first, min(span.last, committed))
     walk.end()
@@ -219,6 +220,21 @@ def _load_chain(run: Run, info: CheckpointInfo | None, base: int) -> _Chain | No
     return _Chain(int(found["after"]), str(found["digest"])) if found else None
 
 
+def _load_origin_left_out(run: Run, base: int) -> LeftOut | None:
+    """What the run that a fork started from had left out by then, where both read the same order; none where that run
+    is gone, or reads another one."""
+    origin = run.origin()
+    source = Run.find(run.storage, str(origin["checkpoint"]).partition("/")[0]) if origin and base else None
+    if origin is None or source is None:
+        return None
+    ours, theirs = run.record(), source.record()
+    changed = {"seed", "batch.global_rows"} & set(differing_paths(theirs["identity"], ours["identity"]))
+    if changed or ours["corpus_key"] != theirs["corpus_key"]:
+        return None
+    found = [attempt for attempt in source.attempts() if attempt["attempt"] == origin["attempt"]]
+    return LeftOut(tuple(found[0].get("left_out") or ())) if found else None
+
+
 def _load_corpus(run: Run) -> Manifest:
     folder = run.record().get("corpus")
     if not folder:
@@ -263,7 +279,8 @@ def _check_attempts(attempts: Sequence[Mapping[str, Any]], log: _Log, base: int,
 class _Walk:
     """Goes through the history step by step, and compares what was logged with what the order gives."""
 
-    def __init__(self, order: Order, global_rows: int, log: _Log, base: int, chain: _Chain | None) -> None:
+    def __init__(self, order: Order, global_rows: int, log: _Log, base: int, chain: _Chain | None, *,
+                 origin_left_out: LeftOut | None = None) -> None:
         self.global_rows, self.base = global_rows, base
         self.epochs = _Epochs(order)
         self.doubled: list[int] = []
@@ -273,7 +290,7 @@ class _Walk:
         self.digest = NO_STEPS
         self.proven_after = float("inf")
         """The checkpoint's chain proves the steps after this one."""
-        self._order, self._log, self._claim = order, log, chain
+        self._order, self._log, self._claim, self._origin_left_out = order, log, chain, origin_left_out
         self._claimed = NO_STEPS  # the digest that the claim should have
         self._next_batch = -1
         self._missing: list[int] = []
@@ -331,7 +348,8 @@ class _Walk:
         """Count the rows of some steps, and of what was left out before and between them. Returns their digests."""
         batches = span.left_out.batches_at(steps)
         if self._next_batch < 0:  # a fork goes on where its origin stood
-            self._next_batch = int(span.left_out.batches_at(np.asarray([self.base]))[0]) + 1 if self.base else 0
+            stood = self._origin_left_out or span.left_out
+            self._next_batch = int(stood.batches_at(np.asarray([self.base]))[0]) + 1 if self.base else 0
         again = batches < self._next_batch
         self.read_again += steps[again].tolist()
         due = np.union1d(batches, np.arange(self._next_batch, batches[-1] + 1))

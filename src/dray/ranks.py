@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_CONTROL = "dray: agreements"
+"""What torch calls the groups that carry nothing but small agreements."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -55,13 +58,19 @@ class Ranks:
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
-    def apart(self) -> Ranks:
+    def apart(self, timeout_seconds: float) -> Ranks:
         """The same processes with a group of their own for agreements, which another thread may use meanwhile."""
-        return replace(self, control=dist.new_group(backend="gloo"))
+        return replace(self, control=_build_control_group(timeout_seconds))
 
-    def set_timeout(self, seconds: float) -> None:
-        """From now on a collective that takes longer raises on every rank that waits in it."""
-        for group in (dist.group.WORLD, self.control):
+    def bound(self, *, compute_seconds: float, agree_seconds: float) -> None:
+        """From now on a collective that takes longer raises on every rank that waits in it.
+
+        `compute_seconds`: one of gradients or weights, in whichever groups DeepSpeed has made by now: all ranks come to
+        it together. `agree_seconds`: a small agreement, which waits for whatever a rank does before it: rows, storage.
+        """
+        for group in list(dist.distributed_c10d._world.pg_map):
+            agrees = group is self.control or group.group_desc == _CONTROL
+            seconds = agree_seconds if agrees else compute_seconds
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
@@ -92,12 +101,12 @@ def leave() -> None:
 
 def build_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
     """The process group that is there, as this process sees it."""
-    control = (
-        dist.group.WORLD
-        if dist.get_backend() == "gloo"
-        else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-    )
+    control = dist.group.WORLD if dist.get_backend() == "gloo" else _build_control_group(timeout_seconds)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _build_control_group(timeout_seconds: float) -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc=_CONTROL)
 
 
 def join_alone(device: torch.device) -> None:

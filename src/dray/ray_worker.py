@@ -26,11 +26,11 @@ from dray.errors import RunFailed
 from dray.job import Attempt, Job, begin_attempt, make_attempt, make_stream
 from dray.order import LeftOut
 from dray.pulse import STACK_SIGNAL, Pulse
-from dray.recovery import Budget, Decision, kind_of_errors
-from dray.store import Run
+from dray.recovery import Budget, Decision, SmallerBatch, kind_of_errors
+from dray.store import CheckpointsLost, Run, find_resume_checkpoint
 from dray.store.evidence import make_rank_failure, save_beat, save_failure, save_log, save_stacks, unwrap
 from dray.store.records import now
-from dray.watchdog import Hang
+from dray.watchdog import Hang, agreement_seconds
 
 Beats = dict[int, tuple[dict[str, Any], float]]
 """Rank → its last heartbeat, and the seconds since it arrived."""
@@ -41,7 +41,6 @@ STORED_SECONDS = 180.0
 BEAT_EVERY_SECONDS = 0.5
 GRACE_SECONDS = 1.0
 """In which the ranks that fail with the first one say so; where all have, nobody waits."""
-FIRST_TIMEOUT_SECONDS = 1800.0  # of a collective, until steps have been measured: compilation takes its time
 PREFETCH_BLOCKS = 2
 
 
@@ -223,8 +222,8 @@ class _Posting:
             return
         beat = self._pulse.beat()
         ray.get(self._mailbox.fail.remote(make_rank_failure(
-            beat["rank"], error, attempt=beat["attempt"], step=beat["step"], phase=beat["phase"], pid=beat["pid"],
-            node=ray.util.get_node_ip_address(), time=beat["time"])))
+            beat["rank"], error, attempt=beat["attempt"], step=getattr(error, "step", beat["step"]),
+            phase=beat["phase"], pid=beat["pid"], node=ray.util.get_node_ip_address(), time=beat["time"])))
 
     def _keep_beating(self) -> None:
         import ray
@@ -339,11 +338,18 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     step, batch = failure["step"], attempt.plan.batch
     kind = kind_of_errors((rank["error_type"] for rank in failure["ranks"]), default=classify(failure))
     if kind == "spike":
-        kind = _leave_out(run, attempt, step, job.spec.numerics.max_rewinds)
-    decision = budget.decide(kind, committed_step=failure["committed_step"], micro_rows=batch.micro_rows,
+        kind = _leave_out(run, attempt, _find_spike(failure), job.spec.numerics.max_rewinds)
+    committed = failure["committed_step"]
+    decision = budget.decide(kind, committed_step=committed, micro_rows=batch.micro_rows,
                              rows_per_rank=batch.rows_per_rank)
+    if decision.retry:
+        try:
+            find_resume_checkpoint(run)
+        except CheckpointsLost as error:
+            decision = Decision(False, str(error))
     if decision.micro_rows:
-        run.update(micro_rows=decision.micro_rows)
+        before = SmallerBatch.from_record(run.record())
+        run.update(**SmallerBatch.after(before, decision.micro_rows, committed).to_record())
     run.end_attempt(attempt.number, "failed", step, kind)
     run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=kind, retry=decision.retry,
                   reason=decision.reason)
@@ -352,9 +358,9 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
 
 def _find_failed_attempt(run: Run, job: Job) -> dict[str, Any]:
     """The record of the attempt that failed. A group that failed before its rank 0 wrote it down gets its record now:
-    the newest one tells of an attempt that had ended before."""
+    the newest one tells of an attempt that had ended before, be it failed, resized or complete."""
     newest: dict[str, Any] = next(iter(run.attempts()[-1:]), {})
-    if newest.get("driver") == job.driver and newest.get("status") != "failed":
+    if newest.get("driver") == job.driver and "status" not in newest:
         return newest
     return begin_attempt(job, job.plan.num_ranks)
 
@@ -386,6 +392,11 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
         "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": lost,
         "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
     }
+
+
+def _find_spike(failure: dict[str, Any]) -> int:
+    """The step whose loss leapt: ranks may have begun later ones before they learnt of it."""
+    return next(int(rank["step"]) for rank in failure["ranks"] if rank["error_type"].endswith("LossSpike"))
 
 
 def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> str:
@@ -470,7 +481,7 @@ def _train(job: Job, attempt: Attempt, reporter: _Posting, pulse: Pulse, local_r
         torch.cuda.set_device(device)
     ranks = group.join(device, rank=pulse.rank, num_ranks=attempt.num_ranks, local_rank=local_rank,
                        host=ray.util.get_node_ip_address(), announce=broadcast_from_rank_zero,
-                       timeout_seconds=FIRST_TIMEOUT_SECONDS)
+                       timeout_seconds=agreement_seconds(job.spec.watchdog))
     how = train_rank(job, ranks, attempt, reporter, stream=stream, blocks=blocks, pulse=pulse)
     if pulse.rank == 0:
         reporter.send({"kind": "ended", "how": how})

@@ -22,6 +22,7 @@ from dray.ranks import Ranks
 from dray.spec import Spec
 from dray.store import CheckpointWriter, RankFile, Run, apply_retention, make_fragment_key
 from dray.store.retrying import OUTAGE_SECONDS
+from dray.watchdog import agreement_seconds
 
 MAX_FAILED_IN_A_ROW = 3
 
@@ -38,6 +39,8 @@ class Outcome:
     problem: str
     seconds: float
     blocked_seconds: float
+    kept_for: str = ""
+    """Why older checkpoints could not be deleted, on rank 0: the save is as good as any other, the storage fills up."""
 
 
 class Saver:
@@ -46,7 +49,7 @@ class Saver:
     def __init__(self, run: Run, attempt: int, spec: Spec, *, engine: Engine, ranks: Ranks,
                  wait_stored: Callable[[], None]) -> None:
         self._run, self._attempt, self._spec, self._engine = run, attempt, spec, engine
-        self._ranks, self._wait_stored = ranks.apart(), wait_stored
+        self._ranks, self._wait_stored = ranks.apart(agreement_seconds(spec.watchdog)), wait_stored
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._failed_in_a_row, self._failing_since = 0, 0.0
@@ -101,12 +104,15 @@ class Saver:
         return copies
 
     def _write(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor], blocked: float) -> None:
-        begun = time.perf_counter()
+        begun, kept_for = time.perf_counter(), ""
         try:
             problem = self._commit(step, metadata, tensors)
         except Exception as error:  # the group broke: another rank is gone, and training will find out too
             problem = _describe(error)
-        self._outcome = Outcome(step, problem, time.perf_counter() - begun + blocked, blocked)
+        seconds = time.perf_counter() - begun + blocked
+        if self._ranks.rank == 0 and not problem:
+            kept_for = self._delete_old()
+        self._outcome = Outcome(step, problem, seconds, blocked, kept_for)
 
     def _commit(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         """Write, agree, commit. Returns what went wrong, the same on every rank."""
@@ -123,12 +129,19 @@ class Saver:
             try:
                 self._wait_stored()
                 writer.commit(found, metadata)
-                keep, validation = self._spec.checkpoint, self._spec.validation
-                apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)
             except Exception as error:
                 problem = _describe(error)
         agreed: str = ranks.broadcast(problem)
         return agreed
+
+    def _delete_old(self) -> str:
+        """Apply the retention. Returns why it failed, if it did: on a bucket that lets nobody delete it always does."""
+        keep, validation = self._spec.checkpoint, self._spec.validation
+        try:
+            apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)
+        except Exception as error:
+            return _describe(error)
+        return ""
 
 
 def _describe(error: BaseException) -> str:

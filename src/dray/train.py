@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
 from dray.report import format_diagnosis
 from dray.spec import Spec
-from dray.store import Run, Trackers, build_trackers, check_trackers
+from dray.store import Run, Trackers, build_trackers, check_trackers, find_resume_checkpoint
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
 from dray.store.filesystem import absolute, is_local
 from dray.store.retrying import OUTAGE_SECONDS, StorageFailed, patience
@@ -144,7 +144,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
     """Start the workers, follow them to their end, and write down how it was."""
     spec, plan = job.spec, job.plan
     num_steps = plan.num_steps or 0
-    newest = run.latest_checkpoint()
+    newest = find_resume_checkpoint(run)
     done = newest.step if newest else 0
     if done >= num_steps:
         display.say(f"{run.name} is complete at step {done}; a longer duration would go on")
@@ -238,7 +238,8 @@ def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:
 class Recorder:
     """Turns the ranks' records into the run's metrics: one row a step once every rank has reported it.
 
-    While the storage takes nothing (a full disk, say) they are kept here and tried again, for OUTAGE_SECONDS.
+    While the storage takes nothing (a full disk, say) they are kept here and tried again, for OUTAGE_SECONDS. May be
+    used from several threads: without Ray the thread that saves waits here while training goes on.
     """
 
     def __init__(self, run: Run, plan: Plan, trackers: Trackers, display: Display) -> None:
@@ -249,7 +250,8 @@ class Recorder:
         self._events: list[dict[str, Any]] = []
         self._failing_since: float | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=21)
-        self._slow: set[tuple[int, int]] = set()
+        self._told: set[tuple[Any, ...]] = set()
+        self._lock = threading.RLock()
         self._newest, self._newest_time, self._attempt = 0, 0.0, 0
 
     @property
@@ -261,7 +263,8 @@ class Recorder:
     @property
     def is_stored(self) -> bool:
         """Whether all that was taken is in the run's records."""
-        return not self._rows and not self._events
+        with self._lock:
+            return not self._rows and not self._events
 
     def say(self, text: str) -> None:
         """Show a remark to the person who watches."""
@@ -270,28 +273,34 @@ class Recorder:
     def take(self, records: Sequence[dict[str, Any]]) -> None:
         """Take some records, in the order in which each rank sent them. Raises StorageFailed once nothing could be
         stored for too long."""
-        for record in records:
-            kind = record["kind"]
-            if kind == "step":
-                key = record["attempt"], record["step"]
-                self._open[key].append(record)
-                if len(self._open[key]) == record["num_ranks"]:
-                    self._rows.append(make_metrics_row(self._open.pop(key), self._plan))
-                    self._show_step(self._rows[-1])
-            elif kind == "validation":
-                self._rows.append(record)
-                self._show_validation(record)
-            elif kind == "ended":
-                self.ended = record["how"]
-            else:
-                self._events.append({k: v for k, v in record.items() if k != "time"})
-        self._store()
+        with self._lock:
+            for record in records:
+                self._take(record)
+            self._store()
+
+    def _take(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        if kind == "step":
+            key = record["attempt"], record["step"]
+            self._open[key].append(record)
+            if len(self._open[key]) == record["num_ranks"]:
+                self._rows.append(make_metrics_row(self._open.pop(key), self._plan))
+                self._show_step(self._rows[-1])
+        elif kind == "validation":
+            self._rows.append(record)
+            self._show_validation(record)
+        elif kind == "ended":
+            self.ended = record["how"]
+        else:
+            self._events.append({k: v for k, v in record.items() if k != "time"})
+            self._tell_trouble(record)
 
     def wait_stored(self) -> None:
         """Try until all that was taken is stored. Raises StorageFailed."""
         while not self.is_stored:
             time.sleep(DRAIN_SECONDS)
-            self._store()
+            with self._lock:
+                self._store()
 
     def _store(self) -> None:
         try:
@@ -325,13 +334,25 @@ class Recorder:
     def _tell_straggler(self, row: dict[str, Any]) -> None:
         """Say once an attempt that a rank is slow: the others wait for it at every step."""
         slow = find_straggler([recent for recent in self._recent if recent["attempt"] == row["attempt"]])
-        if slow is None or slow.rank is None or (row["attempt"], slow.rank) in self._slow:
+        if slow is None or slow.rank is None or not self._is_new("slow", row["attempt"], slow.rank):
             return
-        self._slow.add((row["attempt"], slow.rank))
         self._events.append({"kind": "straggler", "attempt": row["attempt"], "step": row["step"], "rank": slow.rank,
                              "ratio": slow.ratio})
         self._display.say(f"rank {slow.rank} is slow: its forward passes take {slow.ratio:.1f} times as long as the "
                           f"others', in {slow.num_steps} of the last steps; `dray doctor {self._run.name}` says more")
+
+    def _tell_trouble(self, record: Mapping[str, Any]) -> None:
+        """Say what a person should know of a save that failed, and once an attempt that nothing can be deleted."""
+        if record["kind"] == "checkpoint_failed":
+            self._display.say(f"step {record['step']} could not be saved: {record['problem']}")
+        elif record["kind"] == "retention_failed" and self._is_new("retention", record["attempt"]):
+            self._display.say(f"older checkpoints cannot be deleted, so the storage fills up: {record['problem']}")
+
+    def _is_new(self, *what: Any) -> bool:
+        """Whether this has not been told yet."""
+        new = what not in self._told
+        self._told.add(what)
+        return new
 
     def _show_validation(self, record: dict[str, Any]) -> None:
         values = {k: v for k, v in record.items() if k not in ("kind", "attempt", "step", "time")}

@@ -16,6 +16,15 @@ PATIENT_PHASES = frozenset({"start", "build", "restore", "save", "data"})
 """Phases whose length has nothing to do with a step's: imports, compilation, storage."""
 
 
+AFTER_PATIENCE_SECONDS = 300.0
+
+
+def agreement_seconds(settings: Settings) -> float:
+    """How long ranks may wait for an agreement: longer than anything here is waited for, so that what ends a hang is
+    the watchdog, who names the rank at fault, and not a timeout in the ranks that wait for it."""
+    return settings.patient_seconds + AFTER_PATIENCE_SECONDS
+
+
 @dataclass(frozen=True)
 class Hang:
     """Ranks that hold up the others, and what shows it."""

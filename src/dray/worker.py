@@ -7,8 +7,11 @@ neither Ray nor the command line.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import resource
+import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -38,9 +41,10 @@ from dray.schedule import learning_rate
 from dray.store import LOWER_IS_BETTER, CheckpointReader, Run, inspect_checkpoint
 from dray.tasks import Batch, Task, TaskMetrics, build_task
 from dray.tasks.causal_lm import bits_per_byte
+from dray.watchdog import agreement_seconds
 
 _MEASURED_STEPS = 6  # the first of them is not typical
-_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50
+_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50  # of a collective, once steps are measured
 
 
 def preload() -> None:
@@ -52,6 +56,10 @@ def preload() -> None:
 
 class CheckpointDamaged(DrayError):
     """A checkpoint was committed and is no longer what it was; it is set aside by now."""
+
+
+class ReadsDiffer(DrayError):
+    """A rank reads a checkpoint otherwise than another rank does, who reads what was committed."""
 
 
 class GroupDissolved(DrayError):
@@ -128,6 +136,7 @@ class _Loop:
                            wait_stored=reporter.wait_stored)
         self.numbers = Watch(self.spec.numerics)
         self.step_seconds: list[float] = []
+        self._bound_collectives(agreement_seconds(self.spec.watchdog))  # compilation takes its time
         restore_rotary_buffers(self.engine.module)  # half precision casts them, and long rows need their digits
         self.progress = _Progress(step=attempt.start_step, saved_step=attempt.start_step if self.newest else -1)
         self.metrics: TaskMetrics | None = None
@@ -151,13 +160,7 @@ class _Loop:
         if self.newest is None:
             return
         with self.run.hold(self.newest), CheckpointReader(self.run, self.newest) as reader:
-            mine = range(self.ranks.rank, reader.num_files, self.ranks.num_ranks)
-            problems = [problem for found in self.ranks.gather(reader.verify_files(list(mine))) for problem in found]
-            if problems:
-                if self.ranks.rank == 0:
-                    self.run.set_aside(self.newest, "; ".join(problems))
-                raise CheckpointDamaged(f"checkpoint {self.newest.path} is damaged: {'; '.join(problems)}; it was set "
-                                        "aside, and the one before is used")
+            verify_together(self.run, reader, self.ranks)
             state = reader.metadata
             self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
         for name in ("tokens", "best", "validations_without_better"):
@@ -199,7 +202,7 @@ class _Loop:
             if stop:
                 return "interrupted"
             # A step that is also validated is saved after that, with its metrics.
-            if self.progress.save_due and step not in stream.validation_steps:
+            if self.progress.save_due and not stream.validates_after(step):
                 self._save()
         return ""
 
@@ -224,8 +227,8 @@ class _Loop:
         update = self.engine.step(rate, withhold=not math.isfinite(total_loss))
         self.progress.step = step
         self.progress.chain = chain_digest(self.progress.chain, all_digests)
-        self.progress.notice = notices > 0
-        self.progress.save_due = saves > 0 or self._checkpoint_due(step) or self.progress.notice
+        self.progress.notice |= notices > 0
+        self.progress.save_due |= saves > 0 or self._checkpoint_due(step) or self.progress.notice
         self.progress.tokens += all_tokens
         self.reporter.send({
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
@@ -237,7 +240,7 @@ class _Loop:
             "data_wait_seconds": data_wait, "forward_seconds": forward_seconds, "time": time.time(),
             "memory_bytes": _memory_bytes(self.ranks.device),
         })
-        self._bound_collectives(time.perf_counter() - begun)
+        self._measure_step(time.perf_counter() - begun)
         self._watch_numbers(step, total_loss / max(1, all_targets), update, row_ids)
         return stops > 0
 
@@ -247,7 +250,7 @@ class _Loop:
         loss_sum, seconds = torch.zeros((), dtype=torch.float64), 0.0
         for index, batch in enumerate(batches):
             # Dropout's randomness belongs to the place in the run, so there is no generator to save.
-            torch.manual_seed((self.spec.seed * 1_000_003 + step) * 65_537 + self.ranks.rank * 1_031 + index)
+            torch.manual_seed(make_dropout_seed(self.spec.seed, step, self.ranks.rank, index))
             batch = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
             self.pulse.enter("forward")
             started = time.perf_counter()
@@ -260,13 +263,18 @@ class _Loop:
             loss_sum += summed.detach().double().cpu()
         return float(loss_sum), seconds
 
-    def _bound_collectives(self, seconds: float) -> None:
-        """Once steps are measured, a collective that takes many times as long is a hang, and raises."""
+    def _measure_step(self, seconds: float) -> None:
+        """Once steps are measured, a collective of the model's that takes many times as long is a hang, and raises."""
         if len(self.step_seconds) < _MEASURED_STEPS:
             self.step_seconds.append(seconds)
             if len(self.step_seconds) == _MEASURED_STEPS:
                 slowest = max(self.ranks.gather(max(self.step_seconds[1:])))
-                self.ranks.set_timeout(max(_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS * slowest))
+                self._bound_collectives(max(_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS * slowest))
+
+    def _bound_collectives(self, compute_seconds: float) -> None:
+        """Agreements wait for rows and storage too, and the model's collectives for nothing but computing: all ranks
+        have agreed on the step, or met before a part of a validation pass, when they come to those."""
+        self.ranks.bound(compute_seconds=compute_seconds, agree_seconds=agreement_seconds(self.spec.watchdog))
 
     def _watch_numbers(self, step: int, loss: float, update: Update, row_ids: Ints) -> None:
         """Record a step without an update, with its rows, and a loss that leaps. Raises BadNumbers and LossSpike."""
@@ -301,6 +309,9 @@ class _Loop:
     def _validate(self, segment: Segment, rows: pa.Table, stream: RowStream) -> str:
         """One block of a validation pass. Returns how the run ended, if it did."""
         self.metrics = self.metrics or self.task.new_metrics()
+        if self.plan.zero_stage == 3:  # its forward passes gather weights: no rank may still wait for its rows
+            self.pulse.enter("agree")
+            self.ranks.barrier()
         self.pulse.enter("validate")
         self.engine.train(False)
         with torch.no_grad():
@@ -361,6 +372,9 @@ class _Loop:
                  "blocked_seconds": outcome.blocked_seconds}
         kind = "checkpoint_failed" if outcome.problem else "checkpoint"
         self.reporter.send({"kind": kind, **found, **({"problem": outcome.problem} if outcome.problem else {})})
+        if outcome.kept_for:
+            self.reporter.send({"kind": "retention_failed", "attempt": self.attempt, "step": outcome.step,
+                                "problem": outcome.kept_for})
 
     def _metadata(self) -> dict[str, Any]:
         progress = self.progress
@@ -374,6 +388,40 @@ class _Loop:
             "validation_step": progress.last_validation_step,
             "rows_chain": {"after": progress.chain_after, "digest": progress.chain},
         }
+
+
+def verify_together(run: Run, reader: CheckpointReader, ranks: Ranks) -> None:
+    """Hash all files, each on one rank. What one finds wrong another one reads again, on another node if there is
+    one: a node with bad memory must not condemn what took days to compute.
+
+    Raises CheckpointDamaged, with the checkpoint set aside, or ReadsDiffer.
+    """
+    mine = {index: f"{socket.gethostname()}, rank {ranks.rank}: {problem}"
+            for index in range(ranks.rank, reader.num_files, ranks.num_ranks)
+            for problem in reader.verify_files([index])}
+    found = {index: problem for part in ranks.gather(mine) for index, problem in part.items()}
+    if not found:
+        return
+    # Ranks count node by node, so the one half the group away is elsewhere wherever one is.
+    others = {index: (index + max(1, ranks.num_ranks // 2)) % ranks.num_ranks for index in found}
+    again = [problem for index, other in sorted(others.items()) if other == ranks.rank
+             for problem in reader.verify_files([index])]
+    confirmed = [problem for part in ranks.gather(again) for problem in part]
+    if not confirmed:
+        raise ReadsDiffer(f"{'; '.join(found.values())}; read again, by another rank if there is one, all is as it "
+                          f"was committed: memory, disk cache or network there is not to be trusted, and checkpoint "
+                          f"{reader.path} stays in use")
+    if ranks.rank == 0:
+        run.set_aside(reader.info, "; ".join(confirmed))
+    raise CheckpointDamaged(f"checkpoint {reader.path} is damaged: {'; '.join(confirmed)}; it was set aside, and the "
+                            "one before is used")
+
+
+def make_dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """64 bits from the place in a run, for whatever seed and however long a run: a sum of products would overflow, and
+    give neighbouring places the same randomness."""
+    place = struct.pack("<4Q", seed, step, rank, micro_batch)
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
 
 
 def _memory_bytes(device: torch.device) -> int:

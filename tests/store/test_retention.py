@@ -74,6 +74,14 @@ def test_unsound_ones_go_only_when_a_newer_sound_one_is_there(local_run: Run) ->
     assert [info.step for info in local_run.checkpoints(verified_only=False)] == [30, 40], "40 may be in the writing"
 
 
+def test_what_was_set_aside_is_never_deleted(local_run: Run) -> None:
+    local_run.set_aside(save(local_run, 10), "a bit flipped")
+    for step in (20, 30):
+        save(local_run, step)
+        apply_retention(local_run, keep_last=1)
+    assert [info.step for info in local_run.checkpoints(verified_only=False)] == [10, 30]
+
+
 def test_nothing_sound_nothing_deleted(local_run: Run) -> None:
     Path(save(local_run, 10).path, "manifest.json").unlink()
     assert apply_retention(local_run, keep_last=1) == []

@@ -74,6 +74,14 @@ class RowStream:
         rows = self.manifest.validation.num_rows if self.manifest.validation else 0
         return min(rows, self.max_validation_rows or rows)
 
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation pass follows this step: not where there are no validation rows."""
+        return self.num_validation_rows > 0 and step in self._validated_steps
+
+    @cached_property
+    def _validated_steps(self) -> frozenset[int]:
+        return frozenset(self.validation_steps)
+
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The blocks of every rank, in the order in which they are consumed."""

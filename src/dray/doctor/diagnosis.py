@@ -25,7 +25,7 @@ from dray.doctor.stalls import (
     missing_ranks,
 )
 from dray.errors import DrayError
-from dray.store import Run
+from dray.store import CheckpointsLost, Run, find_resume_checkpoint
 from dray.store.evidence import load_beats, load_failures, load_log, load_stacks
 
 _COMPILED_AT = re.compile(r"\[/\S*/(?=gloo/transport)")
@@ -106,6 +106,7 @@ class _Examination:
         self.rows: list[dict[str, Any]] = self._read("the metrics", run.metrics, [])
         self.events: list[dict[str, Any]] = self._read("the events", run.events, [])
         self.failures: list[dict[str, Any]] = self._read("the failures", lambda: load_failures(run), [])
+        self.checkpoints_lost = ""
         self.resume_step: int | None = self._read("the checkpoints", self._find_resume_step, None)
         self.values = self._make_values()
         self.history: tuple[Past, ...] = ()
@@ -123,7 +124,11 @@ class _Examination:
             if not info.verified and not info.problem.startswith("undone"):
                 self.notes.append(f"the checkpoint of step {info.step} (attempt {info.attempt}) is not used: "
                                   f"{info.problem}")
-        newest = self.run.latest_checkpoint()
+        try:
+            newest = find_resume_checkpoint(self.run)
+        except CheckpointsLost as error:
+            self.checkpoints_lost = f"{error.rule}: {error.way_out}"
+            return None
         return newest.step if newest else None
 
     def _make_values(self) -> Values:
@@ -132,9 +137,10 @@ class _Examination:
         batch = plan.get("batch") if isinstance(plan.get("batch"), dict) else {}
         values = Values(
             storage=self.run.uri, corpus=self.record.get("corpus") or "unknown",
-            resume=f"step {self.resume_step}" if self.resume_step else "the beginning (nothing was committed)",
+            resume=self._resume_text(),
             resume_step=self.resume_step or 0,
-            micro_rows=self.record.get("micro_rows") or batch.get("micro_rows", "unknown"),
+            micro_rows=next(iter(self.attempts[-1:]), {}).get("micro_rows") or batch.get("micro_rows", "unknown"),
+            **({"checkpoints_lost": self.checkpoints_lost} if self.checkpoints_lost else {}),
             **{name: plan[name] for name in ("zero_stage", "offload", "activation_checkpointing", "on_gpu", "precision")
                if name in plan})
         spec = self._read("the spec", self.run.spec, None)
@@ -142,6 +148,11 @@ class _Examination:
             values |= {"learning_rate": spec.optimizer.learning_rate, "warmup_steps": spec.schedule.warmup_steps,
                        "keep_last": spec.checkpoint.keep_last, "workers": spec.resources.workers}
         return Values(values)
+
+    def _resume_text(self) -> str:
+        if self.checkpoints_lost:
+            return "no step: none of its checkpoints can be used"
+        return f"step {self.resume_step}" if self.resume_step else "the beginning (nothing was committed)"
 
     def _make_past(self, failure: Mapping[str, Any]) -> Past:
         """Of an older attempt its document alone is asked: stacks and logs of many ranks take long to read."""

@@ -113,6 +113,13 @@ def _lower_rate(values: Values) -> str:
     return f"{how} with {', or '.join(measures)}"
 
 
+def _go_on_without(values: Values) -> str:
+    """What to do after a checkpoint was set aside."""
+    if values["checkpoints_lost"] != "unknown":
+        return str(values["checkpoints_lost"])
+    return f"what was set aside is not used; the same command goes on from {values['resume']}"
+
+
 def _preempted(case: Case) -> bool:
     return bool(case.failure.get("preempted")) and (case.lost or case.symptom)
 
@@ -181,8 +188,13 @@ RULES: tuple[Rule, ...] = (
     Rule(Fault.DATA, "{who} could not read its rows{at}: {error}",
          "check the corpus ({corpus}) and its storage; deleting its folder and `dray prepare` build it anew",
          when=lambda case: bool(case.error_type) and not case.symptom and _in_corpus(case)),
-    Rule(Fault.STORAGE, "a checkpoint is damaged ({who}): {error}", "what was set aside is not used; " + AGAIN,
+    Rule(Fault.STORAGE, "none of the run's checkpoints can be used: {error}", "do as the message says",
+         types="CheckpointsLost", text=r"none of its checkpoints can be used"),
+    Rule(Fault.STORAGE, "a checkpoint is damaged ({who}): {error}", _go_on_without,
          types="CheckpointDamaged", text=r"^checkpoint \S+ is damaged"),
+    Rule(Fault.STORAGE, "ranks read a checkpoint differently: {error}",
+         "take the node that is named there out of the cluster, and test its memory and disk; " + AGAIN,
+         types="ReadsDiffer"),
     Rule(Fault.STORAGE, "storage failed {who}{at}: {error}",
          "check that {storage} is reachable, mounted and writable with the nodes' credentials; " + AGAIN,
          types="StoreError|StorageFailed|SaveFailed|PermissionError|BlockingIOError",

@@ -12,6 +12,7 @@ from dray.store.layout import Fragment, make_fragment_key, parse_fragment_key
 from dray.store.manifest import CheckpointInfo, RankFile
 from dray.store.reading import CheckpointReader, CheckpointReport, inspect_checkpoint, verify_checkpoint
 from dray.store.records import make_limits
+from dray.store.resuming import CheckpointsLost, find_resume_checkpoint
 from dray.store.retention import LOWER_IS_BETTER, apply_retention
 from dray.store.retrying import StorageFailed
 from dray.store.run import Run, find_checkpoint, list_runs, verify_all
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointReader",
     "CheckpointReport",
     "CheckpointWriter",
+    "CheckpointsLost",
     "Driver",
     "Fragment",
     "RankFile",
@@ -34,6 +36,7 @@ __all__ = [
     "build_trackers",
     "check_trackers",
     "find_checkpoint",
+    "find_resume_checkpoint",
     "inspect_checkpoint",
     "list_runs",
     "make_fragment_key",

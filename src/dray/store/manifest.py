@@ -88,6 +88,7 @@ class CheckpointInfo:
 
     `verified`: the marker is there, the manifest has the hash in it, and every file is there with its size.
     `committed`: the marker is there and no later attempt undid it; without, it may be one that is being written.
+    `set_aside`: an attempt found that its files are not what was committed; only a person deletes it.
     """
 
     step: int
@@ -98,6 +99,7 @@ class CheckpointInfo:
     metrics: dict[str, float] = field(default_factory=dict)
     problem: str = ""
     committed: bool = True
+    set_aside: bool = False
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo
     try:
         if REJECTED_FILE in sizes:
             reason = read_bytes(filesystem, f"{path}/{REJECTED_FILE}").decode(errors="replace")
-            return replace(info, problem=f"set aside: {reason}")
+            return replace(info, problem=f"set aside: {reason}", set_aside=True)
         if DELETING_FILE in sizes:
             return replace(info, committed=False, problem="it is being deleted")
         manifest = load_manifest(filesystem, path, sizes)

@@ -1,7 +1,8 @@
 """Which checkpoints are kept: the newest, the best by a metric, those that forks started from, those being read.
 
 Says what it will delete and looks at the pins again before it does; deletes the marker before the files, so that a
-half-deleted checkpoint is never taken for one. Never deletes a sound checkpoint to keep an unsound one.
+half-deleted checkpoint is never taken for one. Never deletes a sound checkpoint to keep an unsound one, nor one that
+was set aside: whether it is damaged, or the node that said so, is for a person to find out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = 
 
     Kept: the newest `keep_last` sound checkpoints, the best `keep_best` by `metric` (lower is better for losses, higher
     for the rest), every one that an existing fork started from, and every one that is held by a reader (`Run.hold`).
-    Besides, unsound ones older than the newest sound one go. Call it from the process that commits, between two saves.
+    Besides, unsound ones older than the newest sound one go, but for those that were set aside. Call it from the
+    process that commits, between two saves.
     """
     if keep_last < 1 or keep_best < 0:
         raise ValueError(f"keep_last {keep_last}, keep_best {keep_best}: at least the newest checkpoint is kept")
@@ -32,7 +34,7 @@ def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = 
         return []
     newest = max((info.attempt, info.step) for info in sound)
     kept = {info.path for info in sound[-keep_last:]} | set(_best(run, sound, keep_best, metric)) | _pinned(run)
-    doomed = [info for info in found if info.path not in kept
+    doomed = [info for info in found if info.path not in kept and not info.set_aside
               and (info.verified or (info.attempt, info.step) < newest)]
     return _delete(run, doomed) if doomed else []
 

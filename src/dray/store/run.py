@@ -97,7 +97,7 @@ class Run:
     def create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
                corpus: str = "", corpus_key: str = "") -> Run:
         """Begin a new run. Raises StoreError if the name is taken or the storage cannot be written."""
-        return cls(os.fspath(storage), name)._begin(spec, plan, corpus, corpus_key, None)
+        return cls(os.fspath(storage), name)._begin(spec, plan, corpus, corpus_key)
 
     @classmethod
     def fork(cls, storage: str | os.PathLike[str], source: str, name: str, spec: Spec, plan: Mapping[str, Any], *,
@@ -121,7 +121,7 @@ class Run:
         save_json(run.filesystem, f"{run.path.removesuffix(name)}{pinned}/{layout.PINS}/{name}.json", pin)
         if not inspect_checkpoint(run.filesystem, info.path).verified:
             raise StoreError(f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again")
-        return run._begin(spec, plan, corpus, corpus_key, {
+        return run._begin(spec, plan, corpus, corpus_key, left_out=_inherit_left_out(origin, spec, corpus_key), origin={
             "run": source, "step": info.step, "attempt": info.attempt, "checkpoint": checkpoint,
             "fingerprint": origin.fingerprint,
             "differing": differing_paths(origin.record()["identity"], spec.identity())})
@@ -149,13 +149,13 @@ class Run:
             raise StoreError(shown(run.storage), f"cannot be read ({first_line(error)})",
                              way_out="check the address, the credentials and the permissions") from error
 
-    def _begin(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str,
-               origin: dict[str, Any] | None) -> Run:
+    def _begin(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str, *,
+               origin: dict[str, Any] | None = None, left_out: Sequence[int] = ()) -> Run:
         """Write the record, whose presence makes the folder a run: of two simultaneous beginners one wins."""
         require_writable(self.filesystem, self.path, self.uri)
         record = {"name": self.name, "created": now(), "nonce": uuid.uuid4().hex, "status": "created", "reason": "",
                   "fingerprint": spec.fingerprint(), "identity": spec.identity(), "corpus": corpus,
-                  "corpus_key": corpus_key, "origin": origin}
+                  "corpus_key": corpus_key, "origin": origin, **({"left_out": list(left_out)} if left_out else {})}
         if not create_exclusive(self.filesystem, f"{self.path}/{layout.RUN_FILE}", make_json(record, indent=1)):
             raise StoreError(f"run {self.name!r}", f"exists already in {shown(self.storage)}",
                              "a new run has a new name", "go on with it, or name another run with --run")
@@ -409,6 +409,18 @@ class Run:
                              f"it starts from step {origin['step']} of run {origin['run']}", "fork again")
         return info
 
+    def lost_steps(self) -> dict[int, str]:
+        """Steps of the history that this run committed, each with what is wrong with its checkpoint by now; for a run
+        that has no sound one of its own. A step that a later attempt undid, since it started before, is none of them.
+        """
+        starts, base = self._start_steps(), int((self.origin() or {}).get("step", 0))
+        found = {(number, start): "its files are gone" for number, start in starts.items() if start > base}
+        found |= {(int(event["attempt"]), int(event["step"])): "its files are gone" for event in self.events()
+                  if event["kind"] == "checkpoint"}
+        found |= {(info.attempt, info.step): info.problem for info in find_checkpoints(self) if info.committed}
+        return {step: problem for (attempt, step), problem in found.items()
+                if not any(number > attempt and start < step for number, start in starts.items())}
+
     def set_aside(self, info: CheckpointInfo, reason: str) -> None:
         """Mark a checkpoint as unsound, with the reason: from now on the one before it is used."""
         write_bytes(self.filesystem, f"{info.path}/{layout.REJECTED_FILE}", reason.encode())
@@ -486,6 +498,14 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
     runs = [Run(os.fspath(storage), name) for name in names
             if name not in layout.RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{layout.RUN_FILE}")]
     return sorted(runs, key=lambda run: str(run.record().get("created")))
+
+
+def _inherit_left_out(origin: Run, spec: Spec, corpus_key: str) -> list[int]:
+    """The batches that a fork leaves out since its origin did, where both read the same order: without them it would
+    read batches again. In another order the numbers name other rows."""
+    record = origin.record()
+    changed = {"seed", "batch.global_rows"} & set(differing_paths(record["identity"], spec.identity()))
+    return [] if changed or record["corpus_key"] != corpus_key else list(record.get("left_out") or ())
 
 
 def _decay_start(spec: Spec, num_steps: int) -> int:

@@ -1,0 +1,54 @@
+"""Where a run goes on, and when it must ask first."""
+
+from __future__ import annotations
+
+import pytest
+from sharded_model import PLAN, make_test_spec, save
+
+from dray.store import CheckpointsLost, Run, find_resume_checkpoint
+from dray.store.filesystem import delete_folder
+
+
+def test_a_run_that_never_committed_begins(local_run: Run) -> None:
+    assert find_resume_checkpoint(local_run) is None
+    local_run.begin_attempt(2, 0)
+    local_run.begin_attempt(2, 0)
+    assert find_resume_checkpoint(local_run) is None
+
+
+def test_a_run_does_not_begin_again_when_all_is_set_aside(run: Run) -> None:
+    run.begin_attempt(2, 0)
+    older, newer = save(run, 10), save(run, 20)
+    run.set_aside(newer, "a bit flipped")
+    assert find_resume_checkpoint(run) == older
+    run.set_aside(older, "another one")
+    with pytest.raises(CheckpointsLost, match=r"step 20: set aside: a bit flipped; step 10: .*--run"):
+        find_resume_checkpoint(run)
+
+
+def test_a_run_whose_files_are_gone_had_committed_all_the_same(local_run: Run) -> None:
+    local_run.begin_attempt(2, 0)
+    info = save(local_run, 10)
+    local_run.log_event("checkpoint", attempt=1, step=10)
+    delete_folder(local_run.filesystem, info.path)
+    with pytest.raises(CheckpointsLost, match="step 10: its files are gone"):
+        find_resume_checkpoint(local_run)
+
+
+def test_what_a_later_attempt_undid_is_no_loss(local_run: Run) -> None:
+    """The second attempt began before the first one's commit came through."""
+    local_run.begin_attempt(2, 0)
+    save(local_run, 10)
+    local_run.log_event("checkpoint", attempt=1, step=10)
+    local_run.begin_attempt(2, 0)
+    assert find_resume_checkpoint(local_run) is None
+
+
+def test_a_fork_does_not_fall_back_to_its_origin(storage: str, run: Run) -> None:
+    save(run, 10)
+    fork = Run.fork(storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
+    fork.begin_attempt(2, 10)
+    assert find_resume_checkpoint(fork) == run.latest_checkpoint()
+    fork.set_aside(save(fork, 20), "a bit flipped")
+    with pytest.raises(CheckpointsLost, match="step 20"):
+        find_resume_checkpoint(fork)

@@ -1,0 +1,192 @@
+"""The loop of a rank, run in this process on a corpus of random tokens: what it saves, draws and does without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dray.corpus.prepare import Corpus
+from dray.corpus.stream import RowStream
+from dray.errors import StoreError
+from dray.ranks import Ranks
+from dray.spec import make_spec
+from dray.store import Run
+from dray.store.filesystem import RangeReader
+from dray.train import train_locally
+from failing_proxy import FailingProxy, failing_proxy
+from random_corpus import build_random_corpus
+from rank_host import RankHost, rank_host
+from tiny import tiny_tree
+
+SEED = 2**32 - 1  # the greatest that a spec allows
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return build_random_corpus(tmp_path_factory.mktemp("corpus"), [50], tokens=64)
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[RankHost]:
+    with rank_host() as host:
+        yield host
+
+
+def go(storage: Path | str, corpus: Corpus, **sections: Any) -> Run:
+    tree = tiny_tree(Path("texts"), **{"duration": {"steps": 4}, "validation": {}, "seed": SEED, **sections})
+    return train_locally(make_spec(tree), storage=str(storage), corpus=corpus).run
+
+
+def steps_of(run: Run) -> list[int]:
+    return [info.step for info in run.checkpoints()]
+
+
+def events(run: Run, kind: str) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["kind"] == kind]
+
+
+def test_without_validation_rows_every_checkpoint_is_saved_at_its_step(tmp_path: Path, corpus: Corpus) -> None:
+    run = go(tmp_path, corpus, validation={"every_steps": 2}, checkpoint={"every_steps": 2, "keep_last": 9},
+             duration={"steps": 7}, regularization={"dropout": 0.1})
+    assert steps_of(run) == [2, 4, 6, 7]
+
+
+def test_a_validated_step_is_saved_after_its_validation(tmp_path: Path, corpus: Corpus) -> None:
+    held_out = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
+    run = go(tmp_path, Corpus(corpus.folder, held_out), validation={"every_steps": 2, "max_rows": 9},
+             checkpoint={"every_steps": 2, "keep_last": 9}, duration={"steps": 5})
+    assert [(info.step, bool(info.metrics)) for info in run.checkpoints()] == [(2, True), (4, True), (5, True)]
+    stream = RowStream(corpus.folder, held_out, 0, 8, 1, 8, 2, 0, 5, validation_steps=(2, 5))
+    assert [step for step in range(1, 6) if stream.validates_after(step)] == [2, 5]
+    assert not replace(stream, manifest=corpus.manifest).validates_after(2)
+
+
+def test_dropout_draws_anew_at_every_place_under_any_seed() -> None:
+    from dray.worker import make_dropout_seed
+
+    places = [(seed, step, rank, micro) for seed in (0, 1, SEED) for step in (1, 2, 10**9) for rank in (0, 1, 4095)
+              for micro in (0, 1, 2000)]
+    drawn = {make_dropout_seed(*place) for place in places}
+    assert len(drawn) == len(places)
+    assert len({value % 2**32 for value in drawn}) == len(places)  # all that a generator on the CPU takes of it
+    assert all(0 <= value < 2**64 for value in drawn)
+
+
+def test_a_storage_where_nothing_can_be_deleted_takes_checkpoints_all_the_same(
+        s3_endpoint: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dray.store.filesystem.SDK_ATTEMPTS", 1)
+
+    def forbid_deletion(method: str, path: str) -> tuple[int, str] | None:
+        deletes = method == "DELETE" or (method == "POST" and "delete" in path)
+        return (403, "AccessDenied") if deletes and "checkpoints" in path else None
+
+    target = s3_endpoint.partition("endpoint_override=")[2].partition("&")[0]
+    with failing_proxy(target) as proxy:
+        assert isinstance(proxy, FailingProxy)
+        storage = f"s3://bucket/undeletable?endpoint_override={proxy.endpoint}&scheme=http&region=us-east-1"
+        proxy.decide = forbid_deletion
+        run = go(storage, corpus, checkpoint={"every_steps": 1, "keep_last": 1})
+        assert run.latest_checkpoint().step == 4
+        assert events(run, "checkpoint_failed") == []
+        assert [event["step"] for event in events(run, "checkpoint")] == [1, 2, 3, 4]
+        assert [event["step"] for event in events(run, "retention_failed")] == [2, 3, 4]
+
+
+def damage(run: Run, step: int) -> Path:
+    """Flip a bit in the rank's file of a checkpoint; its folder."""
+    folder = next(Path(info.path) for info in run.checkpoints() if info.step == step)
+    file = next(folder.glob("rank-*"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+    return folder
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path, corpus: Corpus) -> None:
+    from dray.worker import CheckpointDamaged
+
+    run = go(tmp_path, corpus, checkpoint={"every_steps": 2})
+    folders = [damage(run, step) for step in (2, 4)]
+    longer: dict[str, Any] = {"duration": {"steps": 6}}
+    for _ in folders:
+        with pytest.raises(CheckpointDamaged):
+            go(tmp_path, corpus, **longer)
+    attempts = len(run.attempts())
+    with pytest.raises(StoreError, match=r"none of its checkpoints can be used: step 2: set aside.*REJECTED.*--run"):
+        go(tmp_path, corpus, **longer)
+    assert len(run.attempts()) == attempts
+    assert all(folder.is_dir() for folder in folders)
+    damage_undone = bytearray(next(folders[0].glob("rank-*")).read_bytes())
+    damage_undone[-5] ^= 1
+    next(folders[0].glob("rank-*")).write_bytes(bytes(damage_undone))
+    Path(folders[0], "REJECTED").unlink()
+    run = go(tmp_path, corpus, checkpoint={"every_steps": 1, "keep_last": 1}, **longer)
+    assert run.attempts()[-1]["start_step"] == 2
+    assert steps_of(run) == [6]
+    assert Path(folders[1], "REJECTED").exists(), "only a person deletes what was set aside"
+
+
+def verify_badly(ranks: Ranks, storage: str, bad: list[int]) -> str:
+    """How the check of a checkpoint ends where some ranks read a wrong bit."""
+    from dray.store import CheckpointReader
+    from dray.worker import verify_together
+
+    run, read_at = Run.open(storage, "tiny"), RangeReader.read_at
+
+    def misread(self: RangeReader, num_bytes: int, offset: int) -> bytes:
+        content = read_at(self, num_bytes, offset)
+        return bytes([content[0] ^ 1]) + content[1:] if content else content
+
+    info = run.checkpoints()[-1]
+    with CheckpointReader(run, info) as reader:
+        if ranks.rank in bad:
+            RangeReader.read_at = misread  # type: ignore[method-assign]
+        try:
+            verify_together(run, reader, ranks)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_one_rank_that_reads_wrongly_condemns_no_checkpoint(tmp_path: Path, corpus: Corpus, host: RankHost) -> None:
+    run = go(tmp_path, corpus)
+    assert host.run(verify_badly, 3, str(tmp_path), []) == [""] * 3
+    said = host.run(verify_badly, 3, str(tmp_path), [0])
+    assert all(text.startswith("ReadsDiffer") and "rank 0" in text for text in said)
+    assert steps_of(run) == [4]
+    said = host.run(verify_badly, 3, str(tmp_path), [0, 1, 2])
+    assert all(text.startswith("CheckpointDamaged") for text in said)
+    assert steps_of(run) == []
+    assert [event["step"] for event in events(run, "checkpoint_set_aside")] == [4]
+
+
+def wait_in_vain(ranks: Ranks) -> tuple[str, str]:
+    """What a rank says that waits for another one in a collective of the model's, and in an agreement."""
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    gradients, aside = dist.new_group(), ranks.apart(1800)
+    ranks.bound(compute_seconds=1, agree_seconds=1800)
+    said = []
+    for late, group in ((False, ranks.control), (False, aside.control), (True, gradients)):
+        if ranks.rank == 1:
+            time.sleep(4 if late else 2)
+        try:
+            dist.all_reduce(torch.ones(1), group=group)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    time.sleep(0 if ranks.rank else 4)
+    return said[0] + said[1], said[2]
+
+
+def test_gradients_are_not_waited_for_as_long_as_rows(host: RankHost) -> None:
+    (agreed, reduced), _ = host.run(wait_in_vain, 2)
+    assert agreed == ""
+    assert "imed out" in reduced
