@@ -210,7 +210,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
     spec = load_spec(arguments.spec, arguments.overrides)
     Run.check_storage(arguments.storage)
     with connect(arguments.address, num_cpus=1, verbose=arguments.verbose):
-        corpus = prepare(spec, arguments.storage, Display().say)
+        display = Display()
+        corpus = prepare(spec, arguments.storage, display.say)
+    for line in corpus.describe():
+        display.say(line)
     if arguments.json:
         files = [file.model_dump(mode="json") for file in corpus.source_files()]
         _print_json({"folder": corpus.folder, **corpus.manifest.model_dump(mode="json"), "source_files": files})
@@ -288,12 +291,12 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from dray.report import format_summary
+    from dray.report import format_summary, load_account
     from dray.store import Run
 
     run = Run.open(*_locate(arguments))
     if arguments.json:
-        _print_json(run.summary())
+        _print_json({**run.summary(), "data": load_account(run)})
     else:
         print(format_summary(run))
     return 0

@@ -10,11 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dray.corpus.account import describe, to_json
+from dray.corpus.manifest import Manifest, SourceFile, load_manifest, load_source_files
 from dray.doctor import Diagnosis
+from dray.errors import UserError
 from dray.ledger import LedgerReport
 from dray.plan import format_bytes, format_seconds
 from dray.progress import format_values
 from dray.store import CheckpointReport, Run
+from dray.store.filesystem import open_filesystem
 
 SPARK = "▁▂▃▄▅▆▇█"
 MAX_OTHERS = 4
@@ -61,6 +65,7 @@ def format_summary(run: Run) -> str:
     if compressors and "bits_per_byte" in validation:
         others = ", ".join(f"{name} {value:.3f}" for name, value in compressors.items())
         lines.append(f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}")
+    lines += _describe_data(run)
     for attempt in summary["attempts"]:
         lines.append(f"  attempt {attempt['attempt']:<4} {attempt['num_ranks']} ranks from step {attempt['start_step']}"
                      f"{', ' + attempt['status'] if attempt.get('status') else ''}")
@@ -68,6 +73,25 @@ def format_summary(run: Run) -> str:
         state = "sound" if item["verified"] else f"unsound: {item['problem']}"
         lines.append(f"  checkpoint   step {item['step']}  {format_bytes(item['bytes'])}  {state}")
     return "\n".join(lines)
+
+
+def load_account(run: Run) -> dict[str, Any] | None:
+    """What became of the run's raw data, as plain values; none where its corpus is gone."""
+    found = _find_account(run)
+    return to_json(*found) if found else None
+
+
+def _describe_data(run: Run) -> list[str]:
+    found = _find_account(run)
+    return [f"  {'data' if nth == 0 else '':<12} {line}" for nth, line in enumerate(describe(*found))] if found else []
+
+
+def _find_account(run: Run) -> tuple[Manifest, tuple[SourceFile, ...]] | None:
+    try:
+        place = open_filesystem(run.record().get("corpus") or "")
+        return load_manifest(*place), load_source_files(*place)
+    except (UserError, OSError):  # a page about a run needs no corpus
+        return None
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:

@@ -74,6 +74,9 @@ class Source(Section):
     """The column that holds the label; tasks with labels need it."""
     header: bool = True
     """Whether the first line of csv and tsv files names the columns."""
+    quoting: Literal["rfc4180", "none"] = "rfc4180"
+    """csv and tsv: a field that begins with a quote goes on to its closing quote, over delimiters and newlines
+    (`rfc4180`), or quotes are characters like others and a line is a record (`none`)."""
     weight: Annotated[Float, Field(gt=0)] | None = None
     """Share of the rows drawn from this source, relative to the other weights; none: in proportion to its rows."""
     exclude: tuple[str, ...] = ()
@@ -144,7 +147,8 @@ class Data(Section):
     cleaning: Cleaning = Cleaning()
     """What happens to a document's text before it is tokenised."""
     max_bad_share: Annotated[Float, Field(ge=0, le=1)] = 0.01
-    """Above this share of unreadable records the run stops and names the worst file."""
+    """Above this share of unreadable data, in records or in bytes, preparing stops and names the worst file. A file
+    that is cut short counts whole."""
     max_record_bytes: Annotated[Int, Field(ge=1024)] = 16 * 1024 * 1024
     """A record (a line, or a file of format `text`) larger than this counts as unreadable."""
     shuffle_seed: Int = 0

@@ -80,7 +80,11 @@ def train(
         if spec.model.path is not None or spec.model.options or not plan.parameters_exact:
             _check_model(spec)
         begun = time.monotonic()
-        corpus = find(spec, storage) or prepare(spec, storage, display.say)
+        corpus = find(spec, storage)
+        if corpus is None:
+            corpus = prepare(spec, storage, display.say)
+            for line in corpus.describe():
+                display.say(line)
         plan = make_corpus_plan(spec, connection.shape, corpus)
         run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
                                  corpus=corpus.folder, corpus_key=corpus.manifest.key, fork=fork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dray.corpus import prepare as prepare_module
@@ -423,8 +426,9 @@ def spoil(path: Path, num_bad: int, num_good: int = 1000) -> Path:
 
 def test_bad_records_are_counted_and_quarantined_with_file_and_offset(tmp_path: Path) -> None:
     path = spoil(tmp_path / "a.jsonl", 8)
-    corpus = prepare(make(str(path), max_record_bytes=10_000), str(tmp_path / "out"))
+    corpus = prepare(make(str(path), max_record_bytes=10_000, max_bad_share=0.2), str(tmp_path / "out"))
     assert (corpus.manifest.num_bad, corpus.manifest.num_records) == (8, 1008)
+    assert 0.1 < (corpus.manifest.bad_share or 0) < 0.2  # two of them are long: they weigh more than their number
     assert corpus.manifest.train.num_documents == 1000
     quarantined = [json.loads(line) for line in Path(corpus.folder, "quarantine.jsonl").read_text().splitlines()]
     assert [item["reason"].partition(" (")[0] for item in quarantined] == [
@@ -447,20 +451,78 @@ def test_too_many_bad_records_stop_and_name_the_worst_file(tmp_path: Path) -> No
     assert caught.value.where == str(worst)
     assert "40 of its 1040 records are unreadable (first: invalid UTF-8 at offset 0)" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    corpus = prepare(make(str(tmp_path / "in"), max_record_bytes=10_000, max_bad_share=0.05), str(tmp_path / "out"))
+    corpus = prepare(make(str(tmp_path / "in"), max_record_bytes=10_000, max_bad_share=0.4), str(tmp_path / "out"))
     assert corpus.manifest.num_bad == 42
     # The same corpus, but a spec that allows less.
     with pytest.raises(CorpusError, match="max_bad_share"):
         find(spec, str(tmp_path / "out"))
 
 
-def test_a_truncated_file_costs_its_rest(tmp_path: Path) -> None:
+def test_a_truncated_file_costs_its_rest_and_counts_whole(tmp_path: Path) -> None:
     data = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in make_texts(2000)).encode())
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(data[:len(data) // 2])
-    manifest = prepare(make(str(path)), str(tmp_path / "out")).manifest
-    assert manifest.num_bad == 1
-    assert 500 < manifest.train.num_documents < 1500
+    with pytest.raises(CorpusError, match=r"a\.jsonl\.gz: from offset \d+ on: truncated gzip; 1 of all bytes are lost"):
+        prepare(make(str(path)), str(tmp_path / "out"))
+    corpus = prepare(make(str(path), max_bad_share=1), str(tmp_path / "out"))
+    assert corpus.manifest.num_bad == 1
+    assert corpus.manifest.bad_share == 1
+    assert 500 < corpus.manifest.train.num_documents < 1500
+    assert corpus.source_files()[0].is_damaged
+
+
+def test_a_lost_shard_is_judged_by_its_bytes_and_told(tmp_path: Path) -> None:
+    for index in range(5):
+        table = pa.table({"text": make_texts(200, index)})
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "in" / f"{index}.parquet")
+    whole = (tmp_path / "in" / "4.parquet").read_bytes()
+    (tmp_path / "in" / "4.parquet").write_bytes(whole[:-100])
+    (tmp_path / "in" / "README.md").write_text("# Five shards\n")
+    (tmp_path / "in" / "more.bin").write_bytes(b"?")
+    spec = make(str(tmp_path / "in"))
+    with pytest.raises(CorpusError, match=r"4\.parquet: .*damaged parquet.*0\.2 of all bytes are lost") as caught:
+        prepare(spec, str(tmp_path / "out"))
+    assert "exclude" in caught.value.way_out
+    assert not (tmp_path / "out").exists()
+    corpus = prepare(make(str(tmp_path / "in"), max_bad_share=0.3), str(tmp_path / "out"))
+    told = "\n".join(corpus.describe())
+    assert "read         5 files (5 parquet)" in told
+    assert "left out     1 file documentation beside data" in told
+    assert "README.md" in told
+    assert "more.bin" in told
+    assert "4.parquet: from there on" in told
+    assert "documents    800 kept" in told
+    assert f"tokens       {corpus.manifest.train.num_tokens:,} in" in told
+    assert [(item.num_files, item.num_bytes) for item in corpus.manifest.left_out] == [(1, 14), (1, 1)]
+    with pytest.raises(CorpusError, match="max_bad_share"):
+        find(spec, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("stray", [False, True])
+def test_a_large_csv_is_cut_where_its_quotes_allow(tmp_path: Path, stray: bool) -> None:
+    """Ranges of one file, with newlines in most fields, give each document once, and the same as one range would."""
+    rng = random.Random(1)
+    texts = ["\n".join(rng.choices(('say "a, b"', "", "1,2,3", '"', "plain words here " * 20), k=rng.randint(1, 400)))
+             for _ in range(3500)]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["text", "n"])
+        for index, text in enumerate(texts):
+            if stray and index == 2000:
+                file.write("one field\r\n")
+            out.writerow([f"{index} {text}", index])
+    assert (tmp_path / "a.csv").stat().st_size > 12 << 20
+    corpus = prepare(make(str(tmp_path / "a.csv"), max_bad_share=0.1), str(tmp_path / "out"))
+    assert corpus.manifest.train.num_documents == 3500
+    assert corpus.manifest.num_bad == stray
+    assert corpus.manifest.train.num_text_bytes == sum(len(f"{i} {text}") for i, text in enumerate(texts))
+
+
+def test_one_text_file_names_lines_as_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_text("".join(f"sentence {i}\n" for i in range(500)))
+    with pytest.raises(CorpusError, match="`format: lines` of the source"):
+        prepare(make(str(tmp_path / "input.txt"), validation={"share": 0.1}), str(tmp_path / "out"))
 
 
 # --- what is done stays done ---

@@ -147,7 +147,8 @@ def test_all_bad_lines_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "data", "good", "bad"), [
     ("a.csv", b'text,n\nok,1\n"open,2\nfine,3\nshort\n', ["ok", "fine"], [12, 27]),
-    ("a.csv", b'text,n\nok,1\n"two\nlines",2\nfine,3\n', ["ok", "fine"], [12, 17]),
+    ("a.csv", b'text,n\nok,1\n"two\nlines"x,2\nfine,3\n', ["ok", "fine"], [12]),
+    ("a.csv", b'text,n\nok,1\n"two\nlines",2\nfine,3,4\nend,5', ["ok", "two\nlines", "end"], [26]),
     ("a.tsv", b"text\tn\nok\t1\nsh\xffrt\t2\na\tb\tc\n", ["ok"], [12, 20]),
     ("a.txt", b"fine\nb\xffd\nnu\x00l\nend", ["fine", "end"], [5, 9]),
 ])
@@ -188,7 +189,7 @@ def test_a_truncated_file_gives_all_before_the_damage(tmp_path: Path, suffix: st
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_damage_and_what_is_no_archive_at_all(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(b"this is not compressed")
+    path.write_bytes(b"\x00\x01this is not compressed")
     found, bad, _ = read(path)
     assert found == []
     assert bad[0].reason.startswith("damaged")

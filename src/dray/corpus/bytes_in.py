@@ -1,4 +1,4 @@
-"""The bytes of input files: decompressing, ranges of plain files, blocks of whole lines.
+"""The bytes of input files: decompressing by content, ranges of plain files, blocks of whole lines.
 
 All of it streams: memory stays bounded by a block and the longest line that is allowed. A damaged file gives all that
 comes before the damage.
@@ -6,23 +6,58 @@ comes before the damage.
 
 from __future__ import annotations
 
+import bz2
 import hashlib
+import lzma
 import zlib
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
+from dray.corpus.containers import BOM, HEAD_BYTES, find_compression, find_pointer, is_text, name_foreign
 from dray.corpus.sources import InputFile
 
 BLOCK_BYTES = 4 * 1024 * 1024
 READ_BYTES = 256 * 1024
 ZSTD_FEED_BYTES = 4096
 """Compressed bytes given to zstd at once: its output is bounded by 128 KiB for every 4 bytes."""
-HEADER_BYTES = 1024 * 1024
-BOM = b"\xef\xbb\xbf"
+XZ_MEMORY_BYTES = 512 * 1024 * 1024
 
 
 class DamagedFile(Exception):
-    """The rest of a file cannot be decompressed; the message says why."""
+    """The rest of a file cannot be read; the message says why. `num_bytes`: how much that is, if known."""
+
+    def __init__(self, reason: str, num_bytes: int | None = None) -> None:
+        self.num_bytes = num_bytes
+        super().__init__(reason)
+
+
+class Lost(NamedTuple):
+    """A piece of a file's content that gives no record, and why."""
+
+    offset: int
+    num_bytes: int
+    reason: str
+    ends_file: bool = False
+    """Whether the file is damaged from there on, so that nobody knows how much is missing."""
+
+
+Blocks = Iterator[tuple[int, bytes, list[Lost]]]
+"""(offset, whole records, what was lost)"""
+
+
+@dataclass(frozen=True)
+class Content:
+    """The decompressed content of a file without its byte order mark, in chunks."""
+
+    offset: int
+    """Bytes of the mark that were left out before it."""
+    head: bytes
+    chunks: Iterator[bytes]
+    """All of it, the head included."""
+    note: str
+    """What its first bytes showed to be other than its name says."""
 
 
 class HashingStream:
@@ -54,14 +89,47 @@ def hash_file(file: InputFile) -> str:
         stream.close()
 
 
-def decompress(stream: Any, compression: str) -> Iterator[bytes]:
+def open_content(file: InputFile, stream: Any) -> Content:
+    """The content of a file of text that is read from the stream. Raises DamagedFile if it is none at all."""
+    head = cast(bytes, stream.read(HEAD_BYTES))
+    compression = find_compression(head)
+    if not head and file.compression:
+        raise DamagedFile(f"empty, where {file.compression} is read")
+    if not compression and file.compression and not is_text(head):
+        raise DamagedFile(f"damaged {file.compression} (its first bytes are not {file.compression})")
+    note = "" if compression == file.compression else f"{compression or 'not compressed'}, whatever its name says"
+    size = READ_BYTES if compression else BLOCK_BYTES
+    raw = chain([head], iter(lambda: cast(bytes, stream.read(size)), b""))
+    chunks = decompress(raw, compression)
+    first = next(chunks, b"")
+    pointed = find_pointer(first)
+    if pointed is not None:
+        raise DamagedFile("a git-LFS pointer in place of the file; fetch it: git lfs pull", pointed)
+    foreign = name_foreign(first[:HEAD_BYTES])
+    if foreign:
+        raise DamagedFile(foreign)
+    mark = len(BOM) if first.startswith(BOM) else 0
+    return Content(mark, first[mark:][:HEAD_BYTES], chain([first[mark:]], chunks), note)
+
+
+def read_head(file: InputFile) -> Content:
+    """The first bytes of a file's content; its chunks must not be read. Raises DamagedFile, and OSError."""
+    with file.open().open_input_stream(file.path, compression=None) as stream:
+        return open_content(file, stream)
+
+
+def decompress(raw: Iterator[bytes], compression: str) -> Iterator[bytes]:
     """The content in chunks of about BLOCK_BYTES. Raises DamagedFile after all that could be decompressed."""
     pieces: list[bytes] = []
     size = 0
     damaged: DamagedFile | None = None
-    inflate = {"": _read_plain, "gzip": _inflate_gzip, "zstd": _inflate_zstd}[compression]
+    inflate: dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]] = {
+        "": iter, "gzip": _inflate_gzip, "zstd": _inflate_zstd,
+        "bzip2": lambda raw: _inflate_members(raw, "bzip2", bz2.BZ2Decompressor),
+        "xz": lambda raw: _inflate_members(raw, "xz", lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)),
+    }
     try:
-        for piece in inflate(stream):
+        for piece in inflate[compression](raw):
             pieces.append(piece)
             size += len(piece)
             if size >= BLOCK_BYTES:
@@ -75,15 +143,33 @@ def decompress(stream: Any, compression: str) -> Iterator[bytes]:
         raise damaged
 
 
-def _read_plain(stream: Any) -> Iterator[bytes]:
-    while data := stream.read(BLOCK_BYTES):
-        yield data
+def _inflate_members(raw: Iterator[bytes], name: str, build: Callable[[], Any]) -> Iterator[bytes]:
+    """What Python's own decompressors read: members one after the other, with zeros between them."""
+    member: Any = None
+    for data in raw:
+        while data or (member is not None and not member.needs_input):
+            if member is None:
+                data = data.lstrip(b"\0")
+                if not data:
+                    break
+                member = build()
+            try:
+                piece = member.decompress(data, BLOCK_BYTES)
+            except (OSError, lzma.LZMAError) as error:
+                raise DamagedFile(f"damaged {name} ({error})") from error
+            if piece:
+                yield piece
+            data = member.unused_data if member.eof else b""
+            if member.eof:
+                member = None
+    if member is not None:
+        raise DamagedFile(f"truncated {name}")
 
 
-def _inflate_gzip(stream: Any) -> Iterator[bytes]:
+def _inflate_gzip(raw: Iterator[bytes]) -> Iterator[bytes]:
     """Members one after the other; zero padding between them is allowed."""
     member: Any = None
-    while data := stream.read(READ_BYTES):
+    for data in raw:
         while data:
             if member is None:
                 data = data.lstrip(b"\0")
@@ -104,11 +190,11 @@ def _inflate_gzip(stream: Any) -> Iterator[bytes]:
         raise DamagedFile("truncated gzip")
 
 
-def _inflate_zstd(stream: Any) -> Iterator[bytes]:
+def _inflate_zstd(raw: Iterator[bytes]) -> Iterator[bytes]:
     import zstandard
 
     frame: Any = None
-    while block := stream.read(READ_BYTES):
+    for block in raw:
         for start in range(0, len(block), ZSTD_FEED_BYTES):
             data = block[start:start + ZSTD_FEED_BYTES]
             while data:
@@ -127,10 +213,12 @@ def _inflate_zstd(stream: Any) -> Iterator[bytes]:
 
 
 def range_chunks(source: InputFile, begin: int, stop: int | None) -> tuple[int, Iterator[bytes]]:
-    """Offset of the first line that starts in [begin, stop), and the bytes of all that do."""
+    """Offset of the first line that starts in [begin, stop), and the bytes of all that do; no byte order mark."""
     file = source.open().open_input_file(source.path)
     base = begin
-    if base:
+    if not base:
+        base = len(BOM) if file.read(len(BOM)) == BOM else 0
+    else:
         base -= 1
         file.seek(base)
         while data := file.read(READ_BYTES):
@@ -160,9 +248,13 @@ def _read_range(file: Any, start: int, stop: int | None) -> Iterator[bytes]:
                 return
 
 
-def line_blocks(chunks: Iterator[bytes], limit: int) -> Iterator[tuple[int, bytes, list[tuple[int, int, str]]]]:
-    """(offset, whole lines, [(offset, bytes, reason) of bad records]). Lines far over the limit are never held."""
-    too_long = f"longer than data.max_record_bytes = {limit}"
+def too_long(limit: int) -> str:
+    """The reason of a record over the limit."""
+    return f"longer than data.max_record_bytes = {limit}"
+
+
+def line_blocks(chunks: Iterator[bytes], limit: int) -> Blocks:
+    """Blocks of whole lines, and what was lost between them. Lines far over the limit are never held."""
     offset, size, carry, skipping, damage = 0, 0, list[bytes](), False, ""
     try:
         for chunk in chunks:
@@ -173,7 +265,7 @@ def line_blocks(chunks: Iterator[bytes], limit: int) -> Iterator[tuple[int, byte
             else:
                 if skipping:
                     first = chunk.find(b"\n") + 1
-                    yield offset, b"", [(offset, size + first - 1, too_long)]
+                    yield offset, b"", [Lost(offset, size + first - 1, too_long(limit))]
                     offset, chunk, cut = offset + size + first, chunk[first:], cut - first
                 else:
                     chunk, cut = b"".join([*carry, chunk]), cut + size
@@ -184,25 +276,7 @@ def line_blocks(chunks: Iterator[bytes], limit: int) -> Iterator[tuple[int, byte
                 carry, skipping = [], True
     except DamagedFile as error:
         damage = str(error)
-    if skipping:
-        yield offset, b"", [(offset, size, too_long)]
-    elif damage:
-        yield offset, b"", [(offset, size, damage)]
+    if damage or skipping:
+        yield offset, b"", [Lost(offset, size, damage or too_long(limit), ends_file=bool(damage))]
     elif size:
         yield offset, b"".join(carry), []
-
-
-def read_first_line(file: InputFile) -> str:
-    stream = file.open().open_input_stream(file.path, compression=None)
-    data = b""
-    try:
-        for chunk in decompress(stream, file.compression):
-            data += chunk
-            if b"\n" in data or len(data) > HEADER_BYTES:
-                break
-    except DamagedFile:
-        pass
-    finally:
-        stream.close()
-    line = data.removeprefix(BOM).partition(b"\n")[0]
-    return line[:HEADER_BYTES].decode(errors="replace").rstrip("\r")

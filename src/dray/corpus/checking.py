@@ -6,13 +6,15 @@ Refuses sources of which nothing is left, too many unreadable records, and label
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dray.corpus.account import weigh_bad
 from dray.corpus.labels import choose_labels, named
-from dray.corpus.manifest import VERSION, Manifest, Packing, Shard, SourceFile, SourceRows, Split
+from dray.corpus.manifest import VERSION, LeftOut, Manifest, Packing, Shard, SourceFile, SourceRows, Split
 from dray.corpus.parts import DROP_REASONS, SPLITS, Job, Part, ShardPlan
+from dray.corpus.reading import FileCounts
 from dray.errors import CorpusError
 
 Record = dict[str, Any]
@@ -31,17 +33,20 @@ class Work:
     compressors: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of each input file by name."""
+    left_out: tuple[LeftOut, ...] = ()
 
     def source_files(self) -> list[SourceFile]:
         """Files over all parts that read them, in reading order."""
-        merged: dict[str, Record] = {}
+        merged: dict[str, FileCounts] = {}
         for read in self.reads:
             for name, entry in read["files"].items():
-                whole = merged.setdefault(name, {"num_documents": 0, "num_bad": 0, "sha256": ""})
-                whole["num_documents"] += entry["num_documents"]
-                whole["num_bad"] += entry["num_bad"]
-                whole["sha256"] = whole["sha256"] or entry["sha256"]
-        return [SourceFile(path=name, num_bytes=self.sizes.get(name, 0), **entry) for name, entry in merged.items()]
+                counts = FileCounts(**entry)
+                if name in merged:
+                    merged[name].merge(counts)
+                else:
+                    merged[name] = counts
+        return [SourceFile(path=name, num_bytes=self.sizes.get(name, 0), **vars(counts))
+                for name, counts in merged.items()]
 
     def total(self, name: str) -> int:
         """A count over all reads."""
@@ -50,12 +55,7 @@ class Work:
 
 def check_reads(job: Job, work: Work, max_bad_share: float) -> None:
     """Raises CorpusError for too many unreadable records, and for a source without documents."""
-    files = work.source_files()
-    worst = max(files, key=lambda file: file.num_bad)
-    entries = (read["files"].get(worst.path, {}) for read in work.reads)
-    first = next((entry["first_bad"] for entry in entries if "first_bad" in entry), None)
-    example = f" (first: {first['reason']} at offset {first['offset']})" if first else ""
-    check_bad_share(files, work.total("num_bad"), work.total("num_records"), max_bad_share, example)
+    check_bad_share(work.source_files(), max_bad_share)
     for index, source in enumerate(job.sources):
         mine = [read for part, read in zip(work.parts, work.reads, strict=True) if part.source == index]
         if any(read["chunks"] for read in mine):
@@ -69,16 +69,21 @@ def check_reads(job: Job, work: Work, max_bad_share: float) -> None:
                           f"dropped: {reasons}", "loosen data.cleaning")
 
 
-def check_bad_share(files: Iterable[SourceFile], num_bad: int, num_records: int, max_bad_share: float,
-                    example: str = "") -> None:
-    """Raises CorpusError that names the worst file if more than the allowed share of the records is unreadable."""
-    if num_bad <= max_bad_share * num_records:
+def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
+    """Raises CorpusError that names the worst file if more than the allowed share of the data is unreadable."""
+    bad = weigh_bad(files)
+    if bad.share <= max_bad_share:
         return
-    worst = max(files, key=lambda file: file.num_bad)
-    raise CorpusError(
-        worst.path, f"{worst.num_bad} of its {worst.num_bad + worst.num_documents} records are unreadable{example}",
-        f"{num_bad} of all {num_records} records are bad, more than data.max_bad_share = {max_bad_share}",
-        "mend the file, check the source's format, or raise data.max_bad_share")
+    worst, num_bad = bad.worst, sum(file.num_bad for file in files)
+    first = f"{worst.problem} at offset {worst.problem_offset}"
+    what = (f"from offset {worst.problem_offset} on: {worst.problem}" if worst.is_damaged else
+            f"{worst.num_bad} of its {worst.num_bad + worst.num_documents} records are unreadable (first: {first})")
+    share = (f"{num_bad} of all {num_bad + sum(file.num_documents for file in files)} records are bad"
+             if bad.documents > max_bad_share else f"{bad.num_bytes:.2g} of all bytes are lost with it and others"
+             if sum(file.num_bad > 0 for file in files) > 1 else f"{bad.num_bytes:.2g} of all bytes are lost with it")
+    raise CorpusError(worst.path, what, f"{share}, more than data.max_bad_share = {max_bad_share}",
+                      "mend the file, check the source's format, leave the file out with `exclude`, or raise "
+                      "data.max_bad_share")
 
 
 def make_labels(job: Job, work: Work) -> tuple[str, ...]:
@@ -108,16 +113,18 @@ def check_width(job: Job) -> None:
 
 def check_packed(job: Job, work: Work) -> None:
     """Raises CorpusError for a source or a split that deduplication or holding out left empty."""
-    packed = work.packed
     for index, source in enumerate(job.sources):
-        mine = [record for chunk, record in zip(job.chunks, packed, strict=True) if chunk.source == index]
+        mine = [record for chunk, record in zip(job.chunks, work.packed, strict=True) if chunk.source == index]
         if not any(source.split in record for record in mine):
             raise CorpusError(f"{source.where}.path", f"no document of {source.source.paths[0]} is left",
                               "all are duplicates, or held out for validation", "check the sources and data.validation")
-    if job.share and not any("validation" in record for record in packed):
-        num_documents = sum(record["train"]["num_documents"] for record in packed)
+    if job.share and not any("validation" in record for record in work.packed):
+        num_documents = sum(record["train"]["num_documents"] for record in work.packed)
+        way_out = f"raise it above {1 / num_documents:.2g}" if num_documents > 1 else "give more documents"
+        if any(counts["form"] == "text" for read in work.reads for counts in read["files"].values()):
+            way_out = "a file of text is one document: `format: lines` of the source makes each line one"
         raise CorpusError("data.validation.share", f"{job.share} of {num_documents} documents holds out none of them",
-                          "validation needs at least one document", f"raise it above {1 / num_documents:.2g}")
+                          "validation needs at least one document", way_out)
     if not job.packs_rows and not job.known_labels:
         _check_classes(job, work)
 
@@ -161,6 +168,7 @@ def make_manifest(key: str, job: Job, work: Work) -> Manifest:
         num_contradicting=sum(record["contradicting"] for record in work.duplicates),
         dropped=dict(sorted(dropped.items())), num_records=work.total("num_records"), num_bad=work.total("num_bad"),
         packing=Packing(utilization=utilization, **counts), shuffle_seed=job.shuffle_seed,
+        bad_share=round(weigh_bad(files).share, 9), left_out=work.left_out,
         validation_compressors=work.compressors,
     )
 

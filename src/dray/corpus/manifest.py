@@ -92,7 +92,31 @@ class SourceFile(_Record):
     num_documents: int
     """Documents read from it, before cleaning and deduplication."""
     num_bad: int
-    """Records in it that could not be read; they are listed in quarantine.jsonl."""
+    """Records in it that could not be read, as far as known; they are listed in quarantine.jsonl."""
+    form: str = ""
+    """jsonl, csv, tsv, parquet, text or lines."""
+    num_content_bytes: int = 0
+    """Bytes of its content that were read, decompressed, bad records included."""
+    num_bad_bytes: int = 0
+    """Bytes of its content, or of the file as it lies on storage, that could not be read."""
+    problem: str = ""
+    """Why the first of its bad records, or the file, could not be read."""
+    problem_offset: int = 0
+    """Where that is: bytes of the decompressed file, or rows of a parquet file."""
+    is_damaged: bool = False
+    """Whether it could not be read to its end, so that nobody knows how much is missing."""
+    note: str = ""
+    """What its content showed to be other than its name says."""
+
+
+class LeftOut(_Record):
+    """Files below the sources' paths that were not read, for one reason."""
+
+    reason: str
+    num_files: int
+    num_bytes: int
+    examples: tuple[str, ...]
+    """The first of them by name."""
 
 
 _SOURCE_FILES = TypeAdapter(tuple[SourceFile, ...])
@@ -144,6 +168,10 @@ class Manifest(_Record):
     num_bad: int
     packing: Packing
     shuffle_seed: int
+    bad_share: float | None = None
+    """Share of the documents or of the bytes, whichever is larger, that could not be read."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files that the sources' paths hold but that were not read, by reason."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 

@@ -1,5 +1,6 @@
 """The pieces of work that preparing a corpus is cut into, each a pure function of files to files.
 
+    cut_quoted        a large csv   → where records begin, for ranges that are read apart
     read_part         input files   → chunks: token ids, document lengths, hashes; quarantine
     find_duplicates   hashes        → the documents to leave out, one hash partition at a time
     pack_chunk        chunk         → rows in random order
@@ -28,8 +29,9 @@ from dray.corpus.cleaning import Hashes, clean, hash_texts, held_out
 from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.contents import check_unchanged
 from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
-from dray.corpus.reading import Bad, Documents, Span, SpanReader
+from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
 from dray.corpus.shards import make_batch, make_schema, write_shard
+from dray.corpus.sources import InputFile
 from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
 from dray.spec import Cleaning, Source
 from dray.store.filesystem import child, make_folder, open_filesystem, open_whole, read_bytes, write_bytes
@@ -151,28 +153,37 @@ def _save_record(job: Job, stage: str, index: int, record: dict[str, Any]) -> di
     return record
 
 
+# --- cut ---
+
+
+def cut_quoted(job: Job, item: tuple[int, InputFile, Source, int]) -> dict[str, Any]:
+    """Where a large file with quoted fields may be cut into ranges of about a size. Returns its record."""
+    index, file, source, size = item
+    return _save_record(job, "cuts", index, {"bounds": find_bounds(file, source, job.max_record_bytes, size)})
+
+
 # --- read ---
 
 
 def read_batches(spans: Sequence[Span], source: Source, max_record_bytes: int,
-                 tally: Callable[[Span, Documents, str], None]) -> Iterator[Documents]:
+                 tally: Callable[[SpanReader, Documents | None], None]) -> Iterator[Documents]:
     """The documents of spans in batches of some megabytes, whether they come from one file or from a thousand.
 
-    `tally` is told of what each span gave, and of a file's digest once it is known.
+    `tally` is told of what each span gave, and at its end of its reader alone.
     """
     pending: list[Documents] = []
     size = 0
     for span in spans:
         reader = SpanReader(span, source, max_record_bytes)
         for documents in reader.read():
-            tally(span, documents, "")
+            tally(reader, documents)
             if len(documents.texts):
                 pending.append(documents)
                 size += documents.texts.nbytes
             if size >= BATCH_BYTES:
                 yield _joined(pending)
                 pending, size = [], 0
-        tally(span, Documents(pa.array([], pa.large_string()), None), reader.sha256)
+        tally(reader, None)
     if pending:
         yield _joined(pending)
 
@@ -185,17 +196,16 @@ def _joined(batches: Sequence[Documents]) -> Documents:
 def read_part(job: Job, part: Part) -> dict[str, Any]:
     """Read, clean, hash and encode the documents of a part. Returns its record. Raises CorpusError."""
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, FileCounts] = {}
     quarantine: list[Bad] = []
 
-    def tally(span: Span, documents: Documents, digest: str) -> None:
-        entry = files.setdefault(span.file.name, {"num_documents": 0, "num_bad": 0, "sha256": ""})
-        entry["num_documents"] += len(documents.texts)
-        entry["num_bad"] += len(documents.bad)
-        entry["sha256"] = digest or entry["sha256"]
-        if documents.bad:
-            entry.setdefault("first_bad", vars(documents.bad[0]))
-        quarantine.extend(documents.bad[:MAX_QUARANTINED - len(quarantine)])
+    def tally(reader: SpanReader, documents: Documents | None) -> None:
+        counts = files.setdefault(reader.span.file.name, FileCounts(reader.span.file.form))
+        if documents is None:
+            counts.note, counts.sha256 = counts.note or reader.note, counts.sha256 or reader.sha256
+        else:
+            counts.add(documents)
+            quarantine.extend(documents.bad[:MAX_QUARANTINED - len(quarantine)])
 
     writer = _ChunkWriter(job, part.index)
     dropped: Counter[str] = Counter()
@@ -208,10 +218,10 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
     lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
     if lines:
         write_bytes(*staged(job, "read", f"{part.index:06d}.quarantine.jsonl"), "".join(lines).encode(), durable=False)
-    num_bad = sum(entry["num_bad"] for entry in files.values())
+    num_bad = sum(counts.num_bad for counts in files.values())
     return _save_record(job, "read", part.index, {
-        "files": files, "dropped": dict(dropped), "num_bad": num_bad,
-        "num_records": num_bad + sum(entry["num_documents"] for entry in files.values()),
+        "files": {name: vars(counts) for name, counts in files.items()}, "dropped": dict(dropped), "num_bad": num_bad,
+        "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
         "chunks": writer.chunks, "labels": dict(sorted(writer.labels.items())),
     })
 

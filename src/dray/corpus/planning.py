@@ -1,20 +1,23 @@
 """How the preparation of a corpus is cut into parts and its rows dealt to shards: arithmetic on sizes and counts.
 
 Both depend on the inputs alone, never on the cluster, so that the result is the same on any. Nothing is read but the
-footers of large parquet files.
+first bytes of large files of lines and the footers of large parquet files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dray.corpus.parsing import LINE_FORMS
+from dray.corpus.bytes_in import DamagedFile, read_head
+from dray.corpus.containers import is_array
+from dray.corpus.parsing import LINE_FORMS, QUOTED_FORMS
 from dray.corpus.parts import SPLITS, Job, Part, ShardPlan
 from dray.corpus.reading import Span
 from dray.corpus.sources import InputFile
+from dray.spec import Source
 from dray.store.retrying import StorageFailed, is_transient, retry
 
 MIN_PART_BYTES, PART_BYTES, MAX_PART_BYTES = 4 << 20, 32 << 20, 256 << 20
@@ -23,39 +26,69 @@ MAX_ROWS_DEALT = 10**9 - 1
 """numpy draws from at most so many rows at once."""
 
 
-def make_parts(files: Sequence[Sequence[InputFile]]) -> tuple[list[Part], int]:
-    """Parts of like size, in order of source, file and offset; and the size that was aimed at.
+def choose_part_bytes(files: Sequence[Sequence[InputFile]]) -> int:
+    """The size that parts aim at.
 
     Small corpora are cut finer so that all CPUs have work; beyond some gigabytes parts grow, so that there are never
     more than some thousands.
     """
     total = sum(file.estimated_bytes for group in files for file in group)
-    size = max(MIN_PART_BYTES, min(PART_BYTES, total // 8), min(MAX_PART_BYTES, total // 256))
+    return max(MIN_PART_BYTES, min(PART_BYTES, total // 8), min(MAX_PART_BYTES, total // 256))
+
+
+def find_quoted(files: Sequence[Sequence[InputFile]], sources: Sequence[Source],
+                size: int) -> list[tuple[InputFile, Source]]:
+    """The files too large for one part whose records may hold newlines: only reading them tells where to cut."""
+    found: dict[str, tuple[InputFile, Source]] = {}
+    for source, group in zip(sources, files, strict=True):
+        if source.quoting != "none":
+            found.update({file.path: (file, source) for file in group
+                          if file.form in QUOTED_FORMS and file.num_bytes > size * 3 // 2 and _is_divisible(file)})
+    return list(found.values())
+
+
+def make_parts(files: Sequence[Sequence[InputFile]], size: int, bounds: Mapping[str, Sequence[int]]) -> list[Part]:
+    """Parts of about `size` bytes, in order of source, file and offset. `bounds`: where the quoted files are cut."""
     parts: list[Part] = []
     for source, group in enumerate(files):
         spans: list[Span] = []
         filled = 0
-        for span, num_bytes in (item for file in group for item in _cut(file, size)):
+        for span, num_bytes in (item for file in group for item in _cut(file, size, bounds.get(file.path))):
             if spans and filled + num_bytes > size * 5 // 4:
                 parts.append(Part(len(parts), source, tuple(spans)))
                 spans, filled = [], 0
             spans.append(span)
             filled += num_bytes
         parts.append(Part(len(parts), source, tuple(spans)))
-    return parts, size
+    return parts
 
 
-def _cut(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:
+def _cut(file: InputFile, size: int, bounds: Sequence[int] | None) -> Iterator[tuple[Span, int]]:
     """Spans of a file with their estimated bytes. Compressed files and whole-file documents stay in one piece."""
-    if file.num_bytes > size * 3 // 2 and file.form in LINE_FORMS and not file.compression:
+    if file.num_bytes > size * 3 // 2 and file.form in LINE_FORMS and (bounds is not None or _is_divisible(file)):
         count = -(-file.num_bytes // size)
-        bounds = [file.num_bytes * index // count for index in range(count)]
-        for start, stop in zip(bounds, [*bounds[1:], None], strict=True):
+        starts = [file.num_bytes * index // count for index in range(count)] if bounds is None else [0, *bounds]
+        for start, stop in zip(starts, [*starts[1:], None], strict=True):
             yield Span(file, start, stop), (stop or file.num_bytes) - start
     elif file.num_bytes > size * 3 // 2 and file.form == "parquet":
         yield from _cut_parquet(file, size)
     else:
         yield Span(file), file.estimated_bytes
+
+
+def _is_divisible(file: InputFile) -> bool:
+    """Whether any line may begin a range: not in what is compressed, by its name or not, in an array, in no text."""
+    if file.compression:
+        return False
+    try:
+        content = retry(lambda: read_head(file), file.name)
+    except StorageFailed as error:
+        if is_transient(error.__cause__ or error):  # cut otherwise, the same files would make other rows
+            raise
+        return False
+    except (FileNotFoundError, DamagedFile):  # reading it will say what is wrong
+        return False
+    return not content.note and not (file.form == "jsonl" and is_array(content.head))
 
 
 def _cut_parquet(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:

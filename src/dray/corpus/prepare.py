@@ -22,6 +22,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from dray.corpus.account import describe
 from dray.corpus.checking import (
     Work,
     check_bad_share,
@@ -33,10 +34,12 @@ from dray.corpus.checking import (
 )
 from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
+from dray.corpus.listing import Leavings
 from dray.corpus.manifest import (
     MANIFEST,
     ROWS_VERSION,
     SOURCE_FILES,
+    LeftOut,
     Manifest,
     Shard,
     SourceFile,
@@ -52,6 +55,7 @@ from dray.corpus.parts import (
     Job,
     Part,
     ShardPlan,
+    cut_quoted,
     find_duplicates,
     merge_rows,
     open_folder,
@@ -59,9 +63,9 @@ from dray.corpus.parts import (
     read_part,
     staged,
 )
-from dray.corpus.planning import make_parts, make_shard_plans
+from dray.corpus.planning import choose_part_bytes, find_quoted, make_parts, make_shard_plans
 from dray.corpus.sampling import make_tokenizer
-from dray.corpus.sources import InputFile, find_files
+from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.tokenizing import TokenizerInfo, read_tokenizer_files
 from dray.errors import CorpusError, SpecError
@@ -104,6 +108,10 @@ class Corpus:
         """What each input file gave, in reading order. Raises CorpusError for a corpus without that account."""
         return load_source_files(*open_filesystem(self.folder))
 
+    def describe(self) -> list[str]:
+        """What became of the raw data, in some lines for people."""
+        return describe(self.manifest, self.source_files())
+
 
 @dataclass(frozen=True)
 class _Inputs:
@@ -113,6 +121,7 @@ class _Inputs:
     files: tuple[tuple[InputFile, ...], ...]
     labels: tuple[str, ...] = ()
     """The classes of a trained model that they are to measure; empty: those that the training documents have."""
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def find_inputs(spec: Spec) -> _Inputs:
@@ -131,9 +140,12 @@ def list_inputs(spec: Spec) -> _Inputs:
         named += [("validation", f"data.validation.{i}", source) for i, source in enumerate(data.validation)]
     sources: list[CorpusSource] = []
     files: list[tuple[InputFile, ...]] = []
+    leavings = Leavings()
     taken: Counter[str] = Counter()
     for split, where, source in named:
-        found = tuple(find_files(source, where))
+        listing = list_source(source, where)
+        found = listing.files
+        leavings.merge(listing.left_out)
         if not any(file.num_bytes for file in found):
             raise CorpusError(f"{where}.path", f"{source.paths[0]} holds only empty files", "a corpus has text",
                               "check the path")
@@ -141,7 +153,7 @@ def list_inputs(spec: Spec) -> _Inputs:
         taken[name] += 1
         sources.append(CorpusSource(name if taken[name] == 1 else f"{name}-{taken[name]}", split, source, where))
         files.append(found)
-    return _Inputs(tuple(sources), tuple(files))
+    return _Inputs(tuple(sources), tuple(files), left_out=leavings.to_records())
 
 
 def _source_name(path: str) -> str:
@@ -169,7 +181,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         "num_labels": None if spec.packs_rows else spec.model.num_labels,
         "sources": [
             {"split": source.split, "weight": source.source.weight, "text": source.source.text,
-             "label": _label(spec, source), "header": source.source.header,
+             "label": _label(spec, source), "header": source.source.header, "quoting": source.source.quoting,
              "files": [(file.digest, file.form, file.compression) for file in files]}
             for source, files in zip(inputs.sources, inputs.files, strict=True)
         ],
@@ -196,8 +208,9 @@ def _find(spec: Spec, folder: str) -> Corpus | None:
         return None
     corpus = Corpus(folder, load_manifest(filesystem, path))
     found = corpus.manifest
-    if found.num_bad > spec.data.max_bad_share * found.num_records:
-        check_bad_share(corpus.source_files(), found.num_bad, found.num_records, spec.data.max_bad_share)
+    share = found.num_bad / max(1, found.num_records) if found.bad_share is None else found.bad_share
+    if share > spec.data.max_bad_share:
+        check_bad_share(corpus.source_files(), spec.data.max_bad_share)
     return corpus
 
 
@@ -266,7 +279,7 @@ class _Claim:
 
 
 def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Manifest:
-    job, work = _plan(spec, folder, inputs)
+    job, work = _plan(spec, folder, inputs, say)
     job = replace(job, tokenizer=_make_tokenizer(spec, job, work.parts, say))
     check_width(job)
     work.reads = run_stage(job, "read", read_part, work.parts, say)
@@ -307,11 +320,11 @@ def _merge(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     return merge_rows(job, item[1], item[0])
 
 
-def _plan(spec: Spec, folder: str, inputs: _Inputs) -> tuple[Job, Work]:
+def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Job, Work]:
     data = spec.data
     sources = tuple(replace(source, source=source.source.model_copy(update={"label": _label(spec, source)}))
                     for source in inputs.sources)
-    parts, part_bytes = make_parts(inputs.files)
+    part_bytes = choose_part_bytes(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.
     compares = data.cleaning.deduplicate == "exact" or not (spec.packs_rows or inputs.labels)
@@ -324,7 +337,13 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs) -> tuple[Job, Work]:
         num_labels=spec.model.num_labels, known_labels=inputs.labels,
         work=_name_of_work(inputs),
     )
-    return job, Work(parts, sizes={file.name: file.num_bytes for files in inputs.files for file in files})
+    quoted = find_quoted(inputs.files, [source.source for source in sources], part_bytes)
+    items = [(index, file, source, part_bytes) for index, (file, source) in enumerate(quoted)]
+    cuts = run_stage(job, "cuts", cut_quoted, items, say)
+    bounds = {file.path: record["bounds"] for (file, _), record in zip(quoted, cuts, strict=True)}
+    parts = make_parts(inputs.files, part_bytes, bounds)
+    sizes = {file.name: file.num_bytes for files in inputs.files for file in files}
+    return job, Work(parts, sizes=sizes, left_out=inputs.left_out)
 
 
 def _name_of_work(inputs: _Inputs) -> str:

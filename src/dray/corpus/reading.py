@@ -1,20 +1,33 @@
 """From input files to documents, with every record that cannot be read set aside by file and offset.
 
-Files are read as bytes and decoded a line at a time: a bad record costs itself. Memory stays bounded by a block and the
-largest allowed record, whatever the file holds. Refuses files without the text or label column, naming those there are.
+Files are read as bytes and decoded a record at a time: a bad record costs itself, and a damaged file what lies behind
+the damage, counted in documents or bytes. Memory stays bounded by a block and the largest allowed record, whatever the
+file holds. Refuses files without the text or label column, naming those there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dray.corpus.bytes_in import BOM, DamagedFile, HashingStream, decompress, hash_file, line_blocks, range_chunks
+from dray.corpus.arrays import array_to_lines
+from dray.corpus.bytes_in import (
+    DamagedFile,
+    HashingStream,
+    Lost,
+    hash_file,
+    open_content,
+    range_chunks,
+    too_long,
+)
+from dray.corpus.containers import HEAD_BYTES, find_compression, find_pointer, is_array, name_foreign
 from dray.corpus.labels import RULE, label_names
-from dray.corpus.parsing import BadRecord, LineParser, make_parser, missing_column
+from dray.corpus.parsing import make_parser
+from dray.corpus.records import BadRecord, RecordParser, missing_column, repeated_column
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
 from dray.spec import Source
@@ -43,12 +56,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Bad:
-    """A record that could not be read. `offset` counts bytes of the decompressed file, or rows of a parquet file."""
+    """Records that could not be read. `offset` counts bytes of the decompressed file, or rows of a parquet file."""
 
     file: str
     offset: int
     num_bytes: int
     reason: str
+    num_documents: int = 1
+    """As far as known: rows of a parquet file, else 1."""
+    ends_file: bool = False
+    """Whether the file is damaged from there on, so that nobody knows how much is missing."""
 
 
 @dataclass
@@ -58,6 +75,8 @@ class Documents:
     texts: pa.Array
     labels: pa.Array | None
     bad: list[Bad] = field(default_factory=list)
+    num_bytes: int = 0
+    """Bytes of content that they were read from, bad records included."""
 
     @property
     def num_records(self) -> int:
@@ -65,13 +84,51 @@ class Documents:
 
 
 @dataclass
+class FileCounts:
+    """What was read of one file, or of a part of it."""
+
+    form: str
+    num_documents: int = 0
+    num_bad: int = 0
+    num_content_bytes: int = 0
+    num_bad_bytes: int = 0
+    problem: str = ""
+    problem_offset: int = 0
+    is_damaged: bool = False
+    note: str = ""
+    sha256: str = ""
+
+    def add(self, documents: Documents) -> None:
+        """Count what a block gave."""
+        self.num_documents += len(documents.texts)
+        self.num_content_bytes += documents.num_bytes
+        for bad in documents.bad:
+            self.num_bad += bad.num_documents
+            self.num_bad_bytes += bad.num_bytes
+            self.is_damaged |= bad.ends_file
+            if not self.problem:
+                self.problem, self.problem_offset = bad.reason, bad.offset
+
+    def merge(self, other: FileCounts) -> None:
+        """Add what was read of a later part."""
+        for name in ("num_documents", "num_bad", "num_content_bytes", "num_bad_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if not self.problem:
+            self.problem, self.problem_offset = other.problem, other.problem_offset
+        self.is_damaged |= other.is_damaged
+        self.note, self.sha256 = self.note or other.note, self.sha256 or other.sha256
+
+
+@dataclass
 class SpanReader:
-    """Reads one span. `sha256` is that of the whole file, known after reading when the span begins the file."""
+    """Reads one span. After reading, `sha256` is that of the whole file if the span begins it, and `note` what its
+    content showed to be other than its name says."""
 
     span: Span
     source: Source
     max_record_bytes: int
     sha256: str = ""
+    note: str = ""
 
     def read(self) -> Iterator[Documents]:
         """Documents in blocks of some megabytes. Raises CorpusError for a missing column or an unreadable file, and
@@ -80,72 +137,91 @@ class SpanReader:
         if form in ("text", "lines") and self.source.label is not None:
             raise CorpusError(self.span.file.name, f"format {form} has no label column",
                               "labels come from a column of jsonl, csv, tsv or parquet", "set the source's format")
-        stream = None
         try:
             if form == "parquet":
                 yield from _read_parquet(self.span, self.source, self.max_record_bytes)
             elif self.span.is_whole:
-                stream = HashingStream(self.span.file.open().open_input_stream(self.span.file.path, compression=None))
-                chunks = decompress(stream, self.span.file.compression)
-                yield from self._read_text(chunks) if form == "text" else self._read_lines(0, chunks)
+                yield from self._read_whole()
             else:
-                yield from self._read_lines(*range_chunks(self.span.file, self.span.start, self.span.stop))
-            if self.span.start == 0:
-                known = self.span.file.sha256
-                self.sha256 = stream.finish() if stream else known or hash_file(self.span.file)
+                base, chunks = range_chunks(self.span.file, self.span.start, self.span.stop)
+                yield from self._read_records(base, chunks)
+            if self.span.start == 0 and not self.sha256:
+                self.sha256 = self.span.file.sha256 or hash_file(self.span.file)
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
                 raise InputOutage(f"{self.span.file.name} cannot be read ({first_line(error)})") from error
             raise CorpusError(self.span.file.name, f"cannot be read ({error})", "inputs must be readable") from error
+
+    def _read_whole(self) -> Iterator[Documents]:
+        file = self.span.file
+        stream = HashingStream(file.open().open_input_stream(file.path, compression=None))
+        try:
+            yield from self._read_stream(stream)
+            self.sha256 = stream.finish()
         finally:
-            if stream:
-                stream.close()
+            stream.close()
+
+    def _read_stream(self, stream: HashingStream) -> Iterator[Documents]:
+        file = self.span.file
+        try:
+            content = open_content(file, stream)
+            self.note, chunks = content.note, content.chunks
+            if file.form == "text":
+                yield from self._read_text(chunks)
+            elif file.form == "jsonl" and is_array(content.head):
+                self.note = "; ".join(filter(None, (self.note, "one JSON array")))
+                yield from self._read_records(content.offset, array_to_lines(chunks))
+            else:
+                yield from self._read_records(content.offset, chunks)
+        except DamagedFile as error:
+            size = file.num_bytes if error.num_bytes is None else error.num_bytes
+            yield _damaged(file, self.source, 0, size, str(error))
 
     def _read_text(self, chunks: Iterator[bytes]) -> Iterator[Documents]:
         """The whole file as one document."""
         pieces: list[bytes] = []
         size = 0
-        bad = ""
+        bad, damaged = "", False
         try:
             for chunk in chunks:
                 size += len(chunk)
                 if size > self.max_record_bytes:
-                    bad = f"longer than data.max_record_bytes = {self.max_record_bytes} (format `lines` reads by line)"
+                    bad = f"{too_long(self.max_record_bytes)} (format `lines` reads by line)"
                     break
                 pieces.append(chunk)
         except DamagedFile as error:
-            bad = str(error)
-        data = b"".join(pieces).removeprefix(BOM)
+            bad, damaged = str(error), True
+        data = b"".join(pieces)
         offset = 0
         if not bad:
             bad, offset = unreadable(data)
         if bad:
-            yield Documents(_strings([]), None, [Bad(self.span.file.name, offset, size, bad)])
+            size = max(size, self.span.file.num_bytes)
+            yield Documents(_strings([]), None, [Bad(self.span.file.name, offset, size, bad, 1, damaged)], size)
         else:
-            yield Documents(_strings([data.decode()]), None)
+            yield Documents(_strings([data.decode()]), None, [], size)
 
-    def _read_lines(self, base: int, chunks: Iterator[bytes]) -> Iterator[Documents]:
+    def _read_records(self, base: int, chunks: Iterator[bytes]) -> Iterator[Documents]:
         parser = make_parser(self.span.file, self.source)
         name = self.span.file.name
-        skip = self.span.start == 0 and parser.skips_first_line
+        skip = self.span.start == 0 and parser.skips_first_record
         num_found, num_missing = 0, 0
-        for offset, data, bad in line_blocks(chunks, self.max_record_bytes):
-            if offset == 0 and base == 0 and data.startswith(BOM):
-                data, offset = data[len(BOM):], len(BOM)
+        for offset, data, lost in parser.cut(chunks, self.max_record_bytes):
+            size = len(data) + sum(item.num_bytes for item in lost)
             if skip and data:
-                end = data.find(b"\n") + 1 or len(data)
+                end = len(next(parser.split(data))) + 1
                 data, offset, skip = data[end:], offset + end, False
             documents = self._parse(parser, data, base + offset)
-            documents.bad += [Bad(name, base + start, size, reason) for start, size, reason in bad]
+            documents.bad += [_bad(name, base, item) for item in lost]
+            documents.num_bytes = size
             num_found += len(documents.texts)
             num_missing += sum(item.reason.startswith("no column") for item in documents.bad)
-            if documents.num_records:
-                yield documents
+            yield documents
         if num_missing and not num_found:
             raise missing_column(name, self.source, parser.columns)
 
-    def _parse(self, parser: LineParser, data: bytes, offset: int) -> Documents:
-        """A block of whole lines: at once if nothing in it is odd, else line by line."""
+    def _parse(self, parser: RecordParser, data: bytes, offset: int) -> Documents:
+        """A block of whole records: at once if nothing in it is odd, else one by one."""
         if len(data) <= self.max_record_bytes and b"\0" not in data and _is_utf8(data):
             parsed = parser.parse_block(data)
             if parsed is not None:
@@ -153,21 +229,43 @@ class SpanReader:
         texts: list[str] = []
         labels: list[str] = []
         bad: list[Bad] = []
-        for line in data.split(b"\n"):
+        for record in parser.split(data):
             try:
-                if line.strip():
-                    text, label = parser.parse_line(_decode(line, self.max_record_bytes))
+                if record.strip():
+                    text, label = parser.parse_line(_decode(record, self.max_record_bytes))
                     texts.append(text)
                     labels.append(label)
             except BadRecord as error:
-                bad.append(Bad(self.span.file.name, offset, len(line), str(error)))
-            offset += len(line) + 1
+                bad.append(Bad(self.span.file.name, offset, len(record), str(error)))
+            offset += len(record) + 1
         return Documents(_strings(texts), pa.array(labels, pa.string()) if self.source.label else None, bad)
+
+
+def _bad(name: str, base: int, lost: Lost) -> Bad:
+    return Bad(name, base + lost.offset, lost.num_bytes, lost.reason, ends_file=lost.ends_file)
+
+
+def _damaged(file: InputFile, source: Source, offset: int, num_bytes: int, reason: str) -> Documents:
+    """No documents of a file that is no use from `offset` on."""
+    return Documents(_strings([]), _no_labels(source), [Bad(file.name, offset, num_bytes, reason, ends_file=True)])
+
+
+def find_bounds(file: InputFile, source: Source, max_record_bytes: int, size: int) -> list[int]:
+    """Offsets about `size` bytes apart where records of a plain file begin, by one pass over its quotes."""
+    base, chunks = range_chunks(file, 0, None)
+    bounds: list[int] = []
+    last = 0
+    for offset, data, _ in make_parser(file, source).cut(chunks, max_record_bytes):
+        end = base + offset + len(data)
+        if data and end - last >= size and file.num_bytes - end > size // 2:
+            bounds.append(end)
+            last = end
+    return bounds
 
 
 def _decode(line: bytes, limit: int) -> str:
     if len(line) > limit:
-        raise BadRecord(f"longer than data.max_record_bytes = {limit}")
+        raise BadRecord(too_long(limit))
     reason, _ = unreadable(line)
     if reason:
         raise BadRecord(reason)
@@ -203,35 +301,83 @@ def _no_labels(source: Source) -> pa.Array | None:
 
 
 def _read_parquet(span: Span, source: Source, limit: int) -> Iterator[Documents]:
+    """Row group by row group: a damaged one costs itself."""
     import pyarrow.parquet as pq
 
     name = span.file.name
-    row = 0
-    try:
-        with span.file.open().open_input_file(span.file.path) as stream:
+    with span.file.open().open_input_file(span.file.path) as stream:
+        try:
             file = pq.ParquetFile(stream)
-            _check_columns(file.schema_arrow, name, source)
-            stop = file.num_row_groups if span.stop is None else span.stop
-            row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
-            columns = [source.text] if source.label is None else [source.text, source.label]
-            for batch in file.iter_batches(1024, list(range(span.start, stop)), columns, use_threads=False):
-                yield _parquet_documents(batch, name, row, source, limit)
-                row += batch.num_rows
-    except pa.ArrowException as error:
-        yield Documents(_strings([]), _no_labels(source), [Bad(name, row, 0, f"damaged parquet ({error})"[:200])])
+        except (pa.ArrowException, OSError) as error:
+            _raise_if_unreadable(error)
+            stream.seek(0)
+            yield _damaged(span.file, source, 0, *_explain_parquet(stream.read(HEAD_BYTES), span.file, error))
+            return
+        _check_columns(file.schema_arrow, name, source)
+        row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
+        for group in range(span.start, file.num_row_groups if span.stop is None else span.stop):
+            yield from _read_group(file, group, row, name=name, source=source, limit=limit)
+            row += file.metadata.row_group(group).num_rows
+
+
+def _raise_if_unreadable(error: Exception) -> None:
+    """Raises what the storage says again. Parquet's own complaints are OSErrors, too, but have no number."""
+    if isinstance(error, OSError) and (error.errno is not None or is_transient(error)):
+        raise error
+
+
+def _explain_parquet(head: bytes, file: InputFile, error: Exception) -> tuple[int, str]:
+    """How many bytes are lost with a parquet file without a footer, and why."""
+    pointed = find_pointer(head)
+    if pointed is not None:
+        return pointed, "a git-LFS pointer in place of the file; fetch it: git lfs pull"
+    if not head:
+        return 0, "empty, where parquet is read"
+    if find_compression(head):
+        return file.num_bytes, f"{find_compression(head)} around parquet; unpack it"
+    foreign = "" if head.startswith(b"PAR1") else name_foreign(head).replace("text is read", "parquet is read")
+    return file.num_bytes, foreign or f"damaged parquet ({error})"[:200]
+
+
+def _read_group(file: Any, group: int, row: int, *, name: str, source: Source, limit: int) -> Iterator[Documents]:
+    """The documents of a row group from row number `row` on."""
+    columns = [source.text] if source.label is None else [source.text, source.label]
+    metadata = file.metadata.row_group(group)
+    read = 0
+    try:
+        for batch in file.iter_batches(1024, [group], columns, use_threads=False):
+            yield _parquet_documents(batch, name, row + read, source, limit)
+            read += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        _raise_if_unreadable(error)
+        left = metadata.num_rows - read
+        size = metadata.total_byte_size * left // max(1, metadata.num_rows)
+        reason = f"damaged parquet, row group {group} ({error})"[:200]
+        yield Documents(_strings([]), _no_labels(source), [Bad(name, row + read, size, reason, left)], size)
 
 
 def _check_columns(schema: pa.Schema, name: str, source: Source) -> None:
+    """Raises CorpusError for columns that are missing, there twice, or of another kind than text and labels."""
     for column in (source.text, source.label):
         if column is not None and column not in schema.names:
             raise missing_column(name, source, schema.names)
+        if column is not None and schema.names.count(column) > 1:
+            raise repeated_column(name, column)
+    if not _holds(schema, source.text, (*STRINGS, pa.types.is_binary, pa.types.is_large_binary)):
+        raise CorpusError(name, f"the text column {source.text!r} holds {schema.field(source.text).type}",
+                          "a text column holds strings")
     if source.label is not None and pa.types.is_nested(schema.field(source.label).type):
         raise CorpusError(name, f"the label column {source.label!r} holds {schema.field(source.label).type}", RULE)
-    kind = schema.field(source.text).type
+
+
+STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+def _holds(schema: pa.Schema, column: str, kinds: Sequence[Callable[[pa.DataType], bool]]) -> bool:
+    """Whether a column, or what its dictionary holds, is of one of the kinds."""
+    kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    textual = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    if not any(test(kind) for test in textual):
-        raise CorpusError(name, f"the text column {source.text!r} holds {kind}", "a text column holds strings")
+    return any(test(kind) for test in kinds)
 
 
 def _parquet_documents(batch: pa.RecordBatch, name: str, row: int, source: Source, limit: int) -> Documents:
@@ -241,7 +387,7 @@ def _parquet_documents(batch: pa.RecordBatch, name: str, row: int, source: Sourc
     odd = pc.greater(lengths, limit)
     checks: list[tuple[pa.Array, Callable[[int], str]]] = [
         (pc.is_null(raw), lambda i: f"{source.text!r} is null"),
-        (pc.fill_null(odd, False), lambda i: f"longer than data.max_record_bytes = {limit}"),
+        (pc.fill_null(odd, False), lambda i: too_long(limit)),
     ]
     if labels is not None:
         labels = label_names(labels)
@@ -256,7 +402,7 @@ def _parquet_documents(batch: pa.RecordBatch, name: str, row: int, source: Sourc
         good = pa.array([i for i in range(len(raw)) if i not in reasons], pa.int64())
         raw, labels = raw.take(good), labels.take(good) if labels is not None else None
     bad = [Bad(name, row + i, lengths[i].as_py() or 0, reason) for i, reason in sorted(reasons.items())]
-    return Documents(raw.cast(pa.large_string()), labels, bad)
+    return Documents(raw.cast(pa.large_string()), labels, bad, pc.sum(lengths).as_py() or 0)
 
 
 def _clean_text(raw: pa.Array) -> bool:

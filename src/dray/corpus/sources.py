@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
+from dray.corpus.listing import HIDDEN, Entry, Leavings, drop_second_links, is_hidden, list_entries
+from dray.corpus.manifest import LeftOut
 from dray.errors import CorpusError
 from dray.spec import Source
 from dray.store.filesystem import absolute, is_uri, open_filesystem, shown
@@ -32,10 +34,14 @@ FORMS = {
     **dict.fromkeys(TEXT_SUFFIXES.split(), "text"),
 }
 """Suffix → form of the file."""
-COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd"}
-EXPANSION = {"": 1, "gzip": 4, "zstd": 4}
+COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}
+EXPANSION = {"": 1, "gzip": 4, "zstd": 4, "bzip2": 5, "xz": 5}
 """Rough size of the content against the size of the file; it only balances the parts."""
-SKIPPED_NAMES = {"__pycache__", "_SUCCESS", "_metadata", "_common_metadata"}
+DOCUMENTATION = re.compile(
+    r"(readme|licen[cs]e|copying|copyright|notice|changelog|changes|citation|authors|contribut(ing|ors)|"
+    r"code_of_conduct|security|source|dataset_card|requirements)s?([._-].*)?$")
+METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|croissant|datapackage)\.json")
+"""Names, in lower case, of files that tell about data and are none."""
 
 
 @dataclass(frozen=True)
@@ -82,55 +88,130 @@ def cached_filesystem(place: str) -> pafs.FileSystem:
     return open_filesystem(place)[0]
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source in reading order, and what lies beside them unread."""
+
+    files: tuple[InputFile, ...]
+    left_out: tuple[LeftOut, ...]
+
+
 def find_files(source: Source, where: str) -> list[InputFile]:
     """The files of a source in reading order; a file that several paths name is read once. Raises CorpusError.
 
     `where` is the dotted path of the source in the spec, for messages.
     """
+    return list(list_source(source, where).files)
+
+
+def list_source(source: Source, where: str) -> Listing:
+    """As `find_files`, with a count of the files that are left out."""
     found: dict[tuple[str, str], InputFile] = {}
+    leavings = Leavings()
     for path in source.paths:
-        files = _find_stdlib() if path == STDLIB else _find(path, source, where)
-        matched = False
+        beside = Leavings()
+        files = list(_find_stdlib()) if path == STDLIB else _find(path, source, where, beside)
+        if not files:
+            raise CorpusError(f"{where}.path", f"no matching file in {shown(path)}{_told(beside)}", _rule(source),
+                              "check the path")
         for file in files:
-            matched = True
             found.setdefault((file.place if is_uri(file.place) else "", file.path), file)
-        if not matched:
-            raise CorpusError(f"{where}.path", f"no matching file in {shown(path)}", _rule(source), "check the path")
-    return list(found.values())
+        leavings.merge(beside.to_records())
+    return Listing(tuple(found.values()), leavings.to_records())
+
+
+def _told(leavings: Leavings) -> str:
+    """What was left out, for a message; nothing if nothing was."""
+    told = [f"{item.num_files} {item.reason} ({', '.join(path.rpartition('/')[2] or path for path in item.examples)}"
+            f"{', …' if item.num_files > len(item.examples) else ''})" for item in leavings.to_records()]
+    return f" (left out: {'; '.join(told)})" if told else ""
 
 
 def _rule(source: Source) -> str:
     if source.format == "auto":
-        return "suffixes tell the form (jsonl, csv, tsv, parquet, txt, py, …, then .gz or .zst), or `format` does"
+        return "suffixes tell the form (jsonl, csv, tsv, parquet, txt, py, …, then .gz, .zst, …), or `format` does"
     return "hidden files and those that `exclude` names are left out"
 
 
-def _find(path: str, source: Source, where: str) -> Iterator[InputFile]:
+def _find(path: str, source: Source, where: str, leavings: Leavings) -> list[InputFile]:
+    """The files that one path names. Raises CorpusError if there is nothing, or the one file has no form."""
     base, pattern = _split_glob(path)
     filesystem, root = open_filesystem(base)
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.NotFound:
         raise CorpusError(f"{where}.path", f"{shown(absolute(path))} does not exist",
                           "a path, glob or URI of the corpus", "relative paths start at the working directory")
+    if info.type == pafs.FileType.Unknown:
+        raise CorpusError(f"{where}.path", f"{shown(path)} is a pipe, socket or device",
+                          "inputs are read more than once", "write it to a file")
     if info.type == pafs.FileType.File:
         form, compression = _form(root, source)
         if not form:
             raise CorpusError(f"{where}.path", f"cannot tell the form of {shown(path)}", _rule(source),
                               f"set {where}.format")
-        yield _input_file(filesystem, base, info, form, compression)
-        return
+        return [_input_file(filesystem, base, info, form, compression)]
+    try:
+        recursive = pattern is None or "/" in pattern or "**" in pattern
+        entries = list_entries(filesystem, root, recursive, leavings, lambda item: _stamp(filesystem, item))
+    except OSError as error:
+        raise CorpusError(f"{where}.path", f"{shown(path)} cannot be listed ({error})",
+                          "inputs must be readable", "mend the permissions, or name the files apart") from error
+    chosen = _choose(entries, root, pattern, source, leavings)
+    return _leave_companions(base, drop_second_links(chosen, leavings), source, leavings)
+
+
+def _choose(entries: Sequence[Entry], root: str, pattern: str | None, source: Source,
+            leavings: Leavings) -> list[Entry]:
+    """The entries that the pattern matches, without hidden, excluded and formless ones."""
     matches = re.compile(translate_glob(pattern)).fullmatch if pattern else None
     excluded = [re.compile(translate_glob(glob)) for glob in source.exclude]
-    selector = pafs.FileSelector(root, recursive=pattern is None or "/" in pattern or "**" in pattern)
-    for item in sorted(filesystem.get_file_info(selector), key=lambda item: str(item.path)):
-        relative = item.path[len(root):].lstrip("/")
-        if item.type != pafs.FileType.File or (matches and not matches(relative)) or _hidden(relative):
+    chosen: list[Entry] = []
+    for entry in entries:
+        relative = entry.path[len(root):].lstrip("/")
+        names = (relative, relative.rpartition("/")[2], entry.path)
+        if matches and not matches(relative):
             continue
-        if any(glob.fullmatch(name) for glob in excluded for name in (relative, item.base_name, item.path)):
-            continue
-        form, compression = _form(item.path, source)
-        if form:
-            yield _input_file(filesystem, base, item, form, compression)
+        if is_hidden(relative):
+            leavings.add(HIDDEN, entry.path, entry.num_bytes)
+        elif any(glob.fullmatch(name) for glob in excluded for name in names):
+            leavings.add("named by `exclude`", entry.path, entry.num_bytes)
+        elif not _form(entry.path, source)[0]:
+            leavings.add("of a form that their names do not tell", entry.path, entry.num_bytes)
+        else:
+            chosen.append(entry)
+    return chosen
+
+
+def _leave_companions(base: str, entries: Sequence[Entry], source: Source, leavings: Leavings) -> list[InputFile]:
+    """The entries as input files, without what only accompanies data: a README beside shards is no document.
+
+    Text beside data is left out as a whole where the data weighs more: such a folder is a data set, not a text corpus.
+    """
+    files = [InputFile(base, entry.path, entry.num_bytes, entry.stamp, *_form(entry.path, source)) for entry in entries]
+    if source.format != "auto":
+        return files
+    data = [file for file in files if file.form != "text" and not METADATA.fullmatch(_base_name(file))]
+    if not data:
+        return files
+    text_bytes = sum(file.estimated_bytes for file in files if file.form == "text" and not _is_documentation(file))
+    outweighs = sum(file.estimated_bytes for file in data) > text_bytes
+    kept: list[InputFile] = []
+    for file in files:
+        if _is_documentation(file) or METADATA.fullmatch(_base_name(file)):
+            leavings.add("documentation beside data", file.path, file.num_bytes)
+        elif file.form == "text" and outweighs:
+            leavings.add("text beside data (a path of its own reads it)", file.path, file.num_bytes)
+        else:
+            kept.append(file)
+    return kept
+
+
+def _base_name(file: InputFile) -> str:
+    return file.path.rpartition("/")[2].lower()
+
+
+def _is_documentation(file: InputFile) -> bool:
+    return file.form == "text" and DOCUMENTATION.match(_base_name(file)) is not None
 
 
 def _find_stdlib() -> Iterator[InputFile]:
@@ -145,8 +226,11 @@ def _find_stdlib() -> Iterator[InputFile]:
 
 
 def _input_file(filesystem: pafs.FileSystem, base: str, info: pafs.FileInfo, form: str, compression: str) -> InputFile:
-    stamp = str(info.mtime_ns) if info.mtime_ns is not None else _etag(filesystem, info.path)
-    return InputFile(base, cast(str, info.path), int(info.size or 0), stamp, form, compression)
+    return InputFile(base, cast(str, info.path), int(info.size or 0), _stamp(filesystem, info), form, compression)
+
+
+def _stamp(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
+    return str(info.mtime_ns) if info.mtime_ns is not None else _etag(filesystem, info.path)
 
 
 def _etag(filesystem: pafs.FileSystem, path: str) -> str:
@@ -184,25 +268,30 @@ def suffix_form(path: str) -> str:
     return _form(path.partition("?")[0] if is_uri(path) else path, Source(path=path))[0]
 
 
-def _hidden(relative: str) -> bool:
-    return any(part.startswith(".") or part in SKIPPED_NAMES for part in relative.split("/"))
-
-
 def _split_glob(path: str) -> tuple[str, str | None]:
-    """A place without magic, and the pattern below it. In a URI `?` begins the query; elsewhere it is a wildcard."""
+    """A place without magic, and the pattern below it. In a URI `?` begins the query; elsewhere it is a wildcard.
+
+    A name with magic that is there, as written, is that file or folder.
+    """
     place = absolute(path)
     if not is_uri(place):
-        return (place, None) if os.path.lexists(place) else _cut(place, "*?[")
+        return _cut(place, "*?[", os.path.lexists)
     parts = urlsplit(place)
-    base, pattern = _cut(parts.path, "*[")
     # Not urlunsplit: it drops the slashes of `hdfs:///path`.
-    return f"{parts.scheme}://{parts.netloc}{base}" + (f"?{parts.query}" if parts.query else ""), pattern
+    query = f"?{parts.query}" if parts.query else ""
+
+    def is_there(inner: str) -> bool:
+        filesystem, root = open_filesystem(f"{parts.scheme}://{parts.netloc}{inner}{query}")
+        return bool(filesystem.get_file_info(root).type != pafs.FileType.NotFound)
+
+    base, pattern = _cut(parts.path, "*[", is_there)
+    return f"{parts.scheme}://{parts.netloc}{base}{query}", pattern
 
 
-def _cut(path: str, magic: str) -> tuple[str, str | None]:
+def _cut(path: str, magic: str, is_there: Callable[[str], bool]) -> tuple[str, str | None]:
     names = path.split("/")
     for index, name in enumerate(names):
-        if any(character in name for character in magic):
+        if any(character in name for character in magic) and not is_there("/".join(names[:index + 1])):
             return "/".join(names[:index]) or "/", "/".join(names[index:])
     return path, None
 
@@ -219,8 +308,9 @@ def translate_glob(pattern: str) -> str:
             out, index = out + ("[^/]*" if pattern[index] == "*" else "[^/]"), index + 1
         elif pattern[index] == "[" and "]" in pattern[index + 2:]:
             end = pattern.index("]", index + 2)
-            body = pattern[index + 1:end].replace("\\", "\\\\")
-            out, index = out + "[" + ("^" + body[1:] if body[0] == "!" else body) + "]", end + 1
+            body, negated = pattern[index + 1:end], pattern[index + 1] in "!^"
+            letters = "".join(c if c == "-" else re.escape(c) for c in (body[1:] if negated else body))
+            out, index = out + "[" + ("^" if negated else "") + letters + "]", end + 1
         else:
             out, index = out + re.escape(pattern[index]), index + 1
     return out

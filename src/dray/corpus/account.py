@@ -1,0 +1,116 @@
+"""What became of the raw data, for people: files read and left out, documents kept and dropped, bytes that were lost.
+
+The same numbers judge whether too much of the data is unreadable.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dray.corpus.manifest import LeftOut, Manifest, SourceFile
+from dray.plan import format_bytes
+
+MAX_FILES = 5
+"""Files that are named for one matter; all are counted."""
+
+
+@dataclass(frozen=True)
+class BadShares:
+    """Which share of the data could not be read, and which file is to blame most."""
+
+    documents: float
+    num_bytes: float
+    worst: SourceFile
+
+    @property
+    def share(self) -> float:
+        """The larger of the two: a lost shard is few records, a broken column few bytes."""
+        return max(self.documents, self.num_bytes)
+
+
+def weigh_bad(files: Sequence[SourceFile]) -> BadShares:
+    """The shares of what could not be read.
+
+    A damaged file counts whole, and at least as much as the average file: nobody knows how much of it is missing.
+    """
+    average = sum(file.num_bytes for file in files) / len(files)
+    weights = [max(file.num_bytes, file.num_bad_bytes, average) if file.is_damaged else file.num_bytes
+               for file in files]
+    lost = [weight * _bad_share(file) for file, weight in zip(files, weights, strict=True)]
+    num_bad = sum(file.num_bad for file in files)
+    documents = num_bad / max(1, num_bad + sum(file.num_documents for file in files))
+    num_bytes = sum(lost) / max(1.0, sum(weights))
+    by_bytes = max(range(len(files)), key=lambda index: (lost[index], files[index].num_bad))
+    by_number = max(range(len(files)), key=lambda index: files[index].num_bad)
+    return BadShares(documents, num_bytes, files[by_number if documents > num_bytes else by_bytes])
+
+
+def _bad_share(file: SourceFile) -> float:
+    return 1.0 if file.is_damaged else min(1.0, file.num_bad_bytes / max(1, file.num_content_bytes))
+
+
+def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
+    """The account of a corpus in some lines."""
+    validation = manifest.validation
+    kept = manifest.train.num_documents + (validation.num_documents if validation else 0)
+    forms = Counter(file.form for file in files if file.form)
+    told = ", ".join(f"{count:,} {form}" for form, count in sorted(forms.items()))
+    lines = [f"read         {_number(len(files), 'file')}{f' ({told})' if told else ''}, "
+             f"{format_bytes(manifest.num_source_bytes)}"]
+    lines += [f"left out     {_describe_left_out(item)}" for item in manifest.left_out]
+    lines += _name_some("empty", [file.path for file in files if not file.num_bytes and not file.is_damaged])
+    lines += _name_some("as found", [f"{file.path}: {file.note}" for file in files if file.note])
+    lines += _name_some("unreadable", [_describe_bad(file) for file in _worst_first(files)])
+    held = f", {validation.num_documents:,} of them for validation" if validation else ""
+    lines.append(f"documents    {kept:,} kept{held}{_describe_dropped(manifest.dropped)}")
+    lines.append(f"tokens       {manifest.train.num_tokens:,} in {manifest.train.num_rows:,} rows of "
+                 f"{manifest.sequence_tokens}")
+    return lines
+
+
+def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """The account of a corpus as plain values."""
+    validation = manifest.validation
+    return {
+        "num_files": len(files), "num_source_bytes": manifest.num_source_bytes,
+        "left_out": [item.model_dump(mode="json") for item in manifest.left_out],
+        "num_documents": manifest.train.num_documents + (validation.num_documents if validation else 0),
+        "num_tokens": manifest.train.num_tokens, "dropped": manifest.dropped, "num_bad": manifest.num_bad,
+        "bad_share": manifest.bad_share,
+        "unreadable": [{"path": file.path, "problem": file.problem, "num_bad": file.num_bad,
+                        "num_bad_bytes": file.num_bad_bytes, "is_damaged": file.is_damaged}
+                       for file in _worst_first(files)],
+    }
+
+
+def _worst_first(files: Sequence[SourceFile]) -> list[SourceFile]:
+    return sorted((file for file in files if file.num_bad), key=lambda file: (-file.num_bad_bytes, file.path))
+
+
+def _name_some(matter: str, names: Sequence[str]) -> list[str]:
+    lines = [f"{matter:<12} {name}" for name in names[:MAX_FILES]]
+    return [*lines, f"{matter:<12} {len(names) - MAX_FILES:,} files more"] if len(names) > MAX_FILES else lines
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def _describe_left_out(item: LeftOut) -> str:
+    more = ", …" if item.num_files > len(item.examples) else ""
+    names = ", ".join("/".join(path.split("/")[-3:]) for path in item.examples)
+    return f"{_number(item.num_files, 'file')} {item.reason}, {format_bytes(item.num_bytes)}: {names}{more}"
+
+
+def _describe_bad(file: SourceFile) -> str:
+    whole = file.num_bad + file.num_documents
+    records = "from there on" if file.is_damaged else f"{file.num_bad:,} of {whole:,} records"
+    return f"{file.path}: {records}, {format_bytes(file.num_bad_bytes)} ({file.problem} at {file.problem_offset:,})"
+
+
+def _describe_dropped(dropped: dict[str, int]) -> str:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
+    return f"; dropped: {reasons}" if reasons else ""
