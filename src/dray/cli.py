@@ -1,22 +1,28 @@
 """The command line: parse, call, print, exit code. Nothing here computes.
 
 `--help` and `plan` import neither torch nor ray; every other command imports what it needs when it is called.
-Exit codes: 0 done; 2 the user's mistake; 3 the run failed; 130 interrupted with its state saved.
+Exit codes: 0 done; 2 the user's mistake; 3 the run failed; 130 interrupted with its state saved (143 by SIGTERM, 129 by
+SIGHUP). Whatever goes wrong is one line on standard error.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dray import __version__
-from dray.errors import DrayError, RunFailed, SpecError, StoreError
+from dray.errors import DrayError, RunFailed, SpecError, StoreError, UserError
+from dray.output import ReaderLeft, Results, open_streams, results_apart, warn
 from dray.redaction import redact
+from dray.signals import Stopped, stops
 
 if TYPE_CHECKING:
     from dray.store import Run
@@ -25,35 +31,98 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code. Standard output gets the command's result and nothing else."""
+    open_streams()
+    with results_apart() as out, stops():
+        try:
+            arguments = _parse(argv, out)
+            return int(arguments.command(arguments))
+        except ReaderLeft:
+            return 0
+        except SystemExit:  # of the parser, which has said all
+            raise
+        except BaseException as error:
+            return _tell(error, argv)
+
+
+def _tell(error: BaseException, argv: Sequence[str] | None) -> int:
+    """Say on standard error, in a line, why a command ends. Returns the exit code."""
+    if isinstance(error, RunFailed):
+        warn(str(error))
+        if error.diagnosis:
+            warn(error.diagnosis, prefix="")
+        return error.exit_code
+    if isinstance(error, DrayError):
+        warn(str(error))
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Stopped) else int(signal.SIGINT)
+        warn(f"interrupted by {signal.Signals(number).name}")
+        return 128 + number
+    return _tell_unexpected(error, argv)
+
+
+def _tell_unexpected(error: BaseException, argv: Sequence[str] | None) -> int:
+    """An error that nobody foresaw is one line, too; its traceback goes to a file, and to --verbose."""
+    text = redact("".join(traceback.format_exception(error)))
+    what = next(iter(str(error).splitlines()), "")
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        what = f"{where}{error.strerror}"
+    elif isinstance(error, MemoryError):
+        what = "out of memory"
+    else:
+        what = f"{type(error).__name__}: {what}".rstrip(": ")
+    if "--verbose" in (sys.argv[1:] if argv is None else argv):
+        warn(text, prefix="")
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="dray-error-", suffix=".log")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        warn(f"{what[:300]}; this was not foreseen; the traceback is in {path}")
+    except OSError:
+        warn(f"{what[:300]}; this was not foreseen; --verbose shows the traceback")
+    return UserError.exit_code if isinstance(error, OSError) else RunFailed.exit_code
+
+
+def _parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
+    """The arguments of a command, and `out` for its result. Raises SystemExit where the parser has said all."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    try:
+        with redirect_stdout(out.stream):
+            arguments, rest = parser.parse_known_args(argv)
+    except SystemExit:
+        out.finish()
+        raise
     # argparse takes positionals only in one run; overrides may stand after options too.
     if rest and (not hasattr(arguments, "overrides") or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
+    for text in sys.argv[1:] if argv is None else argv:
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+            raise SpecError(ascii(text)[:200], "is not UTF-8", "arguments are text that files and records can hold",
+                            "rename the file, or set LANG=C.UTF-8")
     try:
-        return int(arguments.command(arguments))
-    except RunFailed as error:
-        print(redact(f"dray: {error}"), file=sys.stderr)
-        if error.diagnosis:
-            print(redact(error.diagnosis), file=sys.stderr)
-        return error.exit_code
-    except DrayError as error:
-        print(redact(f"dray: {error}"), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("dray: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing to say
-        return 0
+        os.getcwd()
+    except OSError as error:
+        raise StoreError("the working directory", f"cannot be used ({error.strerror})",
+                         "relative paths start there", "cd into a folder that exists") from error
+    arguments.out = out
+    return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        warn(f"{' '.join(message.split())}; `{self.prog} --help` lists what there is")
+        raise SystemExit(UserError.exit_code)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dray",
         description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from one spec file.",
     )
@@ -154,10 +223,6 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", help="step of the checkpoint, or `best` (default: the newest)")
 
 
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
-
-
 def _locate(arguments: argparse.Namespace) -> tuple[str, str]:
     """Storage and name of a run given by name or by the path of its folder."""
     given = arguments.run.rstrip("/")
@@ -183,7 +248,7 @@ def _init(arguments: argparse.Namespace) -> int:
         raise SpecError(str(path), "exists already", "nothing is overwritten", "choose another name") from error
     except OSError as error:
         raise StoreError(str(path), f"cannot be written ({error.strerror})") from error
-    print(f"{path} written; edit it, then: dray plan {path}")
+    arguments.out.say(f"{path} written; edit it, then: dray plan {path}")
     return 0
 
 
@@ -194,9 +259,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     spec = load_spec(arguments.spec, arguments.overrides)
     plan = make_plan(spec, parse_shape(arguments.shape) if arguments.shape else local_shape())
     if arguments.json:
-        _print_json(plan.model_dump(mode="json"))
+        arguments.out.say_json(plan.model_dump(mode="json"))
     else:
-        print(format_plan(plan))
+        arguments.out.say(format_plan(plan))
     return 0
 
 
@@ -216,9 +281,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
         display.say(line)
     if arguments.json:
         files = [file.model_dump(mode="json") for file in corpus.source_files()]
-        _print_json({"folder": corpus.folder, **corpus.manifest.model_dump(mode="json"), "source_files": files})
+        arguments.out.say_json({"folder": corpus.folder, **corpus.manifest.model_dump(mode="json"),
+                                "source_files": files})
     else:
-        print(f"{corpus.folder}: {corpus.manifest.train.num_rows:,} rows of {corpus.manifest.sequence_tokens} tokens")
+        manifest = corpus.manifest
+        arguments.out.say(f"{corpus.folder}: {manifest.train.num_rows:,} rows of {manifest.sequence_tokens} tokens")
     return 0
 
 
@@ -231,9 +298,9 @@ def _train(arguments: argparse.Namespace) -> int:
     ended = train(spec, storage=arguments.storage, run_name=arguments.run_name, fork=arguments.fork,
                   address=arguments.address, verbose=arguments.verbose)
     if arguments.json:
-        _print_json(ended.run.summary())
+        arguments.out.say_json(ended.run.summary())
     else:
-        print(format_summary(ended.run))
+        arguments.out.say(format_summary(ended.run))
     return 0
 
 
@@ -244,11 +311,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     result = evaluate(storage, name, data=arguments.data, step=arguments.step, address=arguments.address,
                       verbose=arguments.verbose)
     if arguments.json:
-        _print_json(result)
+        arguments.out.say_json(result)
     else:
         shown = {key: f"{value:.6g}" if isinstance(value, float) else "undefined on these rows" if value is None
                  else str(value) for key, value in result.items()}
-        print("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
+        arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
     return 0
 
 
@@ -261,10 +328,10 @@ def _generate(arguments: argparse.Namespace) -> int:
                      temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
                      say=Display().say)
     if arguments.json:
-        _print_json([{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)])
+        arguments.out.say_json([{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)])
         return 0
     for prompt, text in zip(arguments.prompt, texts, strict=True):
-        print(f"── {prompt}\n{prompt}{text}\n")
+        arguments.out.say(f"── {prompt}\n{prompt}{text}\n")
     return 0
 
 
@@ -274,7 +341,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     storage, name = _locate(arguments)
     step = export(storage, name, arguments.folder, step=arguments.step, say=Display().say)
-    print(f"{arguments.folder}: step {step} of {name}, for AutoModel.from_pretrained")
+    arguments.out.say(f"{arguments.folder}: step {step} of {name}, for AutoModel.from_pretrained")
     return 0
 
 
@@ -284,9 +351,9 @@ def _runs(arguments: argparse.Namespace) -> int:
 
     summaries = [run.summary() for run in list_runs(arguments.storage)]
     if arguments.json:
-        _print_json(summaries)
+        arguments.out.say_json(summaries)
     else:
-        print(format_runs(summaries))
+        arguments.out.say(format_runs(summaries))
     return 0
 
 
@@ -296,9 +363,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
     run = Run.open(*_locate(arguments))
     if arguments.json:
-        _print_json({**run.summary(), "data": load_account(run)})
+        arguments.out.say_json({**run.summary(), "data": load_account(run)})
     else:
-        print(format_summary(run))
+        arguments.out.say(format_summary(run))
     return 0
 
 
@@ -309,9 +376,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     diagnosis = diagnose(Run.open(*_locate(arguments)))
     if arguments.json:
-        _print_json(diagnosis.to_json())
+        arguments.out.say_json(diagnosis.to_json())
     else:
-        print(format_diagnosis(diagnosis))
+        arguments.out.say(format_diagnosis(diagnosis))
     return 0
 
 
@@ -324,9 +391,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _verify_ledger(run, arguments)
     report = verify_checkpoint(run, find_checkpoint(run, arguments.step))
     if arguments.json:
-        _print_json(report.to_json())
+        arguments.out.say_json(report.to_json())
     else:
-        print(format_verification(report))
+        arguments.out.say(format_verification(report))
     return 0 if report.ok else 3
 
 
@@ -336,9 +403,9 @@ def _verify_ledger(run: Run, arguments: argparse.Namespace) -> int:
 
     report = verify_ledger(run, arguments.step)
     if arguments.json:
-        _print_json(report.to_json())
+        arguments.out.say_json(report.to_json())
     else:
-        print(format_ledger(report))
+        arguments.out.say(format_ledger(report))
     return 0 if report.ok else 3
 
 

@@ -7,12 +7,14 @@
     │   ├── CorpusError           data that cannot become a corpus
     │   └── StoreError            a storage place, run or checkpoint that cannot be used
     ├── RunFailed                 exit code 3: a run that began and could not end
-    └── Interrupted               exit code 130: stopped on request, state saved
+    └── Interrupted               exit code 130 (128 + the signal): stopped on request, state saved
 
 A `UserError` says four things in one line: where, what, the rule, the way out.
 """
 
 from __future__ import annotations
+
+import signal
 
 
 class DrayError(Exception):
@@ -69,13 +71,12 @@ class RunFailed(DrayError):
 
 
 class Interrupted(DrayError):
-    """Stopped on request; `step` is the step of the checkpoint that was saved."""
+    """Stopped on request by a signal; `step` is the step of the newest checkpoint, 0 if there is none."""
 
-    exit_code = 130
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.step, self.number, self.exit_code = step, number, 128 + number
+        state = f"state saved at step {step}" if step else "nothing had been saved yet"
+        super().__init__(f"interrupted by {signal.Signals(number).name}; {state}")
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-        super().__init__(f"interrupted; state saved at step {step}")
-
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        return type(self), (self.step,)
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int]]:
+        return type(self), (self.step, self.number)

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from dray.output import Forgiving
 from dray.plan import format_bytes, format_seconds
 from dray.redaction import redact
 
@@ -24,7 +25,8 @@ class Display:
     """Shows steps, validations and remarks of one run."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        forgiving = cast(TextIO, Forgiving(stream or sys.stderr))  # a closed terminal must not end a run
+        self._console = Console(file=forgiving, highlight=False, soft_wrap=True)
         self._live: Progress | None = None
         self._bar: TaskID | None = None
         self._logged_at = 0.0

@@ -221,7 +221,7 @@ class Model(Section):
 class Batch(Section):
     """How many rows an optimiser update sees, and how they are cut."""
 
-    global_rows: Annotated[Int, Field(ge=1)] = 16
+    global_rows: Annotated[Int, Field(ge=1, le=2**31)] = 16
     """Rows in one optimiser update, over all ranks."""
     micro_rows: Annotated[Int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows in one forward pass of one rank; `auto`: the most that fit."""
@@ -347,7 +347,8 @@ class Resources(Section):
     """The workers and what each of them gets. Place, not identity."""
 
     workers: Annotated[
-        Annotated[Int, Field(ge=1)] | tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]],
+        Annotated[Int, Field(ge=1, le=1_000_000)]
+        | tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1, le=1_000_000)]],
         BeforeValidator(_as_pair),
     ] = 1
     """Number of workers (ranks), or `[fewest, most]` for an elastic group."""

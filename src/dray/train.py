@@ -27,7 +27,9 @@ from dray.errors import Interrupted, RunFailed, StoreError
 from dray.job import Job
 from dray.plan import Plan, Shape, local_shape, make_plan
 from dray.progress import Display
+from dray.redaction import redact
 from dray.report import format_diagnosis
+from dray.signals import stops
 from dray.spec import Spec
 from dray.store import Run, Trackers, build_trackers, check_trackers, find_resume_checkpoint
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
@@ -40,6 +42,8 @@ DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
 MAILBOX_SECONDS = 60.0
 """How long the mailbox, which does next to nothing, may take to answer."""
 FEWEST_STEPS = 5
+UNBEGUN_SECONDS = 2.0
+"""How long a run that is to stop waits for a sign of life of its ranks: with none of them there is nothing to save."""
 LAST_WORD_SECONDS = 10.0
 """How long a storage is waited for by each of the last words on a run that has failed."""
 
@@ -167,12 +171,14 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         with display.steps(num_steps, done), heart:
             launcher.run(job, recorder)
         status = recorder.ended or "failed"
+        if status == "interrupted":
+            reason = f"stopped by {signal.Signals(recorder.stopped_by).name}"
     except (RunFailed, StorageFailed) as error:
         reason = str(error)
         raise RunFailed(reason, _explain(run, reason)) from error
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        reason = str(error) or type(error).__name__
+        reason = redact(str(error) or type(error).__name__)
         run.log_event(status, reason=reason)
         raise
     finally:
@@ -183,7 +189,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
         trackers.finish(status)
     if status == "interrupted":
         saved = run.latest_checkpoint()
-        raise Interrupted(saved.step if saved else 0)
+        raise Interrupted(saved.step if saved else 0, recorder.stopped_by)
     run.export_metrics_parquet()
     return Ended(run, status)
 
@@ -250,6 +256,8 @@ class Recorder:
         self._run, self._plan, self._trackers, self._display = run, plan, trackers, display
         self._open: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         self.ended: str | None = None
+        self.stopped_by: int = signal.SIGINT
+        """The signal that asked the run to stop, if one did."""
         self._rows: list[dict[str, Any]] = []
         self._events: list[dict[str, Any]] = []
         self._failing_since: float | None = None
@@ -269,6 +277,16 @@ class Recorder:
         """Whether all that was taken is in the run's records."""
         with self._lock:
             return not self._rows and not self._events
+
+    def stop(self, number: int) -> None:
+        """Say that a signal has asked the run to stop."""
+        self.stopped_by = number
+        self.say(f"{signal.Signals(number).name}: the run saves its state and stops; once more ends it without that")
+
+    def give_up_saving(self, error: BaseException) -> None:
+        """What asked for the stop may end ranks, or Ray, too: what was committed before is the run's state."""
+        self.say(f"stopped before the newest steps were saved: {error}")
+        self.ended = "interrupted"
 
     def say(self, text: str) -> None:
         """Show a remark to the person who watches."""
@@ -446,39 +464,17 @@ class _RayLauncher:
     def run(self, job: Job, recorder: Recorder) -> None:
         import ray
 
-        from dray.ray_worker import (
-            build_data_config,
-            build_mailbox,
-            build_recovery,
-            end_hang,
-            end_workers,
-            run_rank,
-        )
+        from dray.ray_worker import build_mailbox, end_hang, end_workers
 
-        resources = job.spec.resources
-        warm = WarmNodes(resources.cpus_per_worker, resources.gpus_per_worker)
+        warm = WarmNodes(job.spec.resources.cpus_per_worker, job.spec.resources.gpus_per_worker)
         mailbox = build_mailbox(warm.environment)
         failure: list[BaseException] = []
-
-        def follow() -> None:
-            try:
-                with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
-                    run_workers(
-                        run_rank, {"job": job, "mailbox": mailbox}, datasets={"rows": job},
-                        data_config=build_data_config(), num_workers=resources.workers,
-                        cpus_per_worker=resources.cpus_per_worker, gpus_per_worker=resources.gpus_per_worker,
-                        recovery=build_recovery(job, mailbox), name=job.run_name, scratch=scratch,
-                    )
-            except BaseException as error:
-                failure.append(error)
-
-        thread = threading.Thread(target=follow, name="workers", daemon=True)
-        thread.start()
+        thread = _start_workers(job, mailbox, failure)
         on_disk = is_local(Run.open(job.storage, job.run_name).filesystem)
         drain_seconds = DRAIN_SECONDS if on_disk else OBJECT_DRAIN_SECONDS
-        taken, stored, ended_hang, stopping = 0, 0, 0, False
+        taken, stored, ended_hang, stopping_since = 0, 0, 0, math.inf
         try:
-            with _noted_interrupts() as interrupts:
+            with stops(noted=True) as wishes:
                 while True:
                     alive = thread.is_alive()
                     warm.look()
@@ -492,38 +488,53 @@ class _RayLauncher:
                         ended_hang = attempt
                         recorder.say(f"hung: {hang.reason}")
                         end_hang(Run.open(job.storage, job.run_name), hang, beats)
-                    if interrupts and not stopping:
-                        stopping = True
+                    if wishes and stopping_since == math.inf:
+                        stopping_since = time.monotonic()
+                        recorder.stop(wishes.numbers[0])
                         mailbox.request_stop.remote()
+                    if alive and not beats and recorder.ended is None and (
+                            time.monotonic() - stopping_since > UNBEGUN_SECONDS):
+                        recorder.ended = "interrupted"  # there are no ranks, and so nothing to save
+                        end_workers(mailbox)
+                        return
                     if not alive and (failure or recorder.is_stored):
                         break
                     thread.join(drain_seconds)
         except ray.exceptions.RayError as error:  # the ranks report through it: without it they cannot be followed
-            raise RunFailed("the head of the Ray cluster is gone" if head_is_gone() else
-                            f"the mailbox on the head was lost: {error}") from error
+            lost = RunFailed("the head of the Ray cluster is gone" if head_is_gone() else
+                             f"the mailbox on the head was lost: {error}")
+            if not wishes:
+                raise lost from error
+            recorder.give_up_saving(lost)
+            return
         except (StorageFailed, KeyboardInterrupt):
             end_workers(mailbox)
             raise
         ray.kill(mailbox)  # where Ray outlives this call
-        if failure:
+        if failure and wishes:
+            recorder.give_up_saving(failure[0])
+        elif failure:
             raise failure[0]
 
 
-@contextmanager
-def _noted_interrupts() -> Iterator[list[int]]:
-    """The first Ctrl-C is noted, so that it finds no record half taken; the second one raises KeyboardInterrupt."""
-    noted: list[int] = []
+def _start_workers(job: Job, mailbox: Any, failure: list[BaseException]) -> threading.Thread:
+    """Start the worker group in a thread, which puts there what it ends with if that is an error."""
+    from dray.ray_worker import build_data_config, build_recovery, run_rank
 
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        if len(noted) > 1:
-            raise KeyboardInterrupt
+    resources = job.spec.resources
 
-    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
-        yield noted
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def follow() -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
+                run_workers(
+                    run_rank, {"job": job, "mailbox": mailbox}, datasets={"rows": job},
+                    data_config=build_data_config(), num_workers=resources.workers,
+                    cpus_per_worker=resources.cpus_per_worker, gpus_per_worker=resources.gpus_per_worker,
+                    recovery=build_recovery(job, mailbox), name=job.run_name, scratch=scratch,
+                )
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=follow, name="workers", daemon=True)
+    thread.start()
+    return thread

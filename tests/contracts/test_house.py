@@ -12,8 +12,9 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "dray"
 
 LEVELS = {
-    "errors": 0, "imports": 0, "process": 0, "forkserver": 0, "digests": 0, "redaction": 0, "yaml_reading": 0,
-    "spec": 1,
+    "errors": 0, "imports": 0, "process": 0, "forkserver": 0, "digests": 0, "redaction": 0,
+    "yaml_reading": 0, "signals": 0,
+    "spec": 1, "output": 1,
     "plan": 2, "order": 2, "schedule": 2, "numerics": 2, "watchdog": 2, "recovery": 2,
     "store": 3, "cluster": 3, "ranks": 3, "pulse": 3, "progress": 3,
     "corpus": 4, "tasks": 4, "models": 4, "engine": 4,

@@ -46,7 +46,8 @@ def micro_candidates(global_rows: int, num_ranks: int, *, elastic: bool) -> list
     if global_rows % num_ranks and not elastic:
         raise _indivisible(global_rows, num_ranks, 1)
     rows_per_rank = -(-global_rows // num_ranks)
-    return [rows for rows in range(rows_per_rank, 0, -1) if rows_per_rank % rows == 0]
+    small = [rows for rows in range(1, math.isqrt(rows_per_rank) + 1) if rows_per_rank % rows == 0]
+    return sorted({*small, *(rows_per_rank // rows for rows in small)}, reverse=True)
 
 
 def num_steps_of(duration: Duration, global_rows: int, tokens_per_step: int, num_rows: int | None) -> int | None:

@@ -1,0 +1,141 @@
+"""Standard output for results and nothing else; standard error for all other words; neither can end a command badly.
+
+Streams that are closed are as good as /dev/null, a reader that goes away ends a command quietly, and what a stream's
+encoding cannot say is said with other signs. Only a result that is lost (a full disk) is an error.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO, cast
+
+from dray.errors import StoreError
+from dray.redaction import redact
+
+_SIGNS = {"→": "->", "←": "<-", "×": "x", "…": "...", "─": "-", "│": "|", "·": "*", "≥": ">=", "≤": "<=", "≈": "~",
+          "−": "-", "–": "-", "✓": "ok", "✗": "x"}
+
+
+class ReaderLeft(Exception):
+    """Whoever read standard output went away: nothing more is to be said."""
+
+
+def _with_other_signs(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_SIGNS.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("other_signs", _with_other_signs)
+
+
+def open_streams() -> None:
+    """Give this process the standard streams that it was started without, or the files that it opens would become them;
+    and let no sign be an error."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="other_signs")
+
+
+class Results:
+    """The stream for a command's result. Its methods raise ReaderLeft, and StoreError where nothing can be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def say(self, text: str) -> None:
+        """Print a part of the result."""
+        with self._told():
+            self.stream.write(text + "\n")
+            self.stream.flush()
+
+    def say_json(self, document: Any) -> None:
+        """Print the result as one JSON document, in ASCII where the stream takes nothing else."""
+        text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+        try:
+            text.encode(self.stream.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(document, indent=2, default=str)
+        self.say(text)
+
+    def finish(self) -> None:
+        """Write out what others (the parser's help) have printed."""
+        with self._told():
+            self.stream.flush()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError as error:
+            self._drop()
+            raise ReaderLeft from error
+        except OSError as error:
+            self._drop()
+            raise StoreError("standard output", f"cannot be written ({error.strerror})", "the result goes there",
+                             "free its disk, or send it elsewhere") from error
+
+    def _drop(self) -> None:
+        """Let what is left in the stream's buffer go nowhere, or Python would try again at its end."""
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+
+@contextmanager
+def results_apart() -> Iterator[Results]:
+    """Where results go. Whatever else is printed meanwhile, by libraries in C too, goes to standard error."""
+    stdout = cast(TextIO, sys.stdout)
+    if stdout is not sys.__stdout__ or stdout.fileno() != 1:  # someone listens in already, as a test does
+        with redirect_stdout(sys.stderr):
+            yield Results(stdout)
+        return
+    stdout.flush()
+    descriptor = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with (open(descriptor, "w", encoding=stdout.encoding, errors="other_signs", closefd=False) as stream,
+              redirect_stdout(sys.stderr)):
+            yield Results(stream)
+    finally:
+        os.dup2(descriptor, 1)
+        os.close(descriptor)
+
+
+def warn(text: str, prefix: str = "dray: ") -> None:
+    """Say something on standard error, freed of secrets. Where nobody can hear it, it is not said."""
+    with suppress(OSError, ValueError):
+        print(f"{prefix}{redact(text)}", file=sys.stderr, flush=True)
+
+
+class Forgiving:
+    """A stream whose writes never fail: a terminal may be closed, and a disk with a log on it be full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
