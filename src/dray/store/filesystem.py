@@ -46,8 +46,12 @@ def absolute(place: str | os.PathLike[str]) -> str:
     A URI's credentials are split off here and stay in memory (`redaction.take_in`): what comes back may be kept.
     """
     text = take_in(os.fspath(place))
+    try:
+        path = urlsplit(text).path
+    except ValueError as error:
+        raise StoreError(text.partition("?")[0], f"is no URI ({error})", "storage is a path or a URI") from error
     if text.startswith("file://"):
-        text = urlsplit(text).path
+        text = path
     return text if is_uri(text) else os.path.abspath(os.path.expanduser(text))
 
 
