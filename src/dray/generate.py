@@ -21,6 +21,11 @@ def generate(storage: str, name: str, prompts: Sequence[str], *, step: str | int
     if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise SpecError("generate", f"max_tokens {max_tokens}, temperature {temperature}, top_p {top_p}",
                         "max_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1")
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise SpecError(f"prompt {number}", "is no valid UTF-8", "a prompt is text") from error
     trained = load_trained(storage, name, step)
     if trained.spec.task != "causal_lm":
         raise SpecError(f"run {name!r}", f"its task is {trained.spec.task}", "only causal_lm generates text")

@@ -94,6 +94,8 @@ class Exported:
     model: Any
     tokenizer: Any
     held_out: list[dict[str, str]]
+    said: list[str]
+    """What `export` had to say."""
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +127,9 @@ def exported(folder: Path, architecture: str, task: str, tokenizer: str) -> Expo
     train_locally(spec, storage=storage, corpus=corpus)
     said: list[str] = []
     export(storage, spec.name, str(target), say=said.append)
-    assert said == []
     kind = AutoModelForSequenceClassification if columns else AutoModelForCausalLM
     return Exported(load_trained(storage, spec.name), evaluate(storage, spec.name),
-                    kind.from_pretrained(target).eval(), AutoTokenizer.from_pretrained(target), held_out)
+                    kind.from_pretrained(target).eval(), AutoTokenizer.from_pretrained(target), held_out, said)
 
 
 def corpus_rows(trained: Trained) -> list[dict[str, Any]]:
@@ -146,6 +147,7 @@ def corpus_rows(trained: Trained) -> list[dict[str, Any]]:
     ("llama", "bpe"), ("gpt2", "bpe"), ("bert", "wordpiece"), ("modernbert", "byte_level")])
 def test_a_classifier(folder: Path, architecture: str, tokenizer: str) -> None:
     it = exported(folder, architecture, "sequence_classification", tokenizer)
+    assert it.said == []
     batch = it.tokenizer([row["text"] for row in it.held_out], truncation=True, padding=True, return_tensors="pt")
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
     label_ids = torch.tensor([it.model.config.label2id[row["label"]] for row in it.held_out])
@@ -162,6 +164,7 @@ def test_a_classifier(folder: Path, architecture: str, tokenizer: str) -> None:
 @pytest.mark.parametrize(("architecture", "tokenizer"), [("llama", "bpe"), ("gpt2", "bpe"), ("bert", "wordpiece")])
 def test_a_language_model(folder: Path, architecture: str, tokenizer: str) -> None:
     it = exported(folder, architecture, "causal_lm", tokenizer)
+    assert it.said == []
     end = it.trained.manifest.eos_token_id
     theirs = [[*it.tokenizer(row["text"]).input_ids, end] for row in it.held_out]
     rows = corpus_rows(it.trained)
@@ -182,6 +185,20 @@ def test_a_language_model(folder: Path, architecture: str, tokenizer: str) -> No
     new = it.tokenizer.decode(out[0, given.input_ids.shape[1]:], skip_special_tokens=True)
     storage, name = str(folder / "runs"), it.trained.run.name
     assert generate(storage, name, [prompt], temperature=0, max_tokens=6) == [new]
+
+
+def test_where_transformers_builds_its_own_splitting_it_is_said(folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    it = exported(folder, "qwen2", "causal_lm", "bpe")
+    text = "x = 1234567\r\n\r\n  'll"
+    if it.tokenizer(text).input_ids == it.trained.encode(text):
+        assert it.said == []
+        return
+    assert len(it.said) == 1
+    assert "PreTrainedTokenizerFast" in it.said[0]
+    plain = PreTrainedTokenizerFast.from_pretrained(folder / it.trained.run.name)
+    assert plain(text).input_ids == it.trained.encode(text)
 
 
 def _holds(row: list[int], document: list[int]) -> bool:

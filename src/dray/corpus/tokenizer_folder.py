@@ -16,8 +16,9 @@ from dray.errors import CorpusError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-KEPT_SETTINGS = ("chat_template", "clean_up_tokenization_spaces", "extra_special_tokens", "additional_special_tokens")
+KEPT_SETTINGS = ("chat_template", "clean_up_tokenization_spaces")
 """Settings of a tokenizer_config.json that outlive an export, besides the names of tokens in the vocabulary."""
+EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 
 Files = dict[str, bytes]
 
@@ -122,10 +123,22 @@ def completed(files: Files) -> Files:
             raise CorpusError("tokenizer.path", f"{token.content!r} has the id {token_id} in one file and "
                               f"{tokenizer.token_to_id(token.content)} in {TOKENIZER_JSON}", "the files must agree")
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    named = [name for name in dict.fromkeys(special_tokens(files).values())
+    named = [name for name in dict.fromkeys([*special_tokens(files).values(), *_extra_tokens(files)])
              if name not in known and tokenizer.token_to_id(name) is not None]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in named])
     return files | {TOKENIZER_JSON: str(tokenizer.to_str()).encode()}
+
+
+def _extra_tokens(files: Files) -> list[str]:
+    """Special tokens without a role of their own."""
+    found: list[str] = []
+    for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
+        tree = read_json(files, name)
+        for value in (tree.get(key) or () for key in EXTRA_TOKENS):
+            for token in value.values() if isinstance(value, dict) else value:
+                content = token.get("content") if isinstance(token, dict) else token
+                found += [content] if isinstance(content, str) else []
+    return list(dict.fromkeys(found))
 
 
 def _tokens_with_ids(files: Files) -> dict[int, Any]:
@@ -165,6 +178,9 @@ def dressed(files: Files, dress: Dress) -> Files:
     tree["normalizer"] = _with_normal_form(tree["normalizer"], dress.normalize)
     names = {token_id: tokenizer.id_to_token(token_id) for token_id in (*dress.prefix, *dress.suffix)}
     tree["post_processor"] = _with_template(tree["post_processor"], dress, names)
+    # Transformers would make up ids for those that the vocabulary lacks.
+    extra = [name for name in _extra_tokens(files) if tokenizer.token_to_id(name) is not None]
+    config |= {"extra_special_tokens": extra} if extra else {}
     kept = {name: content for name, content in files.items() if name == "chat_template.jinja"}
     # The class that takes tokenizer.json as it is; others build their own splitting, template and normal form.
     config |= roles | {"tokenizer_class": "PreTrainedTokenizerFast"}
