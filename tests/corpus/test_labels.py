@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dray.corpus.labels import choose_labels, label_name, label_names
+from dray.corpus.labels import choose_labels, label_name, label_names, similar_names
 from dray.corpus.reading import Documents, Span, SpanReader
 from dray.corpus.sources import find_files
 from dray.errors import CorpusError
@@ -64,6 +64,7 @@ def test_columns_of_every_type_are_named_by_the_same_rule() -> None:
         (pa.array([True, False, None]), ["true", "false", None]),
         (pa.array(["a ", "", "1.0"]).dictionary_encode(), ["a", None, "1"]),
         (pa.array([Decimal("2.00"), None], pa.decimal128(5, 2)), ["2", None]),
+        (pa.array(["x", None], pa.string_view()), ["x", None]),
         (pa.array([], pa.string()), []),
     ]
     for column, names in columns:
@@ -154,6 +155,11 @@ def test_classes_that_are_none(train: dict[str, int], validation: dict[str, int]
                                what: str) -> None:
     with pytest.raises(CorpusError, match=what):
         choose_labels(train, validation, **rules)
+
+
+def test_labels_that_are_as_good_as_alike() -> None:
+    assert similar_names(("Pos", "neg", "pos", "ｐos", "very  bad", "very bad")) == [
+        ["Pos", "pos", "ｐos"], ["very  bad", "very bad"]]
 
 
 def test_large_numbers_are_never_joined(tmp_path: Path) -> None:

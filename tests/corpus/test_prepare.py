@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dray.corpus import prepare as prepare_module
+from dray.corpus.account import describe
 from dray.corpus.manifest import Manifest, SourceRows
 from dray.corpus.prepare import Corpus, corpus_key, find, find_inputs, prepare
 from dray.corpus.shards import read_groups
@@ -273,6 +274,9 @@ def test_texts_under_two_labels_are_counted(tmp_path: Path, deduplicate: str) ->
     manifest = prepare(make({"path": str(path), "label": "y"}, "sequence_classification", cleaning={
         "deduplicate": deduplicate}), str(tmp_path / "out")).manifest
     assert manifest.num_contradicting == 2
+    lines = describe(manifest, [])
+    assert "labels       2 documents with a text that an earlier one has under another label" in lines
+    assert any(line.startswith("labels       2 classes: 'a' (1") for line in lines)
     assert manifest.dropped == ({"duplicate": 6} if deduplicate == "exact" else {})
     assert manifest.train.documents_by_label == (
         {"a": 15, "b": 15} if deduplicate == "exact" else {"a": 18, "b": 18})

@@ -18,7 +18,7 @@ import yaml
 import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
-from dray.errors import StoreError
+from dray.errors import CorpusError, StoreError
 from dray.evaluate import evaluate
 from dray.export import export
 from dray.generate import generate
@@ -68,6 +68,11 @@ def test_generate_continues_each_prompt(storage: str, run: Run):
     assert greedy == generate(storage, "alone", prompts, temperature=0, max_tokens=8)
     assert len(greedy) == 3
     assert all(isinstance(text, str) for text in greedy)
+    said: list[str] = []
+    generate(storage, "alone", prompts, temperature=0, max_tokens=40, say=said.append)
+    assert len(said) == 1
+    assert "prompt 3: " in said[0]
+    assert "its last 32 are continued by at most 32" in said[0]
     sampled = {generate(storage, "alone", ["import"], max_tokens=16, seed=seed)[0] for seed in range(4)}
     assert len(sampled) > 1
 
@@ -106,6 +111,16 @@ def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path
     assert found["num_rows"] == 200
     assert found["accuracy"] > 0.9
     assert {"precision", "recall", "f1", "auc"} <= found.keys()
+    # Any slice will do, read as the run's own file is; what it cannot tell is left open.
+    (tmp_path / "bad.tsv").write_text("\n".join(lines[0::2]))
+    found = evaluate(storage, "classifier", data=[str(tmp_path / "bad.tsv")])
+    assert (found["num_rows"], found["auc"], found["recall"]) == (100, None, None)
+    assert found["accuracy"] > 0.9
+    (tmp_path / "one.tsv").write_text("words number 3 are good\t1.0")
+    assert evaluate(storage, "classifier", data=[str(tmp_path / "one.tsv")])["num_rows"] == 1
+    (tmp_path / "odd.tsv").write_text("words number 3 are good\tgood")
+    with pytest.raises(CorpusError, match=r"does not know the label 'good' \(1\); it knows '0', '1'"):
+        evaluate(storage, "classifier", data=[str(tmp_path / "odd.tsv")])
 
 
 def test_the_best_checkpoint_is_kept_and_found(storage: str, run: Run):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dray.corpus.labels import named, similar_names
 from dray.corpus.manifest import LeftOut, Manifest, SourceFile
 from dray.plan import format_bytes
 
@@ -66,6 +67,7 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     lines += _name_some("unreadable", [_describe_bad(file) for file in _worst_first(files)])
     held = f", {validation.num_documents:,} of them for validation" if validation else ""
     lines.append(f"documents    {kept:,} kept{held}{_describe_dropped(manifest.dropped)}")
+    lines += _describe_labels(manifest)
     lines.append(f"tokens       {manifest.train.num_tokens:,} in {manifest.train.num_rows:,} rows of "
                  f"{manifest.sequence_tokens}")
     return lines
@@ -79,7 +81,8 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "left_out": [item.model_dump(mode="json") for item in manifest.left_out],
         "num_documents": manifest.train.num_documents + (validation.num_documents if validation else 0),
         "num_tokens": manifest.train.num_tokens, "dropped": manifest.dropped, "num_bad": manifest.num_bad,
-        "bad_share": manifest.bad_share,
+        "bad_share": manifest.bad_share, "num_contradicting": manifest.num_contradicting,
+        "documents_by_label": manifest.train.documents_by_label,
         "unreadable": [{"path": file.path, "problem": file.problem, "num_bad": file.num_bad,
                         "num_bad_bytes": file.num_bad_bytes, "is_damaged": file.is_damaged}
                        for file in _worst_first(files)],
@@ -109,6 +112,24 @@ def _describe_bad(file: SourceFile) -> str:
     whole = file.num_bad + file.num_documents
     records = "from there on" if file.is_damaged else f"{file.num_bad:,} of {whole:,} records"
     return f"{file.path}: {records}, {format_bytes(file.num_bad_bytes)} ({file.problem} at {file.problem_offset:,})"
+
+
+def _describe_labels(manifest: Manifest) -> list[str]:
+    """The classes with their training documents, and what is odd about them; nothing for tasks without labels."""
+    if not manifest.labels:
+        return []
+    counts = manifest.train.documents_by_label
+    lines = [f"labels       {len(manifest.labels):,} classes"
+             f"{f': {named(counts)}' if counts else ''}"]
+    empty = {label: count for label, count in counts.items() if not count}
+    if empty:
+        lines.append(f"labels       never trained, for want of documents: {named(empty)}")
+    lines += [f"labels       as good as alike: {', '.join(map(repr, group))}"
+              for group in similar_names(manifest.labels)[:MAX_FILES]]
+    if manifest.num_contradicting:
+        lines.append(f"labels       {_number(manifest.num_contradicting, 'document')} with a text that an earlier one "
+                     "has under another label")
+    return lines
 
 
 def _describe_dropped(dropped: dict[str, int]) -> str:

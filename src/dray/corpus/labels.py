@@ -62,6 +62,8 @@ def _text_name(text: str) -> str:
 
 def label_names(column: pa.Array) -> pa.Array:
     """The names of a column of values of any type, as strings; null for what is no label."""
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.string())
     encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     names: list[str | None] = []
     for value in encoded.dictionary.to_pylist():
@@ -97,6 +99,14 @@ def named(labels: Mapping[str, int]) -> str:
     """Labels with their numbers of documents, for a message."""
     shown = [f"{name!r} ({count:,})" for name, count in list(labels.items())[:MAX_NAMED]]
     return ", ".join(shown) + (f" and {len(labels) - MAX_NAMED:,} more" if len(labels) > MAX_NAMED else "")
+
+
+def similar_names(labels: Sequence[str]) -> list[list[str]]:
+    """Groups of labels that differ only in capitals, accents' encoding or the white space inside."""
+    groups: dict[str, list[str]] = {}
+    for name in labels:
+        groups.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _sorted(labels: Mapping[str, int]) -> tuple[str, ...]:
