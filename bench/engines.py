@@ -31,7 +31,8 @@ def build(spec: Spec, plan: Plan, ranks: Ranks) -> Engine:
         lambda constructing, gathering: build_model(
             spec, vocab_size=spec.tokenizer.vocab_size, pad_token_id=0, eos_token_id=0, constructing=constructing,
             gathering=gathering),
-        lambda model: parameter_groups(model, spec.optimizer.weight_decay), spec.optimizer, plan, ranks)
+        lambda model: parameter_groups(model, spec.optimizer.weight_decay), spec.optimizer, plan, ranks,
+        make_objective=CausalLM().objective)
 
 
 def make_case(num_ranks: int, stage: int, precision: str = "auto") -> Spec:
@@ -47,15 +48,16 @@ def make_case(num_ranks: int, stage: int, precision: str = "auto") -> Spec:
 
 def train_steps(engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, num_steps: int) -> Iterator[int]:
     """Train on random rows; the number of each step once it is done."""
-    task, random = CausalLM(), torch.Generator().manual_seed(ranks.rank)
+    random = torch.Generator().manual_seed(ranks.rank)
     shape = (plan.batch.micro_rows, spec.data.sequence_tokens)
     engine.train(True)
     for step in range(1, num_steps + 1):
         ids = torch.randint(0, spec.tokenizer.vocab_size, shape, generator=random)
-        loss, _ = task.loss_sum(engine, {"input_ids": ids, "labels": ids}, 0.0)
+        terms, _ = engine({"input_ids": ids, "labels": ids})
+        loss, _ = terms["loss"]
         engine.backward(loss / ids.numel(), last=True)
         engine.step(1e-4)
-        del loss
+        del loss, terms
         yield step
 
 

@@ -7,8 +7,12 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from rank_host import RankHost
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,6 +40,15 @@ def local_ray() -> Iterator[None]:
              runtime_env=fork_environment("light:full", {}))
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[RankHost]:
+    """Forks groups of ranks that have imported everything."""
+    from rank_host import rank_host
+
+    with rank_host() as host:
+        yield host
 
 
 @pytest.fixture(scope="session")

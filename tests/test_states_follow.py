@@ -7,7 +7,6 @@ CPU incapable of it: that one answer is set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from dray.spec import Spec, make_spec
 from dray.store import CheckpointReader, Run, verify_checkpoint
 from dray.store.commit import CHUNK_BYTES
 from dray.store.reading import HEADER_BYTES
-from rank_host import RankHost, rank_host
+from rank_host import RankHost
 from tiny import tiny_tree
 
 VOCAB, WIDTH, ROW_TOKENS, GLOBAL_ROWS, MICRO_ROWS = 61, 10, 8, 12, 2  # odd sizes: no partition comes out even
@@ -223,12 +222,6 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: st
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), f"{key} differs: {where}"
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[RankHost]:
-    with rank_host() as host:
-        yield host
 
 
 def follow(host: RankHost, storage: Path, sources: list[Place], places: list[Place]) -> dict[Any, float]:

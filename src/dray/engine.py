@@ -8,16 +8,16 @@ what they read.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from dray.ranks import Ranks
 from dray.spec import Optimizer
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+_COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FragmentReader(Protocol):
@@ -69,13 +70,17 @@ class Fragment:
 Gathering = Callable[[list[Any]], AbstractContextManager[Any]]
 ModelBuilder = Callable[[AbstractContextManager[Any], Gathering], torch.nn.Module]
 """Builds the model in a constructing context and sets parameters in a gathering one, both of which ZeRO-3 needs."""
+ObjectiveMaker = Callable[[torch.nn.Module], torch.nn.Module]
+"""Puts the loss around the model: ZeRO-3 gathers what it uses, and a compiler sees it."""
 
 
 class Engine:
     """One rank's part of the model and its optimiser."""
 
-    def __init__(self, deepspeed_engine: Any, plan: Plan, ranks: Ranks) -> None:
+    def __init__(self, deepspeed_engine: Any, module: torch.nn.Module, plan: Plan, ranks: Ranks) -> None:
         self._engine = deepspeed_engine
+        self.module = module
+        """The model itself, without the loss around it: its names are those of checkpoints."""
         self._ranks = ranks
         self.stage = plan.zero_stage
         self._clip = plan.deepspeed.get("gradient_clipping") or None
@@ -89,11 +94,6 @@ class Engine:
         self._withheld = False
         self._norm: float | None = None
         self._optimizer.allows = self._may_update
-
-    @property
-    def module(self) -> torch.nn.Module:
-        module: torch.nn.Module = self._engine.module
-        return module
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -118,9 +118,9 @@ class Engine:
         scaler = getattr(self._wrapper, "loss_scaler", None) or getattr(self._wrapper, "loss_scale_config", None)
         return scaler if getattr(scaler, "last_overflow_iter", None) is not None else None
 
-    def __call__(self, **inputs: Any) -> Any:
-        """The model's forward pass."""
-        return self._engine(**inputs)
+    def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """The forward pass of the objective: a batch's loss and what the metrics need."""
+        return self._engine(*inputs, **named_inputs)
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)
@@ -291,15 +291,17 @@ class Engine:
 
 
 def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
-                 optimizer: Optimizer, plan: Plan, ranks: Ranks) -> Engine:
-    """Build the model under the plan's ZeRO stage and hand it to DeepSpeed.
+                 optimizer: Optimizer, plan: Plan, ranks: Ranks, *,
+                 make_objective: ObjectiveMaker | None = None) -> Engine:
+    """Build the model under the plan's ZeRO stage and hand it to DeepSpeed, with its loss around it.
 
-    `make_groups` gives the optimiser's parameter groups. The learning rate is set at each step.
+    `make_groups` gives the optimiser's parameter groups, `make_objective` the module that is called; without it that is
+    the model. The learning rate is set at each step.
     """
     deepspeed = import_deepspeed(ranks.device.type)
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     config = dict(plan.deepspeed)
-    constructing: AbstractContextManager[Any] = nullcontext()
+    constructing: AbstractContextManager[Any] = _parameters_at(ranks.device, _COMPUTE_TYPES[plan.precision])
     gathering: Gathering = lambda parameters: nullcontext()  # noqa: E731
     if plan.zero_stage == 3:
         constructing = deepspeed.zero.Init(config_dict_or_path=config)
@@ -308,15 +310,70 @@ def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Modu
         config["gradient_clipping"] = 0.0  # Engine.step clips, and keeps the norm
     model = build_model(constructing, gathering)
     if plan.zero_stage < 3:
-        model.to(ranks.device)
+        model.to(ranks.device)  # what is not a parameter
     adamw = GuardedAdamW(
         make_groups(model), lr=0.0, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay, fused=True,
     )
-    deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    objective = model if make_objective is None else make_objective(model)
+    deepspeed_engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=config)
+    wrapper = deepspeed_engine.optimizer
+    if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
+        wrapper.step = functools.partial(_step_at_once, wrapper)
     if plan.compile:
         deepspeed_engine.compile()
-    return Engine(deepspeed_engine, plan, ranks)
+    return Engine(deepspeed_engine, model, plan, ranks)
+
+
+@contextmanager
+def _parameters_at(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Below ZeRO-3: parameters come into being on the device and in the type that the passes use, one at a time.
+
+    Buffers keep their precision. Values are those of a model built in fp32 and cast afterwards, as DeepSpeed would.
+    """
+    register = torch.nn.Module.register_parameter
+
+    def register_cast(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(device, dtype)
+
+    torch.nn.Module.register_parameter = register_cast  # type: ignore[assignment,method-assign]
+    try:
+        with device:
+            yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def _step_at_once(wrapper: Any, closure: Any = None) -> bool:
+    """`FP16_UnfusedOptimizer.step`, stage 0's in half precision, in a few kernels for all tensors together.
+
+    DeepSpeed's own loops over the tensors in Python and asks the device about each. In bf16 this waits for nothing: a
+    norm that is not finite is the guarded optimiser's business. Returns whether fp16 overflowed.
+    """
+    lows = [low for group in wrapper.fp16_groups for low in group]
+    highs = [high for group in wrapper.fp32_groups for high in group]
+    gradients = [torch.empty_like(high) for high in highs]
+    torch._foreach_copy_(gradients, [torch.zeros_like(low) if low.grad is None else low.grad for low in lows])
+    norm = torch.nn.utils.get_total_norm(gradients)
+    scales = wrapper.loss_scale_config.use_grad_scaling
+    wrapper.overflow, wrapper._global_grad_norm = False, norm
+    if scales and not math.isfinite(norm):
+        return bool(wrapper._skip_invalid_grad_norm())
+    scale = wrapper.loss_scale_config.cur_scale
+    wrapper._update_scale(False)
+    if wrapper.clip_grad or scale != 1.0:
+        excess = (norm / scale + 1e-6) / wrapper.clip_grad if wrapper.clip_grad else torch.ones_like(norm)
+        torch._foreach_mul_(gradients, 1.0 / (scale * excess.clamp(min=1.0)))
+    for high, gradient in zip(highs, gradients, strict=True):
+        high.grad = gradient
+    wrapper.optimizer.step()
+    for high in highs:
+        high.grad = None
+    torch._foreach_copy_(lows, highs)
+    return False
 
 
 def import_deepspeed(device_type: str) -> Any:
@@ -331,7 +388,30 @@ def import_deepspeed(device_type: str) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A shared-memory collective for inference alone, compiled for half a minute where a C++ compiler is there.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # Muon's kernels are decorated by torch.compile when they are imported, which loads all of Inductor.
-    with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)):
-        import deepspeed.runtime.zero.muon.original_muon
+    _import_muon()
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Muon's functions are decorated by torch.compile when they are imported, which would load all of Inductor in every
+    rank: they are compiled when they are called first."""
+    own = torch.compile
+
+    def compile_when_called(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(compile_when_called, **options)
+        @functools.cache
+        def compiled() -> Any:
+            return torch.compile(function, **options)  # by then it is torch's own again
+
+        @functools.wraps(function)
+        def call(*inputs: Any, **named_inputs: Any) -> Any:
+            return compiled()(*inputs, **named_inputs)
+
+        return call
+
+    torch.compile = compile_when_called  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        torch.compile = own

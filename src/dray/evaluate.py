@@ -51,6 +51,7 @@ def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float |
     task = build_task(trained.spec, trained.manifest)
     metrics = task.new_metrics()
     device = trained.move_to_device()
+    objective = task.objective(trained.model).eval()
     width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
     num_rows = batch_rows(width, width * trained.manifest.vocab_size if trained.spec.packs_rows else 1)
     for start in range(0, split.num_rows, group):  # a group is read at once
@@ -59,7 +60,7 @@ def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float |
         for first in range(0, rows.num_rows, num_rows):
             batch = task.collate(rows.slice(first, num_rows))
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
-            _, output = task.loss_sum(trained.model, batch, 0.0)
+            _, output = objective(batch)
             metrics.update(batch, output)
     values: dict[str, float | None] = {**metrics.compute()}
     if trained.spec.packs_rows:

@@ -131,7 +131,8 @@ class _Loop:
         self.newest = inspect_checkpoint(run.filesystem, attempt.checkpoint) if attempt.checkpoint else None
         self.spec, self.plan = job.spec, attempt.plan
         self.task: Task = build_task(job.spec, job.manifest)
-        self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, self.plan, ranks)
+        self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, self.plan, ranks,
+                                           make_objective=self._make_objective)
         self.saver = Saver(run, self.attempt, self.spec, engine=self.engine, ranks=ranks,
                            wait_stored=reporter.wait_stored)
         self.numbers = Watch(self.spec.numerics)
@@ -154,6 +155,9 @@ class _Loop:
 
     def _make_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         return parameter_groups(model, self.spec.optimizer.weight_decay)
+
+    def _make_objective(self, model: torch.nn.Module) -> torch.nn.Module:
+        return self.task.objective(model, self.spec.regularization.label_smoothing)
 
     def restore(self) -> None:
         """Copy the newest checkpoint into the engine, if there is one. Nothing unverified is read."""
@@ -254,7 +258,8 @@ class _Loop:
             batch = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
             self.pulse.enter("forward")
             started = time.perf_counter()
-            summed, _ = self.task.loss_sum(self.engine, batch, self.spec.regularization.label_smoothing)
+            terms, _ = self.engine(batch)
+            summed, _ = terms["loss"]
             seconds += time.perf_counter() - started  # alone, below ZeRO-3: tells a slow rank from a waiting one
             # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
             mean = summed * (self.ranks.num_ranks / max(1, all_targets))
@@ -318,7 +323,7 @@ class _Loop:
             for at in range(0, rows.num_rows, self.plan.batch.micro_rows):
                 batch = self.task.collate(rows.slice(at, self.plan.batch.micro_rows))
                 batch = {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
-                _, output = self.task.loss_sum(self.engine, batch, 0.0)
+                _, output = self.engine(batch)
                 self.metrics.update(batch, output)
         if segment.stop_row < stream.num_validation_rows:
             return ""

@@ -12,6 +12,7 @@ import pytest
 # One process with one process group: DeepSpeed keeps its group for the life of the process.
 CODE = """
 import json, sys, torch
+import dray.tasks.losses
 from dray.engine import build_engine
 from dray.models.build import build_model, parameter_groups
 from dray.plan import make_plan, parse_shape
@@ -20,6 +21,7 @@ from dray.spec import make_spec
 from dray.tasks.causal_lm import CausalLM
 
 torch.set_num_threads(1)
+dray.tasks.losses.loss_chunk_bytes = lambda on_gpu: 4 * 512 * 10  # ten rows of 64: the loss takes several chunks
 
 def losses(stage, offload, precision):
     spec = make_spec({
@@ -31,14 +33,16 @@ def losses(stage, offload, precision):
     plan = make_plan(spec, parse_shape("1xCPU(cpus=8,memory=64GB,bf16=1)"))
     build = lambda constructing, gathering: build_model(
         spec, vocab_size=512, pad_token_id=0, eos_token_id=0, constructing=constructing, gathering=gathering)
-    engine = build_engine(build, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks)
+    engine = build_engine(build, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks,
+                          make_objective=CausalLM().objective)
     engine.train(True)
     random, found = torch.Generator().manual_seed(0), []
     for _ in range(3):
         total = 0.0
         for part in range(plan.batch.accumulation):
             ids = torch.randint(0, 512, (2, 32), generator=random)
-            loss, _ = CausalLM().loss_sum(engine, {"input_ids": ids, "labels": ids.roll(-1, 1)}, 0.0)
+            terms, _ = engine({"input_ids": ids, "labels": ids.roll(-1, 1)})
+            loss, _ = terms["loss"]
             engine.backward(loss / 128, last=part == plan.batch.accumulation - 1)
             total += loss.item() / 128
         found.append((total, engine.step(1e-2).grad_norm))

@@ -40,10 +40,23 @@ class Bigrams(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCAB))
         self.table = torch.nn.Parameter(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.table[input_ids])
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def loss_of(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The summed loss and the outputs, with the count checked."""
+    task = CausalLM()
+    terms, output = task.objective(model)(batch)
+    loss, count = terms["loss"]
+    assert int(count) == task.num_targets(batch)
+    return loss, output
 
 
 def test_build_task_finds_it() -> None:
@@ -101,8 +114,8 @@ def test_losses_and_targets_of_micro_batches_add_up(num_tokens: list[int], micro
     parts = [task.collate(table.slice(at, micro_rows)) for at in range(0, len(num_tokens), micro_rows)]
     assert task.num_targets(whole) == sum(max(0, count - 1) for count in num_tokens)
     assert task.num_targets(whole) == sum(map(task.num_targets, parts))
-    loss = task.loss_sum(model, whole, 0.0)[0]
-    torch.testing.assert_close(torch.stack([task.loss_sum(model, part, 0.0)[0] for part in parts]).sum(), loss)
+    loss = loss_of(model, whole)[0]
+    torch.testing.assert_close(torch.stack([loss_of(model, part)[0] for part in parts]).sum(), loss)
 
 
 def test_the_loss_is_torchs_cross_entropy() -> None:
@@ -129,11 +142,11 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
 def test_training_keeps_no_logits() -> None:
     task, model = CausalLM(), Bigrams()
     batch = task.collate(rows([8, 8]))
-    loss, output = task.loss_sum(model, batch, 0.0)
+    loss, output = loss_of(model, batch)
     assert output == {}
     loss.backward()
     with torch.no_grad():
-        assert task.loss_sum(model, batch, 0.0)[1].keys() == {"loss_sum", "num_correct"}
+        assert loss_of(model, batch)[1].keys() == {"loss_sum", "num_correct"}
 
 
 def test_metrics_merge_over_ranks_in_any_order() -> None:
@@ -144,7 +157,7 @@ def test_metrics_merge_over_ranks_in_any_order() -> None:
     with torch.no_grad():
         for metrics, table in zip(ranks, tables, strict=True):
             batch = task.collate(table)
-            output = task.loss_sum(model, batch, 0.0)[1]
+            output = loss_of(model, batch)[1]
             metrics.update(batch, output)
             alone.update(batch, output)
     states = json.loads(json.dumps([metrics.state() for metrics in ranks]))  # plain values

@@ -48,6 +48,17 @@ def model_of(architecture: str, num_labels: int = 2, **sections: Any) -> Any:
                        num_labels=num_labels)
 
 
+def loss_of(model: Any, batch: Any, label_smoothing: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The summed loss and the outputs, with the count checked; smoothed as in training."""
+    task = SequenceClassification(2, PAD)
+    objective = task.objective(model, label_smoothing)
+    objective.training = label_smoothing > 0  # of the objective alone: dropout stays as it is
+    terms, output = objective(batch)
+    loss, count = terms["loss"]
+    assert int(count) == task.num_targets(batch)
+    return loss, output
+
+
 def test_build_task_counts_the_labels() -> None:
     task = build_task(spec_of("bert"), SimpleNamespace(pad_token_id=PAD, labels=("a", "b", "c")))
     assert isinstance(task, SequenceClassification)
@@ -76,21 +87,21 @@ def test_padding_rows_change_neither_loss_nor_gradients(architecture: str) -> No
         batch = task.collate(table)
         assert task.num_targets(batch) == 2
         model.zero_grad()
-        loss = task.loss_sum(model, batch, 0.0)[0]
+        loss = loss_of(model, batch)[0]
         loss.backward()
         gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for first, second in zip(*gradients, strict=True):
         assert torch.isfinite(second).all()
         torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
     batch = task.collate(rows([3, 0], [0, 1], row_ids=[-1, -1]))
-    assert float(task.loss_sum(model, batch, 0.0)[0].detach()) == 0.0
+    assert float(loss_of(model, batch)[0].detach()) == 0.0
 
 
 def test_losses_of_micro_batches_of_other_widths_add_up() -> None:
     task, model = SequenceClassification(2, PAD), model_of("bert").eval()
     table = rows([3, 30, 12, 6], [0, 1, 1, 0])
-    whole = task.loss_sum(model, task.collate(table), 0.1)[0]
-    parts = sum(task.loss_sum(model, task.collate(table.slice(at, 1)), 0.1)[0] for at in range(4))
+    whole = loss_of(model, task.collate(table), 0.1)[0]
+    parts = sum(loss_of(model, task.collate(table.slice(at, 1)), 0.1)[0] for at in range(4))
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -157,12 +168,12 @@ def test_a_small_model_learns_sentiment() -> None:
         order = torch.randperm(train.num_rows).numpy()
         for at in range(0, train.num_rows, 64):
             batch = task.collate(train.take(order[at : at + 64]))
-            (task.loss_sum(model, batch, 0.0)[0] / task.num_targets(batch)).backward()
+            (loss_of(model, batch)[0] / task.num_targets(batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
     metrics, batch = task.new_metrics(), task.collate(dev)
     with torch.no_grad():
-        metrics.update(batch, task.loss_sum(model.eval(), batch, 0.0)[1])
+        metrics.update(batch, loss_of(model.eval(), batch)[1])
     values = metrics.compute()
     assert values["accuracy"] > 0.65
     assert values["auc"] > 0.7

@@ -1,7 +1,7 @@
 """A live model from a spec: constructed without random numbers, then initialised or loaded one module at a time.
 
-DeepSpeed is not known here: its two context managers for ZeRO-3 come in as arguments, and no rank ever holds the whole
-model under them.
+DeepSpeed is not known here: where parameters lie and in which precision is decided by two context managers that come in
+as arguments. Under ZeRO-3's no rank ever holds the whole model, under those of the other stages none in fp32 besides.
 """
 
 from __future__ import annotations

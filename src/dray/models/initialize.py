@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Gathering = Callable[[list[Any]], AbstractContextManager[Any]]
 """Makes partitioned parameters whole for a while; on leaving, rank 0's values become everyone's."""
@@ -30,7 +30,7 @@ def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gatherin
     Parents come last because some set their children's weights anew (GPT-2 scales its residual projections). Of tied
     parameters the one that is tied to is drawn, whether they are tied already or not.
     """
-    tied = set(model.all_tied_weights_keys)
+    tied, scratch = set(model.all_tied_weights_keys), _Scratch()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name, module, initialize in _modules(model, "", model._init_weights):
             parameters = _reached_parameters(module)
@@ -40,7 +40,7 @@ def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gatherin
                 continue
             with gathering(parameters):
                 if draws_here(parameters[0]):
-                    with _in_fp32_on_cpu(parameters), _left_alone(_own_parameters(module, name, tied)):
+                    with _in_fp32_on_cpu(parameters, scratch), _left_alone(_own_parameters(module, name, tied)):
                         initialize(module)
     model.tie_weights()
     restore_rotary_buffers(model)
@@ -103,13 +103,29 @@ def _left_alone(parameters: Sequence[Any]) -> Iterator[None]:
             del parameter._is_hf_initialized
 
 
+class _Scratch:
+    """Room for the values of one module, kept for the next: freed blocks of all sizes would hold as much again."""
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0)
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors in fp32 on the CPU, until the next call."""
+        sizes = [tensor.numel() for tensor in tensors]
+        if sum(sizes) > self._room.numel():
+            self._room = torch.empty(0)
+            self._room = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
+        places = torch.split(self._room[: sum(sizes)], sizes)
+        return [place.view(tensor.shape).copy_(tensor) for place, tensor in zip(places, tensors, strict=True)]
+
+
 @contextmanager
-def _in_fp32_on_cpu(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _in_fp32_on_cpu(parameters: Sequence[nn.Parameter], scratch: _Scratch) -> Iterator[None]:
     """Stand-ins to draw into, copied back at the end, so that the bits depend on neither precision nor device."""
     elsewhere = [p for p in parameters if p.device.type != "cpu" or p.dtype != torch.float32]
     homes = [parameter.data for parameter in elsewhere]
-    for parameter, home in zip(elsewhere, homes, strict=True):
-        parameter.data = home.to("cpu", torch.float32)
+    for parameter, stand_in in zip(elsewhere, scratch.copies(homes), strict=True):
+        parameter.data = stand_in
     try:
         yield
     finally:

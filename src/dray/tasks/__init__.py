@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dray.tasks.task import IGNORED, Batch, Output, Task, TaskMetrics, TokenIds
+from dray.tasks.task import IGNORED, Batch, Output, Task, TaskMetrics, Terms, TokenIds
 
 if TYPE_CHECKING:
     from dray.spec import Spec
 
-__all__ = ["IGNORED", "Batch", "Output", "Task", "TaskMetrics", "TokenIds", "build_task"]
+__all__ = ["IGNORED", "Batch", "Output", "Task", "TaskMetrics", "Terms", "TokenIds", "build_task"]
 
 
 def build_task(spec: Spec, corpus: TokenIds) -> Task:

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dray.tasks.columns import integer_column, real_rows, token_matrix
 from dray.tasks.losses import summed_cross_entropy
-from dray.tasks.task import IGNORED, Batch, Output, TaskMetrics
+from dray.tasks.task import IGNORED, Batch, Output, TaskMetrics, Terms
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,15 +51,29 @@ class SequenceClassification:
     def num_targets(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
-    def loss_sum(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[Tensor, Output]:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = summed_cross_entropy(logits, batch["labels"], label_smoothing)
-        if torch.is_grad_enabled():
-            return loss, {}
-        return loss, {"loss_sum": loss, "scores": torch.softmax(logits.float(), dim=-1)}
+    def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
+        return LabelLoss(model, label_smoothing)
 
     def new_metrics(self) -> TaskMetrics:
         return ClassificationMetrics(self.num_labels)
+
+
+class LabelLoss(nn.Module):
+    """A classifier with its loss, as `NextTokenLoss` for language models."""
+
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = summed_cross_entropy(logits, batch["labels"], smoothing)
+        terms: Terms = {"loss": (loss, (batch["labels"] != IGNORED).sum())}
+        if torch.is_grad_enabled():
+            return terms, {}
+        return terms, {"loss_sum": loss, "scores": torch.softmax(logits.float(), dim=-1)}
 
 
 class ClassificationMetrics:

@@ -1,7 +1,8 @@
 """What a task is: the one thing the training loop knows about what is being learnt.
 
-A task turns rows into a batch, a batch into a summed loss, and outputs into metrics that add up over ranks. It owns no
-model, optimiser or process group, and never divides by a count: the loop divides by the targets of the global batch.
+A task turns rows into a batch, puts a summed loss around a model, and turns outputs into metrics that add up over
+ranks. It owns no optimiser or process group, and never divides by a count: the loop divides by the targets of the
+global batch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from torch import Tensor
+    from torch import Tensor, nn
 
 IGNORED = -100
 """The label of a position without a target."""
 
 Batch = dict[str, "Tensor"]
 Output = dict[str, "Tensor"]
+Terms = dict[str, tuple["Tensor", "Tensor"]]
+"""Named parts of a loss: the sum over a batch's targets, and their number."""
 
 
 class TokenIds(Protocol):
@@ -60,10 +63,11 @@ class Task(Protocol):
     def num_targets(self, batch: Batch) -> int:
         """Number of terms in the batch's loss."""
 
-    def loss_sum(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[Tensor, Output]:
-        """The loss summed over the batch's targets (fp32), and what the metrics need where no gradient is wanted.
+    def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
+        """The model with its loss inside, as `model`: what is wrapped, compiled and called.
 
-        `model` is called with keyword arguments and returns an object with `logits`.
+        `forward(batch)` gives the terms of the loss, each summed over the batch's targets (fp32) beside their number,
+        and what the metrics need where no gradient is wanted. Labels are smoothed in training alone.
         """
 
     def new_metrics(self) -> TaskMetrics:
