@@ -197,13 +197,18 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 def test_no_word_is_taken_for_padding() -> None:
     text = "terrible film was the good"
-    with pytest.raises(CorpusError, match="neither a pad token nor an end-of-text token that is no word"):
-        describe(make_word_level(f"{text} [UNK]"), [text], needs_end=False)
+    for name in ("terrible", "[UNK]", "absent"):
+        files = make_word_level(f"{text} [UNK]", pad_token=name, unk_token="[UNK]")
+        with pytest.raises(CorpusError, match="no pad token that is no word, and no end-of-text token"):
+            describe(files, [text, text], needs_end=False)
     # Named as padding, but a word; unknown words are no padding either.
     for name in ("terrible", "[UNK]"):
         files = make_word_level(f"{text} [UNK] </s>", pad_token=name, unk_token="[UNK]")
-        assert describe(files, [text], needs_end=False).pad_token_id == 6
-        assert describe(files, [text], needs_end=True).pad_token_id is None
+        assert describe(files, [text, text], needs_end=False).pad_token_id == 6
+        assert describe(files, [text, text], needs_end=True).pad_token_id is None
+    # One text that looks like it makes no word of a padding token.
+    files = make_word_level(f"{text} [UNK] </s> <pad>", pad_token="<pad>")
+    assert describe(files, [text, "a <pad>"], needs_end=False).pad_token_id == 7
     info = describe(make_word_level(f"{text} [UNK] </s> <pad>"), [text], needs_end=True)
     assert (info.pad_token_id, info.eos_token_id, info.filler, info.suffix) == (7, 6, 7, (6,))
 

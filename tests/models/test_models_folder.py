@@ -54,6 +54,16 @@ def test_a_bare_backbone_and_another_number_of_labels(tmp_path: Path) -> None:
     assert two.classifier.weight.shape == (2, 64)
 
 
+@pytest.mark.parametrize("labels", [("neg", "odd", "pos"), ("POS", "NEG", "ODD"), ("0", "1", "2")])
+def test_a_head_for_the_same_classes_in_another_order_is_left(tmp_path: Path, labels: tuple[str, ...]) -> None:
+    task = "sequence_classification"
+    small_model(small_spec("llama", task), labels=("pos", "neg", "odd")).save_pretrained(tmp_path / "m")
+    again = small_model(small_spec(path=str(tmp_path / "m"), task=task), labels=labels)
+    assert again.config.id2label == dict(enumerate(labels))
+    moved = labels == ("neg", "odd", "pos")
+    assert again.load_report.initialized == again.load_report.not_taken == (("score.weight",) if moved else ())
+
+
 def test_merged_weights_of_a_mixture(tmp_path: Path) -> None:
     model = small_model(small_spec("mixtral", intermediate_size=64, options={"num_local_experts": 2}))
     model.save_pretrained(tmp_path / "m")  # one tensor an expert there, one for all in the model

@@ -332,10 +332,10 @@ def describe(files: dict[str, bytes], sample: Sequence[str], needs_end: bool) ->
         pad = next((pad for pad in pads if not _is_word(pad, encode, sample)), None)
         suffix = (end,)
     else:
-        pad = next((pad for pad in (*pads, end) if pad is not None and not _is_word(pad, encode, sample)), None)
+        pad = next((pad for pad in pads if not _is_word(pad, encode, sample)), end)
         if pad is None:
-            raise CorpusError("tokenizer.path", "the tokeniser has neither a pad token nor an end-of-text token that "
-                              "is no word", "rows are padded to one length, and a word is no padding",
+            raise CorpusError("tokenizer.path", "the tokeniser has no pad token that is no word, and no "
+                              "end-of-text token", "rows are padded to one length, and a word is no padding",
                               f"name one as pad_token in {TOKENIZER_CONFIG}")
         if not suffix and end is not None and TOKENIZER_JSON in files:
             suffix = (end,)
@@ -362,9 +362,9 @@ def _template(encode: EncodeOne, sample: Sequence[str]) -> tuple[tuple[int, ...]
 
 
 def _is_word(pad: int, encode: EncodeOne, sample: Sequence[str]) -> bool:
-    """Whether a token is part of texts: of more than one in a hundred of the sample."""
+    """Whether a token is a part of texts: of more than one in a hundred of the sample, and of more than one."""
     seen = sum(pad in encode(text[:10_000], False) for text in sample[:200])
-    return seen * 100 > min(200, len(sample))
+    return seen > 1 and seen * 100 > min(200, len(sample))
 
 
 def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:

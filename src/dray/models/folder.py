@@ -57,11 +57,15 @@ class _Stored:
 def load_folder(model: Any, folder: Path, seed: int, gathering: Gathering) -> LoadReport:
     """Copy a folder's weights into a constructed model. Raises SpecError before anything was copied.
 
-    Parameters that the folder does not have (a new head) get their initial weights of `seed`.
+    Parameters that the folder does not have (a new head) get their initial weights of `seed`; so does a head whose
+    classes are the model's in another order.
     """
     targets = _targets(model)
     with ExitStack() as opened:
         found, not_taken = _matched(model, targets, _open_stored(model, folder, opened))
+        if _classes_moved(folder, model.config):
+            heads = [name for name in found if not name.startswith(f"{model.base_model_prefix}.")]
+            not_taken += [found.pop(name).name for name in heads]
         tied = _tied_groups(model, targets)
         for source in {members[0] for members in tied.values()} - set(found):
             for member in tied[source]:  # stored under the name that is tied to, not the one that ties
@@ -182,6 +186,17 @@ def _matched(model: Any, targets: Mapping[str, tuple[int, ...]],
         else:
             not_taken.append(tensor.name)
     return found, not_taken
+
+
+def _classes_moved(folder: Path, config: Any) -> bool:
+    """Whether the folder's classes have the names of the model's, but in another order."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+        theirs = [str(named[key]).casefold() for key in sorted(named, key=int)]
+    except (OSError, ValueError, AttributeError):
+        return False  # a configuration that is none has been refused before
+    ours = [str(config.id2label[index]).casefold() for index in sorted(config.id2label)]
+    return theirs != ours and sorted(theirs) == sorted(ours)
 
 
 def _in_backbone(model: Any, name: str) -> bool:
