@@ -149,8 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _add_run(commands, "evaluate", _evaluate, "metrics of a checkpoint on data")
     evaluate.add_argument("--data", action="append", metavar="SOURCE",
-                          help="a path, or a YAML mapping like a spec's data source, read as the run's own source of that "
-                               "form is (default: the validation rows)")
+                          help="a path, or a YAML mapping like a spec's data source, read as the run's own source of "
+                               "that form is (default: the validation rows)")
     _add_step(evaluate)
     _add_cluster(evaluate)
     _add_json(evaluate)
