@@ -66,8 +66,8 @@ class Source(Section):
     """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme); `python:stdlib` is the
     standard library's own sources. Relative paths start at the working directory."""
     format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines"] = "auto"
-    """The form of the files; `auto` goes by the suffix before `.gz` or `.zst`. `text`: a file is a document; `lines`: a
-    line is."""
+    """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or `.zip`. `text`: a file is
+    a document; `lines`: a line is."""
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     label: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import hashlib
 import lzma
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from itertools import chain
 from typing import Any, NamedTuple, cast
 
 from dray.corpus.containers import BOM, HEAD_BYTES, find_compression, find_pointer, is_text, name_foreign
+from dray.corpus.listing import is_hidden
 from dray.corpus.sources import InputFile
 
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -100,7 +102,7 @@ def open_content(file: InputFile, stream: Any) -> Content:
     note = "" if compression == file.compression else f"{compression or 'not compressed'}, whatever its name says"
     size = READ_BYTES if compression else BLOCK_BYTES
     raw = chain([head], iter(lambda: cast(bytes, stream.read(size)), b""))
-    chunks = decompress(raw, compression)
+    chunks = _inflate_zip(file) if compression == "zip" else decompress(raw, compression)
     first = next(chunks, b"")
     pointed = find_pointer(first)
     if pointed is not None:
@@ -164,6 +166,34 @@ def _inflate_members(raw: Iterator[bytes], name: str, build: Callable[[], Any]) 
                 member = None
     if member is not None:
         raise DamagedFile(f"truncated {name}")
+
+
+def _inflate_zip(file: InputFile) -> Iterator[bytes]:
+    """The files in an archive by name, each with a newline at its end; one alone where they cannot be put together."""
+    try:
+        with file.open().open_input_file(file.path) as raw, zipfile.ZipFile(raw) as archive:
+            members = sorted((member for member in archive.infolist()
+                              if not member.is_dir() and not is_hidden(member.filename)
+                              and not member.filename.startswith("__MACOSX/")), key=lambda member: member.filename)
+            if len(members) != 1 and (not members or file.form not in ("jsonl", "lines")):
+                raise DamagedFile(f"a zip archive of {len(members)} files; unpack it")
+            for member in members:
+                with archive.open(member) as stream:
+                    yield from _read_member(stream)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, lzma.LZMAError,
+            ValueError) as error:
+        raise DamagedFile(f"damaged or locked zip ({error})") from error
+
+
+def _read_member(stream: Any) -> Iterator[bytes]:
+    data = cast(bytes, stream.read(BLOCK_BYTES)).removeprefix(BOM)
+    last = b""
+    while data:
+        last = data[-1:]
+        yield data
+        data = cast(bytes, stream.read(BLOCK_BYTES))
+    if last not in (b"", b"\n"):
+        yield b"\n"
 
 
 def _inflate_gzip(raw: Iterator[bytes]) -> Iterator[bytes]:

@@ -78,9 +78,11 @@ def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
     first = f"{worst.problem} at offset {worst.problem_offset}"
     what = (f"from offset {worst.problem_offset} on: {worst.problem}" if worst.is_damaged else
             f"{worst.num_bad} of its {worst.num_bad + worst.num_documents} records are unreadable (first: {first})")
-    share = (f"{num_bad} of all {num_bad + sum(file.num_documents for file in files)} records are bad"
-             if bad.documents > max_bad_share else f"{bad.num_bytes:.2g} of all bytes are lost with it and others"
-             if sum(file.num_bad > 0 for file in files) > 1 else f"{bad.num_bytes:.2g} of all bytes are lost with it")
+    if bad.documents > max_bad_share and not worst.is_damaged:
+        share = f"{num_bad} of all {num_bad + sum(file.num_documents for file in files)} records are bad"
+    else:
+        others = sum(file.num_bad > 0 for file in files) > 1
+        share = f"{bad.num_bytes:.2g} of all bytes are lost with it{' and others' if others else ''}"
     raise CorpusError(worst.path, what, f"{share}, more than data.max_bad_share = {max_bad_share}",
                       "mend the file, check the source's format, leave the file out with `exclude`, or raise "
                       "data.max_bad_share")

@@ -12,7 +12,7 @@ import numpy as np
 HEAD_BYTES = 64 * 1024
 BOM = b"\xef\xbb\xbf"
 COMPRESSED = {
-    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz",
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz",
     **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
     **{bytes([0x50 + nth]) + b"\x2a\x4d\x18": "zstd" for nth in range(16)},  # frames that are skipped
 }
@@ -20,7 +20,7 @@ ENCODINGS = {
     b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }
 FOREIGN = {
-    b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
     b"\x04\x22\x4d\x18": "lz4", b"\x1f\x9d": "compressed by `compress`", b"PAR1": "a parquet file",
     b"ARROW1": "an Arrow file", b"Obj\x01": "an Avro file", b"ORC": "an ORC file", b"\x89HDF": "an HDF5 file",
     b"SQLite format 3\x00": "an SQLite database", b"%PDF-": "a PDF", b"\x93NUMPY": "a numpy array",
@@ -31,7 +31,7 @@ _ARRAY = re.compile(rb"\s*\[\s*(?:\{|\]|$)")
 
 
 def find_compression(head: bytes) -> str:
-    """gzip, zstd, bzip2 or xz by the first bytes; empty for anything else."""
+    """gzip, zstd, bzip2, xz or zip by the first bytes; empty for anything else."""
     return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
 
 

@@ -2,7 +2,8 @@
 
 A field that begins with a quote ends at the next quote that is not doubled; it may hold delimiters, newlines and
 doubled quotes. A quote anywhere else is a character like others. A record that breaks this is one bad record, and
-reading goes on behind it: where a quote never closes, at the next line with as many fields as the first record has.
+reading goes on behind it: where a quote never closes, at the next line with as many fields as the first record has;
+where it closes amid a field some lines later, and all these have as many fields, at the first of them.
 """
 
 from __future__ import annotations
@@ -132,11 +133,14 @@ class _Cutter:
                     break
                 yield self.lost(self._reason, trim=True)
             end, is_open = _find_end(self.rest, self._delimiter)
-            if ended and not is_open:
+            overlong = self._find_overlong(end) if end > self._limit else -1
+            if overlong >= 0:
+                end, is_open = overlong, True
+            elif ended and not is_open:
                 end = len(self.rest)
             if end:
                 yield self.offset, self._take(end), []
-            if not self.rest or (len(self.rest) <= self._limit and not ended):
+            if not self.rest or (len(self.rest) <= self._limit and not ended and overlong < 0):
                 break
             self._lost_from, self._seeks = self.offset, is_open
             self._reason = (f"a quote does not close within data.max_record_bytes = {self._limit}; {UNQUOTED}"
@@ -159,6 +163,16 @@ class _Cutter:
         taken, self.rest = self.rest[:count], self.rest[count:]
         self.offset += len(taken)
         return taken
+
+    def _find_overlong(self, stop: int) -> int:
+        """Where a record begins that goes on over lines beyond the limit: however the stream arrived, its quote counts
+        as one that does not close. -1 if there is none."""
+        start = 0
+        for record in split_records(self.rest[:stop], self._delimiter):
+            if len(record) > self._limit and b"\n" in record:
+                return start
+            start += len(record) + 1
+        return -1
 
     def _skip(self) -> bool:
         """Pass over the rest of a line; whether its end was there."""
@@ -226,8 +240,33 @@ class Delimited:
         return line_blocks(chunks, limit)
 
     def split(self, data: bytes) -> Iterator[bytes]:
-        """The records of a block."""
-        return split_records(data, self.delimiter) if self.quoted and b'"' in data else iter(data.split(b"\n"))
+        """The records of a block. A quote that only closes amid a later line costs the line that it stands in."""
+        if not self.quoted or b'"' not in data:
+            yield from data.split(b"\n")
+            return
+        for record in split_records(data, self.delimiter):
+            if b"\n" in record and self._strays(record):
+                yield from record.split(b"\n")
+            else:
+                yield record
+
+    def is_blank(self, record: bytes) -> bool:
+        """Whether a record is nothing but an empty line; spaces alone are a text where there is one column."""
+        return not record.strip(b" \r" if self.num_columns > 1 else b"\r")
+
+    def _strays(self, record: bytes) -> bool:
+        """Whether a record over several lines is broken, and all of them would be records but for the first quote."""
+        text = record.decode("latin-1").removesuffix("\r")
+        first, *others = text.replace("\r\n", "\n").split("\n")
+        if self.num_columns < 2 or first.count(self.delimiter) != self.num_columns - 1 or self._count_fields(text):
+            return False
+        return all(self._count_fields(line) == self.num_columns for line in others)
+
+    def _count_fields(self, record: str) -> int:
+        try:
+            return len(split_fields(record, self.delimiter, quoted=True))
+        except BadRecord:
+            return 0
 
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
         """Texts and labels at once; None if anything is odd."""

@@ -44,6 +44,9 @@ class _ByLine:
     def split(self, data: bytes) -> Iterator[bytes]:
         return iter(data.split(b"\n"))
 
+    def is_blank(self, record: bytes) -> bool:
+        return not record.strip()
+
 
 class _Lines(_ByLine):
     """A document a line, blank lines aside."""

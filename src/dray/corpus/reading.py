@@ -231,7 +231,7 @@ class SpanReader:
         bad: list[Bad] = []
         for record in parser.split(data):
             try:
-                if record.strip():
+                if not parser.is_blank(record):
                     text, label = parser.parse_line(_decode(record, self.max_record_bytes))
                     texts.append(text)
                     labels.append(label)

@@ -32,6 +32,9 @@ class RecordParser(Protocol):
     def split(self, data: bytes) -> Iterator[bytes]:
         """The records of a block, without the newline behind each."""
 
+    def is_blank(self, record: bytes) -> bool:
+        """Whether a record is nothing but an empty line."""
+
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
         """Texts and labels of whole records of valid UTF-8; None if anything in them is odd."""
 

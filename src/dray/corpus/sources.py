@@ -34,8 +34,9 @@ FORMS = {
     **dict.fromkeys(TEXT_SUFFIXES.split(), "text"),
 }
 """Suffix → form of the file."""
-COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}
-EXPANSION = {"": 1, "gzip": 4, "zstd": 4, "bzip2": 5, "xz": 5}
+COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz",
+                "zip": "zip"}
+EXPANSION = {"": 1, "gzip": 4, "zstd": 4, "bzip2": 5, "xz": 5, "zip": 4}
 """Rough size of the content against the size of the file; it only balances the parts."""
 DOCUMENTATION = re.compile(
     r"(readme|licen[cs]e|copying|copyright|notice|changelog|changes|citation|authors|contribut(ing|ors)|"
