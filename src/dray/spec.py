@@ -71,7 +71,8 @@ class Source(Section):
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     label: str | None = None
-    """The column that holds the label; tasks with labels need it."""
+    """The column that holds the label; tasks with labels need it. A label is a text, a number, or true or false; 1, "1"
+    and 1.0 are one label in every format."""
     header: bool = True
     """Whether the first line of csv and tsv files names the columns."""
     quoting: Literal["rfc4180", "none"] = "rfc4180"
@@ -198,7 +199,8 @@ class Model(Section):
     tie_embeddings: bool = True
     """Whether the output head shares the input embedding."""
     num_labels: Annotated[Int, Field(ge=2)] | None = None
-    """Number of classes; none: counted in the corpus."""
+    """Number of classes; none: as many as the training documents have labels. Where these are numbers from 0 on, some
+    of them may be absent; else the two must agree."""
     options: dict[str, str | int | float | bool | None] = {}
     """Further fields of the transformers configuration, by their own names."""
 

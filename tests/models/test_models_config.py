@@ -83,6 +83,20 @@ def test_the_end_of_text_is_trained_even_if_it_is_also_padding() -> None:
     assert config_of(small_spec("llama", "sequence_classification"), pad_token_id=0).pad_token_id == 0
 
 
+@pytest.mark.parametrize("architecture", ["roberta", "bert", "llama"])
+def test_packed_rows_need_no_padding_token(architecture: str, tmp_path: Path) -> None:
+    model = small_model(small_spec(architecture), pad_token_id=None, eos_token_id=5)
+    assert model.config.pad_token_id == (5 if architecture == "roberta" else None)
+    ids = some_ids()
+    ids[:, 0] = 0  # an ordinary token, and trained as such
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad[0].abs().sum() > 0
+    model.save_pretrained(tmp_path / "m")
+    again = small_model(small_spec(path=str(tmp_path / "m")), pad_token_id=None, eos_token_id=7)
+    assert again.config.pad_token_id == model.config.pad_token_id
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_labels_name_the_classes() -> None:
     config = config_of(small_spec("bert", "sequence_classification"), num_labels=2, labels=("bad", "good"))
     assert (config.id2label, config.num_labels) == ({0: "bad", 1: "good"}, 2)
