@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dray import digests
-from dray.digests import FileChanges, digest_files, recall_digest
+from dray.digests import FileChanges, digest_files, recall_digests
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +50,14 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     path = write(tmp_path / "in/a", b"first")
     first = digest_files([path])
     assert digest_files([path]) == first
-    assert recall_digest(path) == first[path]
+    assert recall_digests([path]) == first
     assert read == [path]
     # The same size and time of modification again: the inode's own time tells.
     times = os.stat(path)
     Path(path).write_bytes(b"other")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert recall_digest(path) == ""
+    assert recall_digests([path]) == {}
+    assert recall_digests([path], max_bytes=4) == {}
     assert digest_files([path]) != first
     assert read == [path, path]
 
@@ -65,8 +66,8 @@ def test_a_fresh_file_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Monk
     read = count_reads(monkeypatch)
     path = write(tmp_path / "in/a", b"x", age_seconds=0)
     digest_files([path])
-    digest_files([path])
-    assert len(read) == 2
+    assert digest_files([path]) == recall_digests([path], max_bytes=1)
+    assert len(read) == 3
 
 
 def test_a_cache_that_is_broken_or_cannot_be_written_is_no_failure(tmp_path: Path, cache: Path,

@@ -54,12 +54,19 @@ def digest_files(paths: Sequence[str], attempt: Attempt = lambda work, path: wor
     return found
 
 
-def recall_digest(path: str) -> str:
-    """The digest of a file if it is remembered and the file is as it was then; else an empty text."""
-    try:
-        return _Memory({os.path.dirname(path)}).recall(path)
-    except OSError:
-        return ""
+def recall_digests(paths: Sequence[str], max_bytes: int = 0) -> dict[str, str]:
+    """Path → digest of those files whose digest is remembered, and of as many others as hold `max_bytes` in all. Files
+    that cannot be read are left out."""
+    memory = _Memory({os.path.dirname(path) for path in paths})
+    found: dict[str, str] = {}
+    for path in paths:
+        with suppress(OSError):
+            digest = memory.recall(path)
+            if not digest and (max_bytes := max_bytes - os.path.getsize(path)) >= 0:
+                digest = _digest_whole(path, memory)
+            if digest:
+                found[path] = digest
+    return found
 
 
 def _digest_whole(path: str, memory: _Memory) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream
-from dray.plan import Plan, make_plan
+from dray.plan import Plan, Shape, make_plan
+from dray.pretrained import Pretrained
 from dray.recovery import SmallerBatch
 from dray.spec import Spec
 from dray.store import Run, find_resume_checkpoint
@@ -27,6 +28,10 @@ class Job:
     manifest: Manifest
     storage: str
     run_name: str
+    config: Mapping[str, Any] | None = None
+    """The model's configuration as the run keeps it; none: made from the spec, and kept by the first attempt."""
+    weights: Pretrained | None = None
+    """The folder whose weights the run starts from; none: they are drawn, or the run keeps nothing of a folder."""
     driver: int | None = None
     """Number of the driver whose attempts these are: none of an earlier one's commits once it has taken over."""
 
@@ -39,11 +44,17 @@ class Attempt:
     num_ranks: int
     start_step: int
     checkpoint: str
-    """Path of the checkpoint that it goes on from; empty: from the initial weights."""
+    """Path, below the storage, of the checkpoint that it goes on from; empty: from the initial weights."""
     plan: Plan
     """The job's plan for this number of ranks, and for the micro batch that memory allows by now."""
     left_out: tuple[int, ...] = ()
     """Batches that are never read (`order.LeftOut`): a rewind left them out."""
+
+
+def make_corpus_plan(spec: Spec, shape: Shape, manifest: Manifest, **settings: Any) -> Plan:
+    """The plan with the corpus' real counts; `settings` are those of `make_plan`."""
+    return make_plan(spec, shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
+                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None, **settings)
 
 
 def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
@@ -54,7 +65,7 @@ def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
     run = Run.open(job.storage, job.run_name)
     newest = find_resume_checkpoint(run)
     record: dict[str, Any] = {"num_ranks": num_ranks, "start_step": newest.step if newest else 0,
-                              "checkpoint": newest.path if newest else ""}
+                              "checkpoint": run.keep_path(newest.path) if newest else ""}
     remembered = run.record()
     if remembered.get("left_out"):
         record["left_out"] = remembered["left_out"]
@@ -71,8 +82,7 @@ def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:
     if "micro_rows" in record:
         spec = spec.model_copy(update={"batch": spec.batch.model_copy(update={"micro_rows": record["micro_rows"]})})
     if num_ranks != plan.num_ranks or "micro_rows" in record:
-        plan = make_plan(spec, plan.shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
-                         vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None, num_ranks=num_ranks)
+        plan = make_corpus_plan(spec, plan.shape, manifest, num_ranks=num_ranks, config=job.config)
     return Attempt(int(record["attempt"]), num_ranks, int(record["start_step"]), record.get("checkpoint", ""), plan,
                    tuple(record.get("left_out", ())))
 

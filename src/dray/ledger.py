@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dray.corpus.manifest import Manifest, load_manifest
+from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.stream import make_order
 from dray.errors import StoreError
 from dray.order import NO_STEPS, Ints, LeftOut, Order, Words, batch_positions, chain_digest, row_digests
-from dray.spec import Spec, differing_paths
-from dray.store import CheckpointInfo, CheckpointReader, Run, find_checkpoint, make_limits, open_filesystem
+from dray.spec import Spec, differing_paths, without_places
+from dray.store import CheckpointInfo, CheckpointReader, Run, find_checkpoint, make_limits
 
 CHUNK_POSITIONS = 2**17
 """Positions looked at together: some tens of megabytes, however long the run."""
@@ -76,7 +76,7 @@ def verify_ledger(run: Run, step: int | None = None) -> LedgerReport:
     # The checkpoint first: in a run that goes on, rows written meanwhile are only more of the tail.
     info = run.latest_checkpoint() if step is None else find_checkpoint(run, step)
     base = int((run.origin() or {}).get("step", 0))
-    attempts, spec, manifest = run.attempts(), run.spec(), _load_corpus(run)
+    attempts, spec, manifest = run.attempts(), run.spec(), load_run_manifest(run)
     spans = _make_spans(attempts)
     log = _read_log(run, spans)
     committed = info.step if info else base
@@ -235,19 +235,12 @@ def _load_origin_left_out(run: Run, base: int) -> LeftOut | None:
     return LeftOut(tuple(found[0].get("left_out") or ())) if found else None
 
 
-def _load_corpus(run: Run) -> Manifest:
-    folder = run.record().get("corpus")
-    if not folder:
-        raise StoreError(f"run {run.name!r}", "has no corpus on record", "the ledger is checked against a corpus")
-    return load_manifest(*open_filesystem(folder))
-
-
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 
 def _check_identity(run: Run, spec: Spec, manifest: Manifest) -> list[str]:
     record, problems = run.record(), []
-    differing = differing_paths(record["identity"], spec.identity())
+    differing = differing_paths(without_places(record["identity"]), without_places(spec.identity()))
     if differing:
         problems.append(f"the spec is not the one that the run began with: it differs in {', '.join(differing)}")
     if record["corpus_key"] and record["corpus_key"] != manifest.key:

@@ -486,6 +486,12 @@ class Spec(Section):
         return self.task == "causal_lm"
 
     @property
+    def may_go_on_when_complete(self) -> bool:
+        """Whether a longer duration leaves the learning rate of all steps done as it was, the last ones' too."""
+        return self.schedule.name == "constant" or (
+            self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is not None)
+
+    @property
     def duration_is_identity(self) -> bool:
         """Whether the learning rate at a given step depends on the run's duration."""
         return self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is None
@@ -588,6 +594,17 @@ def differing_paths(left: Mapping[str, Any], right: Mapping[str, Any], prefix: s
         elif a != b:
             found.append(f"{prefix}{key}")
     return found
+
+
+def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without the paths of its inputs. What lies there makes the run; where it lies does not."""
+    data = dict(identity["data"])
+    for split in ("train", "validation"):
+        if isinstance(data.get(split), (list, tuple)):
+            data[split] = [{key: value for key, value in source.items() if key != "path"} for source in data[split]]
+    placed = {name: {**identity[name], "path": identity[name].get("path") is not None}
+              for name in ("model", "tokenizer")}
+    return {**identity, "data": data, **placed}
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

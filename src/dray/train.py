@@ -15,7 +15,6 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,15 +24,16 @@ from dray.doctor import diagnose
 from dray.doctor.stalls import find_straggler
 from dray.errors import Interrupted, RunFailed, StoreError
 from dray.job import Job
-from dray.plan import Plan, Shape, local_shape, make_plan
+from dray.plan import Plan, Shape, local_shape
 from dray.progress import Display
 from dray.redaction import redact
 from dray.report import format_diagnosis
 from dray.signals import stops
 from dray.spec import Spec
-from dray.store import Run, Trackers, build_trackers, check_trackers, find_resume_checkpoint
+from dray.start import look, open_run
+from dray.store import Run, Trackers, build_trackers, find_resume_checkpoint
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
-from dray.store.filesystem import absolute, is_local
+from dray.store.filesystem import is_local
 from dray.store.retrying import OUTAGE_SECONDS, StorageFailed, patience
 from dray.watchdog import find_hang
 
@@ -73,27 +73,22 @@ def train(
     Interrupted when a person stopped it (its state is saved).
     """
     display = display or Display()
-    Run.check_storage(storage)
-    check_trackers(spec, storage)
-    wanted = spec.resources.max_workers * spec.resources.cpus_per_worker + spec.resources.reader_cpus
-    with connect(address, num_cpus=wanted, cpus_per_worker=spec.resources.cpus_per_worker,
-                 gpus_per_worker=spec.resources.gpus_per_worker, verbose=verbose) as connection:
-        # What cannot run is refused before the corpus is read.
-        plan = make_plan(spec, connection.shape)
-        spec = _settle(spec, plan, storage, run_name)
-        if spec.model.path is not None or spec.model.options or not plan.parameters_exact:
-            _check_model(spec)
+    start = look(spec, storage, run_name, fork)
+    resources = spec.resources
+    wanted = resources.max_workers * resources.cpus_per_worker + resources.reader_cpus
+    with connect(address, num_cpus=wanted, cpus_per_worker=resources.cpus_per_worker,
+                 gpus_per_worker=resources.gpus_per_worker, verbose=verbose) as connection:
         begun = time.monotonic()
-        corpus = find(spec, storage)
-        if corpus is None:
+
+        def prepared(spec: Spec) -> Corpus:
             corpus = prepare(spec, storage, display.say)
-            for line in corpus.describe():
+            for line in corpus.describe() if corpus.is_new else ():
                 display.say(line)
-        plan = make_corpus_plan(spec, connection.shape, corpus)
-        run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
-                                 corpus=corpus.folder, corpus_key=corpus.manifest.key, fork=fork)
+            return corpus
+
+        run, job = open_run(start, connection.shape, prepared, display.say)
         run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
-        return _drive(run, _make_job(run, spec, plan, corpus), display, _RayLauncher())
+        return _drive(run, job, display, _RayLauncher())
 
 
 def train_locally(
@@ -103,49 +98,16 @@ def train_locally(
     """Run or resume `spec` in this process: one rank, no Ray. The corpus must have been prepared, or be given."""
     display = display or Display()
     spec = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
-    shape = shape or local_shape()
-    spec = _settle(spec, make_plan(spec, shape, with_ray=False), storage, run_name)
-    found = corpus or find(spec, storage)
-    if found is None:
-        raise RunFailed("the corpus is not prepared", "run `dray prepare` first; preparing needs Ray")
-    plan = make_corpus_plan(spec, shape, found, with_ray=False)
-    run = Run.open_or_create(storage, run_name or spec.name, spec, plan.model_dump(mode="json"),
-                             corpus=found.folder, corpus_key=found.manifest.key, fork=None)
-    return _drive(run, _make_job(run, spec, plan, found), display, _LocalLauncher())
 
+    def prepared(spec: Spec) -> Corpus:
+        found = find(spec, storage)
+        if found is None:
+            raise RunFailed("the corpus is not prepared", "run `dray prepare` first; preparing needs Ray")
+        return found
 
-def _settle(spec: Spec, plan: Plan, storage: str, run_name: str | None) -> Spec:
-    """Decide once, when a run begins, what other hardware or another working directory would decide differently.
-
-    A folder of weights is found by the workers too, and a run that is resumed on other hardware computes as it began.
-    """
-    updates: dict[str, Any] = {}
-    if spec.model.path is not None and Path(spec.model.path).is_dir():
-        updates["model"] = spec.model.model_copy(update={"path": absolute(spec.model.path)})
-    if spec.precision == "auto":
-        begun = Run.find(storage, run_name or spec.name)
-        updates["precision"] = begun.spec().precision if begun else plan.precision
-    return spec.model_copy(update=updates)
-
-
-def _check_model(spec: Spec) -> None:
-    """Raise SpecError for a model that transformers does not know or that cannot take the spec's settings."""
-    from dray.models import make_config
-
-    folder = Path(spec.tokenizer.path or "") / "tokenizer.json"
-    vocab_size = spec.tokenizer.vocab_size
-    if spec.tokenizer.path is not None and folder.is_file():
-        from tokenizers import Tokenizer
-
-        vocab_size = Tokenizer.from_file(str(folder)).get_vocab_size()
-    make_config(spec, vocab_size=vocab_size)
-
-
-def make_corpus_plan(spec: Spec, shape: Shape, corpus: Corpus, *, with_ray: bool = True) -> Plan:
-    """The plan with the corpus' real counts."""
-    manifest = corpus.manifest
-    return make_plan(spec, shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
-                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None, with_ray=with_ray)
+    run, job = open_run(look(spec, storage, run_name), shape or local_shape(), prepared, display.say, corpus=corpus,
+                        with_ray=False)
+    return _drive(run, job, display, _LocalLauncher())
 
 
 def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _LocalLauncher) -> Ended:
@@ -155,7 +117,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: _RayLauncher | _Local
     newest = find_resume_checkpoint(run)
     done = newest.step if newest else 0
     if done >= num_steps:
-        display.say(f"{run.name} is complete at step {done}; a longer duration would go on")
+        display.say(f"{run.name} is complete at step {done}; {_what_would_go_on(spec)}")
         return Ended(run, "completed")
     if done:
         display.say(f"{run.name} goes on from step {done}")
@@ -241,8 +203,14 @@ class _Heart:
                 return
 
 
-def _make_job(run: Run, spec: Spec, plan: Plan, corpus: Corpus) -> Job:
-    return Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name)
+def _what_would_go_on(spec: Spec) -> str:
+    """What a person can do with a run that has done all its steps."""
+    if spec.may_go_on_when_complete:
+        return "a longer duration would go on"
+    schedule = spec.schedule.name
+    hint = "" if schedule == "wsd" else ", and with schedule.decay_steps given from the start it would not"
+    return (f"its {schedule} schedule ends there{hint}: train on from its weights with another duration and "
+            "--fork NEW_NAME")
 
 
 class Recorder:

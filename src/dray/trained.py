@@ -14,14 +14,14 @@ import pyarrow as pa
 import torch
 
 from dray.corpus.cleaning import normalize
-from dray.corpus.manifest import Manifest, load_manifest
+from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.tokenizer_folder import Dress
 from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_tokenizer_files
 from dray.errors import StoreError
 from dray.models import build_model, longest_row
 from dray.spec import Spec
 from dray.store import LOWER_IS_BETTER, CheckpointInfo, CheckpointReader, Run, open_filesystem
-from dray.store.filesystem import child
+from dray.store.filesystem import child, list_files
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Trained:
 
     @property
     def tokenizer_folder(self) -> str:
-        """The corpus' tokeniser, on the corpus' storage."""
-        return child(self.corpus, "tokenizer")
+        """The tokeniser: the run's own copy, or the corpus' where an earlier version kept none."""
+        kept = child(self.run.corpus_copy, "tokenizer")
+        return kept if list_files(*open_filesystem(kept)) else child(self.corpus, "tokenizer")
 
     @property
     def longest_row(self) -> int | None:
@@ -87,11 +88,11 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
     """
     run = Run.open(storage, name)
     info = choose_checkpoint(run, step)
-    spec, corpus = run.spec(), run.record()["corpus"]
-    manifest = load_manifest(*open_filesystem(corpus))
+    spec, manifest, kept = run.spec(), load_run_manifest(run), run.model()
     model = build_model(
         spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
         pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id, initial_weights=False,
+        config=kept["config"] if kept else None,
     )
     with run.hold(info), CheckpointReader(run, info) as reader:
         problems = reader.verify_files(range(reader.num_files))
@@ -100,7 +101,7 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
                              "try another --step")
         _fill(model, reader)
     model.eval()
-    return Trained(run, info, spec, corpus, manifest, model)
+    return Trained(run, info, spec, run.corpus, manifest, model)
 
 
 def choose_checkpoint(run: Run, step: str | int | None) -> CheckpointInfo:

@@ -28,6 +28,7 @@ from dray.models import (
     build_model,
     enable_activation_checkpointing,
     import_transformers,
+    make_kept_config,
     parameter_groups,
     restore_rotary_buffers,
 )
@@ -128,7 +129,8 @@ class _Loop:
                  pulse: Pulse) -> None:
         self.job, self.ranks, self.reporter, self.pulse = job, ranks, reporter, pulse
         self.run, self.attempt = run, attempt.number
-        self.newest = inspect_checkpoint(run.filesystem, attempt.checkpoint) if attempt.checkpoint else None
+        path = attempt.checkpoint and run.find_path(attempt.checkpoint)
+        self.newest = inspect_checkpoint(run.filesystem, path) if path else None
         self.spec, self.plan = job.spec, attempt.plan
         self.task: Task = build_task(job.spec, job.manifest)
         self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, self.plan, ranks,
@@ -148,7 +150,10 @@ class _Loop:
             self.spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
             pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id,
             constructing=constructing, gathering=gathering, initial_weights=self.newest is None,
+            config=self.job.config, weights=self.job.weights,
         )
+        if self.job.config is None and self.ranks.rank == 0:
+            self.run.keep_model(make_kept_config(model))
         if self.plan.activation_checkpointing:
             enable_activation_checkpointing(model)
         return model

@@ -13,8 +13,9 @@ from typing import Any
 from pyarrow import fs as pafs
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from dray.errors import CorpusError
-from dray.store.filesystem import read_bytes
+from dray.errors import CorpusError, StoreError
+from dray.store import Run, open_filesystem
+from dray.store.filesystem import exists, read_bytes
 
 VERSION = 3
 """Of the manifest's form; version 2, which held the source files itself, is read too."""
@@ -202,6 +203,17 @@ def _from_version_2(tree: dict[str, Any]) -> dict[str, Any]:
     files = tree.get("source_files", [])
     counts = {"num_source_files": len(files), "num_source_bytes": sum(file["num_bytes"] for file in files)}
     return {key: value for key, value in tree.items() if key != "source_files"} | counts | {"version": VERSION}
+
+
+def load_run_manifest(run: Run) -> Manifest:
+    """The manifest of a run's corpus: the run's own copy, else the corpus'. Raises StoreError if the run has no corpus
+    on record, CorpusError if it is gone."""
+    filesystem, path = open_filesystem(run.corpus_copy)
+    if exists(filesystem, f"{path}/{MANIFEST}"):
+        return load_manifest(filesystem, path)
+    if not run.corpus:
+        raise StoreError(f"run {run.name!r}", "has no corpus on record", "a run keeps the rows it began with")
+    return load_manifest(*open_filesystem(run.corpus))
 
 
 def load_source_files(filesystem: pafs.FileSystem, folder: str) -> tuple[SourceFile, ...]:

@@ -17,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyarrow import fs as pafs
@@ -68,7 +68,8 @@ from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.tokenizing import TokenizerInfo, read_tokenizer_files
-from dray.errors import CorpusError, SpecError
+from dray.digests import recall_digests
+from dray.errors import CorpusError, SpecError, StoreError
 from dray.spec import HeldOut, Spec
 from dray.store.filesystem import (
     absolute,
@@ -87,12 +88,14 @@ from dray.store.filesystem import (
     write_bytes,
     write_whole,
 )
+from dray.store.layout import CORPORA
 
 GROUP_ROWS = 256
 LABELLED_GROUP_ROWS = 64
 PARTITION_BYTES = 512 * 1024 * 1024
 """Estimated text in one hash partition of deduplication."""
 MIN_CHUNK_BYTES = 48 * 1024 * 1024
+LOOK_BYTES = 64 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
 CLAIMS = "claims"
 
@@ -103,6 +106,8 @@ class Corpus:
 
     folder: str
     manifest: Manifest
+    is_new: bool = field(default=False, compare=False)
+    """Whether this very call has made it."""
 
     def source_files(self) -> tuple[SourceFile, ...]:
         """What each input file gave, in reading order. Raises CorpusError for a corpus without that account."""
@@ -199,7 +204,7 @@ def _label(spec: Spec, source: CorpusSource) -> str | None:
 
 def find(spec: Spec, storage: str) -> Corpus | None:
     """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as `prepare` does."""
-    return _find(spec, child(storage, "corpora", corpus_key(spec)))
+    return _find(spec, child(storage, CORPORA, corpus_key(spec)))
 
 
 def _find(spec: Spec, folder: str) -> Corpus | None:
@@ -214,6 +219,27 @@ def _find(spec: Spec, folder: str) -> Corpus | None:
     return corpus
 
 
+def describe_changes(spec: Spec, corpus: Corpus) -> str:
+    """What a glance shows of the raw files that a corpus was made from: a few words if they are gone or not the same
+    any more. Nothing larger than LOOK_BYTES in all is read, and no object store is asked."""
+    try:
+        files = [file for group in list_inputs(spec).files for file in group]
+    except (CorpusError, StoreError):
+        return "its raw files are not found any more"
+    try:
+        known = corpus.source_files()
+    except CorpusError:
+        return ""
+    if not all(file.is_local for file in files):
+        return ""
+    changed = Counter(file.num_bytes for file in files) != Counter(file.num_bytes for file in known)
+    if not changed:
+        digests = {file.sha256 for file in known}
+        looked = recall_digests([file.path for file in files], LOOK_BYTES)
+        changed = any(digest not in digests for digest in looked.values())
+    return "raw files were changed, added or removed since" if changed else ""
+
+
 def prepare(spec: Spec, storage: str, progress: Progress | None = None, labels: Sequence[str] = ()) -> Corpus:
     """Prepare the corpus of a spec below `<storage>/corpora/`, or find it prepared; Ray must be connected if not.
 
@@ -224,7 +250,7 @@ def prepare(spec: Spec, storage: str, progress: Progress | None = None, labels: 
     say = progress or (lambda line: None)
     inputs = replace(find_inputs(spec), labels=tuple(labels))
     key = corpus_key(spec, inputs)
-    place = child(storage, "corpora")
+    place = child(storage, CORPORA)
     folder = child(place, key)
     found = _find(spec, folder)
     if found:
@@ -256,7 +282,7 @@ def _prepare(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) 
         if not exists(filesystem, f"{path}/{MANIFEST}"):
             raise
     delete_folder(filesystem, f"{path}/{STAGING}")
-    return Corpus(folder, load_manifest(filesystem, path))
+    return Corpus(folder, load_manifest(filesystem, path), is_new=True)
 
 
 class _Claim:

@@ -136,7 +136,7 @@ class _Examination:
         plan = self._read("the plan", self.run.plan, {})
         batch = plan.get("batch") if isinstance(plan.get("batch"), dict) else {}
         values = Values(
-            storage=self.run.uri, corpus=self.record.get("corpus") or "unknown",
+            storage=self.run.uri, corpus=self._read("the corpus' place", lambda: self.run.corpus, "") or "unknown",
             resume=self._resume_text(),
             resume_step=self.resume_step or 0,
             micro_rows=next(iter(self.attempts[-1:]), {}).get("micro_rows") or batch.get("micro_rows", "unknown"),

@@ -11,7 +11,7 @@ from dray.models.build import (
     num_parameters,
     parameter_groups,
 )
-from dray.models.config import longest_row, make_config
+from dray.models.config import longest_row, make_config, make_kept_config, read_config
 from dray.models.folder import LoadReport, save_pretrained_folder
 from dray.models.initialize import initialize_weights, restore_rotary_buffers
 
@@ -23,8 +23,10 @@ __all__ = [
     "initialize_weights",
     "longest_row",
     "make_config",
+    "make_kept_config",
     "num_parameters",
     "parameter_groups",
+    "read_config",
     "restore_rotary_buffers",
     "save_pretrained_folder",
 ]

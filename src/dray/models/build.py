@@ -7,7 +7,7 @@ as arguments. Under ZeRO-3's no rank ever holds the whole model, under those of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from dray.imports import first_import
-from dray.models.config import TASK_CLASSES, auto_class, find_folder, make_config
+from dray.models.config import TASK_CLASSES, auto_class, make_config
 from dray.models.folder import load_folder
 from dray.models.initialize import Gathering, initialize_weights, no_gathering, restore_rotary_buffers
+from dray.pretrained import Pretrained, find_folder
 from dray.spec import Spec
 
 logger = logging.getLogger("dray.models")
@@ -39,25 +40,29 @@ def _leanly() -> AbstractContextManager[None]:
 def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
                 eos_token_id: int | None = None, labels: Sequence[str] = (),
                 constructing: AbstractContextManager[Any] | None = None, gathering: Gathering = no_gathering,
-                initial_weights: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+                initial_weights: bool = True, dtype: torch.dtype = torch.float32,
+                config: Mapping[str, Any] | None = None, weights: Pretrained | None = None) -> Any:
     """The spec's model for the spec's task: a transformers PreTrainedModel on the CPU, or where `constructing` puts it.
 
     `vocab_size` and the token ids are the tokeniser's. `constructing` is entered around the constructor, `gathering`
     around parameters while their values are set (ZeRO-3: `deepspeed.zero.Init` and `GatheredParameters(…,
     modifier_rank=0)`). Without `initial_weights` the parameters are left as they come from the allocator, for a restore
-    to fill. What became of a folder's weights is logged, and kept as `model.load_report`. Raises SpecError.
+    to fill. `config` and `weights`: what the run keeps of its model (`make_config`), and where its folder lies; without
+    them the spec's own folder is looked for. What became of a folder's weights is logged, and kept as
+    `model.load_report`. Raises SpecError.
     """
     with _leanly():
-        config = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
-                             eos_token_id=eos_token_id, labels=labels)
-        model = _construct(config, spec.task, constructing or nullcontext(), dtype)
+        made = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
+                           eos_token_id=eos_token_id, labels=labels, kept=config)
+        model = _construct(made, spec.task, constructing or nullcontext(), dtype)
     if not initial_weights:
         model.tie_weights()
         restore_rotary_buffers(model)
     elif spec.model.path is None:
         initialize_weights(model, spec.seed, gathering)
     else:
-        report = load_folder(model, find_folder(spec.model.path), spec.seed, gathering)
+        folder = weights.folder() if weights else find_folder(spec.model.path)
+        report = load_folder(model, folder, spec.seed, gathering)
         model.load_report = report
         logger.info("%s", report)
     return model

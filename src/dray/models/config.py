@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dray.errors import SpecError
+from dray.pretrained import find_folder
 from dray.spec import Spec
 
-HUB_SCHEME = "hf://"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Architectures whose feed-forward block is gated although its activation is not SiLU.
@@ -29,13 +29,17 @@ TASK_CLASSES = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": 
 
 
 def make_config(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
-                eos_token_id: int | None = None, labels: Sequence[str] = ()) -> Any:
+                eos_token_id: int | None = None, labels: Sequence[str] = (),
+                kept: Mapping[str, Any] | None = None) -> Any:
     """The transformers configuration of the spec's model for the spec's task.
 
-    `vocab_size` is the tokeniser's; `labels` name the classes. Raises SpecError.
+    `vocab_size` is the tokeniser's; `labels` name the classes. `kept`: the folder's configuration (`read_config`), or
+    that of a model by name and sizes, as the run keeps it; then nothing is read. Raises SpecError.
     """
     if spec.model.path is not None:
-        config = _folder_config(spec, vocab_size)
+        config = _folder_config(spec, vocab_size, kept)
+    elif kept is not None:
+        config = _kept_config(kept)
     else:
         config = _sized_config(spec, vocab_size, eos_token_id if pad_token_id is None else pad_token_id)
     if pad_token_id is None and config.model_type in _OFFSET_POSITIONS:
@@ -68,21 +72,34 @@ def auto_class(task: str) -> Any:
     return getattr(transformers, TASK_CLASSES[task])
 
 
-def find_folder(path: str) -> Path:
-    """The local folder of `model.path`; `hf://owner/name` is fetched from the hub into its cache. Raises SpecError."""
-    if not path.startswith(HUB_SCHEME):
-        folder = Path(path)
-        if not folder.is_dir():
-            raise SpecError("model.path", f"{path}: no such folder", "a Hugging Face folder is wanted",
-                            f"`dray export` writes one; a model on the hub reads {HUB_SCHEME}owner/name")
-        return folder
-    from huggingface_hub import snapshot_download
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder whole, with what transformers takes for granted, as a run keeps it. Raises
+    SpecError."""
+    from transformers import AutoConfig
 
-    try:  # no pickles: only configurations, tokenisers and safetensors are fetched
-        patterns = ["*.json", "*.safetensors", "*.txt"]
-        return Path(snapshot_download(path.removeprefix(HUB_SCHEME), allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises its own, requests' and the system's
-        raise SpecError("model.path", f"{path} cannot be fetched ({type(error).__name__}: {error})") from error
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # json's, transformers' and the system's
+        raise SpecError("model.path", f"{folder}: config.json cannot be used ({error})",
+                        "an architecture that transformers knows is wanted; remote code is never run") from error
+    if getattr(config, "quantization_config", None):
+        raise SpecError("model.path", f"{folder} holds quantised weights", "training starts from full ones")
+    tree: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return tree
+
+
+def make_kept_config(model: Any) -> dict[str, Any]:
+    """The configuration of a built model, as a run keeps it: without the precision of its weights, which is a matter of
+    the place."""
+    tree: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return {name: value for name, value in tree.items() if name not in ("dtype", "torch_dtype")}
+
+
+def _kept_config(kept: Mapping[str, Any]) -> Any:
+    """The configuration that a run keeps, as transformers' own."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kept["model_type"]].from_dict(dict(kept))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -200,25 +217,20 @@ def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
     return dict(spec.model.options)
 
 
-def _folder_config(spec: Spec, vocab_size: int) -> Any:
-    from transformers import AutoConfig
-
-    folder = find_folder(str(spec.model.path))
-    weight_files(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # json's, transformers' and the system's
-        raise SpecError("model.path", f"{folder}: config.json cannot be used ({error})",
-                        "an architecture that transformers knows is wanted; remote code is never run") from error
-    if getattr(config, "quantization_config", None):
-        raise SpecError("model.path", f"{folder} holds quantised weights", "training starts from full ones")
+def _folder_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) -> Any:
+    path = str(spec.model.path)
+    if kept is None:
+        folder = find_folder(path)
+        weight_files(folder)
+        kept = read_config(folder)
+        _check_folder_vocabulary(spec, _kept_config(kept), folder, vocab_size)
+    config = _kept_config(kept)
     _check_folder_sizes(spec, config)
-    _check_folder_vocabulary(spec, config, folder, vocab_size)
     for name, value in (_dropouts(config, spec.regularization.dropout) | _checked_options(spec, config)).items():
         setattr(config, name, value)
     limit = longest_row(config)
     if limit is not None and limit < spec.data.sequence_tokens:
-        raise SpecError(f"data.sequence_tokens = {spec.data.sequence_tokens}", f"{folder} takes rows of {limit} tokens",
+        raise SpecError(f"data.sequence_tokens = {spec.data.sequence_tokens}", f"{path} takes rows of {limit} tokens",
                         way_out=f"give {limit} or fewer")
     return config
 

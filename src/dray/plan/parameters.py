@@ -83,15 +83,17 @@ def is_gated(architecture: str) -> bool:
                                 "gpt_neo", "gptj", "bloom", "falcon", "xlm-roberta", "camembert", "phi", "mpt")
 
 
-def load_dimensions(spec: Spec, vocab_size: int | None = None, num_labels: int | None = None) -> Dimensions:
+def load_dimensions(spec: Spec, vocab_size: int | None = None, num_labels: int | None = None,
+                    config: Mapping[str, Any] | None = None) -> Dimensions:
     """The sizes that a spec (and its folder's config.json, where it names one) decides.
 
-    `vocab_size` is the tokeniser's. Raises SpecError for an unreadable folder or a vocabulary that is too small.
+    `vocab_size` is the tokeniser's. `config`: the folder's configuration as the run keeps it; then nothing is
+    read. Raises SpecError for an unreadable folder or a vocabulary that is too small.
     """
     model = spec.model
     labels = model.num_labels or num_labels or 2
     if model.path is not None:
-        return _folder_dimensions(spec, vocab_size, labels)
+        return _folder_dimensions(spec, vocab_size, labels, config or _load_config(model.path))
     architecture, hidden, heads = str(model.architecture), int(model.hidden_size or 0), int(model.num_heads or 0)
     gated = is_gated(architecture)
     tokens = vocab_size or spec.tokenizer.vocab_size
@@ -201,8 +203,9 @@ def _head(sizes: Dimensions) -> tuple[int, int]:
     return labels * hidden, labels if name == "vit" else 0
 
 
-def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int) -> Dimensions:
-    folder = _local_folder(str(spec.model.path))
+def _load_config(path: str) -> Mapping[str, Any]:
+    """A folder's config.json. Raises SpecError."""
+    folder = _local_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -210,6 +213,11 @@ def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int) -> Dimen
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise SpecError("model.path", f"{folder}/config.json cannot be read ({error})",
                         "a Hugging Face folder is wanted", "`dray export` writes one") from error
+    return config
+
+
+def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int, config: Mapping[str, Any]) -> Dimensions:
+    folder = str(spec.model.path)
     found = {ours: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
              for ours, names in _ALIASES.items()}
     missing = [name for name in ("hidden_size", "num_layers", "num_heads") if not found[name]]
@@ -232,17 +240,19 @@ def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int) -> Dimen
 
 
 def _local_folder(path: str) -> Path:
-    """The folder itself, or the hub cache's newest snapshot of `hf://owner/name`. Raises SpecError if it has none."""
+    """The folder itself, or what the hub's cache has of `hf://owner/name[@revision]`. Raises SpecError if nothing."""
     if not path.startswith("hf://"):
         return Path(path)
+    name, _, revision = path.removeprefix("hf://").partition("@")
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    snapshots = (cache / f"models--{path.removeprefix('hf://').replace('/', '--')}" / "snapshots").glob("*/config.json")
-    newest = max(snapshots, key=lambda file: file.stat().st_mtime, default=None)
-    if newest is None:
+    model = cache / f"models--{name.replace('/', '--')}"
+    commit = model / "refs" / (revision or "main")
+    snapshot = model / "snapshots" / (commit.read_text(encoding="utf-8").strip() if commit.is_file() else revision)
+    if not (snapshot / "config.json").is_file():
         raise SpecError("model.path", f"{path} is not in the hub's cache ({cache})", "planning downloads nothing",
-                        f"hf download {path.removeprefix('hf://')}")
-    return newest.parent
+                        f"hf download {name}")
+    return snapshot
 
 
 def _tokenizer_size(folder: str) -> int | None:

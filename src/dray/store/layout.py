@@ -1,6 +1,7 @@
 """Every name inside a run folder, and the checks that names pass before they become paths.
 
-    <storage>/<run>/  spec.yaml  plan.json  run.json  metrics.parquet
+    <storage>/<run>/  spec.yaml  plan.json  run.json  model.json  metrics.parquet
+        corpus/manifest.json, tokenizer/      what a model must know of its corpus, without the rows
         attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
         checkpoints/step-00000020-a0001/      rank-00000-of-00002.safetensors …, manifest.json, COMMITTED
         pins/<fork>.json, _hold-….json        trackers/
@@ -19,6 +20,8 @@ from dray.spec import RUN_NAME
 
 SPEC_FILE = "spec.yaml"
 PLAN_FILE = "plan.json"
+MODEL_FILE = "model.json"
+CORPUS = "corpus"
 RUN_FILE = "run.json"
 PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
@@ -29,7 +32,9 @@ MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "COMMITTED"
 REJECTED_FILE = "REJECTED"
 DELETING_FILE = "DELETING"
-RESERVED_NAMES = frozenset({"corpora"})
+CORPORA = "corpora"
+"""Folder in a storage, beside its runs, that holds their corpora."""
+RESERVED_NAMES = frozenset({CORPORA})
 
 _CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
 _RANK_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from dray.errors import SpecError, StoreError
 from dray.redaction import redact, redact_fields, take_in_all
-from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec
+from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec, without_places
 from dray.store import drivers, layout, pins
 from dray.store.drivers import Driver
 from dray.store.exclusive import create_exclusive
@@ -30,6 +30,7 @@ from dray.store.filesystem import (
     child,
     exists,
     is_file,
+    is_uri,
     list_files,
     list_folders,
     open_filesystem,
@@ -45,6 +46,8 @@ from dray.store.records import RowLog, load_json, make_history, make_json, make_
 from dray.store.retrying import first_line, patience
 from dray.yaml_reading import BadYaml, read_yaml
 
+_CHECKPOINT_BELOW = re.compile(rf"/[^/]+/{layout.CHECKPOINTS}/[^/]+/?$")
+
 STATUSES = ("created", "running", "completed", "failed", "interrupted")
 
 
@@ -55,6 +58,7 @@ class Run:
         self.storage, self.name = absolute(storage), layout.check_run_name(name)
         self.uri = child(self.storage, name)
         self.filesystem, self.path = open_filesystem(self.uri)
+        self._storage_path = self.path.removesuffix(f"/{name}")
         self._metrics = RowLog(self.filesystem, f"{self.path}/{layout.METRICS}")
         self._validation = RowLog(self.filesystem, f"{self.path}/{layout.VALIDATION}")
         self._events = RowLog(self.filesystem, f"{self.path}/{layout.EVENTS}")
@@ -64,6 +68,38 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({shown(self.uri)!r})"
+
+    # ---- places ---------------------------------------------------------------------------------------------------
+
+    def keep_path(self, path: str) -> str:
+        """A path of the run's filesystem as records keep it: below the storage, so that this may be moved."""
+        return path.removeprefix(f"{self._storage_path}/")
+
+    def find_path(self, kept: str) -> str:
+        """The path that a record keeps, where the storage is now. Records of earlier versions hold it whole."""
+        if not kept.startswith(f"{self._storage_path}/") and (below := _CHECKPOINT_BELOW.search(f"/{kept}")):
+            return f"{self._storage_path}{below[0]}"
+        return kept
+
+    @property
+    def corpus(self) -> str:
+        """Where the run's corpus lies (absolute path or URI); empty if none is on record.
+
+        One below the storage moves with it, one elsewhere stays where it was.
+        """
+        record = self.record()
+        kept, key = record.get("corpus") or "", record.get("corpus_key")
+        if not kept or not (is_uri(kept) or os.path.isabs(kept)):
+            return kept and child(self.storage, *kept.split("/"))
+        if key and not exists(*open_filesystem(kept)):  # an earlier version's record of a storage that was moved
+            moved = child(self.storage, layout.CORPORA, key)
+            return moved if exists(*open_filesystem(moved)) else kept
+        return kept
+
+    def _keep_place(self, place: str) -> str:
+        """A place as records keep it: below the storage, or whole where it lies elsewhere."""
+        storage = f"{shown(self.storage).rstrip('/')}/"
+        return shown(place).removeprefix(storage) if shown(place).startswith(storage) else place
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
@@ -81,17 +117,35 @@ class Run:
         `plan` is the plan as plain values. Raises StoreError, with nothing written, if the storage cannot be written,
         the run there has another identity or is being driven already, or there is nothing to fork from.
         """
-        wanted = fork or name
-        if cls._exists(storage, wanted):
-            run = cls.open(storage, wanted)
-            if fork and (run.origin() or {}).get("run") != name:
-                raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name")
-            drivers.check_free(run.filesystem, run.path, f"run {wanted!r}")
+        run = cls.find_begun(storage, name, fork)
+        if run is not None:
             run._take_up(spec, plan, corpus, corpus_key)
             return run
         if fork:
             return cls.fork(storage, name, fork, spec, plan, corpus=corpus, corpus_key=corpus_key)
         return cls.create(storage, name, spec, plan, corpus=corpus, corpus_key=corpus_key)
+
+    @classmethod
+    def find_begun(cls, storage: str | os.PathLike[str], name: str, fork: str | None = None) -> Run | None:
+        """The run of that name, or the fork of it by the name `fork`, if it has begun. Raises StoreError for names that
+        cannot be, a run that another driver drives, and a fork of another run."""
+        layout.check_run_name(name)
+        run = cls.find(storage, fork or name)
+        if run is not None and fork and (run.origin() or {}).get("run") != name:
+            raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name")
+        if run is not None:
+            drivers.check_free(run.filesystem, run.path, f"run {run.name!r}")
+        return run
+
+    @classmethod
+    def find_origin(cls, storage: str | os.PathLike[str], source: str) -> tuple[Run, CheckpointInfo]:
+        """The run that a fork is to start from, with its newest checkpoint. Raises StoreError if it has none."""
+        origin = cls.open(storage, source)
+        info = origin.latest_checkpoint()
+        if info is None:
+            raise StoreError(f"run {source!r}", "has no sound checkpoint to fork from",
+                             way_out="train it to its first checkpoint, or start afresh under another name")
+        return origin, info
 
     @classmethod
     def create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
@@ -107,18 +161,14 @@ class Run:
         The source's retention spares that checkpoint for as long as the fork exists. Raises StoreError if the source
         has no sound checkpoint, or the name is taken.
         """
-        origin, run = cls.open(storage, source), cls(os.fspath(storage), name)
-        info = origin.latest_checkpoint()
-        if info is None:
-            raise StoreError(f"run {source!r}", "has no sound checkpoint to fork from",
-                             way_out="train it to its first checkpoint, or start afresh under another name")
+        (origin, info), run = cls.find_origin(storage, source), cls(os.fspath(storage), name)
         if cls._exists(storage, name):
             raise StoreError(f"run {name!r}", "exists already", "a fork gets a new name")
         require_writable(run.filesystem, run.path, run.uri)
-        checkpoint = info.path.removeprefix(run.path.removesuffix(name))  # below the storage
+        checkpoint = run.keep_path(info.path)
         pinned = checkpoint.partition("/")[0]
         pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
-        save_json(run.filesystem, f"{run.path.removesuffix(name)}{pinned}/{layout.PINS}/{name}.json", pin)
+        save_json(run.filesystem, f"{run._storage_path}/{pinned}/{layout.PINS}/{name}.json", pin)
         if not inspect_checkpoint(run.filesystem, info.path).verified:
             raise StoreError(f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again")
         return run._begin(spec, plan, corpus, corpus_key, left_out=_inherit_left_out(origin, spec, corpus_key), origin={
@@ -154,8 +204,9 @@ class Run:
         """Write the record, whose presence makes the folder a run: of two simultaneous beginners one wins."""
         require_writable(self.filesystem, self.path, self.uri)
         record = {"name": self.name, "created": now(), "nonce": uuid.uuid4().hex, "status": "created", "reason": "",
-                  "fingerprint": spec.fingerprint(), "identity": spec.identity(), "corpus": corpus,
-                  "corpus_key": corpus_key, "origin": origin, **({"left_out": list(left_out)} if left_out else {})}
+                  "fingerprint": spec.fingerprint(), "identity": spec.identity(),
+                  "corpus": self._keep_place(corpus), "corpus_key": corpus_key, "origin": origin,
+                  **({"left_out": list(left_out)} if left_out else {})}
         if not create_exclusive(self.filesystem, f"{self.path}/{layout.RUN_FILE}", make_json(record, indent=1)):
             raise StoreError(f"run {self.name!r}", f"exists already in {shown(self.storage)}",
                              "a new run has a new name", "go on with it, or name another run with --run")
@@ -165,12 +216,7 @@ class Run:
     def _take_up(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str) -> None:
         """Check the identity, then store spec and plan: their place may be new, and their duration longer."""
         record = self.record()
-        differing = differing_paths(record["identity"], spec.identity())
-        if differing:
-            raise StoreError(f"run {self.name!r}", f"its spec differs in {', '.join(differing)}",
-                             "a run keeps its identity",
-                             "undo the change, name another run with --run, or start from its newest checkpoint with "
-                             "--fork NEW_NAME")
+        self.check_identity(spec)
         if record["corpus_key"] and corpus_key and record["corpus_key"] != corpus_key:
             raise StoreError(f"run {self.name!r}", f"its corpus was {record['corpus_key']} and is {corpus_key} now",
                              "a run keeps its rows: files were changed, added or removed since it began",
@@ -178,8 +224,25 @@ class Run:
         self._check_decay(spec, plan)
         write_bytes(self.filesystem, f"{self.path}/{layout.SPEC_FILE}", dump_spec(spec).encode())
         save_json(self.filesystem, f"{self.path}/{layout.PLAN_FILE}", plan)
-        if corpus and (record["corpus"], record["corpus_key"]) != (corpus, corpus_key):
-            self.update(corpus=corpus, corpus_key=corpus_key)
+        place = self._keep_place(corpus)
+        if place and (record["corpus"], record["corpus_key"]) != (place, corpus_key):
+            self.update(corpus=place, corpus_key=corpus_key)
+
+    def check_identity(self, spec: Spec) -> None:
+        """Raise StoreError, naming what differs, for a spec that is another run's. Where its inputs lie is no part of
+        what a run is; what they hold is, and whoever has them compares it (`moved_paths`)."""
+        differing = differing_paths(without_places(self.record()["identity"]), without_places(spec.identity()))
+        if differing:
+            rule = "a run keeps its identity"
+            if spec.duration_is_identity and any(path.startswith("duration") for path in differing):
+                rule += f": the {spec.schedule.name} schedule without decay_steps ends with the duration"
+            raise StoreError(f"run {self.name!r}", f"its spec differs in {', '.join(differing)}", rule,
+                             "undo the change, name another run with --run, or start from its newest checkpoint with "
+                             "--fork NEW_NAME")
+
+    def moved_paths(self, spec: Spec) -> list[str]:
+        """The dotted paths of the inputs that lie elsewhere by this spec than by the one that the run began with."""
+        return differing_paths(self.record()["identity"], spec.identity())
 
     def _check_decay(self, spec: Spec, plan: Mapping[str, Any]) -> None:
         """A wsd run whose decay has begun has spent its duration."""
@@ -217,6 +280,22 @@ class Run:
     def plan(self) -> dict[str, Any]:
         """The plan as last run, as plain values."""
         return load_json(self.filesystem, f"{self.path}/{layout.PLAN_FILE}")
+
+    def model(self) -> dict[str, Any] | None:
+        """What the run keeps of its model: `config`, and `pretrained` where it starts from a folder of weights."""
+        try:
+            return load_json(self.filesystem, f"{self.path}/{layout.MODEL_FILE}")
+        except FileNotFoundError:
+            return None
+
+    def keep_model(self, config: Mapping[str, Any], pretrained: Mapping[str, Any] | None = None) -> None:
+        """Keep the model's configuration, and where its initial weights lie."""
+        save_json(self.filesystem, f"{self.path}/{layout.MODEL_FILE}", {"config": config, "pretrained": pretrained})
+
+    @property
+    def corpus_copy(self) -> str:
+        """Where the run keeps the manifest and the tokeniser of its corpus (absolute path or URI)."""
+        return child(self.uri, layout.CORPUS)
 
     def origin(self) -> dict[str, Any] | None:
         """What a fork started from: run, step, attempt, checkpoint (path below the storage), fingerprint, differing."""
@@ -403,7 +482,7 @@ class Run:
         origin = self.origin()
         if origin is None:
             return None
-        info = inspect_checkpoint(self.filesystem, self.path.removesuffix(self.name) + origin["checkpoint"])
+        info = inspect_checkpoint(self.filesystem, f"{self._storage_path}/{origin['checkpoint']}")
         if not info.verified:
             raise StoreError(f"run {self.name!r}", f"the checkpoint it was forked from is unsound: {info.problem}",
                              f"it starts from step {origin['step']} of run {origin['run']}", "fork again")
@@ -450,7 +529,8 @@ class Run:
         has_plan = exists(self.filesystem, f"{self.path}/{layout.PLAN_FILE}")
         rates = [row["tokens_per_second"] for row in rows[-50:] if row.get("tokens_per_second")]
         return {
-            **{key: record.get(key) for key in ("name", "reason", "created", "fingerprint", "corpus", "origin")},
+            **{key: record.get(key) for key in ("name", "reason", "created", "fingerprint", "origin")},
+            "corpus": self.corpus,
             "status": self.status,
             "step": max([int(row["step"]) for row in rows[-1:]] + sound[-1:], default=0),
             "num_steps": self.plan().get("num_steps") if has_plan else None,
