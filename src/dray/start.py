@@ -19,7 +19,7 @@ from dray.job import Job, make_corpus_plan
 from dray.plan import Shape, make_plan
 from dray.pretrained import Pretrained, find_pretrained
 from dray.spec import Spec, without_places
-from dray.store import Run, check_trackers, open_filesystem
+from dray.store import Run, check_trackers, find_resume_checkpoint, open_filesystem
 from dray.store.filesystem import absolute, child, exists, list_files, read_bytes, shown, write_bytes
 from dray.store.layout import check_run_name
 
@@ -85,7 +85,7 @@ def open_run(start: Start, shape: Shape, prepared: Prepare, say: Say, *, corpus:
     corpus = corpus or _find_corpus(start, spec, prepared, say)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
     if pretrained is not None:
-        if start.run is not None and start.run.latest_checkpoint() is None:
+        if start.run is not None and find_resume_checkpoint(start.run) is None:
             pretrained.check()
         pretrained = pretrained.pinned()
     run = Run.open_or_create(start.storage, start.name, spec, plan.model_dump(mode="json"), corpus=corpus.folder,
