@@ -103,6 +103,7 @@ UNREADABLE: list[tuple[str, bytes, str]] = [
     ("a.txt", "plain words of text".encode("utf-16-be"), "UTF-16BE by its null bytes"),
     ("a.txt", "plain words".encode("utf-32"), "UTF-32, where UTF-8 is read"),
     ("a.jsonl", b"PK\x03\x04rest", "damaged or locked zip"),
+    ("a.csv", b"text,n\ra,1\rb,2\r", "lines that end with carriage returns alone"),
     ("a.jsonl.gz", b"no magic at all \xff, but more of it", "damaged gzip"),
     ("a.csv.zip", pack_zip({"a.csv": b"text\na\n", "b.csv": b"text\nb\n"}), "a zip archive of 2 files; unpack it"),
     ("a.jsonl.zip", pack_zip({".hidden": b"x"}), "a zip archive of 0 files"),

@@ -492,7 +492,7 @@ def test_a_lost_shard_is_judged_by_its_bytes_and_told(tmp_path: Path) -> None:
     corpus = prepare(make(str(tmp_path / "in"), max_bad_share=0.3), str(tmp_path / "out"))
     told = "\n".join(corpus.describe())
     assert "read         5 files (5 parquet)" in told
-    assert "left out     1 file documentation beside data" in told
+    assert "left out     1 (documentation beside data)" in told
     assert "README.md" in told
     assert "more.bin" in told
     assert "4.parquet: from there on" in told

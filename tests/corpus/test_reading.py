@@ -115,6 +115,9 @@ BAD_LINES: list[tuple[bytes, str]] = [
     (b'{"text": "a\\u0000b"}', "null byte"),
     (b'{"text": 5}', "'text' is not a string"),
     (b'{"text": null}', "'text' is not a string"),
+    (b'{"text": "a", "text": "b"}', "'text' is given twice"),
+    (b'{"text": "a"},', "broken JSON"),
+    (b"{", "broken JSON"),
     (b'{"other": "x"}', "no column 'text'"),
     (b'["text"]', "not a JSON object"),
     (b'{"text": "\\ud800"}', "lone surrogate"),
@@ -215,7 +218,7 @@ def test_byte_order_mark_blank_lines_and_no_last_newline(tmp_path: Path) -> None
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_spans_give_every_line_exactly_once(tmp_path: Path, data: st.DataObject) -> None:
     lines = data.draw(st.lists(st.text("abé\r ", max_size=12), max_size=12))
-    content = "\n".join(lines).encode()
+    content = "\n".join(["", *lines]).encode()
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(content) - 1)), max_size=5)))

@@ -105,7 +105,7 @@ def _number(count: int, thing: str) -> str:
 def _describe_left_out(item: LeftOut) -> str:
     more = ", …" if item.num_files > len(item.examples) else ""
     names = ", ".join("/".join(path.split("/")[-3:]) for path in item.examples)
-    return f"{_number(item.num_files, 'file')} {item.reason}, {format_bytes(item.num_bytes)}: {names}{more}"
+    return f"{item.num_files:,} ({item.reason}), {format_bytes(item.num_bytes)}: {names}{more}"
 
 
 def _describe_bad(file: SourceFile) -> str:

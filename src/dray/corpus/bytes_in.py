@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
-from dray.corpus.containers import BOM, HEAD_BYTES, find_compression, find_pointer, is_text, name_foreign
+from dray.corpus.containers import (
+    BOM,
+    HEAD_BYTES,
+    ends_lines_otherwise,
+    find_compression,
+    find_pointer,
+    is_text,
+    name_foreign,
+)
 from dray.corpus.listing import is_hidden
 from dray.corpus.sources import InputFile
 
@@ -110,6 +118,8 @@ def open_content(file: InputFile, stream: Any) -> Content:
     foreign = name_foreign(first[:HEAD_BYTES])
     if foreign:
         raise DamagedFile(foreign)
+    if file.form != "text" and ends_lines_otherwise(first[:HEAD_BYTES]):
+        raise DamagedFile("lines that end with carriage returns alone; convert it: tr '\\r' '\\n'")
     mark = len(BOM) if first.startswith(BOM) else 0
     return Content(mark, first[mark:][:HEAD_BYTES], chain([first[mark:]], chunks), note)
 

@@ -81,3 +81,8 @@ def is_text(head: bytes) -> bool:
     except UnicodeDecodeError as error:
         return b"\0" not in head and error.start > len(head) - 4
     return b"\0" not in head
+
+
+def ends_lines_otherwise(head: bytes) -> bool:
+    """Whether the lines of text end with carriage returns alone, as on old Macintoshes."""
+    return b"\n" not in head and head.rstrip(b"\r").count(b"\r") > 1

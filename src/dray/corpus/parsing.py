@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -89,16 +90,18 @@ class _JsonLines(_ByLine):
 
     def parse_line(self, line: str) -> tuple[str, str]:
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_Record)
         except (ValueError, RecursionError) as error:
-            raise BadRecord("broken JSON") from error
-        if not isinstance(record, dict):
+            raise BadRecord(f"broken JSON{_guess_why(line)}") from error
+        if not isinstance(record, _Record):
             raise BadRecord("not a JSON object")
         if len(self.columns) < 100:
             self.columns += [name for name in record if name not in self.columns]
         for name in (self._text, self._label):
             if name is not None and name not in record:
                 raise BadRecord(f"no column {name!r}")
+            if name in record.repeated:
+                raise BadRecord(f"{name!r} is given twice")
         text = record[self._text]
         if not isinstance(text, str):
             raise BadRecord(f"{self._text!r} is not a string")
@@ -109,6 +112,25 @@ class _JsonLines(_ByLine):
         except UnicodeEncodeError as error:
             raise BadRecord("lone surrogate") from error
         return text, "" if self._label is None else parse_label(record[self._label])
+
+
+class _Record(dict[str, Any]):
+    """A JSON object that knows which of its names were given more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.repeated = {name for name in self if names.count(name) > 1} if len(self) < len(names) else frozenset[str]()
+
+
+def _guess_why(line: str) -> str:
+    """What is likely wrong with a line that is no JSON."""
+    text = line.strip()
+    if text.endswith("},"):
+        return " (a comma behind the record)"
+    if text in ("{", "}", "[", "]") or (text.startswith('"') and text.endswith((",", "{", "["))):
+        return " (records are objects, one a line, or one array of them; this one goes on over lines)"
+    return ""
 
 
 def _read_json(data: bytes, text: str, label: str | None, label_type: pa.DataType | None) -> pa.Table | None:
