@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dray import __version__
-from dray.errors import DrayError, RunFailed, SpecError, StoreError, UserError
+from dray.errors import DrayError, PlanError, RunFailed, SpecError, StoreError, UserError
 from dray.output import ReaderLeft, Results, open_streams, results_apart, warn
 from dray.redaction import redact
 from dray.signals import Stopped, stops
@@ -135,6 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _add_spec(commands, "plan", _plan, "what it will take; no cluster needed")
     plan.add_argument("--shape", help="hardware that is not here, e.g. 2x8xH100")
+    plan.add_argument("--measure", action="store_true",
+                      help="time some steps of thin copies of the model on this machine's CPUs, once, and go by that")
     _add_json(plan)
 
     prepare = _add_spec(commands, "prepare", _prepare, "raw corpus → token shards")
@@ -254,11 +256,20 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from dray.plan import format_plan, local_shape, make_plan, parse_shape
+    from dray.plan import format_plan, local_shape, make_plan, parse_shape, with_measured_step
+    from dray.rehearsal import find_rehearsal, rehearse
     from dray.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides)
+    if arguments.shape and arguments.measure:
+        raise PlanError("--measure", f"--shape {arguments.shape} is not this machine",
+                        "only what is here can be measured", "leave one of them out")
     plan = make_plan(spec, parse_shape(arguments.shape) if arguments.shape else local_shape())
+    measured = None if arguments.shape else find_rehearsal(spec, plan)
+    if arguments.measure and measured is None:
+        measured = rehearse(spec, plan)
+    if measured is not None:
+        plan = with_measured_step(plan, measured.step_seconds(plan.batch.accumulation))
     if arguments.json:
         arguments.out.say_json(plan.model_dump(mode="json"))
     else:

@@ -19,7 +19,7 @@ LEVELS = {
     "store": 3, "cluster": 3, "ranks": 3, "pulse": 3, "progress": 3,
     "corpus": 4, "tasks": 4, "models": 4, "engine": 4,
     "job": 5, "trained": 5, "saving": 5, "ledger": 5, "doctor": 5,
-    "worker": 6, "export": 6, "evaluate": 6, "start": 6,
+    "worker": 6, "export": 6, "evaluate": 6, "start": 6, "rehearsal": 6,
     "ray_worker": 7, "generate": 7, "report": 7,
     "train": 8,
     "cli": 9,

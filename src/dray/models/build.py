@@ -41,24 +41,27 @@ def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
                 eos_token_id: int | None = None, labels: Sequence[str] = (),
                 constructing: AbstractContextManager[Any] | None = None, gathering: Gathering = no_gathering,
                 initial_weights: bool = True, dtype: torch.dtype = torch.float32,
-                config: Mapping[str, Any] | None = None, weights: Pretrained | None = None) -> Any:
+                config: Mapping[str, Any] | None = None, weights: Pretrained | None = None,
+                num_blocks: int | None = None) -> Any:
     """The spec's model for the spec's task: a transformers PreTrainedModel on the CPU, or where `constructing` puts it.
 
     `vocab_size` and the token ids are the tokeniser's. `constructing` is entered around the constructor, `gathering`
     around parameters while their values are set (ZeRO-3: `deepspeed.zero.Init` and `GatheredParameters(…,
     modifier_rank=0)`). Without `initial_weights` the parameters are left as they come from the allocator, for a restore
     to fill. `config` and `weights`: what the run keeps of its model (`make_config`), and where its folder lies; without
-    them the spec's own folder is looked for. What became of a folder's weights is logged, and kept as
-    `model.load_report`. Raises SpecError.
+    them the spec's own folder is looked for. `num_blocks`: a thin copy for measurements, with so many blocks and no
+    weights from a folder. What became of a folder's weights is logged, and kept as `model.load_report`. Raises SpecError.
     """
     with _leanly():
         made = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
                            eos_token_id=eos_token_id, labels=labels, kept=config)
+        if num_blocks is not None:
+            _make_thin(made, num_blocks)
         model = _construct(made, spec.task, constructing or nullcontext(), dtype)
     if not initial_weights:
         model.tie_weights()
         restore_rotary_buffers(model)
-    elif spec.model.path is None:
+    elif spec.model.path is None or num_blocks is not None:
         initialize_weights(model, spec.seed, gathering)
     else:
         folder = weights.folder() if weights else find_folder(spec.model.path)
@@ -66,6 +69,13 @@ def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
         model.load_report = report
         logger.info("%s", report)
     return model
+
+
+def _make_thin(config: Any, num_blocks: int) -> None:
+    """Leave a configuration so many of its blocks; their kinds, where they differ, stay those of the first ones."""
+    config.num_hidden_layers = num_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_blocks]
 
 
 def enable_activation_checkpointing(model: Any) -> None:

@@ -8,7 +8,7 @@ from dray.plan.hardware import ACCELERATORS, Accelerator, Precision, Shape, matc
 from dray.plan.machine import Card, find_cards, local_shape, make_accelerator
 from dray.plan.memory import MemoryPlan
 from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
-from dray.plan.plan import Plan, make_plan
+from dray.plan.plan import Plan, make_plan, with_measured_step
 from dray.plan.table import format_bytes, format_plan, format_seconds
 from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
@@ -16,5 +16,5 @@ __all__ = [
     "ACCELERATORS", "Accelerator", "BatchPlan", "Buckets", "Card", "Dimensions", "MemoryPlan", "ParameterCount", "Plan",
     "Precision", "Shape", "count_parameters", "find_cards", "format_bytes", "format_plan", "format_seconds",
     "load_dimensions", "local_shape", "make_accelerator", "make_batch", "make_buckets", "make_deepspeed_config",
-    "make_plan", "match_accelerator", "num_steps_of", "parse_shape",
+    "make_plan", "match_accelerator", "num_steps_of", "parse_shape", "with_measured_step",
 ]

@@ -65,7 +65,12 @@ class Plan(BaseModel):
     """Bytes of the training rows' token shards; None: the corpus' size is not known."""
     compile: bool
     activation_checkpointing: bool
+    step_seconds: float | None = None
+    """Of one optimiser update; None: the hardware's speed is unknown."""
+    step_measured: bool = False
+    """Whether that was measured on this machine; else it follows from nominal rates."""
     est_seconds: float | None
+    """Of the whole run, start and compilation included; None besides where the number of steps is not known yet."""
     deepspeed: dict[str, Any]
     notes: list[str]
 
@@ -165,8 +170,7 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
     num_tokens = None if num_steps is None else num_steps * tokens_per_step
     strict = flops_per_token_strict(sizes, count, width)
     a_step = question.step_seconds(setting)
-    seconds = None if num_steps is None or a_step is None else num_steps * a_step
-    compiles = _resolve_compile(question, seconds)
+    compiles = _resolve_compile(question, None if num_steps is None or a_step is None else num_steps * a_step)
     return Plan(
         shape=shape, num_ranks=setting.num_ranks, on_gpu=question.on_gpu, precision=precision, zero_stage=setting.stage,
         zero_reason=reason, offload=setting.offload, batch=batch, num_steps=num_steps, tokens_per_step=tokens_per_step,
@@ -178,13 +182,25 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
         checkpoint_bytes=CHECKPOINT_BYTES * count.total,
         shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
         compile=compiles, activation_checkpointing=setting.checkpointing,
-        est_seconds=None if seconds is None else seconds + START_SECONDS + COMPILE_SECONDS * compiles,
+        step_seconds=a_step, est_seconds=_run_seconds(num_steps, a_step, compiles=compiles),
         deepspeed=make_deepspeed_config(
             setting.stage, setting.offload, micro_rows=setting.micro_rows, accumulation=batch.accumulation,
             precision=precision, clip_grad_norm=spec.regularization.clip_grad_norm,
             buckets=question.load(setting).buckets, on_gpu=question.on_gpu),
         notes=list(_notes(question, setting, batch)),
     )
+
+
+def with_measured_step(plan: Plan, seconds: float) -> Plan:
+    """The plan with a step's measured duration instead of the estimated one."""
+    return plan.model_copy(update={"step_seconds": seconds, "step_measured": True, "est_seconds": _run_seconds(
+        plan.num_steps, seconds, compiles=plan.compile)})
+
+
+def _run_seconds(num_steps: int | None, step_seconds: float | None, *, compiles: bool) -> float | None:
+    if num_steps is None or step_seconds is None:
+        return None
+    return num_steps * step_seconds + START_SECONDS + COMPILE_SECONDS * compiles
 
 
 def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> int:

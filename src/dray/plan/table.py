@@ -108,4 +108,7 @@ def _time(plan: Plan) -> list[str]:
     rate = ""
     if plan.est_seconds and plan.num_tokens:
         rate = f"{plan.num_tokens / plan.est_seconds:,.0f} tokens/s, start included"
-    return ["time", _row("peak of a rank", peak, plan.precision), _row("estimate", time, rate)]
+    step = "unknown" if plan.step_seconds is None else f"{plan.step_seconds:.3g} s"
+    source = "measured on this machine" if plan.step_measured else "by usual rates; a run measures its own"
+    return ["time", _row("peak of a rank", peak, plan.precision), _row("a step", step, source),
+            _row("estimate", time, rate)]
