@@ -49,8 +49,9 @@ def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
     around parameters while their values are set (ZeRO-3: `deepspeed.zero.Init` and `GatheredParameters(…,
     modifier_rank=0)`). Without `initial_weights` the parameters are left as they come from the allocator, for a restore
     to fill. `config` and `weights`: what the run keeps of its model (`make_config`), and where its folder lies; without
-    them the spec's own folder is looked for. `num_blocks`: a thin copy for measurements, with so many blocks and no
-    weights from a folder. What became of a folder's weights is logged, and kept as `model.load_report`. Raises SpecError.
+    them the spec's own folder is looked for. What became of a folder's weights is logged, and kept as
+    `model.load_report`. `num_blocks`: a thin copy for measurements, with so many blocks and no weights from a folder.
+    Raises SpecError.
     """
     with _leanly():
         made = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
