@@ -49,6 +49,12 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_to_first(self, value: Any) -> list[Any] | None:
+        """Every rank's value, in rank order, on rank 0, and none elsewhere: what is large is not sent to all."""
+        values: list[Any] | None = [None] * self.num_ranks if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         holder = [value]

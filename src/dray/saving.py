@@ -123,9 +123,9 @@ class Saver:
         except Exception as error:
             mine = f"rank {ranks.rank}: {_describe(error)}"
         tensors.clear()
-        found = ranks.gather(mine)
-        problem = "; ".join(item for item in found if isinstance(item, str))
-        if ranks.rank == 0 and not problem:
+        found = ranks.gather_to_first(mine)
+        problem = "; ".join(item for item in found or () if isinstance(item, str))
+        if found is not None and not problem:
             try:
                 self._wait_stored()
                 writer.commit(found, metadata)

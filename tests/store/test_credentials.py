@@ -23,11 +23,6 @@ from dray.store.filesystem import absolute, child
 KEY, SECRET = "AKIDEXAMPLEKEY", "wJalrXUtnFEMIbPxRfiCY"
 
 
-@pytest.fixture(autouse=True)
-def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dray.redaction._held", {})
-
-
 @pytest.fixture
 def no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

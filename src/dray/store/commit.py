@@ -36,8 +36,8 @@ from dray.store.manifest import (
     WHOLE_STATES,
     CheckpointInfo,
     CheckpointManifest,
+    Fragments,
     RankFile,
-    make_pieces,
     make_sha256,
 )
 from dray.store.records import load_json
@@ -84,7 +84,7 @@ class CheckpointWriter:
             return num_bytes, digest.hexdigest()
 
         num_bytes, sha256 = write_whole(self.filesystem, f"{self.path}/{name}", produce)
-        return RankFile(rank, name, num_bytes, sha256, fragments)
+        return RankFile(rank, name, num_bytes, sha256, Fragments.make(fragments))
 
     def commit(self, rank_files: Sequence[RankFile], metadata: Mapping[str, Any]) -> CheckpointInfo:
         """Make the checkpoint exist: manifest first, the marker last. Called once, with the files of all ranks.
@@ -97,8 +97,7 @@ class CheckpointWriter:
         files = tuple(sorted(rank_files, key=lambda file: file.rank))
         if "shapes" not in metadata:
             raise StoreError(self.path, "metadata has no shapes", "metadata['shapes'] names every tensor")
-        make_pieces(files, metadata["shapes"], self.path)
-        manifest = CheckpointManifest(self.step, self.attempt, files, dict(metadata))
+        manifest = CheckpointManifest.make(self.step, self.attempt, files, metadata, self.path)
         content = manifest.to_bytes()
         self._check_files(files)
         write_bytes(self.filesystem, f"{self.path}/{MANIFEST_FILE}", content)

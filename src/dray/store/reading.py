@@ -38,7 +38,6 @@ from dray.store.manifest import (
     CheckpointManifest,
     Piece,
     RankFile,
-    make_pieces,
     make_sha256,
 )
 from dray.store.pins import hold
@@ -157,7 +156,7 @@ class CheckpointReader:
         self.filesystem, self.path, self.info = run.filesystem, info.path, info
         self.manifest = load_manifest(self.filesystem, self.path)
         self._shapes = self.manifest.shapes
-        self._pieces = make_pieces(self.manifest.files, self._shapes, self.path)
+        self._places = self.manifest.places(self.path)
         self._tied: dict[str, str] = dict(self.metadata.get("tied") or {})
         self._open: dict[int, tuple[RangeReader, dict[str, _Tensor]]] = {}
         self._lock = Lock()
@@ -186,11 +185,11 @@ class CheckpointReader:
 
     def names(self, state: str = "param") -> list[str]:
         """Sorted names of the tensors that have this state."""
-        return sorted(name for name, found in self._pieces if found == state)
+        return sorted(name for name, found in self._places if found == state)
 
     def has(self, name: str, state: str) -> bool:
         """Whether a tensor has this state: frozen parameters have no exp_avg."""
-        return (self._tied.get(name, name), state) in self._pieces
+        return (self._tied.get(name, name), state) in self._places
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; tied names have the shape of what they share."""
@@ -201,16 +200,18 @@ class CheckpointReader:
         import torch
 
         name = self._resolved(name)
-        pieces = self._pieces.get((name, state))
-        if pieces is None:
+        place = self._places.get((name, state))
+        if place is None:
             raise StoreError(self.path, f"{name}: no {state} was saved")
         num_elements = math.prod(self._shapes[name])
         count = num_elements - start if count is None else count
         if start < 0 or count < 0 or start + count > num_elements:
             raise StoreError(self.path, f"{name}|{state}: elements {start} to {start + count} of {num_elements}",
                              "the range lies inside the tensor")
-        out = torch.empty(count, dtype=getattr(torch, _TORCH_DTYPES[self._find(pieces[0])[1].dtype]))
-        for piece in pieces:
+        pieces = place.pieces((name, state), start, start + count)
+        first = next(pieces)
+        out = torch.empty(count, dtype=getattr(torch, _TORCH_DTYPES[self._find(first)[1].dtype]))
+        for piece in (first, *pieces):
             begin = max(start, piece.fragment.start)
             end = min(start + count, piece.fragment.start + piece.fragment.length)
             if begin < end:
