@@ -172,7 +172,7 @@ def _read_log(run: Run, spans: Sequence[_Span]) -> _Log:
     last_steps: dict[int, int] = {}
     before_start: dict[int, list[int]] = {}
     unrecorded: dict[int, list[int]] = {}
-    for row in run.iterate_metrics():
+    for row in run.iterate_metrics(("step", "attempt", "rows_digest")):
         try:
             step, attempt = int(row["step"]), int(row["attempt"])
         except (KeyError, ValueError, TypeError):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,15 @@ from dray.corpus.stream import build_dataset
 from dray.doctor import classify
 from dray.errors import RunFailed
 from dray.job import Attempt, Job, begin_attempt, make_attempt, make_stream
+from dray.mailbox import Beats, Mailbox, pace
 from dray.order import LeftOut
 from dray.pulse import STACK_SIGNAL, Pulse
 from dray.recovery import Budget, Decision, SmallerBatch, kind_of_errors
 from dray.store import CheckpointsLost, Run, find_resume_checkpoint
-from dray.store.evidence import make_rank_failure, save_beat, save_failure, save_log, save_stacks, unwrap
-from dray.store.records import now
+from dray.store.evidence import make_rank_failure, read_tail, save_beats, save_failure, save_log, save_stacks, unwrap
+from dray.store.records import now, run_together
 from dray.watchdog import Hang, agreement_seconds
 
-Beats = dict[int, tuple[dict[str, Any], float]]
-"""Rank → its last heartbeat, and the seconds since it arrived."""
 SEND_EVERY_SECONDS = 0.2
 LEAVE_SECONDS = 120.0  # in which a group that is to be resized must have saved
 STORED_SECONDS = 180.0
@@ -69,78 +69,6 @@ def build_mailbox(environment: dict[str, str]) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    class Mailbox:
-        def __init__(self) -> None:
-            self._records: list[dict[str, Any]] = []
-            self._beats: dict[int, tuple[dict[str, Any], float]] = {}
-            self._failures: list[dict[str, Any]] = []
-            self._stop, self._notice = False, False
-            self._controller: Any = None
-            self._received = self._stored = self._judged = self._num_left = 0
-
-        def put(self, records: list[dict[str, Any]]) -> tuple[bool, bool]:
-            """Take a rank's records. Returns whether it should stop, and whether its group is to be dissolved."""
-            self._records += records
-            self._received += len(records)
-            return self._stop, self._notice
-
-        def unstored(self, since: int | None) -> tuple[int, bool]:
-            """How many records have come (or `since`), and whether the driver has stored that many."""
-            since = self._received if since is None else since
-            return since, self._stored >= since
-
-        def beat(self, beat: dict[str, Any]) -> None:
-            if beat["attempt"] <= self._judged:  # late, of a group that has failed: it must not look like a hang
-                return
-            if any(beat["attempt"] > known["attempt"] for known, _ in self._beats.values()):
-                self._beats.clear()
-            self._beats[beat["rank"]] = beat, time.monotonic()
-
-        def fail(self, failure: dict[str, Any]) -> None:
-            self._failures.append(failure)
-            self._num_left += 1
-
-        def leave(self, rank: int) -> None:
-            self._beats.pop(rank, None)
-            self._num_left += 1
-
-        def evidence(self) -> tuple[list[dict[str, Any]], Beats]:
-            """What failed ranks said since the last call, and the beats, which are forgotten."""
-            failures, self._failures = self._failures, []
-            beats = self._aged()
-            self._judged = max((beat["attempt"] for beat, _ in beats.values()), default=self._judged)
-            self._beats.clear()
-            self._notice, self._num_left = False, 0
-            return failures, beats
-
-        def give_notice(self) -> None:
-            """Let all ranks save and leave."""
-            self._notice = True
-
-        def num_left(self) -> int:
-            """How many ranks have left since the last `evidence`."""
-            return self._num_left
-
-        def take(self, stored: int) -> tuple[list[dict[str, Any]], Beats]:
-            """The records since the last call, for the driver, who has stored so many of those before."""
-            self._stored = stored
-            records, self._records = self._records, []
-            return records, self._aged()
-
-        def request_stop(self) -> None:
-            self._stop = True
-
-        def keep_controller(self, controller: Any) -> None:
-            self._controller = controller
-
-        def controller(self) -> Any:
-            """Ray Train's controller, which owns the workers; none before it has started."""
-            return self._controller
-
-        def _aged(self) -> Beats:
-            now = time.monotonic()
-            return {rank: (beat, now - at) for rank, (beat, at) in self._beats.items()}
-
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here, runtime_env=environment)(Mailbox).remote()
 
@@ -160,8 +88,10 @@ def end_workers(mailbox: Any) -> None:
 class _Posting:
     """Sends records in batches without waiting, lets the heart beat, and learns of wishes from the replies."""
 
-    def __init__(self, mailbox: Any, pulse: Pulse) -> None:
+    def __init__(self, mailbox: Any, pulse: Pulse, num_ranks: int) -> None:
         self._mailbox, self._pulse = mailbox, pulse
+        self._send_every, self._beat_every = (
+            pace(seconds, num_ranks) for seconds in (SEND_EVERY_SECONDS, BEAT_EVERY_SECONDS))
         self._waiting: list[dict[str, Any]] = []
         self._reply: Any = None
         self._sent_at = 0.0
@@ -171,7 +101,7 @@ class _Posting:
 
     def send(self, record: dict[str, Any]) -> None:
         self._waiting.append(record)
-        if time.monotonic() - self._sent_at >= SEND_EVERY_SECONDS:
+        if time.monotonic() - self._sent_at >= self._send_every:
             self._post()
 
     def stop_requested(self) -> bool:
@@ -229,7 +159,7 @@ class _Posting:
         import ray
 
         host = {"node_id": ray.get_runtime_context().get_node_id(), "node": ray.util.get_node_ip_address()}
-        while not self._left.wait(BEAT_EVERY_SECONDS):
+        while not self._left.wait(self._beat_every):
             self._mailbox.beat.remote(self._pulse.beat() | host)
 
     def _post(self) -> None:
@@ -370,13 +300,11 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
     """The document of a failed attempt: what ranks said, what Ray says of the others, and who fell silent."""
     found = {item["rank"]: item for item in said}
     lost = find_lost_nodes({beat["node_id"] for rank, (beat, _) in beats.items() if rank not in found})
+    _keep_last_words(run, attempt.number, beats)
+    silent = 3 * pace(BEAT_EVERY_SECONDS, attempt.num_ranks)
     for rank, (beat, age) in beats.items():
-        save_beat(run, attempt.number, rank, beat)
-        # A dead rank's file may lie on another node: then its heartbeat is its last word.
-        with suppress(OSError):
-            save_log(run, attempt.number, rank, Path(beat["log_file"]).read_text(encoding="utf-8", errors="replace"))
         place = {key: beat[key] for key in ("node", "pid", "step", "phase", "time")}
-        if rank not in found and (rank in errors or beat["node_id"] in lost or age > 3 * BEAT_EVERY_SECONDS):
+        if rank not in found and (rank in errors or beat["node_id"] in lost or age > silent):
             silence = {} if rank in errors else {"message": f"no sign of life for {age:.0f} s"}
             found[rank] = make_rank_failure(rank, errors.get(rank), **place, **silence)
     for rank, error in errors.items():
@@ -392,6 +320,18 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
         "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": lost,
         "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
     }
+
+
+def _keep_last_words(run: Run, attempt: int, beats: Beats) -> None:
+    """Keep each rank's heartbeat and log: all heartbeats in one file, and logs several at once."""
+    save_beats(run, attempt, {rank: beat for rank, (beat, _) in beats.items()})
+
+    def keep_log(rank: int, log_file: str) -> None:
+        # A dead rank's file may lie on another node: then its heartbeat is its last word.
+        with suppress(OSError):
+            save_log(run, attempt, rank, read_tail(log_file))
+
+    run_together([partial(keep_log, rank, beat["log_file"]) for rank, (beat, _) in beats.items()])
 
 
 def _find_spike(failure: dict[str, Any]) -> int:
@@ -433,8 +373,7 @@ def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
         with suppress(ray.exceptions.RayError):  # a rank whose node is gone has none
             stacks |= {rank: ray.get(ref)} if ref in done else {}
     attempt = next(iter(beats.values()))[0]["attempt"]
-    for rank, text in stacks.items():
-        save_stacks(run, attempt, rank, text)
+    run_together([partial(save_stacks, run, attempt, rank, text) for rank, text in stacks.items()])
     run.log_event("hang", attempt=attempt, ranks=list(hang.ranks), reason=hang.reason)
     ray.wait([on_node(end, beats[rank][0]).remote(beats[rank][0]["pid"]) for rank in hang.ranks],
              num_returns=len(hang.ranks), timeout=30)
@@ -454,7 +393,7 @@ def run_rank(config: dict[str, Any]) -> None:
     pulse = Pulse(rank)
     pulse.attempt, pulse.step = attempt.number, attempt.start_step
     pulse.dump_stacks_on_signal()
-    reporter = _Posting(config["mailbox"], pulse)
+    reporter = _Posting(config["mailbox"], pulse, num_ranks)
     try:
         _train(job, attempt, reporter, pulse, context.get_local_rank())
     except BaseException as error:

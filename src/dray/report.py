@@ -16,7 +16,7 @@ from dray.doctor import Diagnosis
 from dray.errors import UserError
 from dray.ledger import LedgerReport
 from dray.plan import format_bytes, format_seconds
-from dray.progress import format_values
+from dray.progress import format_loss, format_values
 from dray.store import CheckpointReport, Run
 from dray.store.filesystem import open_filesystem
 
@@ -41,7 +41,7 @@ def format_runs(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 def format_summary(run: Run) -> str:
     """One run: where it stands, its losses as a line, its validation, its attempts and checkpoints."""
-    summary, rows = run.summary(), run.metrics()
+    summary, outline = run.summary(), run.outline()
     validation = {k: v for k, v in summary["validation"].items() if k != "step"}
     lines = [
         f"{summary['name']}  {summary['status']}  step {summary['step']}/{summary['num_steps'] or '?'}"
@@ -50,13 +50,13 @@ def format_summary(run: Run) -> str:
     ]
     if summary["reason"]:
         lines.append(f"  reason       {summary['reason']}")
-    if rows:
-        losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
-        seconds = sum(row["seconds"] for row in rows)
+    if outline.num_steps:
+        losses = [math.nan if loss is None else loss for loss in outline.losses]
         lines += [
-            f"  train loss   {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}",
-            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s; {rows[-1]['tokens']:,} tokens, "
-            f"{format_seconds(seconds)} of steps; peak {format_bytes(max(r['memory_bytes_max'] for r in rows))} a rank",
+            f"  train loss   {format_loss(outline.first_loss)} {sparkline(losses)} "
+            f"{format_loss(summary['train_loss'])}",
+            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s; {outline.tokens or 0:,} tokens, "
+            f"{format_seconds(outline.seconds)} of steps; peak {format_bytes(outline.memory_bytes_max)} a rank",
         ]
     if validation:
         at = summary["validation"].get("step")

@@ -15,7 +15,7 @@ LEVELS = {
     "errors": 0, "imports": 0, "process": 0, "forkserver": 0, "digests": 0, "redaction": 0,
     "yaml_reading": 0, "signals": 0,
     "spec": 1, "output": 1, "pretrained": 1,
-    "plan": 2, "order": 2, "schedule": 2, "numerics": 2, "watchdog": 2, "recovery": 2,
+    "plan": 2, "order": 2, "schedule": 2, "numerics": 2, "mailbox": 2, "watchdog": 2, "recovery": 2,
     "store": 3, "cluster": 3, "ranks": 3, "pulse": 3, "progress": 3,
     "corpus": 4, "tasks": 4, "models": 4, "engine": 4,
     "job": 5, "trained": 5, "saving": 5, "ledger": 5, "doctor": 5,

@@ -98,6 +98,24 @@ def save_beat(run: RunFolder, attempt: int, rank: int, beat: Mapping[str, Any]) 
     write_bytes(run.filesystem, beat_path(run, attempt, rank), content, durable=False)
 
 
+def save_beats(run: RunFolder, attempt: int, beats: Mapping[int, Mapping[str, Any]]) -> None:
+    """Keep the last heartbeats of an attempt's ranks in one file: thousands of ranks end together."""
+    content = make_json({str(rank): redact_fields({"rank": rank, **beat}) for rank, beat in beats.items()})
+    if beats:
+        write_bytes(run.filesystem, _beats_path(run, attempt), content, durable=False)
+
+
+def read_tail(log_file: str) -> str:
+    """The end of a local log, with room for what redaction takes away. Raises OSError."""
+    with open(log_file, "rb") as stream:
+        stream.seek(max(0, stream.seek(0, 2) - 2 * TAIL_BYTES))
+        return stream.read().decode("utf-8", errors="replace")
+
+
+def _beats_path(run: RunFolder, attempt: int) -> str:
+    return f"{run.path}/{layout.BEATS}/{layout.make_failure_file(attempt)}"
+
+
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -127,9 +145,12 @@ def load_stacks(run: RunFolder, attempt: int) -> dict[int, str]:
 
 def load_beats(run: RunFolder, attempt: int) -> dict[int, dict[str, Any]]:
     """Rank → its last heartbeat."""
-    beats = {rank: _read_json(run.filesystem, beat_path(run, attempt, rank))
+    together = _read_json(run.filesystem, _beats_path(run, attempt)) or {}
+    beats: dict[int, Any] = {
+        int(rank): beat for rank, beat in together.items() if rank.isdecimal() and isinstance(beat, dict)}
+    beats |= {rank: _read_json(run.filesystem, beat_path(run, attempt, rank))
              for rank in _ranks(run, layout.BEATS, attempt)}
-    return {rank: beat for rank, beat in beats.items() if beat is not None}
+    return {rank: beats[rank] for rank in sorted(beats) if beats[rank] is not None}
 
 
 def _ranks(run: RunFolder, folder: str, attempt: int) -> list[int]:

@@ -194,6 +194,12 @@ def list_files(filesystem: pafs.FileSystem, folder: str) -> dict[str, int]:
     return {item.base_name: item.size for item in _entries(filesystem, folder) if item.type == pafs.FileType.File}
 
 
+def list_stamps(filesystem: pafs.FileSystem, folder: str) -> dict[str, tuple[int, int | None]]:
+    """File name → size and time of writing in nanoseconds, by the storage's clock; none where it keeps no times."""
+    return {item.base_name: (item.size, item.mtime_ns) for item in _entries(filesystem, folder)
+            if item.type == pafs.FileType.File}
+
+
 def list_folders(filesystem: pafs.FileSystem, folder: str) -> list[str]:
     """Sorted names of the folders directly in a folder; none where there is no folder."""
     return sorted(item.base_name for item in _entries(filesystem, folder) if item.type == pafs.FileType.Directory)
@@ -295,15 +301,26 @@ def write_bytes(filesystem: pafs.FileSystem, path: str, content: bytes, durable:
     write_whole(filesystem, path, lambda stream: stream.write(content), durable)
 
 
-def append_line(path: str, content: bytes) -> None:
-    """Append whole lines to a local file, first cutting off a line that a killed writer left torn."""
-    retry(lambda: _append_line(path, content), path)
+def append_line(path: str, content: bytes, limit: int | None = None, *, create: bool = True) -> bool:
+    """Append whole lines to a local file, first cutting off a line that a killed writer left torn.
+
+    Returns False, with nothing done, if the file has `limit` bytes already, or is not there and need not be created.
+    """
+    return retry(lambda: _append_line(path, content, limit, create=create), path)
 
 
-def _append_line(path: str, content: bytes) -> None:
-    with open(path, "ab+", buffering=0) as stream:  # a buffer would be written again when the file is closed
+def _append_line(path: str, content: bytes, limit: int | None, *, create: bool) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0), 0o666)
+    except FileNotFoundError:
+        if create:
+            raise
+        return False
+    with open(descriptor, "ab+", buffering=0) as stream:  # a buffer would be written again when the file is closed
         fcntl.flock(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
+        if (limit is not None and size >= limit) or not os.fstat(descriptor).st_nlink:
+            return False  # full, or deleted since it was opened
         if size:
             stream.seek(size - 1)
             if stream.read(1) != b"\n":
@@ -317,6 +334,7 @@ def _append_line(path: str, content: bytes) -> None:
             with suppress(OSError):  # no half of the lines may stay beside the whole of them
                 stream.truncate(size)
             raise
+    return True
 
 
 def require_writable(filesystem: pafs.FileSystem, path: str, place: str) -> None:

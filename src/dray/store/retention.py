@@ -56,7 +56,8 @@ def _delete(run: Run, doomed: list[CheckpointInfo]) -> list[str]:
 
 def _best(run: Run, sound: list[CheckpointInfo], keep_best: int, metric: str) -> list[str]:
     """Paths of the best checkpoints, by the validation row of their step or else by what they carry themselves."""
-    rows = {row["step"]: row for row in run.validations()} if keep_best else {}
+    oldest = min((info.step for info in sound), default=0)
+    rows = {row["step"]: row for row in run.validations(since=oldest)} if keep_best else {}
     sign = 1 if metric in LOWER_IS_BETTER else -1
     ranked = []
     for info in sound:

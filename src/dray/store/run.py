@@ -40,9 +40,20 @@ from dray.store.filesystem import (
     write_bytes,
     write_whole,
 )
+from dray.store.history import Outline, iterate_history, last_rows, make_outline
 from dray.store.manifest import CheckpointInfo
 from dray.store.reading import CheckpointReport, find_checkpoints, inspect_checkpoint, verify_checkpoint
-from dray.store.records import RowLog, load_json, make_history, make_json, make_table, now, save_json
+from dray.store.records import (
+    RecordCache,
+    RowLog,
+    load_json,
+    make_history,
+    make_json,
+    make_table,
+    now,
+    save_json,
+    write_table,
+)
 from dray.store.retrying import first_line, patience
 from dray.yaml_reading import BadYaml, read_yaml
 
@@ -59,6 +70,7 @@ class Run:
         self.uri = child(self.storage, name)
         self.filesystem, self.path = open_filesystem(self.uri)
         self._storage_path = self.path.removesuffix(f"/{name}")
+        self._attempts = RecordCache(self.uri, self.filesystem, f"{self.path}/{layout.ATTEMPTS}")
         self._metrics = RowLog(self.filesystem, f"{self.path}/{layout.METRICS}")
         self._validation = RowLog(self.filesystem, f"{self.path}/{layout.VALIDATION}")
         self._events = RowLog(self.filesystem, f"{self.path}/{layout.EVENTS}")
@@ -389,15 +401,9 @@ class Run:
 
     def attempts(self) -> list[dict[str, Any]]:
         """The attempts by number: attempt, num_ranks, start_step, started, …, and ended, status, end_step, reason."""
-        folder = f"{self.path}/{layout.ATTEMPTS}"
-        names = list_files(self.filesystem, folder)
-        found = []
-        for number in sorted(n for n in map(layout.parse_attempt_file, names) if n is not None):
-            attempt = load_json(self.filesystem, f"{folder}/{layout.make_attempt_file(number)}")
-            if f"{number:04d}-end.json" in names:
-                attempt |= load_json(self.filesystem, f"{folder}/{number:04d}-end.json")
-            found.append(attempt)
-        return found
+        found = self._attempts.load()
+        numbers = sorted(number for number in map(layout.parse_attempt_file, found) if number is not None)
+        return [found[layout.make_attempt_file(number)] | found.get(f"{number:04d}-end.json", {}) for number in numbers]
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -419,13 +425,26 @@ class Run:
         """One row a step, by step: the history that leads to the newest state, without what was done and undone."""
         return make_history(self._metrics.rows(), self._start_steps())
 
-    def iterate_metrics(self) -> Iterator[dict[str, Any]]:
-        """Every metrics row as it was logged, also what was undone later or logged twice, one after another."""
-        return self._metrics.iterate()
+    def iterate_metrics(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Every metrics row as it was logged, also what was undone later or logged twice, one after another; with
+        `columns` only those keys of it."""
+        return self._metrics.iterate(columns=columns)
 
-    def validations(self) -> list[dict[str, Any]]:
-        """One validation row a step, by step, of the same history."""
-        return make_history(self._validation.rows(), self._start_steps())
+    def iterate_history(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """`metrics()`, one row after another: memory does not grow with the run."""
+        return iterate_history(self._metrics, self._start_steps(), columns)
+
+    def last_metrics(self, count: int) -> list[dict[str, Any]]:
+        """The end of `metrics()`, without reading what came before."""
+        return last_rows(self._metrics, self._start_steps(), count)
+
+    def outline(self) -> Outline:
+        """`metrics()` in outline, for a page, without reading all of it."""
+        return make_outline(self._metrics, self._start_steps())
+
+    def validations(self, since: int = 0, count: int | None = None) -> list[dict[str, Any]]:
+        """One validation row a step, by step, of the same history; of steps from `since` on, and the last `count`."""
+        return last_rows(self._validation, self._start_steps(), count, since)
 
     def _start_steps(self) -> dict[int, int]:
         """Attempt → the step it started from, without those that a driver recorded after its successor's: it saw so,
@@ -443,10 +462,8 @@ class Run:
 
     def export_metrics_parquet(self) -> str:
         """Write `metrics()` as metrics.parquet into the run folder; its path there."""
-        import pyarrow.parquet as pq
-
-        path, table = f"{self.path}/{layout.PARQUET_FILE}", self.metrics_table()
-        write_whole(self.filesystem, path, lambda stream: pq.write_table(table, stream))
+        path = f"{self.path}/{layout.PARQUET_FILE}"
+        write_whole(self.filesystem, path, lambda stream: write_table(self.iterate_history, stream))
         return path
 
     def log_event(self, kind: str, **fields: Any) -> None:
@@ -523,11 +540,11 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """What `dray show --json` prints: name, status, fingerprint, step, num_steps, attempts, train_loss, …"""
-        record, rows, validations = self.record(), self.metrics(), self.validations()
+        record, rows, validations = self.record(), self.last_metrics(50), self.validations(count=1)
         checkpoints = self.checkpoints(verified_only=False)
         sound = [info.step for info in checkpoints if info.verified]
         has_plan = exists(self.filesystem, f"{self.path}/{layout.PLAN_FILE}")
-        rates = [row["tokens_per_second"] for row in rows[-50:] if row.get("tokens_per_second")]
+        rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
         return {
             **{key: record.get(key) for key in ("name", "reason", "created", "fingerprint", "origin")},
             "corpus": self.corpus,
