@@ -16,9 +16,18 @@ from pyarrow import fs as pafs
 
 from dray.errors import StoreError
 from dray.redaction import redact, redact_fields
-from dray.store import layout
 from dray.store.filesystem import list_files, write_bytes
-from dray.store.layout import RunFolder
+from dray.store.layout import (
+    BEATS,
+    FAILURES,
+    LOGS,
+    STACKS,
+    RunFolder,
+    make_failure_file,
+    make_rank_evidence,
+    parse_failure_file,
+    parse_rank_evidence,
+)
 from dray.store.records import load_json, make_json
 
 TAIL_BYTES = 64 * 1024
@@ -28,17 +37,17 @@ _INNER = ("health_check_failure", "controller_failure", "_base_exc", "cause")
 
 def log_path(run: RunFolder, attempt: int, rank: int) -> str:
     """Where a rank's last lines are kept."""
-    return f"{run.path}/{layout.LOGS}/{layout.make_rank_evidence(attempt, rank, 'log')}"
+    return f"{run.path}/{LOGS}/{make_rank_evidence(attempt, rank, 'log')}"
 
 
 def stack_path(run: RunFolder, attempt: int, rank: int) -> str:
     """Where the stacks of a rank's threads are kept."""
-    return f"{run.path}/{layout.STACKS}/{layout.make_rank_evidence(attempt, rank, 'txt')}"
+    return f"{run.path}/{STACKS}/{make_rank_evidence(attempt, rank, 'txt')}"
 
 
 def beat_path(run: RunFolder, attempt: int, rank: int) -> str:
     """Where a rank's last heartbeat is kept."""
-    return f"{run.path}/{layout.BEATS}/{layout.make_rank_evidence(attempt, rank, 'json')}"
+    return f"{run.path}/{BEATS}/{make_rank_evidence(attempt, rank, 'json')}"
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -50,7 +59,7 @@ def save_failure(run: RunFolder, failure: Mapping[str, Any]) -> None:
     Fields that `dray.doctor` reads: step, detected_by, ranks (a list of `make_rank_failure`), nodes_lost, preempted,
     host_memory; any other is kept.
     """
-    path = f"{run.path}/{layout.FAILURES}/{layout.make_failure_file(int(failure['attempt']))}"
+    path = f"{run.path}/{FAILURES}/{make_failure_file(int(failure['attempt']))}"
     write_bytes(run.filesystem, path, make_json(redact_fields(failure), indent=1) + b"\n")
 
 
@@ -113,7 +122,7 @@ def read_tail(log_file: str) -> str:
 
 
 def _beats_path(run: RunFolder, attempt: int) -> str:
-    return f"{run.path}/{layout.BEATS}/{layout.make_failure_file(attempt)}"
+    return f"{run.path}/{BEATS}/{make_failure_file(attempt)}"
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -121,11 +130,11 @@ def _beats_path(run: RunFolder, attempt: int) -> str:
 
 def load_failures(run: RunFolder) -> list[dict[str, Any]]:
     """What is known of the failed attempts, by attempt."""
-    folder = f"{run.path}/{layout.FAILURES}"
-    numbers = (layout.parse_failure_file(name) for name in list_files(run.filesystem, folder))
+    folder = f"{run.path}/{FAILURES}"
+    numbers = (parse_failure_file(name) for name in list_files(run.filesystem, folder))
     found = []
     for number in sorted(number for number in numbers if number is not None):
-        document = _read_json(run.filesystem, f"{folder}/{layout.make_failure_file(number)}")
+        document = _read_json(run.filesystem, f"{folder}/{make_failure_file(number)}")
         if document is not None:
             found.append({"ranks": [], **document, "attempt": number})
     return found
@@ -140,7 +149,7 @@ def load_log(run: RunFolder, attempt: int, rank: int, max_lines: int = 40) -> li
 def load_stacks(run: RunFolder, attempt: int) -> dict[int, str]:
     """Rank → the stacks that were kept of it."""
     return {rank: _read_tail(run.filesystem, stack_path(run, attempt, rank))
-            for rank in _ranks(run, layout.STACKS, attempt)}
+            for rank in _ranks(run, STACKS, attempt)}
 
 
 def load_beats(run: RunFolder, attempt: int) -> dict[int, dict[str, Any]]:
@@ -149,13 +158,13 @@ def load_beats(run: RunFolder, attempt: int) -> dict[int, dict[str, Any]]:
     beats: dict[int, Any] = {
         int(rank): beat for rank, beat in together.items() if rank.isdecimal() and isinstance(beat, dict)}
     beats |= {rank: _read_json(run.filesystem, beat_path(run, attempt, rank))
-             for rank in _ranks(run, layout.BEATS, attempt)}
+             for rank in _ranks(run, BEATS, attempt)}
     return {rank: beats[rank] for rank in sorted(beats) if beats[rank] is not None}
 
 
 def _ranks(run: RunFolder, folder: str, attempt: int) -> list[int]:
     names = list_files(run.filesystem, f"{run.path}/{folder}")
-    parsed = [found for found in map(layout.parse_rank_evidence, names) if found is not None]
+    parsed = [found for found in map(parse_rank_evidence, names) if found is not None]
     return sorted(rank for number, rank in parsed if number == attempt)
 
 

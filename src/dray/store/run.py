@@ -21,8 +21,19 @@ import pyarrow as pa
 from dray.errors import SpecError, StoreError
 from dray.redaction import redact, redact_fields, take_in_all
 from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec, without_places
-from dray.store import drivers, layout, pins
-from dray.store.drivers import Driver
+from dray.store.drivers import (
+    Driver,
+    check_driver,
+    check_free,
+    heartbeat,
+    is_alive,
+    is_gone,
+    load_driver,
+    make_process,
+    newest_driver,
+    release,
+    take_over,
+)
 from dray.store.exclusive import create_exclusive
 from dray.store.filesystem import (
     PROBE_SECONDS,
@@ -41,7 +52,30 @@ from dray.store.filesystem import (
     write_whole,
 )
 from dray.store.history import Outline, iterate_history, last_rows, make_outline
+from dray.store.layout import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    CORPORA,
+    CORPUS,
+    DELETING_FILE,
+    EVENTS,
+    MARKER_FILE,
+    METRICS,
+    MODEL_FILE,
+    PARQUET_FILE,
+    PINS,
+    PLAN_FILE,
+    REJECTED_FILE,
+    RESERVED_NAMES,
+    RUN_FILE,
+    SPEC_FILE,
+    VALIDATION,
+    check_run_name,
+    make_attempt_file,
+    parse_attempt_file,
+)
 from dray.store.manifest import CheckpointInfo
+from dray.store.pins import hold
 from dray.store.reading import CheckpointReport, find_checkpoints, inspect_checkpoint, verify_checkpoint
 from dray.store.records import (
     RecordCache,
@@ -57,7 +91,7 @@ from dray.store.records import (
 from dray.store.retrying import first_line, patience
 from dray.yaml_reading import BadYaml, read_yaml
 
-_CHECKPOINT_BELOW = re.compile(rf"/[^/]+/{layout.CHECKPOINTS}/[^/]+/?$")
+_CHECKPOINT_BELOW = re.compile(rf"/[^/]+/{CHECKPOINTS}/[^/]+/?$")
 
 STATUSES = ("created", "running", "completed", "failed", "interrupted")
 
@@ -66,14 +100,14 @@ class Run:
     """A run in storage. Made by `open_or_create`, `create`, `fork` and `open`."""
 
     def __init__(self, storage: str, name: str) -> None:
-        self.storage, self.name = absolute(storage), layout.check_run_name(name)
+        self.storage, self.name = absolute(storage), check_run_name(name)
         self.uri = child(self.storage, name)
         self.filesystem, self.path = open_filesystem(self.uri)
         self._storage_path = self.path.removesuffix(f"/{name}")
-        self._attempts = RecordCache(self.uri, self.filesystem, f"{self.path}/{layout.ATTEMPTS}")
-        self._metrics = RowLog(self.filesystem, f"{self.path}/{layout.METRICS}")
-        self._validation = RowLog(self.filesystem, f"{self.path}/{layout.VALIDATION}")
-        self._events = RowLog(self.filesystem, f"{self.path}/{layout.EVENTS}")
+        self._attempts = RecordCache(self.uri, self.filesystem, f"{self.path}/{ATTEMPTS}")
+        self._metrics = RowLog(self.filesystem, f"{self.path}/{METRICS}")
+        self._validation = RowLog(self.filesystem, f"{self.path}/{VALIDATION}")
+        self._events = RowLog(self.filesystem, f"{self.path}/{EVENTS}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Run, (self.storage, self.name)
@@ -104,7 +138,7 @@ class Run:
         if not kept or not (is_uri(kept) or os.path.isabs(kept)):
             return kept and child(self.storage, *kept.split("/"))
         if key and not exists(*open_filesystem(kept)):  # an earlier version's record of a storage that was moved
-            moved = child(self.storage, layout.CORPORA, key)
+            moved = child(self.storage, CORPORA, key)
             return moved if exists(*open_filesystem(moved)) else kept
         return kept
 
@@ -141,12 +175,12 @@ class Run:
     def find_begun(cls, storage: str | os.PathLike[str], name: str, fork: str | None = None) -> Run | None:
         """The run of that name, or the fork of it by the name `fork`, if it has begun. Raises StoreError for names that
         cannot be, a run that another driver drives, and a fork of another run."""
-        layout.check_run_name(name)
+        check_run_name(name)
         run = cls.find(storage, fork or name)
         if run is not None and fork and (run.origin() or {}).get("run") != name:
             raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name")
         if run is not None:
-            drivers.check_free(run.filesystem, run.path, f"run {run.name!r}")
+            check_free(run.filesystem, run.path, f"run {run.name!r}")
         return run
 
     @classmethod
@@ -180,7 +214,7 @@ class Run:
         checkpoint = run.keep_path(info.path)
         pinned = checkpoint.partition("/")[0]
         pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
-        save_json(run.filesystem, f"{run._storage_path}/{pinned}/{layout.PINS}/{name}.json", pin)
+        save_json(run.filesystem, f"{run._storage_path}/{pinned}/{PINS}/{name}.json", pin)
         if not inspect_checkpoint(run.filesystem, info.path).verified:
             raise StoreError(f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again")
         return run._begin(spec, plan, corpus, corpus_key, left_out=_inherit_left_out(origin, spec, corpus_key), origin={
@@ -206,7 +240,7 @@ class Run:
     def _exists(cls, storage: str | os.PathLike[str], name: str) -> bool:
         run = cls(os.fspath(storage), name)
         try:
-            return exists(run.filesystem, f"{run.path}/{layout.RUN_FILE}")
+            return exists(run.filesystem, f"{run.path}/{RUN_FILE}")
         except (OSError, pa.ArrowException) as error:
             raise StoreError(shown(run.storage), f"cannot be read ({first_line(error)})",
                              way_out="check the address, the credentials and the permissions") from error
@@ -219,7 +253,7 @@ class Run:
                   "fingerprint": spec.fingerprint(), "identity": spec.identity(),
                   "corpus": self._keep_place(corpus), "corpus_key": corpus_key, "origin": origin,
                   **({"left_out": list(left_out)} if left_out else {})}
-        if not create_exclusive(self.filesystem, f"{self.path}/{layout.RUN_FILE}", make_json(record, indent=1)):
+        if not create_exclusive(self.filesystem, f"{self.path}/{RUN_FILE}", make_json(record, indent=1)):
             raise StoreError(f"run {self.name!r}", f"exists already in {shown(self.storage)}",
                              "a new run has a new name", "go on with it, or name another run with --run")
         self._take_up(spec, plan, corpus, corpus_key)
@@ -234,8 +268,8 @@ class Run:
                              "a run keeps its rows: files were changed, added or removed since it began",
                              "put them back, name another run with --run, or --fork NEW_NAME")
         self._check_decay(spec, plan)
-        write_bytes(self.filesystem, f"{self.path}/{layout.SPEC_FILE}", dump_spec(spec).encode())
-        save_json(self.filesystem, f"{self.path}/{layout.PLAN_FILE}", plan)
+        write_bytes(self.filesystem, f"{self.path}/{SPEC_FILE}", dump_spec(spec).encode())
+        save_json(self.filesystem, f"{self.path}/{PLAN_FILE}", plan)
         place = self._keep_place(corpus)
         if place and (record["corpus"], record["corpus_key"]) != (place, corpus_key):
             self.update(corpus=place, corpus_key=corpus_key)
@@ -258,7 +292,7 @@ class Run:
 
     def _check_decay(self, spec: Spec, plan: Mapping[str, Any]) -> None:
         """A wsd run whose decay has begun has spent its duration."""
-        if spec.schedule.name != "wsd" or not exists(self.filesystem, f"{self.path}/{layout.PLAN_FILE}"):
+        if spec.schedule.name != "wsd" or not exists(self.filesystem, f"{self.path}/{PLAN_FILE}"):
             return
         old, new = self.plan().get("num_steps"), plan.get("num_steps")
         newest = self.latest_checkpoint()
@@ -275,15 +309,15 @@ class Run:
     def record(self) -> dict[str, Any]:
         """run.json: name, created, status, fingerprint, identity, corpus, and what `update` added."""
         # Records of earlier versions may hold URIs with credentials.
-        return cast("dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{layout.RUN_FILE}")))
+        return cast("dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{RUN_FILE}")))
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json. One process at a time: the driver."""
-        save_json(self.filesystem, f"{self.path}/{layout.RUN_FILE}", self.record() | fields)
+        save_json(self.filesystem, f"{self.path}/{RUN_FILE}", self.record() | fields)
 
     def spec(self) -> Spec:
         """The spec as last run. Raises StoreError if it is not there."""
-        path = f"{self.path}/{layout.SPEC_FILE}"
+        path = f"{self.path}/{SPEC_FILE}"
         try:
             return make_spec(read_yaml(read_bytes(self.filesystem, path).decode()), path)
         except (FileNotFoundError, UnicodeDecodeError, BadYaml, SpecError) as error:
@@ -291,23 +325,23 @@ class Run:
 
     def plan(self) -> dict[str, Any]:
         """The plan as last run, as plain values."""
-        return load_json(self.filesystem, f"{self.path}/{layout.PLAN_FILE}")
+        return load_json(self.filesystem, f"{self.path}/{PLAN_FILE}")
 
     def model(self) -> dict[str, Any] | None:
         """What the run keeps of its model: `config`, and `pretrained` where it starts from a folder of weights."""
         try:
-            return load_json(self.filesystem, f"{self.path}/{layout.MODEL_FILE}")
+            return load_json(self.filesystem, f"{self.path}/{MODEL_FILE}")
         except FileNotFoundError:
             return None
 
     def keep_model(self, config: Mapping[str, Any], pretrained: Mapping[str, Any] | None = None) -> None:
         """Keep the model's configuration, and where its initial weights lie."""
-        save_json(self.filesystem, f"{self.path}/{layout.MODEL_FILE}", {"config": config, "pretrained": pretrained})
+        save_json(self.filesystem, f"{self.path}/{MODEL_FILE}", {"config": config, "pretrained": pretrained})
 
     @property
     def corpus_copy(self) -> str:
         """Where the run keeps the manifest and the tokeniser of its corpus (absolute path or URI)."""
-        return child(self.uri, layout.CORPUS)
+        return child(self.uri, CORPUS)
 
     def origin(self) -> dict[str, Any] | None:
         """What a fork started from: run, step, attempt, checkpoint (path below the storage), fingerprint, differing."""
@@ -326,9 +360,9 @@ class Run:
         return cast(str, record["status"])
 
     def _driver_is_gone(self, process: Mapping[str, Any]) -> bool:
-        gone = drivers.is_gone(process)
+        gone = is_gone(process)
         if gone is None and (newest := self.driver()) is not None:  # on another machine: signs of life tell
-            return not drivers.is_alive(self.filesystem, self.path, newest, time.time())
+            return not is_alive(self.filesystem, self.path, newest, time.time())
         return bool(gone)
 
     def set_status(self, status: str, reason: str = "", driver: Driver | None = None) -> None:
@@ -336,11 +370,11 @@ class Run:
         replaced by a later one is not recorded."""
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is not one of {STATUSES}")
-        if driver is not None and drivers.newest_driver(self.filesystem, self.path) > driver.number:
+        if driver is not None and newest_driver(self.filesystem, self.path) > driver.number:
             return
         fields: dict[str, Any] = {"status": status, "reason": redact(reason), "changed": now()}
         if status == "running":
-            fields["driver"] = drivers.make_process()
+            fields["driver"] = make_process()
         self.update(**fields)
 
     # ---- drivers --------------------------------------------------------------------------------------------------
@@ -354,20 +388,20 @@ class Run:
         end or to be found dead, as a driver that is restarted by a scheduler should. From then on the attempts of
         earlier drivers commit nothing.
         """
-        return drivers.take_over(self.filesystem, self.path, f"run {self.name!r}", wait_seconds)
+        return take_over(self.filesystem, self.path, f"run {self.name!r}", wait_seconds)
 
     def heartbeat(self, driver: Driver) -> None:
         """Give a sign of life, every `drivers.HEARTBEAT_SECONDS`: one listing and one small file. Raises StoreError if
         another driver has taken the run over: this one must stop then."""
-        drivers.heartbeat(self.filesystem, self.path, driver, f"run {self.name!r}")
+        heartbeat(self.filesystem, self.path, driver, f"run {self.name!r}")
 
     def release(self, driver: Driver) -> None:
         """Let the run go, after the last status was set: the next driver need not wait. Harmless if it is not ours."""
-        drivers.release(self.filesystem, self.path, driver)
+        release(self.filesystem, self.path, driver)
 
     def driver(self) -> dict[str, Any] | None:
         """Who took the run over last: number, host, pid, time, …, and `released` if it has let go; none if nobody."""
-        return drivers.load_driver(self.filesystem, self.path)
+        return load_driver(self.filesystem, self.path)
 
     # ---- attempts -------------------------------------------------------------------------------------------------
 
@@ -378,32 +412,32 @@ class Run:
         `driver`: the number of the driver that it belongs to; without, the newest one. Raises StoreError if a later
         driver has taken the run over.
         """
-        folder, where = f"{self.path}/{layout.ATTEMPTS}", f"run {self.name!r}"
+        folder, where = f"{self.path}/{ATTEMPTS}", f"run {self.name!r}"
         if driver is None:
-            driver = drivers.newest_driver(self.filesystem, self.path)
-        drivers.check_driver(self.filesystem, self.path, driver, where)
-        numbers = map(layout.parse_attempt_file, list_files(self.filesystem, folder))
+            driver = newest_driver(self.filesystem, self.path)
+        check_driver(self.filesystem, self.path, driver, where)
+        numbers = map(parse_attempt_file, list_files(self.filesystem, folder))
         number = max((found for found in numbers if found is not None), default=0) + 1
         while True:
             record = {"attempt": number, "num_ranks": num_ranks, "start_step": start_step, "started": now(),
                       "driver": driver, "nonce": uuid.uuid4().hex, **fields}
-            if create_exclusive(self.filesystem, f"{folder}/{layout.make_attempt_file(number)}", make_json(record)):
+            if create_exclusive(self.filesystem, f"{folder}/{make_attempt_file(number)}", make_json(record)):
                 break
             number += 1
         # Again, now that every later driver sees this attempt: so those of a later one have higher numbers.
-        drivers.check_driver(self.filesystem, self.path, driver, where)
+        check_driver(self.filesystem, self.path, driver, where)
         return number
 
     def end_attempt(self, attempt: int, status: str, step: int, reason: str = "") -> None:
         """Record how an attempt ended, at which step. One that was killed has no such record."""
-        path = f"{self.path}/{layout.ATTEMPTS}/{attempt:04d}-end.json"
+        path = f"{self.path}/{ATTEMPTS}/{attempt:04d}-end.json"
         save_json(self.filesystem, path, {"ended": now(), "status": status, "end_step": step, "reason": reason})
 
     def attempts(self) -> list[dict[str, Any]]:
         """The attempts by number: attempt, num_ranks, start_step, started, …, and ended, status, end_step, reason."""
         found = self._attempts.load()
-        numbers = sorted(number for number in map(layout.parse_attempt_file, found) if number is not None)
-        return [found[layout.make_attempt_file(number)] | found.get(f"{number:04d}-end.json", {}) for number in numbers]
+        numbers = sorted(number for number in map(parse_attempt_file, found) if number is not None)
+        return [found[make_attempt_file(number)] | found.get(f"{number:04d}-end.json", {}) for number in numbers]
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -462,7 +496,7 @@ class Run:
 
     def export_metrics_parquet(self) -> str:
         """Write `metrics()` as metrics.parquet into the run folder; its path there."""
-        path = f"{self.path}/{layout.PARQUET_FILE}"
+        path = f"{self.path}/{PARQUET_FILE}"
         write_whole(self.filesystem, path, lambda stream: write_table(self.iterate_history, stream))
         return path
 
@@ -519,7 +553,7 @@ class Run:
 
     def set_aside(self, info: CheckpointInfo, reason: str) -> None:
         """Mark a checkpoint as unsound, with the reason: from now on the one before it is used."""
-        write_bytes(self.filesystem, f"{info.path}/{layout.REJECTED_FILE}", reason.encode())
+        write_bytes(self.filesystem, f"{info.path}/{REJECTED_FILE}", reason.encode())
         self.log_event("checkpoint_set_aside", step=info.step, attempt=info.attempt, reason=reason)
 
     @contextmanager
@@ -529,9 +563,9 @@ class Run:
         Raises StoreError if a sound one was deleted before it could be held. Where nothing can be written nothing is
         held, and the block runs all the same.
         """
-        with pins.hold(self.filesystem, info.path):
+        with hold(self.filesystem, info.path):
             names = list_files(self.filesystem, info.path)
-            if info.verified and (layout.MARKER_FILE not in names or layout.DELETING_FILE in names):
+            if info.verified and (MARKER_FILE not in names or DELETING_FILE in names):
                 raise StoreError(f"run {self.name!r}", f"the checkpoint of step {info.step} was deleted meanwhile",
                                  "retention keeps what is held before it looks", "try again, or choose a newer one")
             yield
@@ -543,7 +577,7 @@ class Run:
         record, rows, validations = self.record(), self.last_metrics(50), self.validations(count=1)
         checkpoints = self.checkpoints(verified_only=False)
         sound = [info.step for info in checkpoints if info.verified]
-        has_plan = exists(self.filesystem, f"{self.path}/{layout.PLAN_FILE}")
+        has_plan = exists(self.filesystem, f"{self.path}/{PLAN_FILE}")
         rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
         return {
             **{key: record.get(key) for key in ("name", "reason", "created", "fingerprint", "origin")},
@@ -593,7 +627,7 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
             raise StoreError(shown(absolute(storage)), "is a file", "the storage is a folder of runs")
     names = (name for name in list_folders(filesystem, path) if re.fullmatch(RUN_NAME, name))
     runs = [Run(os.fspath(storage), name) for name in names
-            if name not in layout.RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{layout.RUN_FILE}")]
+            if name not in RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{RUN_FILE}")]
     return sorted(runs, key=lambda run: str(run.record().get("created")))
 
 
