@@ -104,14 +104,15 @@ def write_metrics(run: Any, num_steps: int) -> int:
 
 
 READ = """
-import json, resource, sys, time
+import json, sys, time
 from dray.store import Run
+def peak(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 run = Run.open(sys.argv[1], "large")
-idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+idle = peak()
 begun = time.process_time(); summary, outline = run.summary(), run.outline(); shown = time.process_time() - begun
-page = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+page = peak()
 begun = time.process_time(); count = sum(1 for _ in run.iterate_history(("loss",))); read = time.process_time() - begun
-print(json.dumps({"idle": idle, "page": page, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+print(json.dumps({"idle": idle, "page": page, "peak": peak(),
                   "shown": shown, "read": read, "count": count, "step": summary["step"], "steps": outline.num_steps}))
 """
 

@@ -319,7 +319,10 @@ class RowLog:
             with self.filesystem.open_input_file(f"{self.folder}/{file.file}") as stream:
                 return read_summary(stream)
 
-        return retry(read, file.file)
+        try:
+            return retry(read, file.file)
+        except (pa.ArrowException, ValueError):  # damaged: the rows tell, or say so
+            return {}
 
     def _files(self, name: str | None = None) -> list[_File]:
         """The files by name, writer and first part; of parts that a Parquet file holds only that."""
