@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,9 @@ import pytest
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import RowStream
 from dray.errors import StoreError
-from dray.ranks import Ranks
+from dray.ranks import Ranks, choose_interface
 from dray.spec import make_spec
-from dray.store import Run
+from dray.store import Run, verify_checkpoint
 from dray.store.filesystem import RangeReader
 from dray.train import train_locally
 from failing_proxy import FailingProxy, failing_proxy
@@ -94,6 +96,36 @@ def test_a_storage_where_nothing_can_be_deleted_takes_checkpoints_all_the_same(
         assert events(run, "checkpoint_failed") == []
         assert [event["step"] for event in events(run, "checkpoint")] == [1, 2, 3, 4]
         assert [event["step"] for event in events(run, "retention_failed")] == [2, 3, 4]
+
+
+def test_a_step_that_is_read_one_step_later_gives_the_same_run(
+        tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose numbers are read once the next step has been queued."""
+    sections: dict[str, Any] = {"checkpoint": {"every_steps": 3, "keep_last": 9}, "duration": {"steps": 7}}
+    at_once = go(tmp_path / "once", corpus, **sections)
+    monkeypatch.setattr("dray.worker.is_queued", lambda device: True)
+    later = go(tmp_path / "later", corpus, **sections)
+    assert steps_of(later) == steps_of(at_once) == [3, 6, 7]
+    same = ("step", "loss", "grad_norm", "applied", "tokens", "rows_digest", "learning_rate")
+    rows = [[{key: row[key] for key in same} for row in run.metrics()] for run in (at_once, later)]
+    assert rows[0] == rows[1]
+    ours, theirs = (verify_checkpoint(run, run.checkpoints()[-1]) for run in (later, at_once))
+    assert (ours.weights_sha256, ours.optimizer_sha256) == (theirs.weights_sha256, theirs.optimizer_sha256)
+
+
+def test_a_step_without_an_update_is_found_out_one_step_later(
+        tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dray.numerics import BadNumbers
+
+    monkeypatch.setattr("dray.worker.is_queued", lambda device: True)
+    with pytest.raises(BadNumbers, match="3 steps in a row"):
+        go(tmp_path, corpus, optimizer={"learning_rate": 10.0, "weight_decay": 10.0}, duration={"steps": 400},
+           regularization={"clip_grad_norm": None}, numerics={"max_skipped_steps": 3})
+    run = Run.open(tmp_path, "tiny")
+    skipped = events(run, "step_skipped")
+    assert len(skipped) == 3
+    assert all(len(event["rows"]) == 8 for event in skipped)
+    assert [row["step"] for row in run.metrics() if not row["applied"]] == [event["step"] for event in skipped]
 
 
 def damage(run: Run, step: int) -> Path:
@@ -190,3 +222,15 @@ def test_gradients_are_not_waited_for_as_long_as_rows(host: RankHost) -> None:
     (agreed, reduced), _ = host.run(wait_in_vain, 2)
     assert agreed == ""
     assert "imed out" in reduced
+
+
+def test_gloo_takes_the_interface_of_the_nodes_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the one of the host's name, which on Debian is 127.0.1.1."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    choose_interface("192.0.2.99")  # nobody's
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    choose_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] in [name for _, name in socket.if_nameindex()]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    choose_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"

@@ -126,8 +126,8 @@ def train_step(engine: Any, ranks: Ranks, step: int) -> tuple[float, float]:
         blow_up = 1e9 if step == OVERFLOWING_STEP and engine.loss_scale > 1 else 1.0
         engine.backward(loss * blow_up * ranks.num_ranks / targets, last=at + MICRO_ROWS >= share)
         total += float(loss.detach())
-    norm = engine.step(1e-3).grad_norm
-    return ranks.total(total) / targets, norm
+    norm = float(engine.step(1e-3).grad_norm)
+    return float(ranks.total(torch.tensor(total, dtype=torch.float64))) / targets, norm
 
 
 def held(engine: Any, place: Place) -> dict[str, Tensor]:
@@ -254,6 +254,32 @@ def test_half_precision_in_every_stage(host: RankHost, tmp_path: Path, precision
     differences = follow(host, tmp_path, sources, [*sources, Place(2, 1, precision), *offloaded])
     for (source, place), difference in differences.items():
         assert difference <= (0 if source == place else within), (str(source), str(place))
+
+
+def withhold_one(ranks: Ranks, place: Place) -> list[bool]:
+    """Train a step, have the next one withheld, and one whose gradients are not finite; then train on."""
+    engine = build(place, ranks, initial=True)
+    train_step(engine, ranks, 1)
+    before, applied = held(engine, place), []
+    for bad_loss, bad_gradient in ((True, False), (False, True)):
+        ids = torch.arange(ROW_TOKENS)[None] + ranks.rank
+        loss = engine(ids=ids).float().sum() * (float("nan") if bad_gradient else 1e-6)
+        engine.backward(loss, last=True)
+        update = engine.step(1e-3, withhold=torch.tensor(bad_loss))
+        applied.append(bool(update.applied))
+        after = held(engine, place)
+        check_equal({k: v for k, v in after.items() if "buffer" not in k},
+                    {k: v for k, v in before.items() if "buffer" not in k}, f"{place}: withheld")
+        assert engine.num_updates == 1
+    train_step(engine, ranks, 2)
+    assert not torch.equal(held(engine, place)["up.weight|param"], before["up.weight|param"])
+    return [*applied, engine.num_updates == 2]
+
+
+@pytest.mark.parametrize("place", [Place(0, 2), Place(0, 2, "bf16"), Place(1, 2), Place(2, 2, "bf16"), Place(3, 2),
+                                   Place(1, 2, "fp32", "optimizer")], ids=str)
+def test_an_update_that_is_withheld_changes_nothing(host: RankHost, place: Place) -> None:
+    assert host.run(withhold_one, place.ranks, place) == [[False, False, True]] * 2
 
 
 def save_wide(ranks: Ranks, storage: str, place: Place) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from dray.pulse import Pulse
 from dray.spec import Watchdog
-from dray.watchdog import Hang, find_hang
+from dray.watchdog import Hang, agreement_seconds, find_hang
 
-SETTINGS = Watchdog(silent_seconds=30, stuck_seconds=60, stuck_steps=20, patient_seconds=600)
+SETTINGS = Watchdog(silent_seconds=30, long_silence_seconds=90, stuck_seconds=60, stuck_steps=20, patient_seconds=600)
 
 
-def beats(*ranks: tuple[str, int, float, float]) -> dict[int, tuple[dict[str, Any], float]]:
+def beats(*ranks: tuple[str, int, float, float], is_long: bool = False) -> dict[int, tuple[dict[str, Any], float]]:
     """(phase, step, seconds in it, seconds since the beat) of each rank."""
-    return {rank: ({"rank": rank, "phase": phase, "step": step, "seconds": seconds}, age)
+    return {rank: ({"rank": rank, "phase": phase, "step": step, "seconds": seconds, "long": is_long}, age)
             for rank, (phase, step, seconds, age) in enumerate(ranks)}
 
 
@@ -48,3 +49,29 @@ def test_patience_follows_the_measured_step_and_the_phase():
     saving = beats(("save", 7, 100, 0), ("agree", 8, 100, 0))
     assert find_hang(saving, 1.0, SETTINGS) is None
     assert find_hang(beats(("data", 7, 601, 0), ("data", 7, 601, 0)), 1.0, SETTINGS) is not None
+
+
+def test_what_is_known_to_be_long_may_be_silent_and_stand_for_long():
+    pinning = beats(("save", 7, 1.0, 60), ("forward", 7, 1.0, 1.0), is_long=True)
+    assert find_hang(pinning, 1.0, SETTINGS) is None
+    stopped = find_hang(beats(("save", 7, 1.0, 91), ("forward", 7, 1.0, 1.0), is_long=True), 1.0, SETTINGS)
+    assert stopped is not None
+    assert stopped.ranks == (0,)
+    compiling = beats(("forward", 1, 200, 0), ("forward", 1, 200, 0), is_long=True)  # a usual step is known from before
+    assert find_hang(compiling, 1.0, SETTINGS) is None
+
+
+def test_a_long_phase_is_announced_before_it_holds_the_interpreter():
+    pulse, announced = Pulse(0), list[dict[str, Any]]()
+    pulse.announce = lambda: announced.append(pulse.beat())
+    pulse.enter("build", 0)
+    pulse.enter("agree", 1)
+    assert pulse.beat()["long"]  # the first step compiles
+    pulse.is_warm = True
+    assert not pulse.beat()["long"]
+    pulse.enter("save")
+    assert [(beat["phase"], beat["long"]) for beat in announced] == [("build", True), ("save", True)]
+
+
+def test_agreements_outlast_the_watchdogs_patience():
+    assert agreement_seconds(SETTINGS) > SETTINGS.patient_seconds

@@ -39,20 +39,29 @@ class FragmentReader(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a step: the global gradient norm before clipping, and whether the weights were updated."""
+    """What became of a step: the global gradient norm before clipping (fp64, NaN where there is none), and whether the
+    weights were updated (bool). Both lie on the device, where they may still be in the making."""
 
-    grad_norm: float
-    applied: bool
+    grad_norm: Tensor
+    applied: Tensor
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can be told to leave everything as it is; DeepSpeed's wrappers call it once a group."""
+    """AdamW that can be told to leave everything as it is; DeepSpeed's wrappers call it once a group.
 
-    allows: Callable[[], bool] = staticmethod(lambda: True)
+    The answer stays on the device: torch's fused kernel takes it as it takes a gradient scaler's `found_inf`, and then
+    changes neither weights nor moments nor the count of steps. Nothing waits for it.
+    """
+
+    withheld: Callable[[], Tensor] | None = None
+    """1.0 to leave everything as it is, else 0.0: fp32 without dimensions."""
 
     def step(self, closure: Any = None) -> Any:
-        """The update, where it is allowed."""
-        return super().step(closure) if self.allows() else None
+        """The update, where it is not withheld."""
+        if self.withheld is not None:
+            devices = [p.device for group in self.param_groups for p in group["params"][:1]]
+            self.found_inf = self.withheld().to(devices[0]) if devices else None  # with offload, the host's
+        return super().step(closure)
 
 
 @dataclass(frozen=True)
@@ -90,15 +99,21 @@ class Engine:
         self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
         self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
         self._create_optimizer_states()
-        self.num_updates = 0
-        self._withheld = False
-        self._norm: float | None = None
-        self._optimizer.allows = self._may_update
+        self._num_updates = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._withhold: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._withheld: Tensor | None = None
+        self._optimizer.withheld = self._is_withheld
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes by name; tied parameters appear once."""
         return self._shapes
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made since the initial weights. Waits for the device."""
+        return int(self._num_updates)
 
     @property
     def loss_scale(self) -> float:
@@ -132,11 +147,12 @@ class Engine:
             loss = loss * self.loss_scale  # without ZeRO DeepSpeed divides the gradients by it, and no more
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float, *, withhold: bool = False) -> Update:
-        """Update the weights, unless `withhold` or the gradient norm, which all ranks share, is not finite."""
+    def step(self, learning_rate: float, *, withhold: Tensor | None = None) -> Update:
+        """Update the weights, unless `withhold` (bool) says not to or the gradient norm, which all ranks share, is not
+        finite. dray itself does not wait for the device here."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._withheld, self._norm = withhold, None
+        self._withhold, self._norm, self._withheld = withhold, None, None
         scale = self.loss_scale
         if self._plain:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
@@ -144,21 +160,30 @@ class Engine:
             norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
             norm = torch.linalg.vector_norm(torch.stack(norms))
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip or float("inf"), norm)
-            self._norm = float(norm)
+            self._norm = norm
         self._engine.step()
         # DeepSpeed's norm is the scaled gradients' without ZeRO; ZeRO-3 divides it by the next step's scale.
         norm = self._global_norm() / {0: scale, 3: scale / self.loss_scale}.get(self.stage, 1.0)
-        applied = not withhold and math.isfinite(norm) and not getattr(self._wrapper, "overflow", False)
-        self.num_updates += applied
+        applied = torch.isfinite(norm)
+        if withhold is not None:
+            applied &= ~withhold
+        if getattr(self._wrapper, "overflow", False):
+            applied = torch.zeros_like(applied)
+        self._num_updates += applied
         return Update(norm, applied)
 
-    def _may_update(self) -> bool:
-        return not self._withheld and math.isfinite(self._global_norm())
+    def _is_withheld(self) -> Tensor:
+        """Asked once a group of parameters; the answer is the same for all groups of a step."""
+        if self._withheld is None:
+            bad = ~torch.isfinite(self._global_norm())
+            self._withheld = (bad if self._withhold is None else bad | self._withhold).float()
+        return self._withheld
 
-    def _global_norm(self) -> float:
+    def _global_norm(self) -> Tensor:
         """Ours, or the one that DeepSpeed's wrapper measures before it steps; it says -1 for one that is not finite."""
-        norm = self._norm if self._norm is not None else getattr(self._wrapper, "_global_grad_norm", None)
-        return float("nan") if norm is None or float(norm) < 0 else float(norm)
+        found = self._norm if self._norm is not None else getattr(self._wrapper, "_global_grad_norm", None)
+        norm = torch.as_tensor(float("nan") if found is None else found, dtype=torch.float64, device=self._ranks.device)
+        return torch.where(norm < 0, torch.nan, norm)
 
     def fragments(self, *, whole_replicas: bool = False) -> Iterator[Fragment]:
         """What this rank owns; over all ranks every element of every parameter exactly once.
@@ -193,7 +218,7 @@ class Engine:
             for name, buffer in self.buffers().items():
                 buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).reshape(buffer.shape))
             self._set_optimizer_step(optimizer_step)
-            self.num_updates = optimizer_step
+            self._num_updates.fill_(optimizer_step)
             self._refresh_low_precision()
             if self._loss_scaler is not None:
                 self._loss_scaler.cur_scale = loss_scale["scale"]

@@ -12,17 +12,27 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 STACK_SIGNAL = signal.SIGUSR1
+LONG_PHASES = frozenset({"start", "build", "restore", "save"})
+"""Phases in which a rank may say nothing for long without being stuck: libraries that build, allocate or pin gigabytes
+hold the interpreter's lock meanwhile, and no thread of Python's runs."""
 
 
 class Pulse:
-    """One rank's present: phase, step, and since when."""
+    """One rank's present: phase, step, and since when.
+
+    Its first step is long too, since it compiles. A phase that may be silent is announced as it begins: once it
+    holds the lock it is too late to say so.
+    """
 
     def __init__(self, rank: int) -> None:
-        self.rank = rank
+        self.rank, self.is_warm = rank, False
+        self.announce: Callable[[], None] = lambda: None
+        """Sends a beat at once."""
         self.attempt, self.step, self.phase, self._since = 0, 0, "start", time.monotonic()
         self.stack_file = ""
 
@@ -30,11 +40,19 @@ class Pulse:
         """Say that a phase begins, at a step if it changed."""
         self.phase, self._since = phase, time.monotonic()
         self.step = self.step if step is None else step
+        if phase in LONG_PHASES:
+            self.announce()
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it may be silent for long now."""
+        return self.phase in LONG_PHASES or not self.is_warm
 
     def beat(self) -> dict[str, Any]:
         """The present as plain values; `seconds` have passed since the phase began."""
         return {"rank": self.rank, "attempt": self.attempt, "step": self.step, "phase": self.phase,
-                "seconds": time.monotonic() - self._since, "pid": os.getpid(), "host": socket.gethostname(),
+                "long": self.is_long, "seconds": time.monotonic() - self._since, "pid": os.getpid(),
+                "host": socket.gethostname(),
                 "stack_file": self.stack_file, "log_file": _stderr_file(), "time": time.time()}
 
     def dump_stacks_on_signal(self) -> None:

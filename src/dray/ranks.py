@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _CONTROL = "dray: agreements"
 """What torch calls the groups that carry nothing but small agreements."""
@@ -37,11 +39,12 @@ class Ranks:
         dist.all_reduce(tensor, group=self.control)
         return [int(value) for value in tensor.tolist()]
 
-    def total(self, value: float) -> float:
-        """Sum over all ranks in fp64, the same bits on each; not finite if any of them is not."""
-        tensor = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.control)
-        return float(tensor)
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over all ranks of a number on the device, in fp64, the same bits on each; not finite if any of them is
+        not. On a GPU it is queued there, and nothing waits for it."""
+        found = value.detach().double().clone()
+        dist.all_reduce(found, group=self.control if found.device.type == "cpu" else dist.group.WORLD)
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
@@ -86,6 +89,7 @@ def join(device: torch.device, *, rank: int, num_ranks: int, local_rank: int, ho
 
     `announce` gives every worker what rank 0 passes: where it listens. `host` is this node's address.
     """
+    choose_interface(host)
     timeout = timedelta(seconds=timeout_seconds)
     build_store: Any = dist.TCPStore  # type: ignore[attr-defined]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(num_ranks))
@@ -98,6 +102,19 @@ def join(device: torch.device, *, rank: int, num_ranks: int, local_rank: int, ho
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=num_ranks, store=store,
                             timeout=timeout)
     return build_ranks(device, timeout_seconds)
+
+
+def choose_interface(host: str) -> None:
+    """Let gloo use the network interface of this node's address, unless a person has named one.
+
+    By itself it takes the one that the host's name leads to, which on Debian is 127.0.1.1: other nodes cannot reach it.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == host for address in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
 
 
 def leave() -> None:

@@ -89,6 +89,8 @@ class _Posting:
     """Sends records in batches without waiting, lets the heart beat, and learns of wishes from the replies."""
 
     def __init__(self, mailbox: Any, pulse: Pulse, num_ranks: int) -> None:
+        import ray
+
         self._mailbox, self._pulse = mailbox, pulse
         self._send_every, self._beat_every = (
             pace(seconds, num_ranks) for seconds in (SEND_EVERY_SECONDS, BEAT_EVERY_SECONDS))
@@ -97,6 +99,8 @@ class _Posting:
         self._sent_at = 0.0
         self._stop = self._notice = False
         self._left = threading.Event()
+        self._host = {"node_id": ray.get_runtime_context().get_node_id(), "node": ray.util.get_node_ip_address()}
+        pulse.announce = self._beat
         threading.Thread(target=self._keep_beating, name="heart", daemon=True).start()
 
     def send(self, record: dict[str, Any]) -> None:
@@ -156,11 +160,11 @@ class _Posting:
             phase=beat["phase"], pid=beat["pid"], node=ray.util.get_node_ip_address(), time=beat["time"])))
 
     def _keep_beating(self) -> None:
-        import ray
-
-        host = {"node_id": ray.get_runtime_context().get_node_id(), "node": ray.util.get_node_ip_address()}
         while not self._left.wait(self._beat_every):
-            self._mailbox.beat.remote(self._pulse.beat() | host)
+            self._beat()
+
+    def _beat(self) -> None:
+        self._mailbox.beat.remote(self._pulse.beat() | self._host)
 
     def _post(self) -> None:
         self._reply = self._mailbox.put.remote(self._waiting)

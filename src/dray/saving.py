@@ -1,8 +1,9 @@
 """Checkpoints written beside training: a step waits for the copy out of the model, and for nothing else.
 
-Every rank copies what it owns to host memory and writes it in a thread; the ranks' threads agree over a process group
-of their own, and rank 0 commits. At most one save is in flight. A save that fails on any rank is given up by all, with
-the reason; training goes on from the step it has reached, until too many in a row have failed for too long.
+Every rank copies what it owns to host memory (a GPU does so beside its next step, and only the update after that waits)
+and writes it in a thread; the ranks' threads agree over a process group of their own, and rank 0 commits. At most one
+save is in flight. A save that fails on any rank is given up by all, with the reason; training goes on from the step it
+has reached, until too many in a row have failed for too long.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dray.device import HostCopy, build_copy_stream
 from dray.engine import Engine
 from dray.errors import DrayError
 from dray.ranks import Ranks
@@ -50,6 +52,8 @@ class Saver:
                  wait_stored: Callable[[], None]) -> None:
         self._run, self._attempt, self._spec, self._engine = run, attempt, spec, engine
         self._ranks, self._wait_stored = ranks.apart(agreement_seconds(spec.watchdog)), wait_stored
+        self._stream = build_copy_stream(ranks.device)
+        self._copy: HostCopy | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._failed_in_a_row, self._failing_since = 0, 0.0
@@ -61,12 +65,18 @@ class Saver:
         """
         before = self.finish()
         begun = time.perf_counter()
-        tensors = self._copies()
+        self._copy = HostCopy(self._owned(), self._stream)
         blocked = time.perf_counter() - begun
-        self._thread = threading.Thread(target=self._write, args=(step, metadata, tensors, blocked), name="saver",
+        self._thread = threading.Thread(target=self._write, args=(step, metadata, self._copy, blocked), name="saver",
                                         daemon=True)
         self._thread.start()
         return before
+
+    def hold_back(self) -> None:
+        """Let the update that is queued next wait until the save in flight has its copies."""
+        if self._copy is not None:
+            self._copy.hold_back()
+            self._copy = None
 
     def finish(self, *, last: bool = False) -> Outcome | None:
         """Wait for the save in flight, if there is one, and return its outcome.
@@ -91,22 +101,21 @@ class Saver:
             raise SaveFailed(f"{count} failed, the latest at step {outcome.step}: {outcome.problem}")
         return outcome
 
-    def _copies(self) -> dict[str, Tensor]:
-        """What this rank owns, by fragment key, in host memory of its own."""
+    def _owned(self) -> dict[str, Tensor]:
+        """What this rank owns, by fragment key: live, but for buffers, which a forward pass may change."""
         tensors = {
-            make_fragment_key(fragment.parameter, state, fragment.start): view
+            make_fragment_key(fragment.parameter, state, fragment.start): view.detach().to(torch.float32)
             for fragment in self._engine.fragments() for state, view in fragment.states.items()
         }
-        copies = {key: view.detach().to("cpu", torch.float32, copy=True) for key, view in tensors.items()}
         if self._ranks.rank == 0:
             for name, buffer in self._engine.buffers().items():
-                copies[make_fragment_key(name, "buffer", 0)] = buffer.detach().reshape(-1).to("cpu", copy=True)
-        return copies
+                tensors[make_fragment_key(name, "buffer", 0)] = buffer.detach().reshape(-1).clone()
+        return tensors
 
-    def _write(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor], blocked: float) -> None:
+    def _write(self, step: int, metadata: dict[str, Any], copy: HostCopy, blocked: float) -> None:
         begun, kept_for = time.perf_counter(), ""
         try:
-            problem = self._commit(step, metadata, tensors)
+            problem = self._commit(step, metadata, copy.finish())
         except Exception as error:  # the group broke: another rank is gone, and training will find out too
             problem = _describe(error)
         seconds = time.perf_counter() - begun + blocked

@@ -333,6 +333,8 @@ class Watchdog(Section):
 
     silent_seconds: Annotated[Float, Field(ge=5)] = 15.0
     """A rank that gives no sign of life for so long is stopped or dead."""
+    long_silence_seconds: Annotated[Float, Field(ge=5)] = 180.0
+    """The same while it builds, restores, saves or takes its first step: libraries may hold the interpreter then."""
     stuck_seconds: Annotated[Float, Field(ge=5)] = 120.0
     """No rank moves within a step for so long …"""
     stuck_steps: Annotated[Float, Field(ge=2)] = 30.0

@@ -39,7 +39,8 @@ def find_hang(beats: Mapping[int, tuple[Mapping[str, Any], float]], step_seconds
 
     `beats`: rank → its last beat and the seconds since it arrived. `step_seconds`: a usual step's, once it is known.
     """
-    silent = tuple(rank for rank, (_, age) in sorted(beats.items()) if age > settings.silent_seconds)
+    silent = tuple(rank for rank, (beat, age) in sorted(beats.items())
+                   if age > (settings.long_silence_seconds if beat["long"] else settings.silent_seconds))
     if silent:
         beat, age = beats[silent[0]]
         return Hang(silent, f"no sign of life from rank {silent[0]} for {age:.0f} s; its last was in {beat['phase']} "
@@ -55,7 +56,7 @@ def find_hang(beats: Mapping[int, tuple[Mapping[str, Any], float]], step_seconds
 
 
 def _limit(beat: Mapping[str, Any], step_seconds: float | None, settings: Settings) -> float:
-    if beat["phase"] in PATIENT_PHASES or step_seconds is None:
+    if beat["phase"] in PATIENT_PHASES or beat["long"] or step_seconds is None:
         return settings.patient_seconds
     return max(settings.stuck_seconds, settings.stuck_steps * step_seconds)
 

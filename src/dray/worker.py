@@ -1,8 +1,11 @@
 """The training loop that every rank runs, readable top to bottom.
 
-A rank restores, then takes its blocks as they come: steps of training, and at the right places parts of a validation
+A rank restores, then takes its work as it comes: steps of training, and at the right places parts of a validation
 pass. It reports what it measured, commits checkpoints together with the others, and stops when all agree to. It knows
 neither Ray nor the command line.
+
+The host never waits for a GPU's queue within a step: what it must know of a step beforehand comes from the rows,
+whether an update is sound is decided on the device, and losses and times are read once the next step has been queued.
 """
 
 from __future__ import annotations
@@ -13,16 +16,21 @@ import resource
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from dray.corpus.stream import RowStream, check_rows
-from dray.engine import Engine, Update, build_engine, import_deepspeed
+from dray.corpus.stream import RowStream
+from dray.device import Clock, Reading, is_queued, send
+from dray.engine import Engine, build_engine, import_deepspeed
 from dray.errors import DrayError
+from dray.feeding import StepRows, ValidationRows, feed
 from dray.job import Attempt, Job
 from dray.models import (
     build_model,
@@ -33,14 +41,14 @@ from dray.models import (
     restore_rotary_buffers,
 )
 from dray.numerics import LossSpike, Watch
-from dray.order import NO_STEPS, Ints, Segment, chain_digest, format_digest, row_digest
+from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
 from dray.process import prepare_heap
 from dray.pulse import Pulse
 from dray.ranks import Ranks
 from dray.saving import Outcome, Saver
 from dray.schedule import learning_rate
 from dray.store import LOWER_IS_BETTER, CheckpointReader, Run, inspect_checkpoint
-from dray.tasks import Batch, Task, TaskMetrics, build_task
+from dray.tasks import Task, TaskMetrics, build_task
 from dray.tasks.causal_lm import bits_per_byte
 from dray.watchdog import agreement_seconds
 
@@ -103,6 +111,35 @@ class _Progress:
     """The group is about to end: the step is to be saved for that, and no other one begun."""
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks know of a step before it is computed. It comes from their rows, so no device is asked."""
+
+    num_targets: int
+    num_tokens: int
+    digest: int
+    stop: bool
+    """A person wants the run to stop after this step."""
+    save: bool
+    """rank 0's clock says that a checkpoint is due."""
+    notice: bool
+    """Some rank has learnt that its machine will be taken away, or the group resized."""
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step that was given to the device, and what is known of it so far."""
+
+    record: dict[str, Any]
+    """The record for the driver, but for what the device computes."""
+    row_ids: Ints
+    numbers: Reading
+    """This rank's loss sum, that of all ranks, the gradient norm, and whether the update was made."""
+    begun: Any
+    forwards: list[tuple[Any, Any]]
+    ended: Any
+
+
 def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, stream: RowStream,
                blocks: Iterable[pa.Table], pulse: Pulse) -> str:
     """Train from where the attempt starts to the end, on this rank's blocks of the stream.
@@ -117,7 +154,7 @@ def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, 
     pulse.enter("data")
     reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt.number, "step": stream.start_step,
                    "num_ranks": ranks.num_ranks})
-    ended = loop.follow(check_rows(stream, blocks, ranks.rank), stream)
+    ended = loop.follow(stream, blocks)
     if ranks.rank == 0:
         run.end_attempt(attempt.number, ended, loop.progress.step)
     reporter.flush()
@@ -125,6 +162,14 @@ def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, 
 
 
 class _Loop:
+    """One rank from its first step to its last.
+
+    `follow` takes the work of the stream and gives it to `_train_step` and `_validate`; after each piece `_save` is
+    called where a checkpoint is due, the one path to one. `_train_step` agrees with the other ranks, queues the step on
+    the device and remembers it; `_settle` reads what became of a step and reports it: at once on a CPU, one step
+    later on a GPU, and before anything that must know (a checkpoint, the end).
+    """
+
     def __init__(self, job: Job, ranks: Ranks, reporter: Reporter, *, run: Run, attempt: Attempt,
                  pulse: Pulse) -> None:
         self.job, self.ranks, self.reporter, self.pulse = job, ranks, reporter, pulse
@@ -138,6 +183,9 @@ class _Loop:
         self.saver = Saver(run, self.attempt, self.spec, engine=self.engine, ranks=ranks,
                            wait_stored=reporter.wait_stored)
         self.numbers = Watch(self.spec.numerics)
+        self.clock = Clock(ranks.device)
+        self.queued: deque[_Queued] = deque()
+        self.most_queued = 1 if is_queued(ranks.device) else 0
         self.step_seconds: list[float] = []
         self._bound_collectives(agreement_seconds(self.spec.watchdog))  # compilation takes its time
         restore_rotary_buffers(self.engine.module)  # half precision casts them, and long rows need their digits
@@ -186,92 +234,107 @@ class _Loop:
         else:
             self.progress.chain_after = self.progress.step
 
-    def follow(self, segments: Iterator[tuple[Segment, pa.Table]], stream: RowStream) -> str:
-        """Consume the stream to its end, or until all ranks agree to stop."""
-        waiting_since = time.perf_counter()
-        for segment, block in segments:
-            data_wait = time.perf_counter() - waiting_since
-            if segment.kind == "train":
-                ended = self._train_steps(segment, block, stream, data_wait)
-            else:
-                ended = self._validate(segment, block, stream)
-            if ended:
-                self._save(last=True)
-                return ended
-            waiting_since = time.perf_counter()
-            self.pulse.enter("data")
+    def follow(self, stream: RowStream, blocks: Iterable[pa.Table]) -> str:
+        """Do the work of the stream to its end, or until all ranks agree to stop. Returns how it ended."""
+        ended = ""
+        with closing(feed(stream, blocks, self.task, self.ranks)) as pieces:
+            while not ended:
+                self.pulse.enter("data")
+                begun, waiting_since = self.clock.mark(), time.perf_counter()
+                work = next(pieces, None)
+                data_wait = time.perf_counter() - waiting_since
+                if work is None:
+                    ended = "completed"
+                elif isinstance(work, StepRows):
+                    ended = "interrupted" if self._train_step(work, begun, data_wait) else ""
+                else:
+                    ended = self._validate(work)
+                # A step that is also validated is saved after that, with its metrics.
+                if self.progress.save_due and not ended and not self._is_unvalidated(work, stream):
+                    self._save()
         self._save(last=True)
-        return "completed"
+        return ended
 
-    def _train_steps(self, segment: Segment, block: pa.Table, stream: RowStream, data_wait: float) -> str:
-        """The steps of one block. Returns how the run ended, if it did."""
-        for step in range(segment.first, segment.last + 1):
-            rows = block.slice((step - segment.first) * stream.rows_per_rank, stream.rows_per_rank)
-            stop = self._train_step(step, rows, data_wait if step == segment.first else 0.0)
-            if stop:
-                return "interrupted"
-            # A step that is also validated is saved after that, with its metrics.
-            if self.progress.save_due and not stream.validates_after(step):
-                self._save()
-        return ""
+    def _is_unvalidated(self, work: StepRows | ValidationRows | None, stream: RowStream) -> bool:
+        """Whether a validation pass follows this piece, or goes on after it."""
+        return (isinstance(work, StepRows) and stream.validates_after(work.step)) or (
+            isinstance(work, ValidationRows) and not work.is_last)
 
-    def _train_step(self, step: int, rows: pa.Table, data_wait: float) -> bool:
-        """One optimiser update. Returns whether all ranks agree to stop after it."""
-        begun = time.perf_counter()
-        micro_rows = self.plan.batch.micro_rows
-        batches = [self.task.collate(rows.slice(at, micro_rows)) for at in range(0, rows.num_rows, micro_rows)]
-        targets = sum(self.task.num_targets(batch) for batch in batches)
-        row_ids = rows.column("row_id").to_numpy()
-        tokens = int(rows.column("num_tokens").to_numpy()[row_ids >= 0].sum())
-        # One small agreement a step: what the loss is divided by, what the batch was, and what to do after it.
-        self.pulse.enter("agree", step)
-        all_targets, all_tokens, all_digests, stops, saves, notices = self.ranks.sum(
-            [targets, tokens, row_digest(row_ids), int(self.reporter.stop_requested()), int(self._minutes_due()),
-             int(self.reporter.notice_given())])
+    def _train_step(self, rows: StepRows, begun: Any, data_wait: float) -> bool:
+        """Agree on one optimiser update and queue it. Returns whether all ranks stop after it."""
+        step, progress = rows.step, self.progress
+        agreed = self._agree(rows)
         rate = learning_rate(self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate)
-        loss_sum, forward_seconds = self._forward_backward(step, batches, all_targets)
+        loss_sum, forwards = self._forward_backward(rows, agreed.num_targets)
         self.pulse.enter("step")
         # Gradients are shared, losses are not: a bad one on one rank keeps all of them from the update.
         total_loss = self.ranks.total(loss_sum)
-        update = self.engine.step(rate, withhold=not math.isfinite(total_loss))
-        self.progress.step = step
-        self.progress.chain = chain_digest(self.progress.chain, all_digests)
-        self.progress.notice |= notices > 0
-        self.progress.save_due |= saves > 0 or self._checkpoint_due(step) or self.progress.notice
-        self.progress.tokens += all_tokens
-        self.reporter.send({
+        self.saver.hold_back()
+        update = self.engine.step(rate, withhold=~torch.isfinite(total_loss))
+        numbers = Reading(torch.stack([loss_sum, total_loss, update.grad_norm, update.applied.double()]))
+        progress.step = step
+        progress.chain = chain_digest(progress.chain, agreed.digest)
+        progress.notice |= agreed.notice
+        progress.save_due |= agreed.save or self._checkpoint_due(step) or progress.notice
+        progress.tokens += agreed.num_tokens
+        record = {
             "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
-            "num_ranks": self.ranks.num_ranks, "loss_sum": loss_sum, "num_targets": all_targets,
-            "learning_rate": rate, "grad_norm": update.grad_norm, "applied": update.applied,
-            "rows_digest": format_digest(all_digests),
-            "tokens": self.progress.tokens, "step_tokens": all_tokens,
-            "seconds": time.perf_counter() - begun + data_wait,
-            "data_wait_seconds": data_wait, "forward_seconds": forward_seconds, "time": time.time(),
-            "memory_bytes": _memory_bytes(self.ranks.device),
-        })
-        self._measure_step(time.perf_counter() - begun)
-        self._watch_numbers(step, total_loss / max(1, all_targets), update, row_ids)
-        return stops > 0
+            "num_ranks": self.ranks.num_ranks, "num_targets": agreed.num_targets, "learning_rate": rate,
+            "rows_digest": format_digest(agreed.digest), "tokens": progress.tokens, "step_tokens": agreed.num_tokens,
+            "data_wait_seconds": data_wait,
+        }
+        self.queued.append(_Queued(record, rows.row_ids, numbers, begun, forwards, self.clock.mark()))
+        self._settle(self.most_queued)
+        return agreed.stop
 
-    def _forward_backward(self, step: int, batches: list[Batch], all_targets: int) -> tuple[float, float]:
-        """The gradients of one step. Returns this rank's summed loss, and the seconds of its forward passes."""
+    def _agree(self, rows: StepRows) -> _Agreed:
+        """The one small agreement of a step: what the loss is divided by, what the batch was, what to do after it."""
+        self.pulse.enter("agree", rows.step)
+        targets, tokens, digest, stops, saves, notices = self.ranks.sum([
+            rows.num_targets, rows.num_tokens, row_digest(rows.row_ids), int(self.reporter.stop_requested()),
+            int(self._minutes_due()), int(self.reporter.notice_given())])
+        return _Agreed(targets, tokens, digest, stops > 0, saves > 0, notices > 0)
+
+    def _forward_backward(self, rows: StepRows, all_targets: int) -> tuple[Tensor, list[tuple[Any, Any]]]:
+        """The gradients of one step. Returns this rank's summed loss (fp64, on the device), and marks around its
+        forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting one."""
         self.engine.train(True)
-        loss_sum, seconds = torch.zeros((), dtype=torch.float64), 0.0
-        for index, batch in enumerate(batches):
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        forwards = []
+        for index, batch in enumerate(rows.batches):
             # Dropout's randomness belongs to the place in the run, so there is no generator to save.
-            torch.manual_seed(make_dropout_seed(self.spec.seed, step, self.ranks.rank, index))
-            batch = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+            torch.manual_seed(make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index))
             self.pulse.enter("forward")
-            started = time.perf_counter()
-            terms, _ = self.engine(batch)
+            on_device, begun = send(batch, self.ranks.device), self.clock.mark()
+            terms, _ = self.engine(on_device)
             summed, _ = terms["loss"]
-            seconds += time.perf_counter() - started  # alone, below ZeRO-3: tells a slow rank from a waiting one
+            forwards.append((begun, self.clock.mark()))
             # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
             mean = summed * (self.ranks.num_ranks / max(1, all_targets))
             self.pulse.enter("backward")
-            self.engine.backward(mean, last=index == len(batches) - 1)
-            loss_sum += summed.detach().double().cpu()
-        return float(loss_sum), seconds
+            self.engine.backward(mean, last=index == len(rows.batches) - 1)
+            loss_sum += summed.detach().double()
+        return loss_sum, forwards
+
+    def _settle(self, may_stay: int = 0) -> None:
+        """Read and report what became of the steps that were queued, but for the last `may_stay` of them.
+
+        All ranks do so at the same places. Raises BadNumbers and LossSpike.
+        """
+        while len(self.queued) > may_stay:
+            queued = self.queued.popleft()
+            self.pulse.enter("step")
+            loss_sum, total_loss, norm, applied = queued.numbers.read()
+            seconds = self.clock.seconds(queued.begun, queued.ended)
+            self.reporter.send(queued.record | {
+                "loss_sum": loss_sum, "grad_norm": norm, "applied": bool(applied), "seconds": seconds,
+                "forward_seconds": sum(self.clock.seconds(*forward) for forward in queued.forwards),
+                "time": time.time(), "memory_bytes": _memory_bytes(self.ranks.device),
+            })
+            self._measure_step(max(0.0, seconds - queued.record["data_wait_seconds"]))
+            self.pulse.is_warm = True
+            mean_loss = total_loss / max(1, queued.record["num_targets"])
+            self._watch_numbers(queued.record["step"], mean_loss, applied=bool(applied), row_ids=queued.row_ids)
 
     def _measure_step(self, seconds: float) -> None:
         """Once steps are measured, a collective of the model's that takes many times as long is a hang, and raises."""
@@ -286,9 +349,9 @@ class _Loop:
         have agreed on the step, or met before a part of a validation pass, when they come to those."""
         self.ranks.bound(compute_seconds=compute_seconds, agree_seconds=agreement_seconds(self.spec.watchdog))
 
-    def _watch_numbers(self, step: int, loss: float, update: Update, row_ids: Ints) -> None:
+    def _watch_numbers(self, step: int, loss: float, *, applied: bool, row_ids: Ints) -> None:
         """Record a step without an update, with its rows, and a loss that leaps. Raises BadNumbers and LossSpike."""
-        if update.applied:
+        if applied:
             if self.numbers.is_spike(loss):
                 self._meet_spike(step, loss)
             return
@@ -316,29 +379,24 @@ class _Loop:
         minutes = self.spec.checkpoint.every_minutes
         return self.ranks.rank == 0 and minutes is not None and time.monotonic() - self.progress.saved_at > minutes * 60
 
-    def _validate(self, segment: Segment, rows: pa.Table, stream: RowStream) -> str:
-        """One block of a validation pass. Returns how the run ended, if it did."""
+    def _validate(self, rows: ValidationRows) -> str:
+        """One part of a validation pass. Returns how the run ended, if it did."""
         self.metrics = self.metrics or self.task.new_metrics()
         if self.plan.zero_stage == 3:  # its forward passes gather weights: no rank may still wait for its rows
             self.pulse.enter("agree")
             self.ranks.barrier()
         self.pulse.enter("validate")
         self.engine.train(False)
-        with torch.no_grad():
-            for at in range(0, rows.num_rows, self.plan.batch.micro_rows):
-                batch = self.task.collate(rows.slice(at, self.plan.batch.micro_rows))
-                batch = {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
-                _, output = self.engine(batch)
-                self.metrics.update(batch, output)
-        if segment.stop_row < stream.num_validation_rows:
+        with torch.no_grad(), closing(rows.batches) as batches:
+            for batch in batches:
+                on_device = send(batch, self.ranks.device)
+                _, output = self.engine(on_device)
+                self.metrics.update(on_device, output)
+        if not rows.is_last:
             return ""
-        out_of_patience = self._end_validation(segment.first, self.metrics)
+        out_of_patience = self._end_validation(rows.step, self.metrics)
         self.metrics = None
-        if out_of_patience:
-            return "early_stopped"
-        if self.progress.save_due:
-            self._save()
-        return ""
+        return "early_stopped" if out_of_patience else ""
 
     def _end_validation(self, step: int, metrics: TaskMetrics) -> bool:
         """Merge the ranks' metrics and report them. Returns whether patience has run out."""
@@ -361,6 +419,7 @@ class _Loop:
         Raises GroupDissolved in the latter case, on every rank: steps past that checkpoint would only be done again.
         """
         progress, waits = self.progress, last or self.progress.notice
+        self._settle()  # what is saved must be known to be sound
         self.pulse.enter("save")
         if progress.saved_step != progress.step:
             self.reporter.flush()  # no step is committed whose metrics could still be lost

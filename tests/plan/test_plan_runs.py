@@ -45,7 +45,7 @@ def losses(stage, offload, precision):
             loss, _ = terms["loss"]
             engine.backward(loss / 128, last=part == plan.batch.accumulation - 1)
             total += loss.item() / 128
-        found.append((total, engine.step(1e-2).grad_norm))
+        found.append((total, float(engine.step(1e-2).grad_norm)))
     return found
 
 join_alone(torch.device("cpu"))

@@ -22,7 +22,8 @@ SLOW_STEPS, FEWEST_STEPS, SLOW_SHARE = 20, 8, 0.8
 
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+[^\n]*\(most recent call first\):$", re.M)
 _COLLECTIVE = re.compile(r"/torch/distributed/(?:distributed_c10d|c10d_logger)|/deepspeed/comm/|/dray/ranks\.py"
-                         r"|/ray/train/(?:v2/)?.*collective")
+                         r"|/ray/train/(?:v2/)?.*collective"
+                         r"|/dray/device\.py")  # a GPU's queue stands still where its next collective waits
 _FOREIGN = re.compile(r"/(?:site|dist)-packages/|/lib/python3|^<|/importlib/")
 
 
@@ -155,4 +156,5 @@ def all_wait_for_rows(beats: Mapping[int, Mapping[str, Any]], stacks: Mapping[in
     if phases:
         return phases == {"data"}
     found = [make_loop_stack(text) for text in stacks.values()]
-    return bool(found) and all(any("/ray/data/" in file for file, _, _ in stack) for stack in found)
+    reading = re.compile(r"/ray/data/|/dray/feeding\.py$")
+    return bool(found) and all(any(reading.search(file) for file, _, _ in stack) for stack in found)

@@ -1,0 +1,104 @@
+"""Work made ahead in a thread: the same pieces in the same order, so many and no more, and errors where they belong."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dray.corpus.stream import RowStream
+from dray.device import Clock, HostCopy, Reading, pin, send
+from dray.feeding import StepRows, ValidationRows, feed, run_ahead
+from dray.ranks import Ranks
+from dray.tasks.causal_lm import CausalLM
+from random_corpus import build_random_corpus
+
+CPU = torch.device("cpu")
+
+
+def feeders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "feeder"]
+
+
+def wait_until_ended() -> None:
+    deadline = time.monotonic() + 10
+    while feeders() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert feeders() == []
+
+
+def test_few_pieces_are_made_ahead_and_all_arrive_in_order() -> None:
+    made: list[int] = []
+
+    def pieces() -> Iterator[int]:
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    ahead = run_ahead(pieces(), 2)
+    assert next(ahead) == 0
+    time.sleep(0.2)
+    assert made == [0, 1, 2, 3]  # one is in use, two are ready, and one waits for a place
+    assert list(ahead) == list(range(1, 20))
+    wait_until_ended()
+
+
+def test_an_error_comes_after_what_was_made_before_it_with_its_own_place() -> None:
+    def pieces() -> Iterator[int]:
+        yield 1
+        raise OSError("a shard is gone")
+
+    ahead = run_ahead(pieces(), 2)
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="a shard is gone") as raised:
+        next(ahead)
+    assert raised.traceback[-1].name == "pieces"
+    wait_until_ended()
+
+
+def test_closing_ends_the_thread_though_nothing_is_asked_for_any_more() -> None:
+    ahead = run_ahead(iter(range(10**9)), 2)
+    next(ahead)
+    ahead.close()
+    wait_until_ended()
+
+
+def test_a_rank_is_fed_what_the_order_asks_for(tmp_path: Path) -> None:
+    corpus = build_random_corpus(tmp_path, [50])
+    manifest = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
+    stream = RowStream(corpus.folder, manifest, 3, 7, 2, 4, 2, 0, 5, validation_steps=(2, 5), max_validation_rows=9)
+    for rank in (0, 1):
+        ranks = Ranks(rank, 2, CPU, None)
+        steps, passes = [], []
+        for work in feed(stream, stream.blocks(rank), CausalLM(), ranks):
+            if isinstance(work, StepRows):
+                real = int((work.row_ids >= 0).sum())
+                assert [len(batch["input_ids"]) for batch in work.batches] == [2, 2]
+                assert (work.num_targets, work.num_tokens) == (15 * real, 16 * real)
+                steps.append(work.step)
+            else:
+                assert isinstance(work, ValidationRows)
+                passes.append((work.step, sum(len(batch["labels"]) for batch in work.batches), work.is_last))
+        assert steps == [1, 2, 3, 4, 5]
+        assert {step for step, _, is_last in passes if is_last} == {2, 5}
+        assert sum(rows for _, rows, _ in passes) >= 9
+    wait_until_ended()
+
+
+def test_on_a_cpu_each_thing_is_the_plain_one() -> None:
+    batch = {"labels": torch.arange(3)}
+    assert send(pin(batch, CPU), CPU)["labels"] is batch["labels"]
+    assert Reading(torch.tensor([0.1, 2.0], dtype=torch.float64)).read() == [0.1, 2.0]
+    clock = Clock(CPU)
+    begun = clock.mark()
+    time.sleep(0.02)
+    assert 0.02 <= clock.seconds(begun, clock.mark()) < 5
+    original = torch.ones(3)
+    copy = HostCopy({"w": original})
+    copy.hold_back()
+    original.zero_()
+    assert torch.equal(copy.finish()["w"], torch.ones(3))
