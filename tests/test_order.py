@@ -119,10 +119,10 @@ def test_the_digest_forgets_order_and_padding_but_not_rows():
 def test_segments_cover_each_step_and_validation_row_once(start, extra, steps_per_block, every, val_rows):
     end = start + extra
     due = [*range(every, end + 1, every), end]
-    segments = make_segments(
-        start_step=start, num_steps=end, steps_per_block=steps_per_block, validation_steps=due,
+    segments = list(make_segments(
+        start_step=start, num_steps=end, steps_per_block=steps_per_block, validate_every=every,
         num_validation_rows=val_rows, validation_rows_per_block=32,
-    )
+    ))
     trained = [s for seg in segments if seg.kind == "train" for s in range(seg.first, seg.last + 1)]
     assert trained == list(range(start + 1, end + 1))
     for step in {d for d in due if d > start}:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.corpus.manifest import Manifest
-from dray.corpus.stream import RowStream
+from dray.corpus.stream import RowStream, remember_manifest
 from dray.plan import Plan, Shape, make_plan
 from dray.pretrained import Pretrained
 from dray.recovery import SmallerBatch
@@ -93,12 +93,11 @@ def make_stream(job: Job, attempt: Attempt) -> RowStream:
     num_ranks, start_step = attempt.num_ranks, attempt.start_step
     if num_steps is None:
         raise ValueError("the plan was made without the corpus' size")
-    every = spec.validation.every_steps
-    due = {num_steps, *(range(every, num_steps, every) if every else ())}
     rows_per_rank = -(-spec.batch.global_rows // (num_ranks * batch.micro_rows)) * batch.micro_rows
+    remember_manifest(job.corpus, job.manifest)
     return RowStream(
-        folder=job.corpus, manifest=job.manifest, seed=spec.seed, global_rows=spec.batch.global_rows,
+        folder=job.corpus, key=job.manifest.key, seed=spec.seed, global_rows=spec.batch.global_rows,
         num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=batch.micro_rows, start_step=start_step,
-        num_steps=num_steps, validation_steps=tuple(sorted(due)), max_validation_rows=spec.validation.max_rows,
+        num_steps=num_steps, validate_every=spec.validation.every_steps, max_validation_rows=spec.validation.max_rows,
         left_out=attempt.left_out,
     )

@@ -12,7 +12,7 @@ stay sequential within a group while every epoch and seed has an order of its ow
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -103,10 +103,7 @@ class _Pool:
         epochs, within = np.divmod(nth, self._num_rows)
         distinct, nth_epoch = np.unique(epochs, return_inverse=True)
         keys = _key(self._seed, self._stream, distinct)
-        ends, lacking = self._short_groups(keys)
-        # Positions behind a short group shift by what it lacks.
-        shift = (lacking[nth_epoch] * (within[:, None] >= ends[nth_epoch])).sum(axis=1)
-        slot, inner = np.divmod(within + shift, self._group_rows)
+        slot, inner = np.divmod(within + self._shifts(keys, nth_epoch, within), self._group_rows)
         of_epoch = keys[nth_epoch]
         group = _permute(slot, np.full_like(slot, self._group_ends[-1]), of_epoch)
         source = np.searchsorted(self._group_ends, group, side="right")
@@ -114,6 +111,22 @@ class _Pool:
         row = _permute(inner, size, _remix(of_epoch, group))
         ids: Ints = self._first_rows[source] + (group - self._first_groups[source]) * self._group_rows + row
         return ids
+
+    def _shifts(self, keys: Words, nth_epoch: Ints, within: Ints) -> Ints:
+        """How many places lie empty before each position: those that the short groups before it lack.
+
+        keys: one an epoch; nth_epoch: which of them a position lies in; within: its place there. Needs room for
+        [positions] and [epochs, sources], never for their product.
+        """
+        ends, lacking = self._short_groups(keys)
+        num_epochs, num_sources = ends.shape
+        # The ends of an epoch ascend and lie in 1..num_rows: one after the other, the epochs' ends ascend too.
+        stride = self._num_rows + 1
+        line = (ends + np.arange(num_epochs, dtype=np.int64)[:, None] * stride).reshape(-1)
+        before = np.searchsorted(line, within + nth_epoch * stride, side="right") - nth_epoch * num_sources
+        shifts = np.concatenate([np.zeros((num_epochs, 1), np.int64), np.cumsum(lacking, axis=1)], axis=1)
+        found: Ints = shifts[nth_epoch, before]
+        return found
 
     def _short_groups(self, keys: Words) -> tuple[Ints, Ints]:
         """For each epoch where its short groups end, by place, and how many rows each lacks: two [epochs, sources]."""
@@ -139,8 +152,9 @@ class _Mix:
         sources = np.repeat(np.arange(len(counts)), counts)
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
         self._pattern = sources[np.lexsort((sources, places))]
-        one_hot = self._pattern[:, None] == np.arange(len(counts))
-        self._before = np.cumsum(one_hot, axis=0)[np.arange(self._cycle), self._pattern] - 1
+        by_source = np.argsort(self._pattern, kind="stable")
+        self._before = np.empty(self._cycle, np.int64)
+        self._before[by_source] = np.arange(self._cycle) - np.repeat(np.cumsum(counts) - counts, counts)
 
     def deal(self, positions: Ints) -> tuple[Ints, Ints]:
         """For each position its source, and how many positions that source had before it."""
@@ -244,25 +258,26 @@ def make_segments(
     start_step: int,
     num_steps: int,
     steps_per_block: int,
-    validation_steps: Sequence[int],
+    validate_every: int | None,
     num_validation_rows: int,
     validation_rows_per_block: int,
-) -> list[Segment]:
-    """The blocks of a run from `start_step` (done) to `num_steps`, in the order in which they are consumed."""
-    due = sorted(step for step in set(validation_steps) if start_step < step <= num_steps)
-    segments: list[Segment] = []
+) -> Iterator[Segment]:
+    """The blocks of a run from `start_step` (done) to `num_steps`, one by one, in the order in which they are consumed.
+
+    Validated are the last step and every `validate_every`-th, if there are validation rows.
+    """
     step = start_step
-    for stop in [*due, num_steps] if not due or due[-1] != num_steps else due:
-        while step < stop:
-            last = min(step + steps_per_block, stop)
-            segments.append(Segment("train", step + 1, last))
-            step = last
-        if due and stop in due:
-            segments += [
-                Segment("validation", stop, stop, start, min(start + validation_rows_per_block, num_validation_rows))
-                for start in range(0, num_validation_rows, validation_rows_per_block)
-            ]
-    return segments
+    while step < num_steps:
+        stop = num_steps
+        if validate_every and num_validation_rows:
+            stop = min(stop, (step // validate_every + 1) * validate_every)
+        last = min(step + steps_per_block, stop)
+        yield Segment("train", step + 1, last)
+        step = last
+        if step == stop:
+            for start in range(0, num_validation_rows, validation_rows_per_block):
+                yield Segment("validation", step, step, start, min(start + validation_rows_per_block,
+                                                                   num_validation_rows))
 
 
 def _hash(words: Words) -> Words:

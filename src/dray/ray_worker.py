@@ -10,9 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from unittest import mock
 import pyarrow as pa
 
 from dray.cluster import find_lost_nodes, max_wait_seconds
-from dray.corpus.stream import build_dataset
+from dray.corpus.stream import RowStream, build_dataset, iterate_windows
 from dray.doctor import classify
 from dray.errors import RunFailed
 from dray.job import Attempt, Job, begin_attempt, make_attempt, make_stream
@@ -186,8 +185,6 @@ def build_data_config() -> Any:
             # hold every CPU, and readers that ask for one would wait for ever.
             num_cpus = 0.0 if isinstance(resources.workers, tuple) else min(1.0, resources.reader_cpus)
             dataset = build_dataset(make_stream(job, attempt), num_cpus=num_cpus)
-            options = ray.data.ExecutionOptions(preserve_order=True)
-            dataset.context.execution_options = options
             dataset.context.enable_progress_bars = False
             return [{name: split} for split in dataset.streaming_split(world_size, equal=True)]
 
@@ -408,7 +405,7 @@ def run_rank(config: dict[str, Any]) -> None:
 
 def _train(job: Job, attempt: Attempt, reporter: _Posting, pulse: Pulse, local_rank: int) -> None:
     stream = make_stream(job, attempt)
-    blocks = _open_stream()  # rows travel while torch is imported and the model is built
+    blocks = _open_stream(stream)  # rows travel while torch is imported and the model is built
 
     import ray
     import torch
@@ -432,23 +429,10 @@ def _train(job: Job, attempt: Attempt, reporter: _Posting, pulse: Pulse, local_r
     group.leave()
 
 
-def _open_stream() -> Iterator[pa.Table]:
+def _open_stream(stream: RowStream) -> Iterator[pa.Table]:
     """This rank's blocks. Ray Data starts at once, in the background."""
     import ray.train
 
-    def first_and_rest() -> tuple[pa.Table | None, Iterator[pa.Table]]:
-        shard = ray.train.get_dataset_shard("rows")
-        batches: Iterator[pa.Table] = iter(shard.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
-        return next(batches, None), batches
-
-    def blocks() -> Iterator[pa.Table]:
-        first, rest = begun.result()
-        if first is not None:
-            yield first
-            yield from rest
-
-    pool = ThreadPoolExecutor(max_workers=1)
-    begun = pool.submit(first_and_rest)
-    pool.shutdown(wait=False)
-    return blocks()
+    open_shard = cache(lambda: ray.train.get_dataset_shard("rows"))  # in the background too: it waits for the split
+    return iterate_windows(stream, lambda: open_shard().iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 
+from dray.corpus import shards
 from dray.corpus.manifest import (
     VERSION,
     Manifest,
@@ -89,6 +90,29 @@ def test_a_flipped_bit_is_noticed_where_it_is_read(tmp_path: Path, column: str) 
     assert read_groups(pafs.LocalFileSystem(), str(tmp_path), source, [0, 2], GROUP).num_rows == 2 * GROUP
     with pytest.raises(CorpusError, match="group 1 is not what was written"):
         read_groups(pafs.LocalFileSystem(), str(tmp_path), source, [0, 1], GROUP)
+
+
+def test_groups_are_kept_up_to_a_bound_and_read_once(
+        tmp_path: Path, source: SourceRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of several ranks share groups, and a slice of validation rows lies in one."""
+    kept = shards._Kept()
+    monkeypatch.setattr(shards, "_kept", kept)
+    monkeypatch.setattr(shards, "CACHED_BYTES", 3 * GROUP * (WIDTH * 2 + 4))
+    read: list[int] = []
+    original = kept._read
+    monkeypatch.setattr(kept, "_read", lambda *where: (read.append(where[-1]), original(*where))[1])
+
+    def first_tokens(*groups: int) -> list[int]:
+        table = read_groups(pafs.LocalFileSystem(), str(tmp_path), source, groups, GROUP)
+        return [int(row[0]) for row in table.column("input_ids").to_pylist()[::GROUP]]
+
+    for _ in range(3):
+        assert first_tokens(0, 1, 2) == [0, 4, 8]
+    assert read == [0, 1, 2]
+    assert first_tokens(3, 0) == [12, 0]  # both shards: group 3 of the source is the second one's first
+    assert first_tokens(1) == [4]
+    assert read == [0, 1, 2, 0, 1]
+    assert kept._num_bytes == sum(batch.nbytes for batch in kept._groups.values()) <= shards.CACHED_BYTES
 
 
 @pytest.mark.parametrize("groups", [[-1], [5], [0, 99]])

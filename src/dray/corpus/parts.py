@@ -17,7 +17,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -34,7 +33,7 @@ from dray.corpus.shards import make_batch, make_schema, write_shard
 from dray.corpus.sources import InputFile
 from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
 from dray.spec import Cleaning, Source
-from dray.store.filesystem import child, make_folder, open_filesystem, open_whole, read_bytes, write_bytes
+from dray.store.filesystem import child, make_folder, open_whole, read_bytes, share_filesystem, write_bytes
 
 STAGING = ".staging"
 BATCH_BYTES = 4 * 1024 * 1024
@@ -125,14 +124,9 @@ class Job:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.shuffle_seed % 2**64, *place])))
 
 
-@lru_cache(maxsize=8)
-def open_folder(folder: str) -> tuple[pafs.FileSystem, str]:
-    return open_filesystem(folder)
-
-
 def staged(job: Job, *names: str) -> tuple[pafs.FileSystem, str]:
     """Filesystem and path of an intermediate file."""
-    filesystem, path = open_folder(job.folder)
+    filesystem, path = share_filesystem(job.folder)
     return filesystem, "/".join((path, STAGING, job.work, *names))
 
 
@@ -436,7 +430,7 @@ def merge_rows(job: Job, plan: ShardPlan, index: int) -> dict[str, Any]:
     rows = make_batch(schema, tokens[order], num_tokens[order], None if labels is None else labels[order])
     del tokens
     file = f"{plan.split}/{plan.source:03d}-{plan.index:06d}.arrow"
-    shard = write_shard(*open_folder(job.folder), file, rows, job.group_rows)
+    shard = write_shard(*share_filesystem(job.folder), file, rows, job.group_rows)
     return _save_record(job, "shards", index, shard.model_dump())
 
 

@@ -58,7 +58,6 @@ from dray.corpus.parts import (
     cut_quoted,
     find_duplicates,
     merge_rows,
-    open_folder,
     pack_chunk,
     read_part,
     staged,
@@ -84,6 +83,7 @@ from dray.store.filesystem import (
     open_filesystem,
     read_bytes,
     require_writable,
+    share_filesystem,
     shown,
     write_bytes,
     write_whole,
@@ -322,7 +322,7 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     shards = run_stage(job, "shards", _merge, list(enumerate(work.plans)), say)
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job, work.parts)
-    filesystem, path = open_folder(folder)
+    filesystem, path = share_filesystem(folder)
     write_bytes(filesystem, f"{path}/{SOURCE_FILES}", dump_source_files(work.source_files()))
     return make_manifest(key, job, work)
 
@@ -394,7 +394,7 @@ def _make_tokenizer(spec: Spec, job: Job, parts: Sequence[Part], say: Progress) 
 
 def _write_quarantine(job: Job, parts: Sequence[Part]) -> None:
     """One file of all bad records, in reading order."""
-    filesystem, path = open_folder(job.folder)
+    filesystem, path = share_filesystem(job.folder)
     there = list_files(*staged(job, "read"))
 
     def write(stream: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from dray.corpus.cleaning import clean, hash_texts, held_out
-from dray.corpus.parts import Job, Part, open_folder, read_batches
+from dray.corpus.parts import Job, Part, read_batches
 from dray.corpus.reading import Span
 from dray.corpus.tokenizing import (
     CHECK_BYTES,
@@ -24,7 +24,7 @@ from dray.corpus.tokenizing import (
     train_byte_bpe,
 )
 from dray.spec import Source, Tokenizer
-from dray.store.filesystem import child
+from dray.store.filesystem import child, share_filesystem
 
 MIN_SPANS = 64
 
@@ -33,7 +33,7 @@ def make_tokenizer(job: Job, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[s
     """Write the corpus's tokeniser folder; what is known of the tokeniser, as plain values. Raises CorpusError."""
     settings, parts = item
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    filesystem, path = open_folder(job.folder)
+    filesystem, path = share_filesystem(job.folder)
     size = settings.sample_bytes if settings.train else CHECK_BYTES
     texts = list(_sample(job, parts, size))
     if settings.path is not None:

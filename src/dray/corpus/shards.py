@@ -7,9 +7,10 @@ run is noticed by whoever reads it. Refuses groups that the source does not have
 from __future__ import annotations
 
 import hashlib
+import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ from dray.store.filesystem import is_local, make_folder, write_whole
 from dray.store.retrying import first_line, retry
 
 CHECKSUM = b"crc32"
+CACHED_BYTES = 128 * 1024 * 1024
+"""Groups that a process keeps: those that the blocks of one segment share (`stream.SEGMENT_BYTES`)."""
+CACHED_SHARDS = 32
+"""Shards that a process keeps open."""
 
 
 def make_schema(sequence_tokens: int, dtype: str, labelled: bool) -> pa.Schema:
@@ -92,8 +97,8 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
     """Groups of a source by number, one after the other in the order asked for.
 
     Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read, tried again
-    while the storage fails. Raises IndexError for a group that is not there, CorpusError for a shard that is gone or no
-    longer what it was, StorageFailed.
+    while the storage fails. A process keeps the groups that it used last. Raises IndexError for a group that is not
+    there, CorpusError for a shard that is gone or no longer what it was, StorageFailed.
     """
     counts = [-(-shard.num_rows // group_rows) for shard in source.shards]
     ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
@@ -102,40 +107,60 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
         raise IndexError(f"groups {list(groups)[:5]}… of source {source.name}, which has {sum(counts)}")
     shard_of = np.searchsorted(ends, wanted, side="right")
     batches: dict[int, pa.RecordBatch] = {}
-    for index in np.unique(shard_of).tolist():
-        first = int(ends[index]) - counts[index]
-        within = [group - first for group in np.unique(wanted[shard_of == index]).tolist()]
-        for number, batch in _read_shard(filesystem, folder, source.shards[index], within).items():
-            batches[first + number] = batch
+    with _kept.lock:
+        for index in np.unique(shard_of).tolist():
+            first = int(ends[index]) - counts[index]
+            for group in np.unique(wanted[shard_of == index]).tolist():
+                batches[group] = _kept.group(filesystem, folder, source.shards[index], group - first)
     return pa.Table.from_batches([batches[group] for group in wanted.tolist()])
 
 
-def _read_shard(filesystem: pafs.FileSystem, folder: str, shard: Shard, groups: list[int]) -> dict[int, pa.RecordBatch]:
-    """Groups of one shard by their number in it, each with the checksum that it was written with."""
-    def read() -> dict[int, pa.RecordBatch]:
-        found: dict[int, pa.RecordBatch] = {}
-        with _open_shard(filesystem, folder, shard) as reader:
-            for group in groups:
-                with_metadata = reader.get_batch_with_custom_metadata(group)
-                if (with_metadata.custom_metadata or {}).get(CHECKSUM) != _checksum(with_metadata.batch):
-                    raise pa.ArrowInvalid(f"group {group} is not what was written: its checksum differs")
-                found[group] = with_metadata.batch
-        return found
+class _Kept:
+    """Groups and open shards that this process used last, each bounded; used by one thread at a time (`lock`)."""
 
-    return retry(read, f"{folder}/{shard.file}")
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._groups: OrderedDict[tuple[str, str, str, int], pa.RecordBatch] = OrderedDict()
+        self._num_bytes = 0
+        self._shards: OrderedDict[tuple[str, str, str], pa.ipc.RecordBatchFileReader] = OrderedDict()
+
+    def group(self, filesystem: pafs.FileSystem, folder: str, shard: Shard, number: int) -> pa.RecordBatch:
+        """A group by its number in the shard, with the checksum that it was written with."""
+        place = folder, shard.file, shard.sha256
+        batch = self._groups.pop((*place, number), None)
+        if batch is None:
+            batch = retry(lambda: self._read(filesystem, place, shard, number), f"{folder}/{shard.file}")
+            self._num_bytes += batch.nbytes
+        self._groups[*place, number] = batch
+        while self._num_bytes > CACHED_BYTES and len(self._groups) > 1:
+            self._num_bytes -= self._groups.popitem(last=False)[1].nbytes
+        return batch
+
+    def _read(self, filesystem: pafs.FileSystem, place: tuple[str, str, str], shard: Shard,
+              number: int) -> pa.RecordBatch:
+        reader = self._shards.pop(place, None)  # after an error it is opened anew
+        path = f"{place[0]}/{shard.file}"
+        try:
+            reader = reader or _open_shard(filesystem, path, shard)
+            found = reader.get_batch_with_custom_metadata(number)
+            if (found.custom_metadata or {}).get(CHECKSUM) != _checksum(found.batch):
+                raise pa.ArrowInvalid(f"group {number} is not what was written: its checksum differs")
+        except (pa.ArrowInvalid, FileNotFoundError) as error:
+            raise CorpusError(path, f"cannot be read ({first_line(error)})",
+                              "token shards stay as they were prepared for as long as runs use them",
+                              f"delete {place[0]} and run `dray prepare`: the same shards come back") from error
+        self._shards[place] = reader
+        while len(self._shards) > CACHED_SHARDS:
+            self._shards.popitem(last=False)
+        return found.batch
 
 
-@contextmanager
-def _open_shard(filesystem: pafs.FileSystem, folder: str, shard: Shard) -> Iterator[pa.ipc.RecordBatchFileReader]:
+_kept = _Kept()
+
+
+def _open_shard(filesystem: pafs.FileSystem, path: str, shard: Shard) -> pa.ipc.RecordBatchFileReader:
     """The shard's record batches, if it still has the size that the manifest gives, and an Arrow file's form."""
-    path = f"{folder}/{shard.file}"
-    try:
-        # Closing a memory map leaves the pages to the batches that still use them.
-        with pa.memory_map(path) if is_local(filesystem) else filesystem.open_input_file(path) as file:
-            if file.size() != shard.num_bytes:
-                raise pa.ArrowInvalid(f"it has {file.size()} bytes instead of {shard.num_bytes}")
-            yield pa.ipc.open_file(file)
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise CorpusError(path, f"cannot be read ({first_line(error)})",
-                          "token shards stay as they were prepared for as long as runs use them",
-                          f"delete {folder} and run `dray prepare`: the same shards come back") from error
+    file = pa.memory_map(path) if is_local(filesystem) else filesystem.open_input_file(path)
+    if file.size() != shard.num_bytes:
+        raise pa.ArrowInvalid(f"it has {file.size()} bytes instead of {shard.num_bytes}")
+    return pa.ipc.open_file(file)

@@ -11,7 +11,6 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -21,7 +20,7 @@ from dray.corpus.listing import HIDDEN, Entry, Leavings, drop_second_links, is_h
 from dray.corpus.manifest import LeftOut
 from dray.errors import CorpusError
 from dray.spec import Source
-from dray.store.filesystem import absolute, is_uri, open_filesystem, shown
+from dray.store.filesystem import absolute, is_uri, open_filesystem, share_filesystem, shown
 from dray.store.retrying import retry
 
 STDLIB = "python:stdlib"
@@ -80,13 +79,7 @@ class InputFile:
         return self.num_bytes * EXPANSION[self.compression]
 
     def open(self) -> pafs.FileSystem:
-        return cached_filesystem(self.place)
-
-
-@lru_cache(maxsize=64)
-def cached_filesystem(place: str) -> pafs.FileSystem:
-    """The filesystem of a place, opened once a process."""
-    return open_filesystem(place)[0]
+        return share_filesystem(self.place)[0]
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,28 @@ A `RowStream` is a small frozen description of what a worker group reads from on
 steps, or a part of a validation pass), and each segment into one block a rank. Ray Data runs one read task a block and
 hands block k to rank k mod num_ranks; the worker checks every row id it receives against the order, so that a stream
 that were ever out of order would fail instead of training on the wrong rows.
+
+Nothing here grows with the run or the corpus: segments are made as they are needed, Ray Data plans a window of them at
+a time, and a read task names the corpus, whose manifest each process loads once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
+from queue import Full, Queue
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dray.corpus.manifest import Manifest, Split
+from dray.corpus.manifest import Manifest, Split, load_manifest
 from dray.corpus.shards import read_groups
+from dray.errors import CorpusError
 from dray.order import (
     PADDING,
     Ints,
@@ -25,14 +33,16 @@ from dray.order import (
     Order,
     Segment,
     SourceCount,
-    batch_positions,
-    deal_to_ranks,
     make_segments,
 )
-from dray.store.filesystem import open_filesystem
+from dray.store.filesystem import share_filesystem
 
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of rows in one rank's block: large enough that Ray's cost per block (milliseconds) vanishes."""
+SEGMENT_BYTES = 128 * 1024 * 1024
+"""Bytes of rows in the blocks of all ranks together: the groups that they share stay in a reader's memory."""
+WINDOW_TASKS, LEAST_WINDOW = 2048, 32
+"""Read tasks that Ray Data plans at a time, and the segments that a window holds at least."""
 
 
 def make_order(manifest: Manifest, seed: int) -> Order:
@@ -41,15 +51,37 @@ def make_order(manifest: Manifest, seed: int) -> Order:
     return Order(sources, manifest.group_rows, seed)
 
 
+_manifests: dict[str, Manifest] = {}
+"""Of the corpora that this process has met, by folder."""
+
+
+def remember_manifest(folder: str, manifest: Manifest) -> None:
+    """Keep a manifest that this process has, so that its streams need not read it again."""
+    _manifests[folder] = manifest
+
+
+def recall_manifest(folder: str, key: str) -> Manifest:
+    """The manifest of the corpus in a folder, read once a process. Raises CorpusError if it is none, or another one."""
+    if folder not in _manifests or _manifests[folder].key != key:
+        remember_manifest(folder, load_manifest(*share_filesystem(folder)))
+    manifest = _manifests[folder]
+    if manifest.key != key:
+        raise CorpusError(folder, f"holds the corpus {manifest.key}", f"the run reads the corpus {key}",
+                          "put the run's own corpus there again")
+    return manifest
+
+
 @dataclass(frozen=True)
 class RowStream:
     """What one worker group reads: from `start_step` (already done) to `num_steps`.
 
-    `left_out`: batches of the endless sequence that are never read (`order.LeftOut`), ascending.
+    It is sent with every read task and names the corpus instead of holding its manifest. `left_out`: batches of the
+    endless sequence that are never read (`order.LeftOut`), ascending.
     """
 
     folder: str
-    manifest: Manifest
+    key: str
+    """Of the corpus, as its manifest has it."""
     seed: int
     global_rows: int
     num_ranks: int
@@ -57,9 +89,16 @@ class RowStream:
     micro_rows: int
     start_step: int
     num_steps: int
-    validation_steps: tuple[int, ...] = ()
+    validate_every: int | None = None
+    """Steps between validation passes; the last step always has one, if there are validation rows."""
     max_validation_rows: int | None = None
     left_out: tuple[int, ...] = ()
+    block_bytes: int = BLOCK_BYTES
+    window_tasks: int = WINDOW_TASKS
+
+    @property
+    def manifest(self) -> Manifest:
+        return recall_manifest(self.folder, self.key)
 
     @cached_property
     def order(self) -> Order:
@@ -69,47 +108,51 @@ class RowStream:
     def _left_out(self) -> LeftOut:
         return LeftOut(self.left_out)
 
-    @property
+    @cached_property
     def num_validation_rows(self) -> int:
         rows = self.manifest.validation.num_rows if self.manifest.validation else 0
         return min(rows, self.max_validation_rows or rows)
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation pass follows this step: not where there are no validation rows."""
-        return self.num_validation_rows > 0 and step in self._validated_steps
+        due = step == self.num_steps or bool(self.validate_every and step % self.validate_every == 0)
+        return due and self.num_validation_rows > 0
 
-    @cached_property
-    def _validated_steps(self) -> frozenset[int]:
-        return frozenset(self.validation_steps)
-
-    @cached_property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> Iterator[Segment]:
         """The blocks of every rank, in the order in which they are consumed."""
         row_bytes = self.manifest.sequence_tokens * (2 if self.manifest.vocab_size <= 65536 else 4) + 24
-        rows_per_block = max(1, BLOCK_BYTES // row_bytes)
-        micro_batches = max(1, rows_per_block // self.micro_rows)
-        # Few tasks even in the longest runs: Ray Data plans them all when it starts.
-        fewest = -(-(self.num_steps - self.start_step) // 4000)
-        return tuple(make_segments(
+        rows_per_block = max(1, self.block_bytes // row_bytes)
+        rows_per_segment = max(1, SEGMENT_BYTES // row_bytes)
+        micro_batches = max(1, min(rows_per_block, rows_per_segment // self.num_ranks) // self.micro_rows)
+        return make_segments(
             start_step=self.start_step,
             num_steps=self.num_steps,
-            steps_per_block=max(1, rows_per_block // self.rows_per_rank, fewest),
-            validation_steps=self.validation_steps if self.num_validation_rows else (),
+            steps_per_block=max(1, min(rows_per_block // self.rows_per_rank, rows_per_segment // self.global_rows)),
+            validate_every=self.validate_every,
             num_validation_rows=self.num_validation_rows,
             validation_rows_per_block=micro_batches * self.micro_rows * self.num_ranks,
-        ))
+        )
+
+    def windows(self) -> Iterator[list[Segment]]:
+        """The segments, as many at a time as Ray Data plans at once."""
+        segments = self.segments()
+        while window := list(islice(segments, max(LEAST_WINDOW, self.window_tasks // self.num_ranks))):
+            yield window
 
     def row_ids(self, segment: Segment, rank: int) -> Ints:
         """Row ids of one rank's block; PADDING where a slot is empty. A multiple of `micro_rows` long."""
         if segment.kind == "train":
-            batches = self._left_out.batches_at(np.arange(segment.first, segment.last + 1, dtype=np.int64))
-            rows = self.order.rows_at(batch_positions(batches, self.global_rows))
-            steps = rows.reshape(-1, self.global_rows)
-            return np.concatenate([deal_to_ranks(step, self.num_ranks, self.rows_per_rank)[rank] for step in steps])
-        rows = np.arange(segment.start_row, segment.stop_row, dtype=np.int64)
-        share = -(-len(rows) // (self.num_ranks * self.micro_rows)) * self.micro_rows
-        dealt: Ints = deal_to_ranks(rows, self.num_ranks, share)[rank]
-        return dealt
+            steps = np.arange(segment.first, segment.last + 1, dtype=np.int64)
+            slots = rank * self.rows_per_rank + np.arange(self.rows_per_rank, dtype=np.int64)
+            taken = slots[slots < self.global_rows]
+            ids = np.full((len(steps), self.rows_per_rank), PADDING, dtype=np.int64)
+            positions = self._left_out.batches_at(steps)[:, None] * self.global_rows + taken
+            ids[:, :len(taken)] = self.order.rows_at(positions.reshape(-1)).reshape(positions.shape)
+            return ids.reshape(-1)
+        num_rows = segment.stop_row - segment.start_row
+        share = -(-num_rows // (self.num_ranks * self.micro_rows)) * self.micro_rows
+        slots = rank * share + np.arange(share, dtype=np.int64)
+        return np.where(slots < num_rows, segment.start_row + slots, PADDING)
 
     def read_block(self, segment: Segment, rank: int) -> pa.Table:
         """One rank's block: the columns of the token shards and `row_id` (int64; PADDING for rows to ignore)."""
@@ -121,14 +164,14 @@ class RowStream:
 
     def blocks(self, rank: int) -> Iterator[pa.Table]:
         """One rank's blocks without Ray."""
-        for segment in self.segments:
+        for segment in self.segments():
             yield self.read_block(segment, rank)
 
 
 def read_rows(folder: str, manifest: Manifest, split: Split, ids: Ints) -> pa.Table:
     """Rows of a split by id, in the order of `ids`; a PADDING slot repeats some row, marked by its id."""
     group_rows = manifest.group_rows
-    filesystem, path = open_filesystem(folder)
+    filesystem, path = share_filesystem(folder)
     offsets = np.cumsum([0, *(source.num_rows for source in split.sources)])
     # Padding needs some row to be there; any will do, since it has no targets.
     wanted = np.where(ids == PADDING, max(0, int(ids.max(initial=0))), ids)
@@ -168,33 +211,89 @@ def _take(table: pa.Table, indices: Ints) -> pa.Table:
 def build_dataset(stream: RowStream, num_cpus: float = 1.0) -> Any:
     """The stream as a Ray Dataset of one block a segment and rank, in the order of consumption.
 
-    `num_cpus`: logical CPUs of one read task; as many run at once as the cluster has left over.
+    Each execution gives the next window of the stream; `streaming_split` executes a dataset anew whenever all ranks
+    begin an iteration, so `iterate_windows` asks for one window after the other. `num_cpus`: logical CPUs of one read
+    task; as many run at once as the cluster has left over.
     """
     import ray.data
+
+    dataset = ray.data.read_datasource(build_datasource(stream), override_num_blocks=1, num_cpus=num_cpus)
+    dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+    dataset.context.target_max_block_size = None  # a block stays whole, whatever its size
+    return dataset
+
+
+def build_datasource(stream: RowStream) -> Any:
+    """What gives Ray Data its read tasks: those of the next window at each execution, one a segment and rank."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
     class _Rows(Datasource):  # type: ignore[misc]
+        windows: Iterator[list[Segment]] | None = None
+
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 
-        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-            return [_task(segment, rank) for segment in stream.segments for rank in range(stream.num_ranks)]
+        def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None,
+                           data_context: Any = None) -> list[ReadTask]:
+            if data_context is None:  # planning asks what a task is like; an execution tells its context
+                return [_task(next(reader.segments()), 0)]
+            if self.windows is None:
+                self.windows = reader.windows()
+            return [_task(segment, rank) for segment in next(self.windows, []) for rank in range(reader.num_ranks)]
 
     def _task(segment: Segment, rank: int) -> ReadTask:
         metadata = BlockMetadata(num_rows=None, size_bytes=BLOCK_BYTES, input_files=None, exec_stats=None)
         return ReadTask(lambda: [reader.read_block(segment, rank)], metadata)
 
-    # The tasks are pickled one by one: without its cached segments the stream is small.
+    # The tasks are pickled one by one: without what it has cached the stream is small.
     reader = replace(stream)
-    count = len(stream.segments) * stream.num_ranks
-    return ray.data.read_datasource(_Rows(), override_num_blocks=count, num_cpus=num_cpus)
+    return _Rows()
+
+
+def iterate_windows(stream: RowStream, iterate: Callable[[], Iterable[pa.Table]]) -> Iterator[pa.Table]:
+    """One rank's blocks through Ray Data: `iterate` begins an iteration over its split, which holds one window.
+
+    A thread goes one block ahead of the consumer, so that the next window is under way before this one is used up. It
+    starts at once.
+    """
+    blocks: Queue[pa.Table | BaseException | None] = Queue(maxsize=1)
+    ended = threading.Event()
+
+    def offer(item: pa.Table | BaseException | None) -> None:
+        while not ended.is_set():
+            with suppress(Full):
+                blocks.put(item, timeout=1.0)
+                break
+
+    def feed() -> None:
+        try:
+            for _ in stream.windows():
+                for block in iterate():
+                    offer(block)
+                    if ended.is_set():
+                        return
+            offer(None)
+        except BaseException as error:  # raised where the blocks are consumed
+            offer(error)
+
+    def consume() -> Iterator[pa.Table]:
+        try:
+            while (item := blocks.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            ended.set()
+
+    threading.Thread(target=feed, name="stream", daemon=True).start()
+    return consume()
 
 
 def check_rows(stream: RowStream, blocks: Iterable[pa.Table], rank: int) -> Iterator[tuple[Segment, pa.Table]]:
     """Pairs each segment with its block, and proves that the block holds exactly the rows that the order asks for."""
     arrived = iter(blocks)
-    for segment in stream.segments:
+    for segment in stream.segments():
         block = next(arrived, None)
         if block is None:
             raise RuntimeError(f"the stream ended before {segment.kind} of step {segment.first}")

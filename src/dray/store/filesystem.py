@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from threading import Lock
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
@@ -87,6 +88,16 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
                          "storage is a path or a URI (s3://, gs://, hdfs://, or a scheme known to fsspec)",
                          "check the scheme, its query and that its library is installed") from error
     return filesystem, path.rstrip("/") or path
+
+
+def share_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
+    """As `open_filesystem`, but opened once a process: an object store's connections are used again."""
+    return _share(absolute(uri))
+
+
+@lru_cache(maxsize=64)
+def _share(place: str) -> tuple[pafs.FileSystem, str]:
+    return open_filesystem(place)
 
 
 def _open_arrow(place: str) -> tuple[pafs.FileSystem, str]:
