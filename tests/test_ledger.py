@@ -96,7 +96,7 @@ class Simulated:
                ) -> Iterator[tuple[int, list[Any]]]:
         rows_per_rank = -(-GLOBAL_ROWS // (num_ranks * micro_rows)) * micro_rows
         stream = RowStream(
-            folder=self.corpus.folder, manifest=self.corpus.manifest, seed=self.seed, global_rows=GLOBAL_ROWS,
+            folder=self.corpus.folder, key=self.corpus.manifest.key, seed=self.seed, global_rows=GLOBAL_ROWS,
             num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=micro_rows, start_step=start,
             num_steps=num_steps, left_out=left_out)
         for blocks in zip(*(check_rows(stream, stream.blocks(rank), rank) for rank in range(num_ranks)), strict=True):

@@ -13,7 +13,8 @@ from typing import Any
 from dray.corpus.account import weigh_bad
 from dray.corpus.labels import choose_labels, named
 from dray.corpus.manifest import VERSION, LeftOut, Manifest, Packing, Shard, SourceFile, SourceRows, Split
-from dray.corpus.parts import DROP_REASONS, SPLITS, Job, Part, ShardPlan
+from dray.corpus.parts import DROP_REASONS, SPLITS, Job, Part
+from dray.corpus.planning import Deal
 from dray.corpus.reading import FileCounts
 from dray.errors import CorpusError
 
@@ -28,8 +29,9 @@ class Work:
     reads: Sequence[Record] = ()
     duplicates: Sequence[Record] = ()
     packed: Sequence[Record] = ()
-    plans: Sequence[ShardPlan] = ()
+    deals: Sequence[Deal] = ()
     shards: Sequence[Shard] = ()
+    """Deal after deal."""
     compressors: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of each input file by name."""
@@ -185,8 +187,8 @@ def _make_split(split: str, job: Job, work: Work) -> Split:
             continue
         counts = {name: sum(record[name] for record in mine)
                   for name in ("num_rows", "num_documents", "num_tokens", "num_text_bytes")}
-        shards = tuple(shard for plan, shard in zip(work.plans, work.shards, strict=True)
-                       if (plan.split, plan.source) == (split, index))
+        places = ((deal.split, deal.source) for deal in work.deals for _ in range(deal.num_shards))
+        shards = tuple(shard for place, shard in zip(places, work.shards, strict=True) if place == (split, index))
         weight = source.source.weight if split == "train" else None
         rows.append(SourceRows(name=source.name, weight=weight, shards=shards, **counts))
     return Split(sources=tuple(rows), documents_by_label=_documents_by_label(split, job, work.packed))

@@ -2,9 +2,16 @@
 
     cut_quoted        a large csv   → where records begin, for ranges that are read apart
     read_part         input files   → chunks: token ids, document lengths, hashes; quarantine
+    gather_hashes     hashes of a bundle of chunks → one file
     find_duplicates   hashes        → the documents to leave out, one hash partition at a time
+    spread_drops      what all partitions leave out of a bundle of chunks → one file
     pack_chunk        chunk         → rows in random order
+    mix_rows          rows of a bundle of chunks → those that go to a group of shards
     merge_rows        slices of all chunks' rows → one token shard
+
+Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to shards. Of a large
+corpus that would be millions of small reads, so it goes there in two steps, by way of files that hold what some of the
+chunks send to some of the others (`planning.py` says when). The result is the same, byte for byte.
 
 Each writes its files whole and then a record that names them: work whose record is there is never done again. How
 work is cut depends on the inputs alone: the result is the same whatever ran where, how often, or when it was stopped.
@@ -12,7 +19,6 @@ work is cut depends on the inputs alone: the result is the same whatever ran whe
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +35,7 @@ from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.contents import check_unchanged
 from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
 from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
+from dray.corpus.sections import Records, read_section, read_sections, write_sections
 from dray.corpus.shards import make_batch, make_schema, write_shard
 from dray.corpus.sources import InputFile
 from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
@@ -43,8 +50,12 @@ MAX_QUARANTINED = 10_000
 """Bad records of one part that are listed one by one; all are counted."""
 Counts = npt.NDArray[np.int32]
 SPLITS = ("train", "validation")
-DUPLICATE, IN_VALIDATION = 0, 1
 DROP_REASONS = ("duplicate", "in_validation")
+ENTRY = np.dtype([("high", np.uint64), ("low", np.uint64), ("class", np.uint64), ("chunk", np.int32),
+                  ("document", np.int32)])
+"""A document's hash, its label's (0: none) and its place."""
+DROP = np.dtype([("chunk", np.int32), ("document", np.int32)])
+"""A document that is left out."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +86,34 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Some of the rows in an intermediate file."""
+
+    file: str
+    start: int
+    num_rows: int
+    rows_in_file: int
+
+
+@dataclass(frozen=True)
 class ShardPlan:
-    """One shard: which rows of which packed chunks it holds."""
+    """One shard: which rows it holds, one slice after the other."""
 
     split: str
     source: int
     index: int
-    slices: tuple[tuple[int, int, int, int], ...]
-    """(chunk, first row, rows, rows in that chunk)"""
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """One file on the way from a bundle of chunks to a group of shards."""
+
+    file: str
+    slices: tuple[Slice, ...]
+    """One of each chunk: its rows for the whole group, in the order of the shards."""
+    counts: npt.NDArray[np.int64]
+    """[slices, shards]: how many of a slice's rows go to each shard."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +133,8 @@ class Job:
     chunk_bytes: int
     num_partitions: int
     """Hash partitions for deduplication; 0: no deduplication."""
+    bundle_chunks: int = 1
+    """Chunks whose hashes travel together, to find duplicates and back; 1: each by itself."""
     tokenizer: TokenizerInfo | None = None
     chunks: tuple[Chunk, ...] = ()
     labels: tuple[str, ...] = ()
@@ -112,6 +145,10 @@ class Job:
     """The classes of a trained model that the corpus is to measure; empty: they are found."""
     work: str = "work"
     """Folder of the intermediate files: another one for inputs of other names, which the records tell of."""
+
+    @property
+    def num_bundles(self) -> int:
+        return -(-len(self.chunks) // self.bundle_chunks)
 
     @property
     def info(self) -> TokenizerInfo:
@@ -216,7 +253,8 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
     return _save_record(job, "read", part.index, {
         "files": {name: vars(counts) for name, counts in files.items()}, "dropped": dict(dropped), "num_bad": num_bad,
         "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
-        "chunks": writer.chunks, "labels": dict(sorted(writer.labels.items())),
+        "chunks": writer.chunks, "num_chunk_documents": writer.num_documents,
+        "labels": dict(sorted(writer.labels.items())),
     })
 
 
@@ -231,6 +269,7 @@ class _ChunkWriter:
         self._labels: list[pa.Array] = []
         self._text_bytes = 0
         self.chunks: list[str] = []
+        self.num_documents = 0
         self.labels: Counter[str] = Counter()
 
     def add(self, texts: pa.Array, labels: pa.Array | None) -> None:
@@ -268,39 +307,68 @@ class _ChunkWriter:
                    "low": pa.array(low)}
         if self._labels:
             columns["label"] = pa.concat_arrays(self._labels)
-        _write_batches(filesystem, f"{path}.documents", [pa.record_batch(columns)])
+        _write_batch(filesystem, f"{path}.documents", pa.record_batch(columns))
         if self._job.num_partitions:
             classes = hash_texts(columns["label"].cast(pa.large_string()))[1] if self._labels else None
-            _write_batches(filesystem, f"{path}.hashes", _partition(high, low, classes, self._job.num_partitions))
+            write_sections(filesystem, f"{path}.hashes", _partition(high, low, classes, self._job.num_partitions))
         self.chunks.append(name)
+        self.num_documents += len(lengths)
         self._tokens, self._columns, self._labels, self._text_bytes = [], [], [], 0
 
 
-def _partition(high: Hashes, low: Hashes, classes: Hashes | None, num_partitions: int) -> list[pa.RecordBatch]:
-    """Hashes and places of the documents of each partition, in reading order; hashes of labels where there are any."""
+def _partition(high: Hashes, low: Hashes, classes: Hashes | None, num_partitions: int) -> list[Records]:
+    """Hashes and places of the documents of each partition, in reading order; hashes of labels where there are any. The
+    chunk is filled in by the reader."""
     place = (high % np.uint64(num_partitions)).astype(np.int64)
     order = np.argsort(place, kind="stable")
-    bounds = np.searchsorted(place[order], np.arange(num_partitions + 1))
-    columns = {"high": high, "low": low} | ({} if classes is None else {"class": classes})
-    return [
-        pa.record_batch({name: pa.array(column[chosen]) for name, column in columns.items()}
-                        | {"document": pa.array(chosen.astype(np.int32))})
-        for chosen in (order[start:stop] for start, stop in itertools.pairwise(bounds))
-    ]
+    entries = np.zeros(len(order), ENTRY)
+    entries["high"], entries["low"], entries["document"] = high[order], low[order], order
+    if classes is not None:
+        entries["class"] = classes[order]
+    bounds = np.searchsorted(place[order], np.arange(1, num_partitions))
+    return np.split(entries, bounds.tolist())
 
 
-def _write_batches(filesystem: pafs.FileSystem, path: str, batches: Sequence[pa.RecordBatch]) -> None:
-    with open_whole(filesystem, path, durable=False) as stream, pa.ipc.new_file(stream, batches[0].schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+def _write_batch(filesystem: pafs.FileSystem, path: str, batch: pa.RecordBatch) -> None:
+    with open_whole(filesystem, path, durable=False) as stream, pa.ipc.new_file(stream, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
-def _read_batch(filesystem: pafs.FileSystem, path: str, index: int) -> pa.RecordBatch:
+def _read_batch(filesystem: pafs.FileSystem, path: str) -> pa.RecordBatch:
     with filesystem.open_input_file(path) as file:
-        return pa.ipc.open_file(file).get_batch(index)
+        return pa.ipc.open_file(file).get_batch(0)
 
 
 # --- deduplicate ---
+
+
+def gather_hashes(job: Job, bundle: int) -> dict[str, Any]:
+    """The hashes of a bundle of chunks in one file, by partition."""
+    first = bundle * job.bundle_chunks
+    parts: list[list[Records]] = [[] for _ in range(job.num_partitions)]
+    for index, chunk in enumerate(job.chunks[first:first + job.bundle_chunks], first):
+        sections = read_sections(*staged(job, "read", f"{chunk.name}.hashes"), job.num_partitions, ENTRY)
+        for part, section in zip(parts, sections, strict=True):
+            part.append(_of_chunk(section, index))
+    write_sections(*staged(job, "hashes", f"{bundle:06d}.hashes"), [np.concatenate(part) for part in parts])
+    return _save_record(job, "hashes", bundle, {})
+
+
+def _of_chunk(entries: Records, chunk: int) -> Records:
+    entries = entries.copy()
+    entries["chunk"] = chunk
+    return entries
+
+
+def _read_hashes(job: Job, partition: int) -> Records:
+    """What all chunks have in a hash partition, in the order of the chunks and of reading."""
+    if job.bundle_chunks == 1:
+        entries = [_of_chunk(read_section(*staged(job, "read", f"{chunk.name}.hashes"), partition, job.num_partitions,
+                                          ENTRY), index) for index, chunk in enumerate(job.chunks)]
+    else:
+        entries = [read_section(*staged(job, "hashes", f"{bundle:06d}.hashes"), partition, job.num_partitions, ENTRY)
+                   for bundle in range(job.num_bundles)]
+    return np.concatenate(entries) if entries else np.empty(0, ENTRY)
 
 
 def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
@@ -309,43 +377,50 @@ def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
     Validation sources come first: a training document that equals one of theirs is left out of training. Those whose
     label is not the first one's are counted.
     """
-    held = [job.sources[chunk.source].split == "validation" for chunk in job.chunks]
-    ranked = [*(i for i, first in enumerate(held) if first), *(i for i, first in enumerate(held) if not first)]
-    batches = [_read_batch(*staged(job, "read", f"{job.chunks[i].name}.hashes"), partition) for i in ranked]
-    sizes = [batch.num_rows for batch in batches]
-    chunk = np.repeat(np.array(ranked, np.int64), sizes)
-    high, low, document, *classes = (
-        np.concatenate([batch.column(name).to_numpy() for batch in batches] or [np.empty(0)])
-        for name in ("high", "low", "document", *(() if job.packs_rows else ("class",))))
-    order = np.lexsort((low, high))
-    high, low = high[order], low[order]
+    held = np.array([job.sources[chunk.source].split == "validation" for chunk in job.chunks], bool)
+    entries = _read_hashes(job, partition)
+    if held.any():
+        entries = entries[np.argsort(~held[entries["chunk"]], kind="stable")]
+    order = np.lexsort((entries["low"], entries["high"]))
+    high, low = entries["high"][order], entries["low"][order]
     again = np.zeros(len(order), bool)
     again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
     first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))] if len(order) else order
-    lost, kept = order[again], first[again]
-    contradicting = sum(int((hashes[lost] != hashes[kept]).sum()) for hashes in classes)
+    lost, kept = entries[order[again]], entries[first[again]]
+    contradicting = int((lost["class"] != kept["class"]).sum())
     if job.cleaning.deduplicate == "none":  # looked for contradictions only
         lost, kept = lost[:0], kept[:0]
-    is_held = np.array(held, bool)
-    leaked = is_held[chunk[kept]] & ~is_held[chunk[lost]]
-    by_chunk = np.argsort(chunk[lost], kind="stable")
-    bounds = np.searchsorted(chunk[lost][by_chunk], np.arange(len(job.chunks) + 1))
-    drops = [
-        pa.record_batch({"document": pa.array(np.sort(document[lost[by_chunk[start:stop]]]).astype(np.int32))})
-        for start, stop in itertools.pairwise(bounds)
-    ]
-    filesystem, path = staged(job, "duplicates", f"{partition:06d}.drops")
-    make_folder(filesystem, path.rpartition("/")[0])
-    _write_batches(filesystem, path, drops)
+    leaked = held[kept["chunk"]] & ~held[lost["chunk"]]
+    drops = np.empty(len(lost), DROP)
+    drops["chunk"], drops["document"] = lost["chunk"], lost["document"]
+    drops = drops[np.argsort(drops["chunk"], kind="stable")]
+    bounds = np.searchsorted(drops["chunk"], np.arange(1, job.num_bundles) * job.bundle_chunks)
+    write_sections(*staged(job, "duplicates", f"{partition:06d}.drops"), np.split(drops, bounds.tolist()))
     return _save_record(job, "duplicates", partition, {
         "duplicate": int((~leaked).sum()), "in_validation": int(leaked.sum()), "contradicting": contradicting})
 
 
+def spread_drops(job: Job, bundle: int) -> dict[str, Any]:
+    """What all partitions leave out of a bundle of chunks in one file, by chunk."""
+    drops = np.concatenate([read_section(*staged(job, "duplicates", f"{partition:06d}.drops"), bundle, job.num_bundles,
+                                         DROP) for partition in range(job.num_partitions)])
+    drops = drops[np.argsort(drops["chunk"], kind="stable")]
+    chunks = bundle * job.bundle_chunks + np.arange(1, job.bundle_chunks)
+    bounds = np.searchsorted(drops["chunk"], chunks)
+    write_sections(*staged(job, "drops", f"{bundle:06d}.drops"), np.split(drops, bounds.tolist()))
+    return _save_record(job, "drops", bundle, {})
+
+
 def _kept(job: Job, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
     keep = np.ones(num_documents, bool)
-    for partition in range(job.num_partitions):
-        drops = _read_batch(*staged(job, "duplicates", f"{partition:06d}.drops"), chunk)
-        keep[drops.column("document").to_numpy()] = False
+    if job.bundle_chunks > 1 and job.num_partitions:
+        bundle, place = divmod(chunk, job.bundle_chunks)
+        found = [read_section(*staged(job, "drops", f"{bundle:06d}.drops"), place, job.bundle_chunks, DROP)]
+    else:
+        found = [read_section(*staged(job, "duplicates", f"{partition:06d}.drops"), chunk, job.num_bundles, DROP)
+                 for partition in range(job.num_partitions)]
+    for drops in found:
+        keep[drops["document"]] = False
     return keep
 
 
@@ -356,7 +431,7 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
     """Turn the documents of a chunk into rows, in random order, apart for each split. Returns counts by split."""
     chunk = job.chunks[index]
     filesystem, path = staged(job, "read", chunk.name)
-    documents = _read_batch(filesystem, f"{path}.documents", 0)
+    documents = _read_batch(filesystem, f"{path}.documents")
     tokens = np.frombuffer(read_bytes(filesystem, f"{path}.tokens"), job.info.dtype)
     lengths = documents.column("num_tokens").to_numpy()
     keep = _kept(job, index, len(lengths))
@@ -419,10 +494,20 @@ def _write_rows(filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.ND
 # --- merge ---
 
 
-def merge_rows(job: Job, plan: ShardPlan, index: int) -> dict[str, Any]:
+def mix_rows(job: Job, item: tuple[int, MixPlan]) -> dict[str, Any]:
+    """Write the rows that a bundle of chunks sends to a group of shards, shard after shard."""
+    index, plan = item
+    shard_of = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in plan.counts])
+    _write_rows(*staged(job, plan.file), _read_slices(job, plan.slices),
+                np.argsort(shard_of, kind="stable"))
+    return _save_record(job, "mixed", index, {})
+
+
+def merge_rows(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     """Write one shard from its slices of the chunks, in a random order of its own. Returns the shard's record."""
+    index, plan = item
     rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
-    tokens, num_tokens, labels = _read_slices(job, plan)
+    tokens, num_tokens, labels = _read_slices(job, plan.slices)
     order = rng.permutation(len(num_tokens))
     if not job.packs_rows:
         order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
@@ -434,21 +519,22 @@ def merge_rows(job: Job, plan: ShardPlan, index: int) -> dict[str, Any]:
     return _save_record(job, "shards", index, shard.model_dump())
 
 
-def _read_slices(job: Job, plan: ShardPlan) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
-    """Tokens, numbers of tokens and labels of a shard's rows, slice after slice."""
-    num_rows = sum(count for _, _, count, _ in plan.slices)
+def _read_slices(job: Job, slices: Sequence[Slice]) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
+    """Tokens, numbers of tokens and labels of rows, slice after slice."""
+    num_rows = sum(piece.num_rows for piece in slices)
     kind = np.dtype(job.info.dtype)
     tokens = np.empty((num_rows, job.sequence_tokens), kind)
     extra = np.empty((1 if job.packs_rows else 2, num_rows), np.int32)
     width = job.sequence_tokens * kind.itemsize
     done = 0
-    for chunk, start, count, total in plan.slices:
-        filesystem, path = staged(job, "packed", f"{chunk:06d}.{plan.split}")
+    for piece in slices:
+        filesystem, path = staged(job, piece.file)
+        count, total = piece.num_rows, piece.rows_in_file
         with filesystem.open_input_file(path) as file:
-            data = file.read_at(count * width, start * width)
+            data = file.read_at(count * width, piece.start * width)
             tokens[done:done + count] = np.frombuffer(data, kind).reshape(count, -1)
             for nth, column in enumerate(extra):
-                data = file.read_at(count * 4, total * width + (nth * total + start) * 4)
+                data = file.read_at(count * 4, total * width + (nth * total + piece.start) * 4)
                 column[done:done + count] = np.frombuffer(data, np.int32)
         done += count
     return tokens, extra[0], None if job.packs_rows else extra[1]

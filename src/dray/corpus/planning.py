@@ -6,15 +6,21 @@ first bytes of large files of lines and the footers of large parquet files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from dray.corpus.bytes_in import DamagedFile, read_head
 from dray.corpus.containers import is_array
+from dray.corpus.packing import Ints
 from dray.corpus.parsing import LINE_FORMS, QUOTED_FORMS
-from dray.corpus.parts import SPLITS, Job, Part, ShardPlan
+from dray.corpus.parts import SPLITS, Job, MixPlan, Part, ShardPlan, Slice
 from dray.corpus.reading import Span
 from dray.corpus.sources import InputFile
 from dray.spec import Source
@@ -22,6 +28,10 @@ from dray.store.retrying import StorageFailed, is_transient, retry
 
 MIN_PART_BYTES, PART_BYTES, MAX_PART_BYTES = 4 << 20, 32 << 20, 256 << 20
 SHARD_BYTES, MAX_SHARD_BYTES = 32 << 20, 256 << 20
+DIRECT_READS = 1 << 16
+"""Small reads from everything to everything that are taken as they are; more go in two steps."""
+MAX_BUNDLE_DOCUMENTS = 1 << 23
+T = TypeVar("T")
 MAX_ROWS_DEALT = 10**9 - 1
 """numpy draws from at most so many rows at once."""
 
@@ -118,38 +128,146 @@ def _cut_parquet(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:
             start, filled = group + 1, 0
 
 
-def make_shard_plans(job: Job, packed: Sequence[dict[str, Any]]) -> list[ShardPlan]:
-    """Which rows of which chunks each shard holds: a uniformly random deal with exact shard sizes.
+@dataclass(frozen=True)
+class Deal:
+    """How the rows of one source and split are dealt from chunks to shards, and by which way they go there.
 
-    The rows of a chunk lie in random order, so a shard takes a run of them; how many is drawn without replacement from
-    the places left in the shards (multivariate hypergeometric).
+    A uniformly random deal with exact shard sizes: the rows of a chunk lie in random order, so a shard takes a run of
+    them. Plans of single shards are made as they are asked for: the table is all that is held.
     """
+
+    split: str
+    source: int
+    chunks: Ints
+    """[chunks]: their numbers."""
+    counts: Ints
+    """[chunks, shards]: rows that go from one to the other."""
+    bundle: int
+    """Chunks whose rows travel together to a group of shards; 0: each shard takes its rows from the chunks."""
+    group: int
+
+    @property
+    def num_shards(self) -> int:
+        return int(self.counts.shape[1])
+
+    @cached_property
+    def _ends(self) -> Ints:
+        """[chunks, shards]: where each run of rows ends in its chunk."""
+        return np.cumsum(self.counts, axis=1)
+
+    @property
+    def num_mixes(self) -> int:
+        """Files between chunks and shards; 0: none."""
+        return self._num_bundles * -(-self.num_shards // self.group) if self.bundle else 0
+
+    @property
+    def _num_bundles(self) -> int:
+        return -(-len(self.chunks) // self.bundle)
+
+    def shard(self, index: int) -> ShardPlan:
+        """The plan of one shard: from the chunks, or from the files between."""
+        if not self.bundle:
+            return ShardPlan(self.split, self.source, index, self._runs(slice(None), slice(index, index + 1)))
+        group, place = divmod(index, self.group)
+        slices = []
+        for bundle in range(self._num_bundles):
+            counts = self._mix_counts(bundle, group).sum(axis=0)
+            if counts[place]:
+                slices.append(Slice(self._mix_file(bundle, group), int(counts[:place].sum()), int(counts[place]),
+                                    int(counts.sum())))
+        return ShardPlan(self.split, self.source, index, tuple(slices))
+
+    def mix(self, index: int) -> MixPlan:
+        """The plan of one file between: what a bundle of chunks sends to a group of shards."""
+        group, bundle = divmod(index, self._num_bundles)
+        counts = self._mix_counts(bundle, group)
+        rows, columns = self._place(bundle, group)
+        return MixPlan(self._mix_file(bundle, group), self._runs(rows, columns), counts[counts.sum(axis=1) > 0])
+
+    def _place(self, bundle: int, group: int) -> tuple[slice, slice]:
+        return (slice(bundle * self.bundle, (bundle + 1) * self.bundle),
+                slice(group * self.group, (group + 1) * self.group))
+
+    def _mix_counts(self, bundle: int, group: int) -> Ints:
+        return self.counts[self._place(bundle, group)]
+
+    def _mix_file(self, bundle: int, group: int) -> str:
+        return f"mixed/{self.split}-{self.source:03d}-{group:05d}-{bundle:05d}"
+
+    def _runs(self, rows: slice, columns: slice) -> tuple[Slice, ...]:
+        """Of each of some chunks its rows for neighbouring shards, which lie together; none where it has none."""
+        counts = self.counts[rows, columns].sum(axis=1)
+        stops = self._ends[rows, columns][:, -1]
+        return tuple(
+            Slice(f"packed/{chunk:06d}.{self.split}", stop - count, count, total)
+            for chunk, count, stop, total in zip(self.chunks[rows].tolist(), counts.tolist(), stops.tolist(),
+                                                 self._ends[rows, -1].tolist(), strict=True) if count)
+
+
+class Plans(Sequence[tuple[int, T]]):
+    """The numbered plans of all deals, one deal after the other, each made when it is asked for.
+
+    `count` of a deal says how many it has, `make` makes one of them by its number.
+    """
+
+    def __init__(self, deals: Sequence[Deal], count: Callable[[Deal], int], make: Callable[[Deal, int], T]) -> None:
+        self._deals, self._make = deals, make
+        self._ends = list(accumulate(count(deal) for deal in deals))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, T]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, T]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[int, T] | list[tuple[int, T]]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        nth = bisect_right(self._ends, index)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return index, self._make(self._deals[nth], index - (self._ends[nth - 1] if nth else 0))
+
+
+def plan_bundles(num_chunks: int, num_partitions: int, num_documents: int) -> int:
+    """How many chunks' hashes travel together (`Job.bundle_chunks`): √chunks where each by itself would be too many
+    reads, but never more documents than fit in memory."""
+    if num_chunks * num_partitions <= DIRECT_READS:
+        return 1
+    documents_per_chunk = max(1, num_documents // num_chunks)
+    return max(1, min(math.isqrt(num_chunks - 1) + 1, MAX_BUNDLE_DOCUMENTS // documents_per_chunk))
+
+
+def make_deals(job: Job, packed: Sequence[dict[str, Any]]) -> list[Deal]:
+    """Which rows of which chunks each shard holds, for each split and source that has rows."""
     row_bytes = job.sequence_tokens * np.dtype(job.info.dtype).itemsize
-    plans: list[ShardPlan] = []
+    deals: list[Deal] = []
     for split in SPLITS:
         for source in range(len(job.sources)):
             counts = {index: record[split]["num_rows"] for index, record in enumerate(packed)
                       if split in record and job.chunks[index].source == source}
             if counts:
-                plans += _deal(job, split, source, counts, row_bytes)
-    return plans
+                deals.append(_deal(job, split, source, counts, row_bytes))
+    return deals
 
 
-def _deal(job: Job, split: str, source: int, counts: dict[int, int], row_bytes: int) -> list[ShardPlan]:
+def _deal(job: Job, split: str, source: int, counts: dict[int, int], row_bytes: int) -> Deal:
+    """How many rows of each chunk go to each shard is drawn without replacement from the places left in the shards
+    (multivariate hypergeometric)."""
     total = sum(counts.values())
     target = max(SHARD_BYTES, min(MAX_SHARD_BYTES, total * row_bytes // 256))
     shard_rows = max(1, target // (row_bytes * job.group_rows)) * job.group_rows
     left = np.full(-(-total // shard_rows), shard_rows, np.int64)
     left[-1] = total - shard_rows * (len(left) - 1)
     rng = job.rng(3, SPLITS.index(split), source)
-    slices: list[list[tuple[int, int, int, int]]] = [[] for _ in left]
-    for chunk, count in counts.items():
-        start = 0
-        for shard, taken in enumerate(_draw(rng, left, count).tolist()):
-            if taken:
-                slices[shard].append((chunk, start, taken, count))
-            start += taken
-    return [ShardPlan(split, source, index, tuple(taken)) for index, taken in enumerate(slices)]
+    dealt = np.stack([_draw(rng, left, count) for count in counts.values()])
+    bundle, group = 0, 0
+    if dealt.size > DIRECT_READS:
+        bundle, group = (math.isqrt(size - 1) + 1 for size in dealt.shape)
+    return Deal(split, source, np.array(list(counts), np.int64), dealt, bundle, group)
 
 
 def _draw(rng: np.random.Generator, left: np.ndarray[Any, np.dtype[np.int64]], count: int) -> np.ndarray[Any, Any]:

@@ -54,15 +54,25 @@ from dray.corpus.parts import (
     CorpusSource,
     Job,
     Part,
-    ShardPlan,
     cut_quoted,
     find_duplicates,
+    gather_hashes,
     merge_rows,
+    mix_rows,
     pack_chunk,
     read_part,
+    spread_drops,
     staged,
 )
-from dray.corpus.planning import choose_part_bytes, find_quoted, make_parts, make_shard_plans
+from dray.corpus.planning import (
+    Deal,
+    Plans,
+    choose_part_bytes,
+    find_quoted,
+    make_deals,
+    make_parts,
+    plan_bundles,
+)
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
@@ -313,13 +323,18 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     check_reads(job, work, spec.data.max_bad_share)
     chunks = [Chunk(name, part.source) for part, read in zip(work.parts, work.reads, strict=True)
               for name in read["chunks"]]
-    job = replace(job, chunks=tuple(chunks), labels=make_labels(job, work))
+    bundle = plan_bundles(len(chunks), job.num_partitions, work.total("num_chunk_documents"))
+    job = replace(job, chunks=tuple(chunks), labels=make_labels(job, work), bundle_chunks=bundle)
+    bundles = range(job.num_bundles) if bundle > 1 else ()
+    run_stage(job, "hashes", gather_hashes, bundles, say)
     work.duplicates = run_stage(job, "duplicates", find_duplicates, range(job.num_partitions), say)
+    run_stage(job, "drops", spread_drops, bundles, say)
     work.packed = run_stage(job, "packed", pack_chunk, range(len(chunks)), say)
     check_packed(job, work)
-    work.plans = make_shard_plans(job, work.packed)
+    work.deals = make_deals(job, work.packed)
     work.compressors = measure_compressors(_samples(job, len(chunks)))
-    shards = run_stage(job, "shards", _merge, list(enumerate(work.plans)), say)
+    run_stage(job, "mixed", mix_rows, Plans(work.deals, lambda deal: deal.num_mixes, Deal.mix), say)
+    shards = run_stage(job, "shards", merge_rows, Plans(work.deals, lambda deal: deal.num_shards, Deal.shard), say)
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job, work.parts)
     filesystem, path = share_filesystem(folder)
@@ -340,10 +355,6 @@ def _samples(job: Job, num_chunks: int) -> list[bytes]:
     there = list_files(*staged(job, "packed"))
     names = (f"{index:06d}.text" for index in range(num_chunks))
     return [read_bytes(*staged(job, "packed", name)) for name in names if name in there]
-
-
-def _merge(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:
-    return merge_rows(job, item[1], item[0])
 
 
 def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Job, Work]:

@@ -20,6 +20,8 @@ from dray.store.retrying import retry
 
 Progress = Callable[[str], None]
 PROGRESS_SECONDS = 2.0
+TASKS_AT_ONCE = 1024
+"""Descriptions of work that Ray holds at a time."""
 
 
 def _answer(function: Callable[[Job, Any], Any], job: Job, index: int, item: Any) -> tuple[int, bytes]:
@@ -60,13 +62,20 @@ def _warm_up(job: Job, item: None) -> dict[str, Any]:
 
 def run_stage(job: Job, stage: str, function: Callable[[Job, Any], dict[str, Any]], items: Sequence[Any],
               say: Progress) -> list[dict[str, Any]]:
-    """The records of `function(job, item)` for all items, in their order: read back, or made by Ray Data."""
+    """The records of `function(job, item)` for all items, in their order: read back, or made by Ray Data.
+
+    Items are taken when their turn comes, so a sequence may make them as it is asked.
+    """
+    if not len(items):
+        return []
     filesystem, path = staged(job, stage)
     there = list_files(filesystem, path)
     records = {index: load_record(job, stage, index) for index in range(len(items)) if record_name(index) in there}
     missing = [index for index in range(len(items)) if records.get(index) is None]
     began = time.monotonic()
-    for done, (index, answer) in enumerate(_run_tasks(job, function, [(index, items[index]) for index in missing]), 1):
+    answers = (answer for start in range(0, len(missing), TASKS_AT_ONCE) for answer in _run_tasks(
+        job, function, [(index, items[index]) for index in missing[start:start + TASKS_AT_ONCE]]))
+    for done, (index, answer) in enumerate(answers, 1):
         records[index] = _unwrap(answer)
         if done == len(missing) or time.monotonic() - began > PROGRESS_SECONDS:
             began = time.monotonic()
