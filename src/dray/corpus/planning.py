@@ -28,7 +28,7 @@ from dray.store.retrying import StorageFailed, is_transient, retry
 
 MIN_PART_BYTES, PART_BYTES, MAX_PART_BYTES = 4 << 20, 32 << 20, 256 << 20
 SHARD_BYTES, MAX_SHARD_BYTES = 32 << 20, 256 << 20
-DIRECT_READS = 1 << 16
+DIRECT_READS = 1 << 15
 """Small reads from everything to everything that are taken as they are; more go in two steps."""
 MAX_BUNDLE_DOCUMENTS = 1 << 23
 T = TypeVar("T")

@@ -108,6 +108,8 @@ MIN_CHUNK_BYTES = 48 * 1024 * 1024
 LOOK_BYTES = 64 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
 CLAIMS = "claims"
+WORK_VERSION = 2
+"""Raised when intermediate files have another form: what an older dray left half done is not used then."""
 
 
 @dataclass(frozen=True)
@@ -385,7 +387,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Job,
 
 def _name_of_work(inputs: _Inputs) -> str:
     """The same files under other names are another work: its records would tell of files that are not there."""
-    names = json.dumps([file.name for files in inputs.files for file in files])
+    names = json.dumps([WORK_VERSION, *(file.name for files in inputs.files for file in files)])
     return f"work-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
