@@ -1,12 +1,13 @@
-"""Token shards: Arrow IPC files of rows, one record batch a group, read by group from a memory map or by ranges.
+"""Token shards: Arrow IPC files of rows, one record batch a group, read by group.
 
-Uncompressed, so that a local reader copies nothing. Each group carries its own CRC-32, so that a bit that flips under a
+Uncompressed, so that reading is copying. Each group carries its own CRC-32, so that a bit that flips under a
 run is noticed by whoever reads it. Refuses groups that the source does not have.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import zlib
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from dray.store.filesystem import is_local, make_folder, write_whole
 from dray.store.retrying import first_line, retry
 
 CHECKSUM = b"crc32"
-CACHED_BYTES = 128 * 1024 * 1024
+CACHED_BYTES = 64 * 1024 * 1024
 """Groups that a process keeps: those that the blocks of one segment share (`stream.SEGMENT_BYTES`)."""
 CACHED_SHARDS = 32
 """Shards that a process keeps open."""
@@ -96,9 +97,9 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
                 group_rows: int) -> pa.Table:
     """Groups of a source by number, one after the other in the order asked for.
 
-    Local shards are mapped into memory and not copied; of others only the groups' byte ranges are read, tried again
-    while the storage fails. A process keeps the groups that it used last. Raises IndexError for a group that is not
-    there, CorpusError for a shard that is gone or no longer what it was, StorageFailed.
+    Only their byte ranges are read, tried again while the storage fails, and a process keeps the groups that it used
+    last. Raises IndexError for a group that is not there, CorpusError for a shard that is gone or no longer what it
+    was, StorageFailed.
     """
     counts = [-(-shard.num_rows // group_rows) for shard in source.shards]
     ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
@@ -110,9 +111,14 @@ def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, gr
     with _kept.lock:
         for index in np.unique(shard_of).tolist():
             first = int(ends[index]) - counts[index]
-            for group in np.unique(wanted[shard_of == index]).tolist():
-                batches[group] = _kept.group(filesystem, folder, source.shards[index], group - first)
+            within = [group - first for group in np.unique(wanted[shard_of == index]).tolist()]
+            found = _kept.groups(filesystem, folder, source.shards[index], within)
+            batches |= {first + number: batch for number, batch in found.items()}
     return pa.Table.from_batches([batches[group] for group in wanted.tolist()])
+
+
+_Place = tuple[str, str, str, tuple[int, ...]]
+"""A shard: folder, file, digest, and which file on the disk it is (`_identity`)."""
 
 
 class _Kept:
@@ -120,35 +126,42 @@ class _Kept:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._groups: OrderedDict[tuple[str, str, str, int], pa.RecordBatch] = OrderedDict()
+        self._groups: OrderedDict[tuple[_Place, int], pa.RecordBatch] = OrderedDict()
         self._num_bytes = 0
-        self._shards: OrderedDict[tuple[str, str, str], pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._shards: OrderedDict[_Place, pa.ipc.RecordBatchFileReader] = OrderedDict()
 
-    def group(self, filesystem: pafs.FileSystem, folder: str, shard: Shard, number: int) -> pa.RecordBatch:
-        """A group by its number in the shard, with the checksum that it was written with."""
-        place = folder, shard.file, shard.sha256
-        batch = self._groups.pop((*place, number), None)
+    def groups(self, filesystem: pafs.FileSystem, folder: str, shard: Shard,
+               numbers: Sequence[int]) -> dict[int, pa.RecordBatch]:
+        """Groups by their number in the shard, each with the checksum that it was written with."""
+        path = f"{folder}/{shard.file}"
+
+        def read() -> dict[int, pa.RecordBatch]:
+            try:
+                place = folder, shard.file, shard.sha256, _identity(filesystem, path)
+                return {number: self._group(filesystem, place, shard, number) for number in numbers}
+            except (pa.ArrowInvalid, FileNotFoundError) as error:
+                raise CorpusError(path, f"cannot be read ({first_line(error)})",
+                                  "token shards stay as they were prepared for as long as runs use them",
+                                  f"delete {folder} and run `dray prepare`: the same shards come back") from error
+
+        return retry(read, path)
+
+    def _group(self, filesystem: pafs.FileSystem, place: _Place, shard: Shard, number: int) -> pa.RecordBatch:
+        batch = self._groups.pop((place, number), None)
         if batch is None:
-            batch = retry(lambda: self._read(filesystem, place, shard, number), f"{folder}/{shard.file}")
+            batch = self._load(filesystem, place, shard, number)
             self._num_bytes += batch.nbytes
-        self._groups[*place, number] = batch
+        self._groups[place, number] = batch
         while self._num_bytes > CACHED_BYTES and len(self._groups) > 1:
             self._num_bytes -= self._groups.popitem(last=False)[1].nbytes
         return batch
 
-    def _read(self, filesystem: pafs.FileSystem, place: tuple[str, str, str], shard: Shard,
-              number: int) -> pa.RecordBatch:
+    def _load(self, filesystem: pafs.FileSystem, place: _Place, shard: Shard, number: int) -> pa.RecordBatch:
         reader = self._shards.pop(place, None)  # after an error it is opened anew
-        path = f"{place[0]}/{shard.file}"
-        try:
-            reader = reader or _open_shard(filesystem, path, shard)
-            found = reader.get_batch_with_custom_metadata(number)
-            if (found.custom_metadata or {}).get(CHECKSUM) != _checksum(found.batch):
-                raise pa.ArrowInvalid(f"group {number} is not what was written: its checksum differs")
-        except (pa.ArrowInvalid, FileNotFoundError) as error:
-            raise CorpusError(path, f"cannot be read ({first_line(error)})",
-                              "token shards stay as they were prepared for as long as runs use them",
-                              f"delete {place[0]} and run `dray prepare`: the same shards come back") from error
+        reader = reader or _open_shard(filesystem, f"{place[0]}/{shard.file}", shard)
+        found = reader.get_batch_with_custom_metadata(number)
+        if (found.custom_metadata or {}).get(CHECKSUM) != _checksum(found.batch):
+            raise pa.ArrowInvalid(f"group {number} is not what was written: its checksum differs")
         self._shards[place] = reader
         while len(self._shards) > CACHED_SHARDS:
             self._shards.popitem(last=False)
@@ -158,9 +171,20 @@ class _Kept:
 _kept = _Kept()
 
 
+def _identity(filesystem: pafs.FileSystem, path: str) -> tuple[int, ...]:
+    """What changes when a local shard is written anew: a group that was read before is then read again."""
+    if not is_local(filesystem):
+        return ()
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def _open_shard(filesystem: pafs.FileSystem, path: str, shard: Shard) -> pa.ipc.RecordBatchFileReader:
-    """The shard's record batches, if it still has the size that the manifest gives, and an Arrow file's form."""
-    file = pa.memory_map(path) if is_local(filesystem) else filesystem.open_input_file(path)
+    """The shard's record batches, if it still has the size that the manifest gives, and an Arrow file's form.
+
+    Not mapped into memory: what has been verified must not change under those who keep it.
+    """
+    file = filesystem.open_input_file(path)
     if file.size() != shard.num_bytes:
         raise pa.ArrowInvalid(f"it has {file.size()} bytes instead of {shard.num_bytes}")
     return pa.ipc.open_file(file)

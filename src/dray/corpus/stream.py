@@ -39,7 +39,7 @@ from dray.store.filesystem import share_filesystem
 
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of rows in one rank's block: large enough that Ray's cost per block (milliseconds) vanishes."""
-SEGMENT_BYTES = 128 * 1024 * 1024
+SEGMENT_BYTES = 64 * 1024 * 1024
 """Bytes of rows in the blocks of all ranks together: the groups that they share stay in a reader's memory."""
 WINDOW_TASKS, LEAST_WINDOW = 2048, 32
 """Read tasks that Ray Data plans at a time, and the segments that a window holds at least."""
