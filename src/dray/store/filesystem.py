@@ -92,7 +92,7 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
 
 def share_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """As `open_filesystem`, but opened once a process: an object store's connections are used again."""
-    return _share(absolute(uri))
+    return _share(restored(absolute(uri)))  # other credentials are another client
 
 
 @lru_cache(maxsize=64)
