@@ -56,7 +56,10 @@ def normalize(texts: pa.Array, form: str) -> pa.Array:
     if not pc.any(other).as_py():
         return texts
     kind = cast(Literal["NFC", "NFKC"], form)
-    normal = [unicodedata.normalize(kind, text) for text in texts.filter(other).to_pylist()]
+    given = texts.filter(other).to_pylist()
+    normal = [unicodedata.normalize(kind, text) for text in given]
+    if all(before is after for before, after in zip(given, normal, strict=True)):  # as it is for nearly all text
+        return texts
     return pc.replace_with_mask(texts, other, pa.array(normal, pa.large_string()))
 
 

@@ -55,7 +55,6 @@ def run_task(job: Job, function: Callable[[Job, Any], Any], item: Any) -> Any:
 def _warm_up(job: Job, item: None) -> dict[str, Any]:
     """Imports what encoding needs."""
     with suppress(ImportError):
-        import awkward  # type: ignore[import-untyped]  # noqa: F401
         import gigatoken  # noqa: F401
     return {}
 

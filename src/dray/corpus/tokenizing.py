@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ PROBES = (
     "\ufb01 A\u030a \u212b",
 )
 """Awkward cases, besides real documents."""
+LONG_BYTES = 1000
+"""Documents that are longer on average are encoded one by one, as fast: importing awkward costs a second of CPU."""
 CHECK_BYTES = 400_000
 """Text of real documents on which gigatoken must agree."""
 
@@ -249,7 +252,6 @@ def load_decoder(folder: str) -> Any:
 
 
 def _gigatoken(files: dict[str, bytes]) -> Any:
-    import awkward as ak  # type: ignore[import-untyped]
     import gigatoken
 
     tokenizer = gigatoken.Tokenizer.from_json(files[TOKENIZER_JSON])
@@ -258,15 +260,26 @@ def _gigatoken(files: dict[str, bytes]) -> Any:
         _, offsets, data = texts.buffers()
         bounds = np.frombuffer(offsets, np.int64)[texts.offset:texts.offset + len(texts) + 1]
         content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.empty(0, np.uint8)
-        batch = ak.Array(ak.contents.ListOffsetArray(
-            ak.index.Index64(bounds), ak.contents.NumpyArray(content, parameters={"__array__": "char"}),
-            parameters={"__array__": "string"}))
-        # One thread: Ray gives a task one CPU.
-        layout = ak.to_layout(tokenizer.encode_batch(batch, parallel=False))
-        ends = np.asarray(layout.offsets.data)
-        return np.asarray(layout.content.data)[ends[0]:ends[-1]], np.diff(ends)
+        if bounds[-1] - bounds[0] >= LONG_BYTES * len(texts):
+            ids = [tokenizer.encode(content[start:stop].tobytes()) for start, stop in pairwise(bounds.tolist())]
+            return np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids))
+        return _encode_at_once(tokenizer, bounds, content)
 
     return encode
+
+
+def _encode_at_once(tokenizer: Any, bounds: Ints,
+                    content: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], Ints]:
+    """Many short documents in one call, which takes and gives awkward arrays."""
+    import awkward as ak  # type: ignore[import-untyped]
+
+    batch = ak.Array(ak.contents.ListOffsetArray(
+        ak.index.Index64(bounds), ak.contents.NumpyArray(content, parameters={"__array__": "char"}),
+        parameters={"__array__": "string"}))
+    # One thread: Ray gives a task one CPU.
+    layout = ak.to_layout(tokenizer.encode_batch(batch, parallel=False))
+    ends = np.asarray(layout.offsets.data)
+    return np.asarray(layout.content.data)[ends[0]:ends[-1]], np.diff(ends)
 
 
 def _tokenizers(files: dict[str, bytes]) -> Any:
