@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dray.corpus.prepare import Corpus
-from dray.corpus.stream import RowStream
+from dray.corpus.stream import RowStream, remember_manifest
 from dray.errors import StoreError
 from dray.ranks import Ranks, choose_interface
 from dray.spec import make_spec
@@ -62,9 +62,10 @@ def test_a_validated_step_is_saved_after_its_validation(tmp_path: Path, corpus: 
     run = go(tmp_path, Corpus(corpus.folder, held_out), validation={"every_steps": 2, "max_rows": 9},
              checkpoint={"every_steps": 2, "keep_last": 9}, duration={"steps": 5})
     assert [(info.step, bool(info.metrics)) for info in run.checkpoints()] == [(2, True), (4, True), (5, True)]
-    stream = RowStream(corpus.folder, held_out, 0, 8, 1, 8, 2, 0, 5, validation_steps=(2, 5))
-    assert [step for step in range(1, 6) if stream.validates_after(step)] == [2, 5]
-    assert not replace(stream, manifest=corpus.manifest).validates_after(2)
+    stream = RowStream(corpus.folder, corpus.manifest.key, 0, 8, 1, 8, 2, 0, 5, validate_every=2)
+    assert [step for step in range(1, 6) if stream.validates_after(step)] == [2, 4, 5]
+    remember_manifest(corpus.folder, corpus.manifest)
+    assert not replace(stream).validates_after(2)
 
 
 def test_dropout_draws_anew_at_every_place_under_any_seed() -> None:
