@@ -42,8 +42,9 @@ def make_record(step: int, rank: int, num_ranks: int) -> dict[str, Any]:
 
 def make_beat(step: int, rank: int) -> dict[str, Any]:
     """A rank's heartbeat."""
-    return {"rank": rank, "attempt": 1, "step": step, "phase": "backward", "seconds": 0.2, "time": 1.7e9, "pid": 1000,
-            "log_file": "/tmp/ray/session/logs/worker-1234.out", "stack_file": "/tmp/stacks", "node": "10.0.0.1",
+    return {"rank": rank, "attempt": 1, "step": step, "phase": "backward", "long": False, "seconds": 0.2,
+            "time": 1.7e9, "pid": 1000, "log_file": "/tmp/ray/session/logs/worker-1234.out",
+            "stack_file": "/tmp/stacks", "node": "10.0.0.1",
             "node_id": "f" * 56}
 
 
