@@ -54,7 +54,8 @@ class Attempt:
 def make_corpus_plan(spec: Spec, shape: Shape, manifest: Manifest, **settings: Any) -> Plan:
     """The plan with the corpus' real counts; `settings` are those of `make_plan`."""
     return make_plan(spec, shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
-                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None, **settings)
+                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None,
+                     pad_token_id=manifest.pad_token_id, **settings)
 
 
 def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 from small_models import VOCAB, small_model, small_spec, some_ids
 
 from dray.errors import SpecError
-from dray.models.config import default_intermediate_size, make_config
+from dray.models.config import make_config
+from dray.plan.architectures import default_intermediate_size
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bert", "roberta", "gemma2", "phi3",
             "bloom", "falcon", "olmo2", "modernbert-decoder")
@@ -58,7 +59,7 @@ def test_feed_forward_width_follows_the_gate(architecture: str, width: int) -> N
 
 
 def test_feed_forward_width_is_the_widely_used_one() -> None:
-    assert default_intermediate_size("llama", 384, "silu") == 1024
+    assert default_intermediate_size("llama", 384) == 1024
     assert default_intermediate_size("gpt2", 768) == 3072
 
 

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dray.errors import SpecError
 from dray.plan.activations import layer_bytes_per_token
+from dray.plan.architectures import is_gated
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.parameters import ROTARY_GATED, Dimensions, count_parameters, load_dimensions
 from dray.spec import Spec, make_spec
 
 CAUSAL = (*ROTARY_GATED, "gpt2", "gpt_neox")
+COUNTED = (*CAUSAL, "gpt_bigcode", "starcoder2", "nemotron")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
 
 
@@ -50,12 +52,12 @@ def assert_counts(spec: Spec) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", COUNTED)
 def test_language_models_are_counted_exactly(architecture: str, tied: bool) -> None:
     assert_counts(spec_of(architecture, tie_embeddings=tied))
 
 
-@pytest.mark.parametrize("architecture", ROTARY_GATED)
+@pytest.mark.parametrize("architecture", [*ROTARY_GATED, "starcoder2", "nemotron"])
 def test_grouped_heads_and_widths_are_counted_exactly(architecture: str) -> None:
     assert_counts(spec_of(architecture, num_kv_heads=2, intermediate_size=200))
 
@@ -78,6 +80,44 @@ def test_decoders_that_classify_are_counted_exactly(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
 def test_encoders_that_generate_are_counted_exactly(architecture: str) -> None:
     assert_counts(spec_of(architecture))
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 0, 1, 5])
+def test_positions_that_begin_after_the_padding_id_are_counted_exactly(pad_token_id: int | None) -> None:
+    from dray.models.config import make_config
+
+    spec = spec_of("roberta", "sequence_classification")
+    tokenizer = spec.tokenizer.model_copy(update={"train": None, "path": "elsewhere"})
+    spec = spec.model_copy(update={"tokenizer": tokenizer})
+    config = make_config(spec, vocab_size=512, num_labels=3, pad_token_id=pad_token_id, eos_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    sizes = load_dimensions(spec, 512, 3, pad_token_id=pad_token_id)
+    assert sizes.exact
+    assert count_parameters(sizes).total == sum(p.numel() for p in model.parameters())
+    assert not load_dimensions(spec).exact  # before the tokeniser is read
+
+
+def test_plan_and_model_take_the_same_width_for_every_architecture() -> None:
+    """By transformers' own activations: SiLU and its kin mean a gate, so do Gemma's and ModernBERT's GELU."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
+
+    from dray.models.config import _INTERMEDIATE_NAMES
+
+    wrong, names = [], {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+                        *modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
+    for name in sorted(names):
+        try:
+            config = CONFIG_MAPPING[name]()
+        except Exception:  # some cannot be made without arguments
+            continue
+        if any(hasattr(config, field) for field in _INTERMEDIATE_NAMES):
+            gated = getattr(config, "hidden_act", "") in ("silu", "swish", "swiglu") and "mamba" not in name
+            gated |= name.startswith(("gemma", "modernbert", "t5gemma", "vaultgemma"))
+            if is_gated(name) != gated:
+                wrong.append(name)
+    assert not wrong
 
 
 def test_vision_transformers_are_counted_exactly() -> None:

@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dray.errors import SpecError
+from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
 from dray.pretrained import find_folder
 from dray.spec import Spec
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# Architectures whose feed-forward block is gated although its activation is not SiLU.
-_GATED_PREFIXES = ("gemma", "modernbert", "t5gemma", "vaultgemma")
-_UNGATED_SILU = ("mamba", "mamba2", "falcon_mamba")
-# Their positions are counted from the padding id on, so the table needs as many rows more.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
-                     "xmod", "mpnet", "longformer")
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "d_inner", "ffn_hidden_size")
 TASK_CLASSES = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
@@ -119,12 +114,6 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def default_intermediate_size(model_type: str, hidden_size: int, activation: str = "") -> int:
-    """Width of the feed-forward block: 8/3 of the hidden size where it is gated, else 4 times: as many weights."""
-    gated = activation in ("silu", "swish", "swiglu") and model_type not in _UNGATED_SILU
-    return hidden_size * 8 // 3 if gated or model_type.startswith(_GATED_PREFIXES) else hidden_size * 4
-
-
 def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
     from transformers import CONFIG_MAPPING
 
@@ -140,8 +129,7 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
     if positions < spec.data.sequence_tokens:
         raise SpecError(f"model.max_positions = {positions}", f"data.sequence_tokens is {spec.data.sequence_tokens}",
                         "a row must fit the model", f"give {spec.data.sequence_tokens} or more")
-    if model.architecture in _OFFSET_POSITIONS:
-        positions += (pad_token_id or 0) + 1
+    positions = position_rows(str(model.architecture), positions, pad_token_id)
     default = CONFIG_MAPPING[model.architecture]()
     hidden, heads = int(model.hidden_size or 0), int(model.num_heads or 0)
     fields: dict[str, Any] = {
@@ -176,8 +164,7 @@ def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
             return {}
         raise SpecError(f"model.intermediate_size = {spec.model.intermediate_size}",
                         f"{spec.model.architecture} has a fixed one", way_out="leave it out")
-    activation = getattr(default, "hidden_act", None) or ""
-    width = default_intermediate_size(default.model_type, int(spec.model.hidden_size or 0), activation)
+    width = default_intermediate_size(default.model_type, int(spec.model.hidden_size or 0))
     return {name: spec.model.intermediate_size or width}
 
 
@@ -197,7 +184,7 @@ def _token_id_fields(config: Any) -> list[str]:
 def _set_token_ids(config: Any, task: str, pad_token_id: int | None, eos_token_id: int | None) -> None:
     """The tokeniser's ids; ids of tokens that it has no word for are left out, where a configuration allows."""
     ids = dict.fromkeys(_token_id_fields(config)) | {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    if task == "causal_lm" and pad_token_id == eos_token_id and config.model_type not in _OFFSET_POSITIONS:
+    if task == "causal_lm" and pad_token_id == eos_token_id and config.model_type not in OFFSET_POSITIONS:
         # nn.Embedding never trains its padding row, and the end of a document must be learnt. Classifiers keep it:
         # decoders are pooled at the last token that is not padding.
         ids["pad_token_id"] = None
@@ -238,7 +225,7 @@ def _folder_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) 
 def longest_row(config: Any) -> int | None:
     """Tokens that a model of the configuration can take at once; None if it counts no positions."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type in _OFFSET_POSITIONS:
+    if limit is not None and config.model_type in OFFSET_POSITIONS:
         limit -= (config.pad_token_id or 0) + 1
     return None if limit is None or limit < 1 else int(limit)
 

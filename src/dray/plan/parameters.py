@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dray.errors import SpecError
+from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, is_gated, position_rows
 from dray.spec import Spec
 
 ROTARY_GATED = ("llama", "mistral", "qwen2")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "vit")
-FAMILIES = (*ROTARY_GATED, "gpt2", "gpt_neox", *ENCODERS)
+FAMILIES = (*ROTARY_GATED, "gpt2", "gpt_neox", "gpt_bigcode", "starcoder2", "nemotron", *ENCODERS)
+TRAINED_PAD_ID = 1
+"""The padding token of tokenisers that a run trains, after the end of a text."""
 # Where a field has another name in the folder of an architecture.
 _ALIASES = {
     "hidden_size": ("hidden_size", "n_embd", "dim", "d_model"),
@@ -77,17 +80,11 @@ class ParameterCount:
     """Neither embedding nor head."""
 
 
-def is_gated(architecture: str) -> bool:
-    """Whether the feed-forward block has a gate: all but the older families."""
-    return architecture not in ("gpt2", "gpt_neox", "bert", "roberta", "distilbert", "vit", "opt", "electra", "albert",
-                                "gpt_neo", "gptj", "bloom", "falcon", "xlm-roberta", "camembert", "phi", "mpt")
-
-
 def load_dimensions(spec: Spec, vocab_size: int | None = None, num_labels: int | None = None,
-                    config: Mapping[str, Any] | None = None) -> Dimensions:
+                    config: Mapping[str, Any] | None = None, pad_token_id: int | None = None) -> Dimensions:
     """The sizes that a spec (and its folder's config.json, where it names one) decides.
 
-    `vocab_size` is the tokeniser's. `config`: the folder's configuration as the run keeps it; then nothing is
+    `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the folder's configuration as the run keeps it; then nothing is
     read. Raises SpecError for an unreadable folder or a vocabulary that is too small.
     """
     model = spec.model
@@ -108,14 +105,22 @@ def load_dimensions(spec: Spec, vocab_size: int | None = None, num_labels: int |
         raise SpecError(f"model.max_positions = {positions}", f"data.sequence_tokens is {spec.data.sequence_tokens}",
                         "a row must fit the model", f"give {spec.data.sequence_tokens} or more")
     options = dict(model.options)
+    if pad_token_id is None and spec.tokenizer.train is not None:
+        pad_token_id = TRAINED_PAD_ID
+    knows_pad = pad_token_id is not None or vocab_size is not None or architecture not in OFFSET_POSITIONS
     return Dimensions(
         architecture=architecture, task=spec.task, hidden=hidden, layers=int(model.num_layers or 0), heads=heads,
-        kv_heads=model.num_kv_heads or heads, head_dim=int(options.get("head_dim") or hidden // heads),
-        intermediate=model.intermediate_size or (hidden * 8 // 3 if gated else hidden * 4), vocab=rows,
-        # RoBERTa counts positions from the padding id on.
-        positions=positions + (2 if architecture == "roberta" else 0), tied=model.tie_embeddings, num_labels=labels,
-        gated=gated, exact=architecture in FAMILIES, options=options,
+        kv_heads=_kv_heads(architecture, options, model.num_kv_heads or heads),
+        head_dim=int(options.get("head_dim") or hidden // heads),
+        intermediate=model.intermediate_size or default_intermediate_size(architecture, hidden), vocab=rows,
+        positions=position_rows(architecture, positions, pad_token_id), tied=model.tie_embeddings, num_labels=labels,
+        gated=gated, exact=architecture in FAMILIES and knows_pad, options=options,
     )
+
+
+def _kv_heads(architecture: str, options: Mapping[str, Any], heads: int) -> int:
+    """GPT BigCode shares one head of keys and values, unless told otherwise."""
+    return 1 if architecture == "gpt_bigcode" and options.get("multi_query", True) else heads
 
 
 def count_parameters(sizes: Dimensions) -> ParameterCount:
@@ -152,7 +157,7 @@ def _embeddings(sizes: Dimensions) -> tuple[int, int]:
         return tokens + (sizes.positions + types) * hidden, 2 * hidden
     if architecture == "distilbert":
         return tokens + sizes.positions * hidden, 2 * hidden
-    if architecture == "gpt2":
+    if architecture in ("gpt2", "gpt_bigcode"):
         return tokens + sizes.positions * hidden, 0
     return tokens, hidden if architecture == "modernbert" else 0
 
@@ -163,6 +168,11 @@ def _layer(sizes: Dimensions) -> int:
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     if sizes.architecture == "modernbert":
         return 4 * hidden * hidden + 3 * hidden * wide + 2 * hidden
+    if sizes.architecture in ("gpt_bigcode", "starcoder2", "nemotron"):
+        attention, feed_forward = hidden * (2 * queries + 2 * keys), 2 * hidden * wide
+        if sizes.architecture == "gpt_bigcode" or options.get("use_bias", sizes.architecture == "starcoder2"):
+            return attention + queries + 2 * keys + hidden + feed_forward + wide + hidden + 4 * hidden
+        return attention + feed_forward + 4 * hidden
     if sizes.architecture in ROTARY_GATED or not sizes.exact:
         attention = hidden * (2 * queries + 2 * keys)
         if sizes.architecture == "qwen2":
@@ -229,11 +239,12 @@ def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int, config: 
     if vocab_size is not None and 0 < vocab < vocab_size:
         raise SpecError("model.path", f"{folder} has {vocab} tokens, the tokeniser {vocab_size}",
                         "weights and tokeniser belong together", f"use its own: tokenizer.path={folder}")
-    tied = config.get("tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox"))
+    tied = config.get("tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox", "nemotron"))
     return Dimensions(
         architecture=architecture, task=spec.task, hidden=hidden, layers=found["num_layers"], heads=heads,
-        kv_heads=found["num_kv_heads"] or heads, head_dim=found["head_dim"] or hidden // heads,
-        intermediate=found["intermediate_size"] or (hidden * 8 // 3 if gated else hidden * 4), vocab=vocab,
+        kv_heads=_kv_heads(architecture, config, found["num_kv_heads"] or heads),
+        head_dim=found["head_dim"] or hidden // heads,
+        intermediate=found["intermediate_size"] or default_intermediate_size(architecture, hidden), vocab=vocab,
         positions=found["max_positions"] or spec.data.sequence_tokens, tied=bool(tied), num_labels=labels,
         gated=gated, exact=architecture in FAMILIES, options=config,
     )

@@ -142,11 +142,12 @@ class _Question:
 
 
 def make_plan(spec: Spec, shape: Shape, *, num_rows: int | None = None, num_tokens: int | None = None,
-              vocab_size: int | None = None, num_labels: int | None = None, num_ranks: int | None = None,
-              with_ray: bool = True, config: Mapping[str, Any] | None = None) -> Plan:
+              vocab_size: int | None = None, num_labels: int | None = None, pad_token_id: int | None = None,
+              num_ranks: int | None = None, with_ray: bool = True, config: Mapping[str, Any] | None = None) -> Plan:
     """Plan a run. Raises PlanError where it does not fit, SpecError where model and tokeniser disagree.
 
-    `num_rows`, `num_tokens` (of the training rows), `vocab_size` and `num_labels` are the corpus', where it is known.
+    `num_rows`, `num_tokens` (of the training rows), `vocab_size`, `num_labels` and `pad_token_id` are the corpus',
+    where it is known.
     `config`: of the folder that `model.path` names, as the run keeps it; without it is read there.
     `num_ranks`: plan for so many of an elastic group. `with_ray`: whether workers run under Ray, which takes memory.
     """
@@ -154,7 +155,7 @@ def make_plan(spec: Spec, shape: Shape, *, num_rows: int | None = None, num_toke
     elastic = isinstance(spec.resources.workers, tuple)
     ranks = num_ranks or _rank_count(spec, shape, on_gpu=on_gpu, with_ray=with_ray)
     precision = _resolve_precision(spec, shape, on_gpu=on_gpu)
-    sizes = load_dimensions(spec, vocab_size, num_labels, config)
+    sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id)
     question = _Question(spec=spec, shape=shape, sizes=sizes, count=count_parameters(sizes), precision=precision,
                          on_gpu=on_gpu, with_ray=with_ray, elastic=elastic)
     setting, reason = _choose(question, ranks)
