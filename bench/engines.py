@@ -52,7 +52,7 @@ def train_steps(engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, num_steps:
     shape = (plan.batch.micro_rows, spec.data.sequence_tokens)
     engine.train(True)
     for step in range(1, num_steps + 1):
-        ids = torch.randint(0, spec.tokenizer.vocab_size, shape, generator=random)
+        ids = torch.randint(0, spec.tokenizer.vocab_size, shape, generator=random).to(ranks.device)
         terms, _ = engine({"input_ids": ids, "labels": ids})
         loss, _ = terms["loss"]
         engine.backward(loss / ids.numel(), last=True)

@@ -1,4 +1,4 @@
-"""One case of the GPU benchmark in a process of its own: `python -m bench.gpu.one SHAPE STAGE COMPILE`.
+"""One case of the GPU benchmark in a process of its own: `python -m bench.gpu.one SHAPE STAGE MODE [profile]`.
 
 The rows are random tokens written as real token shards; everything after that is dray's own path without Ray. Prints
 one JSON line.
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from pyarrow import fs as pafs
 
+from bench.engines import build, train_steps
 from dray.corpus.manifest import VERSION, Manifest, Packing, SourceRows, Split
 from dray.corpus.prepare import Corpus
 from dray.corpus.shards import make_batch, make_schema, write_shard
-from dray.plan import local_shape, parse_shape
+from dray.plan import Shape, local_shape, make_plan
+from dray.ranks import build_ranks, join_alone
 from dray.spec import Spec, make_spec
 from dray.train import make_corpus_plan, train_locally
 
@@ -69,28 +71,40 @@ def build_corpus(folder: str, spec: Spec, num_rows: int) -> Corpus:
     return Corpus(folder, manifest)
 
 
-def main() -> None:
-    name, stage, compiled = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "compiled"
-    num_steps = NUM_STEPS if name != "tiny" else 8
-    spec = make_case(name, stage, compiled, num_steps)
-    shape = local_shape()
-    if spec.resources.gpus_per_worker:
-        import torch
-
-        card = torch.cuda.get_device_properties(0).name
-        known = next((kind for kind in ("H200", "H100", "A100", "L40S", "L4") if kind in card), None)
-        shape = parse_shape(f"1x1x{known}") if known else shape
+def measure(spec: Spec, shape: Shape, num_steps: int) -> dict[str, Any]:
+    """Train through dray's own path, and take the middle of its steps."""
     with tempfile.TemporaryDirectory(prefix="dray-gpu-") as folder:
         corpus = build_corpus(folder + "/corpus", spec, num_steps * spec.batch.global_rows)
         plan = make_corpus_plan(spec, shape, corpus, with_ray=False)
         rows = train_locally(spec, storage=folder + "/runs", corpus=corpus, shape=shape).run.metrics()[WARM:]
     keys = ("tokens_per_second", "mfu", "mfu_strict")
     middle = {key: statistics.median(row[key] or 0.0 for row in rows) for key in keys}
-    print(json.dumps({
-        "shape": name, "stage": stage, "compiled": compiled, **middle, "num_parameters": plan.num_parameters,
-        "peak_bytes": max(row["memory_bytes_max"] for row in rows), "planned_bytes": plan.memory.total,
-        "loss": [rows[0]["loss"], rows[-1]["loss"]],
-    }))
+    return {**middle, "num_parameters": plan.num_parameters, "loss": [rows[0]["loss"], rows[-1]["loss"]],
+            "peak_bytes": max(row["memory_bytes_max"] for row in rows), "planned_bytes": plan.memory.total}
+
+
+def profile(spec: Spec, shape: Shape) -> dict[str, Any]:
+    """What three steps of the engine spend their time on, without the loop around it."""
+    import torch
+
+    on_gpu = bool(spec.resources.gpus_per_worker)
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    join_alone(device)
+    ranks, plan = build_ranks(device, timeout_seconds=300), make_plan(spec, shape, with_ray=False)
+    engine = build(spec, plan, ranks)
+    list(train_steps(engine, spec, plan, ranks, WARM))
+    with torch.profiler.profile() as found:
+        list(train_steps(engine, spec, plan, ranks, 3))
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    return {"profile": found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70)}
+
+
+def main() -> None:
+    name, stage, compiled = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "compiled"
+    num_steps = NUM_STEPS if name != "tiny" else 8
+    spec, shape = make_case(name, stage, compiled, num_steps), local_shape()
+    found = profile(spec, shape) if sys.argv[4:] == ["profile"] else measure(spec, shape, num_steps)
+    print(json.dumps({"shape": name, "stage": stage, "compiled": compiled, **found}))
 
 
 if __name__ == "__main__":

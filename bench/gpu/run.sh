@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Throughput, MFU and peak memory on one GPU: GPT-2 124M and Llama 1B and 3B shapes, ZeRO 0/1/3, bf16, eager and compiled.
+# Throughput, MFU, peak memory against the plan, and a profile, on one GPU: GPT-2 124M and Llama 1B and 3B shapes in bf16.
 #
-#   bash bench/gpu/run.sh [SHAPE ...]      all shapes, or some of: gpt2-124m llama-1b llama-3b
-#   bash bench/gpu/run.sh --smallest       one tiny shape on the CPU, to see that it runs
+#   bash bench/gpu/run.sh                              everything, smallest shape first
+#   bash bench/gpu/run.sh --minutes 9 gpt2-124m        one shape, cases begun within 9 minutes; what was left out is said
+#   bash bench/gpu/run.sh llama-1b --stages 0,3 --modes compiled
+#   bash bench/gpu/run.sh llama-1b --profile           the costliest kernels of a step, for the first stage and mode
+#   bash bench/gpu/run.sh --smallest                   one tiny shape on the CPU, to see that it runs
 #
-# Needs no network and no Ray. Missing wheels may lie in ./wheels (pip download); they are installed into ./wheels/site.
-# PYTHON names the interpreter (default: .venv's, else python3).
+# Shapes: gpt2-124m llama-1b llama-3b. Stages: 0,1,2,3. Modes: eager,compiled. Needs no network and no Ray. Missing wheels
+# may lie in ./wheels (pip download); they are installed into ./wheels/site. PYTHON names the interpreter (default:
+# .venv's, else python3).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}

@@ -10,10 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_smallest_shape_runs_under_every_stage():
-    done = subprocess.run(["bash", "bench/gpu/run.sh", "--smallest"], cwd=ROOT, capture_output=True, text=True,
+def run(*options: str) -> str:
+    done = subprocess.run(["bash", "bench/gpu/run.sh", *options], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHON": sys.executable}, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| tiny")]
-    assert [row[2].strip() for row in rows] == ["0", "1", "3"]
+    return done.stdout
+
+
+def test_the_smallest_shape_runs_under_every_stage():
+    rows = [line.split("|") for line in run("--smallest").splitlines() if line.startswith("| tiny")]
+    assert [row[2].strip() for row in rows] == ["0", "1", "2", "3"]
     assert all(float(row[4].replace(",", "")) > 0 for row in rows)  # tokens/s
+
+
+def test_it_profiles_and_says_what_time_did_not_allow():
+    assert "aten::" in run("--smallest", "--profile", "--stages", "1")
+    assert "left out for want of time: tiny 0 eager, tiny 3 eager" in run(
+        "--smallest", "--stages", "0,3", "--minutes", "-1")

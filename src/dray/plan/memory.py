@@ -1,6 +1,6 @@
 """Peak memory of a rank, term by term, and what a node's host memory must hold.
 
-A step has four moments that may be its peak: the loss (all activations and three times the logits), the end of the
+A step has four moments that may be its peak: the loss (all activations, and a chunk of logits), the end of the
 backward pass (gradients), their reduction, and the optimiser's step. Each is summed; the terms of the greatest are
 the plan. The arithmetic follows DeepSpeed's sources and transformers' eager layers; `docs/plan.md` compares it with
 measured peaks. It counts no memory that other programs hold.
@@ -136,10 +136,16 @@ def make_memory(load: Load) -> MemoryPlan:
 
 
 def logits_bytes(load: Load) -> int:
-    """When the backward pass begins: log-probabilities and their gradient in fp32, the logits' gradient as computed."""
+    """In the loss: a chunk's logits, their softmax in fp32 and its gradient, beside the gradients of hidden states and
+    head, which are made with it. What fits into a chunk takes torch's own way, which holds all of it three times."""
     if load.sizes.task != "causal_lm":
         return load.micro_rows * load.sizes.num_labels * 12
-    return load.tokens * load.sizes.vocab * (8 + load.element_bytes)
+    vocab, hidden, element = load.sizes.vocab, load.sizes.hidden, load.element_bytes
+    chunk_tokens = max(1, loss_chunk_bytes(load.on_gpu) // (4 * vocab))
+    if load.tokens <= chunk_tokens:
+        return load.tokens * vocab * (8 + element)
+    chunk = chunk_tokens * vocab * (4 + (element if load.precision == "fp32" else 2 * element))
+    return chunk + 4 * vocab * hidden + load.tokens * hidden * element
 
 
 def _activation_bytes(load: Load) -> int:
