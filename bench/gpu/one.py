@@ -19,10 +19,11 @@ from bench.engines import build, train_steps
 from dray.corpus.manifest import VERSION, Manifest, Packing, SourceRows, Split
 from dray.corpus.prepare import Corpus
 from dray.corpus.shards import make_batch, make_schema, write_shard
+from dray.job import make_corpus_plan
 from dray.plan import Shape, local_shape, make_plan
 from dray.ranks import build_ranks, join_alone
 from dray.spec import Spec, make_spec
-from dray.train import make_corpus_plan, train_locally
+from dray.train import train_locally
 
 # name: architecture, hidden, layers, heads, kv heads, feed-forward, tokens a row, vocabulary, global rows, micro rows
 SHAPES: dict[str, tuple[Any, ...]] = {
@@ -75,7 +76,7 @@ def measure(spec: Spec, shape: Shape, num_steps: int) -> dict[str, Any]:
     """Train through dray's own path, and take the middle of its steps."""
     with tempfile.TemporaryDirectory(prefix="dray-gpu-") as folder:
         corpus = build_corpus(folder + "/corpus", spec, num_steps * spec.batch.global_rows)
-        plan = make_corpus_plan(spec, shape, corpus, with_ray=False)
+        plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=False)
         rows = train_locally(spec, storage=folder + "/runs", corpus=corpus, shape=shape).run.metrics()[WARM:]
     keys = ("tokens_per_second", "mfu", "mfu_strict")
     middle = {key: statistics.median(row[key] or 0.0 for row in rows) for key in keys}

@@ -53,9 +53,10 @@ class Attempt:
 
 def make_corpus_plan(spec: Spec, shape: Shape, manifest: Manifest, **settings: Any) -> Plan:
     """The plan with the corpus' real counts; `settings` are those of `make_plan`."""
+    pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id
     return make_plan(spec, shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
                      vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None,
-                     pad_token_id=manifest.pad_token_id, **settings)
+                     pad_token_id=pad, **settings)
 
 
 def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def make_config(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
         config = _kept_config(kept)
     else:
         config = _sized_config(spec, vocab_size, eos_token_id if pad_token_id is None else pad_token_id)
-    if pad_token_id is None and config.model_type in _OFFSET_POSITIONS:
+    if pad_token_id is None and config.model_type in OFFSET_POSITIONS:
         pad_token_id = eos_token_id if spec.model.path is None else config.pad_token_id
     _set_token_ids(config, spec.task, pad_token_id, eos_token_id)
     if spec.task == "causal_lm":

@@ -84,8 +84,8 @@ def load_dimensions(spec: Spec, vocab_size: int | None = None, num_labels: int |
                     config: Mapping[str, Any] | None = None, pad_token_id: int | None = None) -> Dimensions:
     """The sizes that a spec (and its folder's config.json, where it names one) decides.
 
-    `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the folder's configuration as the run keeps it; then nothing is
-    read. Raises SpecError for an unreadable folder or a vocabulary that is too small.
+    `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the folder's configuration as the run keeps it; then
+    nothing is read. Raises SpecError for an unreadable folder or a vocabulary that is too small.
     """
     model = spec.model
     labels = model.num_labels or num_labels or 2
