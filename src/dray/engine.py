@@ -387,8 +387,8 @@ def _step_at_once(wrapper: Any, closure: Any = None) -> bool:
     wrapper.overflow, wrapper._global_grad_norm = False, norm
     if scales and not math.isfinite(norm):
         return bool(wrapper._skip_invalid_grad_norm())
-    scale = wrapper.loss_scale_config.cur_scale
     wrapper._update_scale(False)
+    scale = wrapper.loss_scale_config.cur_scale  # after it may have grown, as under ZeRO: the stages must agree
     if wrapper.clip_grad or scale != 1.0:
         excess = (norm / scale + 1e-6) / wrapper.clip_grad if wrapper.clip_grad else torch.ones_like(norm)
         torch._foreach_mul_(gradients, 1.0 / (scale * excess.clamp(min=1.0)))
