@@ -29,6 +29,7 @@ from dray.corpus.manifest import Manifest, SourceRows
 from dray.corpus.prepare import Corpus, corpus_key, find, find_inputs, prepare
 from dray.corpus.shards import read_groups
 from dray.errors import CorpusError, StoreError
+from dray.redaction import restored
 from dray.spec import Spec, make_spec
 from dray.store.filesystem import open_filesystem
 from dray.store.retrying import StorageFailed
@@ -344,6 +345,7 @@ PROGRAM = """
 import json, sys
 import ray
 from dray.corpus.prepare import prepare
+from dray.redaction import restored
 from dray.spec import make_spec
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 lines = []
@@ -355,7 +357,10 @@ print(json.dumps([corpus.manifest.model_dump(mode="json"), lines]))
 def start_process(spec: Spec, storage: str) -> subprocess.Popen[str]:
     import ray
 
-    arguments = [ray.get_runtime_context().gcs_address, json.dumps(spec.model_dump(mode="json")), storage]
+    tree = spec.model_dump(mode="json")
+    for source in tree["data"]["train"]:  # another process knows only the credentials that it is told
+        source["path"] = [restored(path) for path in spec.data.train[0].paths]
+    arguments = [ray.get_runtime_context().gcs_address, json.dumps(tree), storage]
     return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
 
 

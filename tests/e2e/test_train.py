@@ -141,7 +141,9 @@ def test_a_worker_that_raises_is_a_failed_run_with_its_diagnosis(tmp_path: Path,
     """A token shard that is damaged while the run sleeps: reading it fails as often as it is tried."""
     sections: dict[str, Any] = {"resources": {"workers": 1, "max_failures": 1}}
     run = go(str(tmp_path), tiny_corpus, "broken", duration={"steps": 4}, **sections)
-    for shard in Path(run.record()["corpus"]).rglob("*.arrow"):
+    shards = list((tmp_path / run.record()["corpus"]).rglob("*.arrow"))
+    assert shards
+    for shard in shards:
         shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(RunFailed) as failed:
         go(str(tmp_path), tiny_corpus, "broken", duration={"steps": 8}, **sections)
