@@ -56,8 +56,8 @@ PROBES = (
     "\ufb01 A\u030a \u212b",
 )
 """Awkward cases, besides real documents."""
-LONG_BYTES = 1000
-"""Documents that are longer on average are encoded one by one, as fast: importing awkward costs a second of CPU."""
+FEW_DOCUMENTS = 20_000
+"""What a process encodes one by one before it imports awkward, which takes many at once and half a second of CPU."""
 CHECK_BYTES = 400_000
 """Text of real documents on which gigatoken must agree."""
 
@@ -255,12 +255,15 @@ def _gigatoken(files: dict[str, bytes]) -> Any:
     import gigatoken
 
     tokenizer = gigatoken.Tokenizer.from_json(files[TOKENIZER_JSON])
+    num_done = 0
 
     def encode(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
+        nonlocal num_done
         _, offsets, data = texts.buffers()
         bounds = np.frombuffer(offsets, np.int64)[texts.offset:texts.offset + len(texts) + 1]
         content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.empty(0, np.uint8)
-        if bounds[-1] - bounds[0] >= LONG_BYTES * len(texts):
+        num_done += len(texts)
+        if num_done <= FEW_DOCUMENTS:
             ids = [tokenizer.encode(content[start:stop].tobytes()) for start, stop in pairwise(bounds.tolist())]
             return np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids))
         return _encode_at_once(tokenizer, bounds, content)
@@ -270,7 +273,7 @@ def _gigatoken(files: dict[str, bytes]) -> Any:
 
 def _encode_at_once(tokenizer: Any, bounds: Ints,
                     content: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], Ints]:
-    """Many short documents in one call, which takes and gives awkward arrays."""
+    """Documents in one call, which takes and gives awkward arrays."""
     import awkward as ak  # type: ignore[import-untyped]
 
     batch = ak.Array(ak.contents.ListOffsetArray(
