@@ -20,7 +20,7 @@ import pytest
 from dray import forkserver
 from dray.cluster import fork_environment
 
-pytestmark = pytest.mark.skipif(not forkserver.is_possible(), reason="this system has no pidfd_open")
+pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system has no pidfd_open")
 
 
 class Cluster:
@@ -130,16 +130,47 @@ def test_a_worker_does_not_wait_for_a_server_that_does_not_answer(cluster: Clust
     assert len(server.children()) == children + 1  # it has not forked for the one that had given up
 
 
-def test_a_folder_that_others_can_enter_is_not_used(tmp_path: Path):
-    folder = tmp_path / f"dray-fork-{os.getuid()}"
-    folder.mkdir(mode=0o777)
-    folder.chmod(0o777)
-    cluster = Cluster(tmp_path)
-    try:
-        assert not is_forked(cluster.probe("light"))
-        assert not list(folder.iterdir())
-    finally:
-        cluster.end()
+def start_alone(tmp_path: Path, kind: str = "light", before: str = "", **environment: str) -> tuple[str, str]:
+    """What a worker prints that cannot be a fork, and its words on standard error. It is started as Ray would."""
+    script = tmp_path / "worker.py"
+    script.write_text("import os, sys; print(sys.argv[1:], os.getpid())")
+    code = (f"import sys; from dray import forkserver\n{before}\n"
+            f"forkserver.become_worker({kind!r}, [{str(script)!r}, '--a', 'b c'])")
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
+                          text=True, check=True, timeout=60)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("before", [
+    "import os; del os.pidfd_open",
+    "import os\ndef refuse(pid): raise OSError(38, 'Function not implemented')\nos.pidfd_open = refuse",
+    "import socket\ndef refuse(*_): raise OSError('AF_UNIX path too long')\n"
+    "socket.socket = type('S', (socket.socket,), {'bind': refuse})",
+    "import os\ndef refuse(*_, **__): raise OSError(30, 'Read-only file system')\nos.makedirs = refuse",
+])
+def test_a_node_that_can_have_no_server_starts_workers_as_ray_does(tmp_path: Path, before: str):
+    """What such systems (gVisor, a read-only /tmp) answer stands in for them."""
+    out, err = start_alone(tmp_path, before=before)
+    assert out.startswith("['--a', 'b c']")
+    assert err.startswith("dray: this worker imports everything itself, since this node can have no fork server (")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("bad", ["long", "entered by others", "not a folder"])
+def test_sockets_lie_elsewhere_where_their_folder_cannot_be_used(tmp_path: Path, monkeypatch: Any, bad: str):
+    parent = tmp_path / ("x" * 100 if bad == "long" else "x")
+    parent.mkdir()
+    folder = parent / f"dray-fork-{os.getuid()}"
+    if bad == "entered by others":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif bad == "not a folder":
+        folder.write_text("")
+    monkeypatch.setenv("TMPDIR", str(parent))
+    place = forkserver._find_place(with_full=True)
+    assert not place.startswith(str(tmp_path))
+    assert Path(place).parent.stat().st_mode & 0o077 == 0
+    assert bad != "entered by others" or not list(folder.iterdir())
 
 
 def test_servers_end_with_their_raylet(tmp_path: Path):
@@ -175,6 +206,18 @@ def test_a_node_without_this_file_uses_its_own_python(tmp_path: Path):
     said = subprocess.check_output(["bash", "-c", f"exec {command} {script} --a 'b c'"], text=True,
                                    env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
     assert said.strip() == "['--a', 'b c']"
+
+
+def test_paths_with_signs_of_the_shell_are_kept_together(tmp_path: Path, monkeypatch: Any):
+    folder = tmp_path / "it's $HOME; \"a\" b"
+    folder.mkdir()
+    file = folder / "forkserver.py"
+    file.write_text("import sys; print(sys.argv[1:])")
+    monkeypatch.setattr(forkserver, "__file__", str(file))
+    command = forkserver.make_command("light")
+    said = subprocess.check_output(["bash", "-c", f"exec {command} worker.py --a 'b c'"], text=True)
+    assert said.strip() == "['light', 'worker.py', '--a', 'b c']"
+    assert forkserver.is_command(command)
 
 
 @pytest.mark.parametrize("job", [{"pip": ["x"]}, {"uv": ["x"]}, {"conda": "x"}, {"image_uri": "x"},

@@ -22,7 +22,9 @@ from dray import forkserver
 from dray.errors import PlanError, RunFailed
 from dray.plan import Accelerator, Card, Shape, find_cards, local_shape, make_accelerator, match_accelerator
 from dray.process import HEAP_ENVIRONMENT
+from dray.ray_start import authenticated, local_ray
 from dray.redaction import forget_shared_credentials, share_credentials
+from dray.signals import kept_handlers, note_in_this_process
 
 MAX_GROUP_STARTS = 10
 """Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before a run fails."""
@@ -32,6 +34,8 @@ WARM_SECONDS = 5.0
 """How often new nodes are looked for."""
 CARDS_SECONDS = 30.0
 """How long the nodes may take to say which GPUs they have."""
+SIGHT_SECONDS = 60.0
+"""How long all nodes together may take to say whether they see the storage."""
 ANSWER_SECONDS = 3.0
 """A node that cannot be connected to for so long is lost."""
 _QUIET = {
@@ -82,21 +86,28 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
     # `ray job submit` hands the job's environment on in this variable.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
     light = fork_environment(f"light:{_server_of_ranks(gpus_per_worker)}" if cpus_per_worker else "light", submitted)
-    if address:
+    options = {"log_to_driver": verbose, "logging_level": level, "runtime_env": light}
+    if not address:
+        num_cpus = max(os.cpu_count() or 1, math.ceil(num_cpus))
+        with local_ray(num_cpus=num_cpus, include_dashboard=verbose, **options):
+            share_credentials()
+            try:
+                yield Connection(local=True, shape=local_shape())
+            finally:
+                forget_shared_credentials()
+        return
+    with authenticated(address):
         try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=light)
+            with kept_handlers():
+                ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_answer(address) from error
-    else:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-num_cpus // 1))),
-                 include_dashboard=verbose, log_to_driver=verbose, logging_level=level, runtime_env=light)
-    share_credentials()
-    try:
-        shape = live_shape(cpus_per_worker, gpus_per_worker) if address else local_shape()
-        yield Connection(local=not address, shape=shape)
-    finally:
-        forget_shared_credentials()
-        ray.shutdown()
+        share_credentials()
+        try:
+            yield Connection(local=False, shape=live_shape(cpus_per_worker, gpus_per_worker))
+        finally:
+            forget_shared_credentials()
+            ray.shutdown()
 
 
 _OWN_PYTHON = ("pip", "uv", "conda", "container", "image_uri", "nsight", "rocprof_sys", "py_executable")
@@ -105,9 +116,9 @@ _OWN_PYTHON = ("pip", "uv", "conda", "container", "image_uri", "nsight", "rocpro
 
 def fork_environment(kind: str, job: Mapping[str, Any]) -> dict[str, str]:
     """The runtime environment of workers that are forks (`kind`: forkserver.make_command); empty where the `job`'s
-    runtime environment brings a Python of its own, or the system cannot do it."""
+    runtime environment brings a Python of its own. A node that cannot have forks finds that out itself."""
     own = any(name in job and not forkserver.is_command(str(job[name])) for name in _OWN_PYTHON)
-    return {} if own or not forkserver.is_possible() else {"py_executable": forkserver.make_command(kind)}
+    return {} if own else {"py_executable": forkserver.make_command(kind)}
 
 
 def _server_of_ranks(gpus_per_worker: int) -> str:
@@ -225,6 +236,32 @@ def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
                   or not _answers(node["NodeManagerAddress"], node["NodeManagerPort"]))
 
 
+def find_nodes_without(sees: Callable[[], bool], cpus_per_worker: float, gpus_per_worker: int) -> list[str]:
+    """Addresses of the nodes that may hold a rank, and on which `sees()` is false; of a cluster of one node nobody is
+    asked. A node that gives no answer is left to find out itself."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()
+             if node["Alive"] and node["NodeID"] != here
+             and _can_hold(node["Resources"], cpus_per_worker, gpus_per_worker)}
+
+    def look() -> bool:
+        return sees()
+
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = {task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(): address
+             for node_id, address in nodes.items()}
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=SIGHT_SECONDS) if asked else ([], [])
+    blind = []
+    for ref in done:
+        with suppress(ray.exceptions.RayError):
+            if not ray.get(ref):
+                blind.append(asked[ref])
+    return sorted(blind)
+
+
 def head_is_gone() -> bool:
     """Whether the connected cluster's head, and with it the cluster's memory, no longer answers."""
     import ray
@@ -278,6 +315,9 @@ def run_workers(
     # controller.
     class SharedDevices(Backend):  # type: ignore[misc]
         share_cuda_visible_devices = True
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(note_in_this_process)  # in the main thread, which alone may handle signals
 
     class Processes(BackendConfig):  # type: ignore[misc]
         backend_cls = SharedDevices

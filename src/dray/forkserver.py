@@ -22,7 +22,9 @@ import json
 import math
 import os
 import select
+import shlex
 import socket
+import stat
 import sys
 import time
 import types
@@ -48,54 +50,78 @@ def make_command(kind: str) -> str:
     `kind`: a server, or `server:soon` where another one will soon be asked for. A node that has neither this Python nor
     this file starts the worker with a Python of its own.
     """
-    script = (f"[ -x {sys.executable} ] && [ -f {__file__} ] && exec {sys.executable} -I -S {__file__} {kind} \"$@\"; "
-              "exec python \"$@\"")
-    return f"bash -c '{script}' dray"
+    python, file = shlex.quote(sys.executable), shlex.quote(__file__)
+    script = f'[ -x {python} ] && [ -f {file} ] && exec {python} -I -S {file} {kind} "$@"; exec python "$@"'
+    return f"bash -c {shlex.quote(script)} dray"
 
 
 def is_command(py_executable: str) -> bool:
     """Whether it is one of `make_command`."""
-    return __file__ in py_executable
-
-
-def is_possible() -> bool:
-    """Whether this system can tell a server that its raylet has ended."""
-    return hasattr(os, "pidfd_open")
+    return any(py_executable == make_command(kind) for kind in ("light", "full", "light:light", "light:full"))
 
 
 def become_worker(kind: str, arguments: list[str]) -> None:
     """Be what Ray started this process for, in a fork of the node's server if there is one. Returns when such a fork
     has taken over."""
-    place = _find_place(with_full="full" in kind)
-    if place:
+    try:
+        place = _find_place(with_full="full" in kind)
         lock = os.open(f"{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # there is a server, or another worker has begun to be it
-            os.close(lock)
-            if _hand_over(f"{place}.{kind.partition(':')[0]}", arguments):
-                return
-        else:  # such a lock outlives exec, and forks do not have it
-            os.set_inheritable(lock, True)
-            server_command = [sys.executable, "-P", "-m", "dray.forkserver", "--serve", place, kind]
-            os.execv(sys.executable, server_command + arguments)
+    except OSError as error:
+        _start_alone(arguments, error)
+        return
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # there is a server, or another worker has begun to be it
+        os.close(lock)
+        if _hand_over(f"{place}.{kind.partition(':')[0]}", arguments):
+            return
+    else:  # such a lock outlives exec, and forks do not have it
+        os.set_inheritable(lock, True)
+        server_command = [sys.executable, "-P", "-m", "dray.forkserver", "--serve", place, kind]
+        os.execv(sys.executable, server_command + arguments)
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def _start_alone(arguments: list[str], why: OSError) -> None:
+    """Start as Ray starts workers, with a word in the worker's log."""
+    print(f"dray: this worker imports everything itself, since this node can have no fork server ({why})",
+          file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def _find_place(*, with_full: bool) -> str:
-    """Where this job's servers on this node listen: the beginning of a path; empty where others could listen."""
-    folder = f"{os.environ.get('TMPDIR', '/tmp')}/dray-fork-{os.getuid()}"
-    try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        found = os.lstat(folder)
-    except OSError:
-        return ""
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        return ""
+    """Where this job's servers on this node listen: the beginning of a path.
+
+    Raises OSError where there can be no server: no folder for its sockets that is this user's alone and has a short
+    name, or a system (gVisor) that cannot tell a server that its raylet has ended.
+    """
+    if not hasattr(os, "pidfd_open"):
+        raise OSError("this system has no pidfd_open")
+    os.close(os.pidfd_open(os.getppid()))
     # What decides what an import gives: a job's runtime environment is its own.
     job = [os.environ.get(name, "") for name in ("PYTHONPATH", "RAY_JOB_ID")]
     imports = [sys.executable, __file__, str(with_full), *job]
-    return f"{folder}/{os.getppid()}-{zlib.crc32(chr(0).join(imports).encode()):08x}"
+    name = f"{os.getppid()}-{zlib.crc32(chr(0).join(imports).encode()):08x}"
+    failure = OSError()
+    for parent in dict.fromkeys((os.environ.get("TMPDIR", "/tmp"), "/tmp", "/dev/shm")):
+        try:
+            return _make_place(f"{parent}/dray-fork-{os.getuid()}", name)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _make_place(folder: str, name: str) -> str:
+    """The path of that name in a folder that is this user's alone, if a socket can be there. Raises OSError."""
+    os.makedirs(folder, 0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} can be entered by others")
+    probe = f"{folder}/{name}.{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(probe)
+    os.unlink(probe)
+    return f"{folder}/{name}"
 
 
 def _make_request(arguments: list[str]) -> Request:
@@ -198,9 +224,13 @@ def serve(place: str, kind: str, arguments: list[str]) -> None:
     """Be the servers that a worker of this kind needs, and that worker as the first of their children."""
     first, raylet = _make_request(arguments), os.getppid()
     _clear(os.path.dirname(place))
+    try:
+        light = Server(f"{place}.light")
+        full = Server(f"{place}.full") if "full" in kind else None
+    except OSError as error:
+        _start_alone(arguments, error)
+        return
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start its threads when it is imported
-    light = Server(f"{place}.light")
-    full = Server(f"{place}.full") if "full" in kind else None
     _preload("light")
     if full is None:
         _serve(light, raylet, first, idle_seconds=IDLE_SECONDS)

@@ -5,17 +5,20 @@ It is unpickled in every process that Ray Train starts, most of which never comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, remember_manifest
+from dray.errors import StoreError
 from dray.plan import Plan, Shape, make_plan
 from dray.pretrained import Pretrained
 from dray.recovery import SmallerBatch
 from dray.spec import Spec
 from dray.store import Run, find_resume_checkpoint
+from dray.store.filesystem import shown
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,27 @@ class Job:
     """The folder whose weights the run starts from; none: they are drawn, or the run keeps nothing of a folder."""
     driver: int | None = None
     """Number of the driver whose attempts these are: none of an earlier one's commits once it has taken over."""
+    run_nonce: str = ""
+    """What the run's record holds as the driver sees it: a node that sees another one has a storage of its own."""
+
+
+class StorageNotShared(StoreError):
+    """A node sees another storage than the driver does."""
+
+
+def check_shared(job: Job) -> None:
+    """Raise StorageNotShared where this process does not see the driver's run. A node may have joined since the driver
+    looked at all of them."""
+    found = Run.find(job.storage, job.run_name)
+    if found is None or str(found.record().get("nonce", "")) != job.run_nonce:
+        raise not_shared(job.storage, [socket.gethostname()])
+
+
+def not_shared(storage: str, nodes: Sequence[str]) -> StorageNotShared:
+    """What is to be said of nodes that do not see the driver's storage."""
+    return StorageNotShared(shown(storage), f"is not the same folder on {', '.join(nodes)} as on the driver's node",
+                            "every node writes its part of a checkpoint there",
+                            "name a shared file system or a bucket with --storage, or mount it there, too")
 
 
 @dataclass(frozen=True)

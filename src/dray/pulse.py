@@ -13,7 +13,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 STACK_SIGNAL = signal.SIGUSR1
@@ -57,10 +56,10 @@ class Pulse:
 
     def dump_stacks_on_signal(self) -> None:
         """From now on STACK_SIGNAL writes the stacks of all threads into a file of this machine."""
-        path = Path(tempfile.gettempdir()) / f"dray-stacks-{os.getpid()}.txt"
-        stream = path.open("w", encoding="utf-8")
+        stream = tempfile.TemporaryFile("w", encoding="utf-8")  # noqa: SIM115 - the stream must outlive the handler
         faulthandler.register(STACK_SIGNAL, file=stream, all_threads=True, chain=False)
-        self._stream, self.stack_file = stream, str(path)  # the stream must outlive the handler
+        # A file without a name: nobody can put another in its place, and it ends with the process.
+        self._stream, self.stack_file = stream, f"/proc/{os.getpid()}/fd/{stream.fileno()}"
 
 
 def _stderr_file() -> str:

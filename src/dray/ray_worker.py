@@ -23,11 +23,12 @@ from dray.cluster import find_lost_nodes, max_wait_seconds
 from dray.corpus.stream import RowStream, build_dataset, iterate_windows
 from dray.doctor import classify
 from dray.errors import RunFailed
-from dray.job import Attempt, Job, begin_attempt, make_attempt, make_stream
+from dray.job import Attempt, Job, begin_attempt, check_shared, make_attempt, make_stream
 from dray.mailbox import Beats, Mailbox, pace
 from dray.order import LeftOut
 from dray.pulse import STACK_SIGNAL, Pulse
 from dray.recovery import Budget, Decision, SmallerBatch, kind_of_errors
+from dray.signals import is_noted
 from dray.store import CheckpointsLost, Run, find_resume_checkpoint
 from dray.store.evidence import make_rank_failure, read_tail, save_beats, save_failure, save_log, save_stacks, unwrap
 from dray.store.records import now, run_together
@@ -116,7 +117,8 @@ class _Posting:
 
         self._read_reply()
         # Not ray.train.get_preemption_info(): that goes through an actor at every step, and the ranks agree anyway.
-        return self._notice or get_train_context().preemption_context.preemption_info is not None
+        return (self._notice or is_noted()
+                or get_train_context().preemption_context.preemption_info is not None)
 
     def _read_reply(self) -> None:
         import ray
@@ -389,6 +391,7 @@ def run_rank(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    check_shared(job)
     record = broadcast_from_rank_zero(begin_attempt(job, num_ranks) if rank == 0 else None)
     attempt = make_attempt(job, record)
     pulse = Pulse(rank)

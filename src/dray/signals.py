@@ -93,26 +93,24 @@ def kept_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def note_in_this_process() -> threading.Event:
-    """From now on SIGTERM sets the event that is returned, and a second one ends the process. For a rank, which can
-    save and leave; main thread only."""
-    if isinstance(known := signal.getsignal(signal.SIGTERM), _Note):
-        return known.event
-    signal.signal(signal.SIGTERM, note := _Note())
-    return note.event
+def note_in_this_process() -> None:
+    """From now on SIGTERM is noted (`is_noted`), and a second one ends the process. For a rank, which saves and leaves
+    after its step; main thread only."""
+    if not isinstance(signal.getsignal(signal.SIGTERM), _Note):
+        signal.signal(signal.SIGTERM, _Note())
 
 
 def is_noted() -> bool:
     """Whether `note_in_this_process` has been called here, and a signal has come."""
     handler = signal.getsignal(signal.SIGTERM)
-    return isinstance(handler, _Note) and handler.event.is_set()
+    return isinstance(handler, _Note) and handler.noted
 
 
 class _Note:
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self.noted = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.event.is_set():
+        if self.noted:
             os._exit(128 + number)
-        self.event.set()
+        self.noted = True

@@ -93,7 +93,8 @@ def open_run(start: Start, shape: Shape, prepared: Prepare, say: Say, *, corpus:
     if pretrained is not None and config is not None and (run.model() or {}).get("pretrained") != pretrained.to_json():
         run.keep_model(config, pretrained.to_json())
     _keep_corpus(run, corpus)
-    return run, Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name, config, pretrained)
+    return run, Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name, config, pretrained,
+                    run_nonce=str(run.record().get("nonce", "")))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

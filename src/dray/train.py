@@ -11,19 +11,21 @@ import signal
 import tempfile
 import threading
 import time
+import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
-from dray.cluster import WarmNodes, connect, head_is_gone, run_workers
+from dray.cluster import WarmNodes, connect, find_nodes_without, head_is_gone, run_workers
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.doctor.stalls import find_straggler
 from dray.errors import Interrupted, RunFailed, StoreError
-from dray.job import Job
+from dray.job import Job, not_shared
 from dray.plan import Plan, Shape, local_shape
 from dray.progress import Display
 from dray.redaction import redact
@@ -33,7 +35,16 @@ from dray.spec import Spec
 from dray.start import look, open_run
 from dray.store import Run, Trackers, build_trackers, find_resume_checkpoint
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
-from dray.store.filesystem import is_local
+from dray.store.filesystem import (
+    TEMPORARY,
+    absolute,
+    delete_file,
+    exists,
+    is_local,
+    is_object_store,
+    open_filesystem,
+    write_whole,
+)
 from dray.store.retrying import OUTAGE_SECONDS, StorageFailed, patience
 from dray.watchdog import find_hang
 
@@ -78,6 +89,8 @@ def train(
     wanted = resources.max_workers * resources.cpus_per_worker + resources.reader_cpus
     with connect(address, num_cpus=wanted, cpus_per_worker=resources.cpus_per_worker,
                  gpus_per_worker=resources.gpus_per_worker, verbose=verbose) as connection:
+        if not connection.local:
+            _check_nodes(absolute(storage), spec)
         begun = time.monotonic()
 
         def prepared(spec: Spec) -> Corpus:
@@ -211,6 +224,34 @@ def _what_would_go_on(spec: Spec) -> str:
     hint = "" if schedule == "wsd" else ", and with schedule.decay_steps given from the start it would not"
     return (f"its {schedule} schedule ends there{hint}: train on from its weights with another duration and "
             "--fork NEW_NAME")
+
+
+def _check_nodes(storage: str, spec: Spec) -> None:
+    """Raise StorageNotShared if a node that may hold a rank sees another storage than this process does."""
+    filesystem, path = open_filesystem(storage)
+    if is_object_store(filesystem):
+        return
+    existing = path
+    while not exists(filesystem, existing):
+        existing = existing.rpartition("/")[0] or "/"
+    # Beside nothing that a run has: a storage that does not exist yet is not made by a look at it.
+    token = f"{existing.rstrip('/')}/{TEMPORARY}shared-{uuid.uuid4().hex}"
+    write_whole(filesystem, token, lambda stream: stream.write(b"dray"), durable=False)
+    try:
+        sees = partial(_sees, storage, token)
+        blind = find_nodes_without(sees, spec.resources.cpus_per_worker, spec.resources.gpus_per_worker)
+    finally:
+        delete_file(filesystem, token)
+    if blind:
+        raise not_shared(storage, blind)
+
+
+def _sees(storage: str, path: str) -> bool:
+    """Whether the file is there for the node that this runs on."""
+    try:
+        return exists(open_filesystem(storage)[0], path)
+    except OSError:
+        return False
 
 
 class Recorder:

@@ -16,6 +16,7 @@ LEVELS = {
     "yaml_reading": 0, "signals": 0,
     "spec": 1, "output": 1, "pretrained": 1,
     "plan": 2, "order": 2, "schedule": 2, "numerics": 2, "mailbox": 2, "watchdog": 2, "recovery": 2,
+    "ray_start": 2,
     "store": 3, "cluster": 3, "ranks": 3, "pulse": 3, "device": 3, "progress": 3,
     "corpus": 4, "tasks": 4, "models": 4, "engine": 4,
     "job": 5, "trained": 5, "saving": 5, "feeding": 5, "ledger": 5, "doctor": 5,

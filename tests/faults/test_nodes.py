@@ -6,6 +6,9 @@ a `dray train` process.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,3 +234,33 @@ def test_an_elastic_group_that_takes_every_cpu_is_read_for(storage: str, tiny_co
     assert training.finish() == 0, training.output
     assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [2]
     measured(training.run, undisturbed)
+
+
+@pytest.fixture
+def blind_node(head: Nodes, tmp_path: Path) -> Iterator[str]:
+    """A node in a mount namespace of its own, where another file system lies over the storage; the storage's place."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("only root may make mount namespaces")
+    script = f"mount -t tmpfs none {storage} && exec {sys.executable} -m ray.scripts.scripts start --block " \
+             f"--address={head.address} --num-cpus=2 --disable-usage-stats"
+    process = subprocess.Popen(["unshare", "-m", "bash", "-c", script], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        inside = psutil.Process(process.pid)
+        wait_for(lambda: any("raylet" in child.name() for child in inside.children(recursive=True)), "a raylet", 120)
+        yield str(storage)
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def test_a_storage_that_a_node_does_not_see_is_refused(head: Nodes, blind_node: str, tiny_corpus: Path, tmp_path: Path):
+    """a disk of its own over the storage of one node"""
+    training = start(head, blind_node, "blind", tiny_corpus, tmp_path, workers=1)
+    assert training.finish(240) == 2
+    assert "is not the same folder on" in training.output
+    assert not list(Path(blind_node).rglob("*"))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pyarrow import fs as pafs
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dray.errors import CorpusError, StoreError
 from dray.store import Run, open_filesystem
@@ -32,8 +32,8 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One Arrow IPC file of rows."""
 
-    file: str
-    """Path below the corpus folder."""
+    file: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
+    """Path below the corpus folder, and of nothing else: a manifest may come from anybody."""
     num_rows: int
     num_bytes: int
     sha256: str

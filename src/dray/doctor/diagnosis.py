@@ -94,6 +94,19 @@ def diagnose(run: Run, now: float | None = None, reason: str = "") -> Diagnosis:
     return _Examination(run, time.time() if now is None else now, reason).diagnose()
 
 
+_STOPPERS = {
+    "SIGINT": "a person stopped the run (Ctrl-C)",
+    "SIGTERM": "the run was asked to end (SIGTERM: `kill`, `docker stop`, a batch system at its time limit, Kubernetes "
+               "taking the pod away); it saved its state",
+    "SIGHUP": "the terminal of the run was closed (SIGHUP; `nohup` or tmux keep a run alive); it saved its state",
+}
+
+
+def _tell_stop(reason: str) -> str:
+    """Who stopped a run, by the signal in its record."""
+    return next((text for name, text in _STOPPERS.items() if name in reason), "a person stopped the run")
+
+
 class _Examination:
     """What was read of a run, and the questions put to it."""
 
@@ -204,7 +217,7 @@ class _Examination:
     def _interrupted(self) -> Diagnosis:
         way_out, where = self._again(), {"attempt": self._newest_attempt(), "step": self._last_step()}
         if self.record.get("status") != "running":
-            return self._make(Fault.INTERRUPTED, "a person stopped the run", way_out, **where)
+            return self._make(Fault.INTERRUPTED, _tell_stop(str(self.record.get("reason") or "")), way_out, **where)
         driver = self.record.get("driver") or {}
         cause = (f"the driver ended without a word: process {driver.get('pid', '?')} on {driver.get('host', '?')} was "
                  "killed, its session was closed, or the machine went down")

@@ -49,6 +49,7 @@ class Values(dict[str, Any]):
 
 
 AGAIN = "the same command goes on from {resume}"
+_ASKED_TO_LEAVE = "{who} was asked to leave{at}: the cloud took node {node} away, or the process got SIGTERM"
 
 Sentence = str | Callable[[Values], str]
 
@@ -176,6 +177,10 @@ RULES: tuple[Rule, ...] = (
     Rule(Fault.HOST_MEMORY, "{who} was killed{at} while its node's memory was {used_share} used", _spare_host_memory,
          when=_host_is_full),
 
+    Rule(Fault.CONFIGURATION, "node {node}, where {who} is, sees another storage than the driver: {error}",
+         "name a shared file system or a bucket with --storage, or mount the storage on every node",
+         types="StorageNotShared"),
+
     # ---- rows, storage
     Rule(Fault.STORAGE, "no space is left where {who} wrote{at}: {error}",
          "free space in {storage} (checkpoint.keep_last={keep_last} keeps fewer), then give the same command again",
@@ -235,11 +240,11 @@ RULES: tuple[Rule, ...] = (
     Rule(Fault.KILLED, "the process that starts the workers was killed from outside: {error}",
          "look on the driver's node for who did it (`dmesg -T`, the batch system, `ray stop`); " + AGAIN,
          text=r"Ray Train's controller was lost"),
-    Rule(Fault.PREEMPTION, "the cloud took node {node} with {who} away{at}",
+    Rule(Fault.PREEMPTION, _ASKED_TO_LEAVE,
          AGAIN + " (checkpoint.every_minutes bounds what is lost)",
          types="PreemptionError|GroupDissolved",
          text=r"forcibly preempted|interrupted by node preemption|node was preempted"),
-    Rule(Fault.PREEMPTION, "the cloud took node {node} with {who} away{at}",
+    Rule(Fault.PREEMPTION, _ASKED_TO_LEAVE,
          AGAIN + " (checkpoint.every_minutes bounds what is lost)", when=_preempted),
     Rule(Fault.NODE_LOSS, "the head of the Ray cluster went away, and with it all that the cluster knew",
          "start a head again (`ray start --head`, and the other nodes) or give another --address; " + AGAIN,

@@ -1,0 +1,81 @@
+"""Where a local Ray puts its files, whose token it uses, and what is left of one that does not start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dray import ray_start
+from dray.errors import PlanError
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: Any, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+@pytest.mark.parametrize("place", ["/nowhere", f"/tmp/{'x' * 90}", "/proc"])
+def test_rays_files_lie_in_a_folder_that_only_its_user_can_enter(monkeypatch: Any, capsys: Any, name: str, place: str):
+    monkeypatch.setenv(name, place)
+    folder = Path(ray_start._make_folder())
+    try:
+        assert folder.parent == Path("/tmp")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert ("RAY_TMPDIR=" in capsys.readouterr().err) is (name == "RAY_TMPDIR")
+    finally:
+        folder.rmdir()
+
+
+def test_a_token_that_others_can_read_is_not_used(tmp_path: Path, monkeypatch: Any):
+    file = tmp_path / ".ray" / "auth_token"
+    assert not ray_start._has_own_token()
+    file.parent.mkdir()
+    file.write_text("0123456789abcdef")
+    file.chmod(0o644)
+    assert not ray_start._has_own_token()
+    file.chmod(0o600)
+    assert ray_start._has_own_token()
+    file.unlink()
+    for name, value, own in (("RAY_AUTH_MODE", "disabled", True), ("RAY_AUTH_MODE", "token", False),
+                             ("RAY_AUTH_TOKEN", "x", True), ("RAY_AUTH_TOKEN_PATH", "/x", True)):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            assert ray_start._has_own_token() is own
+    monkeypatch.delenv("HOME")
+
+
+def test_the_environment_is_as_it_was(monkeypatch: Any):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "before")
+    with ray_start._environment({"RAY_AUTH_TOKEN": "inside", "RAY_AUTH_TOKEN_PATH": "inside"}):
+        os.environ["RAY_AUTH_MODE"] = "token"  # as ray.init does
+        assert os.environ["RAY_AUTH_TOKEN"] == "inside"
+    assert os.environ["RAY_AUTH_TOKEN"] == "before"
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_of_a_ray_that_does_not_start_nothing_stays(monkeypatch: Any):
+    """A start that hangs half way stands in for a machine that is too busy."""
+    started: list[psutil.Popen] = []
+    folders: set[Path] = set()
+
+    def fail(**options: Any) -> None:
+        started.append(psutil.Popen(["sleep", "1000"]))
+        folders.add(Path(options["_temp_dir"]).parent)
+        assert Path(options["_temp_dir"]).parent.stat().st_mode & 0o077 == 0
+        raise Exception("The current node timed out during startup.\nThis could happen.")
+
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with pytest.raises(PlanError, match="current node timed out"), ray_start.local_ray():
+        pass
+    assert len(started) == 2  # it is tried again
+    assert not any(process.is_running() for process in started)
+    assert not any(folder.exists() for folder in folders)
