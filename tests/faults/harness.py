@@ -118,6 +118,12 @@ class Nodes:
     def add(self, count: int = 1) -> None:
         self.nodes += [self.cluster.add_node(num_cpus=2) for _ in range(count)]
 
+    def count(self) -> int:
+        """How many nodes have joined, the head among them."""
+        from ray._raylet import GcsClient
+
+        return len(GcsClient(address=self.address).get_all_node_info())
+
     def remove(self) -> str:
         """Kill all processes of the oldest node (SIGKILL), as when it loses its power; returns its id."""
         node = self.nodes.pop(0)

@@ -248,8 +248,7 @@ def blind_node(head: Nodes, tmp_path: Path) -> Iterator[str]:
     process = subprocess.Popen(["unshare", "-m", "bash", "-c", script], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        inside = psutil.Process(process.pid)
-        wait_for(lambda: any("raylet" in child.name() for child in inside.children(recursive=True)), "a raylet", 120)
+        wait_for(lambda: head.count() == 2, "the node", 120)
         yield str(storage)
     finally:
         for child in psutil.Process(process.pid).children(recursive=True):
