@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import platform
 import re
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a table of what was looked at, what is wanted, and what was found."""
+
+    what: str
+    wanted: str
+    found: str
+    holds: bool
 
 
 def machine() -> str:

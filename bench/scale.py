@@ -1,6 +1,6 @@
 """(g) What grows with the corpus, the run and the cluster, and what must not: mostly simulated, minutes on two cores.
 
-    python -m bench.scale [--only tasks,stream,opens,preparing] [--sizes 20,200]
+    python -m bench.scale [--only tasks,stream,opens,preparing,metrics,manifest,driver,attempts] [--sizes 20,200]
 
 Each section gives checks: what was looked at, what is wanted, what was found. The command fails if one does not hold.
 `--sizes 20,200,2000` prepares 2 GB as well; text is made as in bench.corpus.
@@ -13,23 +13,13 @@ import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench import scale_records
 from bench.corpus import CORPUS, run_arm, train_tokenizer, write_corpus
-from bench.report import write_section
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the table."""
-
-    what: str
-    wanted: str
-    found: str
-    holds: bool
-
+from bench.report import Check, write_section
 
 # --- the stream ---
 
@@ -202,6 +192,7 @@ def measure_preparing(arguments: argparse.Namespace) -> Iterator[Check]:
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Check]]] = {
     "tasks": measure_tasks, "stream": measure_stream, "opens": measure_opens, "preparing": measure_preparing,
+    **scale_records.SECTIONS,
 }
 """A section measures one thing and yields its checks; another one is a line here."""
 
@@ -219,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections to measure; the page is left as it is")
     parser.add_argument("--sizes", default="20,200", help="MB of text to prepare")
+    parser.add_argument("--steps", type=int, default=scale_records.STEPS, help="steps whose metrics are written")
     arguments = parser.parse_args()
     checks: list[Check] = []
     for name in arguments.only.split(","):

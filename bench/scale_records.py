@@ -1,7 +1,5 @@
 """Sections of bench.scale: what a run writes down about itself, at a size that no test reaches.
 
-    python -m bench.scale_records [--steps 10000000]
-
 Simulated on a local disk: no rank is started. CPU seconds are this process' own, so a busy machine matters little.
 """
 
@@ -10,25 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from bench.report import Check
 
 STEPS = 10**7
-
-
-class Finding(NamedTuple):
-    """One line of the table."""
-
-    what: str
-    wanted: str
-    found: str
-    holds: bool
 
 
 def make_record(step: int, rank: int, num_ranks: int) -> dict[str, Any]:
@@ -118,7 +108,7 @@ print(json.dumps({"idle": idle, "page": page, "peak": peak(),
 """
 
 
-def measure_metrics(arguments: argparse.Namespace) -> Iterator[Finding]:
+def measure_metrics(arguments: argparse.Namespace) -> Iterator[Check]:
     """Memory of whoever reads the metrics of 10^7 steps."""
     num_steps = getattr(arguments, "steps", STEPS)
     with tempfile.TemporaryDirectory() as place:
@@ -131,19 +121,19 @@ def measure_metrics(arguments: argparse.Namespace) -> Iterator[Finding]:
     if not found["step"] == found["steps"] == found["count"] == num_steps + 1:
         raise RuntimeError(f"the history is not what was written: {found}")
     rise = (found["peak"] - found["idle"]) / 1024
-    yield Finding(f"metrics of {num_steps:,} steps", "some hundred files", f"{files} files, {num_bytes / 1e9:.2f} GB",
+    yield Check(f"metrics of {num_steps:,} steps", "some hundred files", f"{files} files, {num_bytes / 1e9:.2f} GB",
                   files < 2000)
-    yield Finding("summary and outline of them, as `dray show` reads them", "< 10 s of CPU, < 200 MB more than idle",
+    yield Check("summary and outline of them, as `dray show` reads them", "< 10 s of CPU, < 200 MB more than idle",
                   f"{found['shown']:.1f} s, {(found['page'] - found['idle']) / 1024:.0f} MB",
                   found["shown"] < 10 and found["page"] - found["idle"] < 200 * 1024)
-    yield Finding("one column of the whole history, row by row", "bounded memory: < 400 MB more than idle",
+    yield Check("one column of the whole history, row by row", "bounded memory: < 400 MB more than idle",
                   f"{rise:.0f} MB, {found['read']:.0f} s", rise < 400)
 
 
 # --- manifests ---
 
 
-def measure_manifest(_: argparse.Namespace) -> Iterator[Finding]:
+def measure_manifest(_: argparse.Namespace) -> Iterator[Check]:
     """A checkpoint of 1,000 ranks under ZeRO-3, from what they send to what is read at a restart."""
     import numpy as np
 
@@ -174,17 +164,17 @@ def measure_manifest(_: argparse.Namespace) -> Iterator[Finding]:
     read = time.process_time() - begun
     if len(places) != len(keys):
         raise RuntimeError("the manifest does not hold every tensor")
-    yield Finding("a ZeRO-3 manifest of 1,000 ranks, 290 tensors: gathered, checked and written",
+    yield Check("a ZeRO-3 manifest of 1,000 ranks, 290 tensors: gathered, checked and written",
                   "< 2 s of CPU with its reading", f"{written:.2f} s; {sum(map(len, sent)) / 1e6:.0f} MB sent",
                   written + read < 2)
-    yield Finding("and read, with the proof that it covers every tensor", "< 0.1 s, < 1 MB",
+    yield Check("and read, with the proof that it covers every tensor", "< 0.1 s, < 1 MB",
                   f"{read:.3f} s, {len(content) / 1e3:.0f} kB", read < 0.1 and len(content) < 10**6)
 
 
 # --- the driver ---
 
 
-def measure_driver(_: argparse.Namespace) -> Iterator[Finding]:
+def measure_driver(_: argparse.Namespace) -> Iterator[Check]:
     """What the records and heartbeats of 10,000 ranks at 1 Hz cost the head: the mailbox' own work, what travels to
     the driver, and the driver's."""
     from dray.mailbox import Mailbox, pace
@@ -221,16 +211,16 @@ def measure_driver(_: argparse.Namespace) -> Iterator[Finding]:
             driver_seconds += time.process_time() - begun
         if len(run.metrics()) != seconds:
             raise RuntimeError("rows are missing")
-    yield Finding("10,000 ranks at one step a second: the driver", "< 0.25 of a core",
+    yield Check("10,000 ranks at one step a second: the driver", "< 0.25 of a core",
                   f"{driver_seconds / seconds:.3f}", driver_seconds < 0.25 * seconds)
-    yield Finding("and the mailbox' own work, without Ray's for the calls", "< 0.25 of a core",
+    yield Check("and the mailbox' own work, without Ray's for the calls", "< 0.25 of a core",
                   f"{mailbox_seconds / seconds:.3f}", mailbox_seconds < 0.25 * seconds)
 
 
 # --- attempts ---
 
 
-def measure_attempts(_: argparse.Namespace) -> Iterator[Finding]:
+def measure_attempts(_: argparse.Namespace) -> Iterator[Check]:
     """A run that was started a thousand times."""
     with tempfile.TemporaryDirectory() as place:
         run, _recorder = build_recorder(place)
@@ -247,26 +237,9 @@ def measure_attempts(_: argparse.Namespace) -> Iterator[Finding]:
         again = time.process_time() - begun
     if count != 1000:
         raise RuntimeError(f"{count} attempts")
-    yield Finding("1,000 attempts, read by a new process", "< 2 s of CPU, many at once", f"{first:.2f} s", first < 2)
-    yield Finding("and what a commit asks of them afterwards", "< 0.2 s, one listing", f"{again:.3f} s", again < 0.2)
+    yield Check("1,000 attempts, read by a new process", "< 2 s of CPU, many at once", f"{first:.2f} s", first < 2)
+    yield Check("and what a commit asks of them afterwards", "< 0.2 s, one listing", f"{again:.3f} s", again < 0.2)
 
 
 SECTIONS = {"metrics": measure_metrics, "manifest": measure_manifest, "driver": measure_driver,
             "attempts": measure_attempts}
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(SECTIONS))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    arguments = parser.parse_args()
-    findings = [finding for name in arguments.only.split(",") for finding in SECTIONS[name](arguments)]
-    for finding in findings:
-        print(f"{'holds ' if finding.holds else 'MISSED'}  {finding.what}: {finding.found} (wanted: {finding.wanted})")
-    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB", file=sys.stderr)
-    sys.exit(not all(finding.holds for finding in findings))
-
-
-if __name__ == "__main__":
-    main()
