@@ -156,9 +156,16 @@ def test_a_model_on_a_hub_is_planned_from_the_cache(tmp_path: Path, monkeypatch:
                       "model": {"path": "hf://owner/name"}, "duration": {"steps": 1}})
     with pytest.raises(SpecError, match="planning downloads nothing; hf download owner/name"):
         load_dimensions(spec)
-    model = built(spec_of("llama"), "meta")
-    model.config.save_pretrained(tmp_path / "models--owner--name" / "snapshots" / "abc")
+    # As the hub's client lays its cache out: a name of a revision holds a commit, and a commit is a folder.
+    cached = tmp_path / "models--owner--name"
+    model, other = built(spec_of("llama"), "meta"), built(spec_of("gpt2"), "meta")
+    model.config.save_pretrained(cached / "snapshots" / "abc")
+    other.config.save_pretrained(cached / "snapshots" / "def")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc", encoding="utf-8")
     assert count_parameters(load_dimensions(spec)).total == sum(p.numel() for p in model.parameters())
+    pinned = spec.model_copy(update={"model": spec.model.model_copy(update={"path": "hf://owner/name@def"})})
+    assert count_parameters(load_dimensions(pinned)).total == sum(p.numel() for p in other.parameters())
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "llama"}', "[]"])
