@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dray.corpus.manifest import MANIFEST, dump_manifest
 from dray.corpus.stream import RowStream
 from dray.device import Clock, HostCopy, Reading, pin, send
 from dray.feeding import StepRows, ValidationRows, feed, run_ahead
@@ -70,7 +71,9 @@ def test_closing_ends_the_thread_though_nothing_is_asked_for_any_more() -> None:
 def test_a_rank_is_fed_what_the_order_asks_for(tmp_path: Path) -> None:
     corpus = build_random_corpus(tmp_path, [50])
     manifest = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
-    stream = RowStream(corpus.folder, manifest, 3, 7, 2, 4, 2, 0, 5, validation_steps=(2, 5), max_validation_rows=9)
+    (tmp_path / MANIFEST).write_bytes(dump_manifest(manifest))
+    stream = RowStream(folder=corpus.folder, key=manifest.key, seed=3, global_rows=7, num_ranks=2, rows_per_rank=4,
+                       micro_rows=2, start_step=0, num_steps=5, validate_every=2, max_validation_rows=9)
     for rank in (0, 1):
         ranks = Ranks(rank, 2, CPU, None)
         steps, passes = [], []
@@ -84,7 +87,7 @@ def test_a_rank_is_fed_what_the_order_asks_for(tmp_path: Path) -> None:
                 assert isinstance(work, ValidationRows)
                 passes.append((work.step, sum(len(batch["labels"]) for batch in work.batches), work.is_last))
         assert steps == [1, 2, 3, 4, 5]
-        assert {step for step, _, is_last in passes if is_last} == {2, 5}
+        assert {step for step, _, is_last in passes if is_last} == {2, 4, 5}
         assert sum(rows for _, rows, _ in passes) >= 9
     wait_until_ended()
 
