@@ -60,7 +60,8 @@ def make_job(folder: Path) -> tuple[Run, Any, Driver]:
     plan = make_plan(spec, local_shape())
     run = Run.create(folder, "failing", spec, plan.model_dump(mode="json"))
     driver = run.take_over()
-    return run, Job(spec, plan, "", None, run.storage, run.name, driver.number), driver  # type: ignore[arg-type]
+    job = Job(spec, plan, "", None, run.storage, run.name, driver=driver.number)  # type: ignore[arg-type]
+    return run, job, driver
 
 
 def save(run: Run, step: int, attempt: int = 1) -> None:
