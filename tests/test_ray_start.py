@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from dray.errors import PlanError
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: Any, tmp_path: Path) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "TMPDIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+def clean(tmp_path: Path) -> Iterator[None]:
+    """No token, and no place that the person has chosen; afterwards this process' own Ray finds its token again."""
+    with pytest.MonkeyPatch.context() as context:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "TMPDIR"):
+            context.delenv(name, raising=False)
+        context.setenv("HOME", str(tmp_path))
+        yield
+    ray_start._forget_token()
 
 
 @pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
