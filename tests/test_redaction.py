@@ -54,6 +54,11 @@ def test_the_place_of_a_uri_stays_readable():
         f"s3://{HIDDEN}@bucket/runs?region=eu&secret_key={HIDDEN}")
 
 
+def test_a_secret_that_is_a_word_hides_no_name_that_another_needs():
+    text = f"secret_key={SECRET}, it is secret"
+    assert redact(text, {"DB_PASSWORD": "secret"}) == f"{HIDDEN}_key={HIDDEN}, it is {HIDDEN}"
+
+
 def test_values_of_the_environment_are_found_without_their_names():
     environment = {"WANDB_API_KEY": SECRET, "MY_TOKEN": "a1b2c3d4e5", "OMP_NUM_THREADS": "12345678",
                    "SSH_AUTH": "/run/user/agent", "RAY_AUTH_MODE": "token"}

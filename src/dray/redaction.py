@@ -33,13 +33,13 @@ _SECRET_NAME = (r"(?:[A-Za-z0-9]{1,32}[-_.]){0,6}?(?:pass(?:word|wd|phrase)|secr
                 r"[-_]?token|connection[-_]?string|signature|x-amz-[a-z-]+|x-goog-[a-z-]+)")
 # `token` alone is a word of this trade (pad_token, token=17): only what looks like a secret counts after it.
 _NAMED = re.compile(
-    rf"(?P<name>(?<![A-Za-z0-9]){_SECRET_NAME}(?:[-_](?:key|value|data))?)(?P<mark>[\"']?\s*(?:=|:|=>)\s*[\"']?)"
+    rf"(?<![A-Za-z0-9]){_SECRET_NAME}(?:[-_](?:key|value|data))?[\"']?\s*(?:=|:|=>)\s*[\"']?"
     r"(?P<value>(?:(?<=[\"'])[^\"'\n]+|[^\s\"'&;,)}\]]+))", re.I)
 _NAMED_TOKEN = re.compile(
-    r"(?P<name>(?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,32}[-_.]){0,6}(?:token|sig))(?P<mark>[\"']?\s*[=:]\s*[\"']?)"
+    r"(?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,32}[-_.]){0,6}(?:token|sig)[\"']?\s*[=:]\s*[\"']?"
     r"(?P<value>(?=[^\s\"'&;,]{0,99}\d)[A-Za-z0-9_\-.~+/%]{16,}=*)", re.I)
-_USER_INFO = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{1,30}://)[^\s/@?#\"'<>]+@")
-_HEADER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[A-Za-z0-9_\-.~+/]{8,}=*", re.I)
+_USER_INFO = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{1,30}://(?P<value>[^\s/@?#\"'<>]+)@")
+_HEADER = re.compile(r"\b(?:bearer|basic)\s+(?P<value>[A-Za-z0-9_\-.~+/]{8,}=*)", re.I)
 _FORMATS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{16,}|sk-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
@@ -51,14 +51,18 @@ _IS_SECRET_NAME = re.compile(rf"{_SECRET_NAME}|(?:\w+[-_])?(?:token|pwd|pat)|\w*
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text with HIDDEN where secrets were. `environment`: whose secret values are looked for (default: this
     process')."""
+    # Every kind is looked for in the text as it came: what one kind hides could be the name that another needs.
+    spans = [match.span() for pattern in (_PRIVATE_KEY, _FORMATS) for match in pattern.finditer(text)]
+    spans += [match.span("value") for pattern in (_USER_INFO, _HEADER, _NAMED, _NAMED_TOKEN)
+              for match in pattern.finditer(text)]
     for value in (*_held_values(), *_secret_values(os.environ if environment is None else environment)):
-        text = text.replace(value, HIDDEN)
-    text = _PRIVATE_KEY.sub(HIDDEN, text)
-    text = _USER_INFO.sub(rf"\g<scheme>{HIDDEN}@", text)
-    text = _HEADER.sub(rf"\g<name>{HIDDEN}", text)
-    for pattern in (_NAMED, _NAMED_TOKEN):
-        text = pattern.sub(_hide_value, text)
-    return _FORMATS.sub(HIDDEN, text)
+        spans += [match.span() for match in re.finditer(re.escape(value), text)]
+    parts, end = [], 0
+    for begin, until in sorted(spans):
+        if begin >= end:
+            parts += [text[end:begin], HIDDEN]
+        end = max(end, until)
+    return "".join((*parts, text[end:]))
 
 
 def redact_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,10 +96,6 @@ def _secret_values(environment: Mapping[str, str]) -> list[str]:
 def _is_place(value: str) -> bool:
     """Whether it is a path, a number or a switch: some variables name where a secret lies, or how it is asked for."""
     return value.startswith(("/", "~", "./")) or value.isdigit() or value.lower() in ("disabled", "enabled")
-
-
-def _hide_value(match: re.Match[str]) -> str:
-    return f"{match['name']}{match['mark']}{HIDDEN}"
 
 
 # ---- credentials of URIs ---------------------------------------------------------------------------------------------

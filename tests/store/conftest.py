@@ -14,12 +14,6 @@ from dray.store import Run
 from failing_proxy import FailingProxy, failing_proxy
 
 
-@pytest.fixture(autouse=True)
-def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials that one test's URIs carry are none of another's."""
-    monkeypatch.setattr("dray.redaction._held", {})
-
-
 @pytest.fixture
 def s3_storage(s3_endpoint: str) -> str:
     return f"s3://bucket/{uuid.uuid4().hex}/runs?{s3_endpoint}"
