@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +25,8 @@ from dray.redaction import redact
 from dray.signals import Stopped, stops
 
 if TYPE_CHECKING:
+    from dray.plan import Plan, Shape
+    from dray.spec import Spec
     from dray.store import Run
 
 Command = Callable[[argparse.Namespace], int]
@@ -264,7 +266,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.shape and arguments.measure:
         raise PlanError("--measure", f"--shape {arguments.shape} is not this machine",
                         "only what is here can be measured", "leave one of them out")
-    plan = make_plan(spec, parse_shape(arguments.shape) if arguments.shape else local_shape())
+    shape = parse_shape(arguments.shape) if arguments.shape else local_shape()
+    plan = _plan_known_corpus(spec, shape, arguments.storage) or make_plan(spec, shape)
     measured = None if arguments.shape else find_rehearsal(spec, plan)
     if arguments.measure and measured is None:
         measured = rehearse(spec, plan)
@@ -275,6 +278,19 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         arguments.out.say(format_plan(plan))
     return 0
+
+
+def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
+    """With the counts of the corpus, if it is prepared in a local storage and its inputs are at hand."""
+    if not Path(storage, "corpora").is_dir():
+        return None
+    from dray.corpus.prepare import recall
+    from dray.job import make_corpus_plan
+
+    corpus = None
+    with suppress(DrayError):  # of the inputs: a plan is made without them, too
+        corpus = recall(spec, storage)
+    return None if corpus is None else make_corpus_plan(spec, shape, corpus.manifest)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -97,7 +97,7 @@ def _place(spec: Spec, plan: Plan) -> Path:
         "machine": [platform.node(), _cpu_name(), plan.shape.cpus_per_node],
         "libraries": [metadata.version(name) for name in _LIBRARIES], "sizes": repr(sizes), "task": spec.task,
         "ranks": plan.num_ranks, "cpus": spec.resources.cpus_per_worker, "precision": plan.precision,
-        "micro_rows": plan.batch.micro_rows, "tokens": spec.data.sequence_tokens, "deepspeed": plan.deepspeed,
+        "micro_rows": plan.batch.micro_rows, "tokens": plan.row_tokens, "deepspeed": plan.deepspeed,
         "compile": plan.compile, "checkpointing": plan.activation_checkpointing,
         "dropout": spec.regularization.dropout, "accumulates": plan.batch.accumulation > 1,
     }
@@ -177,7 +177,7 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions) -> Any:
 
     from dray.corpus.shards import make_batch, make_schema
 
-    rows, width = plan.batch.micro_rows, spec.data.sequence_tokens
+    rows, width = plan.batch.micro_rows, plan.row_tokens
     random = np.random.default_rng(0)
     ids = random.integers(0, sizes.vocab, (rows, width)).astype(np.uint32)
     labels = None if spec.packs_rows else random.integers(0, max(1, sizes.num_labels), rows).astype(np.int32)

@@ -26,7 +26,7 @@ import pytest
 from dray.corpus import prepare as prepare_module
 from dray.corpus.account import describe
 from dray.corpus.manifest import Manifest, SourceRows
-from dray.corpus.prepare import Corpus, corpus_key, find, find_inputs, prepare
+from dray.corpus.prepare import Corpus, corpus_key, find, find_inputs, prepare, recall
 from dray.corpus.shards import read_groups
 from dray.errors import CorpusError, StoreError
 from dray.redaction import restored
@@ -154,6 +154,18 @@ def test_a_prepared_corpus_is_found_without_ray_and_not_made_again(tmp_path: Pat
     assert lines[-1] == "shards: 1 of 1"
     assert find(spec, str(tmp_path / "out")) == corpus
     assert prepare(spec, str(tmp_path / "out"), pytest.fail) == corpus
+
+
+def test_a_plan_recalls_a_corpus_without_reading_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    spec, storage = make(str(path)), str(tmp_path / "out")
+    monkeypatch.setattr("dray.digests.SETTLED_SECONDS", 0.0)
+    assert recall(spec, storage) is None
+    corpus = prepare(spec, storage)
+    monkeypatch.setattr("dray.digests._digest", lambda path: pytest.fail(f"{path} is read"))
+    assert recall(spec, storage) == corpus
+    path.write_text("another")
+    assert recall(spec, storage) is None
 
 
 def test_the_key_goes_by_inputs_and_settings(tmp_path: Path) -> None:

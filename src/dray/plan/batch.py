@@ -27,6 +27,10 @@ class BatchPlan(BaseModel):
     padded_rows: int
 
 
+WIDTH_MULTIPLE = 8
+"""Padded batches have a multiple of so many columns: matrix units like it, and a compiled model sees fewer shapes."""
+
+
 def make_batch(global_rows: int, num_ranks: int, micro_rows: int, *, elastic: bool) -> BatchPlan:
     """Cut a global batch. Raises PlanError where a fixed group cannot divide it, naming what would."""
     unit = num_ranks * micro_rows

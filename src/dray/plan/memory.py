@@ -86,6 +86,8 @@ class Load:
     buckets: Buckets
     on_gpu: bool
     with_ray: bool = True
+    row_tokens: int | None = None
+    """Of a row on average, padding included; None: as many as it may have. Times go by this, peaks by those."""
 
     @property
     def element_bytes(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dray.errors import PlanError
-from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
+from dray.plan.batch import WIDTH_MULTIPLE, BatchPlan, make_batch, micro_candidates, num_steps_of
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
 from dray.plan.memory import CHECKPOINT_BYTES, Load, MemoryPlan, make_memory
@@ -48,6 +48,8 @@ class Plan(BaseModel):
     num_steps: int | None
     """None: epochs are wanted and the corpus is not prepared yet."""
     tokens_per_step: int
+    row_tokens: int
+    """Of a row on average, padding included: what is computed. As many as it may have where the corpus is not known."""
     num_tokens: int | None
     """Tokens that the run will train on."""
     num_parameters: int
@@ -98,6 +100,7 @@ class _Question:
     on_gpu: bool
     with_ray: bool
     elastic: bool
+    row_tokens: int
 
     @property
     def host_limit(self) -> int:
@@ -124,7 +127,7 @@ class _Question:
             micro_rows=setting.micro_rows, accumulation=batch.accumulation, sequence_tokens=spec.data.sequence_tokens,
             checkpointing=setting.checkpointing, dropout=spec.regularization.dropout,
             buckets=make_buckets(self.count.total, self.count.layer, on_gpu=self.on_gpu), on_gpu=self.on_gpu,
-            with_ray=self.with_ray,
+            with_ray=self.with_ray, row_tokens=self.row_tokens,
         )
 
     def peak_flops(self, num_ranks: int) -> float | None:
@@ -157,7 +160,8 @@ def make_plan(spec: Spec, shape: Shape, *, num_rows: int | None = None, num_toke
     precision = _resolve_precision(spec, shape, on_gpu=on_gpu)
     sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id)
     question = _Question(spec=spec, shape=shape, sizes=sizes, count=count_parameters(sizes), precision=precision,
-                         on_gpu=on_gpu, with_ray=with_ray, elastic=elastic)
+                         on_gpu=on_gpu, with_ray=with_ray, elastic=elastic,
+                         row_tokens=_row_tokens(spec, num_rows, num_tokens))
     setting, reason = _choose(question, ranks)
     return _make(question, setting, reason, num_rows, num_tokens)
 
@@ -175,6 +179,7 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
     return Plan(
         shape=shape, num_ranks=setting.num_ranks, on_gpu=question.on_gpu, precision=precision, zero_stage=setting.stage,
         zero_reason=reason, offload=setting.offload, batch=batch, num_steps=num_steps, tokens_per_step=tokens_per_step,
+        row_tokens=question.row_tokens,
         num_tokens=num_tokens, num_parameters=count.total, num_embedding_parameters=count.embedding,
         parameters_exact=sizes.exact, flops_per_token_loose=flops_per_token_loose(sizes, count, width),
         flops_per_token_strict=strict, peak_flops_per_rank=question.peak_flops(setting.num_ranks),
@@ -190,6 +195,14 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
             buckets=question.load(setting).buckets, on_gpu=question.on_gpu),
         notes=list(_notes(question, setting, batch)),
     )
+
+
+def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None) -> int:
+    """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to a multiple."""
+    width = spec.data.sequence_tokens
+    if spec.packs_rows or not num_rows or not num_tokens:
+        return width
+    return min(width, max(1, round(num_tokens / num_rows + WIDTH_MULTIPLE / 2)))
 
 
 def with_measured_step(plan: Plan, seconds: float) -> Plan:

