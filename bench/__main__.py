@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PARTS = ("bench.training", "bench.recovery", "bench.restore", "bench.corpus", "bench.memory", "bench.heap",
-         "bench.parity", "bench.scale")
+         "bench.parity", "bench.scale", "bench.finetuning", "bench.planned")
 
 if __name__ == "__main__":
     for part in PARTS:

@@ -74,7 +74,8 @@ def test_a_small_run_on_a_laptop() -> None:
 
 
 def test_the_time_of_padded_rows_goes_by_their_real_length() -> None:
-    spec = spec_of(task="sequence_classification", data={"train": {"path": "none", "label": "label"}}, model={"architecture": "bert", "num_labels": 2})
+    spec = spec_of(task="sequence_classification", data={"train": {"path": "none", "label": "label"}},
+                   model={"architecture": "bert", "num_labels": 2})
     short = make_plan(spec, LAPTOP, num_rows=1000, num_tokens=60_000)
     unknown = make_plan(spec, LAPTOP)
     assert (short.row_tokens, unknown.row_tokens) == (64, 256)
