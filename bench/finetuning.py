@@ -27,7 +27,7 @@ ROWS, TOKENS = 32, 64
 def dray_arm(folder: Path, model: Path, steps: int, precision: str, number: int) -> dict[str, float]:
     out, begun = run([
         f"{sys.prefix}/bin/dray", "train", "sst2", f"model={{path: {model}}}", f"tokenizer={{path: {model}}}",
-        f"data.train.path={TRAIN}", "data.validation=null", "validation.metric=null", f"batch.global_rows={2 * ROWS}",
+        f"data.train.path={TRAIN}", "data.validation=null", "validation={}", f"batch.global_rows={2 * ROWS}",
         f"batch.micro_rows={ROWS}", f"duration={{steps: {steps}}}", "optimizer.learning_rate=5e-5",
         "schedule={name: constant}", "regularization.dropout=0.1", f"precision={precision}",
         "checkpoint={every_steps: 100000}", "--storage", str(folder / "runs"), "--run", f"r{number}", "--json"])

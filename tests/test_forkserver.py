@@ -57,7 +57,8 @@ DRIVER = textwrap.dedent("""
                     "parent_command": open(f"/proc/{parent}/cmdline").read().split(chr(0)),
                     "group": os.getpgrp(), "path": sys.path, "colour": os.environ.get("COLOUR"),
                     "loaded": [name for name in ("torch", "deepspeed", "ray.data") if name in sys.modules],
-                    "log": os.readlink("/proc/self/fd/1"), "main": sys.modules["__main__"].__file__}
+                    "log": os.readlink("/proc/self/fd/1"), "asks": os.environ["RAY_ADDRESS"],
+                    "cluster": ray.get_runtime_context().gcs_address,  "main": sys.modules["__main__"].__file__}
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     kept = []
@@ -91,6 +92,7 @@ def test_workers_are_forks_with_what_is_theirs(cluster: Cluster):
         assert found["main"].endswith("default_worker.py")
         assert str(Path(found["main"]).parent) in found["path"]
         assert str(found["pid"]) in found["log"]
+        assert found["asks"] == found["cluster"]  # whatever else runs, or ran, on this machine
 
 
 def test_ranks_are_forks_of_one_that_has_imported_more(cluster: Cluster):

@@ -298,21 +298,31 @@ def run_workers(
     recovery: Any,
     name: str,
     scratch: str,
+    is_local: bool,
 ) -> None:
     """Run `work(config)` on a group of Ray Train workers until it ends. Raises RunFailed with the workers' errors.
 
     The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not object. `scratch` is
-    a local folder for Ray Train's own notes, which dray does not read.
+    a local folder for Ray Train's own notes, which dray does not read. `is_local`: Ray ends with this process.
     """
     import ray
     from ray.exceptions import RayActorError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     # The workers make their process group themselves: Ray's torch backend would import torch here and in its
     # controller.
+    class Trainer(DataParallelTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            if not is_local:
+                return list(callbacks)
+            # It frees what a controller that was killed leaves on a cluster; here all ends with the driver.
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
     class SharedDevices(Backend):  # type: ignore[misc]
         share_cuda_visible_devices = True
 
@@ -326,7 +336,7 @@ def run_workers(
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
     forked = fork_environment(_server_of_ranks(gpus_per_worker), ray.get_runtime_context().runtime_env)
-    trainer = DataParallelTrainer(
+    trainer = Trainer(
         work,
         train_loop_config=config,
         datasets=datasets,

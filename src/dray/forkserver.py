@@ -63,6 +63,7 @@ def is_command(py_executable: str) -> bool:
 def become_worker(kind: str, arguments: list[str]) -> None:
     """Be what Ray started this process for, in a fork of the node's server if there is one. Returns when such a fork
     has taken over."""
+    _name_cluster(arguments)
     try:
         place = _find_place(with_full="full" in kind)
         lock = os.open(f"{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -80,6 +81,16 @@ def become_worker(kind: str, arguments: list[str]) -> None:
         server_command = [sys.executable, "-P", "-m", "dray.forkserver", "--serve", place, kind]
         os.execv(sys.executable, server_command + arguments)
     os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def _name_cluster(arguments: list[str]) -> None:
+    """Tell what asks Ray's state API in this worker which cluster it belongs to. Without that it would ask the one that
+    was started last on this machine, which may be another, or gone: Ray Train's cleaner of placement groups would take
+    the group of a controller that the other one does not know, or hold up the end of a run."""
+    mark = "--gcs-address="
+    address = next((word.removeprefix(mark) for word in arguments if word.startswith(mark)), "")
+    if address:
+        os.environ["RAY_ADDRESS"] = address
 
 
 def _start_alone(arguments: list[str], why: OSError) -> None:

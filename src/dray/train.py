@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -31,7 +31,7 @@ from dray.progress import Display
 from dray.redaction import redact
 from dray.report import format_diagnosis
 from dray.signals import stops
-from dray.spec import Spec
+from dray.spec import Resources, Spec
 from dray.start import look, open_run
 from dray.store import Run, Trackers, build_trackers, find_resume_checkpoint
 from dray.store.drivers import HEARTBEAT_SECONDS, Driver
@@ -92,6 +92,7 @@ def train(
         if not connection.local:
             _check_nodes(absolute(storage), spec)
         begun = time.monotonic()
+        launcher = _RayLauncher(resources, is_local=connection.local)
 
         def prepared(spec: Spec) -> Corpus:
             corpus = prepare(spec, storage, display.say)
@@ -99,9 +100,12 @@ def train(
                 display.say(line)
             return corpus
 
-        run, job = open_run(start, connection.shape, prepared, display.say)
+        with ExitStack() as refused:
+            refused.callback(launcher.withdraw)
+            run, job = open_run(start, connection.shape, prepared, display.say)
+            refused.pop_all()
         run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
-        return _drive(run, job, display, _RayLauncher())
+        return _drive(run, job, display, launcher)
 
 
 def train_locally(
@@ -468,17 +472,32 @@ class _LocalLauncher:
 
 
 class _RayLauncher:
-    """The ranks' loop on Ray Train workers, fed by Ray Data, reporting through an actor on the head node."""
+    """The ranks' loop on Ray Train workers, fed by Ray Data, reporting through an actor on the head node.
+
+    The actor is started at once: its node's fork server imports while the driver looks for the model and the rows.
+    """
+
+    def __init__(self, resources: Resources, *, is_local: bool) -> None:
+        from dray.ray_worker import build_mailbox
+
+        self._is_local = is_local
+        self._warm = WarmNodes(resources.cpus_per_worker, resources.gpus_per_worker)
+        self._mailbox = build_mailbox(self._warm.environment)
+
+    def withdraw(self) -> None:
+        """End what was started for a run that is not begun, where Ray outlives it."""
+        import ray
+
+        ray.kill(self._mailbox)
 
     def run(self, job: Job, recorder: Recorder) -> None:
         import ray
 
-        from dray.ray_worker import build_mailbox, end_hang, end_workers
+        from dray.ray_worker import end_hang, end_workers
 
-        warm = WarmNodes(job.spec.resources.cpus_per_worker, job.spec.resources.gpus_per_worker)
-        mailbox = build_mailbox(warm.environment)
+        warm, mailbox = self._warm, self._mailbox
         failure: list[BaseException] = []
-        thread = _start_workers(job, mailbox, failure)
+        thread = _start_workers(job, mailbox, failure, is_local=self._is_local)
         on_disk = is_local(Run.open(job.storage, job.run_name).filesystem)
         drain_seconds = DRAIN_SECONDS if on_disk else OBJECT_DRAIN_SECONDS
         taken, stored, ended_hang, stopping_since = 0, 0, 0, math.inf
@@ -526,7 +545,7 @@ class _RayLauncher:
             raise failure[0]
 
 
-def _start_workers(job: Job, mailbox: Any, failure: list[BaseException]) -> threading.Thread:
+def _start_workers(job: Job, mailbox: Any, failure: list[BaseException], *, is_local: bool) -> threading.Thread:
     """Start the worker group in a thread, which puts there what it ends with if that is an error."""
     from dray.ray_worker import build_data_config, build_recovery, run_rank
 
@@ -540,6 +559,7 @@ def _start_workers(job: Job, mailbox: Any, failure: list[BaseException]) -> thre
                     data_config=build_data_config(), num_workers=resources.workers,
                     cpus_per_worker=resources.cpus_per_worker, gpus_per_worker=resources.gpus_per_worker,
                     recovery=build_recovery(job, mailbox), name=job.run_name, scratch=scratch,
+                    is_local=is_local,
                 )
         except BaseException as error:
             failure.append(error)

@@ -28,7 +28,8 @@ class BatchPlan(BaseModel):
 
 
 WIDTH_MULTIPLE = 8
-"""Padded batches have a multiple of so many columns: matrix units like it, and a compiled model sees fewer shapes."""
+"""On a GPU padded batches have a multiple of so many columns, for its matrix units; so have those of a compiled model,
+which sees fewer shapes. A CPU would compute the padding for nothing."""
 
 
 def make_batch(global_rows: int, num_ranks: int, micro_rows: int, *, elastic: bool) -> BatchPlan:

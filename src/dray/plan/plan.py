@@ -76,6 +76,11 @@ class Plan(BaseModel):
     deepspeed: dict[str, Any]
     notes: list[str]
 
+    @property
+    def width_multiple(self) -> int:
+        """What the width of a padded batch is a multiple of."""
+        return WIDTH_MULTIPLE if self.on_gpu or self.compile else 1
+
 
 @dataclass(frozen=True)
 class _Setting:
@@ -161,7 +166,7 @@ def make_plan(spec: Spec, shape: Shape, *, num_rows: int | None = None, num_toke
     sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id)
     question = _Question(spec=spec, shape=shape, sizes=sizes, count=count_parameters(sizes), precision=precision,
                          on_gpu=on_gpu, with_ray=with_ray, elastic=elastic,
-                         row_tokens=_row_tokens(spec, num_rows, num_tokens))
+                         row_tokens=_row_tokens(spec, num_rows, num_tokens, on_gpu=on_gpu))
     setting, reason = _choose(question, ranks)
     return _make(question, setting, reason, num_rows, num_tokens)
 
@@ -197,12 +202,13 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
     )
 
 
-def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None) -> int:
-    """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to a multiple."""
+def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None, *, on_gpu: bool) -> int:
+    """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to its longest one and,
+    on a GPU, to a multiple."""
     width = spec.data.sequence_tokens
     if spec.packs_rows or not num_rows or not num_tokens:
         return width
-    return min(width, max(1, round(num_tokens / num_rows + WIDTH_MULTIPLE / 2)))
+    return min(width, max(1, round(num_tokens / num_rows + (WIDTH_MULTIPLE / 2 if on_gpu else 1))))
 
 
 def with_measured_step(plan: Plan, seconds: float) -> Plan:
