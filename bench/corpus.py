@@ -82,45 +82,43 @@ def train_tokenizer(folder: Path) -> Path:
 
 
 def dray_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
-    """Prepares the corpus on a fresh local Ray; what it took."""
+    """Prepares the corpus on a fresh local Ray, as `dray prepare` does; what it took."""
     import psutil
-    import ray
 
+    from dray.cluster import connect
     from dray.corpus.prepare import prepare
     from dray.spec import make_spec
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    time.sleep(5)  # until the workers that Ray starts with the node are up: the corpus does not pay for those
     spec = make_spec({
         "name": "bench", "data": {"train": corpus, "sequence_tokens": SEQUENCE_TOKENS},
         "tokenizer": {"path": tokenizer}, "duration": {"steps": 1},
         "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 1, "num_heads": 1},
     })
     root = psutil.Process()
-    memory = _MemorySampler(root)
-    before, began = _cpu_seconds(root), time.perf_counter()
-    memory.start()
-    manifest = prepare(spec, storage, lambda line: print(f"  {line}", file=sys.stderr)).manifest
-    seconds = time.perf_counter() - began
-    memory.stopped.set()
-    memory.join()
-    after = _cpu_seconds(root)
+    with connect(None, num_cpus=2):
+        sampler = _Sampler(root)
+        before, began = _cpu_seconds(root), time.perf_counter()
+        sampler.start()
+        manifest = prepare(spec, storage, lambda line: print(f"  {line}", file=sys.stderr)).manifest
+        seconds = time.perf_counter() - began
+        sampler.stopped.set()
+        sampler.join()
+        after = {**sampler.ended, **_cpu_seconds(root)}
     parts = dict.fromkeys(("driver", "workers", "ray"), 0.0)
     for pid, (role, cpu) in after.items():
         parts[role] += cpu - before.get(pid, (role, 0.0))[1]
-    ray.shutdown()
     return {"seconds": seconds, "cpu_seconds": sum(parts.values()), "cpu_parts": parts,
             "text_bytes": manifest.train.num_text_bytes, "tokens": manifest.train.num_tokens,
             "encoder": manifest.encoder, "utilization": manifest.packing.utilization,
             "num_shards": len(manifest.train.sources[0].shards),
-            "dropped": manifest.dropped, **memory.peaks}
+            "dropped": manifest.dropped, **sampler.peaks}
 
 
 def _role(process: Any, root: Any) -> str:
     if process.pid == root.pid:
         return "driver"
     name = " ".join(process.cmdline())
-    return "workers" if name.startswith("ray::") else "ray"
+    return "workers" if name.startswith("ray::") or "dray.forkserver" in name else "ray"
 
 
 def _cpu_seconds(root: Any) -> dict[int, tuple[str, float]]:
@@ -137,12 +135,13 @@ def _cpu_seconds(root: Any) -> dict[int, tuple[str, float]]:
     return found
 
 
-class _MemorySampler(threading.Thread):
-    """Resident memory of the driver and Ray's workers, five times a second."""
+class _Sampler(threading.Thread):
+    """Resident memory of the driver and Ray's workers, five times a second, and the CPU time of those that end."""
 
     def __init__(self, root: Any) -> None:
         super().__init__(daemon=True)
         self.root, self.stopped = root, threading.Event()
+        self.ended: dict[int, tuple[str, float]] = {}
         self.peaks = {"peak_worker_bytes": 0, "peak_driver_bytes": 0, "peak_sum_bytes": 0}
 
     def run(self) -> None:
@@ -155,6 +154,7 @@ class _MemorySampler(threading.Thread):
                     sizes[_role(process, self.root)].append(process.memory_info().rss)
                 except psutil.Error:
                     continue
+            self.ended.update(_cpu_seconds(self.root))
             now = {"peak_worker_bytes": max(sizes["workers"]), "peak_driver_bytes": max(sizes["driver"]),
                    "peak_sum_bytes": sum(sizes["workers"]) + sum(sizes["driver"])}
             self.peaks = {name: max(peak, now[name]) for name, peak in self.peaks.items()}
