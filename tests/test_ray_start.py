@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,24 @@ def test_the_environment_is_as_it_was(monkeypatch: Any):
     assert os.environ["RAY_AUTH_TOKEN"] == "before"
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
     assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_a_local_ray_starts_what_a_run_needs_and_works():
+    """In a process of its own, since this one may be connected already."""
+    script = textwrap.dedent("""
+        import psutil, ray
+        from dray.cluster import connect
+        with connect(None, num_cpus=2):
+            answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=120)
+            commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+        print(answer, *(sum(name in command for command in commands) for name in (
+            "gcs_server", "raylet", "dashboard.py", "monitor.py", "log_monitor.py")))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=180)
+    answer, gcs, raylet, *onlookers = map(int, done.stdout.split())
+    assert (answer, gcs) == (42, 1)
+    assert raylet >= 1
+    assert onlookers == [0, 0, 0]
 
 
 def test_of_a_ray_that_does_not_start_nothing_stays(monkeypatch: Any):

@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from dray.output import warn
 from dray.signals import kept_handlers
 
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_ONLOOKERS = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's node, private ones: where a version of Ray has them no more, it starts all that it wants."""
 _LONGEST_PLACE = 27
 """Characters of a folder in which Ray's sockets still have paths that the system takes (107 in all)."""
 
@@ -158,7 +160,8 @@ def _start(folder: str, options: dict[str, Any]) -> None:
 
     for is_last in (False, True):
         try:
-            with _without_orphans(), kept_handlers():
+            lean = nullcontext() if options.get("include_dashboard") else _without_onlookers()
+            with _without_orphans(), kept_handlers(), lean:
                 ray.init(address="local", _temp_dir=f"{folder}/r", **options)
             return
         except Exception as error:  # Ray raises Exception itself
@@ -168,6 +171,22 @@ def _start(folder: str, options: dict[str, Any]) -> None:
                     "Ray", f"could not be started on this machine ({told})",
                     "a local Ray needs a free core for half a minute, memory, and space in its folder and /dev/shm",
                     "try again, give RAY_TMPDIR a short folder with space, or name a cluster with --address") from error
+
+
+@contextmanager
+def _without_onlookers() -> Iterator[None]:
+    """Have a Ray that starts in the block go without the processes that only onlookers need, half of what its start
+    costs: the dashboard's server, the autoscaler's monitor and what sends logs to the driver."""
+    node = import_module("ray._private.node").Node
+    names = [name for name in _ONLOOKERS if hasattr(node, name)]
+    own = {name: getattr(node, name) for name in names}
+    for name in names:
+        setattr(node, name, lambda *inputs, **named: None)
+    try:
+        yield
+    finally:
+        for name, start in own.items():
+            setattr(node, name, start)
 
 
 @contextmanager
