@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,15 @@ def test_a_signal_ends_a_command_in_one_line(tmp_path: Path):
     assert (process.returncode, err) == (143, "dray: interrupted by SIGTERM\n")
 
 
+@pytest.fixture
+def hangs_up() -> Iterator[None]:
+    """SIGHUP ends this process, though it may have been started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangs_up")
 def test_the_first_wish_may_be_noted_and_the_second_raises():
     with stops() as outer:
         with stops(noted=True) as wishes:
