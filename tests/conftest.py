@@ -22,9 +22,12 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials that one test's URIs carry are none of another's."""
-    monkeypatch.setattr("dray.redaction._held", {})
+def nothing_held() -> Iterator[None]:
+    """Credentials that one test's URIs carry are none of another's. It takes no `monkeypatch`: other fixtures' order of
+    taking things back would change with it."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("dray.redaction._held", {})
+        yield
 
 
 @pytest.fixture(scope="session")

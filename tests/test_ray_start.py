@@ -56,7 +56,6 @@ def test_a_token_that_others_can_read_is_not_used(tmp_path: Path, monkeypatch: A
         with monkeypatch.context() as context:
             context.setenv(name, value)
             assert ray_start._has_own_token() is own
-    monkeypatch.delenv("HOME")
 
 
 def test_the_environment_is_as_it_was(monkeypatch: Any):
