@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check faults soak bench docs clean
+.PHONY: setup setup-dev demo test check slow faults soak bench docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -35,6 +35,10 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+# What takes long and rarely breaks, the faults aside.
+slow: setup-dev
+	$(BIN)/python -m pytest -m slow --ignore tests/faults
 
 # Every fault of docs/reliability.md; `make test` has the quick ones.
 faults: setup-dev

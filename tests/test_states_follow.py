@@ -247,7 +247,8 @@ def test_fp32_in_every_place(host: RankHost, tmp_path: Path) -> None:
         assert difference <= (0 if source == place else 1e-6), (str(source), str(place))
 
 
-@pytest.mark.parametrize(("precision", "within"), [("bf16", 2e-3), ("fp16", 1e-3)])
+@pytest.mark.parametrize(("precision", "within"), [
+    pytest.param("bf16", 2e-3, marks=pytest.mark.slow), ("fp16", 1e-3)])
 def test_half_precision_in_every_stage(host: RankHost, tmp_path: Path, precision: str, within: float) -> None:
     sources = [Place(0, 2, precision), Place(1, 3, precision), Place(3, 2, precision)]
     offloaded = [Place(2, 2, precision, "optimizer"), Place(3, 1, precision, "parameters")]

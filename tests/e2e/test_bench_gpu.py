@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,6 +19,7 @@ def run(*options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_smallest_shape_runs_under_every_stage():
     rows = [line.split("|") for line in run("--smallest").splitlines() if line.startswith("| tiny")]
     assert [row[2].strip() for row in rows] == ["0", "1", "2", "3"]

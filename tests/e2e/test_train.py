@@ -62,12 +62,12 @@ def test_the_record_of_a_run_is_whole(straight: Run):
     assert straight.metrics_table().num_rows == 12
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_is_a_place_not_a_recipe(storage: str, tiny_corpus: Path, straight: Run, stage: int):
     compare(go(storage, tiny_corpus, f"zero-{stage}", zero={"stage": stage}), straight, 1e-4)
 
 
-@pytest.mark.parametrize(("workers", "micro"), [(1, 8), (4, 1)])
+@pytest.mark.parametrize(("workers", "micro"), [pytest.param(1, 8, marks=pytest.mark.slow), (4, 1)])
 def test_the_number_of_workers_is_a_place_too(storage: str, tiny_corpus: Path, straight: Run, workers: int, micro: int):
     run = go(storage, tiny_corpus, f"workers-{workers}", resources={"workers": workers}, batch={"micro_rows": micro})
     compare(run, straight, 1e-4)
