@@ -44,9 +44,11 @@ def local_ray() -> Iterator[None]:
     import ray
 
     from dray.cluster import fork_environment
+    from dray.ray_start import lean
 
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,
-             runtime_env=fork_environment("light:full", {}))
+    with lean():
+        ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,
+                 runtime_env=fork_environment("light:full", {}))
     yield
     ray.shutdown()
 

@@ -17,12 +17,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dray import worker_setup
 from dray.errors import DrayError, PlanError, RunFailed
 from dray.output import warn
 from dray.signals import kept_handlers
 
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _ONLOOKERS = ("start_api_server", "start_monitor", "start_log_monitor")
+_RAYLET = "start_raylet"
 """Methods of Ray's node, private ones: where a version of Ray has them no more, it starts all that it wants."""
 _LONGEST_PLACE = 27
 """Characters of a folder in which Ray's sockets still have paths that the system takes (107 in all)."""
@@ -160,8 +162,8 @@ def _start(folder: str, options: dict[str, Any]) -> None:
 
     for is_last in (False, True):
         try:
-            lean = nullcontext() if options.get("include_dashboard") else _without_onlookers()
-            with _without_orphans(), kept_handlers(), lean:
+            leanness = nullcontext() if options.get("include_dashboard") else lean()
+            with _without_orphans(), kept_handlers(), leanness:
                 ray.init(address="local", _temp_dir=f"{folder}/r", **options)
             return
         except Exception as error:  # Ray raises Exception itself
@@ -174,14 +176,19 @@ def _start(folder: str, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _without_onlookers() -> Iterator[None]:
+def lean() -> Iterator[None]:
     """Have a Ray that starts in the block go without the processes that only onlookers need, half of what its start
-    costs: the dashboard's server, the autoscaler's monitor and what sends logs to the driver."""
+    costs: the dashboard's server, the autoscaler's monitor and what sends logs to the driver. And have it start its
+    workers without importing itself (`worker_setup.py`)."""
     node = import_module("ray._private.node").Node
-    names = [name for name in _ONLOOKERS if hasattr(node, name)]
-    own = {name: getattr(node, name) for name in names}
-    for name in names:
-        setattr(node, name, lambda *inputs, **named: None)
+    own = {name: getattr(node, name) for name in (*_ONLOOKERS, _RAYLET) if hasattr(node, name)}
+
+    def start_raylet(self: Any, *inputs: Any, **named: Any) -> Any:
+        self._ray_params.setup_worker_path = worker_setup.__file__
+        return own[_RAYLET](self, *inputs, **named)
+
+    for name in own:
+        setattr(node, name, start_raylet if name == _RAYLET else lambda *inputs, **named: None)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "dray"
 
 LEVELS = {
     "errors": 0, "imports": 0, "process": 0, "forkserver": 0, "digests": 0, "redaction": 0,
-    "yaml_reading": 0, "signals": 0,
+    "yaml_reading": 0, "signals": 0, "worker_setup": 0,
     "spec": 1, "output": 1, "pretrained": 1,
     "plan": 2, "order": 2, "schedule": 2, "numerics": 2, "mailbox": 2, "watchdog": 2, "recovery": 2,
     "ray_start": 2,
