@@ -28,7 +28,9 @@ logger = logging.getLogger("dray.models")
 def import_transformers() -> None:
     """Import what every model needs of transformers."""
     with _leanly():
-        import_module("transformers.initialization")
+        # The second one is half of all its imports, and comes with the first model: a fork would import it by itself.
+        for name in ("transformers.initialization", "transformers.modeling_utils"):
+            import_module(name)
         for task in TASK_CLASSES:
             auto_class(task)
 
