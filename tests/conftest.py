@@ -46,7 +46,7 @@ def local_ray() -> Iterator[None]:
     from dray.cluster import fork_environment
     from dray.ray_start import lean
 
-    with lean():
+    with lean(onlookers=True):  # Ray Train's cleaner asks them, in a Ray that a run has not started itself
         ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,
                  runtime_env=fork_environment("light:full", {}))
     yield

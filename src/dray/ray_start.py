@@ -176,12 +176,14 @@ def _start(folder: str, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def lean() -> Iterator[None]:
+def lean(*, onlookers: bool = False) -> Iterator[None]:
     """Have a Ray that starts in the block go without the processes that only onlookers need, half of what its start
     costs: the dashboard's server, the autoscaler's monitor and what sends logs to the driver. And have it start its
-    workers without importing itself (`worker_setup.py`)."""
+    workers without importing itself (`worker_setup.py`). `onlookers`: leave those processes to it, where something asks
+    Ray's state API, which waits half a minute for a server that is not there."""
     node = import_module("ray._private.node").Node
-    own = {name: getattr(node, name) for name in (*_ONLOOKERS, _RAYLET) if hasattr(node, name)}
+    names = (_RAYLET,) if onlookers else (_RAYLET, *_ONLOOKERS)
+    own = {name: getattr(node, name) for name in names if hasattr(node, name)}
 
     def start_raylet(self: Any, *inputs: Any, **named: Any) -> Any:
         self._ray_params.setup_worker_path = worker_setup.__file__
