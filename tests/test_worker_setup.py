@@ -22,12 +22,12 @@ def given(language: str = "PYTHON", **context: Any) -> list[str]:
 
 
 def test_a_worker_gets_its_command_and_its_words_as_they_are():
-    command = make_command(given(py_executable="bash -c 'echo \"$@\"' dray"), {})
+    command = make_command(given(py_executable="bash -c 'echo \"$@\"' dray"))
     assert command is not None
     without_exec = [*command[:2], command[2].removeprefix("exec ")]
     done = subprocess.run(without_exec, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == " ".join(WORKER)
-    plain = make_command(given(), {})
+    plain = make_command(given())
     assert plain is not None
     assert plain[2].startswith(f"exec {sys.executable} -s {WORKER[1]} '{WORKER[2]}' ")
 
@@ -36,15 +36,15 @@ def test_its_variables_are_what_rays_own_script_makes_of_them(monkeypatch: pytes
     from ray._private.utils import update_envs
 
     wanted = {"A": "1", "PATH": "/new:$PATH", "B": "${A}-${NOT_THERE}", "C": "$lower ${HOME}/x", "D": "", "E": "$A$A"}
-    environment = {"PATH": "/old", "HOME": "/home/me"}
-    make_command(given(env_vars=wanted), environment)
-    for name in (*wanted, "NOT_THERE", "lower"):
-        monkeypatch.delenv(name, raising=False)
-    with monkeypatch.context() as context:
-        context.setenv("PATH", "/old")
-        context.setenv("HOME", "/home/me")
-        update_envs(wanted)
-        assert environment == {name: os.environ[name] for name in environment}
+    found = []
+    for update in (update_envs, lambda variables: make_command(given(env_vars=variables))):
+        with monkeypatch.context() as context:
+            context.setattr("os.environ", os.environ.copy())
+            os.environ.update(PATH="/old", HOME="/home/me")
+            update(wanted)
+            found.append({name: os.environ[name] for name in wanted})
+    assert found[0] == found[1]
+    assert found[0]["PATH"] == "/new:/old"
 
 
 @pytest.mark.parametrize("arguments", [
@@ -52,7 +52,7 @@ def test_its_variables_are_what_rays_own_script_makes_of_them(monkeypatch: pytes
     given(something_new=1),
 ])
 def test_what_is_no_plain_python_worker_is_left_to_ray(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
-    assert make_command(arguments, {}) is None
+    assert make_command(arguments) is None
     become: list[Any] = []
     monkeypatch.setattr("os.execv", lambda *command: become.append(command))
     monkeypatch.setattr("os.execvp", lambda *command: None)

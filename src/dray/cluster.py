@@ -313,8 +313,6 @@ def run_workers(
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    # The workers make their process group themselves: Ray's torch backend would import torch here and in its
-    # controller.
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
@@ -323,6 +321,8 @@ def run_workers(
             # It frees what a controller that was killed leaves on a cluster; here all ends with the driver.
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
+    # The workers make their process group themselves: Ray's torch backend would import torch here and in its
+    # controller.
     class SharedDevices(Backend):  # type: ignore[misc]
         share_cuda_visible_devices = True
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -92,7 +92,6 @@ def train(
         if not connection.local:
             _check_nodes(absolute(storage), spec)
         begun = time.monotonic()
-        launcher = _RayLauncher(resources, is_local=connection.local)
 
         def prepared(spec: Spec) -> Corpus:
             corpus = prepare(spec, storage, display.say)
@@ -100,12 +99,10 @@ def train(
                 display.say(line)
             return corpus
 
-        with ExitStack() as refused:
-            refused.callback(launcher.withdraw)
+        with _RayLauncher(resources, is_local=connection.local) as launcher:
             run, job = open_run(start, connection.shape, prepared, display.say)
-            refused.pop_all()
-        run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
-        return _drive(run, job, display, launcher)
+            run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
+            return _drive(run, job, display, launcher)
 
 
 def train_locally(
@@ -480,21 +477,26 @@ class _RayLauncher:
     def __init__(self, resources: Resources, *, is_local: bool) -> None:
         from dray.ray_worker import build_mailbox
 
-        self._is_local = is_local
+        self._is_local, self._begun = is_local, False
         self._warm = WarmNodes(resources.cpus_per_worker, resources.gpus_per_worker)
         self._mailbox = build_mailbox(self._warm.environment)
 
-    def withdraw(self) -> None:
-        """End what was started for a run that is not begun, where Ray outlives it."""
+    def __enter__(self) -> _RayLauncher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End what was started for a run that was refused or is complete, where Ray outlives it."""
         import ray
 
-        ray.kill(self._mailbox)
+        if not self._begun:
+            ray.kill(self._mailbox)
 
     def run(self, job: Job, recorder: Recorder) -> None:
         import ray
 
         from dray.ray_worker import end_hang, end_workers
 
+        self._begun = True
         warm, mailbox = self._warm, self._mailbox
         failure: list[BaseException] = []
         thread = _start_workers(job, mailbox, failure, is_local=self._is_local)

@@ -18,9 +18,9 @@ _KNOWN = {"command_prefix", "env_vars", "py_executable", "override_worker_entryp
 _RAYS_WORKER, _RAYS_SETUP = "default_worker.py", "setup_worker.py"
 
 
-def make_command(arguments: list[str], environment: dict[str, str]) -> list[str] | None:
-    """What to run for the raylet's arguments; the variables that the worker is to have are set in `environment`. None
-    for what Ray's own script must do."""
+def make_command(arguments: list[str]) -> list[str] | None:
+    """What to run for the raylet's arguments; sets the worker's variables in this process. None for what Ray's own script
+    must do."""
     given = {mark: word.removeprefix(mark) for word in arguments for mark in (_CONTEXT, _LANGUAGE)
              if word.startswith(mark)}
     if given.get(_LANGUAGE) != "PYTHON":
@@ -29,15 +29,14 @@ def make_command(arguments: list[str], environment: dict[str, str]) -> list[str]
     if context.keys() - _KNOWN or any(context.get(name) for name in ("command_prefix", "override_worker_entrypoint")):
         return None
     for name, value in (context.get("env_vars") or {}).items():
-        expanded = re.sub(r"\$(\w+|\{[^}]*\})", lambda match: environment.get(match[1].strip("{}"), match[0]), value)
-        environment[name] = re.sub(r"\$\{[A-Z0-9_]+\}", "", expanded)
+        os.environ[name] = re.sub(r"\$\{[A-Z0-9_]+\}", "", os.path.expandvars(value))
     words = [shlex.quote(word) for word in arguments if not word.startswith((_CONTEXT, _LANGUAGE))]
     return ["bash", "-c", " ".join(["exec", context.get("py_executable") or sys.executable, *words])]
 
 
 def main(arguments: list[str]) -> None:
     """Become the worker."""
-    command = make_command(arguments, os.environ)  # type: ignore[arg-type]
+    command = make_command(arguments)
     if command is None:
         worker = next(word for word in arguments if os.path.basename(word) == _RAYS_WORKER)
         setup = os.path.join(os.path.dirname(worker), _RAYS_SETUP)

@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,8 +145,13 @@ def find_inputs(spec: Spec) -> _Inputs:
     """The files of every source, with the digests of their content. Raises CorpusError for a path that is missing or
     matches nothing, and for files that cannot be read or change meanwhile."""
     inputs = list_inputs(spec)
-    known = iter(with_digests([file for files in inputs.files for file in files]))
-    return replace(inputs, files=tuple(tuple(next(known) for _ in files) for files in inputs.files))
+    return _regroup(inputs, with_digests([file for files in inputs.files for file in files]))
+
+
+def _regroup(inputs: _Inputs, files: Iterable[InputFile]) -> _Inputs:
+    """The inputs with other records of the same files, which come in the same order."""
+    known = iter(files)
+    return replace(inputs, files=tuple(tuple(next(known) for _ in group) for group in inputs.files))
 
 
 def list_inputs(spec: Spec) -> _Inputs:
@@ -222,12 +227,12 @@ def find(spec: Spec, storage: str) -> Corpus | None:
 def recall(spec: Spec, storage: str) -> Corpus | None:
     """As `find`, where that can be told without reading the inputs: their digests must be remembered."""
     inputs = list_inputs(spec)
-    paths = [file.path for files in inputs.files for file in files]
-    digests = recall_digests(paths) if all(file.is_local for files in inputs.files for file in files) else {}
-    if len(digests) < len(set(paths)):
+    files = [file for group in inputs.files for file in group]
+    digests = recall_digests([file.path for file in files]) if all(file.is_local for file in files) else {}
+    if any(file.path not in digests for file in files):
         return None
-    known = tuple(tuple(replace(file, digest=digests[file.path]) for file in files) for files in inputs.files)
-    return _find(spec, child(storage, CORPORA, corpus_key(spec, replace(inputs, files=known))))
+    known = _regroup(inputs, (replace(file, digest=digests[file.path]) for file in files))
+    return _find(spec, child(storage, CORPORA, corpus_key(spec, known)))
 
 
 def _find(spec: Spec, folder: str) -> Corpus | None:

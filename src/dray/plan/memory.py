@@ -85,9 +85,9 @@ class Load:
     dropout: float
     buckets: Buckets
     on_gpu: bool
-    with_ray: bool = True
-    row_tokens: int | None = None
-    """Of a row on average, padding included; None: as many as it may have. Times go by this, peaks by those."""
+    with_ray: bool
+    row_tokens: int
+    """Of a row on average, padding included. Times go by this, peaks by `sequence_tokens`."""
 
     @property
     def element_bytes(self) -> int:

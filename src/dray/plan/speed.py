@@ -64,10 +64,9 @@ def step_time(load: Load, shape: Shape, peak_flops: float) -> StepTime:
     backward pass on GPUs; stage 3 also gathers the parameters in both passes.
     """
     passes = 4 / 3 if load.checkpointing else 1.0
-    width = load.row_tokens or load.sequence_tokens
-    flops = passes * flops_per_token_strict(load.sizes, load.count, width)
+    flops = passes * flops_per_token_strict(load.sizes, load.count, load.row_tokens)
     share = (USUAL_SHARE_GPU if load.on_gpu else USUAL_SHARE_CPU)[load.precision]
-    micro = load.micro_rows * width * flops / (peak_flops * share)
+    micro = load.micro_rows * load.row_tokens * flops / (peak_flops * share)
     if load.stage == 3:
         micro *= 1 + GATHER_OVERHEAD
     return StepTime(compute=load.accumulation * micro, communication=_communication(load, shape, micro),
