@@ -19,8 +19,8 @@ _RAYS_WORKER, _RAYS_SETUP = "default_worker.py", "setup_worker.py"
 
 
 def make_command(arguments: list[str]) -> list[str] | None:
-    """What to run for the raylet's arguments; sets the worker's variables in this process. None for what Ray's own script
-    must do."""
+    """What to run for the raylet's arguments; sets the worker's variables in this process. None for what is left to
+    Ray's own script."""
     given = {mark: word.removeprefix(mark) for word in arguments for mark in (_CONTEXT, _LANGUAGE)
              if word.startswith(mark)}
     if given.get(_LANGUAGE) != "PYTHON":
