@@ -144,7 +144,8 @@ def test_the_readme_is_short_and_its_tree_is_true():
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["plan", "quickstart"], ["plan", "quickstart", "--shape", "2x8xH100"]]
 )
-def test_help_and_plan_import_neither_torch_nor_ray(arguments: list[str]):
+def test_help_and_plan_import_neither_torch_nor_ray(arguments: list[str], tmp_path: Path):
+    (tmp_path / "runs" / "corpora").mkdir(parents=True)  # as after a first run
     code = (
         "import sys; from dray.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -152,5 +153,6 @@ def test_help_and_plan_import_neither_torch_nor_ray(arguments: list[str]):
         "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'deepspeed', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
+                          cwd=tmp_path)
     assert done.returncode == 0, done.stderr
