@@ -6,13 +6,11 @@ Each run must end with the weights of the run that nothing happened to.
 from __future__ import annotations
 
 import os
-import resource
 import threading
-import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 from harness import (
     STEPS,
@@ -22,7 +20,6 @@ from harness import (
     kill,
     make_case,
     random_rank,
-    rank_processes,
     slowed,
     steps_of,
     stop,
@@ -106,21 +103,15 @@ def test_a_slow_rank_is_reported_and_left_alone(storage: str, tiny_corpus: Path,
     assert sum("is slow" in text for text in said) == 1
 
 
-def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corpus: Path, local_ray: None):
-    """A rank that is ready gets a real limit, far below what its first step takes: hundreds of megabytes, over seconds,
-    so that the limit comes before they are there."""
-
-    def starve() -> None:
-        while not (run := Run.find(storage, "starved")) or not any(e["kind"] == "ready" for e in run.events()):
-            time.sleep(0.05)
-        process = rank_processes()[0]
-        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**24, resource.RLIM_INFINITY))
-
-    threading.Thread(target=starve, daemon=True).start()
+def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corpus: Path, local_ray: None,
+                                                         name_fault: Callable[..., Path]):
+    """A rank gets a real limit before its first step, which takes hundreds of megabytes more."""
+    happened = name_fault("dray.worker:_Loop._forward_backward:before", "starve")
     spec = make_case(tiny_corpus, duration={"steps": 3}, batch={"global_rows": 64, "micro_rows": 32},
                      data={"sequence_tokens": 256}, tokenizer={"vocab_size": 4096},
                      model={"hidden_size": 256, "num_layers": 2, "num_heads": 4})
     run = train(make_spec(spec), storage=storage, run_name="starved").run
+    assert happened.exists()
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
     assert verify_ledger(run).ok
     assert run.record()["micro_rows"] == 16

@@ -17,6 +17,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import os
+import resource
 import signal
 import sys
 import time
@@ -55,7 +56,13 @@ def _hasten_clock() -> None:
             module.datetime = Fast  # type: ignore[attr-defined]
 
 
-ACTIONS = {"kill": _kill, "fail": _fail, "deadlock": _deadlock, "hasten_clock": _hasten_clock}
+def _starve() -> None:
+    """From now on this process may have just a little more memory than it has."""
+    kilobytes = int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (kilobytes * 1024 + 2**24, resource.RLIM_INFINITY))
+
+
+ACTIONS = {"kill": _kill, "fail": _fail, "deadlock": _deadlock, "hasten_clock": _hasten_clock, "starve": _starve}
 
 
 PAUSE_SECONDS = 3.0
