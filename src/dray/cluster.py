@@ -150,6 +150,8 @@ class WarmNodes:
         if not self.environment or time.monotonic() - self._looked_at < WARM_SECONDS:
             return
         self._looked_at = time.monotonic()
+        if head_is_gone():  # to ask it blocks for a minute, and then Ray ends the process
+            return
 
         class Keeper:
             pass

@@ -52,6 +52,9 @@ DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
 """How often the ranks' records are taken and stored: object stores rewrite an object, and GCS takes one a second."""
 MAILBOX_SECONDS = 60.0
 """How long the mailbox, which does next to nothing, may take to answer."""
+HEAD_SECONDS, HEAD_LOOK_SECONDS = 25.0, 5.0
+"""How long the head may be away, as it is where it is started again with its memory kept, and how often it is looked
+for."""
 FEWEST_STEPS = 5
 UNBEGUN_SECONDS = 2.0
 """How long a run that is to stop waits for a sign of life of its ranks: with none of them there is nothing to save."""
@@ -508,7 +511,7 @@ class _RayLauncher:
                 while True:
                     alive = thread.is_alive()
                     warm.look()
-                    records, beats = ray.get(mailbox.take.remote(stored), timeout=MAILBOX_SECONDS)
+                    records, beats = _answer(mailbox.take.remote(stored))
                     taken += len(records)
                     recorder.take(records)
                     stored = taken if recorder.is_stored else stored
@@ -545,6 +548,22 @@ class _RayLauncher:
             recorder.give_up_saving(failure[0])
         elif failure:
             raise failure[0]
+
+
+def _answer(asked: Any) -> Any:
+    """What the mailbox answers. Raises RayError when it takes too long, sooner where the head is gone: once that has
+    been asked in vain for a minute, Ray ends this process without a word of dray's."""
+    import ray
+
+    begun, head_seen = time.monotonic(), time.monotonic()
+    while True:
+        try:
+            return ray.get(asked, timeout=HEAD_LOOK_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            if not head_is_gone():
+                head_seen = time.monotonic()
+            if time.monotonic() - head_seen > HEAD_SECONDS or time.monotonic() - begun > MAILBOX_SECONDS:
+                raise
 
 
 def _start_workers(job: Job, mailbox: Any, failure: list[BaseException], *, is_local: bool) -> threading.Thread:
