@@ -44,9 +44,21 @@ class Cluster:
 
 
 DRIVER = textwrap.dedent("""
-    import json, os, sys
+    import json, os, resource, sys, threading
     import ray
     from dray.cluster import fork_environment
+
+    def faults():
+        found = []
+        def take_and_free():
+            for _ in range(3):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                bytearray(2**26)
+                found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        thread = threading.Thread(target=take_and_free)
+        thread.start()
+        thread.join()
+        return found[-1]
 
     @ray.remote(num_cpus=0)
     class Worker:
@@ -57,7 +69,7 @@ DRIVER = textwrap.dedent("""
                     "parent_command": open(f"/proc/{parent}/cmdline").read().split(chr(0)),
                     "group": os.getpgrp(), "path": sys.path, "colour": os.environ.get("COLOUR"),
                     "loaded": [name for name in ("torch", "deepspeed", "ray.data") if name in sys.modules],
-                    "log": os.readlink("/proc/self/fd/1"), "asks": os.environ["RAY_ADDRESS"],
+                    "log": os.readlink("/proc/self/fd/1"), "asks": os.environ["RAY_ADDRESS"], "faults": faults(),
                     "cluster": ray.get_runtime_context().gcs_address,  "main": sys.modules["__main__"].__file__}
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -101,6 +113,7 @@ def test_ranks_are_forks_of_one_that_has_imported_more(cluster: Cluster):
     assert second["parent"] == first["parent"]
     assert first["loaded"] == ["torch", "deepspeed", "ray.data"]
     assert first["random"] != second["random"]
+    assert first["faults"] < 1000  # pages; what a thread frees is kept, where 64 MiB would be 16,384 of them again
     assert psutil.Process(first["parent"]).ppid() == cluster.probe("light:full")["parent"]
 
 

@@ -78,6 +78,9 @@ def become_worker(kind: str, arguments: list[str]) -> None:
             return
     else:  # such a lock outlives exec, and forks do not have it
         os.set_inheritable(lock, True)
+        # A thread of a fork gets an arena that a thread of the server had, if there was one, and no option of
+        # `dray.process.prepare_heap` is for those: what a rank frees would be faulted in again at every step.
+        os.environ["MALLOC_ARENA_MAX"] = "1"
         server_command = [sys.executable, "-P", "-m", "dray.forkserver", "--serve", place, kind]
         os.execv(sys.executable, server_command + arguments)
     os.execv(sys.executable, [sys.executable, *arguments])
