@@ -306,7 +306,12 @@ def _fastest(question: _Question, fitting: list[_Setting], stages: list[int]) ->
         limit = question.rank_limit(chosen.num_ranks)
         room = f" of {limit / 1e9:.1f} GB" if limit is not None else ""
         reasons.append(f"stage {refused[-1]} would take {needed / 1e9:.1f} GB a rank{room}")
-    what = "the fastest that fits" if seconds[chosen] else "the lowest that fits"
+    if not seconds[chosen]:
+        what = "the lowest that fits"
+    elif seconds[chosen] == min(seconds.values()):
+        what = "the fastest that fits"
+    else:
+        what = f"the lowest within {NEARLY - 1:.0%} of the fastest that fits"
     return chosen, f"stage {chosen.stage} is {what}" + (": " if reasons else "") + "; ".join(reasons)
 
 
