@@ -26,7 +26,7 @@ GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_000_000_000, 700_000_000
 GPU_HOST_PROCESS_BYTES = 4_000_000_000
 # Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs: assumed, and a
 # share of all that comes and goes.
-CPU_SLACK, GPU_SLACK = 0.45, 0.08
+CPU_SLACK, GPU_SLACK = 0.5, 0.08
 # Of a checkpoint, a parameter: fp32 weights and AdamW's two moments.
 CHECKPOINT_BYTES = 12
 READER_BYTES = 1_500_000_000
