@@ -26,6 +26,9 @@ def export(storage: str, name: str, folder: str, *, step: str | int | None = Non
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(folder, "exists and is not empty", "nothing is overwritten", "choose another folder")
+    if "://" not in storage and target.resolve().is_relative_to(Path(storage, name).resolve()):
+        raise StoreError(folder, f"lies in the folder of run {name!r}", "what a run keeps is its own",
+                         "choose another folder")
     trained = load_trained(storage, name, step)
     # Complete or absent: the folder gets its name once everything is in it.
     try:

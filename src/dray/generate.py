@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from dray.errors import SpecError
@@ -18,9 +19,9 @@ def generate(storage: str, name: str, prompts: Sequence[str], *, step: str | int
     """
     import torch
 
-    if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise SpecError("generate", f"max_tokens {max_tokens}, temperature {temperature}, top_p {top_p}",
-                        "max_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1")
+    if max_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1 or not 0 <= seed < 2**63:
+        settings = f"max_tokens {max_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}"
+        raise SpecError("generate", settings, "max_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, 0 ≤ seed < 2^63")
     for number, prompt in enumerate(prompts, 1):
         try:
             prompt.encode()

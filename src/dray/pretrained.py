@@ -20,6 +20,7 @@ from dray.errors import SpecError
 HUB_SCHEME = "hf://"
 FETCHED = ("*.json", "*.safetensors", "*.txt")
 """No pickles: only configurations, tokenisers and safetensors."""
+_MAX_HEADER_BYTES = 100_000_000  # as the format's own reader has it
 _RULE = "a run reads its initial weights where it began, until its first checkpoint"
 
 
@@ -81,6 +82,25 @@ def find_folder(path: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
     except Exception as error:  # the hub's client raises its own, requests' and the system's
         raise SpecError("model.path", f"{path} cannot be fetched ({type(error).__name__}: {error})") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Raise SpecError for a safetensors file in the folder that is cut off, or is none. Reads headers alone."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            wanted, there = 8 + length + max(ends, default=0), path.stat().st_size
+        except OSError as error:
+            raise SpecError("model.path", f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise SpecError("model.path", f"{path} is no whole safetensors file: its header cannot be read",
+                            "weights must be whole", "copy or download it again") from error
+        if there != wanted:
+            raise SpecError("model.path", f"{path} has {there:,} bytes, and its header speaks of {wanted:,}",
+                            "weights must be whole", "copy or download it again")
 
 
 def _digest_folder(folder: Path) -> str:

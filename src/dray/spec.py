@@ -274,11 +274,11 @@ class Regularization(Section):
 class Duration(Section):
     """How long to train: exactly one of the three."""
 
-    steps: Annotated[Int, Field(ge=1)] | None = None
+    steps: Annotated[Int, Field(ge=1, le=10**12)] | None = None
     """Optimiser updates."""
-    epochs: Annotated[Float, Field(gt=0)] | None = None
+    epochs: Annotated[Float, Field(gt=0, le=10**6)] | None = None
     """Passes over the training rows; the last batch of a pass is filled up from the next one."""
-    tokens: Annotated[Int, Field(ge=1)] | None = None
+    tokens: Annotated[Int, Field(ge=1, le=10**18)] | None = None
     """Training tokens."""
 
     @model_validator(mode="after")

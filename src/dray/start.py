@@ -17,12 +17,15 @@ from dray.corpus.prepare import Corpus, corpus_key, describe_changes
 from dray.errors import CorpusError, SpecError, StoreError
 from dray.job import Job, make_corpus_plan
 from dray.plan import Shape, make_plan
-from dray.pretrained import Pretrained, find_pretrained
+from dray.pretrained import Pretrained, check_weights, find_pretrained
 from dray.spec import Spec, without_places
 from dray.store import Run, check_trackers, find_resume_checkpoint, open_filesystem
 from dray.store.filesystem import absolute, child, exists, list_files, read_bytes, shown, write_bytes
 from dray.store.layout import check_run_name
 
+_SHAPING = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size",
+            "tie_embeddings")
+"""What of a model decides the shapes of its weights. Where a folder does, the ranks find out."""
 Say = Callable[[str], None]
 Prepare = Callable[[Spec], Corpus]
 """Finds a spec's corpus or makes it."""
@@ -56,7 +59,7 @@ class Start:
 def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None = None) -> Start:
     """Find out what is wanted and whether it can be. Writes nothing; reads raw data only where the spec names other
     paths than the run began with. Raises UserError."""
-    name = check_run_name(run_name or spec.name)
+    name = check_run_name(spec.name if run_name is None else run_name)
     if fork is not None:
         check_run_name(fork)
     Run.check_storage(storage)
@@ -65,6 +68,8 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     keeper = run or (Run.find_origin(storage, name)[0] if fork else None)
     if keeper is not None and spec.precision == "auto":  # a run that is resumed on other hardware computes as it began
         spec = spec.model_copy(update={"precision": keeper.record()["identity"]["precision"]})
+    if run is None and keeper is not None:
+        _check_same_shape(keeper, spec)
     if run is not None:
         run.check_identity(spec)
         _check_moved(run, spec)
@@ -95,6 +100,16 @@ def open_run(start: Start, shape: Shape, prepared: Prepare, say: Say, *, corpus:
     _keep_corpus(run, corpus)
     return run, Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name, config, pretrained,
                     run_nonce=str(run.record().get("nonce", "")))
+
+
+def _check_same_shape(origin: Run, spec: Spec) -> None:
+    """Raise SpecError for a fork whose model cannot take the weights of its origin's checkpoint."""
+    before, now = origin.record()["identity"]["model"], spec.identity()["model"]
+    if changed := [f"model.{name}" for name in _SHAPING
+                   if None not in (before.get(name), now.get(name)) and before[name] != now[name]]:
+        raise SpecError(f"--fork of {origin.name}", f"its spec differs in {', '.join(changed)}",
+                        "a fork goes on with the weights of its origin, which have another shape",
+                        "undo the change, or begin another run with --run")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -184,6 +199,7 @@ def _find_model(start: Start) -> tuple[Pretrained | None, Mapping[str, Any] | No
     from dray.models import read_config
 
     pretrained = find_pretrained(path)
+    check_weights(pretrained.folder())
     return pretrained, read_config(pretrained.folder())
 
 
@@ -196,7 +212,7 @@ def _at_its_new_place(kept: Pretrained, path: str) -> Pretrained:
 
 def _check_model(spec: Spec) -> None:
     """Raise SpecError for a model that transformers does not know or that cannot take the spec's settings."""
-    from dray.models import make_config
+    from dray.models import check_builds, make_config
 
     file = Path(spec.tokenizer.path or "") / "tokenizer.json"
     vocab_size = spec.tokenizer.vocab_size
@@ -207,4 +223,6 @@ def _check_model(spec: Spec) -> None:
             vocab_size = Tokenizer.from_file(str(file)).get_vocab_size()
         except Exception as error:  # the library raises nothing narrower
             raise SpecError("tokenizer.path", f"{file} cannot be loaded ({error})") from error
-    make_config(spec, vocab_size=vocab_size)
+    config = make_config(spec, vocab_size=vocab_size)
+    if spec.model.options:  # a name that the configuration takes and the model does not know
+        check_builds(spec, config)

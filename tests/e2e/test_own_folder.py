@@ -258,6 +258,9 @@ def test_two_runs_on_one_corpus_stay_apart(place: Place) -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--run", "../evil"], "not a name for a run"),
     (["--run", "corpora"], "taken by dray itself"),
+    (["--run", ""], "not a name for a run"),
+    (["--storage", ""], "--storage: is empty"),
+    (["duration.steps=9999999999999"], "less than or equal to 1000000000000"),
     (["--fork", "../evil"], "not a name for a run"),
     (["--run", "none", "--fork", "new"], "not found in"),
     (["tokenizer={path: nowhere}", "model={path: nowhere}"], "nowhere"),

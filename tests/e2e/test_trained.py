@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,10 +19,11 @@ import yaml
 import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
-from dray.errors import CorpusError, StoreError
+from dray.errors import CorpusError, SpecError, StoreError
 from dray.evaluate import evaluate
 from dray.export import export
 from dray.generate import generate
+from dray.spec import make_spec
 from dray.store import Run
 from dray.train import train, train_locally
 from tiny import tiny_tree
@@ -62,6 +64,21 @@ def test_evaluate_takes_other_data(storage: str, run: Run, tiny_corpus: Path):
     assert 0.5 < found["loss"] / run.validations()[-1]["loss"] < 1.5
 
 
+def test_a_fork_of_another_shape_is_refused(storage: str, run: Run, tiny_corpus: Path):
+    tree = tiny_tree(tiny_corpus)
+    tree["model"] = {**tree["model"], "hidden_size": 2 * tree["model"]["hidden_size"]}
+    with pytest.raises(SpecError, match=r"differs in model\.hidden_size; a fork goes on with the weights"):
+        train(make_spec(tree), storage=storage, run_name="alone", fork="wider")
+    assert Run.find(storage, "wider") is None
+
+
+@pytest.mark.parametrize("setting", [{"temperature": math.nan}, {"temperature": math.inf}, {"seed": -5},
+                                     {"seed": 10**23}, {"top_p": math.nan}, {"max_tokens": 0}])
+def test_generate_refuses_settings_out_of_range(storage: str, setting: dict[str, Any]):
+    with pytest.raises(SpecError, match=f"{next(iter(setting))} "):
+        generate(storage, "alone", ["import"], **setting)
+
+
 def test_generate_continues_each_prompt(storage: str, run: Run):
     prompts = ["import os", "", "def f(" * 200]
     greedy = generate(storage, "alone", prompts, temperature=0, max_tokens=8)
@@ -89,6 +106,8 @@ def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
     trained = load_trained(storage, "alone")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, trained.model(ids).logits)
+    with pytest.raises(StoreError, match="lies in the folder of run 'alone'"):
+        export(storage, "alone", f"{storage}/alone/checkpoints/out")
     with pytest.raises(StoreError, match="not empty"):
         export(storage, "alone", str(folder))
 

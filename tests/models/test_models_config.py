@@ -11,6 +11,7 @@ import torch
 from small_models import VOCAB, small_model, small_spec, some_ids
 
 from dray.errors import SpecError
+from dray.models import check_builds
 from dray.models.config import make_config
 from dray.plan.architectures import default_intermediate_size
 
@@ -181,3 +182,10 @@ def test_folders_that_are_none(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SpecError, match="not in the folder"):
         config_of(small_spec(path=str(tmp_path)))
+
+
+def test_a_value_that_the_configuration_takes_and_the_model_does_not_is_refused() -> None:
+    check_builds(spec := small_spec("llama", options={"hidden_act": "silu"}), config_of(spec))
+    spec = small_spec("llama", options={"hidden_act": "gelly"})
+    with pytest.raises(SpecError, match=r"llama cannot be built .*gelly"):
+        check_builds(spec, config_of(spec))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dray.errors import SpecError, StoreError
 from dray.models import save_pretrained_folder
+from dray.pretrained import check_weights
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "gemma2"])
@@ -135,3 +136,14 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path: 
     with pytest.raises(StoreError, match="gone"):
         save_pretrained_folder(broken(), model.config, None, tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_that_are_cut_off_are_refused_by_their_headers(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(100, 10)}, file)
+    check_weights(tmp_path)
+    whole = file.read_bytes()
+    for cut, words in ((3000, "3,000 bytes"), (20, "no whole safetensors"), (0, "no whole safetensors")):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(SpecError, match=words):
+            check_weights(tmp_path)

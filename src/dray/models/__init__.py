@@ -6,6 +6,7 @@ writes Hugging Face folders, `build.py` puts them together. Knows no DeepSpeed, 
 
 from dray.models.build import (
     build_model,
+    check_builds,
     enable_activation_checkpointing,
     import_transformers,
     num_parameters,
@@ -18,6 +19,7 @@ from dray.models.initialize import initialize_weights, restore_rotary_buffers
 __all__ = [
     "LoadReport",
     "build_model",
+    "check_builds",
     "enable_activation_checkpointing",
     "import_transformers",
     "initialize_weights",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dray.errors import SpecError
 from dray.imports import first_import
 from dray.models.config import TASK_CLASSES, auto_class, make_config
 from dray.models.folder import load_folder
@@ -114,6 +115,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for group in groups:
         group["params"].sort(key=lambda parameter: order[id(parameter)])  # type: ignore[attr-defined]
     return [group for group in groups if group["params"]]
+
+
+def check_builds(spec: Spec, config: Any) -> None:
+    """Raise SpecError for a configuration that transformers takes and cannot build; nothing of the model is held."""
+    try:
+        _construct(config, spec.task, torch.device("meta"), torch.float32)
+    except Exception as error:  # each architecture raises its own
+        raise SpecError("model.options", f"{config.model_type} cannot be built ({type(error).__name__}: {error})",
+                        "transformers must know each value", "see the configuration's own documentation") from error
 
 
 def _construct(config: Any, task: str, constructing: AbstractContextManager[Any], dtype: torch.dtype) -> Any:

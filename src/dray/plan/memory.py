@@ -19,14 +19,14 @@ from dray.plan.zero_config import Buckets, grad_accumulation_bytes, overlaps
 
 # Resident after importing torch, deepspeed and transformers (a model's code included), the process group running; and
 # what ray.train and ray.data add: measured.
-CPU_FRAMEWORK_BYTES = 425_000_000
-RAY_BYTES = 100_000_000
+CPU_FRAMEWORK_BYTES = 530_000_000
+RAY_BYTES = 60_000_000
 # CUDA context, cuBLAS and NCCL buffers: as commonly reported, not measured here.
 GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_000_000_000, 700_000_000
 GPU_HOST_PROCESS_BYTES = 4_000_000_000
 # Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs: assumed, and a
 # share of all that comes and goes.
-CPU_SLACK, GPU_SLACK = 0.5, 0.08
+CPU_SLACK, GPU_SLACK = 0.45, 0.08
 # Of a checkpoint, a parameter: fp32 weights and AdamW's two moments.
 CHECKPOINT_BYTES = 12
 READER_BYTES = 1_500_000_000
