@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -43,7 +43,8 @@ def describe(annotation: object) -> str:
     if origin is typing.Literal:
         return " \\| ".join(str(value) for value in arguments)
     if origin is typing.Annotated:
-        return describe(arguments[0])
+        inner = [item for part in arguments[1:] for item in getattr(part, "metadata", [part])]
+        return describe(arguments[0]) + bounds(inner)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     if origin is tuple:
@@ -57,10 +58,20 @@ def describe(annotation: object) -> str:
         getattr(annotation, "__name__", ""), str(annotation))
 
 
+def bounds(metadata: Iterable[object]) -> str:
+    """The range that a value must lie in, from its constraints."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = [f"{sign} {getattr(item, name):,}"
+             for item in metadata for name, sign in signs.items() if hasattr(item, name)]
+    return "".join(f" {text}" if number == 0 else f", {text}" for number, text in enumerate(found))
+
+
 def spec_page() -> str:
     """docs/spec.md."""
     lines = ["# The spec\n", NOTE, "Every key, its kind and its default. `dray init NAME` writes a spec to start from;",
-             "`key.path=value` on the command line overrides one. `docs/spec.schema.json` is the same for editors.\n"]
+             "`key.path=value` on the command line overrides one. Of two for the same key the later one counts; one that",
+             "gives an alternative (`duration.epochs` for `duration.steps`, `model.path` for `model.architecture`) takes the",
+             "other one away. `docs/spec.schema.json` is the same for editors.\n"]
     for prefix, model in sections(Spec):
         lines.append(f"\n## {prefix.rstrip('.') or 'top level'}\n\n{(model.__doc__ or '').strip()}\n")
         lines.append("| key | kind | default | meaning |\n|---|---|---|---|")
@@ -72,7 +83,8 @@ def spec_page() -> str:
             else:
                 default = "none" if field.default is None else f"`{json.dumps(field.default)}`"
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{prefix}{name}` | {describe(field.annotation)} | {default} | {meaning} |")
+            kind = describe(field.annotation) + bounds(field.metadata)
+            lines.append(f"| `{prefix}{name}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
