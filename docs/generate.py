@@ -69,9 +69,9 @@ def bounds(metadata: Iterable[object]) -> str:
 def spec_page() -> str:
     """docs/spec.md."""
     lines = ["# The spec\n", NOTE, "Every key, its kind and its default. `dray init NAME` writes a spec to start from;",
-             "`key.path=value` on the command line overrides one. Of two for the same key the later one counts; one that",
-             "gives an alternative (`duration.epochs` for `duration.steps`, `model.path` for `model.architecture`) takes the",
-             "other one away. `docs/spec.schema.json` is the same for editors.\n"]
+             "`key.path=value` on the command line overrides one. Of two for the same key the later one counts;",
+             "one that gives an alternative (`duration.epochs` for `duration.steps`, `model.path` for",
+             "`model.architecture`) takes the other one away. `docs/spec.schema.json` is the same for editors.\n"]
     for prefix, model in sections(Spec):
         lines.append(f"\n## {prefix.rstrip('.') or 'top level'}\n\n{(model.__doc__ or '').strip()}\n")
         lines.append("| key | kind | default | meaning |\n|---|---|---|---|")
