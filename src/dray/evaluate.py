@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
 from dray.corpus.stream import read_rows
-from dray.errors import CorpusError, SpecError
+from dray.errors import CorpusError, SpecError, UserError
 from dray.spec import Source, Spec, make_spec
 from dray.tasks import build_task
 from dray.tasks.causal_lm import bits_per_byte
@@ -78,9 +80,23 @@ def _prepare_other(trained: Trained, data: Sequence[str], storage: str, address:
     from dray.cluster import connect
     from dray.progress import Display
 
-    spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
-    with connect(address, num_cpus=1, verbose=verbose):
+    with _said_of_data():
+        spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
+    with connect(address, num_cpus=1, verbose=verbose), _said_of_data():
         return prepare(spec, storage, Display().say, trained.manifest.labels)
+
+
+@contextmanager
+def _said_of_data() -> Iterator[None]:
+    """Name `--data` in errors instead of the keys that it stands for, which nobody has typed."""
+    def name(found: re.Match[str]) -> str:
+        return f"{found[1]} of --data" if found[1] not in (None, "path") else "--data"
+
+    try:
+        yield
+    except UserError as error:
+        parts = (error.where, error.what, error.rule, error.way_out)
+        raise type(error)(*(re.sub(r"data\.train(?:\.\d+)?(?:\.(\w+))?", name, part) for part in parts)) from error
 
 
 def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str) -> Spec:

@@ -19,7 +19,7 @@ import yaml
 import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
-from dray.errors import CorpusError, SpecError, StoreError
+from dray.errors import CorpusError, SpecError, StoreError, UserError
 from dray.evaluate import evaluate
 from dray.export import export
 from dray.generate import generate
@@ -62,6 +62,14 @@ def test_evaluate_measures_what_the_run_measured(storage: str, run: Run):
 def test_evaluate_takes_other_data(storage: str, run: Run, tiny_corpus: Path):
     found = evaluate(storage, "alone", data=[f"{tiny_corpus}/part-0.jsonl"])
     assert 0.5 < found["loss"] / run.validations()[-1]["loss"] < 1.5
+
+
+@pytest.mark.parametrize("data", ["/nowhere.jsonl", "{path: a.jsonl, txt: body}"])
+def test_errors_of_other_data_name_what_was_typed(storage: str, run: Run, data: str):
+    with pytest.raises(UserError, match="--data") as caught:
+        evaluate(storage, "alone", data=[data])
+    assert "data.train" not in str(caught.value)
+    assert "/nowhere.jsonl" in str(caught.value) or "txt of --data" in str(caught.value)
 
 
 def test_a_fork_of_another_shape_is_refused(storage: str, run: Run, tiny_corpus: Path):
