@@ -63,7 +63,7 @@ def bounds(metadata: Iterable[object]) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = [f"{sign} {getattr(item, name):,}"
              for item in metadata for name, sign in signs.items() if hasattr(item, name)]
-    return "".join(f" {text}" if number == 0 else f", {text}" for number, text in enumerate(found))
+    return " " + ", ".join(found) if found else ""
 
 
 def spec_page() -> str:

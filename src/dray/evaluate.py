@@ -88,15 +88,17 @@ def _prepare_other(trained: Trained, data: Sequence[str], storage: str, address:
 
 @contextmanager
 def _said_of_data() -> Iterator[None]:
-    """Name `--data` in errors instead of the keys that it stands for, which nobody has typed."""
-    def name(found: re.Match[str]) -> str:
-        return f"{found[1]} of --data" if found[1] not in (None, "path") else "--data"
-
+    """Name `--data` in errors instead of the key that it stands for, which nobody has typed. A key is where the error
+    is, or what the error begins with; a path that reads like one is left alone."""
     try:
         yield
     except UserError as error:
-        parts = (error.where, error.what, error.rule, error.way_out)
-        raise type(error)(*(re.sub(r"data\.train(?:\.\d+)?(?:\.(\w+))?", name, part) for part in parts)) from error
+        where = re.sub(r"^data\.train(\.\d+)?(\.path)?$", "--data", error.where)
+        where = re.sub(r"^data\.train(?:\.\d+)?\.(\w+)$", r"\1 of --data", where)
+        what = error.what
+        if error.where == "--data":  # of the spec that is made of it
+            what = re.sub(r"^(unknown key )?data\.train\.\d+\.([\w.]+)", r"\1\2 of --data", what)
+        raise type(error)(where, what, error.rule, error.way_out) from error
 
 
 def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str) -> Spec:

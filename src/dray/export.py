@@ -14,6 +14,8 @@ from dray.corpus.tokenizer_folder import dressed
 from dray.corpus.tokenizing import PROBES, load_auto_tokenizer, read_tokenizer_files
 from dray.errors import StoreError
 from dray.models import save_pretrained_folder
+from dray.store import Run
+from dray.store.filesystem import is_local
 from dray.trained import Trained, load_trained
 
 
@@ -26,7 +28,8 @@ def export(storage: str, name: str, folder: str, *, step: str | int | None = Non
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(folder, "exists and is not empty", "nothing is overwritten", "choose another folder")
-    if "://" not in storage and target.resolve().is_relative_to(Path(storage, name).resolve()):
+    run = Run.open(storage, name)
+    if is_local(run.filesystem) and target.resolve().is_relative_to(Path(run.path).resolve()):
         raise StoreError(folder, f"lies in the folder of run {name!r}", "what a run keeps is its own",
                          "choose another folder")
     trained = load_trained(storage, name, step)

@@ -68,11 +68,11 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     keeper = run or (Run.find_origin(storage, name)[0] if fork else None)
     if keeper is not None and spec.precision == "auto":  # a run that is resumed on other hardware computes as it began
         spec = spec.model_copy(update={"precision": keeper.record()["identity"]["precision"]})
-    if run is None and keeper is not None:
-        _check_same_shape(keeper, spec)
     if run is not None:
         run.check_identity(spec)
         _check_moved(run, spec)
+    elif keeper is not None:
+        _check_same_shape(keeper, spec)
     return Start(spec, storage, name, fork, run, keeper)
 
 
@@ -100,16 +100,6 @@ def open_run(start: Start, shape: Shape, prepared: Prepare, say: Say, *, corpus:
     _keep_corpus(run, corpus)
     return run, Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name, config, pretrained,
                     run_nonce=str(run.record().get("nonce", "")))
-
-
-def _check_same_shape(origin: Run, spec: Spec) -> None:
-    """Raise SpecError for a fork whose model cannot take the weights of its origin's checkpoint."""
-    before, now = origin.record()["identity"]["model"], spec.identity()["model"]
-    if changed := [f"model.{name}" for name in _SHAPING
-                   if None not in (before.get(name), now.get(name)) and before[name] != now[name]]:
-        raise SpecError(f"--fork of {origin.name}", f"its spec differs in {', '.join(changed)}",
-                        "a fork goes on with the weights of its origin, which have another shape",
-                        "undo the change, or begin another run with --run")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -199,8 +189,9 @@ def _find_model(start: Start) -> tuple[Pretrained | None, Mapping[str, Any] | No
     from dray.models import read_config
 
     pretrained = find_pretrained(path)
-    check_weights(pretrained.folder())
-    return pretrained, read_config(pretrained.folder())
+    folder = pretrained.folder()
+    check_weights(folder)
+    return pretrained, read_config(folder)
 
 
 def _at_its_new_place(kept: Pretrained, path: str) -> Pretrained:
@@ -208,6 +199,16 @@ def _at_its_new_place(kept: Pretrained, path: str) -> Pretrained:
     if path in (kept.path, kept.place):
         return kept
     return Pretrained(path, find_pretrained(path).place, kept.digest)
+
+
+def _check_same_shape(origin: Run, spec: Spec) -> None:
+    """Raise SpecError for a fork whose model cannot take the weights of its origin's checkpoint."""
+    before, now = origin.record()["identity"]["model"], spec.identity()["model"]
+    if changed := [f"model.{name}" for name in _SHAPING
+                   if None not in (before.get(name), now.get(name)) and before[name] != now[name]]:
+        raise SpecError(f"--fork of {origin.name}", f"its spec differs in {', '.join(changed)}",
+                        "a fork goes on with the weights of its origin, which have another shape",
+                        "undo the change, or begin another run with --run")
 
 
 def _check_model(spec: Spec) -> None:
