@@ -71,17 +71,20 @@ def test_the_environment_is_as_it_was(monkeypatch: Any):
 def test_a_local_ray_starts_what_a_run_needs_and_works():
     """In a process of its own, since this one may be connected already."""
     script = textwrap.dedent("""
-        import psutil, ray
+        import os, psutil, ray
         from dray.cluster import connect
         with connect(None, num_cpus=2):
             answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=120)
-            commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-        print(answer, *(sum(name in command for command in commands) for name in (
+            children = psutil.Process().children(recursive=True)
+            commands = [" ".join(child.cmdline()) for child in children]
+            beside = sum(os.getpgid(child.pid) == os.getpgrp() for child in children)
+        print(answer, beside, *(sum(name in command for command in commands) for name in (
             "gcs_server", "raylet", "dashboard.py", "monitor.py", "log_monitor.py")))
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=180)
-    answer, gcs, raylet, *onlookers = map(int, done.stdout.split())
+    answer, beside, gcs, raylet, *onlookers = map(int, done.stdout.split())
     assert (answer, gcs) == (42, 1)
+    assert beside == 0, "what is sent to the driver's process group is for the driver alone"
     assert raylet >= 1
     assert onlookers == [0, 0, 0]
 

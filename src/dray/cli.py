@@ -105,6 +105,8 @@ def _parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
             raise SpecError(ascii(text)[:200], "is not UTF-8", "arguments are text that files and records can hold",
                             "rename the file, or set LANG=C.UTF-8")
+    if getattr(arguments, "storage", None) == "":
+        raise StoreError("--storage", "is empty", "runs need a folder or a URI", "leave it out for ./runs")
     try:
         os.getcwd()
     except OSError as error:
@@ -240,10 +242,10 @@ def _locate(arguments: argparse.Namespace) -> tuple[str, str]:
 def _init(arguments: argparse.Namespace) -> int:
     import re
 
-    from dray.spec import RUN_NAME, load_text
+    from dray.spec import NAME_RULE, RUN_NAME, load_text
 
     if not re.match(RUN_NAME, arguments.name):
-        raise SpecError(arguments.name, "not a name", "letters, digits, `.`, `_` and `-`")
+        raise SpecError(repr(arguments.name)[:200], "not a name", NAME_RULE)
     text = load_text(arguments.recipe)
     path = Path(f"{arguments.name}.yaml")
     try:

@@ -13,6 +13,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def _start(folder: str, options: dict[str, Any]) -> None:
     for is_last in (False, True):
         try:
             leanness = nullcontext() if options.get("include_dashboard") else lean()
-            with _without_orphans(), kept_handlers(), leanness:
+            with _without_orphans(), kept_handlers(), leanness, _groups_of_their_own():
                 ray.init(address="local", _temp_dir=f"{folder}/r", **options)
             return
         except Exception as error:  # Ray raises Exception itself
@@ -196,6 +197,23 @@ def lean(*, onlookers: bool = False) -> Iterator[None]:
     finally:
         for name, start in own.items():
             setattr(node, name, start)
+
+
+@contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Give each of Ray's processes that starts in the block a process group. `timeout`, schedulers and terminals signal
+    the driver's whole group, and the state is saved by a driver that still has its cluster. Ray's class for processes
+    is private: where a version has it no more, they stay in the driver's group."""
+    services: Any = import_module("ray._private.services")
+    if not hasattr(services, "ConsolePopen"):
+        yield
+        return
+    own = services.ConsolePopen
+    services.ConsolePopen = partial(own, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = own
 
 
 @contextmanager

@@ -33,6 +33,7 @@ MAX_SPEC_BYTES = 4 * 2**20
 """What is larger is no spec, but data given in its place."""
 _SPEC_FILE = "a spec is a UTF-8 text file"
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAME_RULE = "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit"
 
 
 def _reject_boolean(value: Any) -> Any:
@@ -132,6 +133,8 @@ class HeldOut(Section):
 
 def _as_validation_data(value: Any) -> Any:
     if isinstance(value, Mapping) and "share" in value:
+        if "path" in value:
+            raise ValueError("either a `share` of the training documents or the `path` of others")
         return HeldOut.model_validate(dict(value))
     return value if isinstance(value, HeldOut) or value is None else _as_sources(value)
 
@@ -258,6 +261,16 @@ class Schedule(Section):
     tenth)."""
     floor_share: Annotated[Float, Field(ge=0, le=1)] = 0.1
     """The final rate, as a share of the peak."""
+
+    def check_length(self, num_steps: int) -> None:
+        """Raise ValueError if a run of so many steps is too short for it."""
+        if self.name == "wsd":
+            if (self.decay_steps or 0) > num_steps:
+                raise ValueError(f"schedule.decay_steps = {self.decay_steps}: the run has {num_steps} steps, and the "
+                                 "decay lies within it")
+        elif self.warmup_steps > (self.decay_steps or num_steps):
+            raise ValueError(f"schedule.warmup_steps = {self.warmup_steps}: the schedule ends at step "
+                             f"{self.decay_steps or num_steps}, before the warm-up")
 
 
 class Regularization(Section):
@@ -473,13 +486,8 @@ class Spec(Section):
         weighted = [source.weight is not None for source in self.data.train]
         if any(weighted) and not all(weighted):
             raise ValueError("data.train: give every source a weight, or none")
-        if self.schedule.name == "wsd" or self.duration.steps is None:
-            return self
-        if self.schedule.warmup_steps > (self.schedule.decay_steps or self.duration.steps):
-            raise ValueError(
-                f"schedule.warmup_steps = {self.schedule.warmup_steps}: the schedule ends at step "
-                f"{self.schedule.decay_steps or self.duration.steps}, before the warm-up"
-            )
+        if self.duration.steps is not None:
+            self.schedule.check_length(self.duration.steps)
         return self
 
     @property
@@ -567,18 +575,19 @@ def load_spec(spec: str | Path, overrides: Sequence[str] = ()) -> Spec:
         tree = read_yaml(load_text(where))
     except BadYaml as error:
         raise SpecError(where, str(error), "a spec is a YAML mapping") from error
-    return make_spec(_overridden(tree, overrides) if isinstance(tree, dict) else tree, where)
+    return make_spec(_overridden(tree, overrides) if isinstance(tree, dict) else tree, where, overrides)
 
 
-def make_spec(tree: Any, where: str = "spec") -> Spec:
-    """Validate a tree of plain values. Raises SpecError that names the first offending dotted path."""
+def make_spec(tree: Any, where: str = "spec", overrides: Sequence[str] = ()) -> Spec:
+    """Validate a tree of plain values. Raises SpecError that names the first offending dotted path, and `where` it was
+    given: there, or in one of the `overrides` that the tree has taken in already."""
     if not isinstance(tree, Mapping):
         raise SpecError(where, f"holds a {type(tree).__name__}" if tree is not None else "is empty",
                         "a spec is a YAML mapping of sections", "`dray init NAME` writes one to start from")
     try:
         return Spec.model_validate(dict(tree))
     except ValidationError as error:
-        raise _translated(error, where) from error
+        raise _translated(error, where, overrides) from error
 
 
 def dump_spec(spec: Spec) -> str:
@@ -643,13 +652,16 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _known_keys(kind, f"{prefix}{name}.")
 
 
-def _translated(error: ValidationError, where: str) -> SpecError:
+def _translated(error: ValidationError, where: str, overrides: Sequence[str]) -> SpecError:
     """The first of pydantic's findings as one line; an unknown key gets its nearest known one."""
     details = error.errors(include_url=False)
     # Of a union's findings the deepest is about what the user wrote; unknown keys are clearest of all.
     first = next((item for item in details if item["type"] in ("extra_forbidden", "invalid_key")), details[0])
     parts = [str(part) for part in first["loc"]]
     path = ".".join(part for part in parts if "[" not in part and not part[:1].isupper())
+    keys = [override.partition("=")[0] for override in overrides]
+    if path and any(f"{path}.".startswith(f"{key}.") for key in keys):
+        where = "the command line"
     if first["type"] == "extra_forbidden":
         known = list(_known_keys(Spec)) + [f"data.train.{name}" for name in Source.model_fields]
         bare = re.sub(r"\.\d+", "", path)
@@ -666,6 +678,8 @@ def _translated(error: ValidationError, where: str) -> SpecError:
         return SpecError(where, f"{path} is missing", "it has no default")
     given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f" = {_shown(repr(first['input']))}"
     message = redact(str(first["msg"]).removeprefix("Value error, "))
+    if first["type"] == "string_pattern_mismatch":  # the name's, the only pattern
+        message = NAME_RULE
     if not path:
         return SpecError(where, message)
     return SpecError(where, f"{path}{given}: {message[:1].lower()}{message[1:]}")

@@ -25,7 +25,7 @@ from dray.store.layout import check_run_name
 
 _SHAPING = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size",
             "tie_embeddings")
-"""What of a model decides the shapes of its weights. Where a folder does, the ranks find out."""
+"""What of a model decides the shapes of its weights."""
 Say = Callable[[str], None]
 Prepare = Callable[[Spec], Corpus]
 """Finds a spec's corpus or makes it."""
@@ -86,7 +86,7 @@ def open_run(start: Start, shape: Shape, prepared: Prepare, say: Say, *, corpus:
         plan = make_plan(spec, shape, with_ray=with_ray, config=config)
         spec = spec.model_copy(update={"precision": plan.precision} if spec.precision == "auto" else {})
         if pretrained is not None or spec.model.options or not plan.parameters_exact:
-            _check_model(spec)
+            _check_model(spec, pretrained)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
     if pretrained is not None:
@@ -211,9 +211,10 @@ def _check_same_shape(origin: Run, spec: Spec) -> None:
                         "undo the change, or begin another run with --run")
 
 
-def _check_model(spec: Spec) -> None:
-    """Raise SpecError for a model that transformers does not know or that cannot take the spec's settings."""
-    from dray.models import check_builds, make_config
+def _check_model(spec: Spec, pretrained: Pretrained | None) -> None:
+    """Raise SpecError for a model that transformers does not know, that cannot take the spec's settings, or whose
+    folder's weights are not those of its configuration."""
+    from dray.models import check_builds, check_folder, make_config
 
     file = Path(spec.tokenizer.path or "") / "tokenizer.json"
     vocab_size = spec.tokenizer.vocab_size
@@ -225,5 +226,6 @@ def _check_model(spec: Spec) -> None:
         except Exception as error:  # the library raises nothing narrower
             raise SpecError("tokenizer.path", f"{file} cannot be loaded ({error})") from error
     config = make_config(spec, vocab_size=vocab_size)
-    if spec.model.options:  # a name that the configuration takes and the model does not know
-        check_builds(spec, config)
+    model = check_builds(spec, config)
+    if pretrained is not None:
+        check_folder(model, pretrained.folder())

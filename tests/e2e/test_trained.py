@@ -187,20 +187,22 @@ def test_verify_fails_on_one_flipped_bit(storage: str, tiny_corpus: Path, run: R
 
 
 def test_an_interrupted_run_saves_its_state_and_goes_on(storage: str, tiny_corpus: Path, tmp_path: Path):
-    """A real `dray train` process, a real SIGINT, a real resume."""
+    """A real `dray train`, a real resume, and a SIGTERM to its whole process group, as `timeout` and others send it:
+    the driver still has its cluster to save with."""
     spec = tmp_path / "long.yaml"
     spec.write_text(yaml.safe_dump(tiny_tree(tiny_corpus, name="long", duration={"steps": 100_000})))
     command = [sys.executable, "-m", "dray.cli", "train", str(spec), "--storage", storage]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": ""})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": ""},
+                               start_new_session=True)
     assert process.stderr is not None
     deadline, lines = time.time() + 240, []
     for line in process.stderr:
         lines.append(line)
         if line.startswith("step ") or time.time() > deadline:
             break
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130, "".join(lines) + rest
+    assert process.returncode == 143, "".join(lines) + rest
     run = Run.open(storage, "long")
     assert run.status == "interrupted"
     saved = run.latest_checkpoint()

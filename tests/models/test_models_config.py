@@ -115,6 +115,10 @@ def test_labels_name_the_classes() -> None:
     ("bloom", {"intermediate_size": 64}, "has a fixed one"),
     ("llama", {"options": {"rms_norm_epss": 1e-5}}, "did you mean rms_norm_eps"),
     ("llama", {"options": {"rms_norm_eps": "small"}}, "refuses these settings"),
+    ("llama", {"options": {"hidden_size": 128}}, "give model.hidden_size"),
+    ("gpt2", {"options": {"n_embd": 128}}, "give model.hidden_size"),
+    ("gpt2", {"options": {"n_inner": 128}}, "give model.intermediate_size"),
+    ("gpt2", {"options": {"bos_token_id": 3}}, "follows from the task, the tokeniser or the precision"),
 ])
 def test_refusals(architecture: str, model: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words) as caught:
@@ -147,6 +151,8 @@ def test_a_folder_gives_its_sizes_and_the_spec_its_dropout(folder: Path) -> None
     ({}, {"tokenizer": {"train": "byte_bpe"}}, "was trained with another tokeniser"),
     ({}, {"data": {"train": "x", "sequence_tokens": 64}}, "takes rows of 32 tokens"),
     ({"options": {"nonsense": 1}}, {}, "no field of LlamaConfig"),
+    ({"options": {"hidden_size": 128}}, {}, "give model.hidden_size"),
+    ({"max_positions": 64}, {}, "has 32; the folder decides"),
 ])
 def test_refusals_of_a_folder(folder: Path, model: Any, sections: Any, words: str) -> None:
     with pytest.raises(SpecError, match=words):

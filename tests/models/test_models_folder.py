@@ -12,7 +12,7 @@ from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from dray.errors import SpecError, StoreError
-from dray.models import save_pretrained_folder
+from dray.models import check_builds, check_folder, make_config, save_pretrained_folder
 from dray.pretrained import check_weights
 
 
@@ -75,17 +75,26 @@ def test_merged_weights_of_a_mixture(tmp_path: Path) -> None:
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     small_model(small_spec("llama")).save_pretrained(tmp_path)
     spec, file = small_spec(path=str(tmp_path)), tmp_path / "model.safetensors"
+    config = make_config(spec, vocab_size=VOCAB, pad_token_id=1, eos_token_id=0)
+    bare = check_builds(spec, config)  # holds nothing: a driver looks at a folder with it
+    check_folder(bare, tmp_path)
     whole = load_file(file)
     kept = {name: tensor for name, tensor in whole.items() if name != "model.layers.1.mlp.up_proj.weight"}
     save_file(kept, file)
     with pytest.raises(SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
         small_model(spec)
+    with pytest.raises(SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_folder(bare, tmp_path)
     save_file(kept | {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}, file)
     with pytest.raises(SpecError, match=r"has shape \[3, 3\], not \[170, 64\]"):
         small_model(spec)
+    with pytest.raises(SpecError, match=r"has shape \[3, 3\], not \[170, 64\]"):
+        check_folder(bare, tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(SpecError, match="cannot be read"):
         small_model(spec)
+    with pytest.raises(SpecError, match="cannot be read"):
+        check_folder(bare, tmp_path)
 
 
 def save_small_tokenizer(folder: Path) -> None:
@@ -108,6 +117,7 @@ def test_an_export_loads_with_transformers(tmp_path: Path, architecture: str, ta
     state = model.state_dict() if whole else (item for item in model.named_parameters())
     files = save_pretrained_folder(state, model.config, tmp_path / "tokenizer", tmp_path / "out", max_shard_bytes)
     assert (len(files) == 1) == whole
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "out" / "config.json").stat().st_mode}
     loader = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     loaded, report = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]

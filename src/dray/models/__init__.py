@@ -13,13 +13,14 @@ from dray.models.build import (
     parameter_groups,
 )
 from dray.models.config import longest_row, make_config, make_kept_config, read_config
-from dray.models.folder import LoadReport, save_pretrained_folder
+from dray.models.folder import LoadReport, check_folder, save_pretrained_folder
 from dray.models.initialize import initialize_weights, restore_rotary_buffers
 
 __all__ = [
     "LoadReport",
     "build_model",
     "check_builds",
+    "check_folder",
     "enable_activation_checkpointing",
     "import_transformers",
     "initialize_weights",

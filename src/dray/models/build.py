@@ -117,12 +117,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def check_builds(spec: Spec, config: Any) -> None:
-    """Raise SpecError for a configuration that transformers takes and cannot build; nothing of the model is held."""
+def check_builds(spec: Spec, config: Any) -> Any:
+    """The model of a configuration on the meta device, where it holds nothing. Raises SpecError for a configuration
+    that transformers takes and cannot build."""
     try:
-        _construct(config, spec.task, torch.device("meta"), torch.float32)
+        return _construct(config, spec.task, torch.device("meta"), torch.float32)
     except Exception as error:  # each architecture raises its own
-        raise SpecError("model.options", f"{config.model_type} cannot be built ({type(error).__name__}: {error})",
+        raise SpecError("model.options" if spec.model.options else "model",
+                        f"{config.model_type} cannot be built ({type(error).__name__}: {error})",
                         "transformers must know each value", "see the configuration's own documentation") from error
 
 

@@ -20,6 +20,15 @@ from dray.spec import Spec
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "d_inner", "ffn_hidden_size")
+_OWN_KEYS = {
+    "vocab_size": "model.vocab_size", "hidden_size": "model.hidden_size", "num_hidden_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads", "num_key_value_heads": "model.num_kv_heads",
+    "max_position_embeddings": "model.max_positions", "tie_word_embeddings": "model.tie_embeddings",
+    "num_labels": "model.num_labels",
+}
+"""Fields of a configuration that the spec has its own keys for."""
+_SET_HERE = ("is_decoder", "use_cache", "problem_type", "id2label", "label2id", "architectures", "dtype", "torch_dtype")
+"""Fields that follow from the task, the labels and the precision."""
 TASK_CLASSES = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
@@ -75,7 +84,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # json's, transformers' and the system's
-        raise SpecError("model.path", f"{folder}: config.json cannot be used ({error})",
+        told = " ".join(str(error).split())  # of an unknown type transformers tells a page
+        raise SpecError("model.path", f"{folder}: config.json cannot be used ({told[:200]})",
                         "an architecture that transformers knows is wanted; remote code is never run") from error
     if getattr(config, "quantization_config", None):
         raise SpecError("model.path", f"{folder} holds quantised weights", "training starts from full ones")
@@ -157,8 +167,12 @@ def _constructed(config_class: Any, fields: dict[str, Any]) -> Any:
         raise SpecError("model", f"{config_class.model_type} refuses these settings ({error})") from error
 
 
+def _intermediate_name(config: Any) -> str | None:
+    return next((name for name in _INTERMEDIATE_NAMES if hasattr(config, name)), None)
+
+
 def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
-    name = next((name for name in _INTERMEDIATE_NAMES if hasattr(default, name)), None)
+    name = _intermediate_name(default)
     if name is None:
         if spec.model.intermediate_size is None:
             return {}
@@ -197,10 +211,20 @@ def _set_token_ids(config: Any, task: str, pad_token_id: int | None, eos_token_i
 
 def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
     known = [name for name in default.to_dict() if not name.startswith("_")] + list(default.attribute_map)
+    own = {default.attribute_map.get(name, name): key for name, key in _OWN_KEYS.items()}
+    if (wide := _intermediate_name(default)) is not None:
+        own[default.attribute_map.get(wide, wide)] = "model.intermediate_size"
+    if spec.model.path is not None:  # a folder's rotary positions may be told to go on
+        own.pop(default.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
     for name in spec.model.options:
         if not hasattr(default, name):
             raise SpecError(f"model.options.{name}", f"no field of {type(default).__name__}",
                             way_out=_nearest(name, known))
+        if key := own.get(default.attribute_map.get(name, name)):
+            raise SpecError(f"model.options.{name}", f"{key} is the same", "a setting has one place", f"give {key}")
+        if name in _SET_HERE or name.endswith("_token_id"):
+            raise SpecError(f"model.options.{name}", "follows from the task, the tokeniser or the precision",
+                            "a setting has one place", "leave it out")
     return dict(spec.model.options)
 
 
@@ -234,6 +258,7 @@ def _check_folder_sizes(spec: Spec, config: Any) -> None:
     names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
              "num_kv_heads": "num_key_value_heads"}
     names |= {name: name for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    names["max_positions"] = "max_position_embeddings"
     for ours, theirs in names.items():
         wanted, there = getattr(spec.model, ours), getattr(config, theirs, None)
         if wanted is not None and there is not None and wanted != there:

@@ -60,20 +60,8 @@ def load_folder(model: Any, folder: Path, seed: int, gathering: Gathering) -> Lo
     Parameters that the folder does not have (a new head) get their initial weights of `seed`; so does a head whose
     classes are the model's in another order.
     """
-    targets = _targets(model)
     with ExitStack() as opened:
-        found, not_taken = _matched(model, targets, _open_stored(model, folder, opened))
-        if _classes_moved(folder, model.config):
-            heads = [name for name in found if not name.startswith(f"{model.base_model_prefix}.")]
-            not_taken += [found.pop(name).name for name in heads]
-        tied = _tied_groups(model, targets)
-        for source in {members[0] for members in tied.values()} - set(found):
-            for member in tied[source]:  # stored under the name that is tied to, not the one that ties
-                if member in found:
-                    found[source] = found.pop(member)
-        taken = {member for name in found for member in tied.get(name, (name,))}
-        missing = tuple(name for name in targets if name not in taken)
-        _check_backbone(model, folder, missing, len(targets))
+        found, not_taken, missing = _chosen(model, folder, _open_stored(model, folder, opened))
         if missing:
             initialize_weights(model, seed, gathering)
         else:
@@ -83,6 +71,35 @@ def load_folder(model: Any, folder: Path, seed: int, gathering: Gathering) -> Lo
                 _copy(model, name, stored, gathering)
     model.tie_weights()
     return LoadReport(str(folder), len(found), tuple(sorted(not_taken)), missing)
+
+
+def check_folder(model: Any, folder: Path) -> None:
+    """Raise SpecError for a folder whose weights are not those of the model, which may lie on the meta device. Reads
+    headers alone; where transformers must merge tensors it takes them as they are."""
+    with ExitStack() as opened:
+        stored = _open_stored(model, folder, opened, convert=False)
+        if stored:
+            _chosen(model, folder, stored)
+
+
+def _chosen(model: Any, folder: Path,
+            stored: list[tuple[str, _Stored]]) -> tuple[dict[str, _Stored], list[str], tuple[str, ...]]:
+    """(the tensors to take by their names in the model, the names of those to leave, the names that need initial
+    weights). Raises SpecError."""
+    targets = _targets(model)
+    found, not_taken = _matched(model, targets, stored)
+    if _classes_moved(folder, model.config):
+        heads = [name for name in found if not name.startswith(f"{model.base_model_prefix}.")]
+        not_taken += [found.pop(name).name for name in heads]
+    tied = _tied_groups(model, targets)
+    for source in {members[0] for members in tied.values()} - set(found):
+        for member in tied[source]:  # stored under the name that is tied to, not the one that ties
+            if member in found:
+                found[source] = found.pop(member)
+    taken = {member for name in found for member in tied.get(name, (name,))}
+    missing = tuple(name for name in targets if name not in taken)
+    _check_backbone(model, folder, missing, len(targets))
+    return found, not_taken, missing
 
 
 def save_pretrained_folder(state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], model: Any,
@@ -135,8 +152,9 @@ def _tied_groups(model: Any, targets: Mapping[str, Any]) -> dict[str, tuple[str,
     return groups
 
 
-def _open_stored(model: Any, folder: Path, opened: ExitStack) -> list[tuple[str, _Stored]]:
-    """The folder's tensors under the names that transformers' own loading would give them."""
+def _open_stored(model: Any, folder: Path, opened: ExitStack, *, convert: bool = True) -> list[tuple[str, _Stored]]:
+    """The folder's tensors under the names that transformers' own loading would give them. Without `convert` none of a
+    folder whose tensors must be merged or split."""
     from safetensors import SafetensorError, safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -154,7 +172,7 @@ def _open_stored(model: Any, folder: Path, opened: ExitStack) -> list[tuple[str,
         for key in sorted(handle.keys()):
             name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
             if converter is not None and key not in known:
-                return _converted(model, folder)
+                return _converted(model, folder) if convert else []
             shape = tuple(handle.get_slice(key).get_shape())
             stored.append((key if key in known else name, _Stored(key, shape, partial(handle.get_tensor, key))))
     return stored
@@ -237,7 +255,11 @@ def _write_shards(state: Iterable[tuple[str, Tensor]], folder: Path, max_shard_b
     shard: dict[str, Tensor] = {}
 
     def flush() -> None:
-        save_file(shard, folder / f"{len(shards)}.shard", metadata={"format": "pt"})
+        path = folder / f"{len(shards)}.shard"
+        path.touch()
+        mode = path.stat().st_mode  # as others' files have it: safetensors writes one that its user alone can read
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
         shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
         shard.clear()
 

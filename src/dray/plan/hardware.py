@@ -19,6 +19,7 @@ GB, GIB, TERA = 10**9, 2**30, 10**12
 PCIE = 25.0
 """GB/s one way of cards without a link of their own: PCIe 4 with 16 lanes, less its overhead."""
 GRAMMAR = "shapes read NODESxCOUNTxNAME, e.g. 2x8xH100, 1x4x(memory=48GB,tflops=180) or 4xCPU(cpus=16,memory=64GB)"
+MOST_MACHINES = 1_000_000
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -117,6 +118,8 @@ def parse_shape(text: str) -> Shape:
     num_nodes, count, name, settings = int(match[1]), match[2], match[3] or "", _read_settings(text, match[4] or "")
     if num_nodes < 1 or count == "0":
         raise PlanError("--shape", f"{text!r} has no machine in it", GRAMMAR)
+    if num_nodes * int(count or 1) > MOST_MACHINES:
+        raise PlanError("--shape", f"{text[:99]!r} is no cluster", f"{MOST_MACHINES:,} cards at most", GRAMMAR)
     if name.lower() == "cpu":
         return _cpu_shape(text, num_nodes * int(count or 1), settings)
     accelerator = _find_accelerator(text, name, settings)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dray.errors import PlanError
+from dray.errors import PlanError, SpecError
 from dray.plan.batch import WIDTH_MULTIPLE, BatchPlan, make_batch, micro_candidates, num_steps_of
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
@@ -177,6 +177,8 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
     width, precision = spec.data.sequence_tokens, question.precision
     tokens_per_step = spec.batch.global_rows * width
     num_steps = num_steps_of(spec.duration, spec.batch.global_rows, tokens_per_step, num_rows)
+    if num_steps is not None:
+        _check_schedule(spec, num_steps)
     num_tokens = None if num_steps is None else num_steps * tokens_per_step
     strict = flops_per_token_strict(sizes, count, width)
     a_step = question.step_seconds(setting)
@@ -200,6 +202,14 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
             buckets=question.load(setting).buckets, on_gpu=question.on_gpu),
         notes=list(_notes(question, setting, batch)),
     )
+
+
+def _check_schedule(spec: Spec, num_steps: int) -> None:
+    """Raise SpecError if the schedule is longer than the run. Epochs and tokens are steps only here."""
+    try:
+        spec.schedule.check_length(num_steps)
+    except ValueError as error:
+        raise SpecError("the spec", str(error)) from error
 
 
 def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None, *, on_gpu: bool) -> int:

@@ -16,7 +16,7 @@ import re
 from typing import Any, NamedTuple, Protocol
 
 from dray.errors import StoreError
-from dray.spec import RUN_NAME
+from dray.spec import NAME_RULE, RUN_NAME
 
 SPEC_FILE = "spec.yaml"
 PLAN_FILE = "plan.json"
@@ -63,8 +63,7 @@ class Fragment(NamedTuple):
 def check_run_name(name: str) -> str:
     """The name, if it is safe as a folder's name. Raises StoreError."""
     if not re.fullmatch(RUN_NAME.rstrip("$"), name):
-        raise StoreError(f"run {name!r}", "not a name for a run",
-                         "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit")
+        raise StoreError(f"run {name!r}", "not a name for a run", NAME_RULE)
     if name in RESERVED_NAMES:
         raise StoreError(f"run {name!r}", "the name is taken by dray itself", way_out="choose another with --run")
     return name

@@ -152,8 +152,6 @@ class Run:
     @staticmethod
     def check_storage(storage: str | os.PathLike[str]) -> None:
         """Raise StoreError unless runs can be written there. Leaves nothing behind."""
-        if not os.fspath(storage):
-            raise StoreError("--storage", "is empty", "runs need a folder or a URI", "leave it out for ./runs")
         filesystem, path = open_filesystem(storage)
         require_writable(filesystem, path, absolute(storage))
 
