@@ -13,7 +13,7 @@ import pytest
 
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import RowStream, remember_manifest
-from dray.errors import StoreError
+from dray.errors import BadNumbers, CheckpointDamaged, StoreError
 from dray.ranks import Ranks, choose_interface
 from dray.spec import make_spec
 from dray.store import Run, verify_checkpoint
@@ -116,7 +116,6 @@ def test_a_step_that_is_read_one_step_later_gives_the_same_run(
 
 def test_a_step_without_an_update_is_found_out_one_step_later(
         tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dray.numerics import BadNumbers
 
     monkeypatch.setattr("dray.worker.is_queued", lambda device: True)
     with pytest.raises(BadNumbers, match="3 steps in a row"):
@@ -140,7 +139,6 @@ def damage(run: Run, step: int) -> Path:
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path, corpus: Corpus) -> None:
-    from dray.worker import CheckpointDamaged
 
     run = go(tmp_path, corpus, checkpoint={"every_steps": 2})
     folders = [damage(run, step) for step in (2, 4)]

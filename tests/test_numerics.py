@@ -8,7 +8,8 @@ import pickle
 import numpy as np
 import pytest
 
-from dray.numerics import BadNumbers, LossSpike, Watch
+from dray.errors import BadNumbers, LossSpike
+from dray.numerics import Watch
 from dray.spec import Numerics
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dray.doctor import Fault, diagnose
+from dray.doctor import diagnose
+from dray.errors import Cause, StorageFailed
 from dray.plan import local_shape, make_plan
 from dray.progress import Display
 from dray.spec import make_spec
 from dray.store import Run, build_trackers
-from dray.store.retrying import StorageFailed
 from dray.train import Recorder
 from small_disk import small_disk
 from tiny import tiny_tree
@@ -151,12 +151,12 @@ def test_the_time_to_the_next_new_step_is_by_the_drivers_clock(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("reason", "fault"), [
-    ("Ray Train's controller was lost: The actor died unexpectedly before finishing this task.", Fault.KILLED),
-    ("metrics/a0001.jsonl: the storage is full ([Errno 28] No space left on device); free space there", Fault.STORAGE),
+    ("Ray Train's controller was lost: The actor died unexpectedly before finishing this task.", Cause.KILLED),
+    ("metrics/a0001.jsonl: the storage is full ([Errno 28] No space left on device); free space there", Cause.STORAGE),
     ("the workers failed: dray.store.retrying.StorageFailed: x: the storage refuses it (Read-only file system)",
-     Fault.STORAGE),
+     Cause.STORAGE),
 ])
-def test_what_the_driver_could_not_write_down_is_told_all_the_same(tmp_path: Path, reason: str, fault: Fault) -> None:
+def test_what_the_driver_could_not_write_down_is_told_all_the_same(tmp_path: Path, reason: str, fault: Cause) -> None:
     run, _, _ = make_recorder(tmp_path)
     run.set_status("running")
     found = diagnose(run, reason=reason)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from dray.errors import Cause, LossSpike
 from dray.job import Job, begin_attempt
 from dray.plan import local_shape, make_plan
 from dray.ray_worker import _find_failed_attempt, _find_spike
 from dray.recovery import MAX_NODE_LOSSES, Budget, SmallerBatch
 from dray.spec import make_spec
 from dray.store import CheckpointWriter, Driver, Run, make_fragment_key
+from dray.store.evidence import make_rank_failure
 from tiny import tiny_tree
 
 BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}
@@ -21,19 +23,19 @@ BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}
 
 def test_failures_without_progress_end_a_run_and_progress_starts_the_count_anew():
     budget = Budget(max_failures=2)
-    assert [budget.decide("killed", committed_step=10, **BATCH).retry for _ in range(3)] == [True, True, False]
+    assert [budget.decide(Cause.KILLED, committed_step=10, **BATCH).retry for _ in range(3)] == [True, True, False]
     budget = Budget(max_failures=2)
-    assert all(budget.decide("killed", committed_step=step, **BATCH).retry for step in range(0, 1000, 10))
+    assert all(budget.decide(Cause.KILLED, committed_step=step, **BATCH).retry for step in range(0, 1000, 10))
 
 
 def test_what_is_nobodys_fault_is_not_counted():
     budget = Budget(max_failures=0)
-    assert all(budget.decide("preemption", committed_step=0, **BATCH).retry for _ in range(50))
-    assert not budget.decide("code", committed_step=0, **BATCH).retry
+    assert all(budget.decide(Cause.PREEMPTION, committed_step=0, **BATCH).retry for _ in range(50))
+    assert not budget.decide(Cause.CODE, committed_step=0, **BATCH).retry
 
 
 def test_what_would_fail_again_is_not_tried_again():
-    for kind in ("numerics", "configuration"):
+    for kind in (Cause.NUMERICS, Cause.CONFIGURATION):
         decision = Budget(max_failures=5).decide(kind, committed_step=0, **BATCH)
         assert not decision.retry
         assert kind in decision.reason
@@ -41,7 +43,7 @@ def test_what_would_fail_again_is_not_tried_again():
 
 def test_out_of_memory_halves_the_micro_batch_until_nothing_is_left():
     budget, micro, seen = Budget(max_failures=0), 24, []
-    while (decision := budget.decide("host_memory", committed_step=0, micro_rows=micro, rows_per_rank=24)).retry:
+    while (decision := budget.decide(Cause.HOST_MEMORY, committed_step=0, micro_rows=micro, rows_per_rank=24)).retry:
         assert decision.micro_rows is not None
         micro = decision.micro_rows
         seen.append(micro)
@@ -50,7 +52,7 @@ def test_out_of_memory_halves_the_micro_batch_until_nothing_is_left():
 
 
 def test_a_smaller_micro_batch_divides_a_ranks_rows():
-    decision = Budget(max_failures=0).decide("gpu_memory", committed_step=0, micro_rows=15, rows_per_rank=15)
+    decision = Budget(max_failures=0).decide(Cause.GPU_MEMORY, committed_step=0, micro_rows=15, rows_per_rank=15)
     assert decision.micro_rows == 5  # the greatest divisor of 15 that is at most half of it
 
 
@@ -93,11 +95,11 @@ def test_an_attempt_that_was_resized_is_not_relabelled(tmp_path: Path):
 
 def test_nodes_that_go_without_progress_end_a_run():
     budget = Budget(max_failures=0)
-    decisions = [budget.decide("node_loss", committed_step=10, **BATCH) for _ in range(MAX_NODE_LOSSES + 1)]
+    decisions = [budget.decide(Cause.NODE_LOSS, committed_step=10, **BATCH) for _ in range(MAX_NODE_LOSSES + 1)]
     assert [decision.retry for decision in decisions] == [True] * MAX_NODE_LOSSES + [False]
     assert "checkpoint.every_minutes" in decisions[-1].reason
     budget = Budget(max_failures=0)
-    assert all(budget.decide("node_loss", committed_step=step, **BATCH).retry for step in range(0, 500, 10))
+    assert all(budget.decide(Cause.NODE_LOSS, committed_step=step, **BATCH).retry for step in range(0, 500, 10))
 
 
 def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
@@ -120,6 +122,6 @@ def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
 
 
 def test_the_step_that_is_left_out_is_the_one_whose_loss_leapt():
-    failure = {"step": 9, "ranks": [{"error_type": "builtins.RuntimeError", "step": 9},
-                                    {"error_type": "dray.numerics.LossSpike", "step": 8}]}
+    failure = {"step": 9, "ranks": [make_rank_failure(0, RuntimeError("x"), step=9),
+                                    make_rank_failure(1, LossSpike(8, "x"), step=8)]}
     assert _find_spike(failure) == 8

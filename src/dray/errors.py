@@ -1,4 +1,4 @@
-"""Every error that dray raises on purpose.
+"""Every error that dray raises on purpose, and the one vocabulary of causes.
 
     DrayError                     exit code 1: never raised itself
     ├── UserError                 exit code 2: the user's mistake; nothing was written
@@ -6,15 +6,52 @@
     │   ├── PlanError             a sound spec that does not fit the cluster
     │   ├── CorpusError           data that cannot become a corpus
     │   └── StoreError            a storage place, run or checkpoint that cannot be used
+    │       ├── StorageFailed     the storage failed for good, or longer than is waited for
+    │       ├── StorageNotShared  a node sees another storage than the driver
+    │       └── CheckpointsLost   a run had committed steps, and none of its checkpoints can be used
+    ├── RankError                 what a rank ends an attempt with, on purpose
+    │   ├── CheckpointDamaged     a committed checkpoint is no longer what it was
+    │   ├── ReadsDiffer           a rank reads a checkpoint otherwise than another
+    │   ├── GroupDissolved        a machine is taken away, or the group gets another size
+    │   ├── SaveFailed            checkpoints can no longer be committed
+    │   ├── BadNumbers            losses or gradients are not finite
+    │   └── LossSpike             the loss leapt, and its rows are to be left out
     ├── RunFailed                 exit code 3: a run that began and could not end
     └── Interrupted               exit code 130 (128 + the signal): stopped on request, state saved
 
-A `UserError` says four things in one line: where, what, the rule, the way out.
+A `UserError` says four things in one line: where, what, the rule, the way out. Exceptions that a room both raises and
+catches stay in that room.
 """
 
 from __future__ import annotations
 
 import signal
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Cause(StrEnum):
+    """Why a run or an attempt ended. Records, recovery, doctor and docs use these words and no others."""
+
+    HEALTHY = "healthy"
+    GPU_MEMORY = "gpu_memory"
+    HOST_MEMORY = "host_memory"
+    HANG = "hang"
+    STRAGGLER = "straggler"
+    DATA = "data"
+    STORAGE = "storage"
+    CHECKPOINT = "checkpoint"
+    """A committed checkpoint is damaged."""
+    NUMERICS = "numerics"
+    SPIKE = "spike"
+    """The loss leapt; the run goes back and leaves those rows out."""
+    PREEMPTION = "preemption"
+    NODE_LOSS = "node_loss"
+    KILLED = "killed"
+    CONFIGURATION = "configuration"
+    CODE = "code"
+    INTERRUPTED = "interrupted"
+    UNKNOWN = "unknown"
 
 
 class DrayError(Exception):
@@ -55,6 +92,74 @@ class CorpusError(UserError):
 
 class StoreError(UserError):
     """A storage place, a run or a checkpoint cannot be used."""
+
+
+class StorageFailed(StoreError, OSError):
+    """The storage failed for good, or longer than is waited for: one line for a person, an OSError for a program."""
+
+    def __init__(self, where: str, what: str, rule: str = "", way_out: str = "", number: int | None = None) -> None:
+        super().__init__(where, what, rule, way_out)
+        self.errno = number
+
+    def __reduce__(self) -> tuple[type[StorageFailed], tuple[str, str, str, str, int | None]]:  # type: ignore[override]
+        return type(self), (self.where, self.what, self.rule, self.way_out, self.errno)
+
+
+class StorageNotShared(StoreError):
+    """A node sees another storage than the driver does."""
+
+
+class CheckpointsLost(StoreError):
+    """A run had committed steps, and none of its checkpoints can be used."""
+
+
+class RankError(DrayError):
+    """What a rank ends an attempt with, on purpose. Whatever else failed beside it, `cause` is the attempt's."""
+
+    cause: ClassVar[Cause]
+
+
+class CheckpointDamaged(RankError):
+    """A checkpoint was committed and is no longer what it was; it is set aside by now."""
+
+    cause = Cause.CHECKPOINT
+
+
+class ReadsDiffer(RankError):
+    """A rank reads a checkpoint otherwise than another rank does, who reads what was committed."""
+
+    cause = Cause.STORAGE
+
+
+class GroupDissolved(RankError):
+    """A machine is about to be taken away, or the group is to have another size; what was reached is saved."""
+
+    cause = Cause.PREEMPTION
+
+
+class SaveFailed(RankError):
+    """Checkpoints can no longer be committed."""
+
+    cause = Cause.STORAGE
+
+
+class BadNumbers(RankError):
+    """Training cannot go on: its losses or gradients are not finite."""
+
+    cause = Cause.NUMERICS
+
+
+class LossSpike(RankError):
+    """The loss leapt at `step`, and the run wants to go back and leave those rows out."""
+
+    cause = Cause.SPIKE
+
+    def __init__(self, step: int, message: str) -> None:
+        self.step = step
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[LossSpike], tuple[int, str]]:
+        return type(self), (self.step, str(self))
 
 
 class RunFailed(DrayError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, remember_manifest
-from dray.errors import StoreError
+from dray.errors import StorageNotShared
 from dray.plan import Plan, Shape, make_plan
 from dray.pretrained import Pretrained
 from dray.recovery import SmallerBatch
@@ -39,10 +39,6 @@ class Job:
     """Number of the driver whose attempts these are: none of an earlier one's commits once it has taken over."""
     run_nonce: str = ""
     """What the run's record holds as the driver sees it: a node that sees another one has a storage of its own."""
-
-
-class StorageNotShared(StoreError):
-    """A node sees another storage than the driver does."""
 
 
 def check_shared(job: Job) -> None:

@@ -9,27 +9,12 @@ import math
 from collections import deque
 from statistics import median
 
-from dray.errors import DrayError
+from dray.errors import BadNumbers
 from dray.spec import Numerics
 
 WINDOW_STEPS = 64
 FEWEST_STEPS = 16
 MAD_TO_SIGMA = 1.4826  # of a normal distribution (Rousseeuw and Croux, 1993)
-
-
-class BadNumbers(DrayError):
-    """Training cannot go on: its losses or gradients are not finite."""
-
-
-class LossSpike(DrayError):
-    """The loss leapt at `step`, and the run wants to go back and leave those rows out."""
-
-    def __init__(self, step: int, message: str) -> None:
-        self.step = step
-        super().__init__(message)
-
-    def __reduce__(self) -> tuple[type[LossSpike], tuple[int, str]]:
-        return type(self), (self.step, str(self))
 
 
 class Watch:

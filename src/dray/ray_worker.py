@@ -22,14 +22,14 @@ import pyarrow as pa
 from dray.cluster import find_lost_nodes, max_wait_seconds
 from dray.corpus.stream import RowStream, build_dataset, iterate_windows
 from dray.doctor import classify
-from dray.errors import RunFailed
+from dray.errors import Cause, CheckpointsLost, RunFailed
 from dray.job import Attempt, Job, begin_attempt, check_shared, make_attempt, make_stream
 from dray.mailbox import Beats, Mailbox, pace
 from dray.order import LeftOut
 from dray.pulse import STACK_SIGNAL, Pulse
-from dray.recovery import Budget, Decision, SmallerBatch, kind_of_errors
+from dray.recovery import Budget, Decision, SmallerBatch
 from dray.signals import is_noted
-from dray.store import CheckpointsLost, Run, find_resume_checkpoint
+from dray.store import Run, find_resume_checkpoint
 from dray.store.evidence import make_rank_failure, read_tail, save_beats, save_failure, save_log, save_stacks, unwrap
 from dray.store.records import now, run_together
 from dray.watchdog import Hang, agreement_seconds
@@ -269,11 +269,11 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     failure["preempted"] |= noticed
     save_failure(run, failure)
     step, batch = failure["step"], attempt.plan.batch
-    kind = kind_of_errors((rank["error_type"] for rank in failure["ranks"]), default=classify(failure))
-    if kind == "spike":
-        kind = _leave_out(run, attempt, _find_spike(failure), job.spec.numerics.max_rewinds)
+    cause = classify(failure)
+    if cause is Cause.SPIKE:
+        cause = _leave_out(run, attempt, _find_spike(failure), job.spec.numerics.max_rewinds)
     committed = failure["committed_step"]
-    decision = budget.decide(kind, committed_step=committed, micro_rows=batch.micro_rows,
+    decision = budget.decide(cause, committed_step=committed, micro_rows=batch.micro_rows,
                              rows_per_rank=batch.rows_per_rank)
     if decision.retry:
         try:
@@ -283,8 +283,8 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     if decision.micro_rows:
         before = SmallerBatch.from_record(run.record())
         run.update(**SmallerBatch.after(before, decision.micro_rows, committed).to_record())
-    run.end_attempt(attempt.number, "failed", step, kind)
-    run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=kind, retry=decision.retry,
+    run.end_attempt(attempt.number, "failed", step, cause)
+    run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=cause, retry=decision.retry,
                   reason=decision.reason)
     return decision
 
@@ -339,15 +339,15 @@ def _keep_last_words(run: Run, attempt: int, beats: Beats) -> None:
 
 def _find_spike(failure: dict[str, Any]) -> int:
     """The step whose loss leapt: ranks may have begun later ones before they learnt of it."""
-    return next(int(rank["step"]) for rank in failure["ranks"] if rank["error_type"].endswith("LossSpike"))
+    return next(int(rank["step"]) for rank in failure["ranks"] if rank["cause"] == Cause.SPIKE)
 
 
-def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> str:
-    """Let no later attempt read the batch of this step. Returns the class: too many spikes are bad numbers."""
+def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> Cause:
+    """Let no later attempt read the batch of this step. Returns the cause: too many spikes are bad numbers."""
     if len(attempt.left_out) >= max_rewinds:
-        return "numerics"
+        return Cause.NUMERICS
     run.update(left_out=list(LeftOut(attempt.left_out).with_steps(step, step).batches))
-    return "spike"
+    return Cause.SPIKE
 
 
 def end_hang(run: Run, hang: Hang, beats: Beats) -> None:

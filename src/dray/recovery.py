@@ -6,18 +6,20 @@ nobody's fault (a machine taken away) never uses the budget up; what would only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HOPELESS = frozenset({"numerics", "configuration"})
-"""Classes that a restart does not mend."""
-FREE = frozenset({"preemption", "checkpoint", "spike"})
-"""Classes that are not counted: each has its own bound or is nobody's fault."""
+from dray.errors import Cause
+
+HOPELESS = frozenset({Cause.NUMERICS, Cause.CONFIGURATION})
+"""Causes that a restart does not mend."""
+FREE = frozenset({Cause.PREEMPTION, Cause.CHECKPOINT, Cause.SPIKE})
+"""Causes that are not counted: each has its own bound or is nobody's fault."""
 MAX_NODE_LOSSES = 5
 """Nodes lost in a row, without a committed step between them, that are nobody's fault. From then on it may well be the
 run that takes them down: a host that runs out of memory often takes its raylet along, and leaves no other trace."""
-MEMORY = frozenset({"gpu_memory", "host_memory"})
+MEMORY = frozenset({Cause.GPU_MEMORY, Cause.HOST_MEMORY})
 
 
 @dataclass(frozen=True)
@@ -74,28 +76,27 @@ class Budget:
     nodes_lost: int = 0
     committed: int = -1
 
-    def decide(self, kind: str, *, committed_step: int, micro_rows: int, rows_per_rank: int) -> Decision:
-        """What to do after a failure of this class, with the newest committed step and the batch it ran with."""
+    def decide(self, cause: Cause, *, committed_step: int, micro_rows: int, rows_per_rank: int) -> Decision:
+        """What to do after a failure of this cause, with the newest committed step and the batch it ran with."""
         if committed_step > self.committed:
             self.failures, self.nodes_lost, self.committed = 0, 0, committed_step
-        if kind in HOPELESS:
-            return Decision(False, f"{kind}: a restart would fail again")
-        if kind in MEMORY:
+        if cause in HOPELESS:
+            return Decision(False, f"{cause}: a restart would fail again")
+        if cause in MEMORY:
             if micro_rows == 1:
                 return Decision(False, "out of memory with one row in a forward pass: nothing is left to halve")
             smaller = max(rows for rows in range(1, micro_rows // 2 + 1) if rows_per_rank % rows == 0)
             return Decision(True, f"out of memory: micro batches of {smaller} rows", smaller)
-        if kind in FREE:
-            return Decision(True, f"{kind}: not counted as a failure")
-        if kind == "node_loss":
+        if cause in FREE:
+            return Decision(True, f"{cause}: not counted as a failure")
+        if cause is Cause.NODE_LOSS:
             return self._lose_node()
         self.failures += 1
         if self.failures > self.max_failures:
             return Decision(False, f"{self.failures} failures without a committed step between them; "
                                    f"resources.max_failures = {self.max_failures}")
         since = max(0, self.committed)
-        return Decision(True, f"{kind}: failure {self.failures} of {self.max_failures} since step {since}")
-
+        return Decision(True, f"{cause}: failure {self.failures} of {self.max_failures} since step {since}")
 
     def _lose_node(self) -> Decision:
         self.nodes_lost += 1
@@ -106,11 +107,3 @@ class Budget:
                                    "checkpoints are too far apart (checkpoint.every_minutes)")
         return Decision(True, f"node_loss: not counted as a failure; loss {self.nodes_lost} of {allowed} since step "
                               f"{max(0, self.committed)}")
-
-
-def kind_of_errors(error_types: Iterable[str], default: str) -> str:
-    """The class of a failure in which a rank raised one of dray's own errors, which mean one thing each."""
-    own = {"CheckpointDamaged": "checkpoint", "LossSpike": "spike", "BadNumbers": "numerics", "SaveFailed": "storage",
-           "GroupDissolved": "preemption", "ReadsDiffer": "storage"}
-    names = (error_type.rpartition(".")[2] for error_type in error_types)
-    return next((own[name] for name in names if name in own), default)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dray.device import HostCopy, build_copy_stream
 from dray.engine import Engine
-from dray.errors import DrayError
+from dray.errors import SaveFailed
 from dray.ranks import Ranks
 from dray.spec import Spec
 from dray.store import CheckpointWriter, RankFile, Run, apply_retention, make_fragment_key
@@ -27,10 +27,6 @@ from dray.store.retrying import OUTAGE_SECONDS
 from dray.watchdog import agreement_seconds
 
 MAX_FAILED_IN_A_ROW = 3
-
-
-class SaveFailed(DrayError):
-    """Checkpoints can no longer be committed."""
 
 
 @dataclass(frozen=True)

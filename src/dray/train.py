@@ -24,7 +24,7 @@ from dray.cluster import WarmNodes, connect, find_nodes_without, head_is_gone, r
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.doctor.stalls import find_straggler
-from dray.errors import Interrupted, RunFailed, StoreError
+from dray.errors import Interrupted, RunFailed, StorageFailed, StoreError
 from dray.job import Job, not_shared
 from dray.plan import Plan, Shape, local_shape
 from dray.progress import Display
@@ -45,7 +45,7 @@ from dray.store.filesystem import (
     open_filesystem,
     write_whole,
 )
-from dray.store.retrying import OUTAGE_SECONDS, StorageFailed, patience
+from dray.store.retrying import OUTAGE_SECONDS, patience
 from dray.watchdog import find_hang
 
 DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0

@@ -29,7 +29,7 @@ from torch import Tensor
 from dray.corpus.stream import RowStream
 from dray.device import Clock, Reading, is_queued, send
 from dray.engine import Engine, build_engine, import_deepspeed
-from dray.errors import DrayError
+from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer
 from dray.feeding import StepRows, ValidationRows, feed
 from dray.job import Attempt, Job
 from dray.models import (
@@ -40,7 +40,7 @@ from dray.models import (
     parameter_groups,
     restore_rotary_buffers,
 )
-from dray.numerics import LossSpike, Watch
+from dray.numerics import Watch
 from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
 from dray.process import prepare_heap
 from dray.pulse import Pulse
@@ -61,18 +61,6 @@ def preload() -> None:
     prepare_heap()
     import_transformers()
     import_deepspeed("cpu")
-
-
-class CheckpointDamaged(DrayError):
-    """A checkpoint was committed and is no longer what it was; it is set aside by now."""
-
-
-class ReadsDiffer(DrayError):
-    """A rank reads a checkpoint otherwise than another rank does, who reads what was committed."""
-
-
-class GroupDissolved(DrayError):
-    """A machine is about to be taken away, or the group is to have another size; what was reached is saved."""
 
 
 class Reporter(Protocol):

@@ -28,11 +28,10 @@ from dray.corpus.account import describe
 from dray.corpus.manifest import Manifest, SourceRows
 from dray.corpus.prepare import Corpus, corpus_key, find, find_inputs, prepare, recall
 from dray.corpus.shards import read_groups
-from dray.errors import CorpusError, StoreError
+from dray.errors import CorpusError, StorageFailed, StoreError
 from dray.redaction import restored
 from dray.spec import Spec, make_spec
 from dray.store.filesystem import open_filesystem
-from dray.store.retrying import StorageFailed
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -19,7 +19,7 @@ FAULTS = ("kill", "raise", "stop", "stuck")
 
 @pytest.fixture(scope="session")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Group]:
-    """Fault → the group that met it: SIGKILL, ValueError, SIGSTOP, and a wait outside of the collective."""
+    """Cause → the group that met it: SIGKILL, ValueError, SIGSTOP, and a wait outside of the collective."""
     folder = tmp_path_factory.mktemp("groups")
     subprocess.run([sys.executable, str(Path(__file__).parent / "gloo_groups.py"), str(folder), *FAULTS],
                    check=True, timeout=120)

@@ -13,7 +13,8 @@ import pytest
 from broken_runs import FAULT_STEP, fail, make_row
 
 from dray.cli import main
-from dray.doctor import Fault, classify, diagnose
+from dray.doctor import classify, diagnose
+from dray.errors import BadNumbers, Cause, CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer, SaveFailed
 from dray.report import format_diagnosis
 from dray.spec import Spec
 from dray.store import Run
@@ -39,7 +40,7 @@ def test_gpu_memory_and_what_nccl_says_of_it_elsewhere(run: Run) -> None:
     fail(run, [{"rank": 0, "error_type": "torch.distributed.DistBackendError", "message": NCCL_REMOTE, "time": 10.0},
                {"rank": 3, "time": 11.0, **cuda_error()}])
     found = diagnose(run)
-    assert (found.fault, found.rank, found.node) == (Fault.GPU_MEMORY, 3, "gpu-3")
+    assert (found.fault, found.rank, found.node) == (Cause.GPU_MEMORY, 3, "gpu-3")
     assert "asked for 2.34 GiB more" in found.cause
     assert "batch.micro_rows=4 (it was 8)" in found.way_out
     assert found.others == ("rank 0: torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690, "
@@ -65,7 +66,7 @@ def test_nccl_timeout_and_the_rank_that_stands_elsewhere(run: Run) -> None:
     for rank, phase, step in ((0, "agree", 7), (1, "save", 6), (2, "agree", 7)):
         save_beat(run, 1, rank, {"step": step, "phase": phase, "time": time.time(), "node": f"node-{rank}"})
     found = diagnose(run)
-    assert (found.fault, found.rank, found.step, found.node) == (Fault.HANG, 1, 6, "node-1")
+    assert (found.fault, found.rank, found.step, found.node) == (Cause.HANG, 1, 6, "node-1")
     assert "in save" in found.cause
 
 
@@ -75,26 +76,31 @@ def test_when_all_wait_for_rows_the_reader_is_at_fault(run: Run) -> None:
     for rank in range(3):
         save_beat(run, 1, rank, {"step": 3, "phase": "data", "time": "2026-11-24T10:00:00+00:00"})
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.DATA, None)
+    assert (found.fault, found.rank) == (Cause.DATA, None)
     assert "resources.reader_cpus" in found.way_out
 
 
 @pytest.mark.parametrize(("first", "second", "fault", "rank"), [
     ({"error_type": "builtins.ValueError", "message": "a", "time": 5.0},
-     {"error_type": "builtins.KeyError", "message": "b", "time": 4.0}, Fault.CODE, 1),
-    ({"error_type": "builtins.KeyError", "message": "b", "time": 4.0}, {"exit": "SIGTERM"}, Fault.CODE, 0),
-    ({"exit": 137, "time": 3.0}, {"error_type": "builtins.KeyError", "message": "b", "time": 4.0}, Fault.KILLED, 0),
-    ({}, {"exit": -9}, Fault.KILLED, 1),
-    ({"error_type": "", "message": "gave no further sign of life"}, {}, Fault.KILLED, 0),
-    ({"error_type": "dray.store.SaveFailed", "message": "x"}, {}, Fault.STORAGE, 0),
-    ({"error_type": "dray.worker.CheckpointDamaged", "message": "x"}, {}, Fault.STORAGE, 0),
-    ({"error_type": "dray.numerics.BadNumbers", "message": "x"}, {}, Fault.NUMERICS, 0),
-    ({"error_type": "builtins.KeyboardInterrupt", "message": ""}, {}, Fault.INTERRUPTED, 0),
+     {"error_type": "builtins.KeyError", "message": "b", "time": 4.0}, Cause.CODE, 1),
+    ({"error_type": "builtins.KeyError", "message": "b", "time": 4.0}, {"exit": "SIGTERM"}, Cause.CODE, 0),
+    ({"exit": 137, "time": 3.0}, {"error_type": "builtins.KeyError", "message": "b", "time": 4.0}, Cause.KILLED, 0),
+    ({}, {"exit": -9}, Cause.KILLED, 1),
+    ({"error_type": "", "message": "gave no further sign of life"}, {}, Cause.KILLED, 0),
+    (make_rank_failure(0, SaveFailed("x")), {}, Cause.STORAGE, 0),
+    (make_rank_failure(0, CheckpointDamaged("x")), {}, Cause.CHECKPOINT, 0),
+    (make_rank_failure(0, ReadsDiffer("x")), {}, Cause.STORAGE, 0),
+    (make_rank_failure(0, BadNumbers("x")), {}, Cause.NUMERICS, 0),
+    (make_rank_failure(0, LossSpike(7, "x")), {}, Cause.SPIKE, 0),
+    (make_rank_failure(0, GroupDissolved("x")), {}, Cause.PREEMPTION, 0),
+    ({"error_type": "builtins.KeyError", "message": "b", "time": 4.0},
+     make_rank_failure(1, CheckpointDamaged("x"), time=5.0), Cause.CHECKPOINT, 1),
+    ({"error_type": "builtins.KeyboardInterrupt", "message": ""}, {}, Cause.INTERRUPTED, 0),
     ({"error_type": "builtins.OSError", "message": "When uploading part for key 'a' in bucket 'b': AWS Error "
-      "ACCESS_DENIED during UploadPart operation: Access Denied"}, {}, Fault.STORAGE, 0),
-    ({}, {}, Fault.UNKNOWN, 0),
+      "ACCESS_DENIED during UploadPart operation: Access Denied"}, {}, Cause.STORAGE, 0),
+    ({}, {}, Cause.UNKNOWN, 0),
 ])
-def test_the_first_cause_of_two(run: Run, first: dict[str, object], second: dict[str, object], fault: Fault,
+def test_the_first_cause_of_two(run: Run, first: dict[str, object], second: dict[str, object], fault: Cause,
                                 rank: int) -> None:
     failure = {"attempt": 1, "ranks": [{"rank": 0, **first}, {"rank": 1, **second}]}
     assert classify(failure) is fault
@@ -112,58 +118,58 @@ def test_a_symptom_raised_while_the_first_error_was_handled(run: Run) -> None:
     except RuntimeError as error:
         fail(run, [make_rank_failure(0, error)])
     found = diagnose(run)
-    assert (found.fault, found.error_type) == (Fault.CODE, "KeyError")
+    assert (found.fault, found.error_type) == (Cause.CODE, "KeyError")
 
 
 def test_without_ranks_the_document_and_then_the_record_tell(run: Run) -> None:
-    assert classify({"attempt": 1, "ranks": [], "nodes_lost": ["a"]}) is Fault.NODE_LOSS
-    assert classify({"attempt": 1, "preempted": True}) is Fault.PREEMPTION
+    assert classify({"attempt": 1, "ranks": [], "nodes_lost": ["a"]}) is Cause.NODE_LOSS
+    assert classify({"attempt": 1, "preempted": True}) is Cause.PREEMPTION
     fail(run, [], detected_by="driver", error_type="builtins.OSError", message="[Errno 28] No space left on device")
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.STORAGE, None)
+    assert (found.fault, found.rank) == (Cause.STORAGE, None)
     assert "the driver" in found.cause
     Path(run.path, "failures", "a0001.json").unlink()
     run.set_status("failed", "the workers failed: FloatingPointError: the loss is not finite")
-    assert diagnose(run).fault is Fault.NUMERICS
+    assert diagnose(run).fault is Cause.NUMERICS
     run.set_status("failed", "")
-    assert diagnose(run).fault is Fault.UNKNOWN
+    assert diagnose(run).fault is Cause.UNKNOWN
 
 
 # ---- runs that did not fail ----------------------------------------------------------------------------------------
 
 
 def test_sound_runs(run: Run, spec: Spec) -> None:
-    assert (diagnose(run).fault, diagnose(run).step) == (Fault.HEALTHY, FAULT_STEP - 1)
+    assert (diagnose(run).fault, diagnose(run).step) == (Cause.HEALTHY, FAULT_STEP - 1)
     save_failure(run, {"attempt": 1, "step": 3, "ranks": [{"rank": 2, "exit": "SIGKILL"}]})
     run.begin_attempt(3, 0)
     found = diagnose(run)
-    assert found.fault is Fault.HEALTHY
-    assert [(past.attempt, past.fault, past.rank) for past in found.history] == [(1, Fault.KILLED, 2)]
+    assert found.fault is Cause.HEALTHY
+    assert [(past.attempt, past.fault, past.rank) for past in found.history] == [(1, Cause.KILLED, 2)]
     run.set_status("completed")
-    assert diagnose(run).fault is Fault.HEALTHY
+    assert diagnose(run).fault is Cause.HEALTHY
     new = Run.create(run.storage, "new", spec, {})
-    assert (diagnose(new).fault, diagnose(new).cause) == (Fault.HEALTHY, "the run has not begun")
+    assert (diagnose(new).fault, diagnose(new).cause) == (Cause.HEALTHY, "the run has not begun")
 
 
 def test_stopped_runs(run: Run) -> None:
     save_failure(run, {"attempt": 1, "ranks": [{"rank": 0, "exit": "SIGKILL"}]})  # stopped while it recovered
     run.set_status("interrupted", "KeyboardInterrupt")
-    assert (diagnose(run).fault, diagnose(run).cause) == (Fault.INTERRUPTED, "a person stopped the run")
+    assert (diagnose(run).fault, diagnose(run).cause) == (Cause.INTERRUPTED, "a person stopped the run")
     run.begin_attempt(3, 0)
     gone = subprocess.run([sys.executable, "-c", "import sys; from dray.store import Run; "
                            "Run.open(sys.argv[1], 'speeches').set_status('running')", run.storage], check=False)
     assert gone.returncode == 0
     found = diagnose(run)
-    assert found.fault is Fault.INTERRUPTED
+    assert found.fault is Cause.INTERRUPTED
     assert "the driver ended without a word" in found.cause
 
 
 def test_a_run_that_is_silent_for_too_long_hangs(run: Run) -> None:
     for rank, phase in ((0, "agree"), (1, "restore"), (2, "agree")):
         save_beat(run, 1, rank, {"step": 3 if rank == 1 else 4, "phase": phase, "time": time.time()})
-    assert diagnose(run).fault is Fault.HEALTHY
+    assert diagnose(run).fault is Cause.HEALTHY
     found = diagnose(run, now=time.time() + 3600)
-    assert (found.fault, found.rank, found.step) == (Fault.HANG, 1, 3)
+    assert (found.fault, found.rank, found.step) == (Cause.HANG, 1, 3)
     assert "no step has been made for 3,6" in found.cause
 
 
@@ -173,28 +179,28 @@ def test_a_straggler(run: Run) -> None:
             for step in range(FAULT_STEP, 20)]
     run.log_metrics(rows)
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.STRAGGLER, None)
+    assert (found.fault, found.rank) == (Cause.STRAGGLER, None)
     assert "3.0 times as long" in found.cause
     run.log_metrics([row | {"slowest_rank": 2} for row in rows])
     save_beat(run, 1, 2, {"step": 19, "node": "10.0.0.9"})
     found = diagnose(run)
     assert (found.rank, found.node) == (2, "10.0.0.9")
     run.set_status("completed")
-    assert diagnose(run).fault is Fault.HEALTHY
+    assert diagnose(run).fault is Cause.HEALTHY
     assert any("3.0 times as long" in note for note in diagnose(run).notes)
 
 
 @pytest.mark.parametrize("skews", [[0.8, *[0.1] * 15], [0.1] * 16, [0.8] * 4], ids=["hiccup", "even", "few"])
 def test_no_straggler(run: Run, skews: list[float]) -> None:
     run.log_metrics([make_row(FAULT_STEP + at, forward_seconds_skew=skew) for at, skew in enumerate(skews)])
-    assert diagnose(run).fault is Fault.HEALTHY
+    assert diagnose(run).fault is Cause.HEALTHY
 
 
 def test_a_loss_that_is_not_finite(run: Run) -> None:
     run.log_metrics([make_row(step, loss=None if step > 5 else float("nan")) for step in range(5, 9)])
     run.log_event("step_skipped", step=5, reason="the loss is not finite", rows=[1, 2])
     found = diagnose(run)
-    assert (found.fault, found.step) == (Fault.NUMERICS, 5)
+    assert (found.fault, found.step) == (Cause.NUMERICS, 5)
     assert "start it anew" in found.way_out  # there is no checkpoint to fork from
     assert "optimizer.learning_rate" in found.way_out
 
@@ -210,11 +216,11 @@ def test_damage_makes_a_diagnosis_poorer_not_impossible(run: Run) -> None:
     for name in ("beats/a0001-r00001.json", "plan.json", "spec.yaml"):
         Path(run.path, name).write_bytes(b"\xff{")
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.KILLED, 1)
+    assert (found.fault, found.rank) == (Cause.KILLED, 1)
     assert any("spec" in note for note in found.notes)
     for name in ("failures/a0001.json", "attempts/0001.json", "metrics/a0001.jsonl"):
         Path(run.path, name).write_bytes(b"\xff{")
-    assert diagnose(run).fault is Fault.UNKNOWN
+    assert diagnose(run).fault is Cause.UNKNOWN
 
 
 def test_odd_documents_are_read_as_far_as_they_go(run: Run) -> None:

@@ -17,8 +17,8 @@ from broken_runs import CULPRIT, FAULT_STEP, Group, fail
 from pyarrow import fs as pafs
 
 from dray.corpus.manifest import load_manifest
-from dray.doctor import Fault, classify, diagnose
-from dray.errors import CorpusError, PlanError, StoreError
+from dray.doctor import classify, diagnose
+from dray.errors import Cause, CorpusError, PlanError, StoreError
 from dray.store import Run
 from dray.store.evidence import make_rank_failure, unwrap
 
@@ -31,7 +31,7 @@ def test_a_killed_rank_is_told_from_those_that_lost_their_connection_to_it(run: 
     assert all("gloo/transport" in record["message"] for record in survivors)
     fail(run, group.ranks, detected_by="worker_exit")
     found = diagnose(run)
-    assert (found.fault, found.rank, found.node) == (Fault.KILLED, CULPRIT, "10.0.0.7")
+    assert (found.fault, found.rank, found.node) == (Cause.KILLED, CULPRIT, "10.0.0.7")
     assert "SIGKILL" in found.cause
     assert len(found.others) == 2
 
@@ -39,17 +39,17 @@ def test_a_killed_rank_is_told_from_those_that_lost_their_connection_to_it(run: 
 def test_a_killed_rank_on_a_full_host_ran_out_of_memory(run: Run, groups: dict[str, Group]) -> None:
     fail(run, groups["kill"].ranks, detected_by="worker_exit", host_memory={"used_share": 0.981})
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.HOST_MEMORY, CULPRIT)
+    assert (found.fault, found.rank) == (Cause.HOST_MEMORY, CULPRIT)
     assert "98%" in found.cause
 
 
 @pytest.mark.parametrize(("fields", "fault"), [
-    ({"nodes_lost": ["10.0.0.7"]}, Fault.NODE_LOSS),
-    ({"preempted": True, "nodes_lost": ["10.0.0.7"]}, Fault.PREEMPTION),
-    ({"detected_by": "hang"}, Fault.HANG),
+    ({"nodes_lost": ["10.0.0.7"]}, Cause.NODE_LOSS),
+    ({"preempted": True, "nodes_lost": ["10.0.0.7"]}, Cause.PREEMPTION),
+    ({"detected_by": "hang"}, Cause.HANG),
 ])
 def test_what_the_driver_knows_of_the_node_tells_a_death(run: Run, groups: dict[str, Group], fields: dict[str, Any],
-                                                         fault: Fault) -> None:
+                                                         fault: Cause) -> None:
     fail(run, groups["kill"].ranks, **fields)
     found = diagnose(run)
     assert (found.fault, found.rank, found.node) == (fault, CULPRIT, "10.0.0.7")
@@ -59,14 +59,14 @@ def test_survivors_alone_tell_who_is_missing(run: Run, groups: dict[str, Group])
     """The dead rank left no record, as when its whole node is silent."""
     fail(run, [record for record in groups["kill"].ranks if record["rank"] != CULPRIT])
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.KILLED, CULPRIT)
+    assert (found.fault, found.rank) == (Cause.KILLED, CULPRIT)
     assert "went away without a word" in found.cause
 
 
 def test_an_error_is_told_from_the_connections_that_it_broke(run: Run, groups: dict[str, Group]) -> None:
     fail(run, list(reversed(groups["raise"].ranks)))
     found = diagnose(run)
-    assert (found.fault, found.rank, found.step) == (Fault.CODE, CULPRIT, FAULT_STEP)
+    assert (found.fault, found.rank, found.step) == (Cause.CODE, CULPRIT, FAULT_STEP)
     assert (found.error_type, found.message) == ("builtins.ValueError", "a label that is none")
     assert any("meet_fault" in line for exhibit in found.exhibits if exhibit.kind == "traceback"
                for line in exhibit.lines)
@@ -78,7 +78,7 @@ def test_a_stopped_rank_hangs_the_others(run: Run, groups: dict[str, Group]) -> 
     assert set(group.stacks) == {0, 2}
     fail(run, [group.ranks[0], group.ranks[2]], stacks=group.stacks)
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.HANG, CULPRIT)
+    assert (found.fault, found.rank) == (Cause.HANG, CULPRIT)
     assert "it left no stack" in found.cause
     assert found.others[0].startswith("rank 0: RuntimeError: [gloo/transport/tcp/unbound_buffer.cc")
 
@@ -87,8 +87,8 @@ def test_a_rank_that_waits_elsewhere_hangs_the_others(run: Run, groups: dict[str
     group = groups["stuck"]
     fail(run, [group.ranks[0], group.ranks[2]], stacks=group.stacks, detected_by="hang")
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.HANG, CULPRIT)
-    assert [(past.fault, past.rank) for past in found.history] == [(Fault.HANG, CULPRIT)]
+    assert (found.fault, found.rank) == (Cause.HANG, CULPRIT)
+    assert [(past.fault, past.rank) for past in found.history] == [(Cause.HANG, CULPRIT)]
     assert "outside of the collective" in found.cause
     assert "read_slowly (" in found.cause
     assert "gloo_groups.py" in found.way_out
@@ -99,7 +99,7 @@ def test_the_watchdog_names_the_rank_that_the_driver_then_ended(run: Run, groups
     run.log_event("hang", attempt=1, ranks=[CULPRIT], reason="no rank has moved for 120 s")
     fail(run, group.ranks, stacks=group.stacks, detected_by="hang")
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.HANG, CULPRIT)
+    assert (found.fault, found.rank) == (Cause.HANG, CULPRIT)
     assert "read_slowly" in found.cause
     assert "no rank has moved for 120 s" in found.cause
 
@@ -175,12 +175,12 @@ def plan_error() -> None:
     raise PlanError("resources.workers = 9", "3 fit", "a worker needs a GPU", "resources.workers=3")
 
 
-REAL: dict[Callable[[], None], Fault] = {
-    full_disk: Fault.STORAGE, full_disk_through_arrow: Fault.STORAGE, unwritable: Fault.STORAGE,
-    torn_corpus: Fault.DATA, huge_tensor: Fault.HOST_MEMORY, huge_buffer: Fault.HOST_MEMORY,
-    huge_list: Fault.HOST_MEMORY, wild_token: Fault.DATA, wild_label: Fault.DATA, bad_gradient: Fault.NUMERICS,
-    bad_number: Fault.NUMERICS, loss_scale_at_its_end: Fault.NUMERICS, wrong_shapes: Fault.CODE,
-    missing_library: Fault.CONFIGURATION, plan_error: Fault.CONFIGURATION,
+REAL: dict[Callable[[], None], Cause] = {
+    full_disk: Cause.STORAGE, full_disk_through_arrow: Cause.STORAGE, unwritable: Cause.STORAGE,
+    torn_corpus: Cause.DATA, huge_tensor: Cause.HOST_MEMORY, huge_buffer: Cause.HOST_MEMORY,
+    huge_list: Cause.HOST_MEMORY, wild_token: Cause.DATA, wild_label: Cause.DATA, bad_gradient: Cause.NUMERICS,
+    bad_number: Cause.NUMERICS, loss_scale_at_its_end: Cause.NUMERICS, wrong_shapes: Cause.CODE,
+    missing_library: Cause.CONFIGURATION, plan_error: Cause.CONFIGURATION,
 }
 
 
@@ -200,20 +200,20 @@ def test_a_crash_in_native_code(run: Run) -> None:
     record = make_rank_failure(0, exit=died.returncode)
     fail(run, [record])
     found = diagnose(run)
-    assert found.fault is Fault.CODE
+    assert found.fault is Cause.CODE
     assert "SIGSEGV" in found.cause
     Path(run.path, "logs").mkdir()
     Path(run.path, "logs", "a0001-r00000.log").write_text(died.stderr)
     fail(run, [record | {"exit": None, "error_type": "ray.exceptions.WorkerCrashedError"}])
     found = diagnose(run)
-    assert found.fault is Fault.CODE
+    assert found.fault is Cause.CODE
     assert "Segmentation fault" in found.cause
 
 
 def test_a_process_that_ends_itself(run: Run) -> None:
     died = subprocess.run([sys.executable, "-c", "raise SystemExit(7)"], check=False)
     fail(run, [make_rank_failure(0, exit=died.returncode)])
-    assert (diagnose(run).fault, diagnose(run).rank) == (Fault.CODE, 0)
+    assert (diagnose(run).fault, diagnose(run).rank) == (Cause.CODE, 0)
 
 
 # ---- Ray -----------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_a_killed_actor_is_not_out_of_memory_though_ray_guesses_so(run: Run, loc
         ray.get(worker.train.remote())
     fail(run, [make_rank_failure(1, died.value)])
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.KILLED, 1)
+    assert (found.fault, found.rank) == (Cause.KILLED, 1)
     assert found.node  # from Ray's own text
     assert "OOM killer" not in found.message  # Ray's guess, of every dead worker
     with pytest.raises(FloatingPointError) as raised:
@@ -243,9 +243,9 @@ def test_a_killed_actor_is_not_out_of_memory_though_ray_guesses_so(run: Run, loc
     assert type(unwrap(raised.value)) is FloatingPointError
     fail(run, [make_rank_failure(1, raised.value)])
     assert diagnose(run).error_type == "builtins.FloatingPointError"
-    assert diagnose(run).fault is Fault.NUMERICS
+    assert diagnose(run).fault is Cause.NUMERICS
     plain = {"rank": 1, "error_type": f"ray.exceptions.{type(raised.value).__name__}", "message": str(raised.value)}
-    assert classify({"attempt": 1, "ranks": [plain]}) is Fault.NUMERICS
+    assert classify({"attempt": 1, "ranks": [plain]}) is Cause.NUMERICS
 
 
 OUT_OF_MEMORY = """
@@ -270,7 +270,7 @@ def test_a_worker_that_rays_memory_monitor_killed(run: Run) -> None:
     assert record["error_type"] == "ray.exceptions.OutOfMemoryError"
     fail(run, [record])
     found = diagnose(run)
-    assert (found.fault, found.rank) == (Fault.HOST_MEMORY, 1)
+    assert (found.fault, found.rank) == (Cause.HOST_MEMORY, 1)
     assert found.node in found.cause
     assert "% of its memory" in found.cause
 
@@ -280,15 +280,15 @@ def test_rays_other_errors(run: Run) -> None:
     from ray.train.v2._internal.exceptions import BroadcastCollectiveTimeoutError, WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    known: list[tuple[BaseException, Fault]] = [
-        (exceptions.NodeDiedError("the node is dead"), Fault.NODE_LOSS),
-        (exceptions.ObjectStoreFullError("no room"), Fault.HOST_MEMORY),
-        (exceptions.OutOfDiskError("no room"), Fault.STORAGE),
-        (exceptions.WorkerCrashedError(), Fault.KILLED),
-        (exceptions.RuntimeEnvSetupError("pip failed"), Fault.CONFIGURATION),
-        (WorkerGroupStartupTimeoutError(4), Fault.CONFIGURATION),
-        (BroadcastCollectiveTimeoutError(30.0, [2], 30.0), Fault.HANG),
-        (WorkerGroupError("rank 1: ValueError: bad", {1: ValueError("bad")}), Fault.CODE),
+    known: list[tuple[BaseException, Cause]] = [
+        (exceptions.NodeDiedError("the node is dead"), Cause.NODE_LOSS),
+        (exceptions.ObjectStoreFullError("no room"), Cause.HOST_MEMORY),
+        (exceptions.OutOfDiskError("no room"), Cause.STORAGE),
+        (exceptions.WorkerCrashedError(), Cause.KILLED),
+        (exceptions.RuntimeEnvSetupError("pip failed"), Cause.CONFIGURATION),
+        (WorkerGroupStartupTimeoutError(4), Cause.CONFIGURATION),
+        (BroadcastCollectiveTimeoutError(30.0, [2], 30.0), Cause.HANG),
+        (WorkerGroupError("rank 1: ValueError: bad", {1: ValueError("bad")}), Cause.CODE),
     ]
     for error, fault in known:
         assert classify({"attempt": 1, "ranks": [make_rank_failure(0, error)]}) is fault, error

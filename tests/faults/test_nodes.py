@@ -30,7 +30,8 @@ from harness import (
 )
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
-from dray.doctor import Fault, diagnose
+from dray.doctor import diagnose
+from dray.errors import Cause
 from dray.store import Run
 
 ENVIRONMENT = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
@@ -70,7 +71,7 @@ def assert_ends_for_lost_nodes(training: Training, lose: Callable[[], object], s
     assert time.monotonic() - begun < 120
     assert said in training.output
     found = diagnose(training.run)
-    assert found.fault is Fault.NODE_LOSS
+    assert found.fault is Cause.NODE_LOSS
     assert way_out in found.way_out
 
 

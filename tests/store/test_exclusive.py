@@ -14,8 +14,8 @@ import pytest
 from pyarrow import fs as pafs
 from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
-from dray.errors import StoreError
-from dray.store import CheckpointWriter, Run, StorageFailed, open_filesystem
+from dray.errors import StorageFailed, StoreError
+from dray.store import CheckpointWriter, Run, open_filesystem
 from dray.store.exclusive import _build_store, _s3_settings, create_exclusive
 from dray.store.filesystem import list_files, read_bytes, write_bytes
 from dray.store.retrying import patience

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from sharded_model import PLAN, make_test_spec, save
 
-from dray.store import CheckpointsLost, Run, find_resume_checkpoint
+from dray.errors import CheckpointsLost
+from dray.store import Run, find_resume_checkpoint
 from dray.store.filesystem import delete_folder
 
 

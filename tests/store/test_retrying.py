@@ -17,8 +17,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
-from dray.errors import StoreError
-from dray.store import CheckpointReader, Run, StorageFailed, apply_retention, open_filesystem, verify_checkpoint
+from dray.errors import StorageFailed, StoreError
+from dray.store import CheckpointReader, Run, apply_retention, open_filesystem, verify_checkpoint
 from dray.store.filesystem import (
     RangeReader,
     append_line,

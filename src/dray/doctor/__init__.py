@@ -7,6 +7,6 @@ Reads the run folder alone, on any filesystem, with neither torch nor ray. `case
 from __future__ import annotations
 
 from dray.doctor.diagnosis import Diagnosis, Exhibit, Past, diagnose
-from dray.doctor.faults import Fault, classify
+from dray.doctor.faults import classify
 
-__all__ = ["Diagnosis", "Exhibit", "Fault", "Past", "classify", "diagnose"]
+__all__ = ["Diagnosis", "Exhibit", "Past", "classify", "diagnose"]

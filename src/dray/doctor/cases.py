@@ -59,6 +59,8 @@ class Case:
     message: str = ""
     traceback: str = ""
     exit: str = ""
+    on_purpose: bool = False
+    """Whether it was one of dray's errors that end an attempt, whatever else fails beside it."""
     log: str = ""
     failure: Mapping[str, Any] = field(default_factory=dict)
 
@@ -113,7 +115,7 @@ def _make_case(record: Mapping[str, Any], failure: Mapping[str, Any], logs: Mapp
         step=make_whole(record.get("step")), phase=str(record.get("phase") or ""),
         node=str(record.get("node") or record.get("host") or (next(filter(None, ip.groups())) if ip else "")),
         time=make_seconds(record.get("time")), error_type=kind, message=message, traceback=traceback,
-        exit=make_exit(record.get("exit")), failure=failure,
+        exit=make_exit(record.get("exit")), on_purpose=bool(record.get("cause")), failure=failure,
         log="\n".join(logs.get(rank, ())) if isinstance(rank, int) else "",
     )
     return _first_of_chain(case)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from dray.doctor.cases import OWN_FILE, Case, make_cases, make_seconds, make_whole, shorten
-from dray.doctor.faults import AGAIN, Fault, Finding, Values, classify, find_first
+from dray.doctor.faults import AGAIN, Finding, Values, classify, find_first
 from dray.doctor.stalls import (
     Frame,
     Stall,
@@ -24,8 +24,8 @@ from dray.doctor.stalls import (
     make_loop_stack,
     missing_ranks,
 )
-from dray.errors import DrayError
-from dray.store import CheckpointsLost, Run, find_resume_checkpoint
+from dray.errors import Cause, CheckpointsLost, DrayError
+from dray.store import Run, find_resume_checkpoint
 from dray.store.evidence import load_beats, load_failures, load_log, load_stacks
 
 _COMPILED_AT = re.compile(r"\[/\S*/(?=gloo/transport)")
@@ -49,7 +49,7 @@ class Past:
     """A failed attempt in a few words."""
 
     attempt: int
-    fault: Fault
+    fault: Cause
     rank: int | None
     step: int | None
     cause: str
@@ -61,7 +61,7 @@ class Diagnosis:
 
     run: str
     status: str
-    fault: Fault
+    fault: Cause
     cause: str
     way_out: str
     attempt: int | None = None
@@ -201,7 +201,7 @@ class _Examination:
         texts = (self.reason, str(self.record.get("reason") or ""), *ends, *told[-1:])
         return next((text for text in texts if text), "")
 
-    def _make(self, fault: Fault, cause: str, way_out: str, **fields: Any) -> Diagnosis:
+    def _make(self, fault: Cause, cause: str, way_out: str, **fields: Any) -> Diagnosis:
         return Diagnosis(run=self.run.name, status=self.status, fault=fault, cause=cause, way_out=way_out,
                          resume_step=self.resume_step, history=self.history, notes=tuple(self.notes), **fields)
 
@@ -212,16 +212,16 @@ class _Examination:
         if self.status != "running" and (slow := find_straggler(self.rows)):
             self.notes.append(f"{_called(slow.rank)} took {slow.ratio:.1f} times as long as the others at the end")
         way_out = "start it with `dray train`" if self.status == "created" else "nothing is to be done"
-        return self._make(Fault.HEALTHY, cause, way_out, step=step)
+        return self._make(Cause.HEALTHY, cause, way_out, step=step)
 
     def _interrupted(self) -> Diagnosis:
         way_out, where = self._again(), {"attempt": self._newest_attempt(), "step": self._last_step()}
         if self.record.get("status") != "running":
-            return self._make(Fault.INTERRUPTED, _tell_stop(str(self.record.get("reason") or "")), way_out, **where)
+            return self._make(Cause.INTERRUPTED, _tell_stop(str(self.record.get("reason") or "")), way_out, **where)
         driver = self.record.get("driver") or {}
         cause = (f"the driver ended without a word: process {driver.get('pid', '?')} on {driver.get('host', '?')} was "
                  "killed, its session was closed, or the machine went down")
-        return self._make(Fault.INTERRUPTED, cause, way_out, node=str(driver.get("host", "")), pid=driver.get("pid"),
+        return self._make(Cause.INTERRUPTED, cause, way_out, node=str(driver.get("host", "")), pid=driver.get("pid"),
                           exhibits=self._last_events(), **where)
 
     # ---- a failed attempt -------------------------------------------------------------------------------------------
@@ -232,13 +232,13 @@ class _Examination:
         first = find_first(cases)
         if first is None:
             fault = classify(failure)
-            if fault is Fault.UNKNOWN:
+            if fault is Cause.UNKNOWN:
                 return self._make(fault, "the attempt failed and nothing says why",
                                   "start it again with --verbose, and look into Ray's logs", attempt=attempt,
                                   step=make_whole(failure.get("step")), exhibits=self._last_events())
             first = find_first([Case(failure=failure, step=make_whole(failure.get("step")))])
             assert first is not None
-        if first.fault is Fault.HANG or (first.case.symptom and first.fault is Fault.KILLED):
+        if first.fault is Cause.HANG or (first.case.symptom and first.fault is Cause.KILLED):
             found = self._examine_hang(attempt, first, cases)
             if found is not None:
                 return found
@@ -259,7 +259,7 @@ class _Examination:
             node=case.node, pid=case.pid, step=step, error_type=case.error_type, message=case.message,
             exhibits=self._show_rank(attempt, case),
             others=_tell_others(cases, case.rank))
-        if first.fault is Fault.NUMERICS:
+        if first.fault is Cause.NUMERICS:
             told = replace(told, exhibits=told.exhibits + self._show_numbers())
         return replace(told, **changes)
 
@@ -283,15 +283,15 @@ class _Examination:
         said = {case.rank: {"step": case.step, "time": case.time, "phase": case.phase or None} for case in cases
                 if case.rank is not None and case.step is not None}
         beats = {**said, **beats}
-        if first.fault is Fault.HANG and len(beats) > 1 and all_wait_for_rows(beats, stacks):
+        if first.fault is Cause.HANG and len(beats) > 1 and all_wait_for_rows(beats, stacks):
             return self._tell(
-                attempt, first, cases, fault=Fault.DATA, rank=None, node="", pid=None,
+                attempt, first, cases, fault=Cause.DATA, rank=None, node="", pid=None,
                 cause="every rank waits for rows: the reader stands still",
                 way_out="leave a CPU for reading (resources.reader_cpus) and check the corpus' storage "
                         f"({self.values['corpus']})")
         num_ranks = next((int(item["num_ranks"]) for item in self.attempts if item["attempt"] == attempt), 0)
         silent = set(range(num_ranks)) - {case.rank for case in cases}
-        if first.fault is Fault.KILLED:
+        if first.fault is Cause.KILLED:
             stall = Stall(tuple(sorted(silent)), "it said nothing") if silent and len(silent) < num_ranks else None
         else:
             watched: dict[str, Any] = next((event for event in reversed(self.events) if event.get("kind") == "hang"
@@ -310,7 +310,7 @@ class _Examination:
         step = stall.step if stall.step is not None else case.step if case.step is not None else first.case.step
         frame = stall.frame or innermost_own(make_loop_stack(stacks.get(rank, "")))
         at = f" at step {step}" if step is not None else ""
-        if first.fault is Fault.KILLED:
+        if first.fault is Cause.KILLED:
             cause = f"{_called(rank)} went away without a word{at}; the others lost their connections to it"
             way_out = first.way_out(self.values)
         else:
@@ -344,13 +344,13 @@ class _Examination:
         stall = find_stall(stacks, beats)
         quiet = f"no step has been made for {self.now - last:,.0f} s"
         if stall is None:
-            return self._make(Fault.HANG, f"{quiet}, and no rank stands out",
+            return self._make(Cause.HANG, f"{quiet}, and no rank stands out",
                               f"see whether its driver still lives (`ray status`), and stop it; {self._again()}",
                               attempt=attempt, step=self._last_step(), exhibits=self._last_events())
         rank, place = stall.ranks[0], f", {format_frame(stall.frame)}" if stall.frame else ""
         beat = beats.get(rank, {})
         return self._make(
-            Fault.HANG, f"{quiet}; {_called(rank)} stands in {stall.phase or 'an unknown phase'}{place}: {stall.sign}",
+            Cause.HANG, f"{quiet}; {_called(rank)} stands in {stall.phase or 'an unknown phase'}{place}: {stall.sign}",
             self._way_out_of_hang(stall.frame), attempt=attempt, rank=rank, step=stall.step,
             node=str(beat.get("node") or beat.get("host") or ""), pid=beat.get("pid"),
             exhibits=self._show_rank(attempt, Case(rank=rank)))
@@ -365,7 +365,7 @@ class _Examination:
         since = int(self.rows[first]["step"])
         way_out = find_first([Case(error_type="FloatingPointError")])
         assert way_out is not None
-        return self._make(Fault.NUMERICS, f"the loss or gradient norm is not finite from step {since} on",
+        return self._make(Cause.NUMERICS, f"the loss or gradient norm is not finite from step {since} on",
                           way_out.way_out(self.values), step=since, attempt=self._newest_attempt(),
                           exhibits=self._show_numbers())
 
@@ -381,7 +381,7 @@ class _Examination:
                    f"`nvidia-smi -q -d PERFORMANCE`), or take it out of the cluster; {self._again()}")
         times = [f"step {row['step']}: forward {_number(row.get('forward_seconds_mean'))} s on the mean, "
                  f"{_number(row.get('forward_seconds_max'))} s at the slowest" for row in self.rows[-5:]]
-        return self._make(Fault.STRAGGLER, cause, way_out, attempt=self._newest_attempt(), rank=slow.rank, node=node,
+        return self._make(Cause.STRAGGLER, cause, way_out, attempt=self._newest_attempt(), rank=slow.rank, node=node,
                           step=self._last_step(), exhibits=_exhibits(("metrics", "the last steps", times)))
 
     # ---- what was seen ----------------------------------------------------------------------------------------------

@@ -9,31 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from dray.doctor.cases import COLLECTIVE_TIMEOUT, CONNECTION_LOST, OWN_FILE, Case, make_cases
-
-
-class Fault(StrEnum):
-    """What kind of end a run or an attempt came to."""
-
-    HEALTHY = "healthy"
-    GPU_MEMORY = "gpu_memory"
-    HOST_MEMORY = "host_memory"
-    HANG = "hang"
-    STRAGGLER = "straggler"
-    DATA = "data"
-    STORAGE = "storage"
-    NUMERICS = "numerics"
-    PREEMPTION = "preemption"
-    NODE_LOSS = "node_loss"
-    KILLED = "killed"
-    CONFIGURATION = "configuration"
-    CODE = "code"
-    INTERRUPTED = "interrupted"
-    UNKNOWN = "unknown"
-
+from dray.errors import (
+    BadNumbers,
+    Cause,
+    CheckpointDamaged,
+    CheckpointsLost,
+    CorpusError,
+    GroupDissolved,
+    Interrupted,
+    LossSpike,
+    PlanError,
+    ReadsDiffer,
+    SaveFailed,
+    SpecError,
+    StorageFailed,
+    StorageNotShared,
+    StoreError,
+    UserError,
+)
 
 _USED = re.compile(r"Memory on the node \(IP: (?P<ip>[^,]+),[^)]*\) was [^(]*\((?P<share>[\d.]+)\)")
 CRASHES = frozenset({"SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGFPE", "SIGTRAP", "SIGSYS"})
@@ -58,13 +54,14 @@ Sentence = str | Callable[[Values], str]
 class Rule:
     """One line of the table. It matches if its types or patterns do (any of them), and its condition holds.
 
-    `types`: alternatives of an error type's last name (or of its full one); `text`: in the errors' text; `log`: in what
-    the rank printed, looked at only where it left no error.
+    `own`: dray's own errors; `types`: alternatives of a foreign error's last name (or of its full one); `text`: in the
+    errors' text; `log`: in what the rank printed, looked at only where it left no error.
     """
 
-    fault: Fault
+    fault: Cause
     cause: str
     way_out: Sentence
+    own: tuple[type[BaseException], ...] = ()
     types: str = ""
     text: str = ""
     log: str = ""
@@ -74,13 +71,14 @@ class Rule:
         """The pattern's named groups if the rule matches."""
         if self.when is not None and not self.when(case):
             return None
-        if not (self.types or self.text or self.log):
+        if not (self.own or self.types or self.text or self.log):
             return {}
         for pattern, searched in ((self.text, case.text), (self.log, case.log if case.lost else "")):
             found = re.search(pattern, searched, re.S) if pattern else None
             if found:
                 return {name: " ".join(value.split()) for name, value in found.groupdict().items() if value}
-        return {} if self.types and re.search(rf"(?:^|\.)(?:{self.types})$", case.error_type) else None
+        types = "|".join(filter(None, (*(error.__name__ for error in self.own), self.types)))
+        return {} if types and re.search(rf"(?:^|\.)(?:{types})$", case.error_type) else None
 
 
 def _spare_gpu_memory(values: Values) -> str:
@@ -150,141 +148,143 @@ def _host_is_full(case: Case) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(Fault.INTERRUPTED, "a person stopped {who}{at}", AGAIN,
-         types=r"KeyboardInterrupt|dray\.errors\.Interrupted"),
+    Rule(Cause.INTERRUPTED, "a person stopped {who}{at}", AGAIN,
+         own=(Interrupted, KeyboardInterrupt)),
 
     # ---- memory
-    Rule(Fault.GPU_MEMORY, "{who} ran out of GPU memory{at} (it asked for {size} more)", _spare_gpu_memory,
+    Rule(Cause.GPU_MEMORY, "{who} ran out of GPU memory{at} (it asked for {size} more)", _spare_gpu_memory,
          types=r"torch\.OutOfMemoryError|torch\.cuda\.OutOfMemoryError|torch\.AcceleratorOutOfMemoryError",
          text=r"(?:CUDA|HIP|XPU|NPU) out of memory(?:\. Tried to allocate (?P<size>[\d.]+ \w+))?"
               r"|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|Failed to CUDA calloc"),
-    Rule(Fault.HOST_MEMORY, "Ray killed {who}{at} because node {node} had {used_share} of its memory in use",
+    Rule(Cause.HOST_MEMORY, "Ray killed {who}{at} because node {node} had {used_share} of its memory in use",
          _spare_host_memory, types=r"ray\.exceptions\.OutOfMemoryError",
          text=r"killed due to the node running low on memory|\(tasks / actors\) killed due to memory pressure"),
-    Rule(Fault.HOST_MEMORY, "Ray's object store on node {node} is full ({who}{at})",
+    Rule(Cause.HOST_MEMORY, "Ray's object store on node {node} is full ({who}{at})",
          "give it more memory (`ray start --object-store-memory`), and its node's /dev/shm too",
          types="ObjectStoreFullError", text="The local object store is full of objects"),
-    Rule(Fault.HOST_MEMORY, "shared memory (/dev/shm) ran out under {who}{at}",
+    Rule(Cause.HOST_MEMORY, "shared memory (/dev/shm) ran out under {who}{at}",
          "enlarge /dev/shm (for a container: --shm-size=16g or an emptyDir of medium Memory)",
          text=r"/dev/shm[^\n]*No space left|No space left[^\n]*/dev/shm|out of shared memory",
          log=r"/dev/shm[^\n]*No space left|insufficient shared memory"),
-    Rule(Fault.HOST_MEMORY, "{who} could not get {size} of memory{at}", _spare_host_memory,
+    Rule(Cause.HOST_MEMORY, "{who} could not get {size} of memory{at}", _spare_host_memory,
          types="MemoryError|_ArrayMemoryError|ArrowMemoryError",
          text=r"DefaultCPUAllocator: [^:]*: you tried to allocate (?P<size>\d+ bytes)"
               r"|Unable to allocate (?P<array>[\d.]+ \w+) for an array|malloc of size (?P<malloc>\d+) failed"
               r"|std::bad_alloc|Cannot allocate memory",
          log=r"std::bad_alloc|Out of memory: Killed process|oom-kill"),
-    Rule(Fault.HOST_MEMORY, "{who} was killed{at} while its node's memory was {used_share} used", _spare_host_memory,
+    Rule(Cause.HOST_MEMORY, "{who} was killed{at} while its node's memory was {used_share} used", _spare_host_memory,
          when=_host_is_full),
 
-    Rule(Fault.CONFIGURATION, "node {node}, where {who} is, sees another storage than the driver: {error}",
+    Rule(Cause.CONFIGURATION, "node {node}, where {who} is, sees another storage than the driver: {error}",
          "name a shared file system or a bucket with --storage, or mount the storage on every node",
-         types="StorageNotShared"),
+         own=(StorageNotShared,)),
 
     # ---- rows, storage
-    Rule(Fault.STORAGE, "no space is left where {who} wrote{at}: {error}",
+    Rule(Cause.STORAGE, "no space is left where {who} wrote{at}: {error}",
          "free space in {storage} (checkpoint.keep_last={keep_last} keeps fewer), then give the same command again",
          types="OutOfDiskError", text=r"No space left on device|\[Errno 28\]|Disk quota exceeded|\[Errno 122\]"),
-    Rule(Fault.DATA, "{who} met a token or label outside of what the model knows{at}: {error}",
+    Rule(Cause.DATA, "{who} met a token or label outside of what the model knows{at}: {error}",
          "make tokenizer and model agree (model.vocab_size, number of labels), then prepare the corpus again",
          text=r"index out of range in self|Target -?\d+ is out of bounds|device-side assert triggered"),
-    Rule(Fault.DATA, "the corpus cannot be used: {error}", "do as the message says, then `dray prepare`",
-         types="CorpusError"),
-    Rule(Fault.DATA, "{who} could not read its rows{at}: {error}",
+    Rule(Cause.DATA, "the corpus cannot be used: {error}", "do as the message says, then `dray prepare`",
+         own=(CorpusError,)),
+    Rule(Cause.DATA, "{who} could not read its rows{at}: {error}",
          "check the corpus ({corpus}) and its storage; deleting its folder and `dray prepare` build it anew",
          when=lambda case: bool(case.error_type) and not case.symptom and _in_corpus(case)),
-    Rule(Fault.STORAGE, "none of the run's checkpoints can be used: {error}", "do as the message says",
-         types="CheckpointsLost", text=r"none of its checkpoints can be used"),
-    Rule(Fault.STORAGE, "a checkpoint is damaged ({who}): {error}", _go_on_without,
-         types="CheckpointDamaged", text=r"^checkpoint \S+ is damaged"),
-    Rule(Fault.STORAGE, "ranks read a checkpoint differently: {error}",
+    Rule(Cause.STORAGE, "none of the run's checkpoints can be used: {error}", "do as the message says",
+         own=(CheckpointsLost,), text=r"none of its checkpoints can be used"),
+    Rule(Cause.CHECKPOINT, "a checkpoint is damaged ({who}): {error}", _go_on_without,
+         own=(CheckpointDamaged,), text=r"^checkpoint \S+ is damaged"),
+    Rule(Cause.STORAGE, "ranks read a checkpoint differently: {error}",
          "take the node that is named there out of the cluster, and test its memory and disk; " + AGAIN,
-         types="ReadsDiffer"),
-    Rule(Fault.STORAGE, "storage failed {who}{at}: {error}",
+         own=(ReadsDiffer,)),
+    Rule(Cause.STORAGE, "storage failed {who}{at}: {error}",
          "check that {storage} is reachable, mounted and writable with the nodes' credentials; " + AGAIN,
-         types="StoreError|StorageFailed|SaveFailed|PermissionError|BlockingIOError",
+         own=(StoreError, StorageFailed, SaveFailed), types="PermissionError|BlockingIOError",
          text=r"AWS Error (?P<aws>\w+)|Read-only file system|Input/output error|Stale file handle|Permission denied"
               r"|Transport endpoint is not connected|When \w+ing [^\n]*(?:key|bucket) '|google::cloud::Status"
               r"|Unable to locate credentials|Too many open files"),
 
     # ---- numbers
-    Rule(Fault.NUMERICS, "training diverged on {who}{at}: {error}", _lower_rate,
-         types=r"FloatingPointError|BadNumbers|LossSpike",
+    Rule(Cause.NUMERICS, "training diverged on {who}{at}: {error}", _lower_rate,
+         own=(BadNumbers,), types="FloatingPointError",
          text=r"Current loss scale already at minimum|returned nan values in its \d+th output"
               r"|gradients from `parameters` is non-finite|(?:loss|gradient)\S* (?:is|are) not finite"),
 
+    Rule(Cause.SPIKE, "the loss leapt on {who}{at}: {error}", _lower_rate, own=(LossSpike,)),
+
     # ---- what was asked for
-    Rule(Fault.CONFIGURATION, "a library is missing where {who} runs: {error}",
+    Rule(Cause.CONFIGURATION, "a library is missing where {who} runs: {error}",
          "install the same packages on every node (node {node}), e.g. by the image or `pip install dray[train]`",
          types="ModuleNotFoundError|ImportError"),
-    Rule(Fault.CONFIGURATION, "{who} was refused what the spec asks for: {error}", "do as the message says",
-         types=r"SpecError|PlanError|UserError|DeepSpeedConfigError|ZeRORuntimeException"),
-    Rule(Fault.CONFIGURATION, "the cluster cannot give the workers what they need: {error}",
+    Rule(Cause.CONFIGURATION, "{who} was refused what the spec asks for: {error}", "do as the message says",
+         own=(SpecError, PlanError, UserError), types="DeepSpeedConfigError|ZeRORuntimeException"),
+    Rule(Cause.CONFIGURATION, "the cluster cannot give the workers what they need: {error}",
          "ask for less (resources.workers={workers}, cpus_per_worker, gpus_per_worker) or let the cluster grow; "
          "`ray status` shows what it has",
          types=r"WorkerGroupStartup(?:Timeout|Failed)Error|InsufficientClusterResourcesError|TaskUnschedulableError"
                r"|ActorUnschedulableError"),
-    Rule(Fault.CONFIGURATION, "the workers' environment cannot be set up: {error}",
+    Rule(Cause.CONFIGURATION, "the workers' environment cannot be set up: {error}",
          "mend the runtime environment or the token that the message names",
          types="RuntimeEnvSetupError|AuthenticationError"),
-    Rule(Fault.CONFIGURATION, "{who} cannot use its GPU: {error}",
+    Rule(Cause.CONFIGURATION, "{who} cannot use its GPU: {error}",
          "match driver, CUDA and torch on node {node} (`nvidia-smi`), and resources.gpus_per_worker",
          text=r"CUDA driver version is insufficient|no CUDA-capable device|No CUDA GPUs are available"
               r"|invalid device ordinal|no kernel image is available"),
-    Rule(Fault.CONFIGURATION, "{who} cannot reach the other ranks: {error}",
+    Rule(Cause.CONFIGURATION, "{who} cannot reach the other ranks: {error}",
          "open the ports between the nodes, and check which interface is used (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
          text=r"The client socket has failed to connect|failed to listen on|EADDRINUSE|Address already in use"
               r"|Unable to find address for"),
 
     # ---- a process that is gone
-    Rule(Fault.KILLED, "the process that starts the workers was killed from outside: {error}",
+    Rule(Cause.KILLED, "the process that starts the workers was killed from outside: {error}",
          "look on the driver's node for who did it (`dmesg -T`, the batch system, `ray stop`); " + AGAIN,
          text=r"Ray Train's controller was lost"),
-    Rule(Fault.PREEMPTION, _ASKED_TO_LEAVE,
+    Rule(Cause.PREEMPTION, _ASKED_TO_LEAVE,
          AGAIN + " (checkpoint.every_minutes bounds what is lost)",
-         types="PreemptionError|GroupDissolved",
+         own=(GroupDissolved,), types="PreemptionError",
          text=r"forcibly preempted|interrupted by node preemption|node was preempted"),
-    Rule(Fault.PREEMPTION, _ASKED_TO_LEAVE,
+    Rule(Cause.PREEMPTION, _ASKED_TO_LEAVE,
          AGAIN + " (checkpoint.every_minutes bounds what is lost)", when=_preempted),
-    Rule(Fault.NODE_LOSS, "the head of the Ray cluster went away, and with it all that the cluster knew",
+    Rule(Cause.NODE_LOSS, "the head of the Ray cluster went away, and with it all that the cluster knew",
          "start a head again (`ray start --head`, and the other nodes) or give another --address; " + AGAIN,
          text="the head of the Ray cluster is gone"),
-    Rule(Fault.NODE_LOSS, "node {node} went away with {who}{at}",
+    Rule(Cause.NODE_LOSS, "node {node} went away with {who}{at}",
          "see that the node comes back or another joins (`ray status`); " + AGAIN,
          types="NodeDiedError|LocalRayletDiedError",
          text=r"because its node has died|node was terminated unexpectedly|has been marked dead because the detector"
               r"|Raylet is terminated|uncorrectable ECC error"),
-    Rule(Fault.NODE_LOSS, "node {node} went away with {who}{at}",
+    Rule(Cause.NODE_LOSS, "node {node} went away with {who}{at}",
          "see that the node comes back or another joins (`ray status`); " + AGAIN, when=_node_is_lost),
-    Rule(Fault.HANG, "{who} held up the others{at}", "look at the frame in which it stands; " + AGAIN,
+    Rule(Cause.HANG, "{who} held up the others{at}", "look at the frame in which it stands; " + AGAIN,
          types="NCCLHangError|WorkerHealthCheckTimeoutError"),
-    Rule(Fault.HANG, "{who} held up the others{at}", "look at the frame in which it stands; " + AGAIN, when=_hung),
-    Rule(Fault.CODE, "{who} crashed in native code{at} ({exit})",
+    Rule(Cause.HANG, "{who} held up the others{at}", "look at the frame in which it stands; " + AGAIN, when=_hung),
+    Rule(Cause.CODE, "{who} crashed in native code{at} ({exit})",
          "read the stack of the crash; a library that does not fit the node's processor or driver is the usual reason",
          when=lambda case: case.exit in CRASHES),
-    Rule(Fault.CODE, "{who} crashed in native code{at}: {crash}",
+    Rule(Cause.CODE, "{who} crashed in native code{at}: {crash}",
          "read the stack of the crash; a library that does not fit the node's processor or driver is the usual reason",
          log=r"Fatal Python error: (?P<crash>[^\n]+)|(?P<signal>terminate called after throwing[^\n]+)"),
-    Rule(Fault.CODE, "{who} ended itself{at} without an error ({exit})",
+    Rule(Cause.CODE, "{who} ended itself{at} without an error ({exit})",
          "read the end of its log: something called exit; " + AGAIN,
          when=lambda case: case.exit.startswith("exit code") or case.error_type == "builtins.SystemExit"),
-    Rule(Fault.KILLED, "{who} was killed from outside{at} ({exit})",
+    Rule(Cause.KILLED, "{who} was killed from outside{at} ({exit})",
          "look on node {node} for who did it (`dmesg -T`, the batch system, `ray stop`); " + AGAIN,
          when=lambda case: case.lost),
 
     # ---- ranks that only saw another one go
-    Rule(Fault.HANG, "{who} waited for a rank that hung{at}", "look at the rank that is missing or furthest behind; "
+    Rule(Cause.HANG, "{who} waited for a rank that hung{at}", "look at the rank that is missing or furthest behind; "
          + AGAIN, when=_waited_in_a_hang),
-    Rule(Fault.HANG, "a collective of {who} waited in vain for another rank{at}",
+    Rule(Cause.HANG, "a collective of {who} waited in vain for another rank{at}",
          "look at the rank that is missing or furthest behind; " + AGAIN,
          when=lambda case: bool(COLLECTIVE_TIMEOUT.search(case.text))),
-    Rule(Fault.KILLED, "a rank went away without a word; {who} lost its connection to it{at}",
+    Rule(Cause.KILLED, "a rank went away without a word; {who} lost its connection to it{at}",
          "look on the nodes for who ended it (`dmesg -T`, the batch system); " + AGAIN,
          when=lambda case: bool(CONNECTION_LOST.search(case.text))),
 
-    Rule(Fault.CODE, "{who} raised {error}{at}", "mend what the traceback shows; " + AGAIN,
+    Rule(Cause.CODE, "{who} raised {error}{at}", "mend what the traceback shows; " + AGAIN,
          when=lambda case: bool(case.error_type)),
-    Rule(Fault.UNKNOWN, "{who} ended{at} and nothing says why{said}",
+    Rule(Cause.UNKNOWN, "{who} ended{at} and nothing says why{said}",
          "start it again with --verbose, and look into Ray's logs on node {node}"),
 )
 
@@ -298,7 +298,7 @@ class Finding:
     groups: Mapping[str, str]
 
     @property
-    def fault(self) -> Fault:
+    def fault(self) -> Cause:
         return self.rule.fault
 
     def cause(self, values: Mapping[str, Any]) -> str:
@@ -341,7 +341,8 @@ def find_rule(case: Case) -> Finding:
 
 
 def find_first(cases: Sequence[Case]) -> Finding | None:
-    """What came first: an error that is no mere symptom of another rank's, then the earliest, then the lowest rank.
+    """What came first: what a rank ended the attempt with on purpose, then an error that is no mere symptom of another
+    rank's, then the earliest, then the lowest rank.
 
     A death whose time is not known comes after an error whose time is: a dead rank brings about symptoms only, so an
     error of another kind was there before it.
@@ -350,20 +351,20 @@ def find_first(cases: Sequence[Case]) -> Finding | None:
 
     def order(finding: Finding) -> tuple[Any, ...]:
         case = finding.case
-        return (case.symptom, finding.fault is Fault.UNKNOWN, case.time is None, case.time or 0.0,
+        return (not case.on_purpose, case.symptom, finding.fault is Cause.UNKNOWN, case.time is None, case.time or 0.0,
                 -1 if case.rank is None else case.rank)
 
     return min(findings, key=order, default=None)
 
 
-def classify(failure: Mapping[str, Any]) -> Fault:
-    """The class of a failed attempt, from its document alone."""
+def classify(failure: Mapping[str, Any]) -> Cause:
+    """The cause of a failed attempt, from its document alone."""
     if (first := find_first(make_cases(failure))) is not None:
         return first.fault
     if failure.get("preempted"):
-        return Fault.PREEMPTION
+        return Cause.PREEMPTION
     if failure.get("nodes_lost"):
-        return Fault.NODE_LOSS
+        return Cause.NODE_LOSS
     if failure.get("detected_by") in ("hang", "numerics"):
-        return Fault(str(failure["detected_by"]))
-    return Fault.UNKNOWN
+        return Cause(str(failure["detected_by"]))
+    return Cause.UNKNOWN

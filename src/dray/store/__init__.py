@@ -12,9 +12,8 @@ from dray.store.layout import Fragment, make_fragment_key, parse_fragment_key
 from dray.store.manifest import CheckpointInfo, RankFile
 from dray.store.reading import CheckpointReader, CheckpointReport, inspect_checkpoint, verify_checkpoint
 from dray.store.records import make_limits
-from dray.store.resuming import CheckpointsLost, find_resume_checkpoint
+from dray.store.resuming import find_resume_checkpoint
 from dray.store.retention import LOWER_IS_BETTER, apply_retention
-from dray.store.retrying import StorageFailed
 from dray.store.run import Run, find_checkpoint, list_runs, verify_all
 from dray.store.trackers import Tracker, Trackers, build_trackers, check_trackers
 

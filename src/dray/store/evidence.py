@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from dray.errors import StoreError
+from dray.errors import RankError, StoreError
 from dray.redaction import redact, redact_fields
 from dray.store.filesystem import list_files, write_bytes
 from dray.store.layout import (
@@ -66,16 +66,17 @@ def save_failure(run: RunFolder, failure: Mapping[str, Any]) -> None:
 def make_rank_failure(rank: int | None, error: BaseException | None = None, **fields: Any) -> dict[str, Any]:
     """How one rank ended, as plain values: its error, freed of Ray's wrappers, and `fields` (node, pid, exit, time …).
 
-    The driver's own failure has no rank.
+    `cause` is that of a RankError, none for others'. The driver's own failure has no rank.
     """
     record: dict[str, Any] = {"rank": rank, "node": None, "pid": None, "error_type": "", "message": "",
-                              "traceback": "", "exit": None, "time": None, "step": None}
+                              "traceback": "", "exit": None, "time": None, "step": None, "cause": None}
     if error is not None:
         inner = unwrap(error)
         text = "".join(traceback.format_exception(inner))
         told = getattr(error, "traceback_str", None) or getattr(error, "_traceback_str", None)
         record |= {"error_type": f"{type(inner).__module__}.{type(inner).__qualname__}", "message": str(inner),
-                   "traceback": str(told or text)[-TAIL_BYTES:]}
+                   "traceback": str(told or text)[-TAIL_BYTES:],
+                   "cause": str(inner.cause) if isinstance(inner, RankError) else None}
     return record | fields
 
 

@@ -12,11 +12,11 @@ from datetime import UTC, datetime, timedelta
 
 from pyarrow import fs as pafs
 
+from dray.errors import StorageFailed
 from dray.store.drivers import is_gone, make_process
 from dray.store.filesystem import delete_file, exists, list_files
 from dray.store.layout import CHECKPOINTS, PINS, RUN_FILE
 from dray.store.records import load_json, now, save_json
-from dray.store.retrying import StorageFailed
 
 HOLD = "_hold-"
 """How the names of readers' pins begin; no run's name, and so no fork's pin, begins so."""

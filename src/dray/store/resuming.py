@@ -6,14 +6,10 @@ must not undo weeks of training without anyone being asked.
 
 from __future__ import annotations
 
-from dray.errors import StoreError
+from dray.errors import CheckpointsLost
 from dray.store.layout import REJECTED_FILE
 from dray.store.manifest import CheckpointInfo
 from dray.store.run import Run
-
-
-class CheckpointsLost(StoreError):
-    """A run had committed steps, and none of its checkpoints can be used."""
 
 
 def find_resume_checkpoint(run: Run) -> CheckpointInfo | None:

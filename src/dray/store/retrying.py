@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
-from dray.errors import DrayError, StoreError
+from dray.errors import DrayError, StorageFailed, StoreError
 from dray.redaction import redact
 
 RETRY_SECONDS = 120.0
@@ -62,17 +62,6 @@ _TRANSIENT_WORDS = re.compile(
     r"|name resolution|curl.?(code|error)|error sending request|reset by peer|broken pipe|disconnected|unexpected eof"
     r"|incomplete|try again|conditional.?request.?conflict|operation.?aborted|resource.?exhausted|bad gateway"
     r"|input/output error|stale file", re.IGNORECASE)
-
-
-class StorageFailed(StoreError, OSError):
-    """The storage failed for good, or longer than is waited for: one line for a person, an OSError for a program."""
-
-    def __init__(self, where: str, what: str, rule: str = "", way_out: str = "", number: int | None = None) -> None:
-        super().__init__(where, what, rule, way_out)
-        self.errno = number
-
-    def __reduce__(self) -> tuple[type[StorageFailed], tuple[str, str, str, str, int | None]]:  # type: ignore[override]
-        return type(self), (self.where, self.what, self.rule, self.way_out, self.errno)
 
 
 @contextmanager
