@@ -85,7 +85,7 @@ def dray_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
     """Prepares the corpus on a fresh local Ray, as `dray prepare` does; what it took."""
     import psutil
 
-    from dray.cluster import connect
+    from dray.cluster.connection import connect
     from dray.corpus.prepare import prepare
     from dray.spec import make_spec
 
@@ -118,7 +118,7 @@ def _role(process: Any, root: Any) -> str:
     if process.pid == root.pid:
         return "driver"
     name = " ".join(process.cmdline())
-    return "workers" if name.startswith("ray::") or "dray.forkserver" in name else "ray"
+    return "workers" if name.startswith("ray::") or "dray.processes.forkserver" in name else "ray"
 
 
 def _cpu_seconds(root: Any) -> dict[int, tuple[str, float]]:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from dray.engine import Engine, build_engine
-from dray.models import build_model, parameter_groups
+from dray.models.build import build_model, parameter_groups
 from dray.plan import Plan, local_shape, make_plan
-from dray.process import prepare_process
-from dray.ranks import Ranks, build_ranks
+from dray.processes.heap import prepare_process
+from dray.rank.engine import Engine, build_engine
+from dray.rank.group import Ranks, build_ranks
 from dray.spec import Spec, make_spec
 from dray.tasks.causal_lm import CausalLM
 

@@ -23,8 +23,8 @@ def train(keeps: bool, num_steps: int) -> list[float]:
     import torch
 
     from bench.engines import build, make_case, train_steps
-    from dray.process import prepare_process
-    from dray.ranks import build_ranks, join_alone
+    from dray.processes.heap import prepare_process
+    from dray.rank.group import build_ranks, join_alone
 
     if keeps:
         prepare_process(1)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dray.plan import MemoryPlan, Plan, local_shape, make_plan
+from dray.runs import Run
 from dray.spec import Spec, make_spec
-from dray.store import Run
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "plan.md"
 BEGIN, END = "<!-- bench.memory: begin -->", "<!-- bench.memory: end -->"
@@ -60,7 +60,7 @@ def run_rank(rank: int, spec: Spec, folder: str) -> None:
                       OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import torch.distributed as dist
 
-    from dray.process import prepare_process
+    from dray.processes.heap import prepare_process
 
     prepare_process(1)
     store = dist.FileStore(f"{folder}/store", NUM_RANKS)
@@ -76,8 +76,8 @@ def train(spec: Spec, run: Run) -> dict[str, int]:
     import torch
 
     from bench.engines import build, train_steps
-    from dray.ranks import build_ranks
-    from dray.saving import Saver
+    from dray.rank.group import build_ranks
+    from dray.rank.saving import Saver
 
     plan, ranks = plan_case(spec), build_ranks(torch.device("cpu"), timeout_seconds=300)
     engine = build(spec, plan, ranks)

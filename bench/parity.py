@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import write_section
-from dray.cluster import connect
+from dray.cluster.connection import connect
+from dray.runs import Run, verify_checkpoint
 from dray.spec import make_spec
-from dray.store import Run, verify_checkpoint
-from dray.train import train
+from dray.train.driver import train
 
 CORPUS = Path(__file__).parents[1] / "../shared/data/corpus_en"
 

@@ -25,10 +25,10 @@ import torch.multiprocessing as mp
 from bench.engines import build
 from bench.report import write_section
 from dray.plan import make_plan, parse_shape
-from dray.ranks import Ranks, build_ranks
-from dray.saving import Saver
+from dray.rank.group import Ranks, build_ranks
+from dray.rank.saving import Saver
+from dray.runs import CheckpointInfo, CheckpointReader, Run
 from dray.spec import Spec, make_spec
-from dray.store import CheckpointInfo, CheckpointReader, Run
 
 VOCAB, CHUNK_BYTES = 8192, 8 * 1024 * 1024
 ARMS = ("read", "read with SHA-256", "restore")

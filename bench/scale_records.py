@@ -41,10 +41,10 @@ def make_beat(step: int, rank: int) -> dict[str, Any]:
 def build_recorder(place: str) -> tuple[Any, Any]:
     """A run on the disk, and the driver's recorder for it."""
     from dray.plan import local_shape, make_plan
-    from dray.progress import Display
+    from dray.runs import Run, build_trackers
+    from dray.show.progress import Display
     from dray.spec import make_spec
-    from dray.store import Run, build_trackers
-    from dray.train import Recorder
+    from dray.train.driver import Recorder
 
     spec = make_spec({"name": "large", "data": {"train": "x.jsonl"}, "duration": {"steps": STEPS},
                       "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4}})
@@ -69,9 +69,9 @@ def write_metrics(run: Any, num_steps: int) -> int:
     import pyarrow.parquet as pq
 
     from dray.plan import local_shape, make_plan
-    from dray.store.compaction import make_parquet
-    from dray.store.records import LOCAL_PART_BYTES
-    from dray.train import make_metrics_row
+    from dray.runs.compaction import make_parquet
+    from dray.runs.row_log import LOCAL_PART_BYTES
+    from dray.train.driver import make_metrics_row
 
     plan = make_plan(run.spec(), local_shape())
     row = make_metrics_row([make_record(1, 0, 1)], plan)
@@ -96,7 +96,7 @@ def write_metrics(run: Any, num_steps: int) -> int:
 
 READ = """
 import json, sys, time
-from dray.store import Run
+from dray.runs import Run
 def peak(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 run = Run.open(sys.argv[1], "large")
 idle = peak()
@@ -137,8 +137,8 @@ def measure_manifest(_: argparse.Namespace) -> Iterator[Check]:
     """A checkpoint of 1,000 ranks under ZeRO-3, from what they send to what is read at a restart."""
     import numpy as np
 
-    from dray.store.layout import make_rank_file
-    from dray.store.manifest import CheckpointManifest, Fragments, RankFile
+    from dray.runs.checkpoint_manifest import CheckpointManifest, Fragments, RankFile
+    from dray.runs.layout import make_rank_file
 
     sizes = {"self_attn.q_proj": 4096**2, "self_attn.k_proj": 4096 * 1024, "self_attn.v_proj": 4096 * 1024,
              "self_attn.o_proj": 4096**2, "mlp.gate_proj": 4096 * 14336, "mlp.up_proj": 4096 * 14336,
@@ -177,10 +177,10 @@ def measure_manifest(_: argparse.Namespace) -> Iterator[Check]:
 def measure_driver(_: argparse.Namespace) -> Iterator[Check]:
     """What the records and heartbeats of 10,000 ranks at 1 Hz cost the head: the mailbox' own work, what travels to
     the driver, and the driver's."""
-    from dray.mailbox import Mailbox, pace
+    from dray.doctor.hangs import find_hang
     from dray.spec import Watchdog
-    from dray.train import DRAIN_SECONDS
-    from dray.watchdog import find_hang
+    from dray.train.driver import DRAIN_SECONDS
+    from dray.train.mailbox import Mailbox, pace
 
     num_ranks, seconds, mailbox_seconds, driver_seconds = 10_000, 10, 0.0, 0.0
     beats_every = pace(0.5, num_ranks)

@@ -36,7 +36,7 @@ import psutil
 from bench.recovery import EVERY, SPEC, Steps, make_stock_flags, rank_processes, read_dray_steps, read_stock_steps
 from bench.report import write_section
 from bench.training import ROOT, STOCK
-from dray.store import Run
+from dray.runs import Run
 
 STEPS, MICRO_ROWS, WORKERS = 1_000_000, 16, 2
 CONTROL_SECONDS = 90

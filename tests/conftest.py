@@ -43,8 +43,8 @@ def local_ray() -> Iterator[None]:
     """One Ray for every test that trains: starting it costs more than a tiny run."""
     import ray
 
-    from dray.cluster import fork_environment
-    from dray.ray_start import lean
+    from dray.cluster.connection import fork_environment
+    from dray.cluster.local_ray import lean
 
     with lean(onlookers=True):  # Ray Train's cleaner asks them, in a Ray that a run has not started itself
         ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,
@@ -77,7 +77,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """host:port of a real S3 server, with one bucket called `bucket`."""
-    from dray.store import open_filesystem
+    from dray.storage.filesystem import open_filesystem
 
     server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
     names = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}

@@ -51,7 +51,7 @@ def rank_host() -> Iterator[RankHost]:
 
 
 def _serve(connection: Connection) -> None:
-    from dray.worker import preload
+    from dray.rank.loop import preload
 
     torch.set_num_threads(1)  # no pool of threads, which a fork would lose
     preload()
@@ -99,7 +99,7 @@ def _run_rank(pipe: Connection, function: Callable[..., Any], rank: int, num_ran
               arguments: Any) -> None:
     import torch.distributed as dist
 
-    from dray.ranks import build_ranks
+    from dray.rank.group import build_ranks
 
     try:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))

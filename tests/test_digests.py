@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dray import digests
-from dray.digests import FileChanges, digest_files, recall_digests
+from dray.storage import digests
+from dray.storage.digests import FileChanges, digest_files, recall_digests
 
 
 @pytest.fixture(autouse=True)

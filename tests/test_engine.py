@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dray.plan import Plan, make_plan, parse_shape
-from dray.ranks import Ranks
+from dray.rank.group import Ranks
 from dray.spec import Spec, make_spec
 from rank_host import RankHost
 from tiny import tiny_tree
@@ -31,8 +31,8 @@ def make_case(stage: int, precision: str, *, compiled: bool = False, **model: An
 
 
 def build(spec: Spec, plan: Plan, ranks: Ranks) -> Any:
-    from dray.engine import build_engine
-    from dray.models import build_model, parameter_groups
+    from dray.models.build import build_model, parameter_groups
+    from dray.rank.engine import build_engine
     from dray.tasks.causal_lm import CausalLM
 
     return build_engine(
@@ -57,8 +57,8 @@ def train(engine: Any, num_steps: int, grad_norms: list[float] | None = None) ->
 
 def compare_built(ranks: Ranks, architecture: str) -> list[str]:
     """Names of what differs between a model built in bf16 and one that is built in fp32 and then cast."""
-    from dray.engine import _parameters_at
-    from dray.models import build_model
+    from dray.models.build import build_model
+    from dray.rank.engine import _parameters_at
 
     spec, _ = make_case(1, "bf16", architecture=architecture)
     arguments = {"vocab_size": VOCAB, "pad_token_id": 1, "eos_token_id": 0}
@@ -79,8 +79,8 @@ def test_a_model_built_in_half_precision_is_one_that_was_cast(host: RankHost, ar
 
 def measure_building(ranks: Ranks) -> tuple[int, int, int]:
     """(bytes that building takes at its peak, of the parameters in bf16, of the largest tensor in fp32)"""
-    from dray.engine import _parameters_at
-    from dray.models import build_model
+    from dray.models.build import build_model
+    from dray.rank.engine import _parameters_at
 
     for width, vocab in ((64, 512), (1024, 4096)):  # the first takes what is imported on the way
         spec, _ = make_case(1, "bf16", hidden_size=width, num_layers=6, num_heads=16, vocab_size=vocab)

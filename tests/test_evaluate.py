@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dray.errors import UserError
-from dray.evaluate import batch_rows, make_evaluation_spec
-from dray.generate import fit_prompt
+from dray.release.evaluate import batch_rows, make_evaluation_spec
+from dray.release.generate import fit_prompt
 from dray.spec import Source, make_spec
 from dray.tasks.sequence_classification import SequenceClassification
 

@@ -12,9 +12,9 @@ import torch
 
 from dray.corpus.manifest import MANIFEST, dump_manifest
 from dray.corpus.stream import RowStream
-from dray.device import Clock, HostCopy, Reading, pin, send
-from dray.feeding import StepRows, ValidationRows, feed, run_ahead
-from dray.ranks import Ranks
+from dray.rank.device import Clock, HostCopy, Reading, pin, send
+from dray.rank.feeding import StepRows, ValidationRows, feed, run_ahead
+from dray.rank.group import Ranks
 from dray.tasks.causal_lm import CausalLM
 from random_corpus import build_random_corpus
 

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from dray import forkserver
-from dray.cluster import fork_environment
+from dray.cluster.connection import fork_environment
+from dray.processes import forkserver
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system has no pidfd_open")
 
@@ -46,7 +46,7 @@ class Cluster:
 DRIVER = textwrap.dedent("""
     import json, os, resource, sys, threading
     import ray
-    from dray.cluster import fork_environment
+    from dray.cluster.connection import fork_environment
 
     def faults():
         found = []
@@ -89,7 +89,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def is_forked(found: dict[str, Any]) -> bool:
-    return "dray.forkserver" in found["parent_command"]
+    return "dray.processes.forkserver" in found["parent_command"]
 
 
 def test_workers_are_forks_with_what_is_theirs(cluster: Cluster):
@@ -149,7 +149,7 @@ def start_alone(tmp_path: Path, kind: str = "light", before: str = "", **environ
     """What a worker prints that cannot be a fork, and its words on standard error. It is started as Ray would."""
     script = tmp_path / "worker.py"
     script.write_text("import os, sys; print(sys.argv[1:], os.getpid())")
-    code = (f"import sys; from dray import forkserver\n{before}\n"
+    code = (f"import sys; from dray.processes import forkserver\n{before}\n"
             f"forkserver.become_worker({kind!r}, [{str(script)!r}, '--a', 'b c'])")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
                           text=True, check=True, timeout=60)

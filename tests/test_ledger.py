@@ -19,8 +19,8 @@ from dray.corpus.stream import RowStream, check_rows
 from dray.errors import CorpusError, StoreError
 from dray.ledger import verify_ledger
 from dray.order import NO_STEPS, LeftOut, chain_digest, format_digest, row_digest
+from dray.runs import CheckpointInfo, CheckpointWriter, Run, apply_retention, make_fragment_key
 from dray.spec import make_spec
-from dray.store import CheckpointInfo, CheckpointWriter, Run, apply_retention, make_fragment_key
 from random_corpus import build_random_corpus
 from tiny import tiny_tree
 
@@ -282,7 +282,7 @@ def test_a_fork_leaves_out_what_its_origin_did(tmp_path: Path, corpus: Corpus):
 
 
 def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path):
-    from dray.train import train_locally
+    from dray.train.driver import train_locally
 
     corpus = build_random_corpus(tmp_path / "corpus", [50], tokens=64)
 

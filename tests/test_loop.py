@@ -14,11 +14,11 @@ import pytest
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import RowStream, remember_manifest
 from dray.errors import BadNumbers, CheckpointDamaged, StoreError
-from dray.ranks import Ranks, choose_interface
+from dray.rank.group import Ranks, choose_interface
+from dray.runs import Run, verify_checkpoint
 from dray.spec import make_spec
-from dray.store import Run, verify_checkpoint
-from dray.store.filesystem import RangeReader
-from dray.train import train_locally
+from dray.storage.filesystem import RangeReader
+from dray.train.driver import train_locally
 from failing_proxy import FailingProxy, failing_proxy
 from random_corpus import build_random_corpus
 from rank_host import RankHost, rank_host
@@ -69,7 +69,7 @@ def test_a_validated_step_is_saved_after_its_validation(tmp_path: Path, corpus: 
 
 
 def test_dropout_draws_anew_at_every_place_under_any_seed() -> None:
-    from dray.worker import make_dropout_seed
+    from dray.rank.loop import make_dropout_seed
 
     places = [(seed, step, rank, micro) for seed in (0, 1, SEED) for step in (1, 2, 10**9) for rank in (0, 1, 4095)
               for micro in (0, 1, 2000)]
@@ -81,7 +81,7 @@ def test_dropout_draws_anew_at_every_place_under_any_seed() -> None:
 
 def test_a_storage_where_nothing_can_be_deleted_takes_checkpoints_all_the_same(
         s3_endpoint: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dray.store.filesystem.SDK_ATTEMPTS", 1)
+    monkeypatch.setattr("dray.storage.filesystem.SDK_ATTEMPTS", 1)
 
     def forbid_deletion(method: str, path: str) -> tuple[int, str] | None:
         deletes = method == "DELETE" or (method == "POST" and "delete" in path)
@@ -104,7 +104,7 @@ def test_a_step_that_is_read_one_step_later_gives_the_same_run(
     """As on a GPU, whose numbers are read once the next step has been queued."""
     sections: dict[str, Any] = {"checkpoint": {"every_steps": 3, "keep_last": 9}, "duration": {"steps": 7}}
     at_once = go(tmp_path / "once", corpus, **sections)
-    monkeypatch.setattr("dray.worker.is_queued", lambda device: True)
+    monkeypatch.setattr("dray.rank.loop.is_queued", lambda device: True)
     later = go(tmp_path / "later", corpus, **sections)
     assert steps_of(later) == steps_of(at_once) == [3, 6, 7]
     same = ("step", "loss", "grad_norm", "applied", "tokens", "rows_digest", "learning_rate")
@@ -117,7 +117,7 @@ def test_a_step_that_is_read_one_step_later_gives_the_same_run(
 def test_a_step_without_an_update_is_found_out_one_step_later(
         tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    monkeypatch.setattr("dray.worker.is_queued", lambda device: True)
+    monkeypatch.setattr("dray.rank.loop.is_queued", lambda device: True)
     with pytest.raises(BadNumbers, match="3 steps in a row"):
         go(tmp_path, corpus, optimizer={"learning_rate": 10.0, "weight_decay": 10.0}, duration={"steps": 400},
            regularization={"clip_grad_norm": None}, numerics={"max_skipped_steps": 3})
@@ -163,8 +163,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
 
 def verify_badly(ranks: Ranks, storage: str, bad: list[int]) -> str:
     """How the check of a checkpoint ends where some ranks read a wrong bit."""
-    from dray.store import CheckpointReader
-    from dray.worker import verify_together
+    from dray.rank.loop import verify_together
+    from dray.runs import CheckpointReader
 
     run, read_at = Run.open(storage, "tiny"), RangeReader.read_at
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dray.errors import BadNumbers, LossSpike
-from dray.numerics import Watch
+from dray.rank.numerics import Watch
 from dray.spec import Numerics
 
 

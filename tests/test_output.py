@@ -19,8 +19,8 @@ import pytest
 from dray import cli
 from dray.cli import main
 from dray.errors import Interrupted
-from dray.output import Forgiving
-from dray.signals import Stopped, Wishes, stops
+from dray.processes.signals import Stopped, Wishes, stops
+from dray.processes.streams import Forgiving
 
 
 def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

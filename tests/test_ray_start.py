@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dray import ray_start
+from dray.cluster import local_ray as ray_start
 from dray.errors import PlanError
 
 
@@ -72,7 +72,7 @@ def test_a_local_ray_starts_what_a_run_needs_and_works():
     """In a process of its own, since this one may be connected already."""
     script = textwrap.dedent("""
         import os, psutil, ray
-        from dray.cluster import connect
+        from dray.cluster.connection import connect
         with connect(None, num_cpus=2):
             answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=120)
             children = psutil.Process().children(recursive=True)

@@ -13,10 +13,10 @@ import pytest
 from dray.doctor import diagnose
 from dray.errors import Cause, StorageFailed
 from dray.plan import local_shape, make_plan
-from dray.progress import Display
+from dray.runs import Run, build_trackers
+from dray.show.progress import Display
 from dray.spec import make_spec
-from dray.store import Run, build_trackers
-from dray.train import Recorder
+from dray.train.driver import Recorder
 from small_disk import small_disk
 from tiny import tiny_tree
 
@@ -76,7 +76,7 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, mo
     assert [event["step"] for event in run.events() if event["kind"] == "note"] == list(range(2, 30))
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(bytes(3_000_000))
-    monkeypatch.setattr("dray.train.OUTAGE_SECONDS", 0.3)
+    monkeypatch.setattr("dray.train.driver.OUTAGE_SECONDS", 0.3)
     recorder.take([record for step in range(30, 90) for record in make_records(step)])
     with pytest.raises(StorageFailed, match="is full"):
         recorder.wait_stored()
@@ -97,7 +97,7 @@ def test_a_thread_that_waits_loses_and_doubles_nothing(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Run, "log_metrics", log_slowly)
     monkeypatch.setattr(Run, "log_event", tell_slowly)
-    monkeypatch.setattr("dray.train.DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr("dray.train.driver.DRAIN_SECONDS", 0.0)
     ended = threading.Event()
 
     def save() -> None:
@@ -153,7 +153,7 @@ def test_the_time_to_the_next_new_step_is_by_the_drivers_clock(tmp_path: Path) -
 @pytest.mark.parametrize(("reason", "fault"), [
     ("Ray Train's controller was lost: The actor died unexpectedly before finishing this task.", Cause.KILLED),
     ("metrics/a0001.jsonl: the storage is full ([Errno 28] No space left on device); free space there", Cause.STORAGE),
-    ("the workers failed: dray.store.retrying.StorageFailed: x: the storage refuses it (Read-only file system)",
+    ("the workers failed: dray.storage.retrying.StorageFailed: x: the storage refuses it (Read-only file system)",
      Cause.STORAGE),
 ])
 def test_what_the_driver_could_not_write_down_is_told_all_the_same(tmp_path: Path, reason: str, fault: Cause) -> None:

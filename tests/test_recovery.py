@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from dray.doctor.budget import MAX_NODE_LOSSES, Budget, SmallerBatch
 from dray.errors import Cause, LossSpike
-from dray.job import Job, begin_attempt
 from dray.plan import local_shape, make_plan
-from dray.ray_worker import _find_failed_attempt, _find_spike
-from dray.recovery import MAX_NODE_LOSSES, Budget, SmallerBatch
+from dray.rank.job import Job, begin_attempt
+from dray.runs import CheckpointWriter, Driver, Run, make_fragment_key
+from dray.runs.evidence import make_rank_failure
 from dray.spec import make_spec
-from dray.store import CheckpointWriter, Driver, Run, make_fragment_key
-from dray.store.evidence import make_rank_failure
+from dray.train.worker import _find_failed_attempt, _find_spike
 from tiny import tiny_tree
 
 BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}

@@ -10,7 +10,7 @@ import pytest
 from dray.cli import main
 from dray.errors import PlanError
 from dray.plan import local_shape, make_plan, parse_shape, with_measured_step
-from dray.rehearsal import RAY_SHARE, Rehearsal, _extend, find_rehearsal, rehearse
+from dray.rank.rehearsal import RAY_SHARE, Rehearsal, _extend, find_rehearsal, rehearse
 from dray.spec import make_spec
 
 TREE = {"name": "x", "data": {"train": "x", "sequence_tokens": 32},
@@ -60,7 +60,7 @@ def test_a_kept_rehearsal_that_is_damaged_is_measured_anew(tmp_path: Path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     spec = make_spec(TREE, "x")
     plan = make_plan(spec, local_shape())
-    from dray.rehearsal import _place
+    from dray.rank.rehearsal import _place
 
     place = _place(spec, plan)
     place.parent.mkdir(parents=True)

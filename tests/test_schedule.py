@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dray.schedule import learning_rate
+from dray.rank.schedule import learning_rate
 from dray.spec import Schedule
 
 NAMES = ("constant", "cosine", "linear", "wsd")

@@ -9,8 +9,17 @@ import pytest
 import yaml
 
 from dray.errors import SpecError
-from dray.spec import MAX_SPEC_BYTES, Source, Spec, differing_paths, dump_spec, load_spec, make_spec, recipe_names
-from dray.yaml_reading import read_yaml
+from dray.spec import (
+    MAX_SPEC_BYTES,
+    Source,
+    Spec,
+    differing_paths,
+    dump_spec,
+    load_spec,
+    make_spec,
+    read_yaml,
+    recipe_names,
+)
 
 TREE = {
     "name": "speeches",

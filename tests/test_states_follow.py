@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dray.plan import Plan, make_plan, parse_shape
 from dray.plan.zero_config import make_buckets, make_deepspeed_config
-from dray.ranks import Ranks
+from dray.rank.group import Ranks
+from dray.runs import CheckpointReader, Run, verify_checkpoint
+from dray.runs.checkpoint_reader import HEADER_BYTES
+from dray.runs.commit import CHUNK_BYTES
 from dray.spec import Spec, make_spec
-from dray.store import CheckpointReader, Run, verify_checkpoint
-from dray.store.commit import CHUNK_BYTES
-from dray.store.reading import HEADER_BYTES
 from rank_host import RankHost
 from tiny import tiny_tree
 
@@ -95,8 +95,8 @@ def build(place: Place, ranks: Ranks, *, initial: bool, kind: type[nn.Module] = 
     """The engine, with its weights, or with those that a restore is to replace."""
     from deepspeed.accelerator import get_accelerator
 
-    from dray.engine import build_engine
-    from dray.models import parameter_groups
+    from dray.models.build import parameter_groups
+    from dray.rank.engine import build_engine
 
     get_accelerator().is_fp16_supported = lambda: True
     spec, plan = make_place(place)
@@ -163,7 +163,7 @@ def held(engine: Any, place: Place) -> dict[str, Tensor]:
 
 def save(engine: Any, ranks: Ranks, place: Place, run: Run, step: int) -> None:
     """Commit a checkpoint as the training loop does."""
-    from dray.saving import Saver
+    from dray.rank.saving import Saver
 
     saver = Saver(run, 1, make_place(place)[0], engine=engine, ranks=ranks, wait_stored=lambda: None)
     shapes = {name: list(shape) for name, shape in engine.parameter_shapes.items()}
@@ -289,7 +289,7 @@ def save_wide(ranks: Ranks, storage: str, place: Place) -> None:
 
 def restore_wide(ranks: Ranks, storage: str, source: Place, place: Place) -> tuple[int, int]:
     """Verify and restore as the training loop does. Returns the bytes read, and those of memory needed for it."""
-    from dray.store.filesystem import RangeReader
+    from dray.storage.filesystem import RangeReader
 
     num_bytes, read_at = 0, RangeReader.read_at
 

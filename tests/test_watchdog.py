@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dray.pulse import Pulse
+from dray.doctor.hangs import Hang, agreement_seconds, find_hang
+from dray.rank.pulse import Pulse
 from dray.spec import Watchdog
-from dray.watchdog import Hang, agreement_seconds, find_hang
 
 SETTINGS = Watchdog(silent_seconds=30, long_silence_seconds=90, stuck_seconds=60, stuck_steps=20, patient_seconds=600)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dray import worker_setup
-from dray.worker_setup import make_command
+from dray.processes import worker_setup
+from dray.processes.worker_setup import make_command
 
 WORKER = ["-s", "/ray/workers/default_worker.py", "--raylet-name=/tmp/a b/raylet", "--worker-id=1"]
 

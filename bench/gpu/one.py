@@ -19,11 +19,11 @@ from bench.engines import build, train_steps
 from dray.corpus.manifest import VERSION, Manifest, Packing, SourceRows, Split
 from dray.corpus.prepare import Corpus
 from dray.corpus.shards import make_batch, make_schema, write_shard
-from dray.job import make_corpus_plan
 from dray.plan import Shape, local_shape, make_plan
-from dray.ranks import build_ranks, join_alone
+from dray.rank.group import build_ranks, join_alone
+from dray.rank.job import make_corpus_plan
 from dray.spec import Spec, make_spec
-from dray.train import train_locally
+from dray.train.driver import train_locally
 
 # name: architecture, hidden, layers, heads, kv heads, feed-forward, tokens a row, vocabulary, global rows, micro rows
 SHAPES: dict[str, tuple[Any, ...]] = {

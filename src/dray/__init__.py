@@ -6,8 +6,8 @@
     print(dray.format_plan(dray.make_plan(spec, dray.local_shape())))
     rows = train(spec).run.metrics_table()      # a pyarrow table: step, loss, tokens_per_second, …
 
-Names are imported when they are first used, so that `import dray` costs nothing. The drivers live in modules of their
-own names (`dray.train`, `dray.evaluate`, `dray.generate`, `dray.export`) and are imported from there.
+Names are imported when they are first used, so that `import dray` costs nothing. What takes a run further lies in rooms
+of its own: `dray.train`, `dray.release.evaluate`, `dray.release.generate`, `dray.release.export`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_spec": "dray.spec",
-    "make_spec": "dray.spec",
+    "load_spec": "dray.spec.spec",
+    "make_spec": "dray.spec.spec",
     "local_shape": "dray.plan",
     "parse_shape": "dray.plan",
     "make_plan": "dray.plan",
     "format_plan": "dray.plan",
-    "Run": "dray.store",
-    "list_runs": "dray.store",
-    "verify_checkpoint": "dray.store",
+    "Run": "dray.runs",
+    "list_runs": "dray.runs",
+    "verify_checkpoint": "dray.runs",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (the names are strings)

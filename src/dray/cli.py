@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dray import __version__
 from dray.errors import DrayError, PlanError, RunFailed, SpecError, StoreError, UserError
-from dray.output import ReaderLeft, Results, open_streams, results_apart, warn
+from dray.processes.signals import Stopped, stops
+from dray.processes.streams import ReaderLeft, Results, open_streams, results_apart, warn
 from dray.redaction import redact
-from dray.signals import Stopped, stops
 
 if TYPE_CHECKING:
     from dray.plan import Plan, Shape
+    from dray.runs import Run
     from dray.spec import Spec
-    from dray.store import Run
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -261,7 +261,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from dray.plan import format_plan, local_shape, make_plan, parse_shape, with_measured_step
-    from dray.rehearsal import find_rehearsal, rehearse
+    from dray.rank.rehearsal import find_rehearsal, rehearse
     from dray.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides)
@@ -288,7 +288,7 @@ def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
     if (spec.packs_rows and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
         return None
     from dray.corpus.prepare import recall
-    from dray.job import make_corpus_plan
+    from dray.rank.job import make_corpus_plan
 
     corpus = None
     with suppress(DrayError):  # of the inputs: a plan is made without them, too
@@ -297,11 +297,11 @@ def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from dray.cluster import connect
+    from dray.cluster.connection import connect
     from dray.corpus.prepare import prepare
-    from dray.progress import Display
+    from dray.runs import Run
+    from dray.show.progress import Display
     from dray.spec import load_spec
-    from dray.store import Run
 
     spec = load_spec(arguments.spec, arguments.overrides)
     Run.check_storage(arguments.storage)
@@ -321,9 +321,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from dray.report import format_summary
+    from dray.show.report import format_summary
     from dray.spec import load_spec
-    from dray.train import train
+    from dray.train.driver import train
 
     spec = load_spec(arguments.spec, arguments.overrides)
     ended = train(spec, storage=arguments.storage, run_name=arguments.run_name, fork=arguments.fork,
@@ -336,7 +336,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dray.evaluate import evaluate
+    from dray.release.evaluate import evaluate
 
     storage, name = _locate(arguments)
     result = evaluate(storage, name, data=arguments.data, step=arguments.step, address=arguments.address,
@@ -351,8 +351,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from dray.generate import generate
-    from dray.progress import Display
+    from dray.release.generate import generate
+    from dray.show.progress import Display
 
     storage, name = _locate(arguments)
     texts = generate(storage, name, arguments.prompt, step=arguments.step, max_tokens=arguments.max_tokens,
@@ -367,8 +367,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dray.export import export
-    from dray.progress import Display
+    from dray.release.export import export
+    from dray.show.progress import Display
 
     storage, name = _locate(arguments)
     step = export(storage, name, arguments.folder, step=arguments.step, say=Display().say)
@@ -377,8 +377,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from dray.report import format_runs
-    from dray.store import list_runs
+    from dray.runs import list_runs
+    from dray.show.report import format_runs
 
     summaries = [run.summary() for run in list_runs(arguments.storage)]
     if arguments.json:
@@ -389,8 +389,8 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from dray.report import format_summary, load_account
-    from dray.store import Run
+    from dray.runs import Run
+    from dray.show.report import format_summary, load_account
 
     run = Run.open(*_locate(arguments))
     if arguments.json:
@@ -402,8 +402,8 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from dray.doctor import diagnose
-    from dray.report import format_diagnosis
-    from dray.store import Run
+    from dray.runs import Run
+    from dray.show.report import format_diagnosis
 
     diagnosis = diagnose(Run.open(*_locate(arguments)))
     if arguments.json:
@@ -414,8 +414,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from dray.report import format_verification
-    from dray.store import Run, find_checkpoint, verify_checkpoint
+    from dray.runs import Run, find_checkpoint, verify_checkpoint
+    from dray.show.report import format_verification
 
     run = Run.open(*_locate(arguments))
     if arguments.ledger:
@@ -430,7 +430,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _verify_ledger(run: Run, arguments: argparse.Namespace) -> int:
     from dray.ledger import verify_ledger
-    from dray.report import format_ledger
+    from dray.show.report import format_ledger
 
     report = verify_ledger(run, arguments.step)
     if arguments.json:

@@ -19,8 +19,8 @@ from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.stream import make_order
 from dray.errors import StoreError
 from dray.order import NO_STEPS, Ints, LeftOut, Order, Words, batch_positions, chain_digest, row_digests
+from dray.runs import CheckpointInfo, CheckpointReader, Run, find_checkpoint, make_limits
 from dray.spec import Spec, differing_paths, without_places
-from dray.store import CheckpointInfo, CheckpointReader, Run, find_checkpoint, make_limits
 
 CHUNK_POSITIONS = 2**17
 """Positions looked at together: some tens of megabytes, however long the run."""

@@ -17,7 +17,7 @@ from dray.corpus.reading import InputOutage, Span, SpanReader
 from dray.corpus.sources import InputFile, find_files
 from dray.errors import CorpusError
 from dray.spec import Source
-from dray.store.retrying import is_transient
+from dray.storage.retrying import is_transient
 
 
 def listed(path: Path) -> InputFile:

@@ -31,7 +31,7 @@ from dray.corpus.shards import read_groups
 from dray.errors import CorpusError, StorageFailed, StoreError
 from dray.redaction import restored
 from dray.spec import Spec, make_spec
-from dray.store.filesystem import open_filesystem
+from dray.storage.filesystem import open_filesystem
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -158,10 +158,10 @@ def test_a_prepared_corpus_is_found_without_ray_and_not_made_again(tmp_path: Pat
 def test_a_plan_recalls_a_corpus_without_reading_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     spec, storage = make(str(path)), str(tmp_path / "out")
-    monkeypatch.setattr("dray.digests.SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("dray.storage.digests.SETTLED_SECONDS", 0.0)
     assert recall(spec, storage) is None
     corpus = prepare(spec, storage)
-    monkeypatch.setattr("dray.digests._digest", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr("dray.storage.digests._digest", lambda path: pytest.fail(f"{path} is read"))
     assert recall(spec, storage) == corpus
     path.write_text("another")
     assert recall(spec, storage) is None

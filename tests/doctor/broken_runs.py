@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from dray.store import Run
-from dray.store.evidence import save_failure, save_stacks
+from dray.runs import Run
+from dray.runs.evidence import save_failure, save_stacks
 
 NUM_RANKS, CULPRIT, FAULT_STEP = 3, 1, 4
 PLAN = {"num_steps": 50, "num_ranks": NUM_RANKS, "zero_stage": 1, "offload": "none", "activation_checkpointing": False,

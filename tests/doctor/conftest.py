@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from broken_runs import FAULT_STEP, NUM_RANKS, PLAN, Group, make_row
 
+from dray.runs import Run
+from dray.runs.evidence import make_rank_failure
 from dray.spec import Spec, make_spec
-from dray.store import Run
-from dray.store.evidence import make_rank_failure
 
 FAULTS = ("kill", "raise", "stop", "stuck")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dray.store.evidence import make_rank_failure
+from dray.runs.evidence import make_rank_failure
 
 NUM_RANKS, CULPRIT, FAULT_STEP = 3, 1, 4
 STACKS_AFTER, TIMEOUT = 3.0, 6.0

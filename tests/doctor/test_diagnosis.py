@@ -15,10 +15,10 @@ from broken_runs import FAULT_STEP, fail, make_row
 from dray.cli import main
 from dray.doctor import classify, diagnose
 from dray.errors import BadNumbers, Cause, CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer, SaveFailed
-from dray.report import format_diagnosis
+from dray.runs import Run
+from dray.runs.evidence import make_rank_failure, save_beat, save_failure, save_log
+from dray.show.report import format_diagnosis
 from dray.spec import Spec
-from dray.store import Run
-from dray.store.evidence import make_rank_failure, save_beat, save_failure, save_log
 
 # These texts are literals: there is no GPU where the tests run. They follow torch, NCCL and users' reports.
 CUDA_OUT_OF_MEMORY = (
@@ -156,7 +156,7 @@ def test_stopped_runs(run: Run) -> None:
     run.set_status("interrupted", "KeyboardInterrupt")
     assert (diagnose(run).fault, diagnose(run).cause) == (Cause.INTERRUPTED, "a person stopped the run")
     run.begin_attempt(3, 0)
-    gone = subprocess.run([sys.executable, "-c", "import sys; from dray.store import Run; "
+    gone = subprocess.run([sys.executable, "-c", "import sys; from dray.runs import Run; "
                            "Run.open(sys.argv[1], 'speeches').set_status('running')", run.storage], check=False)
     assert gone.returncode == 0
     found = diagnose(run)

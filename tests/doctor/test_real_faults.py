@@ -19,8 +19,8 @@ from pyarrow import fs as pafs
 from dray.corpus.manifest import load_manifest
 from dray.doctor import classify, diagnose
 from dray.errors import Cause, CorpusError, PlanError, StoreError
-from dray.store import Run
-from dray.store.evidence import make_rank_failure, unwrap
+from dray.runs import Run
+from dray.runs.evidence import make_rank_failure, unwrap
 
 # ---- a group of ranks, one of which meets a fault -----------------------------------------------------------------
 
@@ -259,7 +259,7 @@ def fill():
 try:
     ray.get(fill.remote(), timeout=90)
 except ray.exceptions.RayError as error:
-    from dray.store.evidence import make_rank_failure
+    from dray.runs.evidence import make_rank_failure
     print("\\n" + json.dumps(make_rank_failure(1, error)))
 """
 

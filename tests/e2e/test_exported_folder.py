@@ -15,11 +15,11 @@ import torch
 import dray
 from dray.corpus.prepare import prepare
 from dray.corpus.stream import read_rows
-from dray.evaluate import evaluate
-from dray.export import export
-from dray.generate import generate
-from dray.train import train_locally
-from dray.trained import Trained, load_trained
+from dray.release.evaluate import evaluate
+from dray.release.export import export
+from dray.release.generate import generate
+from dray.release.trained import Trained, load_trained
+from dray.train.driver import train_locally
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 WORDS = "the play was a tale of two towns and their river in winter now café naïve".split()  # noqa: SIM905

@@ -14,16 +14,16 @@ import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
 from dray.errors import SpecError, StoreError
-from dray.evaluate import evaluate
-from dray.export import export
-from dray.generate import generate
 from dray.ledger import verify_ledger
 from dray.plan import local_shape
-from dray.progress import Display
+from dray.release.evaluate import evaluate
+from dray.release.export import export
+from dray.release.generate import generate
+from dray.runs import Run, list_runs, verify_checkpoint
+from dray.show.progress import Display
 from dray.spec import Spec, make_spec
-from dray.start import look, open_run
-from dray.store import Run, list_runs, verify_checkpoint
-from dray.train import train, train_locally
+from dray.train.driver import train, train_locally
+from dray.train.start import look, open_run
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -222,7 +222,7 @@ def test_a_record_with_whole_paths_opens_where_they_are_and_where_they_were_move
     identity = run.record()["identity"]
     identity["model"]["path"] = str(place.root / "base")
     run.update(corpus=str(place.storage / run.record()["corpus"]), identity=identity)
-    Path(run.path, "spec.yaml").write_text(dray.spec.dump_spec(
+    Path(run.path, "spec.yaml").write_text(dray.spec.spec.dump_spec(
         place.spec(model={"path": str(place.root / "base")}, precision="fp32")))
     assert evaluate(str(place.storage), "tuned")["step"] == 2
     moved = place.storage.rename(place.root / "elsewhere")

@@ -10,9 +10,9 @@ import pytest
 
 from dray.errors import RunFailed, StoreError
 from dray.ledger import verify_ledger
+from dray.runs import Run, verify_checkpoint
 from dray.spec import make_spec
-from dray.store import Run, verify_checkpoint
-from dray.train import train, train_locally
+from dray.train.driver import train, train_locally
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -21,12 +21,12 @@ import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
 from dray.errors import CorpusError, SpecError, StoreError, UserError
-from dray.evaluate import evaluate
-from dray.export import export
-from dray.generate import generate
+from dray.release.evaluate import evaluate
+from dray.release.export import export
+from dray.release.generate import generate
+from dray.runs import Run
 from dray.spec import make_spec
-from dray.store import Run
-from dray.train import train, train_locally
+from dray.train.driver import train, train_locally
 from tiny import tiny_tree
 
 
@@ -108,7 +108,7 @@ def test_generate_continues_each_prompt(storage: str, run: Run):
 def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dray.trained import load_trained
+    from dray.release.trained import load_trained
 
     folder = tmp_path / "model"
     assert export(storage, "alone", str(folder)) == 30

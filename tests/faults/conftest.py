@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from harness import INJECTED, Measured, make_case, measure
 
+from dray.runs import Run
 from dray.spec import make_spec
-from dray.store import Run
-from dray.train import train
+from dray.train.driver import train
 
 RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 ROWS: list[tuple[str, Measured]] = []

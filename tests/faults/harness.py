@@ -24,10 +24,10 @@ import psutil
 import yaml
 
 from dray.ledger import verify_ledger
+from dray.runs import Run, verify_checkpoint
+from dray.runs.evidence import load_failures
 from dray.spec import make_spec
-from dray.store import Run, verify_checkpoint
-from dray.store.evidence import load_failures
-from dray.train import train
+from dray.train.driver import train
 from tiny import tiny_tree
 
 STEPS, EVERY = 24, 6

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from harness import EVERY, causes, copy_storage, make_case
 
+from dray.runs import Run
+from dray.runs.layout import MARKER_FILE
 from dray.spec import make_spec
-from dray.store import Run
-from dray.store.layout import MARKER_FILE
-from dray.train import train
+from dray.train.driver import train
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from harness import causes, disturbed, kill, random_rank, rank_processes
 
-from dray.store import Run
+from dray.runs import Run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.mark.parametrize("place", [
-    pytest.param("dray.store.commit:tensor_bytes:before", id="in-the-write-of-its-file", marks=pytest.mark.slow),
-    pytest.param("dray.store.commit:CheckpointWriter.write_rank:after", id="after-its-file-is-whole",
+    pytest.param("dray.runs.commit:tensor_bytes:before", id="in-the-write-of-its-file", marks=pytest.mark.slow),
+    pytest.param("dray.runs.commit:CheckpointWriter.write_rank:after", id="after-its-file-is-whole",
                  marks=pytest.mark.slow),
-    pytest.param("dray.store.commit:CheckpointWriter._check_current:before", id="before-the-marker"),
-    pytest.param("dray.store.commit:CheckpointWriter.commit:after", id="after-the-marker", marks=pytest.mark.slow),
+    pytest.param("dray.runs.commit:CheckpointWriter._check_current:before", id="before-the-marker"),
+    pytest.param("dray.runs.commit:CheckpointWriter.commit:after", id="after-the-marker", marks=pytest.mark.slow),
 ])
 def test_a_worker_is_killed_in_a_save(place: str, storage: str, tiny_corpus: Path, undisturbed: Run, measured,
                                       name_fault, request: pytest.FixtureRequest):
@@ -33,7 +33,7 @@ def test_a_worker_is_killed_in_a_save(place: str, storage: str, tiny_corpus: Pat
 
 def test_a_worker_is_killed_in_the_restore(storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault):
     """a worker killed in the restore after another kill"""
-    happened = name_fault("dray.store.reading:CheckpointReader.read:after")
+    happened = name_fault("dray.runs.checkpoint_reader:CheckpointReader.read:after")
     run = disturbed(storage, tiny_corpus, "killed-in-restore", {13: lambda: kill(random_rank())})
     assert happened.exists()
     measured(run, undisturbed)
@@ -51,8 +51,8 @@ def test_all_workers_are_killed_at_once(storage: str, tiny_corpus: Path, undistu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [
-    pytest.param("dray.worker:_Loop._checkpoint_due:before", id="in-a-step"),
-    pytest.param("dray.job:begin_attempt:before", id="before-its-attempt-is-recorded"),
+    pytest.param("dray.rank.loop:_Loop._checkpoint_due:before", id="in-a-step"),
+    pytest.param("dray.rank.job:begin_attempt:before", id="before-its-attempt-is-recorded"),
 ])
 def test_a_worker_raises(place: str, storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault,
                          request: pytest.FixtureRequest):

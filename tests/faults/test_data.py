@@ -25,9 +25,9 @@ from harness import (
 
 from dray.doctor import diagnose
 from dray.errors import RunFailed
+from dray.runs import Run
 from dray.spec import make_spec
-from dray.store import Run
-from dray.train import train
+from dray.train.driver import train
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +116,7 @@ def test_the_object_store_is_full(small_store: str, storage: str, tiny_corpus: P
 def test_the_clock_of_a_rank_is_an_hour_fast(storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault,
                                              local_ray: None):
     """the clock of one rank an hour fast (a stand-in: Python's clock in that process), and a worker killed"""
-    happened = name_fault("dray.ray_worker:run_rank:before", "hasten_clock")
+    happened = name_fault("dray.train.worker:run_rank:before", "hasten_clock")
     run = disturbed(storage, tiny_corpus, "hasty", {13: lambda: kill(random_rank())},
                     checkpoint={"every_steps": 6, "keep_last": 2})
     assert happened.exists()

@@ -10,9 +10,9 @@ from harness import Training, befalling, kill, make_case, processes_named, wait_
 
 from dray.doctor import diagnose
 from dray.errors import RunFailed
+from dray.runs import Run
 from dray.spec import make_spec
-from dray.store import Run
-from dray.train import train
+from dray.train.driver import train
 
 
 def test_the_driver_is_killed_and_started_again(storage: str, tiny_corpus: Path, undisturbed: Run, measured,

@@ -32,7 +32,7 @@ from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from dray.doctor import diagnose
 from dray.errors import Cause
-from dray.store import Run
+from dray.runs import Run
 
 ENVIRONMENT = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
 
@@ -115,7 +115,8 @@ def test_a_node_that_joins_is_made_ready_for_ranks(storage: str, tiny_corpus: Pa
     head.add()
     raylet = head.nodes[-1].all_processes[PROCESS_TYPE_RAYLET][0].process.pid
     # The one that knows Ray, and its fork that knows what a rank needs; all ranks are on other nodes.
-    wait_for(lambda: len(processes_named("dray.forkserver", psutil.Process(raylet))) == 2, "the node's servers", 30)
+    server = "dray.processes.forkserver"
+    wait_for(lambda: len(processes_named(server, psutil.Process(raylet))) == 2, "the node's servers", 30)
     assert training.finish() == 0, training.output
     assert len(training.run.attempts()) == 1
 
@@ -126,7 +127,7 @@ def test_a_notice_that_is_too_short_costs_an_interval(
         storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
         name_fault: Callable[..., Path], stays: bool):
     """notice of preemption a second ahead, which is too short to save: the node is killed at once, or a while later"""
-    name_fault("dray.saving:Saver._commit:slow")  # three seconds
+    name_fault("dray.rank.saving:Saver._commit:slow")  # three seconds
     head.add(2)
     training = start(head, storage, f"hasty-{stays}", tiny_corpus, tmp_path)
     training.wait_for_step(8)
@@ -147,7 +148,7 @@ def test_ranks_agree_on_a_notice_that_they_see_at_different_steps(
         storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
         name_fault: Callable[..., Path]):
     """notice of preemption that one rank sees three seconds after the other"""
-    happened = name_fault("dray.ray_worker:_Posting.notice_given:late")
+    happened = name_fault("dray.train.worker:_Posting.notice_given:late")
     head.add(2)
     training = start(head, storage, "late", tiny_corpus, tmp_path)
     training.wait_for_step(8)
@@ -181,7 +182,7 @@ def test_an_elastic_group_goes_on_with_fewer_ranks(storage: str, tiny_corpus: Pa
 def test_an_elastic_group_grows(storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes,
                                 tmp_path: Path, name_fault: Callable[..., Path]):
     """elastic group: a node joins"""
-    name_fault("dray.worker:_Loop._train_step:slow")  # so that the next look at the cluster comes before the last step
+    name_fault("dray.rank.loop:_Loop._train_step:slow")  # so that the cluster is looked at before the last step
     head.add()
     training = start(head, storage, "grown", tiny_corpus, tmp_path, workers=[1, 2])
     training.wait_for_step(1)

@@ -32,13 +32,13 @@ from pyarrow.fs import copy_files
 from dray.corpus.prepare import prepare
 from dray.doctor import diagnose
 from dray.errors import RunFailed
-from dray.saving import MAX_FAILED_IN_A_ROW
+from dray.rank.saving import MAX_FAILED_IN_A_ROW
+from dray.runs import Run, verify_checkpoint
+from dray.runs.drivers import HEARTBEAT_SECONDS
+from dray.runs.layout import DRIVERS
 from dray.spec import make_spec
-from dray.store import Run, verify_checkpoint
-from dray.store.drivers import HEARTBEAT_SECONDS
-from dray.store.filesystem import open_filesystem
-from dray.store.layout import DRIVERS
-from dray.train import train
+from dray.storage.filesystem import open_filesystem
+from dray.train.driver import train
 from failing_proxy import FailingProxy, Fault, failing_proxy
 from small_disk import small_disk
 

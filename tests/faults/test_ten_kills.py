@@ -10,7 +10,7 @@ import pytest
 from harness import causes, kill, make_case, random_rank, steps_of, wait_for
 
 from dray.spec import make_spec
-from dray.train import train
+from dray.train.driver import train
 
 NUM_KILLS = 10
 

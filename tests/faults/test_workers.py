@@ -28,10 +28,10 @@ from harness import (
 
 from dray.errors import RunFailed, StoreError
 from dray.ledger import verify_ledger
-from dray.progress import Display
+from dray.runs import Run, verify_checkpoint
+from dray.show.progress import Display
 from dray.spec import make_spec
-from dray.store import Run, verify_checkpoint
-from dray.train import train
+from dray.train.driver import train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -65,7 +65,7 @@ def test_a_stopped_worker_is_found_and_ended(storage: str, tiny_corpus: Path, un
 def test_a_deadlock_that_holds_the_interpreters_lock(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
                                                      name_fault):
     """a deadlock in one rank that holds Python's lock: no thread of it runs"""
-    happened = name_fault("dray.worker:_Loop._checkpoint_due:before", "deadlock")
+    happened = name_fault("dray.rank.loop:_Loop._checkpoint_due:before", "deadlock")
     run = disturbed(storage, tiny_corpus, "deadlocked", {})
     assert happened.exists()
     measured(run, undisturbed)
@@ -106,7 +106,7 @@ def test_a_slow_rank_is_reported_and_left_alone(storage: str, tiny_corpus: Path,
 def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corpus: Path, local_ray: None,
                                                          name_fault: Callable[..., Path]):
     """A rank gets a real limit before its first step, which takes hundreds of megabytes more."""
-    happened = name_fault("dray.worker:_Loop._forward_backward:before", "starve")
+    happened = name_fault("dray.rank.loop:_Loop._forward_backward:before", "starve")
     spec = make_case(tiny_corpus, duration={"steps": 3}, batch={"global_rows": 64, "micro_rows": 32},
                      data={"sequence_tokens": 256}, tokenizer={"vocab_size": 4096},
                      model={"hidden_size": 256, "num_layers": 2, "num_heads": 4})

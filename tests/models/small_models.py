@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dray.models import build_model
+from dray.models.build import build_model
 from dray.spec import Spec, make_spec
 
 VOCAB = 512

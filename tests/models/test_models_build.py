@@ -9,13 +9,8 @@ import torch
 from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from torch import nn
 
-from dray.models import (
-    enable_activation_checkpointing,
-    initialize_weights,
-    num_parameters,
-    parameter_groups,
-    restore_rotary_buffers,
-)
+from dray.models.build import enable_activation_checkpointing, num_parameters, parameter_groups
+from dray.models.initialize import initialize_weights, restore_rotary_buffers
 
 
 def first_loss(model: nn.Module, vocabulary: int = VOCAB) -> float:

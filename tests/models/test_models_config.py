@@ -11,7 +11,7 @@ import torch
 from small_models import VOCAB, small_model, small_spec, some_ids
 
 from dray.errors import SpecError
-from dray.models import check_builds
+from dray.models.build import check_builds
 from dray.models.config import make_config
 from dray.plan.architectures import default_intermediate_size
 

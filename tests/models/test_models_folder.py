@@ -12,8 +12,10 @@ from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from dray.errors import SpecError, StoreError
-from dray.models import check_builds, check_folder, make_config, save_pretrained_folder
-from dray.pretrained import check_weights
+from dray.models.build import check_builds
+from dray.models.config import make_config
+from dray.models.folder import check_folder, save_pretrained_folder
+from dray.models.source import check_weights
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "gemma2"])

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from torch import nn
 
-from dray.models import num_parameters, parameter_groups
+from dray.models.build import num_parameters, parameter_groups
 from dray.spec import Spec
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "modernbert", "distilbert", "gemma2")
@@ -35,7 +35,7 @@ def first_loss(model: Any) -> float:
 def run_rank(rank: int, port: int, specs: list[tuple[str, Spec]], results: Any) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_IGNORE_CUDA_DETECTION="1")
-    from dray.engine import import_deepspeed
+    from dray.rank.engine import import_deepspeed
 
     deepspeed = import_deepspeed("cpu")  # without the collective that DeepSpeed compiles for half a minute
     torch.set_num_threads(1)

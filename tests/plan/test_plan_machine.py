@@ -14,7 +14,7 @@ import pytest
 from dray.errors import PlanError
 from dray.plan import Card, find_cards, local_shape, make_accelerator, make_plan, match_accelerator
 from dray.plan.machine import _visible_handles
-from dray.process import keep_compiled_code
+from dray.processes.heap import keep_compiled_code
 from dray.spec import make_spec
 
 GIB = 2**30
@@ -94,7 +94,7 @@ def test_gpus_of_a_cluster_that_nothing_knows_are_planned_for_without_a_memory_c
     """Logical GPUs and a label of Ray's stand in for cards: the task that asks the drivers runs, and finds none."""
     code = (
         "import ray\n"
-        "from dray.cluster import live_shape\n"
+        "from dray.cluster.connection import live_shape\n"
         "ray.init(address='local', num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False,\n"
         "         resources={'accelerator_type:B9000': 1})\n"
         "shape = live_shape(1, 1)\n"

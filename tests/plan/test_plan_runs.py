@@ -13,10 +13,10 @@ import pytest
 CODE = """
 import json, sys, torch
 import dray.tasks.losses
-from dray.engine import build_engine
+from dray.rank.engine import build_engine
 from dray.models.build import build_model, parameter_groups
 from dray.plan import make_plan, parse_shape
-from dray.ranks import build_ranks, join_alone
+from dray.rank.group import build_ranks, join_alone
 from dray.spec import make_spec
 from dray.tasks.causal_lm import CausalLM
 

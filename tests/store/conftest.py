@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sharded_model import PLAN, make_test_spec
 
+from dray.runs import Run
 from dray.spec import Spec
-from dray.store import Run
 from failing_proxy import FailingProxy, failing_proxy
 
 
@@ -22,10 +22,10 @@ def s3_storage(s3_endpoint: str) -> str:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries as they are, with pauses that a test can wait for, and none by the S3 library itself."""
-    monkeypatch.setattr("dray.store.retrying.RETRY_SECONDS", 20.0)
-    monkeypatch.setattr("dray.store.retrying.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("dray.store.retrying.LONGEST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr("dray.store.filesystem.SDK_ATTEMPTS", 1)
+    monkeypatch.setattr("dray.storage.retrying.RETRY_SECONDS", 20.0)
+    monkeypatch.setattr("dray.storage.retrying.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dray.storage.retrying.LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("dray.storage.filesystem.SDK_ATTEMPTS", 1)
 
 
 @pytest.fixture

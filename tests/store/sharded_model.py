@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from dray.runs import CheckpointInfo, CheckpointWriter, Run, make_fragment_key
 from dray.spec import Spec, make_spec
-from dray.store import CheckpointInfo, CheckpointWriter, Run, make_fragment_key
 
 PLAN = {"num_steps": 50, "num_ranks": 2}
 SHAPES: dict[str, list[int]] = {

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from sharded_model import SHAPES, STATES, make_fragments, make_whole, save
 
 from dray.errors import StoreError
-from dray.store import CheckpointReader, CheckpointWriter, Run, make_fragment_key, parse_fragment_key, verify_checkpoint
-from dray.store.filesystem import list_files
+from dray.runs import CheckpointReader, CheckpointWriter, Run, make_fragment_key, parse_fragment_key, verify_checkpoint
+from dray.storage.filesystem import list_files
 
 
 @pytest.mark.parametrize(("num_ranks", "flat"), [(1, True), (2, True), (3, False), (5, True)])

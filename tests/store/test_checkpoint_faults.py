@@ -14,8 +14,8 @@ import pytest
 from sharded_model import SHAPES, save
 
 from dray.errors import StoreError
-from dray.store import CheckpointInfo, CheckpointReader, Run, apply_retention, find_checkpoint, verify_checkpoint
-from dray.store.filesystem import list_files, read_bytes, write_bytes
+from dray.runs import CheckpointInfo, CheckpointReader, Run, apply_retention, find_checkpoint, verify_checkpoint
+from dray.storage.filesystem import list_files, read_bytes, write_bytes
 
 RANK_FILE = "rank-00001-of-00002.safetensors"
 
@@ -122,7 +122,7 @@ def test_header_that_is_none(local_run: Run, content: bytes) -> None:
 def test_a_name_in_the_manifest_never_leaves_the_folder(local_run: Run) -> None:
     import json
 
-    from dray.store.manifest import make_sha256
+    from dray.runs.checkpoint_manifest import make_sha256
 
     info = save(local_run, 20)
     edit(local_run, info, "manifest.json", lambda content: content.replace(RANK_FILE.encode(), b"../../run.json"))
@@ -134,7 +134,7 @@ def test_a_name_in_the_manifest_never_leaves_the_folder(local_run: Run) -> None:
 
 WRITE_AND_COMMIT = """
 import sys, torch
-from dray.store import CheckpointWriter, Run
+from dray.runs import CheckpointWriter, Run
 storage, stop_before = sys.argv[1:3]
 run = Run.open(storage, "speeches")
 class Stopping(CheckpointWriter):
@@ -212,7 +212,7 @@ def test_full_disk_leaves_no_file_under_the_name(tmp_path: Path, local_run: Run)
         save(run, 10, num_ranks=1)
         import torch
 
-        from dray.store import CheckpointWriter
+        from dray.runs import CheckpointWriter
 
         writer = CheckpointWriter(run, 20, 1)
         with pytest.raises(OSError, match="No space left"):

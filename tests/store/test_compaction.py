@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from sharded_model import PLAN, make_test_spec
 
 from dray.errors import StoreError
-from dray.report import format_summary
-from dray.store import Run, open_filesystem
-from dray.store.compaction import make_parquet, read_parquet
-from dray.store.filesystem import is_local, list_files, read_bytes, write_bytes
-from dray.store.records import RowLog, make_history
+from dray.runs import Run
+from dray.runs.compaction import make_parquet, read_parquet
+from dray.runs.row_log import RowLog, make_history
+from dray.show.report import format_summary
+from dray.storage.filesystem import is_local, list_files, open_filesystem, read_bytes, write_bytes
 
 VALUES = (st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=5)
           | st.lists(st.integers(0, 9), max_size=2) | st.dictionaries(st.text(max_size=2), st.booleans(), max_size=2))
@@ -45,9 +45,9 @@ def row_of(step: int, attempt: int = 1) -> dict[str, Any]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dray.store.records.PART_BYTES", 250)
-    monkeypatch.setattr("dray.store.records.LOCAL_PART_BYTES", 1200)
-    monkeypatch.setattr("dray.store.records.COMPACT_PARTS", 4)
+    monkeypatch.setattr("dray.runs.row_log.PART_BYTES", 250)
+    monkeypatch.setattr("dray.runs.row_log.LOCAL_PART_BYTES", 1200)
+    monkeypatch.setattr("dray.runs.row_log.COMPACT_PARTS", 4)
 
 
 SPANS = ((0, 40), (30, 55), (55, 58), (45, 80))
@@ -93,7 +93,7 @@ def test_a_process_that_dies_while_compacting(
     run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
     """Before the Parquet file is there, after it, or half way through deleting the parts."""
-    from dray.store import records
+    from dray.runs import row_log as records
 
     real, calls = getattr(records, where), []
 
@@ -105,7 +105,7 @@ def test_a_process_that_dies_while_compacting(
         return real(filesystem, path, *rest)
 
     run.begin_attempt(1, 0)
-    monkeypatch.setattr(f"dray.store.records.{where}", dying)
+    monkeypatch.setattr(f"dray.runs.row_log.{where}", dying)
     done = 0
     try:
         for step in range(1, 60):
@@ -113,7 +113,7 @@ def test_a_process_that_dies_while_compacting(
             done = step
     except KeyboardInterrupt:
         done = len(run.metrics())  # the row that was being logged is stored already
-    monkeypatch.setattr(f"dray.store.records.{where}", real)
+    monkeypatch.setattr(f"dray.runs.row_log.{where}", real)
     assert done < 59
     again = Run.open(run.storage, run.name)
     assert [row["step"] for row in again.metrics()] == list(range(1, done + 1))
@@ -128,8 +128,8 @@ def test_a_process_that_dies_while_compacting(
 
 def test_two_compactors_at_once(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They see the same parts, or one more: rows are given once all the same."""
-    monkeypatch.setattr("dray.store.records.COMPACT_PARTS", 10**6)
-    monkeypatch.setattr("dray.store.records.RowLog._compact_when_due", lambda *_: None)
+    monkeypatch.setattr("dray.runs.row_log.COMPACT_PARTS", 10**6)
+    monkeypatch.setattr("dray.runs.row_log.RowLog._compact_when_due", lambda *_: None)
     log_steps(run, 1, 40)
     listed = [file for file in run._metrics._files("a0001") if not file.is_compact][:-1]
     others = [Run.open(run.storage, run.name)._metrics for _ in range(3)]
@@ -158,14 +158,14 @@ def test_two_compactors_at_once(run: Run, small_parts: None, monkeypatch: pytest
 
 def test_reading_while_it_is_compacted(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that has come half way loses and doubles nothing when the parts before it go away."""
-    monkeypatch.setattr("dray.store.records.RowLog._compact_when_due", lambda *_: None)
+    monkeypatch.setattr("dray.runs.row_log.RowLog._compact_when_due", lambda *_: None)
     log_steps(run, 1, 40)
     monkeypatch.undo()
     for taken in (1, 7, 20):
         reading = run.iterate_metrics()
         steps = [next(reading)["step"] for _ in range(taken)]
         if taken == 7:
-            monkeypatch.setattr("dray.store.records.LOCAL_PART_BYTES", 1200)
+            monkeypatch.setattr("dray.runs.row_log.LOCAL_PART_BYTES", 1200)
             Run.open(run.storage, run.name)._metrics.compact("a0001")
             monkeypatch.undo()
         steps += [row["step"] for row in reading]
@@ -174,7 +174,7 @@ def test_reading_while_it_is_compacted(run: Run, small_parts: None, monkeypatch:
 
 def test_a_damaged_parquet_file(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the parts are there they are read; afterwards the damage is named, not passed over."""
-    monkeypatch.setattr("dray.store.records.RowLog._delete", lambda *_: None)
+    monkeypatch.setattr("dray.runs.row_log.RowLog._delete", lambda *_: None)
     log_steps(run, 1, 40)
     folder = f"{run.path}/metrics"
     name = next(name for name in sorted(list_files(run.filesystem, folder)) if name.endswith(".parquet"))
@@ -213,14 +213,14 @@ def test_a_stale_appender_does_not_write_into_what_is_gone(local_run: Run, small
 
 
 def test_attempts_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dray.store import records
+    from dray.runs import row_log as records
 
     for start in range(6):
         run.end_attempt(run.begin_attempt(1, start), "failed", start + 1)
     run.attempts()
     reads: list[str] = []
     real = records.read_bytes
-    monkeypatch.setattr("dray.store.records.read_bytes", lambda fs, path: reads.append(path) or real(fs, path))
+    monkeypatch.setattr("dray.runs.row_log.read_bytes", lambda fs, path: reads.append(path) or real(fs, path))
     assert len(Run.open(run.storage, run.name).attempts()) == 6
     assert reads == []
     number = run.begin_attempt(1, 9)

@@ -16,9 +16,9 @@ from sharded_model import PLAN, make_test_spec, save
 from dray import redaction
 from dray.errors import DrayError, StoreError
 from dray.redaction import redact, restored, take_in
+from dray.runs import Run, list_runs
 from dray.spec import dump_spec, load_spec, make_spec
-from dray.store import Run, list_runs, open_filesystem
-from dray.store.filesystem import absolute, child
+from dray.storage.filesystem import absolute, child, open_filesystem
 
 KEY, SECRET = "AKIDEXAMPLEKEY", "wJalrXUtnFEMIbPxRfiCY"
 

@@ -15,15 +15,15 @@ import pytest
 from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 from dray.errors import StoreError
-from dray.store import CheckpointInfo, CheckpointWriter, Driver, Run
-from dray.store.drivers import is_gone, make_process
-from dray.store.filesystem import list_files, read_bytes, write_bytes
-from dray.store.records import load_json, save_json
+from dray.runs import CheckpointInfo, CheckpointWriter, Driver, Run
+from dray.runs.drivers import is_gone, make_process
+from dray.runs.row_log import load_json, save_json
+from dray.storage.filesystem import list_files, read_bytes, write_bytes
 
 TAKE_OVER = """
 import sys
 from dray.errors import StoreError
-from dray.store import Run
+from dray.runs import Run
 run = Run.open(sys.argv[1], "speeches")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -150,8 +150,8 @@ def test_clocks_that_differ_do_not_matter(run: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_that_waits_for_a_driver_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dray.store.drivers.DEAD_SECONDS", 2.0)
-    monkeypatch.setattr("dray.store.drivers.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("dray.runs.drivers.DEAD_SECONDS", 2.0)
+    monkeypatch.setattr("dray.runs.drivers.LOOK_SECONDS", 0.1)
     send_away(run, run.take_over())
     assert run.take_over(wait_seconds=30).number == 2
     begun = time.monotonic()
@@ -281,7 +281,7 @@ def test_an_attempt_that_a_stale_driver_recorded_late_is_none(run: Run) -> None:
 
 COMMIT_LATE = """
 import sys, torch
-from dray.store import CheckpointWriter, Run
+from dray.runs import CheckpointWriter, Run
 run = Run.open(sys.argv[1], "speeches")
 driver = run.take_over()
 attempt = run.begin_attempt(1, 0, driver=driver.number)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dray.store import Run
-from dray.store.evidence import (
+from dray.runs import Run
+from dray.runs.evidence import (
     TAIL_BYTES,
     load_beats,
     load_failures,
@@ -17,7 +17,7 @@ from dray.store.evidence import (
     stack_path,
     unwrap,
 )
-from dray.store.filesystem import list_files, read_bytes, write_bytes
+from dray.storage.filesystem import list_files, read_bytes, write_bytes
 
 
 def test_what_is_saved_is_read(run: Run) -> None:

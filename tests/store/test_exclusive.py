@@ -15,16 +15,16 @@ from pyarrow import fs as pafs
 from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 from dray.errors import StorageFailed, StoreError
-from dray.store import CheckpointWriter, Run, open_filesystem
-from dray.store.exclusive import _build_store, _s3_settings, create_exclusive
-from dray.store.filesystem import list_files, read_bytes, write_bytes
-from dray.store.retrying import patience
+from dray.runs import CheckpointWriter, Run
+from dray.storage.exclusive import _build_store, _s3_settings, create_exclusive
+from dray.storage.filesystem import list_files, open_filesystem, read_bytes, write_bytes
+from dray.storage.retrying import patience
 from failing_proxy import FailingProxy, Fault
 
 RACE = """
 import sys
-from dray.store import open_filesystem
-from dray.store.exclusive import create_exclusive
+from dray.storage.filesystem import open_filesystem
+from dray.storage.exclusive import create_exclusive
 filesystem, path = open_filesystem(sys.argv[1])
 create_exclusive(filesystem, f"{path}/warm-{sys.argv[2]}", sys.argv[2].encode())
 print("ready", flush=True)
@@ -171,7 +171,7 @@ def gcs_endpoint() -> Iterator[str]:
 
 
 def test_google_is_asked_to_create_only(gcs_endpoint: str) -> None:
-    from dray.store.exclusive import _put
+    from dray.storage.exclusive import _put
 
     filesystem, path = open_filesystem(f"gs://anonymous@bucket/x?endpoint_override={gcs_endpoint}&scheme=http")
     assert isinstance(filesystem, pafs.GcsFileSystem)
@@ -183,7 +183,7 @@ def test_google_is_asked_to_create_only(gcs_endpoint: str) -> None:
 
 def test_where_nothing_is_conditional_the_last_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old way, which other filesystems are left with: of simultaneous writers all but one see that they lost."""
-    monkeypatch.setattr("dray.store.exclusive.SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr("dray.storage.exclusive.SETTLE_SECONDS", 0.2)
     filesystem, path = open_filesystem(f"memory://{os.urandom(6).hex()}")
     won: list[int] = []
 

@@ -14,12 +14,13 @@ from pyarrow import fs as pafs
 from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 from dray.errors import StoreError
-from dray.store import CheckpointReader, CheckpointWriter, Run, apply_retention, open_filesystem, verify_checkpoint
-from dray.store.exclusive import create_exclusive
-from dray.store.filesystem import (
+from dray.runs import CheckpointReader, CheckpointWriter, Run, apply_retention, verify_checkpoint
+from dray.storage.exclusive import create_exclusive
+from dray.storage.filesystem import (
     absolute,
     child,
     list_files,
+    open_filesystem,
     open_whole,
     read_bytes,
     shown,
@@ -109,8 +110,8 @@ def test_a_run_on_any_fsspec_filesystem() -> None:
 
 def test_blocks_of_remote_files(s3_storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges below, across and above the size of a block are the same bytes."""
-    monkeypatch.setattr("dray.store.reading.BLOCK_BYTES", 64)
-    monkeypatch.setattr("dray.store.reading.KEPT_BLOCKS", 2)
+    monkeypatch.setattr("dray.runs.checkpoint_reader.BLOCK_BYTES", 64)
+    monkeypatch.setattr("dray.runs.checkpoint_reader.KEPT_BLOCKS", 2)
     run = Run.create(s3_storage, "speeches", make_test_spec(), PLAN)
     info, whole = save(run, 1, num_ranks=3), make_whole(1)
     with CheckpointReader(run, info) as reader:
@@ -138,7 +139,7 @@ def test_many_small_tensors_take_few_requests(s3_storage: str) -> None:
 
 def test_importing_the_store_is_light() -> None:
     heavy = ("torch", "ray", "mlflow", "wandb", "fsspec")
-    code = f"import sys, dray.store; print([module for module in {heavy} if module in sys.modules])"
+    code = f"import sys, dray.runs; print([module for module in {heavy} if module in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from sharded_model import SHAPES, make_whole, save
 
 from dray.errors import StoreError
-from dray.store import CheckpointReader, Fragment, RankFile, Run, verify_checkpoint
-from dray.store.filesystem import read_bytes, write_bytes
-from dray.store.layout import make_rank_file
-from dray.store.manifest import CheckpointManifest, Fragments, Partition, make_sha256
+from dray.runs import CheckpointReader, Fragment, RankFile, Run, verify_checkpoint
+from dray.runs.checkpoint_manifest import CheckpointManifest, Fragments, Partition, make_sha256
+from dray.runs.layout import make_rank_file
+from dray.storage.filesystem import read_bytes, write_bytes
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 

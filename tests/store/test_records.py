@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sharded_model import PLAN, make_test_spec, save
 
-from dray.store import Run, open_filesystem
-from dray.store.filesystem import is_local, list_files
-from dray.store.records import PART_BYTES, RowLog, make_history, make_table
+from dray.runs import Run
+from dray.runs.row_log import PART_BYTES, RowLog, make_history, make_table
+from dray.storage.filesystem import is_local, list_files, open_filesystem
 
 
 def rows_of(attempt: int, first: int, last: int, **more: Any) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def test_only_a_torn_line(local_run: Run) -> None:
 
 LOG_FOR_EVER = """
 import sys
-from dray.store import Run
+from dray.runs import Run
 run, step = Run.open(sys.argv[1], "speeches"), 0
 while True:
     step += 1
@@ -130,7 +130,7 @@ def test_kill_9_loses_no_stored_row(local_run: Run) -> None:
 
 APPEND = """
 import sys
-from dray.store import Run
+from dray.runs import Run
 run = Run.open(sys.argv[1], "speeches")
 for number in range(300):
     run.log_event("mark", writer=sys.argv[2], number=number)
@@ -162,7 +162,7 @@ def test_parts_on_an_object_store(s3_storage: str) -> None:
 
 @pytest.mark.parametrize("read_bytes", [13, 97, 10**6])
 def test_rows_are_read_in_pieces_of_any_size(run: Run, monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
-    monkeypatch.setattr("dray.store.records.READ_BYTES", read_bytes)
+    monkeypatch.setattr("dray.runs.row_log.READ_BYTES", read_bytes)
     attempt = run.begin_attempt(1, 0)
     rows = [{"step": step, "attempt": attempt, "filler": "ä" * step} for step in range(1, 30)]
     run.log_metrics(rows)

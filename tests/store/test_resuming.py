@@ -6,8 +6,8 @@ import pytest
 from sharded_model import PLAN, make_test_spec, save
 
 from dray.errors import CheckpointsLost
-from dray.store import Run, find_resume_checkpoint
-from dray.store.filesystem import delete_folder
+from dray.runs import Run, find_resume_checkpoint
+from dray.storage.filesystem import delete_folder
 
 
 def test_a_run_that_never_committed_begins(local_run: Run) -> None:

@@ -13,9 +13,9 @@ import pytest
 from sharded_model import PLAN, make_test_spec, save
 
 from dray.errors import StoreError
-from dray.store import CheckpointInfo, CheckpointReader, Run, apply_retention, verify_all, verify_checkpoint
-from dray.store.filesystem import list_files, list_folders
-from dray.store.records import load_json, save_json
+from dray.runs import CheckpointInfo, CheckpointReader, Run, apply_retention, verify_all, verify_checkpoint
+from dray.runs.row_log import load_json, save_json
+from dray.storage.filesystem import list_files, list_folders
 
 
 def steps_of(run: Run) -> list[int]:
@@ -103,7 +103,7 @@ def test_what_a_fork_started_from_is_kept(storage: str, run: Run) -> None:
 
 HOLD = """
 import sys
-from dray.store import Run
+from dray.runs import Run
 run = Run.open(sys.argv[1], "speeches")
 with run.hold(run.checkpoints()[0]):
     print("held", flush=True)
@@ -162,7 +162,7 @@ def test_a_reader_elsewhere_holds_for_a_day(run: Run, hours: int, kept: bool) ->
 
 def test_a_reader_that_comes_in_the_middle(local_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a reader and a deletion at the same time at least one gives way, wherever the reader comes in."""
-    from dray.store import retention
+    from dray.runs import retention
 
     look, readers = retention._pinned, []
     for turn in (1, 2):  # before the first look at the pins, and between the two

@@ -18,19 +18,20 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 from dray.errors import StorageFailed, StoreError
-from dray.store import CheckpointReader, Run, apply_retention, open_filesystem, verify_checkpoint
-from dray.store.filesystem import (
+from dray.runs import CheckpointReader, Run, apply_retention, verify_checkpoint
+from dray.storage.filesystem import (
     RangeReader,
     append_line,
     delete_folder,
     exists,
     list_files,
     list_folders,
+    open_filesystem,
     read_bytes,
     write_bytes,
     write_whole,
 )
-from dray.store.retrying import is_transient, patience, retry
+from dray.storage.retrying import is_transient, patience, retry
 from failing_proxy import FailingProxy, Fault
 
 

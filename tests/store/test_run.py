@@ -14,8 +14,8 @@ import pytest
 from sharded_model import PLAN, make_test_spec, save
 
 from dray.errors import StoreError
+from dray.runs import Run, list_runs
 from dray.spec import Spec
-from dray.store import Run, list_runs
 
 
 def test_new_run(storage: str, spec: Spec) -> None:
@@ -163,7 +163,7 @@ def test_broken_record(local_run: Run) -> None:
 
 SET_RUNNING = """
 import sys
-from dray.store import Run
+from dray.runs import Run
 Run.open(sys.argv[1], "speeches").set_status("running")
 print("running", flush=True)
 sys.stdin.read()
@@ -191,7 +191,7 @@ def test_status(local_run: Run) -> None:
 
 BEGIN_ATTEMPTS = """
 import sys
-from dray.store import Run
+from dray.runs import Run
 run = Run.open(sys.argv[1], "speeches")
 print("ready", flush=True)
 sys.stdin.readline()

@@ -12,8 +12,8 @@ import pytest
 from sharded_model import PLAN, make_test_spec
 
 from dray.errors import StoreError
-from dray.store import Run, Trackers, build_trackers, check_trackers
-from dray.store.filesystem import list_files
+from dray.runs import Run, Trackers, build_trackers, check_trackers
+from dray.storage.filesystem import list_files
 
 
 class Recording:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
-from dray.models import build_model, parameter_groups
+from dray.models.build import build_model, parameter_groups
 from dray.spec import Spec, make_spec
 from dray.tasks import IGNORED, build_task
 from dray.tasks.sequence_classification import SequenceClassification

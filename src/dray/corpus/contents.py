@@ -15,9 +15,9 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from dray.corpus.sources import InputFile, current_stamp
-from dray.digests import digest_files
 from dray.errors import CorpusError, StorageFailed
-from dray.store.retrying import retry
+from dray.storage.digests import digest_files
+from dray.storage.retrying import retry
 
 READ_BYTES = 1024 * 1024
 REMOTE_AT_ONCE = 16

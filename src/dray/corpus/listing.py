@@ -15,7 +15,7 @@ from typing import cast
 from pyarrow import fs as pafs
 
 from dray.corpus.manifest import LeftOut
-from dray.store.filesystem import is_local
+from dray.storage.filesystem import is_local
 
 MAX_EXAMPLES = 5
 """Names that are kept of the files left out for one reason; all are counted."""

@@ -14,8 +14,8 @@ from pyarrow import fs as pafs
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dray.errors import CorpusError, StoreError
-from dray.store import Run, open_filesystem
-from dray.store.filesystem import exists, read_bytes
+from dray.runs import Run
+from dray.storage.filesystem import exists, open_filesystem, read_bytes
 
 VERSION = 3
 """Of the manifest's form; version 2, which held the source files itself, is read too."""

@@ -40,7 +40,7 @@ from dray.corpus.shards import make_batch, make_schema, write_shard
 from dray.corpus.sources import InputFile
 from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
 from dray.spec import Cleaning, Source
-from dray.store.filesystem import child, make_folder, open_whole, read_bytes, share_filesystem, write_bytes
+from dray.storage.filesystem import child, make_folder, open_whole, read_bytes, share_filesystem, write_bytes
 
 STAGING = ".staging"
 BATCH_BYTES = 4 * 1024 * 1024

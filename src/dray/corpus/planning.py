@@ -25,7 +25,7 @@ from dray.corpus.reading import Span
 from dray.corpus.sources import InputFile
 from dray.errors import StorageFailed
 from dray.spec import Source
-from dray.store.retrying import is_transient, retry
+from dray.storage.retrying import is_transient, retry
 
 MIN_PART_BYTES, PART_BYTES, MAX_PART_BYTES = 4 << 20, 32 << 20, 256 << 20
 SHARD_BYTES, MAX_SHARD_BYTES = 32 << 20, 256 << 20

@@ -64,23 +64,16 @@ from dray.corpus.parts import (
     spread_drops,
     staged,
 )
-from dray.corpus.planning import (
-    Deal,
-    Plans,
-    choose_part_bytes,
-    find_quoted,
-    make_deals,
-    make_parts,
-    plan_bundles,
-)
+from dray.corpus.planning import Deal, Plans, choose_part_bytes, find_quoted, make_deals, make_parts, plan_bundles
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.tokenizing import TokenizerInfo, read_tokenizer_files
-from dray.digests import recall_digests
 from dray.errors import CorpusError, SpecError, StoreError
+from dray.runs.layout import CORPORA
 from dray.spec import HeldOut, Spec
-from dray.store.filesystem import (
+from dray.storage.digests import recall_digests
+from dray.storage.filesystem import (
     absolute,
     child,
     delete_file,
@@ -98,7 +91,6 @@ from dray.store.filesystem import (
     write_bytes,
     write_whole,
 )
-from dray.store.layout import CORPORA
 
 GROUP_ROWS = 256
 LABELLED_GROUP_ROWS = 64

@@ -15,15 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dray.corpus.arrays import array_to_lines
-from dray.corpus.bytes_in import (
-    DamagedFile,
-    HashingStream,
-    Lost,
-    hash_file,
-    open_content,
-    range_chunks,
-    too_long,
-)
+from dray.corpus.bytes_in import DamagedFile, HashingStream, Lost, hash_file, open_content, range_chunks, too_long
 from dray.corpus.containers import HEAD_BYTES, find_compression, find_pointer, is_array, name_foreign
 from dray.corpus.labels import RULE, label_names
 from dray.corpus.parsing import make_parser
@@ -31,7 +23,7 @@ from dray.corpus.records import BadRecord, RecordParser, missing_column, repeate
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
 from dray.spec import Source
-from dray.store.retrying import first_line, is_transient
+from dray.storage.retrying import first_line, is_transient
 
 
 class InputOutage(TimeoutError):

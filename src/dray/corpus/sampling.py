@@ -24,7 +24,7 @@ from dray.corpus.tokenizing import (
     train_byte_bpe,
 )
 from dray.spec import Source, Tokenizer
-from dray.store.filesystem import child, share_filesystem
+from dray.storage.filesystem import child, share_filesystem
 
 MIN_SPANS = 64
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pyarrow import fs as pafs
 
-from dray.store.filesystem import make_folder, open_whole
+from dray.storage.filesystem import make_folder, open_whole
 
 Records = npt.NDArray[np.void]
 

@@ -21,8 +21,8 @@ from pyarrow import fs as pafs
 
 from dray.corpus.manifest import Shard, SourceRows
 from dray.errors import CorpusError
-from dray.store.filesystem import is_local, make_folder, write_whole
-from dray.store.retrying import first_line, retry
+from dray.storage.filesystem import is_local, make_folder, write_whole
+from dray.storage.retrying import first_line, retry
 
 CHECKSUM = b"crc32"
 CACHED_BYTES = 64 * 1024 * 1024

@@ -20,8 +20,8 @@ from dray.corpus.listing import HIDDEN, Entry, Leavings, drop_second_links, is_h
 from dray.corpus.manifest import LeftOut
 from dray.errors import CorpusError
 from dray.spec import Source
-from dray.store.filesystem import absolute, is_uri, open_filesystem, share_filesystem, shown
-from dray.store.retrying import retry
+from dray.storage.filesystem import absolute, is_uri, open_filesystem, share_filesystem, shown
+from dray.storage.retrying import retry
 
 STDLIB = "python:stdlib"
 TEXT_SUFFIXES = (

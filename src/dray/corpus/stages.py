@@ -15,8 +15,8 @@ from typing import Any
 
 from dray.corpus.parts import Job, load_record, record_name, staged
 from dray.errors import UserError
-from dray.store.filesystem import list_files, shown
-from dray.store.retrying import retry
+from dray.storage.filesystem import list_files, shown
+from dray.storage.retrying import retry
 
 Progress = Callable[[str], None]
 PROGRESS_SECONDS = 2.0

@@ -26,16 +26,8 @@ import pyarrow as pa
 from dray.corpus.manifest import Manifest, Split, load_manifest
 from dray.corpus.shards import read_groups
 from dray.errors import CorpusError
-from dray.order import (
-    PADDING,
-    Ints,
-    LeftOut,
-    Order,
-    Segment,
-    SourceCount,
-    make_segments,
-)
-from dray.store.filesystem import share_filesystem
+from dray.order import PADDING, Ints, LeftOut, Order, Segment, SourceCount, make_segments
+from dray.storage.filesystem import share_filesystem
 
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of rows in one rank's block: large enough that Ray's cost per block (milliseconds) vanishes."""

@@ -36,7 +36,7 @@ from dray.corpus.tokenizer_folder import (
     special_tokens,
 )
 from dray.errors import CorpusError
-from dray.store.filesystem import list_files, open_filesystem, read_bytes, shown, write_bytes
+from dray.storage.filesystem import list_files, open_filesystem, read_bytes, shown, write_bytes
 
 PAD = "<|pad|>"
 VOCABULARY_FILES = (

@@ -25,8 +25,8 @@ from dray.doctor.stalls import (
     missing_ranks,
 )
 from dray.errors import Cause, CheckpointsLost, DrayError
-from dray.store import Run, find_resume_checkpoint
-from dray.store.evidence import load_beats, load_failures, load_log, load_stacks
+from dray.runs import Run, find_resume_checkpoint
+from dray.runs.evidence import load_beats, load_failures, load_log, load_stacks
 
 _COMPILED_AT = re.compile(r"\[/\S*/(?=gloo/transport)")
 EXAMINED_ATTEMPTS = 3

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from dray.errors import SpecError
-from dray.imports import first_import
 from dray.models.config import TASK_CLASSES, auto_class, make_config
 from dray.models.folder import load_folder
 from dray.models.initialize import Gathering, initialize_weights, no_gathering, restore_rotary_buffers
-from dray.pretrained import Pretrained, find_folder
+from dray.models.source import Pretrained, find_folder
+from dray.processes.imports import first_import
 from dray.spec import Spec
 
 logger = logging.getLogger("dray.models")

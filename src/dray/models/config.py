@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dray.errors import SpecError
+from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
-from dray.pretrained import find_folder
 from dray.spec import Spec
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -1,0 +1,264 @@
+"""Ray before it is connected to: the token that a cluster wants, and a local Ray that nobody else can reach or read.
+
+A local Ray lives in a folder of its own that only its user can enter, with a token that is in no file. So nothing is
+left in the home folder or in the way of another Ray on this machine. Of a Ray that does not start no process stays.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dray.errors import DrayError, PlanError, RunFailed
+from dray.processes import worker_setup
+from dray.processes.signals import kept_handlers
+from dray.processes.streams import warn
+
+_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_ONLOOKERS = ("start_api_server", "start_monitor", "start_log_monitor")
+_RAYLET = "start_raylet"
+"""Methods of Ray's node, private ones: where a version of Ray has them no more, it starts all that it wants."""
+_LONGEST_PLACE = 27
+"""Characters of a folder in which Ray's sockets still have paths that the system takes (107 in all)."""
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the time of the block, known to Ray, which looks at some of them once alone."""
+    before = {name: os.environ.get(name) for name in (*changes, _MODE)}
+    os.environ.update(changes)
+    _forget_token()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _forget_token()
+
+
+def _forget_token() -> None:
+    raylet = _raylet()
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _raylet() -> Any:
+    """Ray's compiled half, whose stubs know nothing of what is needed here."""
+    return import_module("ray._raylet")
+
+
+# ---- a cluster ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def authenticated(address: str) -> Iterator[None]:
+    """Have Ray send the token that lies there, while the block is connected to a cluster that wants one.
+
+    Raises PlanError where it wants one and there is none, or another one.
+    """
+    from ray.exceptions import AuthenticationError
+
+    if address.startswith("ray://"):
+        yield
+        return
+    try:
+        _ask(address)
+        changes: dict[str, str] = {}
+    except AuthenticationError as error:
+        changes = {_MODE: "token"}
+        with _environment(changes):
+            _ask_with_token(address, error)
+    if not changes:
+        yield
+        return
+    with _environment(changes):
+        yield
+
+
+def _ask_with_token(address: str, refused: Exception) -> None:
+    from ray.exceptions import AuthenticationError
+
+    rule = "it lies in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in RAY_AUTH_TOKEN"
+    way_out = "copy it from the head (`ray get-auth-token` there)"
+    if not _raylet().AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        raise PlanError("--address", f"the cluster at {address} uses token authentication and there is no token", rule,
+                        way_out) from refused
+    try:
+        _ask(address)
+    except AuthenticationError as error:
+        raise PlanError("--address", f"the cluster at {address} uses token authentication with another token than the "
+                        "one that is here", rule, way_out) from error
+
+
+def _ask(address: str) -> None:
+    """Ask the cluster for a word. Raises AuthenticationError; what else goes wrong is found out by connecting."""
+    from ray.exceptions import AuthenticationError, RayError
+
+    with _silent_stderr():
+        try:
+            _raylet().GcsClient(address=address)
+        except AuthenticationError:
+            raise
+        except (RayError, RuntimeError, ValueError):
+            return
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ says what was refused before Python can."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# ---- a Ray of our own ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def local_ray(**options: Any) -> Iterator[None]:
+    """A Ray on this machine for as long as the block runs. Its folder stays where a run failed: logs are in it.
+
+    Raises PlanError if it cannot start.
+    """
+    import ray
+
+    folder = _make_folder()
+    private = {} if _has_own_token() else {_TOKEN: secrets.token_hex(32)}
+    keep = False
+    try:
+        with _environment(private):
+            _start(folder, options)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+    except DrayError as error:
+        keep = isinstance(error, RunFailed)
+        raise
+    except Exception:
+        keep = True
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: str, options: dict[str, Any]) -> None:
+    """Start Ray, a second time where a busy machine took longer than the half minute that Ray waits for itself."""
+    import ray
+
+    for is_last in (False, True):
+        try:
+            leanness = nullcontext() if options.get("include_dashboard") else lean()
+            with _without_orphans(), kept_handlers(), leanness, _groups_of_their_own():
+                ray.init(address="local", _temp_dir=f"{folder}/r", **options)
+            return
+        except Exception as error:  # Ray raises Exception itself
+            told = " ".join(str(error).split())[:200] or type(error).__name__
+            if is_last or "timed out" not in told:
+                raise PlanError(
+                    "Ray", f"could not be started on this machine ({told})",
+                    "a local Ray needs a free core for half a minute, memory, and space in its folder and /dev/shm",
+                    "try again, give RAY_TMPDIR a short folder with space, or name a cluster with --address") from error
+
+
+@contextmanager
+def lean(*, onlookers: bool = False) -> Iterator[None]:
+    """Have a Ray that starts in the block go without the processes that only onlookers need, half of what its start
+    costs: the dashboard's server, the autoscaler's monitor and what sends logs to the driver. And have it start its
+    workers without importing itself (`worker_setup.py`). `onlookers`: leave those processes to it, where something asks
+    Ray's state API, which waits half a minute for a server that is not there."""
+    node = import_module("ray._private.node").Node
+    names = (_RAYLET,) if onlookers else (_RAYLET, *_ONLOOKERS)
+    own = {name: getattr(node, name) for name in names if hasattr(node, name)}
+
+    def start_raylet(self: Any, *inputs: Any, **named: Any) -> Any:
+        self._ray_params.setup_worker_path = worker_setup.__file__
+        return own[_RAYLET](self, *inputs, **named)
+
+    for name in own:
+        setattr(node, name, start_raylet if name == _RAYLET else lambda *inputs, **named: None)
+    try:
+        yield
+    finally:
+        for name, start in own.items():
+            setattr(node, name, start)
+
+
+@contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Give each of Ray's processes that starts in the block a process group. `timeout`, schedulers and terminals signal
+    the driver's whole group, and the state is saved by a driver that still has its cluster. Ray's class for processes
+    is private: where a version has it no more, they stay in the driver's group."""
+    services: Any = import_module("ray._private.services")
+    if not hasattr(services, "ConsolePopen"):
+        yield
+        return
+    own = services.ConsolePopen
+    services.ConsolePopen = partial(own, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = own
+
+
+@contextmanager
+def _without_orphans() -> Iterator[None]:
+    """If the block fails, end the processes that it has started."""
+    import psutil
+    import ray
+
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    try:
+        yield
+    except BaseException:
+        ray.shutdown()
+        orphans = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        for process in orphans:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(orphans, timeout=10)  # they would write into their folder while it is removed
+        raise
+
+
+def _has_own_token() -> bool:
+    """Whether the person has said how this Ray is to be guarded, or has a token that nobody else can read."""
+    if os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH) or os.environ.get(_MODE, "token").lower() != "token":
+        return True
+    try:
+        found = (Path.home() / ".ray" / "auth_token").stat()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return False
+    return found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077 and found.st_size > 0
+
+
+def _make_folder() -> str:
+    """A new folder for Ray's files that only this user can enter. Raises PlanError where there is no place for it."""
+    wanted = [os.environ.get(name, "") for name in ("RAY_TMPDIR", "TMPDIR")]
+    for place in (*wanted, "/tmp", "/var/tmp", "/dev/shm"):
+        if not place or len(os.path.abspath(place)) > _LONGEST_PLACE:
+            continue
+        try:
+            folder = tempfile.mkdtemp(prefix="dray", dir=os.path.abspath(place))
+        except OSError:
+            continue
+        if (asked := os.environ.get("RAY_TMPDIR")) and asked != place:
+            warn(f"Ray's files are in {place}: RAY_TMPDIR={asked} cannot be written or is too long for sockets")
+        return folder
+    raise PlanError("TMPDIR", "there is no folder for Ray's files",
+                    f"one that can be written, of {_LONGEST_PLACE} characters at most: sockets are in it",
+                    "set TMPDIR or RAY_TMPDIR, e.g. to /tmp")

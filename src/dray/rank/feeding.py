@@ -1,0 +1,117 @@
+"""A rank's rows as batches, made in a thread ahead of the step that wants them.
+
+Rows are proven to be those of the order, collated, counted and, for a GPU, pinned, while the step before is computed.
+What a step is agreed on by, its targets, tokens and row ids, is known here, without any device. At most READY_PIECES
+are ready at once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import pyarrow as pa
+
+from dray.corpus.stream import RowStream, check_rows
+from dray.order import Ints
+from dray.rank.device import pin
+from dray.rank.group import Ranks
+from dray.tasks import Batch, Task
+
+READY_PIECES = 2
+CLOSED_SECONDS = 0.2
+"""How soon a thread that has made enough sees that nobody asks any more."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """This rank's share of one step."""
+
+    step: int
+    batches: list[Batch]
+    """Its micro batches, pinned where there is a GPU."""
+    num_targets: int
+    num_tokens: int
+    row_ids: Ints
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """This rank's share of a part of the validation pass that follows a step."""
+
+    step: int
+    batches: Generator[Batch]
+    """Its micro batches, made as they are asked for: a part of a pass may hold many."""
+    is_last: bool
+
+
+def feed(stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
+         ) -> Generator[StepRows | ValidationRows]:
+    """What a rank has to do, in order; closing it ends the thread. Raises what reading raises."""
+    return run_ahead(_make_pieces(stream, blocks, task, ranks))
+
+
+def _make_pieces(stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
+                 ) -> Iterator[StepRows | ValidationRows]:
+    def collate(rows: pa.Table) -> Iterator[Batch]:
+        for at in range(0, rows.num_rows, stream.micro_rows):
+            yield pin(task.collate(rows.slice(at, stream.micro_rows)), ranks.device)
+
+    for segment, block in check_rows(stream, blocks, ranks.rank):
+        if segment.kind == "validation":
+            is_last = segment.stop_row >= stream.num_validation_rows
+            yield ValidationRows(segment.first, run_ahead(collate(block)), is_last)
+            continue
+        for step in range(segment.first, segment.last + 1):
+            rows = block.slice((step - segment.first) * stream.rows_per_rank, stream.rows_per_rank)
+            batches, row_ids = list(collate(rows)), rows.column("row_id").to_numpy()
+            tokens = rows.column("num_tokens").to_numpy()[row_ids >= 0].sum()
+            yield StepRows(step, batches, sum(task.num_targets(batch) for batch in batches), int(tokens), row_ids)
+
+
+@dataclass(frozen=True)
+class _Ready(Generic[T]):
+    """A piece, or the error in its place; neither is the end."""
+
+    piece: T | None = None
+    error: BaseException | None = None
+
+
+def run_ahead(pieces: Iterator[T], depth: int = READY_PIECES) -> Generator[T]:
+    """The same pieces, of which up to `depth` are made in a thread before they are asked for.
+
+    An error in the thread is raised here, in its place. The thread ends with the pieces, or when this is closed.
+    """
+    ready: queue.Queue[_Ready[T]] = queue.Queue(depth)
+    closed = threading.Event()
+    threading.Thread(target=_fill, args=(pieces, ready, closed), name="feeder", daemon=True).start()
+    try:
+        while (found := ready.get()).piece is not None:
+            yield found.piece
+        if found.error is not None:
+            raise found.error
+    finally:
+        closed.set()
+
+
+def _fill(pieces: Iterator[T], ready: queue.Queue[_Ready[T]], closed: threading.Event) -> None:
+    def put(found: _Ready[T]) -> None:
+        while not closed.is_set():
+            with suppress(queue.Full):
+                ready.put(found, timeout=CLOSED_SECONDS)
+                return
+
+    try:
+        for piece in pieces:
+            put(_Ready(piece))
+            if closed.is_set():
+                return
+        put(_Ready())
+    except BaseException as error:  # raised in the thread that asks, as if there were no other
+        put(_Ready(error=error))

@@ -1,0 +1,483 @@
+"""The training loop that every rank runs, readable top to bottom.
+
+A rank restores, then takes its work as it comes: steps of training, and at the right places parts of a validation
+pass. It reports what it measured, commits checkpoints together with the others, and stops when all agree to. It knows
+neither Ray nor the command line.
+
+The host never waits for a GPU's queue within a step: what it must know of a step beforehand comes from the rows,
+whether an update is sound is decided on the device, and losses and times are read once the next step has been queued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dray.corpus.stream import RowStream
+from dray.doctor.hangs import agreement_seconds
+from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer
+from dray.models.build import build_model, enable_activation_checkpointing, import_transformers, parameter_groups
+from dray.models.config import make_kept_config
+from dray.models.initialize import restore_rotary_buffers
+from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
+from dray.processes.heap import prepare_heap
+from dray.rank.device import Clock, Reading, is_queued, send
+from dray.rank.engine import Engine, build_engine, import_deepspeed
+from dray.rank.feeding import StepRows, ValidationRows, feed
+from dray.rank.group import Ranks
+from dray.rank.job import Attempt, Job
+from dray.rank.numerics import Watch
+from dray.rank.pulse import Pulse
+from dray.rank.saving import Outcome, Saver
+from dray.rank.schedule import learning_rate
+from dray.runs import LOWER_IS_BETTER, CheckpointReader, Run, inspect_checkpoint
+from dray.tasks import Task, TaskMetrics, build_task
+from dray.tasks.causal_lm import bits_per_byte
+
+_MEASURED_STEPS = 6  # the first of them is not typical
+_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50  # of a collective, once steps are measured
+
+
+def preload() -> None:
+    """Import what a rank on CPUs uses, for the fork server."""
+    prepare_heap()
+    import_transformers()
+    import_deepspeed("cpu")
+
+
+class Reporter(Protocol):
+    """Where a rank's records go, and where a wish to stop comes from."""
+
+    def send(self, record: dict[str, Any]) -> None: ...
+
+    def stop_requested(self) -> bool: ...
+
+    def notice_given(self) -> bool:
+        """Whether a machine of the group is about to be taken away, or the group is to have another size."""
+
+    def flush(self) -> None: ...
+
+    def wait_stored(self) -> None:
+        """Wait until what all ranks have flushed is in the run's metrics."""
+
+
+@dataclass
+class _Progress:
+    """What the loop remembers between steps."""
+
+    step: int
+    tokens: int = 0
+    chain_after: int = 0
+    chain: str = NO_STEPS
+    """Chained digest of the rows of all steps after `chain_after`: what the weights were trained on."""
+    best: float | None = None
+    validations_without_better: int = 0
+    last_validation: dict[str, float] = field(default_factory=dict)
+    last_validation_step: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = -1
+    save_due: bool = False
+    notice: bool = False
+    """The group is about to end: the step is to be saved for that, and no other one begun."""
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks know of a step before it is computed. It comes from their rows, so no device is asked."""
+
+    num_targets: int
+    num_tokens: int
+    digest: int
+    stop: bool
+    """A person wants the run to stop after this step."""
+    save: bool
+    """rank 0's clock says that a checkpoint is due."""
+    notice: bool
+    """Some rank has learnt that its machine will be taken away, or the group resized."""
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step that was given to the device, and what is known of it so far."""
+
+    record: dict[str, Any]
+    """The record for the driver, but for what the device computes."""
+    row_ids: Ints
+    numbers: Reading
+    """This rank's loss sum, that of all ranks, the gradient norm, and whether the update was made."""
+    begun: Any
+    forwards: list[tuple[Any, Any]]
+    ended: Any
+
+
+def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, stream: RowStream,
+               blocks: Iterable[pa.Table], pulse: Pulse) -> str:
+    """Train from where the attempt starts to the end, on this rank's blocks of the stream.
+
+    Returns how it ended: completed, early_stopped or interrupted.
+    """
+    run = Run.open(job.storage, job.run_name)
+    pulse.enter("build", attempt.start_step)
+    loop = _Loop(job, ranks, reporter, run=run, attempt=attempt, pulse=pulse)
+    pulse.enter("restore")
+    loop.restore()
+    pulse.enter("data")
+    reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt.number, "step": stream.start_step,
+                   "num_ranks": ranks.num_ranks})
+    ended = loop.follow(stream, blocks)
+    if ranks.rank == 0:
+        run.end_attempt(attempt.number, ended, loop.progress.step)
+    reporter.flush()
+    return ended
+
+
+class _Loop:
+    """One rank from its first step to its last.
+
+    `follow` takes the work of the stream and gives it to `_train_step` and `_validate`; after each piece `_save` is
+    called where a checkpoint is due, the one path to one. `_train_step` agrees with the other ranks, queues the step on
+    the device and remembers it; `_settle` reads what became of a step and reports it: at once on a CPU, one step
+    later on a GPU, and before anything that must know (a checkpoint, the end).
+    """
+
+    def __init__(self, job: Job, ranks: Ranks, reporter: Reporter, *, run: Run, attempt: Attempt,
+                 pulse: Pulse) -> None:
+        self.job, self.ranks, self.reporter, self.pulse = job, ranks, reporter, pulse
+        self.run, self.attempt = run, attempt.number
+        path = attempt.checkpoint and run.find_path(attempt.checkpoint)
+        self.newest = inspect_checkpoint(run.filesystem, path) if path else None
+        self.spec, self.plan = job.spec, attempt.plan
+        self.task: Task = build_task(job.spec, job.manifest, attempt.plan.width_multiple)
+        self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, self.plan, ranks,
+                                           make_objective=self._make_objective)
+        self.saver = Saver(run, self.attempt, self.spec, engine=self.engine, ranks=ranks,
+                           wait_stored=reporter.wait_stored)
+        self.numbers = Watch(self.spec.numerics)
+        self.clock = Clock(ranks.device)
+        self.queued: deque[_Queued] = deque()
+        self.most_queued = 1 if is_queued(ranks.device) else 0
+        self.step_seconds: list[float] = []
+        self._bound_collectives(agreement_seconds(self.spec.watchdog))  # compilation takes its time
+        restore_rotary_buffers(self.engine.module)  # half precision casts them, and long rows need their digits
+        self.progress = _Progress(step=attempt.start_step, saved_step=attempt.start_step if self.newest else -1)
+        self.metrics: TaskMetrics | None = None
+
+    def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
+        manifest = self.job.manifest
+        model: torch.nn.Module = build_model(
+            self.spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
+            pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id,
+            constructing=constructing, gathering=gathering, initial_weights=self.newest is None,
+            config=self.job.config, weights=self.job.weights,
+        )
+        if self.job.config is None and self.ranks.rank == 0:
+            self.run.keep_model(make_kept_config(model))
+        if self.plan.activation_checkpointing:
+            enable_activation_checkpointing(model)
+        return model
+
+    def _make_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        return parameter_groups(model, self.spec.optimizer.weight_decay)
+
+    def _make_objective(self, model: torch.nn.Module) -> torch.nn.Module:
+        return self.task.objective(model, self.spec.regularization.label_smoothing)
+
+    def restore(self) -> None:
+        """Copy the newest checkpoint into the engine, if there is one. Nothing unverified is read."""
+        if self.newest is None:
+            return
+        with self.run.hold(self.newest), CheckpointReader(self.run, self.newest) as reader:
+            verify_together(self.run, reader, self.ranks)
+            state = reader.metadata
+            self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
+        for name in ("tokens", "best", "validations_without_better"):
+            setattr(self.progress, name, state[name])
+        self._restore_chain(state.get("rows_chain"))
+        self.progress.last_validation = state["validation"]
+        self.progress.last_validation_step = state["validation_step"]
+
+    def _restore_chain(self, saved: dict[str, Any] | None) -> None:
+        """Go on with the checkpoint's chain; anew where it has none, or is another run's, whose rows are not ours."""
+        own = self.newest is not None and self.newest.path.startswith(f"{self.run.path}/")
+        if saved and own:
+            self.progress.chain_after, self.progress.chain = saved["after"], saved["digest"]
+        else:
+            self.progress.chain_after = self.progress.step
+
+    def follow(self, stream: RowStream, blocks: Iterable[pa.Table]) -> str:
+        """Do the work of the stream to its end, or until all ranks agree to stop. Returns how it ended."""
+        ended = ""
+        with closing(feed(stream, blocks, self.task, self.ranks)) as pieces:
+            while not ended:
+                self.pulse.enter("data")
+                begun, waiting_since = self.clock.mark(), time.perf_counter()
+                work = next(pieces, None)
+                data_wait = time.perf_counter() - waiting_since
+                if work is None:
+                    ended = "completed"
+                elif isinstance(work, StepRows):
+                    ended = "interrupted" if self._train_step(work, begun, data_wait) else ""
+                else:
+                    ended = self._validate(work)
+                # A step that is also validated is saved after that, with its metrics.
+                if self.progress.save_due and not ended and not self._is_unvalidated(work, stream):
+                    self._save()
+        self._save(last=True)
+        return ended
+
+    def _is_unvalidated(self, work: StepRows | ValidationRows | None, stream: RowStream) -> bool:
+        """Whether a validation pass follows this piece, or goes on after it."""
+        return (isinstance(work, StepRows) and stream.validates_after(work.step)) or (
+            isinstance(work, ValidationRows) and not work.is_last)
+
+    def _train_step(self, rows: StepRows, begun: Any, data_wait: float) -> bool:
+        """Agree on one optimiser update and queue it. Returns whether all ranks stop after it."""
+        step, progress = rows.step, self.progress
+        agreed = self._agree(rows)
+        rate = learning_rate(self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate)
+        loss_sum, forwards = self._forward_backward(rows, agreed.num_targets)
+        self.pulse.enter("step")
+        # Gradients are shared, losses are not: a bad one on one rank keeps all of them from the update.
+        total_loss = self.ranks.total(loss_sum)
+        self.saver.hold_back()
+        update = self.engine.step(rate, withhold=~torch.isfinite(total_loss))
+        numbers = Reading(torch.stack([loss_sum, total_loss, update.grad_norm, update.applied.double()]))
+        progress.step = step
+        progress.chain = chain_digest(progress.chain, agreed.digest)
+        progress.notice |= agreed.notice
+        progress.save_due |= agreed.save or self._checkpoint_due(step) or progress.notice
+        progress.tokens += agreed.num_tokens
+        record = {
+            "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
+            "num_ranks": self.ranks.num_ranks, "num_targets": agreed.num_targets, "learning_rate": rate,
+            "rows_digest": format_digest(agreed.digest), "tokens": progress.tokens, "step_tokens": agreed.num_tokens,
+            "data_wait_seconds": data_wait,
+        }
+        self.queued.append(_Queued(record, rows.row_ids, numbers, begun, forwards, self.clock.mark()))
+        self._settle(self.most_queued)
+        return agreed.stop
+
+    def _agree(self, rows: StepRows) -> _Agreed:
+        """The one small agreement of a step: what the loss is divided by, what the batch was, what to do after it."""
+        self.pulse.enter("agree", rows.step)
+        targets, tokens, digest, stops, saves, notices = self.ranks.sum([
+            rows.num_targets, rows.num_tokens, row_digest(rows.row_ids), int(self.reporter.stop_requested()),
+            int(self._minutes_due()), int(self.reporter.notice_given())])
+        return _Agreed(targets, tokens, digest, stops > 0, saves > 0, notices > 0)
+
+    def _forward_backward(self, rows: StepRows, all_targets: int) -> tuple[Tensor, list[tuple[Any, Any]]]:
+        """The gradients of one step. Returns this rank's summed loss (fp64, on the device), and marks around its
+        forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting one."""
+        self.engine.train(True)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        forwards = []
+        for index, batch in enumerate(rows.batches):
+            # Dropout's randomness belongs to the place in the run, so there is no generator to save.
+            torch.manual_seed(make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index))
+            self.pulse.enter("forward")
+            on_device, begun = send(batch, self.ranks.device), self.clock.mark()
+            terms, _ = self.engine(on_device)
+            summed, _ = terms["loss"]
+            forwards.append((begun, self.clock.mark()))
+            # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
+            mean = summed * (self.ranks.num_ranks / max(1, all_targets))
+            self.pulse.enter("backward")
+            self.engine.backward(mean, last=index == len(rows.batches) - 1)
+            loss_sum += summed.detach().double()
+        return loss_sum, forwards
+
+    def _settle(self, may_stay: int = 0) -> None:
+        """Read and report what became of the steps that were queued, but for the last `may_stay` of them.
+
+        All ranks do so at the same places. Raises BadNumbers and LossSpike.
+        """
+        while len(self.queued) > may_stay:
+            queued = self.queued.popleft()
+            self.pulse.enter("step")
+            loss_sum, total_loss, norm, applied = queued.numbers.read()
+            seconds = self.clock.seconds(queued.begun, queued.ended)
+            self.reporter.send(queued.record | {
+                "loss_sum": loss_sum, "grad_norm": norm, "applied": bool(applied), "seconds": seconds,
+                "forward_seconds": sum(self.clock.seconds(*forward) for forward in queued.forwards),
+                "time": time.time(), "memory_bytes": _memory_bytes(self.ranks.device),
+            })
+            self._measure_step(max(0.0, seconds - queued.record["data_wait_seconds"]))
+            self.pulse.is_warm = True
+            mean_loss = total_loss / max(1, queued.record["num_targets"])
+            self._watch_numbers(queued.record["step"], mean_loss, applied=bool(applied), row_ids=queued.row_ids)
+
+    def _measure_step(self, seconds: float) -> None:
+        """Once steps are measured, a collective of the model's that takes many times as long is a hang, and raises."""
+        if len(self.step_seconds) < _MEASURED_STEPS:
+            self.step_seconds.append(seconds)
+            if len(self.step_seconds) == _MEASURED_STEPS:
+                slowest = max(self.ranks.gather(max(self.step_seconds[1:])))
+                self._bound_collectives(max(_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS * slowest))
+
+    def _bound_collectives(self, compute_seconds: float) -> None:
+        """Agreements wait for rows and storage too, and the model's collectives for nothing but computing: all ranks
+        have agreed on the step, or met before a part of a validation pass, when they come to those."""
+        self.ranks.bound(compute_seconds=compute_seconds, agree_seconds=agreement_seconds(self.spec.watchdog))
+
+    def _watch_numbers(self, step: int, loss: float, *, applied: bool, row_ids: Ints) -> None:
+        """Record a step without an update, with its rows, and a loss that leaps. Raises BadNumbers and LossSpike."""
+        if applied:
+            if self.numbers.is_spike(loss):
+                self._meet_spike(step, loss)
+            return
+        reason = "the gradient norm is not finite" if math.isfinite(loss) else "the loss is not finite"
+        rows = sorted(int(row) for part in self.ranks.gather(row_ids[row_ids >= 0]) for row in part)
+        if self.ranks.rank == 0:
+            self.reporter.send({"kind": "step_skipped", "attempt": self.attempt, "step": step, "reason": reason,
+                                "rows": rows})
+        if self.engine.loss_scale <= 1.0:  # a loss scale finds its level by overflowing
+            self.numbers.skipped(step, reason, self.progress.saved_step)
+
+    def _meet_spike(self, step: int, loss: float) -> None:
+        text = f"the loss leapt to {loss:.4g} at step {step}"
+        if self.ranks.rank == 0:
+            self.reporter.send({"kind": "loss_spike", "attempt": self.attempt, "step": step, "loss": loss})
+        if self.spec.numerics.spike == "rewind":
+            self.saver.finish()
+            raise LossSpike(step, f"{text}; the run goes back to its checkpoint before that, and leaves those rows out")
+
+    def _checkpoint_due(self, step: int) -> bool:
+        every = self.spec.checkpoint.every_steps
+        return bool(every) and step % (every or 1) == 0
+
+    def _minutes_due(self) -> bool:
+        minutes = self.spec.checkpoint.every_minutes
+        return self.ranks.rank == 0 and minutes is not None and time.monotonic() - self.progress.saved_at > minutes * 60
+
+    def _validate(self, rows: ValidationRows) -> str:
+        """One part of a validation pass. Returns how the run ended, if it did."""
+        self.metrics = self.metrics or self.task.new_metrics()
+        if self.plan.zero_stage == 3:  # its forward passes gather weights: no rank may still wait for its rows
+            self.pulse.enter("agree")
+            self.ranks.barrier()
+        self.pulse.enter("validate")
+        self.engine.train(False)
+        with torch.no_grad(), closing(rows.batches) as batches:
+            for batch in batches:
+                on_device = send(batch, self.ranks.device)
+                _, output = self.engine(on_device)
+                self.metrics.update(on_device, output)
+        if not rows.is_last:
+            return ""
+        out_of_patience = self._end_validation(rows.step, self.metrics)
+        self.metrics = None
+        return "early_stopped" if out_of_patience else ""
+
+    def _end_validation(self, step: int, metrics: TaskMetrics) -> bool:
+        """Merge the ranks' metrics and report them. Returns whether patience has run out."""
+        values = self.task.new_metrics().merge(self.ranks.gather(metrics.state())).compute()
+        progress, rule, held_out = self.progress, self.spec.validation, self.job.manifest.validation
+        if self.spec.packs_rows and held_out is not None:
+            values["bits_per_byte"] = bits_per_byte(values["loss"], held_out.num_tokens, held_out.num_text_bytes)
+        progress.last_validation, progress.last_validation_step = values, step
+        if self.ranks.rank == 0:
+            self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, **values})
+        score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
+        better = progress.best is None or score < progress.best
+        progress.best = score if better else progress.best
+        progress.validations_without_better = 0 if better else progress.validations_without_better + 1
+        return rule.patience is not None and progress.validations_without_better >= rule.patience
+
+    def _save(self, *, last: bool = False) -> None:
+        """Begin a checkpoint of the current step; the last one, and one before the group ends, are waited for.
+
+        Raises GroupDissolved in the latter case, on every rank: steps past that checkpoint would only be done again.
+        """
+        progress, waits = self.progress, last or self.progress.notice
+        self._settle()  # what is saved must be known to be sound
+        self.pulse.enter("save")
+        if progress.saved_step != progress.step:
+            self.reporter.flush()  # no step is committed whose metrics could still be lost
+            self._report_save(self.saver.begin(progress.step, self._metadata()))
+            progress.saved_step, progress.saved_at, progress.save_due = progress.step, time.monotonic(), False
+        if waits:
+            outcome = self.saver.finish(last=last)
+            self._report_save(outcome)
+        if progress.notice and not last:
+            saved = outcome is None or not outcome.problem
+            if self.ranks.rank == 0 and saved:
+                self.reporter.send({"kind": "saved_on_notice", "attempt": self.attempt, "step": progress.step})
+            raise GroupDissolved(f"the group was to end; step {progress.step} is {'' if saved else 'not '}saved")
+
+    def _report_save(self, outcome: Outcome | None) -> None:
+        if outcome is None or self.ranks.rank != 0:
+            return
+        found = {"attempt": self.attempt, "step": outcome.step, "seconds": outcome.seconds,
+                 "blocked_seconds": outcome.blocked_seconds}
+        kind = "checkpoint_failed" if outcome.problem else "checkpoint"
+        self.reporter.send({"kind": kind, **found, **({"problem": outcome.problem} if outcome.problem else {})})
+        if outcome.kept_for:
+            self.reporter.send({"kind": "retention_failed", "attempt": self.attempt, "step": outcome.step,
+                                "problem": outcome.kept_for})
+
+    def _metadata(self) -> dict[str, Any]:
+        progress = self.progress
+        shapes = {name: list(shape) for name, shape in self.engine.parameter_shapes.items()}
+        shapes |= {name: list(buffer.shape) for name, buffer in self.engine.buffers().items()}
+        return {
+            "step": progress.step, "optimizer_step": self.engine.num_updates, "tokens": progress.tokens,
+            "loss_scale": self.engine.loss_scale_state(), "fingerprint": self.spec.fingerprint(), "shapes": shapes,
+            "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
+            "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
+            "validation_step": progress.last_validation_step,
+            "rows_chain": {"after": progress.chain_after, "digest": progress.chain},
+        }
+
+
+def verify_together(run: Run, reader: CheckpointReader, ranks: Ranks) -> None:
+    """Hash all files, each on one rank. What one finds wrong another one reads again, on another node if there is
+    one: a node with bad memory must not condemn what took days to compute.
+
+    Raises CheckpointDamaged, with the checkpoint set aside, or ReadsDiffer.
+    """
+    mine = {index: f"{socket.gethostname()}, rank {ranks.rank}: {problem}"
+            for index in range(ranks.rank, reader.num_files, ranks.num_ranks)
+            for problem in reader.verify_files([index])}
+    found = {index: problem for part in ranks.gather(mine) for index, problem in part.items()}
+    if not found:
+        return
+    # Ranks count node by node, so the one half the group away is elsewhere wherever one is.
+    others = {index: (index + max(1, ranks.num_ranks // 2)) % ranks.num_ranks for index in found}
+    again = [problem for index, other in sorted(others.items()) if other == ranks.rank
+             for problem in reader.verify_files([index])]
+    confirmed = [problem for part in ranks.gather(again) for problem in part]
+    if not confirmed:
+        raise ReadsDiffer(f"{'; '.join(found.values())}; read again, by another rank if there is one, all is as it "
+                          f"was committed: memory, disk cache or network there is not to be trusted, and checkpoint "
+                          f"{reader.path} stays in use")
+    if ranks.rank == 0:
+        run.set_aside(reader.info, "; ".join(confirmed))
+    raise CheckpointDamaged(f"checkpoint {reader.path} is damaged: {'; '.join(confirmed)}; it was set aside, and the "
+                            "one before is used")
+
+
+def make_dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """64 bits from the place in a run, for whatever seed and however long a run: a sum of products would overflow, and
+    give neighbouring places the same randomness."""
+    place = struct.pack("<4Q", seed, step, rank, micro_batch)
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: on a GPU what torch reserved, on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

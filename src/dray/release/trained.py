@@ -1,0 +1,135 @@
+"""A trained model read back from a run's checkpoint into one process, for evaluation, generation and export.
+
+Nothing is unpickled: the configuration comes from the run's spec, the weights from verified safetensors fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from dray.corpus.cleaning import normalize
+from dray.corpus.manifest import Manifest, load_run_manifest
+from dray.corpus.tokenizer_folder import Dress
+from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_tokenizer_files
+from dray.errors import StoreError
+from dray.models.build import build_model
+from dray.models.config import longest_row
+from dray.runs import LOWER_IS_BETTER, CheckpointInfo, CheckpointReader, Run
+from dray.spec import Spec
+from dray.storage.filesystem import child, list_files, open_filesystem
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with what it was trained from."""
+
+    run: Run
+    checkpoint: CheckpointInfo
+    spec: Spec
+    corpus: str
+    manifest: Manifest
+    model: Any
+    """A transformers model in fp32, in evaluation mode."""
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The tokeniser: the run's own copy, or the corpus' where an earlier version kept none."""
+        kept = child(self.run.corpus_copy, "tokenizer")
+        return kept if list_files(*open_filesystem(kept)) else child(self.corpus, "tokenizer")
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens that the model takes at once; None if it counts no positions."""
+        return longest_row(self.model.config)
+
+    @cached_property
+    def dress(self) -> Dress:
+        """What training did to a text, for texts that are given to the model now: a prompt is not ended."""
+        packs, manifest = self.spec.packs_rows, self.manifest
+        prefix, suffix = manifest.prefix, manifest.suffix
+        if prefix is None or suffix is None:  # a corpus made before its manifest said so
+            info = describe(read_tokenizer_files(self.tokenizer_folder), [], needs_end=packs)
+            prefix, suffix = () if packs else info.prefix, info.suffix
+        longest = self.longest_row if packs else None
+        return Dress(prefix, () if packs else suffix, manifest.pad_token_id, manifest.eos_token_id,
+                     self.spec.data.cleaning.normalize, longest or self.spec.data.sequence_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, as training gave them to the model."""
+        encoder = load_encoder(self.tokenizer_folder, "transformers" if self.manifest.encoder == "transformers"
+                               else "tokenizers")  # the reference, whose ids gigatoken's equal
+        ids, _ = encoder.encode(normalize(pa.array([text], pa.large_string()), self.dress.normalize))
+        return [*self.dress.prefix, *ids.tolist(), *self.dress.suffix]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text, without special tokens."""
+        return str(load_decoder(self.tokenizer_folder).decode(list(ids), skip_special_tokens=True))
+
+    def move_to_device(self) -> torch.device:
+        """Put the model on the GPU if there is one with room for it and its activations, and say where it is now."""
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+            free, _ = torch.cuda.mem_get_info()
+            device = torch.device("cuda" if num_bytes * 5 // 4 < free else "cpu")
+        self.model.to(device)
+        return device
+
+
+def load_trained(storage: str, name: str, step: str | int | None = None) -> Trained:
+    """Load the model of a run at a step: a number, `best` by the run's validation metric, or None for the newest.
+
+    Raises StoreError when there is no such run or checkpoint, or it is damaged.
+    """
+    run = Run.open(storage, name)
+    info = choose_checkpoint(run, step)
+    spec, manifest, kept = run.spec(), load_run_manifest(run), run.model()
+    model = build_model(
+        spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
+        pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id, initial_weights=False,
+        config=kept["config"] if kept else None,
+    )
+    with run.hold(info), CheckpointReader(run, info) as reader:
+        problems = reader.verify_files(range(reader.num_files))
+        if problems:
+            raise StoreError(info.path, "; ".join(problems), "a damaged checkpoint is never loaded",
+                             "try another --step")
+        _fill(model, reader)
+    model.eval()
+    return Trained(run, info, spec, run.corpus, manifest, model)
+
+
+def choose_checkpoint(run: Run, step: str | int | None) -> CheckpointInfo:
+    """The checkpoint a person means. Raises StoreError that lists the steps there are."""
+    found = run.checkpoints()
+    if step is None:
+        newest = run.latest_checkpoint()
+        if newest is not None:
+            return newest
+    elif step == "best":
+        metric = run.spec().validation.metric
+        scored = [info for info in found if metric in info.metrics]
+        sign = 1 if metric in LOWER_IS_BETTER else -1
+        if scored:
+            return min(scored, key=lambda info: sign * info.metrics[metric])
+    else:
+        for info in found:
+            if str(info.step) == str(step):
+                return info
+    steps = ", ".join(str(info.step) for info in found) or "none"
+    raise StoreError(f"run {run.name!r}", f"no sound checkpoint {step or ''}".strip(), f"steps with one: {steps}")
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, reader: CheckpointReader) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(reader.read(name).reshape(parameter.shape))
+    for name, buffer in model.named_buffers():
+        if reader.has(name, "buffer"):
+            buffer.copy_(reader.read(name, "buffer").reshape(buffer.shape))

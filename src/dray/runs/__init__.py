@@ -1,0 +1,45 @@
+"""The run folder on any filesystem: layout, commit with checksums, retention, metrics rows, events, trackers.
+
+Every other part reaches storage through these names; nothing outside knows how a run folder looks inside.
+"""
+
+from __future__ import annotations
+
+from dray.runs.commit import CheckpointWriter
+from dray.runs.drivers import Driver
+from dray.storage.filesystem import open_filesystem
+from dray.runs.layout import Fragment, make_fragment_key, parse_fragment_key
+from dray.runs.checkpoint_manifest import CheckpointInfo, RankFile
+from dray.runs.checkpoint_reader import CheckpointReader, CheckpointReport, inspect_checkpoint, verify_checkpoint
+from dray.runs.row_log import make_limits
+from dray.runs.resuming import find_resume_checkpoint
+from dray.runs.retention import LOWER_IS_BETTER, apply_retention
+from dray.runs.run import Run, find_checkpoint, list_runs, verify_all
+from dray.runs.trackers import Tracker, Trackers, build_trackers, check_trackers
+
+__all__ = [
+    "LOWER_IS_BETTER",
+    "CheckpointInfo",
+    "CheckpointReader",
+    "CheckpointReport",
+    "CheckpointWriter",
+    "Driver",
+    "Fragment",
+    "RankFile",
+    "Run",
+    "Tracker",
+    "Trackers",
+    "apply_retention",
+    "build_trackers",
+    "check_trackers",
+    "find_checkpoint",
+    "find_resume_checkpoint",
+    "inspect_checkpoint",
+    "list_runs",
+    "make_fragment_key",
+    "make_limits",
+    "open_filesystem",
+    "parse_fragment_key",
+    "verify_all",
+    "verify_checkpoint",
+]

@@ -1,0 +1,1 @@
+"""What a person sees: `progress.py` while something runs, `report.py` afterwards."""

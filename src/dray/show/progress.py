@@ -1,0 +1,88 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain log lines elsewhere.
+
+Everything goes to stderr; stdout belongs to results. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from dray.plan import format_bytes, format_seconds
+from dray.processes.streams import Forgiving
+from dray.redaction import redact
+
+LOG_EVERY_SECONDS = 5.0
+
+
+class Display:
+    """Shows steps, validations and remarks of one run."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        forgiving = cast(TextIO, Forgiving(stream or sys.stderr))  # a closed terminal must not end a run
+        self._console = Console(file=forgiving, highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._bar: TaskID | None = None
+        self._logged_at = 0.0
+        self._first: tuple[int, float] | None = None
+
+    @contextmanager
+    def steps(self, num_steps: int, done: int) -> Iterator[None]:
+        """Show the steps of a run while the body runs."""
+        self._num_steps, self._first = num_steps, None
+        if not self._console.is_terminal:
+            yield
+            return
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+        with Progress(*columns, console=self._console, transient=True, refresh_per_second=4) as self._live:
+            self._bar = self._live.add_task("starting …", total=num_steps, completed=done)
+            yield
+        self._live = None
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show one row of the run's metrics."""
+        step, now = int(row["step"]), time.monotonic()
+        self._first = self._first or (step, now)
+        text = self._line(row, now)
+        if self._live is not None and self._bar is not None:
+            self._live.update(self._bar, completed=step, description=text)
+        elif now - self._logged_at >= LOG_EVERY_SECONDS or step == self._num_steps:
+            self._logged_at = now
+            self.say(text)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the metrics of one validation."""
+        self.say(f"step {step}  validation  {format_values(values)}")
+
+    def say(self, text: str) -> None:
+        """Show one remark on a line of its own."""
+        self._console.print(redact(text), markup=False)
+
+    def _line(self, row: Mapping[str, Any], now: float) -> str:
+        step = int(row["step"])
+        first_step, first_time = self._first or (step, now)
+        parts = [f"step {step}/{self._num_steps}", f"loss {format_loss(row['loss'])}",
+                 f"{row['tokens_per_second']:,.0f} tokens/s"]
+        if row.get("mfu") is not None:
+            parts.append(f"MFU {row['mfu']:.0%}")
+        if step > first_step:
+            left = (now - first_time) / (step - first_step) * (self._num_steps - step)
+            parts.append(f"ETA {format_seconds(left)}")
+        parts.append(f"{format_bytes(row['memory_bytes_max'])} a rank")
+        return "  ".join(parts)
+
+
+def format_loss(loss: float | None) -> str:
+    """A loss with four digits; none is one that was not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def format_values(values: Mapping[str, float]) -> str:
+    """Metrics by name on one line."""
+    return "  ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in values.items())
