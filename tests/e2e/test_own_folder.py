@@ -222,7 +222,7 @@ def test_a_record_with_whole_paths_opens_where_they_are_and_where_they_were_move
     identity = run.record()["identity"]
     identity["model"]["path"] = str(place.root / "base")
     run.update(corpus=str(place.storage / run.record()["corpus"]), identity=identity)
-    Path(run.path, "spec.yaml").write_text(dray.spec.spec.dump_spec(
+    Path(run.path, "spec.yaml").write_text(dray.spec.loading.dump_spec(
         place.spec(model={"path": str(place.root / "base")}, precision="fp32")))
     assert evaluate(str(place.storage), "tuned")["step"] == 2
     moved = place.storage.rename(place.root / "elsewhere")

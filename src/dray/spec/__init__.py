@@ -1,12 +1,12 @@
 """The frozen spec.
 
-`spec.py` has its sections, loading, overrides and identity; `yaml_reading.py` reads the YAML that people write.
+`sections.py` has its sections, `spec.py` the whole; `loading.py` reads and overrides it, `yaml_reading.py` reads the
+YAML that people write, `mistakes.py` says in a line what is wrong; `identity.py` compares two.
 """
 
-from dray.spec.spec import (
-    MAX_SPEC_BYTES,
-    NAME_RULE,
-    RUN_NAME,
+from dray.spec.identity import differing_paths, without_places
+from dray.spec.loading import MAX_SPEC_BYTES, dump_spec, load_spec, load_text, make_spec, recipe_names
+from dray.spec.sections import (
     Cleaning,
     Duration,
     HeldOut,
@@ -15,17 +15,10 @@ from dray.spec.spec import (
     Resources,
     Schedule,
     Source,
-    Spec,
     Tokenizer,
     Watchdog,
-    differing_paths,
-    dump_spec,
-    load_spec,
-    load_text,
-    make_spec,
-    recipe_names,
-    without_places,
 )
+from dray.spec.spec import NAME_RULE, RUN_NAME, Spec
 from dray.spec.yaml_reading import BadYaml, read_yaml
 
 __all__ = [

@@ -1,0 +1,406 @@
+"""The sections of a spec: frozen, unknown keys refused, URIs without their credentials.
+
+A class is a section, a field with its sentence is a key. What is wrong in a section by itself is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dray.redaction import take_in_all
+
+
+def _reject_boolean(value: Any) -> Any:
+    """YAML reads `yes` and `no` as booleans, and pydantic would read those as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_reject_boolean)]
+Float = Annotated[float, BeforeValidator(_reject_boolean)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, unknown keys refused, URIs without their credentials."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False,
+                              defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_credentials(cls, given: Any) -> Any:
+        """Credentials in URIs never become part of a spec, which is written down and sent to trackers."""
+        return take_in_all(given)
+
+
+class Source(Section):
+    """One source of documents: files of one form, with the columns to read."""
+
+    path: str | tuple[str, ...]
+    """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme); `python:stdlib` is the
+    standard library's own sources. Relative paths start at the working directory."""
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines"] = "auto"
+    """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or `.zip`. `text`: a file is
+    a document; `lines`: a line is."""
+    text: str = "text"
+    """The column that holds the text (a 0-based number for files without a header)."""
+    label: str | None = None
+    """The column that holds the label; tasks with labels need it. A label is a text, a number, or true or false; 1, "1"
+    and 1.0 are one label in every format."""
+    header: bool = True
+    """Whether the first line of csv and tsv files names the columns."""
+    quoting: Literal["rfc4180", "none"] = "rfc4180"
+    """csv and tsv: a field that begins with a quote goes on to its closing quote, over delimiters and newlines
+    (`rfc4180`), or quotes are characters like others and a line is a record (`none`)."""
+    weight: Annotated[Float, Field(gt=0)] | None = None
+    """Share of the rows drawn from this source, relative to the other weights; none: in proportion to its rows."""
+    exclude: tuple[str, ...] = ()
+    """Globs of paths to leave out."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class Cleaning(Section):
+    """What happens to a document's text before it is tokenised."""
+
+    normalize: Literal["NFC", "NFKC", "none"] = "NFC"
+    """Unicode normalisation form."""
+    min_chars: Annotated[Int, Field(ge=0)] = 1
+    """Documents shorter than this are dropped."""
+    max_chars: Annotated[Int, Field(ge=1)] | None = None
+    """Documents longer than this are dropped."""
+    min_alphanumeric_share: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    """Least share of letters and digits (of any script) among the characters that are not white space."""
+    max_repeated_line_share: Annotated[Float, Field(ge=0, le=1)] = 1.0
+    """Greatest share of characters that lie in lines already seen in the same document."""
+    deduplicate: Literal["exact", "none"] = "exact"
+    """`exact` keeps the first of documents whose normalised text is equal."""
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, a mapping, or a list of either; a list of plain paths is one source."""
+    if isinstance(value, (str, Mapping, Source)):
+        return (_as_source(value),)
+    if isinstance(value, Sequence) and value and all(isinstance(item, str) for item in value):
+        return ({"path": tuple(value)},)
+    if isinstance(value, Sequence):
+        return tuple(_as_source(item) for item in value)
+    return value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class HeldOut(Section):
+    """A share of the training documents held out for validation, split by document."""
+
+    share: Annotated[Float, Field(gt=0, lt=1)]
+    """Share of the documents; a document's side depends on its text alone."""
+
+
+def _as_validation_data(value: Any) -> Any:
+    if isinstance(value, Mapping) and "share" in value:
+        if "path" in value:
+            raise ValueError("either a `share` of the training documents or the `path` of others")
+        return HeldOut.model_validate(dict(value))
+    return value if isinstance(value, HeldOut) or value is None else _as_sources(value)
+
+
+class Data(Section):
+    """The corpus: where documents come from and how they become rows."""
+
+    train: Sources
+    """The training documents: a path, a glob, a URI, a mapping with `path`, or a list of these."""
+    validation: Annotated[HeldOut | tuple[Source, ...] | None, BeforeValidator(_as_validation_data)] = None
+    """`{share: 0.02}` of the training documents, or sources of their own."""
+    sequence_tokens: Annotated[Int, Field(ge=2, le=1_048_576)] = 512
+    """Tokens in a row."""
+    cleaning: Cleaning = Cleaning()
+    """What happens to a document's text before it is tokenised."""
+    max_bad_share: Annotated[Float, Field(ge=0, le=1)] = 0.01
+    """Above this share of unreadable data, in records or in bytes, preparing stops and names the worst file. A file
+    that is cut short counts whole."""
+    max_record_bytes: Annotated[Int, Field(ge=1024)] = 16 * 1024 * 1024
+    """A record (a line, or a file of format `text`) larger than this counts as unreadable."""
+    shuffle_seed: Int = 0
+    """Seed of the one shuffle of the rows on disk; another training seed reuses the token shards."""
+
+
+class Tokenizer(Section):
+    """A tokeniser from a folder, or one trained on a sample of the corpus."""
+
+    path: str | None = None
+    """A Hugging Face tokeniser folder."""
+    train: Literal["byte_bpe"] | None = None
+    """Train a byte-level BPE tokeniser on a sample of the training documents."""
+    vocab_size: Annotated[Int, Field(ge=258, le=1_000_000)] = 8192
+    """Vocabulary of a trained tokeniser, special tokens included."""
+    sample_bytes: Annotated[Int, Field(ge=10_000)] = 16_000_000
+    """Bytes of text that a tokeniser is trained on."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("exactly one of `path` and `train` is needed")
+        return self
+
+
+class Model(Section):
+    """A transformers architecture by name and sizes, or a folder of weights."""
+
+    architecture: str | None = None
+    """A transformers model type: llama, gpt2, bert, modernbert, …"""
+    path: str | None = None
+    """A Hugging Face folder (config.json and safetensors) to start from, such as `dray export` writes."""
+    hidden_size: Annotated[Int, Field(ge=8)] | None = None
+    """Width of the residual stream."""
+    num_layers: Annotated[Int, Field(ge=1)] | None = None
+    """Number of transformer blocks."""
+    num_heads: Annotated[Int, Field(ge=1)] | None = None
+    """Number of attention heads."""
+    num_kv_heads: Annotated[Int, Field(ge=1)] | None = None
+    """Number of key and value heads; none: as many as heads."""
+    intermediate_size: Annotated[Int, Field(ge=8)] | None = None
+    """Width of the feed-forward block; none: 8/3 of the hidden size for gated blocks, 4 times it for the others."""
+    vocab_size: Annotated[Int, Field(ge=2)] | None = None
+    """Rows of the embedding; none: the tokeniser's vocabulary."""
+    max_positions: Annotated[Int, Field(ge=2)] | None = None
+    """Longest row the model can take; none: `data.sequence_tokens`."""
+    tie_embeddings: bool = True
+    """Whether the output head shares the input embedding."""
+    num_labels: Annotated[Int, Field(ge=2)] | None = None
+    """Number of classes; none: as many as the training documents have labels. Where these are numbers from 0 on, some
+    of them may be absent; else the two must agree."""
+    options: dict[str, str | int | float | bool | None] = {}
+    """Further fields of the transformers configuration, by their own names."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("exactly one of `architecture` and `path` is needed")
+        if self.path is not None:
+            return self
+        for name in ("hidden_size", "num_layers", "num_heads"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` is needed with `architecture`")
+        if self.hidden_size % self.num_heads:  # type: ignore[operator]
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):  # type: ignore[operator]
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class Batch(Section):
+    """How many rows an optimiser update sees, and how they are cut."""
+
+    global_rows: Annotated[Int, Field(ge=1, le=2**31)] = 16
+    """Rows in one optimiser update, over all ranks."""
+    micro_rows: Annotated[Int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rows in one forward pass of one rank; `auto`: the most that fit."""
+
+
+class Optimizer(Section):
+    """The optimiser; weight decay spares norms, biases and embeddings."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimiser's name."""
+    learning_rate: Annotated[Float, Field(gt=0, le=10)] = 1.0e-3
+    """Peak learning rate."""
+    weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.1
+    """Decoupled weight decay."""
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
+    """Term added to the denominator."""
+
+
+class Schedule(Section):
+    """The learning rate over the steps."""
+
+    name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Shape after the warm-up; `wsd`: stable, then a linear decay over the last `decay_steps`."""
+    warmup_steps: Annotated[Int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: Annotated[Int, Field(ge=1)] | None = None
+    """cosine, linear: the step at which the floor is reached (none: the last). wsd: length of the decay (none: a
+    tenth)."""
+    floor_share: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    """The final rate, as a share of the peak."""
+
+    def check_length(self, num_steps: int) -> None:
+        """Raise ValueError if a run of so many steps is too short for it."""
+        if self.name == "wsd":
+            if (self.decay_steps or 0) > num_steps:
+                raise ValueError(f"schedule.decay_steps = {self.decay_steps}: the run has {num_steps} steps, and the "
+                                 "decay lies within it")
+        elif self.warmup_steps > (self.decay_steps or num_steps):
+            raise ValueError(f"schedule.warmup_steps = {self.warmup_steps}: the schedule ends at step "
+                             f"{self.decay_steps or num_steps}, before the warm-up")
+
+
+class Regularization(Section):
+    """What keeps the model from fitting too closely or diverging."""
+
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability, where the architecture has dropout."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Probability mass spread over all classes in the training loss."""
+    clip_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
+    """Greatest global gradient norm; none: no clipping."""
+
+
+class Duration(Section):
+    """How long to train: exactly one of the three."""
+
+    steps: Annotated[Int, Field(ge=1, le=10**12)] | None = None
+    """Optimiser updates."""
+    epochs: Annotated[Float, Field(gt=0, le=10**6)] | None = None
+    """Passes over the training rows; the last batch of a pass is filled up from the next one."""
+    tokens: Annotated[Int, Field(ge=1, le=10**18)] | None = None
+    """Training tokens."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if sum(value is not None for value in (self.steps, self.epochs, self.tokens)) != 1:
+            raise ValueError("exactly one of `steps`, `epochs` and `tokens` is needed")
+        return self
+
+
+class Validation(Section):
+    """When to validate, and when to stop early."""
+
+    every_steps: Annotated[Int, Field(ge=1)] | None = None
+    """Steps between validations; none: at the end only."""
+    max_rows: Annotated[Int, Field(ge=1)] | None = None
+    """Validate on the first so many rows; none: on all."""
+    metric: str = "loss"
+    """The metric that ranks checkpoints and stops early: `loss` or another of the task's."""
+    patience: Annotated[Int, Field(ge=1)] | None = None
+    """Stop after so many validations without a better metric; none: never."""
+
+
+class Checkpoint(Section):
+    """When checkpoints are committed and which are kept. One is always committed at the end."""
+
+    every_steps: Annotated[Int, Field(ge=1)] | None = None
+    """Steps between checkpoints."""
+    every_minutes: Annotated[Float, Field(gt=0)] | None = None
+    """Minutes between checkpoints."""
+    keep_last: Annotated[Int, Field(ge=1)] = 2
+    """How many of the newest are kept."""
+    keep_best: Annotated[Int, Field(ge=0)] = 0
+    """How many of the best by `validation.metric` are kept besides."""
+
+
+class Numerics(Section):
+    """What happens to bad numbers. Place, not identity: what was left out is part of the run's record."""
+
+    max_skipped_steps: Annotated[Int, Field(ge=1)] = 8
+    """Steps in a row without an update, because a loss or gradient was not finite, after which the run stops."""
+    spike: Literal["off", "warn", "rewind"] = "warn"
+    """A loss far above the recent ones: `warn` records it; `rewind` goes back to the checkpoint before and leaves the
+    rows of that step out."""
+    spike_sigmas: Annotated[Float, Field(gt=1)] = 10.0
+    """How far is far: robust standard deviations above the median of the last 64 steps."""
+    max_rewinds: Annotated[Int, Field(ge=0)] = 5
+    """Rewinds of a run after which a spike stops it."""
+
+
+class Watchdog(Section):
+    """When a run counts as hung: stacks are dumped, the rank at fault is ended, and the run goes on."""
+
+    silent_seconds: Annotated[Float, Field(ge=5)] = 15.0
+    """A rank that gives no sign of life for so long is stopped or dead."""
+    long_silence_seconds: Annotated[Float, Field(ge=5)] = 180.0
+    """The same while it builds, restores, saves or takes its first step: libraries may hold the interpreter then."""
+    stuck_seconds: Annotated[Float, Field(ge=5)] = 120.0
+    """No rank moves within a step for so long …"""
+    stuck_steps: Annotated[Float, Field(ge=2)] = 30.0
+    """… and for so many times a usual step: they wait for each other."""
+    patient_seconds: Annotated[Float, Field(ge=5)] = 1800.0
+    """The same for what is no step: imports, compilation, waiting for rows, storage."""
+
+
+def _as_pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Resources(Section):
+    """The workers and what each of them gets. Place, not identity."""
+
+    workers: Annotated[
+        Annotated[Int, Field(ge=1, le=1_000_000)]
+        | tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1, le=1_000_000)]],
+        BeforeValidator(_as_pair),
+    ] = 1
+    """Number of workers (ranks), or `[fewest, most]` for an elastic group."""
+    cpus_per_worker: Annotated[Float, Field(gt=0)] = 1
+    """Logical CPUs of a worker; its compute threads."""
+    gpus_per_worker: Annotated[Int, Field(ge=0, le=1)] = 0
+    """GPUs of a worker: 0 or 1."""
+    reader_cpus: Annotated[Float, Field(gt=0)] = 1
+    """CPUs left to Ray Data for reading; without any, workers would wait for rows for ever."""
+    max_failures: Annotated[Int, Field(ge=0)] = 3
+    """Restarts of the worker group after a failure before the run is given up."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers {list(self.workers)}: the first must not exceed the second")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class Zero(Section):
+    """How model states are spread over the ranks. Place, not identity."""
+
+    stage: Literal[0, 1, 2, 3, "auto"] = "auto"
+    """ZeRO stage; `auto`: the fastest that fits, by the estimate of the plan."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lies in host memory: the optimiser states (stages 1 to 3), or these and the parameters (stage 3)."""
+
+    @model_validator(mode="after")
+    def _offload_needs_stage(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.stage != "auto" and self.stage < least:
+            raise ValueError(f"offload {self.offload} needs stage {least} or higher, not {self.stage}")
+        return self
+
+
+class Engine(Section):
+    """How the same arithmetic is carried out. Place, not identity."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile; `auto`: where the run is long enough to pay for the compilation."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+
+class Tracking(Section):
+    """Trackers beside the run's own metrics. A tracker that fails never stops training."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder."""
+    mlflow: str | bool = False
+    """`true`: a local SQLite store; or a tracking URI."""
+    wandb: str | bool = False
+    """A Weights & Biases project; its key comes from the environment."""
