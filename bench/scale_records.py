@@ -44,7 +44,7 @@ def build_recorder(place: str) -> tuple[Any, Any]:
     from dray.runs import Run, build_trackers
     from dray.show.progress import Display
     from dray.spec import make_spec
-    from dray.train.driver import Recorder
+    from dray.train.recorder import Recorder
 
     spec = make_spec({"name": "large", "data": {"train": "x.jsonl"}, "duration": {"steps": STEPS},
                       "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4}})
@@ -71,7 +71,7 @@ def write_metrics(run: Any, num_steps: int) -> int:
     from dray.plan import local_shape, make_plan
     from dray.runs.compaction import make_parquet
     from dray.runs.row_log import LOCAL_PART_BYTES
-    from dray.train.driver import make_metrics_row
+    from dray.train.recorder import make_metrics_row
 
     plan = make_plan(run.spec(), local_shape())
     row = make_metrics_row([make_record(1, 0, 1)], plan)
@@ -179,8 +179,8 @@ def measure_driver(_: argparse.Namespace) -> Iterator[Check]:
     the driver, and the driver's."""
     from dray.doctor.hangs import find_hang
     from dray.spec import Watchdog
-    from dray.train.driver import DRAIN_SECONDS
     from dray.train.mailbox import Mailbox, pace
+    from dray.train.recorder import DRAIN_SECONDS
 
     num_ranks, seconds, mailbox_seconds, driver_seconds = 10_000, 10, 0.0, 0.0
     beats_every = pace(0.5, num_ranks)

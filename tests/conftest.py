@@ -43,8 +43,8 @@ def local_ray() -> Iterator[None]:
     """One Ray for every test that trains: starting it costs more than a tiny run."""
     import ray
 
-    from dray.cluster.connection import fork_environment
     from dray.cluster.local_ray import lean
+    from dray.cluster.workers import fork_environment
 
     with lean(onlookers=True):  # Ray Train's cleaner asks them, in a Ray that a run has not started itself
         ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dray.cluster.connection import fork_environment
+from dray.cluster.workers import fork_environment
 from dray.processes import forkserver
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system has no pidfd_open")

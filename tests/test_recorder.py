@@ -16,7 +16,7 @@ from dray.plan import local_shape, make_plan
 from dray.runs import Run, build_trackers
 from dray.show.progress import Display
 from dray.spec import make_spec
-from dray.train.driver import Recorder
+from dray.train.recorder import Recorder
 from small_disk import small_disk
 from tiny import tiny_tree
 
@@ -97,7 +97,7 @@ def test_a_thread_that_waits_loses_and_doubles_nothing(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Run, "log_metrics", log_slowly)
     monkeypatch.setattr(Run, "log_event", tell_slowly)
-    monkeypatch.setattr("dray.train.driver.DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr("dray.train.recorder.DRAIN_SECONDS", 0.0)
     ended = threading.Event()
 
     def save() -> None:

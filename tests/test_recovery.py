@@ -15,7 +15,7 @@ from dray.rank.job import Job, begin_attempt
 from dray.runs import CheckpointWriter, Driver, Run, make_fragment_key
 from dray.runs.evidence import make_rank_failure
 from dray.spec import make_spec
-from dray.train.worker import _find_failed_attempt, _find_spike
+from dray.train.recovery import _find_failed_attempt, _find_spike
 from tiny import tiny_tree
 
 BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}

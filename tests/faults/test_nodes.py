@@ -148,7 +148,7 @@ def test_ranks_agree_on_a_notice_that_they_see_at_different_steps(
         storage: str, tiny_corpus: Path, undisturbed: Run, measured, head: Nodes, tmp_path: Path,
         name_fault: Callable[..., Path]):
     """notice of preemption that one rank sees three seconds after the other"""
-    happened = name_fault("dray.train.worker:_Posting.notice_given:late")
+    happened = name_fault("dray.train.posting:Posting.notice_given:late")
     head.add(2)
     training = start(head, storage, "late", tiny_corpus, tmp_path)
     training.wait_for_step(8)

@@ -313,7 +313,7 @@ def test_planning_takes_milliseconds() -> None:
 
 def test_planning_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from dray.plan import *; from dray.spec.spec import load_spec; import dray.rank.schedule\n"
+        "import sys; from dray.plan import *; from dray.spec import load_spec; import dray.rank.schedule\n"
         "format_plan(make_plan(load_spec('quickstart'), local_shape()))\n"
         "print([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'deepspeed', 'numpy') if m in sys.modules])"
     )

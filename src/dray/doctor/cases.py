@@ -27,6 +27,9 @@ _WRAPPERS = re.compile(r"(?:^|\.)(?:RayTaskError(?:\(.*\))?|TrainingFailedError|
 
 OWN_FILE = re.compile(r"(?:^|/)dray/(?:\w+/)?\w+\.py$")
 """A file of dray itself; a project that lies in a folder called dray has longer paths to what it installed."""
+LOOP_FILE, GROUP_FILE, DEVICE_FILE = "dray/rank/loop.py", "dray/rank/group.py", "dray/rank/device.py"
+CORPUS_FOLDER = "dray/corpus/"
+"""Where stacks show the loop of a rank, its waits for others and for a GPU's queue, and the reading of rows."""
 LOST_TYPES = re.compile(r"(?:^|\.)(?:ActorDiedError|RayActorError|ActorUnavailableError|WorkerCrashedError"
                         r"|NodeDiedError|LocalRayletDiedError|WorkerHealthCheck(?:Failed|Timeout)Error)$")
 _LOST_TEXT = re.compile(r"The actor (?:died|is dead|is unavailable)|[Ww]orker (?:died unexpectedly|unexpectedly exits)"

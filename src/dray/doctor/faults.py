@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dray.doctor.cases import COLLECTIVE_TIMEOUT, CONNECTION_LOST, OWN_FILE, Case, make_cases
+from dray.doctor.cases import COLLECTIVE_TIMEOUT, CONNECTION_LOST, CORPUS_FOLDER, OWN_FILE, Case, make_cases
 from dray.errors import (
     BadNumbers,
     Cause,
@@ -138,7 +138,7 @@ def _waited_in_a_hang(case: Case) -> bool:
 def _in_corpus(case: Case) -> bool:
     """Whether dray's innermost frame lies in the reading of rows."""
     own = [file for file, _, _ in case.frames if OWN_FILE.search(file)]
-    return bool(own) and "/corpus/" in own[-1]
+    return bool(own) and CORPUS_FOLDER in own[-1]
 
 
 def _host_is_full(case: Case) -> bool:

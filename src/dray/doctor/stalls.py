@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dray.doctor.cases import COLLECTIVE_TIMEOUT, OWN_FILE, make_seconds, make_whole, parse_frames
+from dray.doctor.cases import (
+    COLLECTIVE_TIMEOUT,
+    DEVICE_FILE,
+    GROUP_FILE,
+    LOOP_FILE,
+    OWN_FILE,
+    make_seconds,
+    make_whole,
+    parse_frames,
+)
 
 Frame = tuple[str, int, str]
 
@@ -21,9 +30,9 @@ SLOW_STEPS, FEWEST_STEPS, SLOW_SHARE = 20, 8, 0.8
 """A straggler is slow in most of the last steps: one slow step is a hiccup."""
 
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+[^\n]*\(most recent call first\):$", re.M)
-_COLLECTIVE = re.compile(r"/torch/distributed/(?:distributed_c10d|c10d_logger)|/deepspeed/comm/|/dray/ranks\.py"
-                         r"|/ray/train/(?:v2/)?.*collective"
-                         r"|/dray/device\.py")  # a GPU's queue stands still where its next collective waits
+_COLLECTIVE = re.compile(r"/torch/distributed/(?:distributed_c10d|c10d_logger)|/deepspeed/comm/"
+                         rf"|/ray/train/(?:v2/)?.*collective|/{re.escape(GROUP_FILE)}"
+                         rf"|/{re.escape(DEVICE_FILE)}")  # a GPU's queue stands still where its next collective waits
 _FOREIGN = re.compile(r"/(?:site|dist)-packages/|/lib/python3|^<|/importlib/")
 
 
@@ -34,7 +43,7 @@ def make_loop_stack(dump: str) -> tuple[Frame, ...]:
     one. Of several dumps in a row the last one counts.
     """
     stacks = [frames for part in _THREAD.split(dump)[1:] if (frames := parse_frames(part))]
-    training = [frames for frames in stacks if any(file.endswith("dray/worker.py") for file, _, _ in frames)]
+    training = [frames for frames in stacks if any(file.endswith(LOOP_FILE) for file, _, _ in frames)]
     return (training or stacks or [()])[-1]
 
 

@@ -1,6 +1,6 @@
 """What stands between the ranks and their driver: records and heartbeats one way, wishes the other.
 
-An actor on the head node holds one (`ray_worker.build_mailbox`). Nothing here grows with the number of ranks but what
+An actor on the head node holds one (`posting.build_mailbox`). Nothing here grows with the number of ranks but what
 the driver takes away: a beat costs the same in a group of ten thousand.
 """
 
