@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from pyarrow import fs as pafs
-from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 from dray.errors import StoreError
 from dray.runs import CheckpointReader, CheckpointWriter, Run, apply_retention, verify_checkpoint
@@ -26,6 +25,7 @@ from dray.storage.filesystem import (
     shown,
     write_bytes,
 )
+from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 
 @pytest.mark.parametrize(("place", "expected"), [

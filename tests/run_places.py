@@ -1,4 +1,4 @@
-"""Storage places of both kinds: a local folder, and the tests' S3 server."""
+"""Fixtures: storage places of both kinds, a local folder and the tests' S3 server, and runs in them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sharded_model import PLAN, make_test_spec
 
 from dray.runs import Run
 from dray.spec import Spec
 from failing_proxy import FailingProxy, failing_proxy
+from sharded_model import PLAN, make_test_spec
 
 
 @pytest.fixture

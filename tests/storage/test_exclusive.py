@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs as pafs
-from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 from dray.errors import StorageFailed, StoreError
 from dray.runs import CheckpointWriter, Run
@@ -20,6 +19,7 @@ from dray.storage.exclusive import _build_store, _s3_settings, create_exclusive
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, write_bytes
 from dray.storage.retrying import patience
 from failing_proxy import FailingProxy, Fault
+from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 RACE = """
 import sys

@@ -15,7 +15,6 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 from dray.errors import StorageFailed, StoreError
 from dray.runs import CheckpointReader, Run, apply_retention, verify_checkpoint
@@ -33,6 +32,7 @@ from dray.storage.filesystem import (
 )
 from dray.storage.retrying import is_transient, patience, retry
 from failing_proxy import FailingProxy, Fault
+from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 
 class GoogleError(Exception):
