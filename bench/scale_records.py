@@ -17,25 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import Check
+from dray.runs.records import Beat, StepReport
 
 STEPS = 10**7
 
 
-def make_record(step: int, rank: int, num_ranks: int) -> dict[str, Any]:
+def make_record(step: int, rank: int, num_ranks: int) -> StepReport:
     """What a rank says of a step."""
-    return {"kind": "step", "rank": rank, "attempt": 1, "step": step, "num_ranks": num_ranks, "loss_sum": 2.5 + rank,
-            "num_targets": 1000, "learning_rate": 1e-3, "grad_norm": 1.25, "applied": True,
-            "rows_digest": f"{step:016x}", "tokens": step * 1000, "step_tokens": 1000, "seconds": 1.01,
-            "data_wait_seconds": 0.001, "forward_seconds": 0.3 + rank * 1e-6, "time": 1.7e9 + step,
-            "memory_bytes": 10**10 + rank}
+    return StepReport(
+        rank=rank, attempt=1, step=step, num_ranks=num_ranks, loss_sum=2.5 + rank, num_targets=1000, learning_rate=1e-3,
+        grad_norm=1.25, applied=True, rows_digest=f"{step:016x}", tokens=step * 1000, step_tokens=1000, seconds=1.01,
+        data_wait_seconds=0.001, forward_seconds=0.3 + rank * 1e-6, time=1.7e9 + step, memory_bytes=10**10 + rank)
 
 
-def make_beat(step: int, rank: int) -> dict[str, Any]:
+def make_beat(step: int, rank: int) -> Beat:
     """A rank's heartbeat."""
-    return {"rank": rank, "attempt": 1, "step": step, "phase": "backward", "long": False, "seconds": 0.2,
-            "time": 1.7e9, "pid": 1000, "log_file": "/tmp/ray/session/logs/worker-1234.out",
-            "stack_file": "/tmp/stacks", "node": "10.0.0.1",
-            "node_id": "f" * 56}
+    return Beat(
+        rank=rank, attempt=1, step=step, phase="backward", long=False, seconds=0.2, time=1.7e9, pid=1000, host="node",
+        log_file="/tmp/ray/session/logs/worker-1234.out", stack_file="/tmp/stacks", node="10.0.0.1", node_id="f" * 56)
 
 
 def build_recorder(place: str) -> tuple[Any, Any]:

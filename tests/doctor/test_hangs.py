@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dray.doctor.hangs import Hang, agreement_seconds, find_hang
 from dray.rank.pulse import Pulse
+from dray.runs.records import Beat
 from dray.spec import Watchdog
 
 SETTINGS = Watchdog(silent_seconds=30, long_silence_seconds=90, stuck_seconds=60, stuck_steps=20, patient_seconds=600)
 
 
-def beats(*ranks: tuple[str, int, float, float], is_long: bool = False) -> dict[int, tuple[dict[str, Any], float]]:
+def beats(*ranks: tuple[str, int, float, float], is_long: bool = False) -> dict[int, tuple[Beat, float]]:
     """(phase, step, seconds in it, seconds since the beat) of each rank."""
-    return {rank: ({"rank": rank, "phase": phase, "step": step, "seconds": seconds, "long": is_long}, age)
+    return {rank: (Beat(rank, 1, step, phase, is_long, seconds, pid=1, host=""), age)
             for rank, (phase, step, seconds, age) in enumerate(ranks)}
 
 
@@ -62,15 +61,15 @@ def test_what_is_known_to_be_long_may_be_silent_and_stand_for_long():
 
 
 def test_a_long_phase_is_announced_before_it_holds_the_interpreter():
-    pulse, announced = Pulse(0), list[dict[str, Any]]()
+    pulse, announced = Pulse(0), list[Beat]()
     pulse.announce = lambda: announced.append(pulse.beat())
     pulse.enter("build", 0)
     pulse.enter("agree", 1)
-    assert pulse.beat()["long"]  # the first step compiles
+    assert pulse.beat().long  # the first step compiles
     pulse.is_warm = True
-    assert not pulse.beat()["long"]
+    assert not pulse.beat().long
     pulse.enter("save")
-    assert [(beat["phase"], beat["long"]) for beat in announced] == [("build", True), ("save", True)]
+    assert [(beat.phase, beat.long) for beat in announced] == [("build", True), ("save", True)]
 
 
 def test_agreements_outlast_the_watchdogs_patience():

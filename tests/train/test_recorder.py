@@ -14,6 +14,7 @@ from dray.doctor import diagnose
 from dray.errors import Cause, StorageFailed
 from dray.plan import local_shape, make_plan
 from dray.runs import Run, build_trackers
+from dray.runs.records import Event, Report, StepReport
 from dray.show.progress import Display
 from dray.spec import make_spec
 from dray.train.recorder import Recorder
@@ -52,11 +53,11 @@ def make_recorder(storage: Path) -> tuple[Run, Recorder, Listening]:
 
 
 def make_records(step: int, forward_seconds: tuple[float, float] = (1.0, 1.0), attempt: int = 1, at: float = 0.0
-                 ) -> list[dict[str, Any]]:
-    return [{"kind": "step", "rank": rank, "attempt": attempt, "step": step, "num_ranks": 2, "loss_sum": 1.0,
-             "num_targets": 2, "learning_rate": 0.1, "grad_norm": 1.0, "applied": True, "rows_digest": "", "tokens": 8,
-             "step_tokens": 8, "seconds": 2.0, "data_wait_seconds": 0.0, "forward_seconds": forward_seconds[rank],
-             "time": at, "memory_bytes": 1} for rank in (0, 1)]
+                 ) -> list[Report]:
+    return [StepReport(
+        rank=rank, attempt=attempt, step=step, num_ranks=2, loss_sum=1.0, num_targets=2, learning_rate=0.1,
+        grad_norm=1.0, rows_digest="", tokens=8, step_tokens=8, seconds=2.0, data_wait_seconds=0.0,
+        forward_seconds=forward_seconds[rank], time=at, memory_bytes=1) for rank in (0, 1)]
 
 
 def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, mo
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(bytes(3_000_000))
     for step in range(2, 30):  # more than the last page of the file still takes
-        recorder.take([*make_records(step), {"kind": "note", "attempt": 1, "step": step}])
+        recorder.take([*make_records(step), Event("note", 1, step)])
     assert not recorder.is_stored
     assert sum("kept in memory" in text for text in display.said) == 1
     ballast.unlink()
@@ -76,7 +77,7 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, mo
     assert [event["step"] for event in run.events() if event["kind"] == "note"] == list(range(2, 30))
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(bytes(3_000_000))
-    monkeypatch.setattr("dray.train.driver.OUTAGE_SECONDS", 0.3)
+    monkeypatch.setattr("dray.train.recorder.OUTAGE_SECONDS", 0.3)
     recorder.take([record for step in range(30, 90) for record in make_records(step)])
     with pytest.raises(StorageFailed, match="is full"):
         recorder.wait_stored()
@@ -108,7 +109,7 @@ def test_a_thread_that_waits_loses_and_doubles_nothing(tmp_path: Path, monkeypat
     for saver in savers:
         saver.start()
     for step in range(1, 61):
-        recorder.take([*make_records(step), {"kind": "note", "attempt": 1, "step": step}])
+        recorder.take([*make_records(step), Event("note", 1, step)])
     ended.set()
     for saver in savers:
         saver.join()
@@ -121,7 +122,7 @@ def test_a_save_that_fails_is_told_and_so_is_what_cannot_be_deleted(tmp_path: Pa
     _, recorder, display = make_recorder(tmp_path)
     for step in (1, 2):
         for kind in ("checkpoint_failed", "retention_failed"):
-            recorder.take([{"kind": kind, "attempt": 1, "step": step, "problem": "no such luck"}])
+            recorder.take([Event(kind, 1, step, {"problem": "no such luck"})])
     assert [text.partition(":")[0] for text in display.said] == [
         "step 1 could not be saved", "older checkpoints cannot be deleted, so the storage fills up",
         "step 2 could not be saved"]
@@ -153,7 +154,7 @@ def test_the_time_to_the_next_new_step_is_by_the_drivers_clock(tmp_path: Path) -
 @pytest.mark.parametrize(("reason", "fault"), [
     ("Ray Train's controller was lost: The actor died unexpectedly before finishing this task.", Cause.KILLED),
     ("metrics/a0001.jsonl: the storage is full ([Errno 28] No space left on device); free space there", Cause.STORAGE),
-    ("the workers failed: dray.storage.retrying.StorageFailed: x: the storage refuses it (Read-only file system)",
+    ("the workers failed: dray.errors.StorageFailed: x: the storage refuses it (Read-only file system)",
      Cause.STORAGE),
 ])
 def test_what_the_driver_could_not_write_down_is_told_all_the_same(tmp_path: Path, reason: str, fault: Cause) -> None:

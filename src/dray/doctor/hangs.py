@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from dray.runs.records import Beat
 from dray.spec import Watchdog as Settings
 
 PATIENT_PHASES = frozenset({"start", "build", "restore", "save", "data"})
@@ -33,38 +33,38 @@ class Hang:
     reason: str
 
 
-def find_hang(beats: Mapping[int, tuple[Mapping[str, Any], float]], step_seconds: float | None, settings: Settings
+def find_hang(beats: Mapping[int, tuple[Beat, float]], step_seconds: float | None, settings: Settings
               ) -> Hang | None:
     """The hang that the beats show, if they show one.
 
     `beats`: rank → its last beat and the seconds since it arrived. `step_seconds`: a usual step's, once it is known.
     """
     silent = tuple(rank for rank, (beat, age) in sorted(beats.items())
-                   if age > (settings.long_silence_seconds if beat["long"] else settings.silent_seconds))
+                   if age > (settings.long_silence_seconds if beat.long else settings.silent_seconds))
     if silent:
         beat, age = beats[silent[0]]
-        return Hang(silent, f"no sign of life from rank {silent[0]} for {age:.0f} s; its last was in {beat['phase']} "
-                            f"of step {beat['step']}")
-    standing = {rank: beat["seconds"] + age for rank, (beat, age) in beats.items()}
+        return Hang(silent, f"no sign of life from rank {silent[0]} for {age:.0f} s; its last was in {beat.phase} "
+                            f"of step {beat.step}")
+    standing = {rank: beat.seconds + age for rank, (beat, age) in beats.items()}
     if not standing or any(seconds < _limit(beats[rank][0], step_seconds, settings)
                            for rank, seconds in standing.items()):
         return None
     behind = _furthest_behind([beat for beat, _ in beats.values()])
     beat = beats[behind[0]][0]
     return Hang(behind, f"no rank has moved for {min(standing.values()):.0f} s; rank {behind[0]} is the furthest "
-                        f"behind, in {beat['phase']} of step {beat['step']}")
+                        f"behind, in {beat.phase} of step {beat.step}")
 
 
-def _limit(beat: Mapping[str, Any], step_seconds: float | None, settings: Settings) -> float:
-    if beat["phase"] in PATIENT_PHASES or beat["long"] or step_seconds is None:
+def _limit(beat: Beat, step_seconds: float | None, settings: Settings) -> float:
+    if beat.phase in PATIENT_PHASES or beat.long or step_seconds is None:
         return settings.patient_seconds
     return max(settings.stuck_seconds, settings.stuck_steps * step_seconds)
 
 
-def _furthest_behind(beats: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+def _furthest_behind(beats: Sequence[Beat]) -> tuple[int, ...]:
     """Ranks that the others wait for: at the lowest step, and there those that stand outside of what is common."""
-    lowest = min(beat["step"] for beat in beats)
-    late = [beat for beat in beats if beat["step"] == lowest]
-    phases = [beat["phase"] for beat in late]
+    lowest = min(beat.step for beat in beats)
+    late = [beat for beat in beats if beat.step == lowest]
+    phases = [beat.phase for beat in late]
     rarest = min(phases, key=lambda phase: (phases.count(phase), phases.index(phase)))
-    return tuple(sorted(beat["rank"] for beat in late if beat["phase"] == rarest))
+    return tuple(sorted(beat.rank for beat in late if beat.phase == rarest))

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -44,6 +44,7 @@ from dray.rank.pulse import Pulse
 from dray.rank.saving import Outcome, Saver
 from dray.rank.schedule import learning_rate
 from dray.runs import LOWER_IS_BETTER, CheckpointReader, Run, inspect_checkpoint
+from dray.runs.records import Event, Report, StepReport, ValidationReport
 from dray.tasks import Task, TaskMetrics, build_task
 from dray.tasks.causal_lm import bits_per_byte
 
@@ -61,7 +62,7 @@ def preload() -> None:
 class Reporter(Protocol):
     """Where a rank's records go, and where a wish to stop comes from."""
 
-    def send(self, record: dict[str, Any]) -> None: ...
+    def send(self, report: Report) -> None: ...
 
     def stop_requested(self) -> bool: ...
 
@@ -113,8 +114,8 @@ class _Agreed:
 class _Queued:
     """A step that was given to the device, and what is known of it so far."""
 
-    record: dict[str, Any]
-    """The record for the driver, but for what the device computes."""
+    report: StepReport
+    """But for what the device computes."""
     row_ids: Ints
     numbers: Reading
     """This rank's loss sum, that of all ranks, the gradient norm, and whether the update was made."""
@@ -135,8 +136,8 @@ def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, 
     pulse.enter("restore")
     loop.restore()
     pulse.enter("data")
-    reporter.send({"kind": "ready", "rank": ranks.rank, "attempt": attempt.number, "step": stream.start_step,
-                   "num_ranks": ranks.num_ranks})
+    reporter.send(Event("ready", attempt.number, stream.start_step,
+                        {"rank": ranks.rank, "num_ranks": ranks.num_ranks}))
     ended = loop.follow(stream, blocks)
     if ranks.rank == 0:
         run.end_attempt(attempt.number, ended, loop.progress.step)
@@ -260,13 +261,11 @@ class _Loop:
         progress.notice |= agreed.notice
         progress.save_due |= agreed.save or self._checkpoint_due(step) or progress.notice
         progress.tokens += agreed.num_tokens
-        record = {
-            "kind": "step", "rank": self.ranks.rank, "attempt": self.attempt, "step": step,
-            "num_ranks": self.ranks.num_ranks, "num_targets": agreed.num_targets, "learning_rate": rate,
-            "rows_digest": format_digest(agreed.digest), "tokens": progress.tokens, "step_tokens": agreed.num_tokens,
-            "data_wait_seconds": data_wait,
-        }
-        self.queued.append(_Queued(record, rows.row_ids, numbers, begun, forwards, self.clock.mark()))
+        report = StepReport(
+            rank=self.ranks.rank, attempt=self.attempt, step=step, num_ranks=self.ranks.num_ranks,
+            num_targets=agreed.num_targets, learning_rate=rate, rows_digest=format_digest(agreed.digest),
+            tokens=progress.tokens, step_tokens=agreed.num_tokens, data_wait_seconds=data_wait)
+        self.queued.append(_Queued(report, rows.row_ids, numbers, begun, forwards, self.clock.mark()))
         self._settle(self.most_queued)
         return agreed.stop
 
@@ -309,15 +308,15 @@ class _Loop:
             self.pulse.enter("step")
             loss_sum, total_loss, norm, applied = queued.numbers.read()
             seconds = self.clock.seconds(queued.begun, queued.ended)
-            self.reporter.send(queued.record | {
-                "loss_sum": loss_sum, "grad_norm": norm, "applied": bool(applied), "seconds": seconds,
-                "forward_seconds": sum(self.clock.seconds(*forward) for forward in queued.forwards),
-                "time": time.time(), "memory_bytes": _memory_bytes(self.ranks.device),
-            })
-            self._measure_step(max(0.0, seconds - queued.record["data_wait_seconds"]))
+            report = replace(
+                queued.report, loss_sum=loss_sum, grad_norm=norm, applied=bool(applied), seconds=seconds,
+                forward_seconds=sum(self.clock.seconds(*forward) for forward in queued.forwards), time=time.time(),
+                memory_bytes=_memory_bytes(self.ranks.device))
+            self.reporter.send(report)
+            self._measure_step(max(0.0, seconds - report.data_wait_seconds))
             self.pulse.is_warm = True
-            mean_loss = total_loss / max(1, queued.record["num_targets"])
-            self._watch_numbers(queued.record["step"], mean_loss, applied=bool(applied), row_ids=queued.row_ids)
+            mean_loss = total_loss / max(1, report.num_targets)
+            self._watch_numbers(report.step, mean_loss, applied=report.applied, row_ids=queued.row_ids)
 
     def _measure_step(self, seconds: float) -> None:
         """Once steps are measured, a collective of the model's that takes many times as long is a hang, and raises."""
@@ -341,15 +340,14 @@ class _Loop:
         reason = "the gradient norm is not finite" if math.isfinite(loss) else "the loss is not finite"
         rows = sorted(int(row) for part in self.ranks.gather(row_ids[row_ids >= 0]) for row in part)
         if self.ranks.rank == 0:
-            self.reporter.send({"kind": "step_skipped", "attempt": self.attempt, "step": step, "reason": reason,
-                                "rows": rows})
+            self.reporter.send(Event("step_skipped", self.attempt, step, {"reason": reason, "rows": rows}))
         if self.engine.loss_scale <= 1.0:  # a loss scale finds its level by overflowing
             self.numbers.skipped(step, reason, self.progress.saved_step)
 
     def _meet_spike(self, step: int, loss: float) -> None:
         text = f"the loss leapt to {loss:.4g} at step {step}"
         if self.ranks.rank == 0:
-            self.reporter.send({"kind": "loss_spike", "attempt": self.attempt, "step": step, "loss": loss})
+            self.reporter.send(Event("loss_spike", self.attempt, step, {"loss": loss}))
         if self.spec.numerics.spike == "rewind":
             self.saver.finish()
             raise LossSpike(step, f"{text}; the run goes back to its checkpoint before that, and leaves those rows out")
@@ -389,7 +387,7 @@ class _Loop:
             values["bits_per_byte"] = bits_per_byte(values["loss"], held_out.num_tokens, held_out.num_text_bytes)
         progress.last_validation, progress.last_validation_step = values, step
         if self.ranks.rank == 0:
-            self.reporter.send({"kind": "validation", "attempt": self.attempt, "step": step, **values})
+            self.reporter.send(ValidationReport(self.attempt, step, values))
         score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
         better = progress.best is None or score < progress.best
         progress.best = score if better else progress.best
@@ -414,19 +412,19 @@ class _Loop:
         if progress.notice and not last:
             saved = outcome is None or not outcome.problem
             if self.ranks.rank == 0 and saved:
-                self.reporter.send({"kind": "saved_on_notice", "attempt": self.attempt, "step": progress.step})
+                self.reporter.send(Event("saved_on_notice", self.attempt, progress.step))
             raise GroupDissolved(f"the group was to end; step {progress.step} is {'' if saved else 'not '}saved")
 
     def _report_save(self, outcome: Outcome | None) -> None:
         if outcome is None or self.ranks.rank != 0:
             return
-        found = {"attempt": self.attempt, "step": outcome.step, "seconds": outcome.seconds,
-                 "blocked_seconds": outcome.blocked_seconds}
+        told: dict[str, Any] = {"seconds": outcome.seconds, "blocked_seconds": outcome.blocked_seconds}
+        if outcome.problem:
+            told["problem"] = outcome.problem
         kind = "checkpoint_failed" if outcome.problem else "checkpoint"
-        self.reporter.send({"kind": kind, **found, **({"problem": outcome.problem} if outcome.problem else {})})
+        self.reporter.send(Event(kind, self.attempt, outcome.step, told))
         if outcome.kept_for:
-            self.reporter.send({"kind": "retention_failed", "attempt": self.attempt, "step": outcome.step,
-                                "problem": outcome.kept_for})
+            self.reporter.send(Event("retention_failed", self.attempt, outcome.step, {"problem": outcome.kept_for}))
 
     def _metadata(self) -> dict[str, Any]:
         progress = self.progress

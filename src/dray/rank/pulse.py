@@ -13,7 +13,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+
+from dray.runs.records import Beat
 
 STACK_SIGNAL = signal.SIGUSR1
 LONG_PHASES = frozenset({"start", "build", "restore", "save"})
@@ -47,12 +48,12 @@ class Pulse:
         """Whether it may be silent for long now."""
         return self.phase in LONG_PHASES or not self.is_warm
 
-    def beat(self) -> dict[str, Any]:
-        """The present as plain values; `seconds` have passed since the phase began."""
-        return {"rank": self.rank, "attempt": self.attempt, "step": self.step, "phase": self.phase,
-                "long": self.is_long, "seconds": time.monotonic() - self._since, "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "stack_file": self.stack_file, "log_file": _stderr_file(), "time": time.time()}
+    def beat(self, node_id: str = "", node: str = "") -> Beat:
+        """The present; `node_id` and `node` (its address) are Ray's names of the node."""
+        return Beat(
+            rank=self.rank, attempt=self.attempt, step=self.step, phase=self.phase, long=self.is_long,
+            seconds=time.monotonic() - self._since, pid=os.getpid(), host=socket.gethostname(),
+            stack_file=self.stack_file, log_file=_stderr_file(), time=time.time(), node_id=node_id, node=node)
 
     def dump_stacks_on_signal(self) -> None:
         """From now on STACK_SIGNAL writes the stacks of all threads into a file of this machine."""

@@ -16,6 +16,7 @@ from dray.errors import RunFailed, StorageFailed
 from dray.processes.signals import stops
 from dray.rank.job import Job
 from dray.runs import Run
+from dray.runs.records import Report
 from dray.spec import Resources
 from dray.storage.filesystem import (
     is_local,
@@ -44,8 +45,8 @@ class LocalLauncher:
         from dray.rank.pulse import Pulse
 
         class Direct:
-            def send(self, record: dict[str, Any]) -> None:
-                recorder.take([record])
+            def send(self, report: Report) -> None:
+                recorder.take([report])
 
             def stop_requested(self) -> bool:
                 return False
@@ -116,7 +117,7 @@ class RayLauncher:
                     recorder.take(records)
                     stored = taken if recorder.is_stored else stored
                     hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
-                    attempt = max((beat["attempt"] for beat, _ in beats.values()), default=0)
+                    attempt = max((beat.attempt for beat, _ in beats.values()), default=0)
                     if hang and attempt > ended_hang:
                         ended_hang = attempt
                         recorder.say(f"hung: {hang.reason}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-Beats = dict[int, tuple[dict[str, Any], float]]
+from dray.runs.records import Beat, Report
+
+Beats = dict[int, tuple[Beat, float]]
 """Rank → its last heartbeat, and the seconds since it arrived."""
 FEW_RANKS, LOOK_SECONDS = 64, 1.0
 """Beats of more ranks than that are given to the driver once in so many seconds: a hang takes far longer to tell."""
@@ -27,7 +29,7 @@ class Mailbox:
     """Takes what ranks send, and gives it to the driver when that asks."""
 
     def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Report] = []
         self._beats: Beats = {}
         self._failures: list[dict[str, Any]] = []
         self._stop, self._notice = False, False
@@ -37,7 +39,7 @@ class Mailbox:
 
     # ---- for the ranks --------------------------------------------------------------------------------------------
 
-    def put(self, records: list[dict[str, Any]]) -> tuple[bool, bool]:
+    def put(self, records: list[Report]) -> tuple[bool, bool]:
         """Take a rank's records. Returns whether it should stop, and whether its group is to be dissolved."""
         self._records += records
         self._received += len(records)
@@ -48,15 +50,15 @@ class Mailbox:
         since = self._received if since is None else since
         return since, self._stored >= since
 
-    def beat(self, beat: dict[str, Any]) -> None:
+    def beat(self, beat: Beat) -> None:
         """Take a rank's heartbeat; one of a newer attempt ends what is known of the one before."""
-        attempt = beat["attempt"]
+        attempt = beat.attempt
         if attempt <= self._judged or attempt < self._attempt:
             return  # late, of a group that is over: it must not look like a hang
         if attempt > self._attempt:
             self._attempt = attempt
             self._beats.clear()
-        self._beats[beat["rank"]] = beat, time.monotonic()
+        self._beats[beat.rank] = beat, time.monotonic()
 
     def fail(self, failure: dict[str, Any]) -> None:
         """Take a rank's last words."""
@@ -88,7 +90,7 @@ class Mailbox:
         """How many ranks have left since the last `evidence`."""
         return self._num_left
 
-    def take(self, stored: int) -> tuple[list[dict[str, Any]], Beats]:
+    def take(self, stored: int) -> tuple[list[Report], Beats]:
         """The records since the last call, for the driver, who has stored so many of those before; and the beats, but
         those of a large group not at every call."""
         self._stored = stored

@@ -10,6 +10,7 @@ from typing import Any
 from dray.processes.signals import is_noted
 from dray.rank.pulse import Pulse
 from dray.runs.evidence import make_rank_failure
+from dray.runs.records import Report
 from dray.train.mailbox import Mailbox, pace
 
 SEND_EVERY_SECONDS = 0.2
@@ -49,17 +50,17 @@ class Posting:
         self._mailbox, self._pulse = mailbox, pulse
         self._send_every, self._beat_every = (
             pace(seconds, num_ranks) for seconds in (SEND_EVERY_SECONDS, BEAT_EVERY_SECONDS))
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[Report] = []
         self._reply: Any = None
         self._sent_at = 0.0
         self._stop = self._notice = False
         self._left = threading.Event()
-        self._host = {"node_id": ray.get_runtime_context().get_node_id(), "node": ray.util.get_node_ip_address()}
+        self._node_id, self._node = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         pulse.announce = self._beat
         threading.Thread(target=self._keep_beating, name="heart", daemon=True).start()
 
-    def send(self, record: dict[str, Any]) -> None:
-        self._waiting.append(record)
+    def send(self, report: Report) -> None:
+        self._waiting.append(report)
         if time.monotonic() - self._sent_at >= self._send_every:
             self._post()
 
@@ -112,15 +113,15 @@ class Posting:
             return
         beat = self._pulse.beat()
         ray.get(self._mailbox.fail.remote(make_rank_failure(
-            beat["rank"], error, attempt=beat["attempt"], step=getattr(error, "step", beat["step"]),
-            phase=beat["phase"], pid=beat["pid"], node=ray.util.get_node_ip_address(), time=beat["time"])))
+            beat.rank, error, attempt=beat.attempt, step=getattr(error, "step", beat.step), phase=beat.phase,
+            pid=beat.pid, node=self._node, time=beat.time)))
 
     def _keep_beating(self) -> None:
         while not self._left.wait(self._beat_every):
             self._beat()
 
     def _beat(self) -> None:
-        self._mailbox.beat.remote(self._pulse.beat() | self._host)
+        self._mailbox.beat.remote(self._pulse.beat(self._node_id, self._node))
 
     def _post(self) -> None:
         self._reply = self._mailbox.put.remote(self._waiting)

@@ -1,5 +1,4 @@
-"""The ranks' records become the run's metrics: one row a step, once every rank has reported it.
-"""
+"""The ranks' reports become the run's metrics: one row a step, once every rank has reported it."""
 
 from __future__ import annotations
 
@@ -8,14 +7,15 @@ import signal
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Sequence
+from statistics import fmean, median
 from typing import Any
 
 from dray.doctor.stalls import find_straggler
 from dray.errors import StorageFailed
 from dray.plan import Plan
 from dray.runs import Run, Trackers
+from dray.runs.records import Ended, Event, Report, StepReport, ValidationReport
 from dray.show.progress import Display
 from dray.storage.retrying import OUTAGE_SECONDS
 
@@ -33,12 +33,12 @@ class Recorder:
 
     def __init__(self, run: Run, plan: Plan, trackers: Trackers, display: Display) -> None:
         self._run, self._plan, self._trackers, self._display = run, plan, trackers, display
-        self._open: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+        self._open: dict[tuple[int, int], list[StepReport]] = defaultdict(list)
         self.ended: str | None = None
         self.stopped_by: int = signal.SIGINT
         """The signal that asked the run to stop, if one did."""
         self._rows: list[dict[str, Any]] = []
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._failing_since: float | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=21)
         self._told: set[tuple[Any, ...]] = set()
@@ -71,30 +71,31 @@ class Recorder:
         """Show a remark to the person who watches."""
         self._display.say(text)
 
-    def take(self, records: Sequence[dict[str, Any]]) -> None:
-        """Take some records, in the order in which each rank sent them. Raises StorageFailed once nothing could be
+    def take(self, reports: Sequence[Report]) -> None:
+        """Take some reports, in the order in which each rank sent them. Raises StorageFailed once nothing could be
         stored for too long."""
         with self._lock:
-            for record in records:
-                self._take(record)
+            for report in reports:
+                self._take(report)
             self._store()
 
-    def _take(self, record: dict[str, Any]) -> None:
-        kind = record["kind"]
-        if kind == "step":
-            key = record["attempt"], record["step"]
-            self._open[key].append(record)
-            if len(self._open[key]) == record["num_ranks"]:
-                self._rows.append(make_metrics_row(self._open.pop(key), self._plan))
-                self._show_step(self._rows[-1])
-        elif kind == "validation":
-            self._rows.append(record)
-            self._show_validation(record)
-        elif kind == "ended":
-            self.ended = record["how"]
-        else:
-            self._events.append({k: v for k, v in record.items() if k != "time"})
-            self._tell_trouble(record)
+    def _take(self, report: Report) -> None:
+        match report:
+            case StepReport():
+                ranks = self._open[report.attempt, report.step]
+                ranks.append(report)
+                if len(ranks) == report.num_ranks:
+                    del self._open[report.attempt, report.step]
+                    self._rows.append(make_metrics_row(ranks, self._plan))
+                    self._show_step(self._rows[-1])
+            case ValidationReport():
+                self._rows.append(report.to_row())
+                self._show_validation(report)
+            case Ended():
+                self.ended = report.how
+            case Event():
+                self._events.append(report)
+                self._tell_trouble(report)
 
     def wait_stored(self) -> None:
         """Try until all that was taken is stored. Raises StorageFailed."""
@@ -106,7 +107,7 @@ class Recorder:
     def _store(self) -> None:
         try:
             while self._events:
-                self._run.log_event(**self._events[0])
+                self._run.log_event(**self._events[0].to_row())
                 del self._events[0]
             self._run.log_metrics(self._rows)
             self._rows.clear()
@@ -123,8 +124,7 @@ class Recorder:
             arrived = time.monotonic()  # the rows' own times are by the clocks of the ranks
             if self._newest and row["attempt"] > self._attempt:
                 seconds = arrived - self._newest_time
-                self._events.append({"kind": "recovered", "attempt": row["attempt"], "step": row["step"],
-                                     "seconds": seconds})
+                self._events.append(Event("recovered", row["attempt"], row["step"], {"seconds": seconds}))
                 self._display.say(f"step {row['step']} is new again, {seconds:.0f} s after step {self._newest}")
             self._newest, self._newest_time, self._attempt = row["step"], arrived, row["attempt"]
         self._recent.append(row)
@@ -137,17 +137,17 @@ class Recorder:
         slow = find_straggler([recent for recent in self._recent if recent["attempt"] == row["attempt"]])
         if slow is None or slow.rank is None or not self._is_new("slow", row["attempt"], slow.rank):
             return
-        self._events.append({"kind": "straggler", "attempt": row["attempt"], "step": row["step"], "rank": slow.rank,
-                             "ratio": slow.ratio})
+        self._events.append(Event("straggler", row["attempt"], row["step"], {"rank": slow.rank, "ratio": slow.ratio}))
         self._display.say(f"rank {slow.rank} is slow: its forward passes take {slow.ratio:.1f} times as long as the "
                           f"others', in {slow.num_steps} of the last steps; `dray doctor {self._run.name}` says more")
 
-    def _tell_trouble(self, record: Mapping[str, Any]) -> None:
+    def _tell_trouble(self, event: Event) -> None:
         """Say what a person should know of a save that failed, and once an attempt that nothing can be deleted."""
-        if record["kind"] == "checkpoint_failed":
-            self._display.say(f"step {record['step']} could not be saved: {record['problem']}")
-        elif record["kind"] == "retention_failed" and self._is_new("retention", record["attempt"]):
-            self._display.say(f"older checkpoints cannot be deleted, so the storage fills up: {record['problem']}")
+        problem = event.fields.get("problem")
+        if event.kind == "checkpoint_failed":
+            self._display.say(f"step {event.step} could not be saved: {problem}")
+        elif event.kind == "retention_failed" and self._is_new("retention", event.attempt):
+            self._display.say(f"older checkpoints cannot be deleted, so the storage fills up: {problem}")
 
     def _is_new(self, *what: Any) -> bool:
         """Whether this has not been told yet."""
@@ -155,41 +155,40 @@ class Recorder:
         self._told.add(what)
         return new
 
-    def _show_validation(self, record: dict[str, Any]) -> None:
-        values = {k: v for k, v in record.items() if k not in ("kind", "attempt", "step", "time")}
-        self._trackers.log(record["step"], {f"validation_{k}": v for k, v in values.items()})
-        self._display.validation(record["step"], values)
+    def _show_validation(self, report: ValidationReport) -> None:
+        self._trackers.log(report.step, {f"validation_{name}": value for name, value in report.values.items()})
+        self._display.validation(report.step, report.values)
 
 
-def make_metrics_row(records: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
-    """One step's row from all ranks' records.
+def make_metrics_row(reports: Sequence[StepReport], plan: Plan) -> dict[str, Any]:
+    """One step's row from all ranks' reports.
 
     `forward_seconds_skew` is (max − mean) / mean over the ranks' forward passes, in which none waits for another (below
     ZeRO-3): whole steps end together, so their times do not tell a slow rank.
     """
-    first = min(records, key=lambda record: record["rank"])
-    seconds = max(record["seconds"] for record in records)
-    times, waits, forwards = ([record[name] for record in records]
-                              for name in ("seconds", "data_wait_seconds", "forward_seconds"))
-    mean_forward = sum(forwards) / len(forwards)
-    per_second = first["step_tokens"] / seconds
-    peak = (plan.peak_flops_per_rank or 0.0) * len(records)
+    first = min(reports, key=lambda report: report.rank)
+    slowest = max(reports, key=lambda report: report.forward_seconds)
+    seconds = max(report.seconds for report in reports)
+    mean_forward = fmean(report.forward_seconds for report in reports)
+    per_second = first.step_tokens / seconds
+    peak = (plan.peak_flops_per_rank or 0.0) * len(reports)
     return {
-        "step": first["step"], "attempt": first["attempt"], "num_ranks": first["num_ranks"],
-        "loss": _finite(sum(record["loss_sum"] for record in records) / max(1, first["num_targets"])),
-        "learning_rate": first["learning_rate"], "grad_norm": _finite(first["grad_norm"]), "applied": first["applied"],
-        "tokens": first["tokens"],
-        "seconds": seconds, "rows_digest": first["rows_digest"], "num_targets": first["num_targets"],
+        "step": first.step, "attempt": first.attempt, "num_ranks": first.num_ranks,
+        "loss": _finite(sum(report.loss_sum for report in reports) / max(1, first.num_targets)),
+        "learning_rate": first.learning_rate, "grad_norm": _finite(first.grad_norm), "applied": first.applied,
+        "tokens": first.tokens,
+        "seconds": seconds, "rows_digest": first.rows_digest, "num_targets": first.num_targets,
         "tokens_per_second": per_second,
         "mfu": per_second * plan.flops_per_token_loose / peak if peak else None,
         "mfu_strict": per_second * plan.flops_per_token_strict / peak if peak else None,
-        "step_seconds_mean": sum(times) / len(times), "step_seconds_max": max(times),
-        "forward_seconds_mean": mean_forward, "forward_seconds_max": max(forwards),
-        "slowest_rank": max(records, key=lambda record: record["forward_seconds"])["rank"],
-        "forward_seconds_skew": (max(forwards) - mean_forward) / mean_forward if mean_forward else 0.0,
-        "data_wait_seconds_mean": sum(waits) / len(waits), "data_wait_seconds_max": max(waits),
-        "memory_bytes_mean": sum(r["memory_bytes"] for r in records) / len(records),
-        "memory_bytes_max": max(record["memory_bytes"] for record in records), "time": first["time"],
+        "step_seconds_mean": fmean(report.seconds for report in reports), "step_seconds_max": seconds,
+        "forward_seconds_mean": mean_forward, "forward_seconds_max": slowest.forward_seconds,
+        "slowest_rank": slowest.rank,
+        "forward_seconds_skew": (slowest.forward_seconds - mean_forward) / mean_forward if mean_forward else 0.0,
+        "data_wait_seconds_mean": fmean(report.data_wait_seconds for report in reports),
+        "data_wait_seconds_max": max(report.data_wait_seconds for report in reports),
+        "memory_bytes_mean": fmean(report.memory_bytes for report in reports),
+        "memory_bytes_max": max(report.memory_bytes for report in reports), "time": first.time,
     }
 
 

@@ -24,6 +24,7 @@ from dray.rank.job import Attempt, Job, begin_attempt, make_attempt
 from dray.rank.pulse import STACK_SIGNAL
 from dray.runs import Run, find_resume_checkpoint
 from dray.runs.evidence import make_rank_failure, read_tail, save_beats, save_failure, save_log, save_stacks, unwrap
+from dray.runs.records import Beat
 from dray.runs.row_log import now, run_together
 from dray.train.mailbox import Beats, pace
 from dray.train.posting import BEAT_EVERY_SECONDS, SEND_EVERY_SECONDS
@@ -88,7 +89,7 @@ def _dissolve(job: Job, mailbox: Any, num_ranks: int) -> None:
     while ray.get(mailbox.num_left.remote()) < attempt["num_ranks"] and time.monotonic() < deadline:
         time.sleep(SEND_EVERY_SECONDS)
     said, beats = ray.get(mailbox.evidence.remote())
-    step = max((int(item["step"]) for item in [*said, *(beat for beat, _ in beats.values())]), default=0)
+    step = max([*(int(item["step"]) for item in said), *(beat.step for beat, _ in beats.values())], default=0)
     newest = run.latest_checkpoint()
     run.end_attempt(attempt["attempt"], "resized", step)
     run.log_event("resized", attempt=attempt["attempt"], step=step, saved_step=newest.step if newest else 0,
@@ -142,23 +143,23 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
                   errors: dict[int, BaseException]) -> dict[str, Any]:
     """The document of a failed attempt: what ranks said, what Ray says of the others, and who fell silent."""
     found = {item["rank"]: item for item in said}
-    lost = find_lost_nodes({beat["node_id"] for rank, (beat, _) in beats.items() if rank not in found})
+    lost = find_lost_nodes({beat.node_id for rank, (beat, _) in beats.items() if rank not in found})
     _keep_last_words(run, attempt.number, beats)
     silent = 3 * pace(BEAT_EVERY_SECONDS, attempt.num_ranks)
     for rank, (beat, age) in beats.items():
-        place = {key: beat[key] for key in ("node", "pid", "step", "phase", "time")}
-        if rank not in found and (rank in errors or beat["node_id"] in lost or age > silent):
+        if rank not in found and (rank in errors or beat.node_id in lost or age > silent):
             silence = {} if rank in errors else {"message": f"no sign of life for {age:.0f} s"}
-            found[rank] = make_rank_failure(rank, errors.get(rank), **place, **silence)
+            found[rank] = make_rank_failure(rank, errors.get(rank), node=beat.node, pid=beat.pid, step=beat.step,
+                                            phase=beat.phase, time=beat.time, **silence)
     for rank, error in errors.items():
         found.setdefault(rank, make_rank_failure(rank, error))
     hung = any(event["kind"] == "hang" and event["attempt"] == attempt.number for event in run.events())
     newest = run.latest_checkpoint()
     # Ranks of a group that was ended at its deadline have said nothing.
-    places = list(found.values()) or [beat for beat, _ in beats.values()]
+    steps = [item.get("step") for item in found.values()] or [beat.step for beat, _ in beats.values()]
     return {
         "attempt": attempt.number, "time": now(), "committed_step": newest.step if newest else 0,
-        "step": max((int(item.get("step") or 0) for item in places), default=attempt.start_step),
+        "step": max((int(step or 0) for step in steps), default=attempt.start_step),
         "detected_by": "hang" if hung else "exception" if said else "worker_exit",
         "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": lost,
         "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
@@ -167,14 +168,14 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
 
 def _keep_last_words(run: Run, attempt: int, beats: Beats) -> None:
     """Keep each rank's heartbeat and log: all heartbeats in one file, and logs several at once."""
-    save_beats(run, attempt, {rank: beat for rank, (beat, _) in beats.items()})
+    save_beats(run, attempt, {rank: beat.to_json() for rank, (beat, _) in beats.items()})
 
     def keep_log(rank: int, log_file: str) -> None:
         # A dead rank's file may lie on another node: then its heartbeat is its last word.
         with suppress(OSError):
             save_log(run, attempt, rank, read_tail(log_file))
 
-    run_together([partial(keep_log, rank, beat["log_file"]) for rank, (beat, _) in beats.items()])
+    run_together([partial(keep_log, rank, beat.log_file) for rank, (beat, _) in beats.items()])
 
 
 def _find_spike(failure: dict[str, Any]) -> int:
@@ -205,18 +206,18 @@ def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
-    def on_node(work: Any, beat: dict[str, Any]) -> Any:
-        place = NodeAffinitySchedulingStrategy(beat["node_id"], soft=False)
+    def on_node(work: Any, beat: Beat) -> Any:
+        place = NodeAffinitySchedulingStrategy(beat.node_id, soft=False)
         return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
 
-    dumps = {rank: on_node(dump, beat).remote(beat["pid"], beat["stack_file"]) for rank, (beat, _) in beats.items()}
+    dumps = {rank: on_node(dump, beat).remote(beat.pid, beat.stack_file) for rank, (beat, _) in beats.items()}
     done, _ = ray.wait(list(dumps.values()), num_returns=len(dumps), timeout=30)
     stacks: dict[int, str] = {}
     for rank, ref in dumps.items():
         with suppress(ray.exceptions.RayError):  # a rank whose node is gone has none
             stacks |= {rank: ray.get(ref)} if ref in done else {}
-    attempt = next(iter(beats.values()))[0]["attempt"]
+    attempt = next(iter(beats.values()))[0].attempt
     run_together([partial(save_stacks, run, attempt, rank, text) for rank, text in stacks.items()])
     run.log_event("hang", attempt=attempt, ranks=list(hang.ranks), reason=hang.reason)
-    ray.wait([on_node(end, beats[rank][0]).remote(beats[rank][0]["pid"]) for rank in hang.ranks],
+    ray.wait([on_node(end, beats[rank][0]).remote(beats[rank][0].pid) for rank in hang.ranks],
              num_returns=len(hang.ranks), timeout=30)

@@ -19,6 +19,7 @@ from dray.doctor.hangs import agreement_seconds
 from dray.rank.job import Attempt, Job, begin_attempt, check_shared, make_attempt, make_stream
 from dray.rank.pulse import Pulse
 from dray.runs import Run
+from dray.runs.records import Ended
 from dray.train.posting import Posting
 
 PREFETCH_BLOCKS = 2
@@ -109,7 +110,7 @@ def _train(job: Job, attempt: Attempt, reporter: Posting, pulse: Pulse, local_ra
                        timeout_seconds=agreement_seconds(job.spec.watchdog))
     how = train_rank(job, ranks, attempt, reporter, stream=stream, blocks=blocks, pulse=pulse)
     if pulse.rank == 0:
-        reporter.send({"kind": "ended", "how": how})
+        reporter.send(Ended(how))
         reporter.flush()
     group.leave()
 
