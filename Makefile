@@ -45,7 +45,8 @@ faults: setup-dev
 	$(BIN)/python -m pytest tests/faults -m 'slow or not slow' --write-figures
 
 check: setup-dev
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff check src tests bench docs
+	$(BIN)/ruff format --check --quiet src tests bench docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contracts
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
-PARTS = ("bench.training", "bench.recovery", "bench.restore", "bench.corpus", "bench.memory", "bench.heap",
-         "bench.parity", "bench.scale", "bench.finetuning", "bench.planned")
+PARTS = (
+    "bench.training",
+    "bench.recovery",
+    "bench.restore",
+    "bench.corpus",
+    "bench.memory",
+    "bench.heap",
+    "bench.parity",
+    "bench.scale",
+    "bench.finetuning",
+    "bench.planned",
+)
 
 if __name__ == "__main__":
     for part in PARTS:

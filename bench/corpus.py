@@ -1,11 +1,13 @@
-"""(c) Raw text to token shards: MB a CPU-second beside `datasets.map`, and peak memory as the corpus grows.
+"""(c) Raw text to token shards: MB a CPU-second beside `datasets.map`, and peak memory as the
+corpus grows.
 
     python -m bench.corpus [--sizes 20,200,2000] [--speed-mb 200] [--rounds 3]
 
-The text is ../shared/data/corpus_en over and over, every document made unique (rotated, every 40th word replaced), as
-JSON lines. Both speed arms get the same files and the same tokeniser folder, one after the other in each round; CPU
-seconds are those of every process an arm started, Ray's own included. dray reads, cleans, deduplicates, tokenises,
-packs, shuffles and writes; `datasets` tokenises and writes, and with grouping cuts rows of 512 as well.
+The text is ../shared/data/corpus_en over and over, every document made unique (rotated, every 40th
+word replaced), as JSON lines. Both speed arms get the same files and the same tokeniser folder, one
+after the other in each round; CPU seconds are those of every process an arm started, Ray's own
+included. dray reads, cleans, deduplicates, tokenises, packs, shuffles and writes; `datasets`
+tokenises and writes, and with grouping cuts rows of 512 as well.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ FILE_BYTES = 32 * 1024 * 1024
 SEQUENCE_TOKENS = 512
 
 
-# --- the corpus ---
+# --- the corpus ---------------------------------------------------------------------------------
 
 
 def make_documents(seed: int) -> Iterator[str]:
     """The shared texts, endlessly, no two alike."""
     files = sorted(CORPUS.glob("*.jsonl.gz"))
-    texts = [json.loads(line)["text"] for path in files for line in gzip.decompress(path.read_bytes()).splitlines()]
+    texts = [
+        json.loads(line)["text"]
+        for path in files
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
     rng = random.Random(seed)
     while True:
         for text in texts:
@@ -46,7 +52,9 @@ def make_documents(seed: int) -> Iterator[str]:
             turn = rng.randrange(len(words))
             words = words[turn:] + words[:turn]
             for place in range(0, len(words), 40):
-                words[place] = f"{rng.choice('bcdfglmnprst')}{rng.choice('aeiou')}{rng.getrandbits(24):x}"
+                words[place] = (
+                    f"{rng.choice('bcdfglmnprst')}{rng.choice('aeiou')}{rng.getrandbits(24):x}"
+                )
             yield " ".join(words)
 
 
@@ -78,7 +86,7 @@ def train_tokenizer(folder: Path) -> Path:
     return folder
 
 
-# --- the arms, each in a process of its own ---
+# --- the arms, each in a process of its own -----------------------------------------------------
 
 
 def dray_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
@@ -89,11 +97,15 @@ def dray_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
     from dray.corpus.prepare import prepare
     from dray.spec import make_spec
 
-    spec = make_spec({
-        "name": "bench", "data": {"train": corpus, "sequence_tokens": SEQUENCE_TOKENS},
-        "tokenizer": {"path": tokenizer}, "duration": {"steps": 1},
-        "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 1, "num_heads": 1},
-    })
+    spec = make_spec(
+        {
+            "name": "bench",
+            "data": {"train": corpus, "sequence_tokens": SEQUENCE_TOKENS},
+            "tokenizer": {"path": tokenizer},
+            "duration": {"steps": 1},
+            "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 1, "num_heads": 1},
+        }
+    )
     root = psutil.Process()
     with connect(None, num_cpus=2):
         sampler = _Sampler(root)
@@ -107,11 +119,18 @@ def dray_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
     parts = dict.fromkeys(("driver", "workers", "ray"), 0.0)
     for pid, (role, cpu) in after.items():
         parts[role] += cpu - before.get(pid, (role, 0.0))[1]
-    return {"seconds": seconds, "cpu_seconds": sum(parts.values()), "cpu_parts": parts,
-            "text_bytes": manifest.train.num_text_bytes, "tokens": manifest.train.num_tokens,
-            "encoder": manifest.encoder, "utilization": manifest.packing.utilization,
-            "num_shards": len(manifest.train.sources[0].shards),
-            "dropped": manifest.dropped, **sampler.peaks}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": sum(parts.values()),
+        "cpu_parts": parts,
+        "text_bytes": manifest.train.num_text_bytes,
+        "tokens": manifest.train.num_tokens,
+        "encoder": manifest.encoder,
+        "utilization": manifest.packing.utilization,
+        "num_shards": len(manifest.train.sources[0].shards),
+        "dropped": manifest.dropped,
+        **sampler.peaks,
+    }
 
 
 def _role(process: Any, root: Any) -> str:
@@ -136,7 +155,8 @@ def _cpu_seconds(root: Any) -> dict[int, tuple[str, float]]:
 
 
 class _Sampler(threading.Thread):
-    """Resident memory of the driver and Ray's workers, five times a second, and the CPU time of those that end."""
+    """Resident memory of the driver and Ray's workers, five times a second, and the CPU time of
+    those that end."""
 
     def __init__(self, root: Any) -> None:
         super().__init__(daemon=True)
@@ -155,8 +175,11 @@ class _Sampler(threading.Thread):
                 except psutil.Error:
                     continue
             self.ended.update(_cpu_seconds(self.root))
-            now = {"peak_worker_bytes": max(sizes["workers"]), "peak_driver_bytes": max(sizes["driver"]),
-                   "peak_sum_bytes": sum(sizes["workers"]) + sum(sizes["driver"])}
+            now = {
+                "peak_worker_bytes": max(sizes["workers"]),
+                "peak_driver_bytes": max(sizes["driver"]),
+                "peak_sum_bytes": sum(sizes["workers"]) + sum(sizes["driver"]),
+            }
             self.peaks = {name: max(peak, now[name]) for name, peak in self.peaks.items()}
 
 
@@ -168,12 +191,18 @@ def datasets_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
     encode = AutoTokenizer.from_pretrained(tokenizer)
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
-        return {"input_ids": encode([text + encode.eos_token for text in batch["text"]])["input_ids"]}
+        return {
+            "input_ids": encode([text + encode.eos_token for text in batch["text"]])["input_ids"]
+        }
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, Any]:
         ids = [token for document in batch["input_ids"] for token in document]
         whole = len(ids) // SEQUENCE_TOKENS * SEQUENCE_TOKENS
-        return {"input_ids": [ids[start:start + SEQUENCE_TOKENS] for start in range(0, whole, SEQUENCE_TOKENS)]}
+        return {
+            "input_ids": [
+                ids[start : start + SEQUENCE_TOKENS] for start in range(0, whole, SEQUENCE_TOKENS)
+            ]
+        }
 
     began, cpu = time.perf_counter(), _own_cpu_seconds()
     files = sorted(str(path) for path in Path(corpus).glob("*.jsonl"))
@@ -182,8 +211,11 @@ def datasets_arm(corpus: str, tokenizer: str, storage: str) -> dict[str, Any]:
     tokenized.save_to_disk(f"{storage}/tokenized")
     tokenize_cpu = _own_cpu_seconds() - cpu
     tokenized.map(group, batched=True).save_to_disk(f"{storage}/grouped")
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": tokenize_cpu,
-            "grouped_cpu_seconds": _own_cpu_seconds() - cpu}
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": tokenize_cpu,
+        "grouped_cpu_seconds": _own_cpu_seconds() - cpu,
+    }
 
 
 def _own_cpu_seconds() -> float:
@@ -193,15 +225,30 @@ def _own_cpu_seconds() -> float:
 def run_arm(name: str, corpus: Path, tokenizer: Path) -> dict[str, Any]:
     """One arm in a fresh process, with a fresh storage that is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=corpus.parent) as storage:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-                       "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-        command = [sys.executable, "-m", "bench.corpus", "--arm", name, str(corpus), str(tokenizer), storage]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "bench.corpus",
+            "--arm",
+            name,
+            str(corpus),
+            str(tokenizer),
+            storage,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 
-# --- the tables ---
+# --- the tables ---------------------------------------------------------------------------------
 
 
 def measure_speed(folder: Path, tokenizer: Path, num_mb: int, rounds: int) -> dict[str, Any]:
@@ -215,7 +262,9 @@ def measure_speed(folder: Path, tokenizer: Path, num_mb: int, rounds: int) -> di
     rates = {
         "dray": statistics.median(num_mb / run["cpu_seconds"] for run in runs["dray"]),
         "datasets.map": statistics.median(num_mb / run["cpu_seconds"] for run in runs["datasets"]),
-        "datasets.map, grouped": statistics.median(num_mb / run["grouped_cpu_seconds"] for run in runs["datasets"]),
+        "datasets.map, grouped": statistics.median(
+            num_mb / run["grouped_cpu_seconds"] for run in runs["datasets"]
+        ),
     }
     return {"num_mb": num_mb, "rates": rates, "runs": runs}
 
@@ -235,27 +284,49 @@ def measure_memory(folder: Path, tokenizer: Path, sizes: list[int]) -> list[dict
 def make_tables(speed: dict[str, Any], memory: list[dict[str, Any]]) -> str:
     """Markdown for the page of benchmarks."""
     rates = speed["rates"]
-    lines = [f"`python -m bench.corpus`: {speed['num_mb']} MB of text, medians of {len(speed['runs']['dray'])} "
-             "interleaved rounds; CPU of all processes, Ray's own included.", "",
-             "| raw text to token shards | MB a CPU-second | dray against it |", "|---|---:|---:|"]
-    lines += [f"| {name} | {rate:.1f} | {rates['dray'] / rate:.1f}× |" for name, rate in rates.items()]
-    lines += ["", "| text | largest worker | driver | workers and driver | seconds | MB a CPU-second |",
-              "|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        f"`python -m bench.corpus`: {speed['num_mb']} MB of text, medians of "
+        f"{len(speed['runs']['dray'])} interleaved rounds; CPU of all processes, Ray's own "
+        "included.",
+        "",
+        "| raw text to token shards | MB a CPU-second | dray against it |",
+        "|---|---:|---:|",
+    ]
+    lines += [
+        f"| {name} | {rate:.1f} | {rates['dray'] / rate:.1f}× |" for name, rate in rates.items()
+    ]
+    lines += [
+        "",
+        "| text | largest worker | driver | workers and driver | seconds | MB a CPU-second |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in memory:
-        worker, driver, both = (f"{row[name] / 2**20:,.0f} MiB" for name in (
-            "peak_worker_bytes", "peak_driver_bytes", "peak_sum_bytes"))
+        worker, driver, both = (
+            f"{row[name] / 2**20:,.0f} MiB"
+            for name in ("peak_worker_bytes", "peak_driver_bytes", "peak_sum_bytes")
+        )
         rate = row["num_mb"] / row["cpu_seconds"]
-        lines.append(f"| {row['num_mb']:,} MB | {worker} | {driver} | {both} | {row['seconds']:.1f} | {rate:.1f} |")
+        lines.append(
+            f"| {row['num_mb']:,} MB | {worker} | {driver} | {both} | {row['seconds']:.1f} | "
+            f"{rate:.1f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure, print the tables, leave the figures in bench/results/corpus.json and docs/benchmarks.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, print the tables, leave the figures in bench/results/corpus.json and
+    docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="20,200,2000", help="MB of text to measure memory with")
-    parser.add_argument("--speed-mb", type=int, default=200, help="MB of text to measure speed with")
+    parser.add_argument(
+        "--speed-mb", type=int, default=200, help="MB of text to measure speed with"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of both speed arms")
-    parser.add_argument("--arm", nargs=4, metavar=("NAME", "CORPUS", "TOKENIZER", "STORAGE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--arm", nargs=4, metavar=("NAME", "CORPUS", "TOKENIZER", "STORAGE"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.arm:
         name, *places = arguments.arm
@@ -266,7 +337,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         tokenizer = train_tokenizer(Path(place) / "tokenizer")
         speed = measure_speed(Path(place), tokenizer, arguments.speed_mb, arguments.rounds)
-        memory = measure_memory(Path(place), tokenizer, [int(size) for size in arguments.sizes.split(",")])
+        memory = measure_memory(
+            Path(place), tokenizer, [int(size) for size in arguments.sizes.split(",")]
+        )
     write_section("corpus", make_tables(speed, memory), {"speed": speed, "memory": memory})
 
 

@@ -1,7 +1,8 @@
-"""A step with a heap that keeps what it frees, as dray's ranks have it, beside glibc's own: `python -m bench.heap`.
+"""A step with a heap that keeps what it frees, as dray's ranks have it, beside glibc's own: `python
+-m bench.heap`.
 
-Single processes without Ray train the model of bench.training on random rows, one thread each, in turn; medians of the
-steps after the third, over all rounds.
+Single processes without Ray train the model of bench.training on random rows, one thread each, in
+turn; medians of the steps after the third, over all rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def train(keeps: bool, num_steps: int) -> list[float]:
     torch.set_num_threads(1)
     join_alone(torch.device("cpu"))
     spec = make_case(1, stage=0)
-    plan, ranks = make_plan(spec, local_shape(), with_ray=False), build_ranks(torch.device("cpu"), timeout_seconds=300)
+    plan, ranks = (
+        make_plan(spec, local_shape(), with_ray=False),
+        build_ranks(torch.device("cpu"), timeout_seconds=300),
+    )
     engine, times = build(spec, plan, ranks), [time.perf_counter()]
     times += [time.perf_counter() for _ in train_steps(engine, spec, plan, ranks, num_steps)]
     return [after - before for before, after in itertools.pairwise(times[3:])]
@@ -49,14 +53,26 @@ def main() -> None:
     times: dict[str, list[float]] = {"keeps": [], "returns": []}
     for _ in range(options.rounds):
         for arm, seconds in times.items():
-            command = [sys.executable, "-m", "bench.heap", "--arm", arm, "--steps", str(options.steps)]
+            command = [
+                sys.executable,
+                "-m",
+                "bench.heap",
+                "--arm",
+                arm,
+                "--steps",
+                str(options.steps),
+            ]
             done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
             seconds += json.loads(done.stdout.splitlines()[-1])
             print(arm, f"{statistics.median(seconds):.3f}", file=sys.stderr, flush=True)
     middle = {arm: statistics.median(seconds) for arm, seconds in times.items()}
-    write_section("heap", f"{options.rounds} rounds, medians: a step takes {middle['keeps']:.3f} s with a heap that "
-                          f"keeps what it frees, {middle['returns']:.3f} s with glibc's own: "
-                          f"{1 - middle['keeps'] / middle['returns']:.0%} less.", times)
+    write_section(
+        "heap",
+        f"{options.rounds} rounds, medians: a step takes {middle['keeps']:.3f} s with a heap that "
+        f"keeps what it frees, {middle['returns']:.3f} s with glibc's own: "
+        f"{1 - middle['keeps'] / middle['returns']:.0%} less.",
+        times,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The arm beside dray in `bench.finetuning`: an encoder and Hugging Face's Trainer, one rank of torchrun.
+"""The arm beside dray in `bench.finetuning`: an encoder and Hugging Face's Trainer, one rank of
+torchrun.
 
-The batches are grouped by length, as dray's corpus groups its rows. Prints the seconds of `trainer.train()` as JSON.
+The batches are grouped by length, as dray's corpus groups its rows. Prints the seconds of
+`trainer.train()` as JSON.
 """
 
 from __future__ import annotations
@@ -29,17 +31,33 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     with gzip.open(arguments.train, "rt", encoding="utf-8", newline="") as file:
         lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    rows = [dict(tokenizer(text, truncation=True, max_length=arguments.tokens), labels=int(label))
-            for text, label in lines]
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=2)
+    rows = [
+        dict(tokenizer(text, truncation=True, max_length=arguments.tokens), labels=int(label))
+        for text, label in lines
+    ]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        arguments.model, num_labels=2
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
-            model=model, train_dataset=rows,
+            model=model,
+            train_dataset=rows,
             data_collator=transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
             args=transformers.TrainingArguments(
-                output_dir=folder, per_device_train_batch_size=arguments.rows, max_steps=arguments.steps,
-                learning_rate=5e-5, lr_scheduler_type="constant", use_cpu=True, bf16=arguments.bf16, report_to=[],
-                save_strategy="no", logging_steps=20, disable_tqdm=True, train_sampling_strategy="group_by_length"))
+                output_dir=folder,
+                per_device_train_batch_size=arguments.rows,
+                max_steps=arguments.steps,
+                learning_rate=5e-5,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                bf16=arguments.bf16,
+                report_to=[],
+                save_strategy="no",
+                logging_steps=20,
+                disable_tqdm=True,
+                train_sampling_strategy="group_by_length",
+            ),
+        )
         begun = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - begun

@@ -1,8 +1,9 @@
-"""`python -m bench.memory`: the measured peak memory of ranks against the plan, for four models under ZeRO 0 to 3.
+"""`python -m bench.memory`: the measured peak memory of ranks against the plan, for four models
+under ZeRO 0 to 3.
 
-Two ranks are plain processes on the CPU (gloo, fp32, one thread each), running dray's own engine, models, tasks and
-saver without Ray; a checkpoint is being written during the last steps. The table goes into docs/plan.md. `--only
-NAME:STAGE` measures one case and writes nothing.
+Two ranks are plain processes on the CPU (gloo, fp32, one thread each), running dray's own engine,
+models, tasks and saver without Ray; a checkpoint is being written during the last steps. The table
+goes into docs/plan.md. `--only NAME:STAGE` measures one case and writes nothing.
 """
 
 from __future__ import annotations
@@ -40,14 +41,25 @@ HELD_OUT = {"llama-9m": (1,), "gpt2-27m": (3,)}
 def make_case(name: str, stage: int) -> Spec:
     """The spec of one case. It is planned and built, but reads no data."""
     architecture, hidden, layers, heads, width, vocab, rows = MODELS[name]
-    return make_spec({
-        "name": name, "data": {"train": "none", "sequence_tokens": width},
-        "tokenizer": {"train": "byte_bpe", "vocab_size": vocab},
-        "model": {"architecture": architecture, "hidden_size": hidden, "num_layers": layers, "num_heads": heads},
-        "batch": {"global_rows": rows * NUM_RANKS, "micro_rows": rows}, "duration": {"steps": NUM_STEPS},
-        "precision": "fp32", "resources": {"workers": NUM_RANKS}, "zero": {"stage": stage},
-        "engine": {"compile": False},
-    })
+    return make_spec(
+        {
+            "name": name,
+            "data": {"train": "none", "sequence_tokens": width},
+            "tokenizer": {"train": "byte_bpe", "vocab_size": vocab},
+            "model": {
+                "architecture": architecture,
+                "hidden_size": hidden,
+                "num_layers": layers,
+                "num_heads": heads,
+            },
+            "batch": {"global_rows": rows * NUM_RANKS, "micro_rows": rows},
+            "duration": {"steps": NUM_STEPS},
+            "precision": "fp32",
+            "resources": {"workers": NUM_RANKS},
+            "zero": {"stage": stage},
+            "engine": {"compile": False},
+        }
+    )
 
 
 def plan_case(spec: Spec) -> Plan:
@@ -56,8 +68,14 @@ def plan_case(spec: Spec) -> Plan:
 
 def run_rank(rank: int, spec: Spec, folder: str) -> None:
     """Build the model and train a few steps; leave this process' peak memory in a file."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), DS_ACCELERATOR="cpu",
-                      OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(NUM_RANKS),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
     import torch.distributed as dist
 
     from dray.processes.heap import prepare_process
@@ -68,7 +86,9 @@ def run_rank(rank: int, spec: Spec, folder: str) -> None:
     resident = train(spec, Run.open(folder, spec.name)) | {"peak": read_status("VmHWM")}
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(resident), encoding="utf-8")
     dist.barrier()
-    os._exit(0)  # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the process
+    # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the
+    # process.
+    os._exit(0)
 
 
 def train(spec: Spec, run: Run) -> dict[str, int]:
@@ -105,32 +125,59 @@ def measure(spec: Spec) -> dict[str, int]:
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
-        Run.create(folder, spec.name, spec, plan_case(spec).model_dump(mode="json")).begin_attempt(NUM_RANKS, 0)
+        Run.create(folder, spec.name, spec, plan_case(spec).model_dump(mode="json")).begin_attempt(
+            NUM_RANKS, 0
+        )
         mp.spawn(run_rank, args=(spec, folder), nprocs=NUM_RANKS)
-        ranks = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("rank-*.json")]
+        ranks = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in Path(folder).glob("rank-*.json")
+        ]
     return max(ranks, key=lambda rank: rank["peak"])  # type: ignore[no-any-return]
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
     """The generated block of docs/plan.md."""
     lines = [
-        "| model | ZeRO | parameters | gradients | optimizer | activations | logits | buffers | checkpoint | framework "
-        "| allocator | plan, MB | measured, MB | plan/measured |",
+        "| model | ZeRO | parameters | gradients | optimizer | activations | logits | buffers | "
+        "checkpoint | framework | allocator | plan, MB | measured, MB | plan/measured |",
         "|---|---" + "|--:" * 12 + "|",
     ]
     for row in rows:
         memory: MemoryPlan = row["memory"]
-        terms = [getattr(memory, term) for term in ("parameters", "gradients", "optimizer", "activations", "logits",
-                                                    "buffers", "checkpoint", "framework", "allocator", "total")]
+        terms = [
+            getattr(memory, term)
+            for term in (
+                "parameters",
+                "gradients",
+                "optimizer",
+                "activations",
+                "logits",
+                "buffers",
+                "checkpoint",
+                "framework",
+                "allocator",
+                "total",
+            )
+        ]
         cells = [f"{value / 1e6:,.0f}" for value in (*terms, row["measured"])]
         cells.append(f"{memory.total / row['measured']:.2f}")
         lines.append(f"| {row['model']} | {row['stage']} | {' | '.join(cells)} |")
     worst = max(abs(row["memory"].total / row["measured"] - 1) for row in rows)
-    models = "; ".join(f"{name}: {a}, hidden {h}, {n} layers, {w} tokens × {r} rows, vocabulary {v}"
-                       for name, (a, h, n, _, w, v, r) in MODELS.items())
-    return "\n".join([*lines, "", f"Models: {models}. No constant was fitted to {' and '.join(HELD_OUT)}.", "",
-                      f"Greatest deviation: {worst:.0%}. {NUM_RANKS} ranks, CPU, fp32, {NUM_STEPS} steps, one thread a "
-                      "rank. Measured: the highest resident set of the process' life (VmHWM)."])
+    models = "; ".join(
+        f"{name}: {a}, hidden {h}, {n} layers, {w} tokens × {r} rows, vocabulary {v}"
+        for name, (a, h, n, _, w, v, r) in MODELS.items()
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Models: {models}. No constant was fitted to {' and '.join(HELD_OUT)}.",
+            "",
+            f"Greatest deviation: {worst:.0%}. {NUM_RANKS} ranks, CPU, fp32, {NUM_STEPS} steps, "
+            "one thread a rank. Measured: the highest resident set of the process' life (VmHWM).",
+        ]
+    )
 
 
 def write_block(document: Path, block: str) -> None:
@@ -155,9 +202,13 @@ def main() -> int:
         spec = make_case(name, stage)
         memory, found = plan_case(spec).memory, measure(spec)
         rows.append({"model": name, "stage": stage, "memory": memory, "measured": found["peak"]})
-        print(f"{name} ZeRO-{stage}: plan {memory.total / 1e6:,.0f} MB, measured {found['peak'] / 1e6:,.0f} MB "
-              f"({memory.total / found['peak']:.2f}); built {found['built'] / 1e6:,.0f} MB, peak at {memory.peak}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{name} ZeRO-{stage}: plan {memory.total / 1e6:,.0f} MB, measured "
+            f"{found['peak'] / 1e6:,.0f} MB ({memory.total / found['peak']:.2f}); built "
+            f"{found['built'] / 1e6:,.0f} MB, peak at {memory.peak}",
+            file=sys.stderr,
+            flush=True,
+        )
     if not only:
         write_block(DOCUMENT, make_table(rows))
     return int(any(abs(row["memory"].total / row["measured"] - 1) > TOLERANCE for row in rows))

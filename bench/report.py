@@ -1,4 +1,5 @@
-"""Where benchmarks leave their figures: a generated block of docs/benchmarks.md, and JSON beside it."""
+"""Where benchmarks leave their figures: a generated block of docs/benchmarks.md, and JSON beside
+it."""
 
 from __future__ import annotations
 
@@ -28,16 +29,24 @@ def machine() -> str:
     """The machine in a few words."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"(?m)^model name\s*:\s*(.+)$", info.read_text()) if info.exists() else []
-    return f"{len(names)} × {names[0] if names else platform.processor()}, Python {platform.python_version()}"
+    return (
+        f"{len(names)} × {names[0] if names else platform.processor()}, Python "
+        f"{platform.python_version()}"
+    )
 
 
-def write_section(name: str, markdown: str, figures: Any, page: Path = ROOT / "docs" / "benchmarks.md") -> None:
-    """Replace the block `name` of a page by new figures, with the day and the machine; the raw ones become JSON."""
+def write_section(
+    name: str, markdown: str, figures: Any, page: Path = ROOT / "docs" / "benchmarks.md"
+) -> None:
+    """Replace the block `name` of a page by new figures, with the day and the machine; the raw ones
+    become JSON."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1, default=str))
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     block = f"{begin}\n{date.today().isoformat()}, {machine()}.\n\n{markdown.strip()}\n{end}"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# Benchmarks\n\n{begin}\n{end}\n"
+    text = (
+        page.read_text(encoding="utf-8") if page.exists() else f"# Benchmarks\n\n{begin}\n{end}\n"
+    )
     if begin not in text:
         text += f"\n{begin}\n{end}\n"
     before, _, rest = text.partition(begin)

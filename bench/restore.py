@@ -1,9 +1,11 @@
-"""`python -m bench.restore`: seconds to restore a checkpoint, against plain reading of the same bytes.
+"""`python -m bench.restore`: seconds to restore a checkpoint, against plain reading of the same
+bytes.
 
-A Llama of 13 M parameters (a checkpoint of some 160 MB), 1 and 2 ranks, ZeRO 1 and 3, on a local disk whose pages are
-in memory, so that nothing hides behind the disk. In each round, one after the other: read, read with SHA-256 (each rank
-its part of the bytes), and dray's restore: verify, copy into the engine, and below ZeRO-3 exchange the weights. The
-slowest rank counts. CPU seconds are given besides, since other work on the machine makes the rest wait.
+A Llama of 13 M parameters (a checkpoint of some 160 MB), 1 and 2 ranks, ZeRO 1 and 3, on a local
+disk whose pages are in memory, so that nothing hides behind the disk. In each round, one after the
+other: read, read with SHA-256 (each rank its part of the bytes), and dray's restore: verify, copy
+into the engine, and below ZeRO-3 exchange the weights. The slowest rank counts. CPU seconds are
+given besides, since other work on the machine makes the rest wait.
 """
 
 from __future__ import annotations
@@ -35,13 +37,20 @@ ARMS = ("read", "read with SHA-256", "restore")
 
 
 def make_bench_spec(stage: int, num_ranks: int) -> Spec:
-    return make_spec({
-        "name": "restore", "data": {"train": "none/*.jsonl", "sequence_tokens": 128},
-        "tokenizer": {"train": "byte_bpe", "vocab_size": VOCAB},
-        "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
-        "batch": {"global_rows": 8, "micro_rows": 2}, "duration": {"steps": 1}, "precision": "fp32",
-        "resources": {"workers": num_ranks}, "zero": {"stage": stage}, "engine": {"compile": False},
-    })
+    return make_spec(
+        {
+            "name": "restore",
+            "data": {"train": "none/*.jsonl", "sequence_tokens": 128},
+            "tokenizer": {"train": "byte_bpe", "vocab_size": VOCAB},
+            "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
+            "batch": {"global_rows": 8, "micro_rows": 2},
+            "duration": {"steps": 1},
+            "precision": "fp32",
+            "resources": {"workers": num_ranks},
+            "zero": {"stage": stage},
+            "engine": {"compile": False},
+        }
+    )
 
 
 def read_plainly(ranks: Ranks, files: list[Path], *, with_checksum: bool) -> None:
@@ -77,7 +86,9 @@ def run_rank(rank: int, place: tuple[int, int], storage: str, rounds: int, resul
     engine = build(spec, plan, ranks)
     run = Run.open(storage, "restore")
     saver = Saver(run, 1, spec, engine=engine, ranks=ranks, wait_stored=lambda: None)
-    saver.begin(0, {"shapes": {name: list(shape) for name, shape in engine.parameter_shapes.items()}})
+    saver.begin(
+        0, {"shapes": {name: list(shape) for name, shape in engine.parameter_shapes.items()}}
+    )
     saver.finish(last=True)
     info = run.latest_checkpoint()
     assert info is not None
@@ -102,15 +113,20 @@ def run_rank(rank: int, place: tuple[int, int], storage: str, rounds: int, resul
     if rank == 0:
         results[place] = (info.num_bytes, seconds)
     dist.barrier()
-    os._exit(0)  # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the process
+    # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the
+    # process.
+    os._exit(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    lines = [f"{rounds} rounds, medians of seconds; ratios are those of the rounds to `{ARMS[1]}`.\n",
-             "| place | MB | " + " | ".join(ARMS) + " | ratio | ratio of CPU seconds |", "|---" * 7 + "|"]
+    lines = [
+        f"{rounds} rounds, medians of seconds; ratios are those of the rounds to `{ARMS[1]}`.\n",
+        "| place | MB | " + " | ".join(ARMS) + " | ratio | ratio of CPU seconds |",
+        "|---" * 7 + "|",
+    ]
     figures = {}
     with mp.Manager() as manager:
         results = manager.dict()
@@ -119,13 +135,24 @@ def main() -> None:
                 spec = make_bench_spec(stage, num_ranks)
                 run = Run.create(storage, "restore", spec, {"num_steps": 1, "num_ranks": num_ranks})
                 run.begin_attempt(num_ranks=num_ranks, start_step=0)
-                mp.spawn(run_rank, args=((stage, num_ranks), storage, rounds, results), nprocs=num_ranks)
+                mp.spawn(
+                    run_rank, args=((stage, num_ranks), storage, rounds, results), nprocs=num_ranks
+                )
             num_bytes, seconds = results[stage, num_ranks]
-            medians = [statistics.median(wall for wall, _ in column) for column in zip(*seconds, strict=True)]
-            ratios = [statistics.median(row[2][part] / row[1][part] for row in seconds) for part in (0, 1)]
+            medians = [
+                statistics.median(wall for wall, _ in column)
+                for column in zip(*seconds, strict=True)
+            ]
+            ratios = [
+                statistics.median(row[2][part] / row[1][part] for row in seconds) for part in (0, 1)
+            ]
             place = f"ZeRO {stage}, {num_ranks} rank{'s' * (num_ranks > 1)}"
             figures[place] = {"bytes": num_bytes, "seconds": seconds}
-            cells = [place, f"{num_bytes / 1e6:.0f}", *(f"{value:.2f}" for value in (*medians, *ratios))]
+            cells = [
+                place,
+                f"{num_bytes / 1e6:.0f}",
+                *(f"{value:.2f}" for value in (*medians, *ratios)),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     write_section("restore", "\n".join(lines), figures)
 

@@ -1,9 +1,11 @@
-"""(g) What grows with the corpus, the run and the cluster, and what must not: mostly simulated, minutes on two cores.
+"""(g) What grows with the corpus, the run and the cluster, and what must not: mostly simulated,
+minutes on two cores.
 
-    python -m bench.scale [--only tasks,stream,opens,preparing,metrics,manifest,driver,attempts] [--sizes 20,200]
+    python -m bench.scale [--sizes 20,200]
+        [--only tasks,stream,opens,preparing,metrics,manifest,driver,attempts]
 
-Each section gives checks: what was looked at, what is wanted, what was found. The command fails if one does not hold.
-`--sizes 20,200,2000` prepares 2 GB as well; text is made as in bench.corpus.
+Each section gives checks: what was looked at, what is wanted, what was found. The command fails if
+one does not hold. `--sizes 20,200,2000` prepares 2 GB as well; text is made as in bench.corpus.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from bench import scale_records
 from bench.corpus import CORPUS, run_arm, train_tokenizer, write_corpus
 from bench.report import Check, write_section
 
-# --- the stream ---
+# --- the stream ----------------------------------------------------------------------------------
 
 
 def make_large_corpus(folder: Path, num_shards: int, num_files: int, tokens: int = 2048) -> Any:
-    """The manifest of a corpus that is not there, in its folder: shards of 256 MiB from so many raw files."""
+    """The manifest of a corpus that is not there, in its folder: shards of 256 MiB from so many raw
+    files."""
     from dray.corpus.manifest import (
         MANIFEST,
         SOURCE_FILES,
@@ -41,18 +44,52 @@ def make_large_corpus(folder: Path, num_shards: int, num_files: int, tokens: int
     )
 
     rows = 2**28 // (2 * tokens)
-    shards = tuple(Shard(file=f"train/000-{n:06d}.arrow", num_rows=rows, num_bytes=2**28, sha256=f"{n:064x}")
-                   for n in range(num_shards))
-    source = SourceRows(name="text", weight=None, num_rows=rows * num_shards, num_documents=rows * num_shards,
-                        num_tokens=rows * tokens * num_shards, num_text_bytes=2**30 * num_shards, shards=shards)
-    files = [SourceFile(path=f"/data/part-{n:06d}.jsonl", num_bytes=2**27, sha256=f"{n:064x}", num_documents=1000,
-                        num_bad=0) for n in range(num_files)]
-    packing = Packing(utilization=1.0, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0)
+    shards = tuple(
+        Shard(file=f"train/000-{n:06d}.arrow", num_rows=rows, num_bytes=2**28, sha256=f"{n:064x}")
+        for n in range(num_shards)
+    )
+    source = SourceRows(
+        name="text",
+        weight=None,
+        num_rows=rows * num_shards,
+        num_documents=rows * num_shards,
+        num_tokens=rows * tokens * num_shards,
+        num_text_bytes=2**30 * num_shards,
+        shards=shards,
+    )
+    files = [
+        SourceFile(
+            path=f"/data/part-{n:06d}.jsonl",
+            num_bytes=2**27,
+            sha256=f"{n:064x}",
+            num_documents=1000,
+            num_bad=0,
+        )
+        for n in range(num_files)
+    ]
+    packing = Packing(
+        utilization=1.0, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0
+    )
     manifest = Manifest.model_construct(
-        version=VERSION, key=f"{num_shards:016x}", sequence_tokens=tokens, group_rows=256, vocab_size=50_000,
-        pad_token_id=0, eos_token_id=0, encoder="tokenizers", labels=(), train=Split(sources=(source,)),
-        validation=None, num_source_files=num_files, num_source_bytes=2**27 * num_files, dropped={}, num_records=1,
-        num_bad=0, packing=packing, shuffle_seed=0)
+        version=VERSION,
+        key=f"{num_shards:016x}",
+        sequence_tokens=tokens,
+        group_rows=256,
+        vocab_size=50_000,
+        pad_token_id=0,
+        eos_token_id=0,
+        encoder="tokenizers",
+        labels=(),
+        train=Split(sources=(source,)),
+        validation=None,
+        num_source_files=num_files,
+        num_source_bytes=2**27 * num_files,
+        dropped={},
+        num_records=1,
+        num_bad=0,
+        packing=packing,
+        shuffle_seed=0,
+    )
     folder.mkdir(parents=True)
     (folder / MANIFEST).write_bytes(dump_manifest(manifest))
     (folder / SOURCE_FILES).write_bytes(dump_source_files(files))
@@ -62,8 +99,18 @@ def make_large_corpus(folder: Path, num_shards: int, num_files: int, tokens: int
 def make_stream(folder: Path, key: str, num_steps: int) -> Any:
     from dray.corpus.stream import RowStream
 
-    return RowStream(folder=str(folder), key=key, seed=0, global_rows=1024, num_ranks=8, rows_per_rank=128,
-                     micro_rows=8, start_step=0, num_steps=num_steps, validate_every=1000)
+    return RowStream(
+        folder=str(folder),
+        key=key,
+        seed=0,
+        global_rows=1024,
+        num_ranks=8,
+        rows_per_rank=128,
+        micro_rows=8,
+        start_step=0,
+        num_steps=num_steps,
+        validate_every=1000,
+    )
 
 
 def measure_tasks(_: argparse.Namespace) -> Iterator[Check]:
@@ -82,11 +129,24 @@ def measure_tasks(_: argparse.Namespace) -> Iterator[Check]:
             sizes.append(max(pickled))
             totals.append(len(tasks) * max(pickled))
             manifests.append((Path(place) / "corpus" / "manifest.json").stat().st_size)
-    yield Check("a read task: 1 shard, 1 raw file; 256 and 10,000; 2,000 and 100,000", "a few kB, all alike",
-                ", ".join(f"{size:,} B" for size in sizes), max(sizes) < 4096 and max(sizes) - min(sizes) < 64)
-    yield Check("all read tasks that Ray holds", "< 10 MB", f"{max(totals) / 1e6:.1f} MB", max(totals) < 10**7)
-    yield Check("the manifest that each process reads once", "a kB a shard at most", ", ".join(
-        f"{size / 1e3:,.0f} kB" for size in manifests), manifests[-1] < 2000 * 1000)
+    yield Check(
+        "a read task: 1 shard, 1 raw file; 256 and 10,000; 2,000 and 100,000",
+        "a few kB, all alike",
+        ", ".join(f"{size:,} B" for size in sizes),
+        max(sizes) < 4096 and max(sizes) - min(sizes) < 64,
+    )
+    yield Check(
+        "all read tasks that Ray holds",
+        "< 10 MB",
+        f"{max(totals) / 1e6:.1f} MB",
+        max(totals) < 10**7,
+    )
+    yield Check(
+        "the manifest that each process reads once",
+        "a kB a shard at most",
+        ", ".join(f"{size / 1e3:,.0f} kB" for size in manifests),
+        manifests[-1] < 2000 * 1000,
+    )
 
 
 def measure_stream(_: argparse.Namespace) -> Iterator[Check]:
@@ -101,25 +161,37 @@ def measure_stream(_: argparse.Namespace) -> Iterator[Check]:
             tracemalloc.start()
             steps, largest = 0, 0
             for window in stream.windows():
-                steps += sum(segment.last - segment.first + 1 for segment in window if segment.kind == "train")
+                steps += sum(
+                    segment.last - segment.first + 1
+                    for segment in window
+                    if segment.kind == "train"
+                )
                 largest = max(largest, *(segment.last - segment.first + 1 for segment in window))
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
             if steps != num_steps:
                 raise RuntimeError(f"the segments hold {steps} steps instead of {num_steps}")
     block = largest * 128 * (2 * manifest.sequence_tokens + 24)
-    yield Check("memory of the segments of 10^5 and of 10^7 steps", "flat",
-                ", ".join(f"{peak / 1e6:.2f} MB" for peak in peaks), peaks[1] < 1.2 * peaks[0] + 10**5)
-    yield Check("the largest block of 10^7 steps of 128 rows of 4 kB a rank", "4 MiB", f"{block / 2**20:.1f} MiB",
-                block <= 4 * 2**20)
+    yield Check(
+        "memory of the segments of 10^5 and of 10^7 steps",
+        "flat",
+        ", ".join(f"{peak / 1e6:.2f} MB" for peak in peaks),
+        peaks[1] < 1.2 * peaks[0] + 10**5,
+    )
+    yield Check(
+        "the largest block of 10^7 steps of 128 rows of 4 kB a rank",
+        "4 MiB",
+        f"{block / 2**20:.1f} MiB",
+        block <= 4 * 2**20,
+    )
 
 
-# --- preparing ---
+# --- preparing ----------------------------------------------------------------------------------
 
 
 def count_opens(num_bytes: int) -> dict[str, int]:
-    """Files that preparing so much text opens to read, by the plan alone; `one step` is what it would be without files
-    in between."""
+    """Files that preparing so much text opens to read, by the plan alone; `one step` is what it
+    would be without files in between."""
     import numpy as np
 
     from dray.corpus.parts import Chunk, CorpusSource, Job
@@ -129,17 +201,29 @@ def count_opens(num_bytes: int) -> dict[str, int]:
     from dray.corpus.tokenizing import TokenizerInfo
     from dray.spec import Cleaning, Source
 
-    part_bytes = choose_part_bytes([[InputFile("/data", "/data/all.jsonl", num_bytes, "", "jsonl", "")]])
+    part_bytes = choose_part_bytes(
+        [[InputFile("/data", "/data/all.jsonl", num_bytes, "", "jsonl", "")]]
+    )
     num_chunks = -(-num_bytes // part_bytes)  # a chunk a part: no part is as large as two
     rows = num_bytes // num_chunks // 4 // 2048  # four bytes of text a token
     partitions = -(-num_bytes // PARTITION_BYTES)
     bundle = plan_bundles(num_chunks, partitions, num_bytes // 3000)
     job = Job(
-        folder="/corpus", sources=(CorpusSource("text", "train", Source.model_validate({"path": "/data"}), ""),),
-        cleaning=Cleaning(), max_record_bytes=2**24, sequence_tokens=2048, group_rows=256, shuffle_seed=0,
-        packs_rows=True, share=0.0, chunk_bytes=part_bytes * 3 // 2, num_partitions=partitions, bundle_chunks=bundle,
+        folder="/corpus",
+        sources=(CorpusSource("text", "train", Source.model_validate({"path": "/data"}), ""),),
+        cleaning=Cleaning(),
+        max_record_bytes=2**24,
+        sequence_tokens=2048,
+        group_rows=256,
+        shuffle_seed=0,
+        packs_rows=True,
+        share=0.0,
+        chunk_bytes=part_bytes * 3 // 2,
+        num_partitions=partitions,
+        bundle_chunks=bundle,
         tokenizer=TokenizerInfo(50_000, 0, 0, "gigatoken", (), ()),
-        chunks=tuple(Chunk(f"{n:06d}-0000", 0) for n in range(num_chunks)))
+        chunks=tuple(Chunk(f"{n:06d}-0000", 0) for n in range(num_chunks)),
+    )
     deals = make_deals(job, [{"train": {"num_rows": rows}} for _ in range(num_chunks)])
     shards = Plans(deals, lambda deal: deal.num_shards, Deal.shard)
     mixes = Plans(deals, lambda deal: deal.num_mixes, Deal.mix)
@@ -153,17 +237,27 @@ def count_opens(num_bytes: int) -> dict[str, int]:
         "mixed": sum(len(mixes[index][1].slices) for index in range(len(mixes))),
         "shards": sum(len(shards[index][1].slices) for index in range(len(shards))),
     }
-    one_step = num_chunks * (3 + 2 * partitions) + int(np.count_nonzero(np.concatenate([d.counts for d in deals])))
+    one_step = num_chunks * (3 + 2 * partitions) + int(
+        np.count_nonzero(np.concatenate([d.counts for d in deals]))
+    )
     return opens | {"all": sum(opens.values()), "one step": one_step}
 
 
 def measure_opens(_: argparse.Namespace) -> Iterator[Check]:
     """Opens to read for 10 GB, 100 GB and 1 TB."""
     counts = [count_opens(size * 10**9) for size in (10, 100, 1000)]
-    yield Check("files opened to read for 10 GB, 100 GB, 1 TB", "at most 10·√10 = 32 times as many for 10 times",
-                ", ".join(f"{count['all']:,}" for count in counts), counts[2]["all"] <= 32 * counts[1]["all"])
-    yield Check("and for 1 TB", "< 1 million", f"{counts[2]['all']:,} (in one step: {counts[2]['one step']:,})",
-                counts[2]["all"] < 10**6)
+    yield Check(
+        "files opened to read for 10 GB, 100 GB, 1 TB",
+        "at most 10·√10 = 32 times as many for 10 times",
+        ", ".join(f"{count['all']:,}" for count in counts),
+        counts[2]["all"] <= 32 * counts[1]["all"],
+    )
+    yield Check(
+        "and for 1 TB",
+        "< 1 million",
+        f"{counts[2]['all']:,} (in one step: {counts[2]['one step']:,})",
+        counts[2]["all"] < 10**6,
+    )
 
 
 def measure_preparing(arguments: argparse.Namespace) -> Iterator[Check]:
@@ -182,16 +276,23 @@ def measure_preparing(arguments: argparse.Namespace) -> Iterator[Check]:
                 path.unlink()
     for before, after, small, large in zip(sizes, sizes[1:], runs, runs[1:], strict=False):
         ratio = large["cpu_seconds"] / small["cpu_seconds"]
-        yield Check(f"CPU seconds of preparing {before} MB and {after} MB",
-                    f"at most {1.2 * after / before:.0f} times as many",
-                    f"{small['cpu_seconds']:.1f} and {large['cpu_seconds']:.1f}: {ratio:.1f} times",
-                    ratio <= 1.2 * after / before)
+        yield Check(
+            f"CPU seconds of preparing {before} MB and {after} MB",
+            f"at most {1.2 * after / before:.0f} times as many",
+            f"{small['cpu_seconds']:.1f} and {large['cpu_seconds']:.1f}: {ratio:.1f} times",
+            ratio <= 1.2 * after / before,
+        )
         worker = max(run["peak_worker_bytes"] for run in (small, large))
-        yield Check("the largest worker then", "< 1 GiB", f"{worker / 2**20:,.0f} MiB", worker < 2**30)
+        yield Check(
+            "the largest worker then", "< 1 GiB", f"{worker / 2**20:,.0f} MiB", worker < 2**30
+        )
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Check]]] = {
-    "tasks": measure_tasks, "stream": measure_stream, "opens": measure_opens, "preparing": measure_preparing,
+    "tasks": measure_tasks,
+    "stream": measure_stream,
+    "opens": measure_opens,
+    "preparing": measure_preparing,
     **scale_records.SECTIONS,
 }
 """A section measures one thing and yields its checks; another one is a line here."""
@@ -200,17 +301,27 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Check]]] = {
 def make_table(checks: list[Check]) -> str:
     """Markdown for the page of benchmarks."""
     lines = ["| | wanted | found | |", "|---|---|---|---|"]
-    lines += [f"| {check.what} | {check.wanted} | {check.found} | {'holds' if check.holds else '**missed**'} |"
-              for check in checks]
+    lines += [
+        f"| {check.what} | {check.wanted} | {check.found} | "
+        f"{'holds' if check.holds else '**missed**'} |"
+        for check in checks
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure, print the table, leave the figures in bench/results/scale.json and docs/benchmarks.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections to measure; the page is left as it is")
+    """Measure, print the table, leave the figures in bench/results/scale.json and
+    docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help="sections to measure; the page is left as it is"
+    )
     parser.add_argument("--sizes", default="20,200", help="MB of text to prepare")
-    parser.add_argument("--steps", type=int, default=scale_records.STEPS, help="steps whose metrics are written")
+    parser.add_argument(
+        "--steps", type=int, default=scale_records.STEPS, help="steps whose metrics are written"
+    )
     arguments = parser.parse_args()
     checks: list[Check] = []
     for name in arguments.only.split(","):

@@ -1,6 +1,7 @@
 """Sections of bench.scale: what a run writes down about itself, at a size that no test reaches.
 
-Simulated on a local disk: no rank is started. CPU seconds are this process' own, so a busy machine matters little.
+Simulated on a local disk: no rank is started. CPU seconds are this process' own, so a busy machine
+matters little.
 """
 
 from __future__ import annotations
@@ -25,16 +26,43 @@ STEPS = 10**7
 def make_record(step: int, rank: int, num_ranks: int) -> StepReport:
     """What a rank says of a step."""
     return StepReport(
-        rank=rank, attempt=1, step=step, num_ranks=num_ranks, loss_sum=2.5 + rank, num_targets=1000, learning_rate=1e-3,
-        grad_norm=1.25, applied=True, rows_digest=f"{step:016x}", tokens=step * 1000, step_tokens=1000, seconds=1.01,
-        data_wait_seconds=0.001, forward_seconds=0.3 + rank * 1e-6, time=1.7e9 + step, memory_bytes=10**10 + rank)
+        rank=rank,
+        attempt=1,
+        step=step,
+        num_ranks=num_ranks,
+        loss_sum=2.5 + rank,
+        num_targets=1000,
+        learning_rate=1e-3,
+        grad_norm=1.25,
+        applied=True,
+        rows_digest=f"{step:016x}",
+        tokens=step * 1000,
+        step_tokens=1000,
+        seconds=1.01,
+        data_wait_seconds=0.001,
+        forward_seconds=0.3 + rank * 1e-6,
+        time=1.7e9 + step,
+        memory_bytes=10**10 + rank,
+    )
 
 
 def make_beat(step: int, rank: int) -> Beat:
     """A rank's heartbeat."""
     return Beat(
-        rank=rank, attempt=1, step=step, phase="backward", long=False, seconds=0.2, time=1.7e9, pid=1000, host="node",
-        log_file="/tmp/ray/session/logs/worker-1234.out", stack_file="/tmp/stacks", node="10.0.0.1", node_id="f" * 56)
+        rank=rank,
+        attempt=1,
+        step=step,
+        phase="backward",
+        long=False,
+        seconds=0.2,
+        time=1.7e9,
+        pid=1000,
+        host="node",
+        log_file="/tmp/ray/session/logs/worker-1234.out",
+        stack_file="/tmp/stacks",
+        node="10.0.0.1",
+        node_id="f" * 56,
+    )
 
 
 def build_recorder(place: str) -> tuple[Any, Any]:
@@ -45,8 +73,14 @@ def build_recorder(place: str) -> tuple[Any, Any]:
     from dray.spec import make_spec
     from dray.train.recorder import Recorder
 
-    spec = make_spec({"name": "large", "data": {"train": "x.jsonl"}, "duration": {"steps": STEPS},
-                      "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4}})
+    spec = make_spec(
+        {
+            "name": "large",
+            "data": {"train": "x.jsonl"},
+            "duration": {"steps": STEPS},
+            "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
+        }
+    )
     plan = make_plan(spec, local_shape())
     run = Run.create(place, "large", spec, plan.model_dump(mode="json"))
     run.begin_attempt(1, 0)
@@ -58,11 +92,12 @@ def build_recorder(place: str) -> tuple[Any, Any]:
     return run, Recorder(run, plan, build_trackers(run, spec), Silent())
 
 
-# --- metrics ---
+# --- metrics ------------------------------------------------------------------------------------
 
 
 def write_metrics(run: Any, num_steps: int) -> int:
-    """A run's metrics as they are after so many steps: files that were compacted, of real rows but for their steps."""
+    """A run's metrics as they are after so many steps: files that were compacted, of real rows but
+    for their steps."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -85,10 +120,17 @@ def write_metrics(run: Any, num_steps: int) -> int:
         steps = np.arange(start + 1, start + 1 + found.num_rows)
         found = found.set_column(found.schema.get_field_index("step"), "step", pa.array(steps))
         found = found.set_column(0, "_part", pa.array(np.full(found.num_rows, number, np.int32)))
-        told = summary | {"rows": found.num_rows, "first_step": int(steps[0]), "last_step": int(steps[-1])}
+        told = summary | {
+            "rows": found.num_rows,
+            "first_step": int(steps[0]),
+            "last_step": int(steps[-1]),
+        }
         metadata = {**table.schema.metadata, b"dray.summary": json.dumps(told).encode()}
-        pq.write_table(found.replace_schema_metadata(metadata),
-                       folder / f"a0001-shared-{number:06d}-{number:06d}.parquet", compression="zstd")
+        pq.write_table(
+            found.replace_schema_metadata(metadata),
+            folder / f"a0001-shared-{number:06d}-{number:06d}.parquet",
+            compression="zstd",
+        )
         number += 1
     return number
 
@@ -99,11 +141,16 @@ from dray.runs import Run
 def peak(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 run = Run.open(sys.argv[1], "large")
 idle = peak()
-begun = time.process_time(); summary, outline = run.summary(), run.outline(); shown = time.process_time() - begun
+begun = time.process_time()
+summary, outline = run.summary(), run.outline()
+shown = time.process_time() - begun
 page = peak()
-begun = time.process_time(); count = sum(1 for _ in run.iterate_history(("loss",))); read = time.process_time() - begun
+begun = time.process_time()
+count = sum(1 for _ in run.iterate_history(("loss",)))
+read = time.process_time() - begun
 print(json.dumps({"idle": idle, "page": page, "peak": peak(),
-                  "shown": shown, "read": read, "count": count, "step": summary["step"], "steps": outline.num_steps}))
+                  "shown": shown, "read": read, "count": count, "step": summary["step"],
+                  "steps": outline.num_steps}))
 """
 
 
@@ -115,34 +162,60 @@ def measure_metrics(arguments: argparse.Namespace) -> Iterator[Check]:
         files = write_metrics(run, num_steps)
         num_bytes = sum(file.stat().st_size for file in Path(run.path, "metrics").iterdir())
         recorder.take([make_record(num_steps + 1, 0, 1)])
-        out = subprocess.run([sys.executable, "-c", READ, place], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", READ, place], capture_output=True, text=True, check=True
+        ).stdout
     found = json.loads(out)
     if not found["step"] == found["steps"] == found["count"] == num_steps + 1:
         raise RuntimeError(f"the history is not what was written: {found}")
     rise = (found["peak"] - found["idle"]) / 1024
-    yield Check(f"metrics of {num_steps:,} steps", "some hundred files", f"{files} files, {num_bytes / 1e9:.2f} GB",
-                  files < 2000)
-    yield Check("summary and outline of them, as `dray show` reads them", "< 10 s of CPU, < 200 MB more than idle",
-                  f"{found['shown']:.1f} s, {(found['page'] - found['idle']) / 1024:.0f} MB",
-                  found["shown"] < 10 and found["page"] - found["idle"] < 200 * 1024)
-    yield Check("one column of the whole history, row by row", "bounded memory: < 400 MB more than idle",
-                  f"{rise:.0f} MB, {found['read']:.0f} s", rise < 400)
+    yield Check(
+        f"metrics of {num_steps:,} steps",
+        "some hundred files",
+        f"{files} files, {num_bytes / 1e9:.2f} GB",
+        files < 2000,
+    )
+    yield Check(
+        "summary and outline of them, as `dray show` reads them",
+        "< 10 s of CPU, < 200 MB more than idle",
+        f"{found['shown']:.1f} s, {(found['page'] - found['idle']) / 1024:.0f} MB",
+        found["shown"] < 10 and found["page"] - found["idle"] < 200 * 1024,
+    )
+    yield Check(
+        "one column of the whole history, row by row",
+        "bounded memory: < 400 MB more than idle",
+        f"{rise:.0f} MB, {found['read']:.0f} s",
+        rise < 400,
+    )
 
 
-# --- manifests ---
+# --- manifests ----------------------------------------------------------------------------------
 
 
 def measure_manifest(_: argparse.Namespace) -> Iterator[Check]:
-    """A checkpoint of 1,000 ranks under ZeRO-3, from what they send to what is read at a restart."""
+    """A checkpoint of 1,000 ranks under ZeRO-3, from what they send to what is read at a
+    restart."""
     import numpy as np
 
     from dray.runs.checkpoint_manifest import CheckpointManifest, Fragments, RankFile
     from dray.runs.layout import make_rank_file
 
-    sizes = {"self_attn.q_proj": 4096**2, "self_attn.k_proj": 4096 * 1024, "self_attn.v_proj": 4096 * 1024,
-             "self_attn.o_proj": 4096**2, "mlp.gate_proj": 4096 * 14336, "mlp.up_proj": 4096 * 14336,
-             "mlp.down_proj": 4096 * 14336, "input_layernorm": 4096, "post_attention_layernorm": 4096}
-    shapes = {f"model.layers.{layer}.{name}.weight": [size] for layer in range(32) for name, size in sizes.items()}
+    sizes = {
+        "self_attn.q_proj": 4096**2,
+        "self_attn.k_proj": 4096 * 1024,
+        "self_attn.v_proj": 4096 * 1024,
+        "self_attn.o_proj": 4096**2,
+        "mlp.gate_proj": 4096 * 14336,
+        "mlp.up_proj": 4096 * 14336,
+        "mlp.down_proj": 4096 * 14336,
+        "input_layernorm": 4096,
+        "post_attention_layernorm": 4096,
+    }
+    shapes = {
+        f"model.layers.{layer}.{name}.weight": [size]
+        for layer in range(32)
+        for name, size in sizes.items()
+    }
     shapes |= {"model.embed_tokens.weight": [128_256, 4096], "lm_head.weight": [128_256, 4096]}
     num_ranks, states = 1000, ("param", "exp_avg", "exp_avg_sq")
     keys = tuple((name, state) for name in shapes for state in states)
@@ -153,7 +226,11 @@ def measure_manifest(_: argparse.Namespace) -> Iterator[Check]:
         lengths = np.clip(counts - rank * shares, 0, shares)
         kept = np.flatnonzero(lengths)
         fragments = Fragments(tuple(keys[at] for at in kept), (rank * shares)[kept], lengths[kept])
-        sent.append(pickle.dumps(RankFile(rank, make_rank_file(rank, num_ranks), 10**9, f"{rank:064x}", fragments)))
+        sent.append(
+            pickle.dumps(
+                RankFile(rank, make_rank_file(rank, num_ranks), 10**9, f"{rank:064x}", fragments)
+            )
+        )
     begun = time.process_time()
     files = [pickle.loads(content) for content in sent]
     content = CheckpointManifest.make(1, 1, files, {"shapes": shapes}, "here").to_bytes()
@@ -163,19 +240,26 @@ def measure_manifest(_: argparse.Namespace) -> Iterator[Check]:
     read = time.process_time() - begun
     if len(places) != len(keys):
         raise RuntimeError("the manifest does not hold every tensor")
-    yield Check("a ZeRO-3 manifest of 1,000 ranks, 290 tensors: gathered, checked and written",
-                  "< 2 s of CPU with its reading", f"{written:.2f} s; {sum(map(len, sent)) / 1e6:.0f} MB sent",
-                  written + read < 2)
-    yield Check("and read, with the proof that it covers every tensor", "< 0.1 s, < 1 MB",
-                  f"{read:.3f} s, {len(content) / 1e3:.0f} kB", read < 0.1 and len(content) < 10**6)
+    yield Check(
+        "a ZeRO-3 manifest of 1,000 ranks, 290 tensors: gathered, checked and written",
+        "< 2 s of CPU with its reading",
+        f"{written:.2f} s; {sum(map(len, sent)) / 1e6:.0f} MB sent",
+        written + read < 2,
+    )
+    yield Check(
+        "and read, with the proof that it covers every tensor",
+        "< 0.1 s, < 1 MB",
+        f"{read:.3f} s, {len(content) / 1e3:.0f} kB",
+        read < 0.1 and len(content) < 10**6,
+    )
 
 
-# --- the driver ---
+# --- the driver ---------------------------------------------------------------------------------
 
 
 def measure_driver(_: argparse.Namespace) -> Iterator[Check]:
-    """What the records and heartbeats of 10,000 ranks at 1 Hz cost the head: the mailbox' own work, what travels to
-    the driver, and the driver's."""
+    """What the records and heartbeats of 10,000 ranks at 1 Hz cost the head: the mailbox' own work,
+    what travels to the driver, and the driver's."""
     from dray.doctor.hangs import find_hang
     from dray.spec import Watchdog
     from dray.train.mailbox import Mailbox, pace
@@ -210,13 +294,21 @@ def measure_driver(_: argparse.Namespace) -> Iterator[Check]:
             driver_seconds += time.process_time() - begun
         if len(run.metrics()) != seconds:
             raise RuntimeError("rows are missing")
-    yield Check("10,000 ranks at one step a second: the driver", "< 0.25 of a core",
-                  f"{driver_seconds / seconds:.3f}", driver_seconds < 0.25 * seconds)
-    yield Check("and the mailbox' own work, without Ray's for the calls", "< 0.25 of a core",
-                  f"{mailbox_seconds / seconds:.3f}", mailbox_seconds < 0.25 * seconds)
+    yield Check(
+        "10,000 ranks at one step a second: the driver",
+        "< 0.25 of a core",
+        f"{driver_seconds / seconds:.3f}",
+        driver_seconds < 0.25 * seconds,
+    )
+    yield Check(
+        "and the mailbox' own work, without Ray's for the calls",
+        "< 0.25 of a core",
+        f"{mailbox_seconds / seconds:.3f}",
+        mailbox_seconds < 0.25 * seconds,
+    )
 
 
-# --- attempts ---
+# --- attempts -----------------------------------------------------------------------------------
 
 
 def measure_attempts(_: argparse.Namespace) -> Iterator[Check]:
@@ -225,9 +317,21 @@ def measure_attempts(_: argparse.Namespace) -> Iterator[Check]:
         run, _recorder = build_recorder(place)
         folder = Path(run.path, "attempts")
         for number in range(2, 1001):
-            (folder / f"{number:04d}.json").write_text(json.dumps(
-                {"attempt": number, "num_ranks": 8, "start_step": number, "started": "", "driver": 0, "nonce": "x"}))
-            (folder / f"{number:04d}-end.json").write_text(json.dumps({"status": "failed", "end_step": number + 5}))
+            (folder / f"{number:04d}.json").write_text(
+                json.dumps(
+                    {
+                        "attempt": number,
+                        "num_ranks": 8,
+                        "start_step": number,
+                        "started": "",
+                        "driver": 0,
+                        "nonce": "x",
+                    }
+                )
+            )
+            (folder / f"{number:04d}-end.json").write_text(
+                json.dumps({"status": "failed", "end_step": number + 5})
+            )
         begun = time.process_time()
         count = len(run.attempts())
         first = time.process_time() - begun
@@ -236,9 +340,23 @@ def measure_attempts(_: argparse.Namespace) -> Iterator[Check]:
         again = time.process_time() - begun
     if count != 1000:
         raise RuntimeError(f"{count} attempts")
-    yield Check("1,000 attempts, read by a new process", "< 2 s of CPU, many at once", f"{first:.2f} s", first < 2)
-    yield Check("and what a commit asks of them afterwards", "< 0.2 s, one listing", f"{again:.3f} s", again < 0.2)
+    yield Check(
+        "1,000 attempts, read by a new process",
+        "< 2 s of CPU, many at once",
+        f"{first:.2f} s",
+        first < 2,
+    )
+    yield Check(
+        "and what a commit asks of them afterwards",
+        "< 0.2 s, one listing",
+        f"{again:.3f} s",
+        again < 0.2,
+    )
 
 
-SECTIONS = {"metrics": measure_metrics, "manifest": measure_manifest, "driver": measure_driver,
-            "attempts": measure_attempts}
+SECTIONS = {
+    "metrics": measure_metrics,
+    "manifest": measure_manifest,
+    "driver": measure_driver,
+    "attempts": measure_attempts,
+}

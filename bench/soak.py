@@ -1,14 +1,17 @@
-"""Goodput under a random fault every 20 to 60 seconds, beside the stock arm: `python -m bench.soak` (`make soak`).
+"""Goodput under a random fault every 20 to 60 seconds, beside the stock arm: `python -m bench.soak`
+(`make soak`).
 
-Both arms train one small Llama with 2 workers on a Ray cluster of a head without CPUs and two nodes, each of which
-has room for both workers and a reader. They checkpoint every 10 steps, and meet the same schedule of faults: a worker
-killed, a worker stopped, a worker's node gone without a word, or after a notice of 15 seconds, a full storage. The
-stock arm is ../shared/stock/train.py with --max-failures 100. Time counts from an arm's first step. Goodput is steps
-committed at the end × the step time of a run without faults ÷ seconds.
+Both arms train one small Llama with 2 workers on a Ray cluster of a head without CPUs and two
+nodes, each of which has room for both workers and a reader. They checkpoint every 10 steps, and
+meet the same schedule of faults: a worker killed, a worker stopped, a worker's node gone without a
+word, or after a notice of 15 seconds, a full storage. The stock arm is ../shared/stock/train.py
+with --max-failures 100. Time counts from an arm's first step. Goodput is steps committed at the end
+× the step time of a run without faults ÷ seconds.
 
-A node that went is replaced after REPLACE_SECONDS. What an arm does not survive by itself is done by hand and
-counted: a stopped worker is killed after OPERATOR_SECONDS, a command that ended is typed again. --keep says where the
-arms' logs and dray's run, without its checkpoints, are copied to.
+A node that went is replaced after REPLACE_SECONDS. What an arm does not survive by itself is done
+by hand and counted: a stopped worker is killed after OPERATOR_SECONDS, a command that ended is
+typed again. --keep says where the arms' logs and dray's run, without its checkpoints, are copied
+to.
 """
 
 from __future__ import annotations
@@ -33,7 +36,15 @@ from typing import Any
 
 import psutil
 
-from bench.recovery import EVERY, SPEC, Steps, make_stock_flags, rank_processes, read_dray_steps, read_stock_steps
+from bench.recovery import (
+    EVERY,
+    SPEC,
+    Steps,
+    make_stock_flags,
+    rank_processes,
+    read_dray_steps,
+    read_stock_steps,
+)
 from bench.report import write_section
 from bench.training import ROOT, STOCK
 from dray.runs import Run
@@ -54,7 +65,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What happens, and when, in seconds after an arm's first step. `choice` chooses among workers or nodes."""
+    """What happens, and when, in seconds after an arm's first step. `choice` chooses among workers
+    or nodes."""
 
     at: float
     kind: str
@@ -62,7 +74,8 @@ class Fault:
 
 
 def make_schedule(seconds: float, kinds: list[str], seed: int) -> list[Fault]:
-    """A fault every 20 to 60 seconds; none in the last minute, so that each arm can show how it recovers."""
+    """A fault every 20 to 60 seconds; none in the last minute, so that each arm can show how it
+    recovers."""
     draw, at, faults = random.Random(seed), 0.0, []
     while (at := at + draw.uniform(20, 60)) < seconds - 60:
         faults.append(Fault(at, draw.choice(kinds), draw.randrange(100)))
@@ -72,12 +85,19 @@ def make_schedule(seconds: float, kinds: list[str], seed: int) -> list[Fault]:
 class Arm:
     """One arm: its cluster, its command, and the faults that befall it."""
 
-    def __init__(self, name: str, folder: Path, command: Callable[[], list[str]],
-                 read_steps: Callable[[], Steps]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        command: Callable[[], list[str]],
+        read_steps: Callable[[], Steps],
+    ) -> None:
         from ray.cluster_utils import Cluster
 
         self.name, self.folder, self.command, self.read_steps = name, folder, command, read_steps
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
         self.nodes = [self.add_node() for _ in range(WORKERS)]
         self.by_hand: list[str] = []
         self.later: list[tuple[float, Callable[[], None]]] = []
@@ -88,8 +108,13 @@ class Arm:
 
     def start(self) -> subprocess.Popen[bytes]:
         with (self.folder / f"{self.name}.log").open("ab") as log:
-            return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                                    env={**os.environ, "RAY_ADDRESS": self.cluster.address, "OMP_NUM_THREADS": "1"})
+            return subprocess.Popen(
+                self.command(),
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "RAY_ADDRESS": self.cluster.address, "OMP_NUM_THREADS": "1"},
+            )
 
     def follow(self, seconds: float, faults: list[Fault]) -> tuple[Steps, float]:
         """Let the faults happen. Returns the steps done, and when the first one was."""
@@ -115,8 +140,11 @@ class Arm:
         return [(step, at) for step, at in self.read_steps() if at <= deadline], first
 
     def befall(self, fault: Fault) -> None:
-        print(f"{self.name} at {fault.at:.0f} s, {len(self.read_steps())} steps: {fault.kind}", file=sys.stderr,
-              flush=True)
+        print(
+            f"{self.name} at {fault.at:.0f} s, {len(self.read_steps())} steps: {fault.kind}",
+            file=sys.stderr,
+            flush=True,
+        )
         ranks = rank_processes(os.getpid())
         if fault.kind in ("kill", "hang") and ranks:
             rank = ranks[fault.choice % len(ranks)]
@@ -139,8 +167,16 @@ class Arm:
     def choose_node(self, ranks: list[psutil.Process], choice: int) -> Any:
         """The node of one of the workers; any of them while there are none."""
         above = {parent.pid for parent in ranks[choice % len(ranks)].parents()} if ranks else set()
-        there = [node for node in self.nodes if {entry.process.pid for processes in node.all_processes.values()
-                                                 for entry in processes} & above]
+        there = [
+            node
+            for node in self.nodes
+            if {
+                entry.process.pid
+                for processes in node.all_processes.values()
+                for entry in processes
+            }
+            & above
+        ]
         return (there or self.nodes)[choice % len(there or self.nodes)]
 
     def do_later(self, seconds: float, work: Callable[[], None]) -> None:
@@ -162,8 +198,9 @@ class Arm:
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
         deadline = int((time.time() + NOTICE_SECONDS) * 1000)
-        GcsClient(self.cluster.address).drain_node(node.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "soak",
-                                                   deadline)
+        GcsClient(self.cluster.address).drain_node(
+            node.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "soak", deadline
+        )
 
     def end(self) -> None:
         self.process.kill()
@@ -173,11 +210,18 @@ class Arm:
 
 @contextlib.contextmanager
 def full_able_storage(folder: Path) -> Iterator[bool]:
-    """`folder/storage` on a small file system of its own, which a fault may fill; False where none can be mounted."""
+    """`folder/storage` on a small file system of its own, which a fault may fill; False where none
+    can be mounted."""
     place = folder / "storage"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={STORAGE_BYTES}", "tmpfs", str(place)], check=False,
-                             capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={STORAGE_BYTES}", "tmpfs", str(place)],
+            check=False,
+            capture_output=True,
+        ).returncode
+        == 0
+    )
     try:
         yield mounted
     finally:
@@ -186,18 +230,31 @@ def full_able_storage(folder: Path) -> Iterator[bool]:
 
 
 def dray_command(folder: Path, name: str) -> list[str]:
-    return [f"{sys.prefix}/bin/dray", "train", str(folder / "spec.yaml"), f"duration.steps={STEPS}", "--storage",
-            str(folder / "storage" / "runs"), "--run", name]
+    return [
+        f"{sys.prefix}/bin/dray",
+        "train",
+        str(folder / "spec.yaml"),
+        f"duration.steps={STEPS}",
+        "--storage",
+        str(folder / "storage" / "runs"),
+        "--run",
+        name,
+    ]
 
 
 def stock_command(folder: Path) -> list[str]:
-    flags = make_stock_flags(folder / "storage" / "runs" / "corpora", folder / "stock.jsonl",
-                             folder / "storage" / "stock", STEPS)
+    flags = make_stock_flags(
+        folder / "storage" / "runs" / "corpora",
+        folder / "stock.jsonl",
+        folder / "storage" / "stock",
+        STEPS,
+    )
     return [sys.executable, "-c", RUN_STOCK, str(STOCK), *flags]
 
 
 def stock_rows_repeated(steps: Steps) -> int:
-    """Its epoch begins anew at every start: rows that the surviving steps of a start share with earlier ones."""
+    """Its epoch begins anew at every start: rows that the surviving steps of a start share with
+    earlier ones."""
     starts: list[list[int]] = []
     for step, _ in steps:
         if not starts or step <= starts[-1][-1]:
@@ -212,14 +269,23 @@ def stock_rows_repeated(steps: Steps) -> int:
     return repeated * WORKERS * MICRO_ROWS
 
 
-def summarize(arm: Arm, steps: Steps, seconds: float, control_step: float, faults: list[Fault]) -> dict[str, Any]:
+def summarize(
+    arm: Arm, steps: Steps, seconds: float, control_step: float, faults: list[Fault]
+) -> dict[str, Any]:
     committed = steps[-1][0] // EVERY * EVERY
-    return {"faults": len(faults), "steps": committed, "goodput": committed * control_step / seconds,
-            "steps_redone": len(steps) - len({step for step, _ in steps}), "by_hand": arm.by_hand}
+    return {
+        "faults": len(faults),
+        "steps": committed,
+        "goodput": committed * control_step / seconds,
+        "steps_redone": len(steps) - len({step for step, _ in steps}),
+        "by_hand": arm.by_hand,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path)
@@ -237,24 +303,39 @@ def main() -> None:
                 if options.keep:
                     keep(folder, options.keep)
     counts = ", ".join(f"{sum(fault.kind == kind for fault in faults)} {kind}" for kind in kinds)
-    lines = [f"{options.minutes:g} minutes an arm, {len(faults)} faults ({counts}), seed {options.seed}; a step takes "
-             f"{figures['control']['step_seconds']:.3f} s where nothing happens"
-             + ("." if can_fill else "; the storage could not be filled here: mounting is not permitted."), "",
-             "| arm | steps committed | goodput | steps redone | rows repeated | rows skipped | done by hand |",
-             "|---|--:|--:|--:|--:|--:|---|"]
+    lines = [
+        f"{options.minutes:g} minutes an arm, {len(faults)} faults ({counts}), seed "
+        f"{options.seed}; a step takes {figures['control']['step_seconds']:.3f} s where nothing "
+        "happens"
+        + (
+            "."
+            if can_fill
+            else "; the storage could not be filled here: mounting is not permitted."
+        ),
+        "",
+        "| arm | steps committed | goodput | steps redone | rows repeated | rows skipped | done "
+        "by hand |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
     for arm in ("dray", "stock"):
         row = figures[arm]
         by_hand = "; ".join(f"{what} ({n} ×)" for what, n in Counter(row["by_hand"]).items()) or "–"
-        lines.append(f"| {arm} | {row['steps']:,} | {row['goodput']:.0%} | {row['steps_redone']:,} "
-                     f"| {row['repeated']:,} | {row['skipped']} | {by_hand} |")
+        lines.append(
+            f"| {arm} | {row['steps']:,} | {row['goodput']:.0%} | {row['steps_redone']:,} "
+            f"| {row['repeated']:,} | {row['skipped']} | {by_hand} |"
+        )
     ratio = figures["dray"]["goodput"] / max(figures["stock"]["goodput"], 1e-9)
     write_section("soak", "\n".join([*lines, "", f"Goodput, dray ÷ stock: {ratio:.1f}."]), figures)
 
 
 def keep(folder: Path, to: Path) -> None:
     """Copy what tells how it went."""
-    shutil.copytree(folder / "storage" / "runs", to, ignore=shutil.ignore_patterns("checkpoints", "corpora"),
-                    dirs_exist_ok=True)
+    shutil.copytree(
+        folder / "storage" / "runs",
+        to,
+        ignore=shutil.ignore_patterns("checkpoints", "corpora"),
+        dirs_exist_ok=True,
+    )
     for path in [*folder.glob("*.log"), *folder.glob("*.jsonl")]:
         shutil.copy(path, to)
 
@@ -263,19 +344,35 @@ def measure(folder: Path, seconds: float, faults: list[Fault]) -> dict[str, Any]
     """The control, dray, and the stock arm, one after the other."""
     from dray.ledger import verify_ledger
 
-    subprocess.run([f"{sys.prefix}/bin/dray", "prepare", str(folder / "spec.yaml"), "--storage",
-                    str(folder / "storage" / "runs")], check=True, capture_output=True)
+    subprocess.run(
+        [
+            f"{sys.prefix}/bin/dray",
+            "prepare",
+            str(folder / "spec.yaml"),
+            "--storage",
+            str(folder / "storage" / "runs"),
+        ],
+        check=True,
+        capture_output=True,
+    )
     figures: dict[str, Any] = {}
     runs = folder / "storage" / "runs"
-    control = Arm("control", folder, lambda: dray_command(folder, "control"), lambda: read_dray_steps(runs / "control"))
+    control = Arm(
+        "control",
+        folder,
+        lambda: dray_command(folder, "control"),
+        lambda: read_dray_steps(runs / "control"),
+    )
     try:
         steps, _ = control.follow(CONTROL_SECONDS, [])
     finally:
         control.end()
     control_step = statistics.median(b[1] - a[1] for a, b in itertools.pairwise(steps))
     figures["control"] = {"step_seconds": control_step, "steps": len(steps)}
-    arms = (("dray", lambda: dray_command(folder, "dray"), lambda: read_dray_steps(runs / "dray")),
-            ("stock", lambda: stock_command(folder), lambda: read_stock_steps(folder / "stock.jsonl")))
+    arms = (
+        ("dray", lambda: dray_command(folder, "dray"), lambda: read_dray_steps(runs / "dray")),
+        ("stock", lambda: stock_command(folder), lambda: read_stock_steps(folder / "stock.jsonl")),
+    )
     for name, command, read in arms:
         arm = Arm(name, folder, command, read)
         try:
@@ -285,8 +382,12 @@ def measure(folder: Path, seconds: float, faults: list[Fault]) -> dict[str, Any]
         figures[name] = summarize(arm, done, seconds, control_step, faults)
         if name == "dray":
             ledger = verify_ledger(Run.open(str(runs), "dray"))
-            figures[name] |= {"repeated": ledger.repeated, "skipped": ledger.skipped, "ledger_ok": ledger.ok,
-                              "problems": ledger.problems}
+            figures[name] |= {
+                "repeated": ledger.repeated,
+                "skipped": ledger.skipped,
+                "ledger_ok": ledger.ok,
+                "problems": ledger.problems,
+            }
         else:
             figures[name] |= {"repeated": stock_rows_repeated(done), "skipped": "not known"}
         print(figures[name], file=sys.stderr, flush=True)

@@ -1,4 +1,5 @@
-"""Writes the reference pages from the program itself: docs/spec.md, docs/spec.schema.json and docs/cli.md.
+"""Writes the reference pages from the program itself: docs/spec.md, docs/spec.schema.json and
+docs/cli.md.
 
 `python docs/generate.py` writes them; `--check` exits with 1 and names the pages that have drifted.
 """
@@ -48,32 +49,49 @@ def describe(annotation: object) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     if origin is tuple:
-        return "list of " + describe(arguments[0]) if arguments[-1] is ... else "pair of " + describe(arguments[0])
+        return (
+            "list of " + describe(arguments[0])
+            if arguments[-1] is ...
+            else "pair of " + describe(arguments[0])
+        )
     if origin is dict:
         return "mapping"
     if arguments:
         kinds = [describe(item) for item in arguments if item is not type(None)]
         return " \\| ".join(dict.fromkeys(kinds))
     return {"str": "text", "int": "integer", "float": "number", "bool": "true \\| false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation))
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
 
 
 def bounds(metadata: Iterable[object]) -> str:
     """The range that a value must lie in, from its constraints."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [f"{sign} {getattr(item, name):,}"
-             for item in metadata for name, sign in signs.items() if hasattr(item, name)]
+    found = [
+        f"{sign} {getattr(item, name):,}"
+        for item in metadata
+        for name, sign in signs.items()
+        if hasattr(item, name)
+    ]
     return " " + ", ".join(found) if found else ""
 
 
 def spec_page() -> str:
     """docs/spec.md."""
-    lines = ["# The spec\n", NOTE, "Every key, its kind and its default. `dray init NAME` writes a spec to start from;",
-             "`key.path=value` on the command line overrides one. Of two for the same key the later one counts;",
-             "one that gives an alternative (`duration.epochs` for `duration.steps`, `model.path` for",
-             "`model.architecture`) takes the other one away. `docs/spec.schema.json` is the same for editors.\n"]
+    lines = [
+        "# The spec\n",
+        NOTE,
+        "Every key, its kind and its default. `dray init NAME` writes a spec to start from;",
+        "`key.path=value` on the command line overrides one. Of two for the same key the later "
+        "one counts;",
+        "one that gives an alternative (`duration.epochs` for `duration.steps`, `model.path` for",
+        "`model.architecture`) takes the other one away. `docs/spec.schema.json` is the same for "
+        "editors.\n",
+    ]
     for prefix, model in sections(Spec):
-        lines.append(f"\n## {prefix.rstrip('.') or 'top level'}\n\n{(model.__doc__ or '').strip()}\n")
+        lines.append(
+            f"\n## {prefix.rstrip('.') or 'top level'}\n\n{(model.__doc__ or '').strip()}\n"
+        )
         lines.append("| key | kind | default | meaning |\n|---|---|---|---|")
         for name, field in model.model_fields.items():
             if field.default is PydanticUndefined:
@@ -93,7 +111,9 @@ def cli_page() -> str:
     parser = build_parser()
     parser.formatter_class = wide
     lines = ["# The command line\n", NOTE, f"```\n{parser.format_help().strip()}\n```\n"]
-    actions = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    actions = next(
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    )
     for name, command in actions.choices.items():
         command.formatter_class = wide
         lines.append(f"\n## dray {name}\n\n```\n{command.format_help().strip()}\n```\n")
@@ -114,8 +134,11 @@ PAGES = {"spec.md": spec_page, "spec.schema.json": schema_page, "cli.md": cli_pa
 
 
 def main() -> int:
-    drifted = [name for name, make in PAGES.items()
-               if not (HERE / name).exists() or (HERE / name).read_text(encoding="utf-8") != make()]
+    drifted = [
+        name
+        for name, make in PAGES.items()
+        if not (HERE / name).exists() or (HERE / name).read_text(encoding="utf-8") != make()
+    ]
     if "--check" in sys.argv:
         if drifted:
             print(f"drifted: {', '.join(drifted)}; run `make docs`", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""What tests share: a tiny real corpus, one local Ray for all tests that train, and an S3 server."""
+"""What tests share: a tiny real corpus, one local Ray for all tests that train, and an S3
+server."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def nothing_held() -> Iterator[None]:
-    """Credentials that one test's URIs carry are none of another's. It takes no `monkeypatch`: other fixtures' order of
-    taking things back would change with it."""
+    """Credentials that one test's URIs carry are none of another's. It takes no `monkeypatch`:
+    other fixtures' order of taking things back would change with it."""
     with pytest.MonkeyPatch.context() as context:
         context.setattr("dray.redaction._held", {})
         yield
@@ -46,9 +47,16 @@ def local_ray() -> Iterator[None]:
     from dray.cluster.local_ray import lean
     from dray.cluster.workers import fork_environment
 
-    with lean(onlookers=True):  # Ray Train's cleaner asks them, in a Ray that a run has not started itself
-        ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,
-                 runtime_env=fork_environment("light:full", {}))
+    with lean(
+        onlookers=True
+    ):  # Ray Train's cleaner asks them, in a Ray that a run has not started itself
+        ray.init(
+            address="local",
+            num_cpus=6,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env=fork_environment("light:full", {}),
+        )
     yield
     ray.shutdown()
 
@@ -64,13 +72,19 @@ def host() -> Iterator[RankHost]:
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About a megabyte of real text in four files: documentation strings of the standard library."""
+    """About a megabyte of real text in four files: documentation strings of the standard
+    library."""
     folder = tmp_path_factory.mktemp("corpus")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:120]
     for number in range(4):
         with (folder / f"part-{number}.jsonl").open("w", encoding="utf-8") as file:
             for source in sources[number::4]:
-                file.write(json.dumps({"id": source.name, "text": source.read_text("utf-8", "replace")[:8000]}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"id": source.name, "text": source.read_text("utf-8", "replace")[:8000]}
+                    )
+                    + "\n"
+                )
     return folder
 
 
@@ -80,7 +94,11 @@ def s3_endpoint() -> Iterator[str]:
     from dray.storage.filesystem import open_filesystem
 
     server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    names = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    names = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)

@@ -1,4 +1,5 @@
-"""An HTTP proxy in a thread, in front of a real S3 server, that fails on request: the errors of a store on bad days."""
+"""An HTTP proxy in a thread, in front of a real S3 server, that fails on request: the errors of a
+store on bad days."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 S3_ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
 
 Fault = tuple[int, str] | str
-"""(HTTP status, S3 error code); `reset`: the connection breaks unanswered; `lost`: it breaks when the work is done."""
+"""(HTTP status, S3 error code); `reset`: the connection breaks unanswered; `lost`: it breaks when
+the work is done."""
 
 
 class FailingProxy:
-    """Forwards to `target` (host:port), except for the requests for which `decide(method, path)` names a fault."""
+    """Forwards to `target` (host:port), except for the requests for which `decide(method, path)`
+    names a fault."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -63,7 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
             content = S3_ERROR.format(code=fault[1]).encode()
             self._answer(fault[0], {"Content-Type": "application/xml"}, content)
         else:
-            # The server in the tests looks and then writes; a real one does both at once, and so does this lock.
+            # The server in the tests looks and then writes; a real one does both at once, and so
+            # does this lock.
             with owner.writing if self.command == "PUT" else threading.Lock():
                 status, headers, content = self._forward(body)
             if fault == "lost":
@@ -85,9 +89,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.owner.target, timeout=30)
-        headers = {key: value for key, value in self.headers.items()
-                   if key.lower() not in ("transfer-encoding", "content-length", "connection", "expect")}
-        connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
+        headers = {
+            key: value
+            for key, value in self.headers.items()
+            if key.lower() not in ("transfer-encoding", "content-length", "connection", "expect")
+        }
+        connection.request(
+            self.command, self.path, body, headers | {"Content-Length": str(len(body))}
+        )
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
@@ -97,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in headers.items():
             if key.lower() not in ("transfer-encoding", "connection", "date", "server") and not (
-                    key.lower() == "content-length" and self.command != "HEAD"):
+                key.lower() == "content-length" and self.command != "HEAD"
+            ):
                 self.send_header(key, value)
         if self.command != "HEAD":
             self.send_header("Content-Length", str(len(content)))
@@ -123,7 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
 def failing_proxy(target: str) -> Iterator[FailingProxy]:
     """A proxy that runs until the block ends."""
     proxy = FailingProxy(target)
-    thread = threading.Thread(target=proxy.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=proxy.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield proxy

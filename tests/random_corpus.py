@@ -8,33 +8,81 @@ from pathlib import Path
 import numpy as np
 from pyarrow import fs as pafs
 
-from dray.corpus.manifest import MANIFEST, VERSION, Manifest, Packing, Shard, SourceRows, Split, dump_manifest
+from dray.corpus.manifest import (
+    MANIFEST,
+    VERSION,
+    Manifest,
+    Packing,
+    Shard,
+    SourceRows,
+    Split,
+    dump_manifest,
+)
 from dray.corpus.prepare import Corpus
 from dray.corpus.shards import make_batch, make_schema, write_shard
 
 
-def build_random_corpus(folder: Path, num_rows: Sequence[int], *, weights: Sequence[float] | None = None,
-                        tokens: int = 16, group_rows: int = 32, key: str = "random") -> Corpus:
+def build_random_corpus(
+    folder: Path,
+    num_rows: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+    tokens: int = 16,
+    group_rows: int = 32,
+    key: str = "random",
+) -> Corpus:
     """One source for each of `num_rows`, in shards of at most three groups."""
     sources = []
     for number, count in enumerate(num_rows):
         sizes = [min(3 * group_rows, count - start) for start in range(0, count, 3 * group_rows)]
-        shards = tuple(_write(folder, f"train/{number}-{nth}.arrow", size, tokens, group_rows)
-                       for nth, size in enumerate(sizes))
-        sources.append(SourceRows(
-            name=f"source-{number}", weight=weights[number] if weights else None, num_rows=count, num_documents=count,
-            num_tokens=count * tokens, num_text_bytes=4 * count * tokens, shards=shards))
-    packing = Packing(utilization=1.0, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0)
+        shards = tuple(
+            _write(folder, f"train/{number}-{nth}.arrow", size, tokens, group_rows)
+            for nth, size in enumerate(sizes)
+        )
+        sources.append(
+            SourceRows(
+                name=f"source-{number}",
+                weight=weights[number] if weights else None,
+                num_rows=count,
+                num_documents=count,
+                num_tokens=count * tokens,
+                num_text_bytes=4 * count * tokens,
+                shards=shards,
+            )
+        )
+    packing = Packing(
+        utilization=1.0, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0
+    )
     manifest = Manifest(
-        version=VERSION, key=key, sequence_tokens=tokens, group_rows=group_rows, vocab_size=512, pad_token_id=0,
-        eos_token_id=0, encoder="tokenizers", labels=(), train=Split(sources=tuple(sources)), validation=None,
-        num_source_files=0, num_source_bytes=0, dropped={}, num_records=sum(num_rows), num_bad=0,
-        packing=packing, shuffle_seed=0)
+        version=VERSION,
+        key=key,
+        sequence_tokens=tokens,
+        group_rows=group_rows,
+        vocab_size=512,
+        pad_token_id=0,
+        eos_token_id=0,
+        encoder="tokenizers",
+        labels=(),
+        train=Split(sources=tuple(sources)),
+        validation=None,
+        num_source_files=0,
+        num_source_bytes=0,
+        dropped={},
+        num_records=sum(num_rows),
+        num_bad=0,
+        packing=packing,
+        shuffle_seed=0,
+    )
     (folder / MANIFEST).write_bytes(dump_manifest(manifest))
     return Corpus(str(folder), manifest)
 
 
 def _write(folder: Path, file: str, num_rows: int, tokens: int, group_rows: int) -> Shard:
     ids = np.random.default_rng(num_rows).integers(0, 512, (num_rows, tokens)).astype("uint16")
-    rows = make_batch(make_schema(tokens, "uint16", labelled=False), ids, np.full(num_rows, tokens, np.int32), None)
+    rows = make_batch(
+        make_schema(tokens, "uint16", labelled=False),
+        ids,
+        np.full(num_rows, tokens, np.int32),
+        None,
+    )
     return write_shard(pafs.LocalFileSystem(), str(folder), file, rows, group_rows)

@@ -1,4 +1,5 @@
-"""Ranks for tests of the engine: one process imports torch and DeepSpeed once, and forks the ranks of each case.
+"""Ranks for tests of the engine: one process imports torch and DeepSpeed once, and forks the ranks
+of each case.
 
 Importing them takes seconds of CPU a process, building a tiny engine a tenth of that.
 """
@@ -20,13 +21,15 @@ SECONDS = 180.0
 
 
 class RankHost:
-    """Runs a function of a test module in a group of ranks over gloo: `function(ranks, *arguments)`."""
+    """Runs a function of a test module in a group of ranks over gloo: `function(ranks,
+    *arguments)`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def run(self, function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
-        """What each rank returned, in their order. Raises AssertionError with the first traceback of a failed one."""
+        """What each rank returned, in their order. Raises AssertionError with the first traceback
+        of a failed one."""
         self._connection.send((function, num_ranks, arguments))
         assert self._connection.poll(SECONDS + 30), "the host of the ranks does not answer"
         ok, found = self._connection.recv()
@@ -69,8 +72,13 @@ def _run_group(function: Callable[..., Any], num_ranks: int, arguments: Any) -> 
     fork = get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [fork.Pipe(duplex=False) for _ in range(num_ranks)]
-        processes = [fork.Process(target=_run_rank, args=(pipes[rank][1], function, rank, num_ranks, folder, arguments))
-                     for rank in range(num_ranks)]
+        processes = [
+            fork.Process(
+                target=_run_rank,
+                args=(pipes[rank][1], function, rank, num_ranks, folder, arguments),
+            )
+            for rank in range(num_ranks)
+        ]
         for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()
             theirs.close()
@@ -79,7 +87,11 @@ def _run_group(function: Callable[..., Any], num_ranks: int, arguments: Any) -> 
         failed = None
         while waiting and failed is None:
             ready = wait(list(waiting), timeout=SECONDS)
-            failed = None if ready else f"ranks {sorted(waiting.values())} said nothing for {SECONDS:g} seconds"
+            failed = (
+                None
+                if ready
+                else f"ranks {sorted(waiting.values())} said nothing for {SECONDS:g} seconds"
+            )
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[call-overload]
                 try:
@@ -92,11 +104,21 @@ def _run_group(function: Callable[..., Any], num_ranks: int, arguments: Any) -> 
             if failed is not None:
                 process.terminate()
             process.join(10)
-        return (True, [found[rank] for rank in range(num_ranks)]) if failed is None else (False, failed)
+        return (
+            (True, [found[rank] for rank in range(num_ranks)])
+            if failed is None
+            else (False, failed)
+        )
 
 
-def _run_rank(pipe: Connection, function: Callable[..., Any], rank: int, num_ranks: int, folder: str,
-              arguments: Any) -> None:
+def _run_rank(
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    arguments: Any,
+) -> None:
     import torch.distributed as dist
 
     from dray.rank.group import build_ranks
@@ -110,4 +132,6 @@ def _run_rank(pipe: Connection, function: Callable[..., Any], rank: int, num_ran
         pipe.send((True, value))
     except BaseException:
         pipe.send((False, f"rank {rank} of {num_ranks}:\n{traceback.format_exc()}"))
-    os._exit(0)  # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the process
+    # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the
+    # process.
+    os._exit(0)

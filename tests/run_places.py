@@ -1,4 +1,5 @@
-"""Fixtures: storage places of both kinds, a local folder and the tests' S3 server, and runs in them."""
+"""Fixtures: storage places of both kinds, a local folder and the tests' S3 server, and runs in
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def s3_storage(s3_endpoint: str) -> str:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries as they are, with pauses that a test can wait for, and none by the S3 library itself."""
+    """Retries as they are, with pauses that a test can wait for, and none by the S3 library
+    itself."""
     monkeypatch.setattr("dray.storage.retrying.RETRY_SECONDS", 20.0)
     monkeypatch.setattr("dray.storage.retrying.FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("dray.storage.retrying.LONGEST_PAUSE_SECONDS", 0.05)

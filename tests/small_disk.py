@@ -14,8 +14,11 @@ import pytest
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     """A real file system of that size; skips the test where none may be mounted."""
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=False,
-                      capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
+    ).returncode:
         pytest.skip("mounting a tmpfs is not permitted here")
     try:
         yield folder

@@ -1,4 +1,5 @@
-"""The ledger: a run killed anywhere, at any number of ranks, has used the rows that it would have used anyway."""
+"""The ledger: a run killed anywhere, at any number of ranks, has used the rows that it would have
+used anyway."""
 
 from __future__ import annotations
 
@@ -44,23 +45,52 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def begin(storage: Path, corpus: Corpus, name: str = "tiny", **fields: Any) -> Run:
-    spec = make_spec(tiny_tree(Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, seed=SEED, **fields))
-    return Run.create(storage, name, spec, {"num_steps": 100}, corpus=corpus.folder, corpus_key=corpus.manifest.key)
+    spec = make_spec(
+        tiny_tree(
+            Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, seed=SEED, **fields
+        )
+    )
+    return Run.create(
+        storage,
+        name,
+        spec,
+        {"num_steps": 100},
+        corpus=corpus.folder,
+        corpus_key=corpus.manifest.key,
+    )
 
 
 class Simulated:
-    """A worker group without a model: reads its rows as all ranks do, logs its steps and commits as the worker does."""
+    """A worker group without a model: reads its rows as all ranks do, logs its steps and commits as
+    the worker does."""
 
-    def __init__(self, run: Run, corpus: Corpus, *, seed: int = SEED, chained: bool = True, every: int = 3) -> None:
-        self.run, self.corpus, self.seed, self.chained, self.every = run, corpus, seed, chained, every
+    def __init__(
+        self, run: Run, corpus: Corpus, *, seed: int = SEED, chained: bool = True, every: int = 3
+    ) -> None:
+        self.run, self.corpus, self.seed, self.chained, self.every = (
+            run,
+            corpus,
+            seed,
+            chained,
+            every,
+        )
         self.read: dict[int, list[int]] = {}
         """Step → the row ids that all ranks together last read for it."""
         self.moments = 10**9
 
-    def attempt(self, num_ranks: int, num_steps: int, *, micro_rows: int = 1, left_out: Sequence[int] = (),
-                cut: Random | None = None, losing: Random | None = None) -> None:
-        """Go on from the newest checkpoint to `num_steps`. `cut`: killed at a random moment, within some six steps;
-        `losing`: a kill takes the rows with it that the driver has not yet logged."""
+    def attempt(
+        self,
+        num_ranks: int,
+        num_steps: int,
+        *,
+        micro_rows: int = 1,
+        left_out: Sequence[int] = (),
+        cut: Random | None = None,
+        losing: Random | None = None,
+    ) -> None:
+        """Go on from the newest checkpoint to `num_steps`. `cut`: killed at a random moment, within
+        some six steps; `losing`: a kill takes the rows with it that the driver has not yet
+        logged."""
         newest = self.run.latest_checkpoint()
         start = newest.step if newest else 0
         fields = {"left_out": list(left_out)} if left_out else {}
@@ -69,12 +99,20 @@ class Simulated:
         self.moments = cut.randrange((num_ranks + 3) * 6) if cut else 10**9
         unlogged: list[dict[str, Any]] = []
         try:
-            for step, shares in self._steps(num_ranks, micro_rows, start, num_steps, tuple(left_out)):
+            for step, shares in self._steps(
+                num_ranks, micro_rows, start, num_steps, tuple(left_out)
+            ):
                 digest = sum(row_digest(share) for share in shares) % 2**64
                 chain = chain_digest(chain, digest)
                 self.read[step] = [int(row) for share in shares for row in share if row >= 0]
-                unlogged.append({"step": step, "attempt": number, "num_ranks": num_ranks,
-                                 "rows_digest": format_digest(digest)})
+                unlogged.append(
+                    {
+                        "step": step,
+                        "attempt": number,
+                        "num_ranks": num_ranks,
+                        "rows_digest": format_digest(digest),
+                    }
+                )
                 if losing is None or losing.random() < 0.5:
                     self.run.log_metrics(unlogged)
                     unlogged = []
@@ -87,21 +125,36 @@ class Simulated:
             pass
 
     def _moment(self) -> None:
-        """Something was done: a rank's part of a step read, a step logged, a file written, a checkpoint committed."""
+        """Something was done: a rank's part of a step read, a step logged, a file written, a
+        checkpoint committed."""
         self.moments -= 1
         if self.moments < 0:
             raise Killed
 
-    def _steps(self, num_ranks: int, micro_rows: int, start: int, num_steps: int, left_out: tuple[int, ...]
-               ) -> Iterator[tuple[int, list[Any]]]:
+    def _steps(
+        self, num_ranks: int, micro_rows: int, start: int, num_steps: int, left_out: tuple[int, ...]
+    ) -> Iterator[tuple[int, list[Any]]]:
         rows_per_rank = -(-GLOBAL_ROWS // (num_ranks * micro_rows)) * micro_rows
         stream = RowStream(
-            folder=self.corpus.folder, key=self.corpus.manifest.key, seed=self.seed, global_rows=GLOBAL_ROWS,
-            num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=micro_rows, start_step=start,
-            num_steps=num_steps, left_out=left_out)
-        for blocks in zip(*(check_rows(stream, stream.blocks(rank), rank) for rank in range(num_ranks)), strict=True):
+            folder=self.corpus.folder,
+            key=self.corpus.manifest.key,
+            seed=self.seed,
+            global_rows=GLOBAL_ROWS,
+            num_ranks=num_ranks,
+            rows_per_rank=rows_per_rank,
+            micro_rows=micro_rows,
+            start_step=start,
+            num_steps=num_steps,
+            left_out=left_out,
+        )
+        for blocks in zip(
+            *(check_rows(stream, stream.blocks(rank), rank) for rank in range(num_ranks)),
+            strict=True,
+        ):
             segment = blocks[0][0]
-            ids = [block.column("row_id").to_numpy().reshape(-1, rows_per_rank) for _, block in blocks]
+            ids = [
+                block.column("row_id").to_numpy().reshape(-1, rows_per_rank) for _, block in blocks
+            ]
             for nth, step in enumerate(range(segment.first, segment.last + 1)):
                 shares = []
                 for of_rank in ids:
@@ -112,11 +165,17 @@ class Simulated:
     def _load_chain(self, newest: CheckpointInfo | None) -> str:
         if not newest or not self.chained:
             return NO_STEPS
-        return str(json.loads(Path(newest.path, "manifest.json").read_bytes())["metadata"]["rows_chain"]["digest"])
+        return str(
+            json.loads(Path(newest.path, "manifest.json").read_bytes())["metadata"]["rows_chain"][
+                "digest"
+            ]
+        )
 
     def _commit(self, step: int, attempt: int, chain: str) -> None:
         writer = CheckpointWriter(self.run, step, attempt)
-        file = writer.write_rank(0, 1, {make_fragment_key("w", "param", 0): torch.full((4,), float(step))})
+        file = writer.write_rank(
+            0, 1, {make_fragment_key("w", "param", 0): torch.full((4,), float(step))}
+        )
         self._moment()  # killed before the marker: there is no checkpoint
         metadata: dict[str, Any] = {"shapes": {"w": [4]}, "step": step}
         if self.chained:
@@ -163,7 +222,9 @@ def test_200_kills_at_any_number_of_ranks_lose_and_repeat_nothing(tmp_path: Path
     assert set(counts.values()) <= {report.epochs, report.epochs + 1}
 
 
-def test_rows_of_steps_whose_metrics_were_lost_are_proven_by_the_checkpoint(tmp_path: Path, corpus: Corpus):
+def test_rows_of_steps_whose_metrics_were_lost_are_proven_by_the_checkpoint(
+    tmp_path: Path, corpus: Corpus
+):
     run, random = begin(tmp_path, corpus), Random(3)
     group = Simulated(run, corpus)
     for _ in range(30):
@@ -171,13 +232,16 @@ def test_rows_of_steps_whose_metrics_were_lost_are_proven_by_the_checkpoint(tmp_
     report = verify_ledger(run)
     assert report.ok, report.problems
     assert report.unlogged_steps > 3
-    assert report.unlogged_steps == report.steps - sum(row["step"] <= report.committed_step for row in run.metrics())
+    assert report.unlogged_steps == report.steps - sum(
+        row["step"] <= report.committed_step for row in run.metrics()
+    )
     assert (report.rows_used, report.repeated, report.skipped) == (report.steps * GLOBAL_ROWS, 0, 0)
     assert report.digest == verify_ledger(uninterrupted(tmp_path, corpus, report.steps)).digest
 
 
 def test_batches_left_out_after_a_rewind(tmp_path: Path, corpus: Corpus):
-    """Twice the run goes back and leaves out the batches of the next steps, at other numbers of ranks."""
+    """Twice the run goes back and leaves out the batches of the next steps, at other numbers of
+    ranks."""
     run = begin(tmp_path, corpus)
     group = Simulated(run, corpus, every=10)
     group.attempt(4, 20)
@@ -202,11 +266,16 @@ def stream_rows(group: Simulated, batch: int) -> list[int]:
     return [int(row) for row in order.rows(batch * GLOBAL_ROWS, (batch + 1) * GLOBAL_ROWS)]
 
 
-@pytest.mark.parametrize(("left_out", "told"), [
-    ([3], "batch 20 were neither read nor left out"),
-    ([], "steps 21–23 read batches that had been read before"),
-])
-def test_batches_that_cannot_be_left_out_any_more(tmp_path: Path, corpus: Corpus, left_out: list[int], told: str):
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [
+        ([3], "batch 20 were neither read nor left out"),
+        ([], "steps 21–23 read batches that had been read before"),
+    ],
+)
+def test_batches_that_cannot_be_left_out_any_more(
+    tmp_path: Path, corpus: Corpus, left_out: list[int], told: str
+):
     run = begin(tmp_path, corpus)
     group = Simulated(run, corpus, every=10)
     group.attempt(2, 20, left_out=[] if left_out else [15, 16, 17])
@@ -223,13 +292,20 @@ def test_weighted_sources_have_epochs_of_their_own(tmp_path: Path):
     Simulated(run, corpus, every=40).attempt(3, 80)
     report = verify_ledger(run)
     assert report.ok, report.problems
-    assert report.epochs_by_source == {"source-0": 80 * 12 // 4 // 100, "source-1": 80 * 12 * 3 // 4 // 40}
+    assert report.epochs_by_source == {
+        "source-0": 80 * 12 // 4 // 100,
+        "source-1": 80 * 12 * 3 // 4 // 40,
+    }
     assert report.epochs == 2
 
 
 def test_a_new_run_and_one_without_a_corpus(tmp_path: Path, corpus: Corpus):
     run = begin(tmp_path, corpus)
-    assert (verify_ledger(run).ok, verify_ledger(run).steps, verify_ledger(run).attempts) == (True, 0, 0)
+    assert (verify_ledger(run).ok, verify_ledger(run).steps, verify_ledger(run).attempts) == (
+        True,
+        0,
+        0,
+    )
     Simulated(run, corpus, every=10**9).attempt(2, 9, cut=Random(1))
     report = verify_ledger(run)
     assert (report.ok, report.steps) == (True, 0)
@@ -247,15 +323,30 @@ def test_a_new_run_and_one_without_a_corpus(tmp_path: Path, corpus: Corpus):
 def test_a_fork_goes_on_where_its_origin_stood(tmp_path: Path, corpus: Corpus):
     run = begin(tmp_path, corpus)
     Simulated(run, corpus, every=10).attempt(2, 30)
-    spec = make_spec(tiny_tree(Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, seed=8))
-    fork = Run.fork(tmp_path, "tiny", "fork", spec, {"num_steps": 100}, corpus=corpus.folder,
-                    corpus_key=corpus.manifest.key)
+    spec = make_spec(
+        tiny_tree(Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, seed=8)
+    )
+    fork = Run.fork(
+        tmp_path,
+        "tiny",
+        "fork",
+        spec,
+        {"num_steps": 100},
+        corpus=corpus.folder,
+        corpus_key=corpus.manifest.key,
+    )
     assert (verify_ledger(fork).ok, verify_ledger(fork).steps) == (True, 0)
     Simulated(fork, corpus, seed=8, chained=False, every=10).attempt(3, 95)
     report = verify_ledger(fork)
     assert report.ok, report.problems
-    # Steps 31 to 95 are positions 360 to 1139 of its own order: epochs of 263 rows end at 526, 789 and 1052.
-    assert (report.start_step, report.steps, report.rows_used, report.epochs) == (30, 65, 65 * 12, 2)
+    # Steps 31 to 95 are positions 360 to 1139 of its own order: epochs of 263 rows end at 526, 789
+    # and 1052.
+    assert (report.start_step, report.steps, report.rows_used, report.epochs) == (
+        30,
+        65,
+        65 * 12,
+        2,
+    )
     assert verify_ledger(run).ok
 
 
@@ -267,18 +358,33 @@ def test_a_fork_leaves_out_what_its_origin_did(tmp_path: Path, corpus: Corpus):
     assert verify_ledger(run).ok
 
     def fork(name: str, **fields: Any) -> Run:
-        tree = tiny_tree(Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, **{"seed": SEED, **fields})
-        return Run.fork(tmp_path, "tiny", name, make_spec(tree), {"num_steps": 100}, corpus=corpus.folder,
-                        corpus_key=corpus.manifest.key)
+        tree = tiny_tree(
+            Path("texts"),
+            batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1},
+            **{"seed": SEED, **fields},
+        )
+        return Run.fork(
+            tmp_path,
+            "tiny",
+            name,
+            make_spec(tree),
+            {"num_steps": 100},
+            corpus=corpus.folder,
+            corpus_key=corpus.manifest.key,
+        )
 
     same = fork("same", optimizer={"learning_rate": 1e-4})
     assert same.record()["left_out"] == [4, 9]
-    Simulated(same, corpus, chained=False, every=10).attempt(3, 60, left_out=same.record()["left_out"])
+    Simulated(same, corpus, chained=False, every=10).attempt(
+        3, 60, left_out=same.record()["left_out"]
+    )
     assert verify_ledger(same).problems == []
     forgetful = fork("forgetful")
     Simulated(forgetful, corpus, chained=False, every=10).attempt(3, 60)
     assert "steps 31–32 read batches that had been read before" in verify_ledger(forgetful).problems
-    assert "left_out" not in fork("reordered", seed=8).record()  # in another order they are other rows
+    assert (
+        "left_out" not in fork("reordered", seed=8).record()
+    )  # in another order they are other rows
 
 
 def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path):
@@ -287,8 +393,12 @@ def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path)
     corpus = build_random_corpus(tmp_path / "corpus", [50], tokens=64)
 
     def train(steps: int, **fields: Any) -> Run:
-        tree = tiny_tree(Path("texts"), duration={"steps": steps}, checkpoint={"every_steps": 4}, seed=SEED)
-        return train_locally(make_spec(tree | fields), storage=str(tmp_path / "runs"), corpus=corpus).run
+        tree = tiny_tree(
+            Path("texts"), duration={"steps": steps}, checkpoint={"every_steps": 4}, seed=SEED
+        )
+        return train_locally(
+            make_spec(tree | fields), storage=str(tmp_path / "runs"), corpus=corpus
+        ).run
 
     train(6)
     run = train(15)
@@ -299,9 +409,18 @@ def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path)
     assert verify_ledger(whole).digest == report.digest
     edit_log(run, 2, lambda rows: rows[2:])
     assert (verify_ledger(run).ok, verify_ledger(run).unlogged_steps) == (True, 2)
-    tree = tiny_tree(Path("texts"), name="fork", duration={"steps": 20}, checkpoint={"every_steps": 4}, seed=8)
-    fork = Run.fork(run.storage, run.name, "fork", make_spec(tree), {}, corpus=corpus.folder,
-                    corpus_key=corpus.manifest.key)
+    tree = tiny_tree(
+        Path("texts"), name="fork", duration={"steps": 20}, checkpoint={"every_steps": 4}, seed=8
+    )
+    fork = Run.fork(
+        run.storage,
+        run.name,
+        "fork",
+        make_spec(tree),
+        {},
+        corpus=corpus.folder,
+        corpus_key=corpus.manifest.key,
+    )
     train_locally(make_spec(tree), storage=run.storage, corpus=corpus)
     edit_log(fork, 1, lambda rows: rows[1:])
     report = verify_ledger(fork)
@@ -309,12 +428,13 @@ def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path)
     assert (report.start_step, report.steps, report.unlogged_steps) == (15, 5, 1)
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def three_attempts(tmp_path: Path, corpus: Corpus) -> Run:
-    """Attempts from steps 0, 12 and 24; the last ended at step 60. Nothing is chained, so every row counts."""
+    """Attempts from steps 0, 12 and 24; the last ended at step 60. Nothing is chained, so every row
+    counts."""
     run = begin(tmp_path, corpus)
     group = Simulated(run, corpus, chained=False, every=12)
     group.attempt(4, 12)
@@ -344,8 +464,16 @@ def expect(run: Run, told: str, **counts: int) -> None:
 
 
 def test_a_missing_row_is_found(three_attempts: Run):
-    edit_log(three_attempts, 2, lambda rows: [row for row in rows if row["step"] not in (15, 17, 18)])
-    expect(three_attempts, "no metrics row of steps 15, 17–18", skipped=36, repeated=0, rows_used=57 * 12)
+    edit_log(
+        three_attempts, 2, lambda rows: [row for row in rows if row["step"] not in (15, 17, 18)]
+    )
+    expect(
+        three_attempts,
+        "no metrics row of steps 15, 17–18",
+        skipped=36,
+        repeated=0,
+        rows_used=57 * 12,
+    )
 
 
 def test_a_torn_row_is_a_missing_row(three_attempts: Run):
@@ -356,19 +484,31 @@ def test_a_torn_row_is_a_missing_row(three_attempts: Run):
 
 def test_a_duplicated_row_is_found(three_attempts: Run):
     edit_log(three_attempts, 2, lambda rows: [*rows, rows[3]])
-    expect(three_attempts, "more than one metrics row of step 16", skipped=0, repeated=12, rows_used=60 * 12)
+    expect(
+        three_attempts,
+        "more than one metrics row of step 16",
+        skipped=0,
+        repeated=12,
+        rows_used=60 * 12,
+    )
 
 
 @pytest.mark.parametrize("digest", ["0123456789abcdef", "no digest", None])
 def test_a_wrong_digest_is_found(three_attempts: Run, digest: str | None):
-    edit_log(three_attempts, 3, lambda rows: [row | ({"rows_digest": digest} if row["step"] == 30 else {})
-                                              for row in rows])
+    edit_log(
+        three_attempts,
+        3,
+        lambda rows: [row | ({"rows_digest": digest} if row["step"] == 30 else {}) for row in rows],
+    )
     expect(three_attempts, "the rows_digest of step 30 is not", skipped=12, repeated=0)
 
 
 def test_swapped_digests_are_found(three_attempts: Run):
     def swap(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        rows[4]["rows_digest"], rows[9]["rows_digest"] = rows[9]["rows_digest"], rows[4]["rows_digest"]
+        rows[4]["rows_digest"], rows[9]["rows_digest"] = (
+            rows[9]["rows_digest"],
+            rows[4]["rows_digest"],
+        )
         return rows
 
     edit_log(three_attempts, 1, swap)
@@ -377,8 +517,12 @@ def test_swapped_digests_are_found(three_attempts: Run):
 
 def test_a_gap_in_the_chain_of_attempts_is_found(three_attempts: Run):
     edit_attempt(three_attempts, 3, start_step=27)
-    expect(three_attempts, "attempt 3 started at step 27, which no attempt before it had come to: the last was step 24",
-           skipped=36)
+    expect(
+        three_attempts,
+        "attempt 3 started at step 27, which no attempt before it had come to: the last was step "
+        "24",
+        skipped=36,
+    )
     expect(three_attempts, "attempt 3 logged steps 25–27, which it did not do")
 
 
@@ -401,7 +545,11 @@ def test_a_run_trained_under_another_seed_is_found(tmp_path: Path, corpus: Corpu
     run = begin(tmp_path, corpus)
     Simulated(run, corpus, seed=SEED + 1, every=10).attempt(2, 20)
     expect(run, "the rows_digest of steps 1–20 is not", skipped=240)
-    expect(run, "the checkpoint of step 20 carries the digest of other rows than the order gives after step 0")
+    expect(
+        run,
+        "the checkpoint of step 20 carries the digest of other rows than the order gives after "
+        "step 0",
+    )
 
 
 def test_another_corpus_is_found(three_attempts: Run, tmp_path: Path):
@@ -425,15 +573,25 @@ def test_a_left_out_list_that_is_none(three_attempts: Run):
         verify_ledger(three_attempts)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------
 
 
 def test_the_command(three_attempts: Run, capsys: pytest.CaptureFixture[str]):
     place = ["tiny", "--storage", three_attempts.storage]
     assert main(["verify", *place, "--ledger", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"ok", "steps", "rows_used", "epochs", "repeated", "skipped", "left_out", "redone_steps", "attempts",
-            "problems"} <= found.keys()
+    assert {
+        "ok",
+        "steps",
+        "rows_used",
+        "epochs",
+        "repeated",
+        "skipped",
+        "left_out",
+        "redone_steps",
+        "attempts",
+        "problems",
+    } <= found.keys()
     assert (found["ok"], found["steps"], found["rows_used"], found["epochs"]) == (True, 60, 720, 2)
     assert main(["verify", *place, "--ledger", "--step", "48"]) == 0
     text = capsys.readouterr().out

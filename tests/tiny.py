@@ -10,7 +10,11 @@ def tiny_tree(corpus: Path, **sections: Any) -> dict[str, Any]:
     """A spec, as plain values, that trains in seconds; sections override it."""
     tree: dict[str, Any] = {
         "name": "tiny",
-        "data": {"train": [f"{corpus}/*.jsonl"], "validation": {"share": 0.1}, "sequence_tokens": 64},
+        "data": {
+            "train": [f"{corpus}/*.jsonl"],
+            "validation": {"share": 0.1},
+            "sequence_tokens": 64,
+        },
         "tokenizer": {"train": "byte_bpe", "vocab_size": 512},
         "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
         "batch": {"global_rows": 8, "micro_rows": 2},

@@ -1,7 +1,8 @@
-"""One case of the GPU benchmark in a process of its own: `python -m bench.gpu.one SHAPE STAGE MODE [profile]`.
+"""One case of the GPU benchmark in a process of its own: `python -m bench.gpu.one SHAPE STAGE MODE
+[profile]`.
 
-The rows are random tokens written as real token shards; everything after that is dray's own path without Ray. Prints
-one JSON line.
+The rows are random tokens written as real token shards; everything after that is dray's own path
+without Ray. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from dray.rank.job import make_corpus_plan
 from dray.spec import Spec, make_spec
 from dray.train.driver import train_locally
 
-# name: architecture, hidden, layers, heads, kv heads, feed-forward, tokens a row, vocabulary, global rows, micro rows
+# name: architecture, hidden, layers, heads, kv heads, feed-forward, tokens a row, vocabulary,
+# global rows, micro rows
 SHAPES: dict[str, tuple[Any, ...]] = {
     "tiny": ("llama", 64, 2, 4, 4, None, 64, 512, 4, 2),
     "gpt2-124m": ("gpt2", 768, 12, 12, None, None, 1024, 50257, 32, 32),
@@ -37,20 +39,33 @@ WARM = 5
 
 
 def make_case(shape: str, stage: int, compiled: bool, num_steps: int) -> Spec:
-    architecture, hidden, layers, heads, kv_heads, feed_forward, width, vocab, rows, micro = SHAPES[shape]
+    architecture, hidden, layers, heads, kv_heads, feed_forward, width, vocab, rows, micro = SHAPES[
+        shape
+    ]
     on_gpu = shape != "tiny"
-    return make_spec({
-        "name": f"{shape}-z{stage}-{'compiled' if compiled else 'eager'}",
-        "data": {"train": "random", "sequence_tokens": width},
-        "tokenizer": {"train": "byte_bpe", "vocab_size": vocab},
-        "model": {"architecture": architecture, "hidden_size": hidden, "num_layers": layers, "num_heads": heads,
-                  "num_kv_heads": kv_heads, "intermediate_size": feed_forward},
-        "batch": {"global_rows": rows, "micro_rows": micro}, "schedule": {"name": "constant", "warmup_steps": 5},
-        "optimizer": {"learning_rate": 1e-4}, "duration": {"steps": num_steps},
-        "precision": "bf16" if on_gpu else "fp32",
-        "resources": {"workers": 1, "gpus_per_worker": int(on_gpu)}, "zero": {"stage": stage},
-        "engine": {"compile": compiled},
-    })
+    return make_spec(
+        {
+            "name": f"{shape}-z{stage}-{'compiled' if compiled else 'eager'}",
+            "data": {"train": "random", "sequence_tokens": width},
+            "tokenizer": {"train": "byte_bpe", "vocab_size": vocab},
+            "model": {
+                "architecture": architecture,
+                "hidden_size": hidden,
+                "num_layers": layers,
+                "num_heads": heads,
+                "num_kv_heads": kv_heads,
+                "intermediate_size": feed_forward,
+            },
+            "batch": {"global_rows": rows, "micro_rows": micro},
+            "schedule": {"name": "constant", "warmup_steps": 5},
+            "optimizer": {"learning_rate": 1e-4},
+            "duration": {"steps": num_steps},
+            "precision": "bf16" if on_gpu else "fp32",
+            "resources": {"workers": 1, "gpus_per_worker": int(on_gpu)},
+            "zero": {"stage": stage},
+            "engine": {"compile": compiled},
+        }
+    )
 
 
 def build_corpus(folder: str, spec: Spec, num_rows: int) -> Corpus:
@@ -61,14 +76,38 @@ def build_corpus(folder: str, spec: Spec, num_rows: int) -> Corpus:
     tokens = np.random.default_rng(0).integers(0, vocab, (num_rows, width)).astype(dtype)
     rows = make_batch(schema, tokens, np.full(num_rows, width, np.int32), None)
     shard = write_shard(pafs.LocalFileSystem(), folder, "train/random.arrow", rows, 256)
-    source = SourceRows(name="random", weight=None, num_rows=num_rows, num_documents=num_rows,
-                        num_tokens=num_rows * width, num_text_bytes=4 * num_rows * width, shards=(shard,))
-    packing = Packing(utilization=1.0, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0)
+    source = SourceRows(
+        name="random",
+        weight=None,
+        num_rows=num_rows,
+        num_documents=num_rows,
+        num_tokens=num_rows * width,
+        num_text_bytes=4 * num_rows * width,
+        shards=(shard,),
+    )
+    packing = Packing(
+        utilization=1.0, num_cut_documents=0, num_truncated_documents=0, num_truncated_tokens=0
+    )
     manifest = Manifest(
-        version=VERSION, key="random", sequence_tokens=width, group_rows=256, vocab_size=vocab, pad_token_id=0,
-        eos_token_id=0, encoder="tokenizers", labels=(), train=Split(sources=(source,)), validation=None,
-        num_source_files=0, num_source_bytes=0, dropped={}, num_records=num_rows, num_bad=0,
-        packing=packing, shuffle_seed=0)
+        version=VERSION,
+        key="random",
+        sequence_tokens=width,
+        group_rows=256,
+        vocab_size=vocab,
+        pad_token_id=0,
+        eos_token_id=0,
+        encoder="tokenizers",
+        labels=(),
+        train=Split(sources=(source,)),
+        validation=None,
+        num_source_files=0,
+        num_source_bytes=0,
+        dropped={},
+        num_records=num_rows,
+        num_bad=0,
+        packing=packing,
+        shuffle_seed=0,
+    )
     return Corpus(folder, manifest)
 
 
@@ -77,11 +116,18 @@ def measure(spec: Spec, shape: Shape, num_steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="dray-gpu-") as folder:
         corpus = build_corpus(folder + "/corpus", spec, num_steps * spec.batch.global_rows)
         plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=False)
-        rows = train_locally(spec, storage=folder + "/runs", corpus=corpus, shape=shape).run.metrics()[WARM:]
+        rows = train_locally(
+            spec, storage=folder + "/runs", corpus=corpus, shape=shape
+        ).run.metrics()[WARM:]
     keys = ("tokens_per_second", "mfu", "mfu_strict")
     middle = {key: statistics.median(row[key] or 0.0 for row in rows) for key in keys}
-    return {**middle, "num_parameters": plan.num_parameters, "loss": [rows[0]["loss"], rows[-1]["loss"]],
-            "peak_bytes": max(row["memory_bytes_max"] for row in rows), "planned_bytes": plan.memory.total}
+    return {
+        **middle,
+        "num_parameters": plan.num_parameters,
+        "loss": [rows[0]["loss"], rows[-1]["loss"]],
+        "peak_bytes": max(row["memory_bytes_max"] for row in rows),
+        "planned_bytes": plan.memory.total,
+    }
 
 
 def profile(spec: Spec, shape: Shape) -> dict[str, Any]:
@@ -97,7 +143,9 @@ def profile(spec: Spec, shape: Shape) -> dict[str, Any]:
     with torch.profiler.profile() as found:
         list(train_steps(engine, spec, plan, ranks, 3))
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    return {"profile": found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70)}
+    return {
+        "profile": found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70)
+    }
 
 
 def main() -> None:

@@ -6,8 +6,9 @@
     print(dray.format_plan(dray.make_plan(spec, dray.local_shape())))
     rows = train(spec).run.metrics_table()      # a pyarrow table: step, loss, tokens_per_second, …
 
-Names are imported when they are first used, so that `import dray` costs nothing. What takes a run further lies in rooms
-of its own: `dray.train`, `dray.release.evaluate`, `dray.release.generate`, `dray.release.export`.
+Names are imported when they are first used, so that `import dray` costs nothing. What takes a run
+further lies in rooms of its own: `dray.train`, `dray.release.evaluate`, `dray.release.generate`,
+`dray.release.export`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The command line: parse, call, print, exit code. Nothing here computes.
 
-`--help` and `plan` import neither torch nor ray; every other command imports what it needs when it is called.
-Exit codes: 0 done; 2 the user's mistake; 3 the run failed; 130 interrupted with its state saved (143 by SIGTERM, 129 by
-SIGHUP). Whatever goes wrong is one line on standard error.
+`--help` and `plan` import neither torch nor ray; every other command imports what it needs when it
+is called. Exit codes: 0 done; 2 the user's mistake; 3 the run failed; 130 interrupted with its
+state saved (143 by SIGTERM, 129 by SIGHUP). Whatever goes wrong is one line on standard error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Standard output gets the command's result and nothing else."""
+    """Run one command and return its exit code. Standard output gets the command's result and
+    nothing else."""
     open_streams()
     with results_apart() as out, stops():
         try:
@@ -65,7 +66,8 @@ def _tell(error: BaseException, argv: Sequence[str] | None) -> int:
 
 
 def _tell_unexpected(error: BaseException, argv: Sequence[str] | None) -> int:
-    """An error that nobody foresaw is one line, too; its traceback goes to a file, and to --verbose."""
+    """An error that nobody foresaw is one line, too; its traceback goes to a file, and to
+    --verbose."""
     text = redact("".join(traceback.format_exception(error)))
     what = next(iter(str(error).splitlines()), "")
     if isinstance(error, OSError) and error.strerror:
@@ -88,7 +90,8 @@ def _tell_unexpected(error: BaseException, argv: Sequence[str] | None) -> int:
 
 
 def _parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
-    """The arguments of a command, and `out` for its result. Raises SystemExit where the parser has said all."""
+    """The arguments of a command, and `out` for its result. Raises SystemExit where the parser has
+    said all."""
     parser = build_parser()
     try:
         with redirect_stdout(out.stream):
@@ -103,15 +106,25 @@ def _parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
         arguments.overrides += rest
     for text in sys.argv[1:] if argv is None else argv:
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
-            raise SpecError(ascii(text)[:200], "is not UTF-8", "arguments are text that files and records can hold",
-                            "rename the file, or set LANG=C.UTF-8")
+            raise SpecError(
+                ascii(text)[:200],
+                "is not UTF-8",
+                "arguments are text that files and records can hold",
+                "rename the file, or set LANG=C.UTF-8",
+            )
     if getattr(arguments, "storage", None) == "":
-        raise StoreError("--storage", "is empty", "runs need a folder or a URI", "leave it out for ./runs")
+        raise StoreError(
+            "--storage", "is empty", "runs need a folder or a URI", "leave it out for ./runs"
+        )
     try:
         os.getcwd()
     except OSError as error:
-        raise StoreError("the working directory", f"cannot be used ({error.strerror})",
-                         "relative paths start there", "cd into a folder that exists") from error
+        raise StoreError(
+            "the working directory",
+            f"cannot be used ({error.strerror})",
+            "relative paths start there",
+            "cd into a folder that exists",
+        ) from error
     arguments.out = out
     return arguments
 
@@ -128,19 +141,26 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="dray",
-        description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from one spec file.",
+        description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from "
+        "one spec file.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     init = _add(commands, "init", _init, "write a recipe to edit")
     init.add_argument("name", help="name of the new spec; NAME.yaml is written")
-    init.add_argument("--recipe", default="quickstart", help="the recipe to start from (default: quickstart)")
+    init.add_argument(
+        "--recipe", default="quickstart", help="the recipe to start from (default: quickstart)"
+    )
 
     plan = _add_spec(commands, "plan", _plan, "what it will take; no cluster needed")
     plan.add_argument("--shape", help="hardware that is not here, e.g. 2x8xH100")
-    plan.add_argument("--measure", action="store_true",
-                      help="time some steps of thin copies of the model on this machine's CPUs, once, and go by that")
+    plan.add_argument(
+        "--measure",
+        action="store_true",
+        help="time some steps of thin copies of the model on this machine's CPUs, once, and go by "
+        "that",
+    )
     _add_json(plan)
 
     prepare = _add_spec(commands, "prepare", _prepare, "raw corpus → token shards")
@@ -151,21 +171,35 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cluster(train)
     _add_json(train)
     train.add_argument("--run", dest="run_name", help="name of the run (default: the spec's name)")
-    train.add_argument("--fork", metavar="NEW_NAME", help="start a new run from the newest checkpoint of this one")
+    train.add_argument(
+        "--fork", metavar="NEW_NAME", help="start a new run from the newest checkpoint of this one"
+    )
 
     evaluate = _add_run(commands, "evaluate", _evaluate, "metrics of a checkpoint on data")
-    evaluate.add_argument("--data", action="append", metavar="SOURCE",
-                          help="a path, or a YAML mapping like a spec's data source, read as the run's own source of "
-                               "that form is (default: the validation rows)")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help="a path, or a YAML mapping like a spec's data source, read as the run's own source of "
+        "that form is (default: the validation rows)",
+    )
     _add_step(evaluate)
     _add_cluster(evaluate)
     _add_json(evaluate)
 
     generate = _add_run(commands, "generate", _generate, "text from a checkpoint")
-    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    generate.add_argument("--max-tokens", type=int, default=64, help="new tokens at most (default: 64)")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    generate.add_argument("--top-p", type=float, default=0.95, help="nucleus of the distribution (default: 0.95)")
+    generate.add_argument(
+        "--prompt", action="append", required=True, help="may be given several times"
+    )
+    generate.add_argument(
+        "--max-tokens", type=int, default=64, help="new tokens at most (default: 64)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=0.95, help="nucleus of the distribution (default: 0.95)"
+    )
     generate.add_argument("--seed", type=int, default=0)
     _add_step(generate)
     _add_json(generate)
@@ -184,16 +218,23 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = _add_run(commands, "doctor", _doctor, "why a run ended as it did, and the way out")
     _add_json(doctor)
 
-    verify = _add_run(commands, "verify", _verify, "check a checkpoint, byte for byte, or the ledger of rows used")
+    verify = _add_run(
+        commands, "verify", _verify, "check a checkpoint, byte for byte, or the ledger of rows used"
+    )
     verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
-    verify.add_argument("--ledger", action="store_true",
-                        help="prove instead that up to that step each row of each epoch was used exactly once")
+    verify.add_argument(
+        "--ledger",
+        action="store_true",
+        help="prove instead that up to that step each row of each epoch was used exactly once",
+    )
     _add_json(verify)
     return parser
 
 
 def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
     parser.set_defaults(command=command)
     return parser
 
@@ -201,20 +242,26 @@ def _add(commands: Any, name: str, command: Command, text: str) -> argparse.Argu
 def _add_spec(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
     parser = _add(commands, name, command, text)
     parser.add_argument("spec", metavar="SPEC", help="a spec file or the name of a recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted spec paths")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of dotted spec paths"
+    )
     _add_storage(parser)
     return parser
 
 
 def _add_run(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
     parser = _add(commands, name, command, text)
-    parser.add_argument("run", metavar="RUN", help="name of a run in the storage, or the path of its folder")
+    parser.add_argument(
+        "run", metavar="RUN", help="name of a run in the storage, or the path of its folder"
+    )
     _add_storage(parser)
     return parser
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--storage", default="./runs", metavar="DIR_OR_URI", help="where runs lie (default: ./runs)")
+    parser.add_argument(
+        "--storage", default="./runs", metavar="DIR_OR_URI", help="where runs lie (default: ./runs)"
+    )
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -223,7 +270,9 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else there")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON document on stdout and nothing else there"
+    )
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +301,9 @@ def _init(arguments: argparse.Namespace) -> int:
         with path.open("x", encoding="utf-8") as file:
             file.write(re.sub(r"(?m)^name:.*$", f"name: {arguments.name}", text, count=1))
     except FileExistsError as error:
-        raise SpecError(str(path), "exists already", "nothing is overwritten", "choose another name") from error
+        raise SpecError(
+            str(path), "exists already", "nothing is overwritten", "choose another name"
+        ) from error
     except OSError as error:
         raise StoreError(str(path), f"cannot be written ({error.strerror})") from error
     arguments.out.say(f"{path} written; edit it, then: dray plan {path}")
@@ -266,8 +317,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     spec = load_spec(arguments.spec, arguments.overrides)
     if arguments.shape and arguments.measure:
-        raise PlanError("--measure", f"--shape {arguments.shape} is not this machine",
-                        "only what is here can be measured", "leave one of them out")
+        raise PlanError(
+            "--measure",
+            f"--shape {arguments.shape} is not this machine",
+            "only what is here can be measured",
+            "leave one of them out",
+        )
     shape = parse_shape(arguments.shape) if arguments.shape else local_shape()
     plan = _plan_known_corpus(spec, shape, arguments.storage) or make_plan(spec, shape)
     measured = None if arguments.shape else find_rehearsal(spec, plan)
@@ -283,8 +338,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
-    """With the counts of the corpus, if steps or times go by them, and it is prepared in a local storage and its inputs
-    are at hand."""
+    """With the counts of the corpus, if steps or times go by them, and it is prepared in a local
+    storage and its inputs are at hand."""
     if (spec.packs_rows and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
         return None
     from dray.corpus.prepare import recall
@@ -312,11 +367,19 @@ def _prepare(arguments: argparse.Namespace) -> int:
         display.say(line)
     if arguments.json:
         files = [file.model_dump(mode="json") for file in corpus.source_files()]
-        arguments.out.say_json({"folder": corpus.folder, **corpus.manifest.model_dump(mode="json"),
-                                "source_files": files})
+        arguments.out.say_json(
+            {
+                "folder": corpus.folder,
+                **corpus.manifest.model_dump(mode="json"),
+                "source_files": files,
+            }
+        )
     else:
         manifest = corpus.manifest
-        arguments.out.say(f"{corpus.folder}: {manifest.train.num_rows:,} rows of {manifest.sequence_tokens} tokens")
+        arguments.out.say(
+            f"{corpus.folder}: {manifest.train.num_rows:,} rows of {manifest.sequence_tokens} "
+            "tokens"
+        )
     return 0
 
 
@@ -326,8 +389,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from dray.train.driver import train
 
     spec = load_spec(arguments.spec, arguments.overrides)
-    ended = train(spec, storage=arguments.storage, run_name=arguments.run_name, fork=arguments.fork,
-                  address=arguments.address, verbose=arguments.verbose)
+    ended = train(
+        spec,
+        storage=arguments.storage,
+        run_name=arguments.run_name,
+        fork=arguments.fork,
+        address=arguments.address,
+        verbose=arguments.verbose,
+    )
     if arguments.json:
         arguments.out.say_json(ended.run.summary())
     else:
@@ -339,13 +408,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from dray.release.evaluate import evaluate
 
     storage, name = _locate(arguments)
-    result = evaluate(storage, name, data=arguments.data, step=arguments.step, address=arguments.address,
-                      verbose=arguments.verbose)
+    result = evaluate(
+        storage,
+        name,
+        data=arguments.data,
+        step=arguments.step,
+        address=arguments.address,
+        verbose=arguments.verbose,
+    )
     if arguments.json:
         arguments.out.say_json(result)
     else:
-        shown = {key: f"{value:.6g}" if isinstance(value, float) else "undefined on these rows" if value is None
-                 else str(value) for key, value in result.items()}
+        shown = {
+            key: f"{value:.6g}"
+            if isinstance(value, float)
+            else "undefined on these rows"
+            if value is None
+            else str(value)
+            for key, value in result.items()
+        }
         arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
     return 0
 
@@ -355,11 +436,21 @@ def _generate(arguments: argparse.Namespace) -> int:
     from dray.show.progress import Display
 
     storage, name = _locate(arguments)
-    texts = generate(storage, name, arguments.prompt, step=arguments.step, max_tokens=arguments.max_tokens,
-                     temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
-                     say=Display().say)
+    texts = generate(
+        storage,
+        name,
+        arguments.prompt,
+        step=arguments.step,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        say=Display().say,
+    )
     if arguments.json:
-        arguments.out.say_json([{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)])
+        arguments.out.say_json(
+            [{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)]
+        )
         return 0
     for prompt, text in zip(arguments.prompt, texts, strict=True):
         arguments.out.say(f"── {prompt}\n{prompt}{text}\n")

@@ -19,8 +19,8 @@
     ├── RunFailed                 exit code 3: a run that began and could not end
     └── Interrupted               exit code 130 (128 + the signal): stopped on request, state saved
 
-A `UserError` says four things in one line: where, what, the rule, the way out. Exceptions that a room both raises and
-catches stay in that room.
+A `UserError` says four things in one line: where, what, the rule, the way out. Exceptions that a
+room both raises and catches stay in that room.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from typing import ClassVar
 
 
 class Cause(StrEnum):
-    """Why a run or an attempt ended. Records, recovery, doctor and docs use these words and no others."""
+    """Why a run or an attempt ended. Records, recovery, doctor and docs use these words and no
+    others."""
 
     HEALTHY = "healthy"
     GPU_MEMORY = "gpu_memory"
@@ -95,9 +96,12 @@ class StoreError(UserError):
 
 
 class StorageFailed(StoreError, OSError):
-    """The storage failed for good, or longer than is waited for: one line for a person, an OSError for a program."""
+    """The storage failed for good, or longer than is waited for: one line for a person, an OSError
+    for a program."""
 
-    def __init__(self, where: str, what: str, rule: str = "", way_out: str = "", number: int | None = None) -> None:
+    def __init__(
+        self, where: str, what: str, rule: str = "", way_out: str = "", number: int | None = None
+    ) -> None:
         super().__init__(where, what, rule, way_out)
         self.errno = number
 
@@ -114,7 +118,8 @@ class CheckpointsLost(StoreError):
 
 
 class RankError(DrayError):
-    """What a rank ends an attempt with, on purpose. Whatever else failed beside it, `cause` is the attempt's."""
+    """What a rank ends an attempt with, on purpose. Whatever else failed beside it, `cause` is the
+    attempt's."""
 
     cause: ClassVar[Cause]
 
@@ -132,7 +137,8 @@ class ReadsDiffer(RankError):
 
 
 class GroupDissolved(RankError):
-    """A machine is about to be taken away, or the group is to have another size; what was reached is saved."""
+    """A machine is about to be taken away, or the group is to have another size; what was reached
+    is saved."""
 
     cause = Cause.PREEMPTION
 
@@ -176,7 +182,8 @@ class RunFailed(DrayError):
 
 
 class Interrupted(DrayError):
-    """Stopped on request by a signal; `step` is the step of the newest checkpoint, 0 if there is none."""
+    """Stopped on request by a signal; `step` is the step of the newest checkpoint, 0 if there is
+    none."""
 
     def __init__(self, step: int, number: int = signal.SIGINT) -> None:
         self.step, self.number, self.exit_code = step, number, 128 + number

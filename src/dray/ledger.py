@@ -1,8 +1,10 @@
-"""The ledger: which rows the committed history of a run has used, proven from what lies in its folder.
+"""The ledger: which rows the committed history of a run has used, proven from what lies in its
+folder.
 
-The history is what leads to the newest sound checkpoint. Three witnesses are compared: the order, which says what each
-step must read; the metrics rows, each with the digest of what its step did read; and the chained digest that the
-checkpoint carries. Finds instead of raising: what does not fit becomes a problem of the report. Nothing is written.
+The history is what leads to the newest sound checkpoint. Three witnesses are compared: the order,
+which says what each step must read; the metrics rows, each with the digest of what its step did
+read; and the chained digest that the checkpoint carries. Finds instead of raising: what does not
+fit becomes a problem of the report. Nothing is written.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ from numpy.typing import NDArray
 from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.stream import make_order
 from dray.errors import StoreError
-from dray.order import NO_STEPS, Ints, LeftOut, Order, Words, batch_positions, chain_digest, row_digests
+from dray.order import (
+    NO_STEPS,
+    Ints,
+    LeftOut,
+    Order,
+    Words,
+    batch_positions,
+    chain_digest,
+    row_digests,
+)
 from dray.runs import CheckpointInfo, CheckpointReader, Run, find_checkpoint, make_limits
 from dray.spec import Spec, differing_paths, without_places
 
@@ -30,18 +41,21 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LedgerReport:
-    """What `verify_ledger` found. Rows are counted over the committed steps, start_step + 1 to committed_step."""
+    """What `verify_ledger` found. Rows are counted over the committed steps, start_step + 1 to
+    committed_step."""
 
     run: str
     ok: bool
     start_step: int
-    """0, or the step of another run from which this one was forked: what led there is in that run's ledger."""
+    """0, or the step of another run from which this one was forked: what led there is in that run's
+    ledger."""
     committed_step: int
     """Step of the checkpoint that the ledger goes up to; start_step if there is none."""
     steps: int
     """Committed steps."""
     uncommitted_steps: int
-    """Steps done past that checkpoint: a restart does them again. Their digests are checked, nothing else."""
+    """Steps done past that checkpoint: a restart does them again. Their digests are checked,
+    nothing else."""
     rows_used: int
     epochs: int
     """Epochs completed; of weighted sources, the fewest that any has."""
@@ -56,10 +70,12 @@ class LedgerReport:
     redone_steps: int
     """Executions of a step that were undone and done again: the price of all failures."""
     unlogged_steps: int
-    """Committed steps whose metrics row was lost with a process, but whose rows the checkpoint's chain proves."""
+    """Committed steps whose metrics row was lost with a process, but whose rows the checkpoint's
+    chain proves."""
     attempts: int
     digest: str
-    """Chained digest of all committed steps: equal for runs that used the same rows step by step. Empty unless ok."""
+    """Chained digest of all committed steps: equal for runs that used the same rows step by step.
+    Empty unless ok."""
     problems: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -67,11 +83,13 @@ class LedgerReport:
 
 
 def verify_ledger(run: Run, step: int | None = None) -> LedgerReport:
-    """Prove that the committed history of a run used each row of each epoch exactly once, as its order has it.
+    """Prove that the committed history of a run used each row of each epoch exactly once, as its
+    order has it.
 
-    `step`: of the checkpoint up to which the history counts; by default the newest sound one. Time grows with the rows
-    that were used, memory by a byte a row of the corpus and 16 bytes a logged step. Raises StoreError if the run has no
-    corpus on record or no checkpoint of that step, CorpusError if the corpus is gone.
+    `step`: of the checkpoint up to which the history counts; by default the newest sound one. Time
+    grows with the rows that were used, memory by a byte a row of the corpus and 16 bytes a logged
+    step. Raises StoreError if the run has no corpus on record or no checkpoint of that step,
+    CorpusError if the corpus is gone.
     """
     # The checkpoint first: in a run that goes on, rows written meanwhile are only more of the tail.
     info = run.latest_checkpoint() if step is None else find_checkpoint(run, step)
@@ -81,8 +99,14 @@ def verify_ledger(run: Run, step: int | None = None) -> LedgerReport:
     log = _read_log(run, spans)
     committed = info.step if info else base
     last = max([committed, *log.steps[-1:].tolist()])
-    walk = _Walk(make_order(manifest, spec.seed), spec.batch.global_rows, log, base, _load_chain(run, info, base),
-                 origin_left_out=_load_origin_left_out(run, base))
+    walk = _Walk(
+        make_order(manifest, spec.seed),
+        spec.batch.global_rows,
+        log,
+        base,
+        _load_chain(run, info, base),
+        origin_left_out=_load_origin_left_out(run, base),
+    )
     for span in spans:
         walk.follow(span, span.first, min(span.last, committed))
     walk.end()
@@ -90,39 +114,73 @@ def verify_ledger(run: Run, step: int | None = None) -> LedgerReport:
         walk.follow_tail(span, max(span.first, committed + 1), min(span.last, last))
     problems = [
         *_check_identity(run, spec, manifest),
-        *([f"the checkpoint of step {info.step} is unsound: {info.problem}"] if info and not info.verified else []),
-        *_check_attempts(attempts, log, base, walk.proven_after, committed), *log.problems(), *walk.problems(committed),
+        *(
+            [f"the checkpoint of step {info.step} is unsound: {info.problem}"]
+            if info and not info.verified
+            else []
+        ),
+        *_check_attempts(attempts, log, base, walk.proven_after, committed),
+        *log.problems(),
+        *walk.problems(committed),
     ]
-    return _make_report(run, walk, log, manifest, committed=committed, attempts=len(attempts), problems=problems)
+    return _make_report(
+        run, walk, log, manifest, committed=committed, attempts=len(attempts), problems=problems
+    )
 
 
-def _make_report(run: Run, walk: _Walk, log: _Log, manifest: Manifest, *, committed: int, attempts: int,
-                 problems: list[str]) -> LedgerReport:
+def _make_report(
+    run: Run,
+    walk: _Walk,
+    log: _Log,
+    manifest: Manifest,
+    *,
+    committed: int,
+    attempts: int,
+    problems: list[str],
+) -> LedgerReport:
     epochs, rows, base = walk.epochs, walk.global_rows, walk.base
     unproven = len(walk.unproven)
-    pools = [0] * len(manifest.train.sources) if len(epochs.completed) == 1 else range(len(epochs.completed))
+    pools = (
+        [0] * len(manifest.train.sources)
+        if len(epochs.completed) == 1
+        else range(len(epochs.completed))
+    )
     repeated = epochs.repeated + rows * len(walk.doubled) + rows * len(walk.read_again)
     skipped = epochs.skipped + rows * unproven
     if (repeated or skipped) and not problems:
         problems = [f"the order itself repeats {repeated} and skips {skipped} rows"]
     return LedgerReport(
-        run=run.name, ok=not problems, start_step=base, committed_step=committed, steps=committed - base,
+        run=run.name,
+        ok=not problems,
+        start_step=base,
+        committed_step=committed,
+        steps=committed - base,
         uncommitted_steps=int(np.count_nonzero(np.unique(log.steps) > committed)),
-        rows_used=rows * (committed - base - unproven), epochs=min(epochs.completed),
-        epochs_by_source={source.name: epochs.completed[pool]
-                          for source, pool in zip(manifest.train.sources, pools, strict=True)},
-        repeated=repeated, skipped=skipped, left_out=rows * len(walk.left_out), left_out_batches=walk.left_out,
-        redone_steps=log.num_redone, unlogged_steps=walk.num_unlogged, attempts=attempts,
-        digest="" if problems else walk.digest, problems=problems,
+        rows_used=rows * (committed - base - unproven),
+        epochs=min(epochs.completed),
+        epochs_by_source={
+            source.name: epochs.completed[pool]
+            for source, pool in zip(manifest.train.sources, pools, strict=True)
+        },
+        repeated=repeated,
+        skipped=skipped,
+        left_out=rows * len(walk.left_out),
+        left_out_batches=walk.left_out,
+        redone_steps=log.num_redone,
+        unlogged_steps=walk.num_unlogged,
+        attempts=attempts,
+        digest="" if problems else walk.digest,
+        problems=problems,
     )
 
 
-# ---- what the folder says --------------------------------------------------------------------------------------------
+# ---- what the folder says ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Span:
-    """The steps [first, last] of the history that one attempt did, and the batches that it left out."""
+    """The steps [first, last] of the history that one attempt did, and the batches that it left
+    out."""
 
     attempt: int
     first: int
@@ -131,15 +189,22 @@ class _Span:
 
 
 def _make_spans(attempts: Sequence[Mapping[str, Any]]) -> list[_Span]:
-    """Every attempt's span, in order; those of undone attempts are empty, the others follow without a gap."""
+    """Every attempt's span, in order; those of undone attempts are empty, the others follow without
+    a gap."""
     limits = make_limits({attempt["attempt"]: attempt["start_step"] for attempt in attempts})
     spans = []
     for attempt in attempts:
         try:
             left_out = LeftOut(tuple(attempt.get("left_out") or ()))
         except (ValueError, TypeError) as error:
-            raise StoreError(f"attempt {attempt['attempt']}", f"its left_out cannot be used ({error})") from error
-        spans.append(_Span(attempt["attempt"], attempt["start_step"] + 1, limits[attempt["attempt"]], left_out))
+            raise StoreError(
+                f"attempt {attempt['attempt']}", f"its left_out cannot be used ({error})"
+            ) from error
+        spans.append(
+            _Span(
+                attempt["attempt"], attempt["start_step"] + 1, limits[attempt["attempt"]], left_out
+            )
+        )
     return spans
 
 
@@ -159,10 +224,14 @@ class _Log:
 
     def problems(self) -> list[str]:
         return [
-            *(f"attempt {number} logged {_listed(steps)}, which it did not do: it started later"
-              for number, steps in sorted(self.before_start.items())),
-            *(f"attempt {number} has no record, but logged {_listed(steps)}"
-              for number, steps in sorted(self.unrecorded.items())),
+            *(
+                f"attempt {number} logged {_listed(steps)}, which it did not do: it started later"
+                for number, steps in sorted(self.before_start.items())
+            ),
+            *(
+                f"attempt {number} has no record, but logged {_listed(steps)}"
+                for number, steps in sorted(self.unrecorded.items())
+            ),
         ]
 
 
@@ -191,12 +260,19 @@ def _read_log(run: Run, spans: Sequence[_Span]) -> _Log:
     found = np.asarray(steps, dtype=np.int64)
     by_step = np.argsort(found, kind="stable")
     num_redone = int(np.isin(np.asarray(undone, dtype=np.int64), found).sum())
-    return _Log(found[by_step], np.asarray(digests, dtype=np.uint64)[by_step], last_steps, num_redone, before_start,
-                unrecorded)
+    return _Log(
+        found[by_step],
+        np.asarray(digests, dtype=np.uint64)[by_step],
+        last_steps,
+        num_redone,
+        before_start,
+        unrecorded,
+    )
 
 
 def _parse_digest(text: Any) -> int:
-    """The digest of a metrics row; what cannot be read is one that no batch has, but for a chance of 2^-64."""
+    """The digest of a metrics row; what cannot be read is one that no batch has, but for a chance
+    of 2^-64."""
     try:
         return int(text, 16) % 2**64
     except (ValueError, TypeError):
@@ -221,35 +297,44 @@ def _load_chain(run: Run, info: CheckpointInfo | None, base: int) -> _Chain | No
 
 
 def _load_origin_left_out(run: Run, base: int) -> LeftOut | None:
-    """What the run that a fork started from had left out by then, where both read the same order; none where that run
-    is gone, or reads another one."""
+    """What the run that a fork started from had left out by then, where both read the same order;
+    none where that run is gone, or reads another one."""
     origin = run.origin()
-    source = Run.find(run.storage, str(origin["checkpoint"]).partition("/")[0]) if origin and base else None
+    source = (
+        Run.find(run.storage, str(origin["checkpoint"]).partition("/")[0])
+        if origin and base
+        else None
+    )
     if origin is None or source is None:
         return None
     ours, theirs = run.record(), source.record()
-    changed = {"seed", "batch.global_rows"} & set(differing_paths(theirs["identity"], ours["identity"]))
+    changed = {"seed", "batch.global_rows"} & set(
+        differing_paths(theirs["identity"], ours["identity"])
+    )
     if changed or ours["corpus_key"] != theirs["corpus_key"]:
         return None
     found = [attempt for attempt in source.attempts() if attempt["attempt"] == origin["attempt"]]
     return LeftOut(tuple(found[0].get("left_out") or ())) if found else None
 
 
-# ---- what is compared ------------------------------------------------------------------------------------------------
+# ---- what is compared --------------------------------------------------------------------------
 
 
 def _check_identity(run: Run, spec: Spec, manifest: Manifest) -> list[str]:
     record, problems = run.record(), []
     differing = differing_paths(without_places(record["identity"]), without_places(spec.identity()))
     if differing:
-        problems.append(f"the spec is not the one that the run began with: it differs in {', '.join(differing)}")
+        problems.append(
+            f"the spec is not the one that the run began with: it differs in {', '.join(differing)}"
+        )
     if record["corpus_key"] and record["corpus_key"] != manifest.key:
         problems.append(f"the corpus was {record['corpus_key']} and is {manifest.key} now")
     return problems
 
 
-def _check_attempts(attempts: Sequence[Mapping[str, Any]], log: _Log, base: int, proven_after: float, committed: int
-                    ) -> list[str]:
+def _check_attempts(
+    attempts: Sequence[Mapping[str, Any]], log: _Log, base: int, proven_after: float, committed: int
+) -> list[str]:
     """Each attempt went on from a step that those before it had come to, so that none was skipped.
 
     Starts in (proven_after, committed] need no other proof than the checkpoint's chain.
@@ -261,19 +346,32 @@ def _check_attempts(attempts: Sequence[Mapping[str, Any]], log: _Log, base: int,
     for attempt in attempts:
         number, start = attempt["attempt"], attempt["start_step"]
         if start < base:
-            problems.append(f"attempt {number} started at step {start}, before the run's first, {base}")
+            problems.append(
+                f"attempt {number} started at step {start}, before the run's first, {base}"
+            )
         if start > reached and not proven_after < start <= committed:
-            problems.append(f"attempt {number} started at step {start}, which no attempt before it had come to: the "
-                            f"last was step {reached}")
+            problems.append(
+                f"attempt {number} started at step {start}, which no attempt before it had come "
+                f"to: the last was step {reached}"
+            )
         reached = max(start, log.last_steps.get(number, start), int(attempt.get("end_step", start)))
     return problems
 
 
 class _Walk:
-    """Goes through the history step by step, and compares what was logged with what the order gives."""
+    """Goes through the history step by step, and compares what was logged with what the order
+    gives."""
 
-    def __init__(self, order: Order, global_rows: int, log: _Log, base: int, chain: _Chain | None, *,
-                 origin_left_out: LeftOut | None = None) -> None:
+    def __init__(
+        self,
+        order: Order,
+        global_rows: int,
+        log: _Log,
+        base: int,
+        chain: _Chain | None,
+        *,
+        origin_left_out: LeftOut | None = None,
+    ) -> None:
         self.global_rows, self.base = global_rows, base
         self.epochs = _Epochs(order)
         self.doubled: list[int] = []
@@ -283,7 +381,12 @@ class _Walk:
         self.digest = NO_STEPS
         self.proven_after = float("inf")
         """The checkpoint's chain proves the steps after this one."""
-        self._order, self._log, self._claim, self._origin_left_out = order, log, chain, origin_left_out
+        self._order, self._log, self._claim, self._origin_left_out = (
+            order,
+            log,
+            chain,
+            origin_left_out,
+        )
         self._claimed = NO_STEPS  # the digest that the claim should have
         self._next_batch = -1
         self._missing: list[int] = []
@@ -292,14 +395,18 @@ class _Walk:
         self._passed_over: list[int] = []
 
     def follow(self, span: _Span, first: int, last: float) -> None:
-        """Compare and count the committed steps [first, last] of a span. Called span by span, in order."""
+        """Compare and count the committed steps [first, last] of a span. Called span by span, in
+        order."""
         for steps in self._chunks(first, last):
             self._compare(steps, self._count(span, steps))
 
     def follow_tail(self, span: _Span, first: int, last: float) -> None:
-        """Compare the digests of what was done past the checkpoint: the steps [first, last] of a span."""
+        """Compare the digests of what was done past the checkpoint: the steps [first, last] of a
+        span."""
         for steps in self._chunks(first, last):
-            rows = self._order.rows_at(batch_positions(span.left_out.batches_at(steps), self.global_rows))
+            rows = self._order.rows_at(
+                batch_positions(span.left_out.batches_at(steps), self.global_rows)
+            )
             self._compare_digests(steps, row_digests(rows.reshape(-1, self.global_rows)))
 
     def _chunks(self, first: int, last: float) -> Iterator[Ints]:
@@ -317,7 +424,8 @@ class _Walk:
 
     @property
     def unproven(self) -> list[int]:
-        """Committed steps that neither a metrics row nor the checkpoint proves to have used their rows."""
+        """Committed steps that neither a metrics row nor the checkpoint proves to have used their
+        rows."""
         return [step for step in self._unmatched if step <= self.proven_after]
 
     def problems(self, committed: int) -> list[str]:
@@ -331,30 +439,42 @@ class _Walk:
         if self.read_again:
             problems.append(f"{_listed(self.read_again)} read batches that had been read before")
         if self._passed_over:
-            problems.append(f"{_listed(self._passed_over, 'batch', 'batches')} were neither read nor left out")
+            problems.append(
+                f"{_listed(self._passed_over, 'batch', 'batches')} were neither read nor left out"
+            )
         if self._claim and self.proven_after == float("inf"):
-            problems.append(f"the checkpoint of step {committed} carries the digest of other rows than the order gives "
-                            f"after step {self._claim.after}")
+            problems.append(
+                f"the checkpoint of step {committed} carries the digest of other rows than the "
+                f"order gives after step {self._claim.after}"
+            )
         return problems
 
     def _count(self, span: _Span, steps: Ints) -> Words:
-        """Count the rows of some steps, and of what was left out before and between them. Returns their digests."""
+        """Count the rows of some steps, and of what was left out before and between them. Returns
+        their digests."""
         batches = span.left_out.batches_at(steps)
         if self._next_batch < 0:  # a fork goes on where its origin stood
             stood = self._origin_left_out or span.left_out
-            self._next_batch = int(stood.batches_at(np.asarray([self.base]))[0]) + 1 if self.base else 0
+            self._next_batch = (
+                int(stood.batches_at(np.asarray([self.base]))[0]) + 1 if self.base else 0
+            )
         again = batches < self._next_batch
         self.read_again += steps[again].tolist()
         due = np.union1d(batches, np.arange(self._next_batch, batches[-1] + 1))
-        rows = self._order.rows_at(batch_positions(due, self.global_rows)).reshape(-1, self.global_rows)
+        rows = self._order.rows_at(batch_positions(due, self.global_rows)).reshape(
+            -1, self.global_rows
+        )
         digests = row_digests(rows[np.searchsorted(due, batches)])
         left_out = np.isin(due, span.left_out.batches) & (due >= self._next_batch)
         passed_over = ~left_out & ~np.isin(due, batches)
         self.left_out += due[left_out].tolist()
         self._passed_over += due[passed_over].tolist()
         new = due >= self._next_batch
-        self.epochs.take(batch_positions(due[new], self.global_rows), rows[new].reshape(-1),
-                         np.repeat(~passed_over[new], self.global_rows))
+        self.epochs.take(
+            batch_positions(due[new], self.global_rows),
+            rows[new].reshape(-1),
+            np.repeat(~passed_over[new], self.global_rows),
+        )
         self._next_batch = max(self._next_batch, int(batches[-1]) + 1)
         return digests
 
@@ -370,7 +490,8 @@ class _Walk:
                 self._claimed = chain_digest(self._claimed, digest)
 
     def _compare_digests(self, steps: Ints, expected: Words) -> tuple[Ints, Ints]:
-        """How many metrics rows each step has, and how many of them with the digest that is expected."""
+        """How many metrics rows each step has, and how many of them with the digest that is
+        expected."""
         start, stop = np.searchsorted(self._log.steps, (steps[0], steps[-1] + 1))
         nth = self._log.steps[start:stop] - steps[0]
         same = self._log.digests[start:stop] == expected[nth]
@@ -381,7 +502,8 @@ class _Walk:
 
 
 class _Epochs:
-    """Counts the rows of the epoch that each pool is in: one byte a row, however many epochs there are."""
+    """Counts the rows of the epoch that each pool is in: one byte a row, however many epochs there
+    are."""
 
     def __init__(self, order: Order) -> None:
         self.repeated = self.skipped = 0
@@ -393,7 +515,8 @@ class _Epochs:
         self._used = [0] * len(order.pools)
 
     def take(self, positions: Ints, rows: Ints, accounted: Flags) -> None:
-        """Positions that were due, ascending, with their row ids, and whether they were read or left out on purpose."""
+        """Positions that were due, ascending, with their row ids, and whether they were read or
+        left out on purpose."""
         pools, epochs = self._order.epochs_at(positions)
         for pool in range(len(self.completed)):
             mine = np.flatnonzero(pools == pool)
@@ -422,14 +545,17 @@ class _Epochs:
         rows = self._order.pools[pool]
         self.completed[pool] += self._due[pool] == len(rows)
         self.skipped += self._due[pool] - self._used[pool]
-        self._seen[rows.start: rows.stop] = False
+        self._seen[rows.start : rows.stop] = False
         self._due[pool] = self._used[pool] = 0
 
 
 def _listed(steps: Iterable[int], one: str = "step", many: str = "steps", most: int = 8) -> str:
-    """Numbers as text: `step 7`, `steps 3–5, 9`; of long lists the beginning, and how many more there are."""
+    """Numbers as text: `step 7`, `steps 3–5, 9`; of long lists the beginning, and how many more
+    there are."""
     numbers = np.unique(np.fromiter(steps, dtype=np.int64))
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs[:most]]
     rest = sum(len(run) for run in runs[most:])
-    return f"{one if len(numbers) == 1 else many} {', '.join(parts)}" + (f" and {rest} more" if rest else "")
+    return f"{one if len(numbers) == 1 else many} {', '.join(parts)}" + (
+        f" and {rest} more" if rest else ""
+    )

@@ -1,12 +1,13 @@
-"""Secrets are taken out of a text before it is written to storage, sent to a tracker or shown, and credentials out of
-a URI as soon as it is taken in.
+"""Secrets are taken out of a text before it is written to storage, sent to a tracker or shown, and
+credentials out of a URI as soon as it is taken in.
 
-What counts as one: user names and passwords in a URI, its parameters and any other assignment whose name says so,
-bearer headers, the token formats of well-known services, private keys, and the values of this process' own environment
-variables whose names say so. A secret without name or form cannot be told from other text.
+What counts as one: user names and passwords in a URI, its parameters and any other assignment whose
+name says so, bearer headers, the token formats of well-known services, private keys, and the values
+of this process' own environment variables whose names say so. A secret without name or form cannot
+be told from other text.
 
-The credentials of URIs live in this process' memory alone; a worker on Ray asks the driver's job for them. They are
-never part of an object that is stored.
+The credentials of URIs live in this process' memory alone; a worker on Ray asks the driver's job
+for them. They are never part of an object that is stored.
 """
 
 from __future__ import annotations
@@ -27,35 +28,56 @@ HIDDEN = "***"
 _SHORTEST_VALUE = 6
 """A value of the environment that is shorter occurs in texts by chance."""
 
-_SECRET_NAME = (r"(?:[A-Za-z0-9]{1,32}[-_.]){0,6}?(?:pass(?:word|wd|phrase)|secret|credentials?|api[-_]?key|apikey"
-                r"|(?:access|secret|private|account|signing|encryption|shared|storage|subscription)[-_]?(?:access[-_]?)?key"
-                r"(?:[-_]?id)?|(?:access|auth|api|session|security|sas|oauth|bearer|refresh|id|hf|hub|github|gitlab|wandb)"
-                r"[-_]?token|connection[-_]?string|signature|x-amz-[a-z-]+|x-goog-[a-z-]+)")
-# `token` alone is a word of this trade (pad_token, token=17): only what looks like a secret counts after it.
+_SECRET_NAME = (
+    r"(?:[A-Za-z0-9]{1,32}[-_.]){0,6}?(?:pass(?:word|wd|phrase)|secret|credentials?|api[-_]?key|apikey"
+    r"|(?:access|secret|private|account|signing|encryption|shared|storage|subscription)[-_]?(?:access[-_]?)?key"
+    r"(?:[-_]?id)?|(?:access|auth|api|session|security|sas|oauth|bearer|refresh|id|hf|hub|github|gitlab|wandb)"
+    r"[-_]?token|connection[-_]?string|signature|x-amz-[a-z-]+|x-goog-[a-z-]+)"
+)
+# `token` alone is a word of this trade (pad_token, token=17): only what looks like a secret counts
+# after it.
 _NAMED = re.compile(
     rf"(?<![A-Za-z0-9]){_SECRET_NAME}(?:[-_](?:key|value|data))?[\"']?\s*(?:=|:|=>)\s*[\"']?"
-    r"(?P<value>(?:(?<=[\"'])[^\"'\n]+|[^\s\"'&;,)}\]]+))", re.I)
+    r"(?P<value>(?:(?<=[\"'])[^\"'\n]+|[^\s\"'&;,)}\]]+))",
+    re.I,
+)
 _NAMED_TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,32}[-_.]){0,6}(?:token|sig)[\"']?\s*[=:]\s*[\"']?"
-    r"(?P<value>(?=[^\s\"'&;,]{0,99}\d)[A-Za-z0-9_\-.~+/%]{16,}=*)", re.I)
+    r"(?P<value>(?=[^\s\"'&;,]{0,99}\d)[A-Za-z0-9_\-.~+/%]{16,}=*)",
+    re.I,
+)
 _USER_INFO = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{1,30}://(?P<value>[^\s/@?#\"'<>]+)@")
 _HEADER = re.compile(r"\b(?:bearer|basic)\s+(?P<value>[A-Za-z0-9_\-.~+/]{8,}=*)", re.I)
 _FORMATS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{16,}|sk-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
-    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,})")
-_PRIVATE_KEY = re.compile(r"-----BEGIN (?P<kind>[A-Z ]*PRIVATE KEY)-----.*?(?:-----END (?P=kind)-----|\Z)", re.S)
-_IS_SECRET_NAME = re.compile(rf"{_SECRET_NAME}|(?:\w+[-_])?(?:token|pwd|pat)|\w*_(?:key|auth)", re.I)
+    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,})"
+)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN (?P<kind>[A-Z ]*PRIVATE KEY)-----.*?(?:-----END (?P=kind)-----|\Z)", re.S
+)
+_IS_SECRET_NAME = re.compile(
+    rf"{_SECRET_NAME}|(?:\w+[-_])?(?:token|pwd|pat)|\w*_(?:key|auth)", re.I
+)
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text with HIDDEN where secrets were. `environment`: whose secret values are looked for (default: this
-    process')."""
-    # Every kind is looked for in the text as it came: what one kind hides could be the name that another needs.
-    spans = [match.span() for pattern in (_PRIVATE_KEY, _FORMATS) for match in pattern.finditer(text)]
-    spans += [match.span("value") for pattern in (_USER_INFO, _HEADER, _NAMED, _NAMED_TOKEN)
-              for match in pattern.finditer(text)]
-    for value in (*_held_values(), *_secret_values(os.environ if environment is None else environment)):
+    """The text with HIDDEN where secrets were. `environment`: whose secret values are looked for
+    (default: this process')."""
+    # Every kind is looked for in the text as it came: what one kind hides could be the name that
+    # another needs.
+    spans = [
+        match.span() for pattern in (_PRIVATE_KEY, _FORMATS) for match in pattern.finditer(text)
+    ]
+    spans += [
+        match.span("value")
+        for pattern in (_USER_INFO, _HEADER, _NAMED, _NAMED_TOKEN)
+        for match in pattern.finditer(text)
+    ]
+    for value in (
+        *_held_values(),
+        *_secret_values(os.environ if environment is None else environment),
+    ):
         spans += [match.span() for match in re.finditer(re.escape(value), text)]
     parts, end = [], 0
     for begin, until in sorted(spans):
@@ -66,10 +88,14 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def redact_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of plain values with `redact` applied to every text in it; texts under keys that name a secret are
-    hidden whatever they are."""
-    return {key: HIDDEN if isinstance(value, str) and value and names_secret(key) else _redact_value(value)
-            for key, value in fields.items()}
+    """A record of plain values with `redact` applied to every text in it; texts under keys that
+    name a secret are hidden whatever they are."""
+    return {
+        key: HIDDEN
+        if isinstance(value, str) and value and names_secret(key)
+        else _redact_value(value)
+        for key, value in fields.items()
+    }
 
 
 def _redact_value(value: Any) -> Any:
@@ -81,38 +107,87 @@ def _redact_value(value: Any) -> Any:
 
 
 def names_secret(name: str) -> bool:
-    """Whether a variable or key of that name holds a secret: AWS_SECRET_ACCESS_KEY and WANDB_API_KEY do, pad_token_id
-    and num_tokens do not."""
+    """Whether a variable or key of that name holds a secret: AWS_SECRET_ACCESS_KEY and
+    WANDB_API_KEY do, pad_token_id and num_tokens do not."""
     return bool(re.fullmatch(_SECRET_NAME, name, re.I))
 
 
 def _secret_values(environment: Mapping[str, str]) -> list[str]:
     """Longest first: one may be a part of another."""
-    found = {value.strip() for name, value in environment.items() if _IS_SECRET_NAME.fullmatch(name)}
-    return sorted((value for value in found if len(value) >= _SHORTEST_VALUE and not _is_place(value)),
-                  key=len, reverse=True)
+    found = {
+        value.strip() for name, value in environment.items() if _IS_SECRET_NAME.fullmatch(name)
+    }
+    return sorted(
+        (value for value in found if len(value) >= _SHORTEST_VALUE and not _is_place(value)),
+        key=len,
+        reverse=True,
+    )
 
 
 def _is_place(value: str) -> bool:
-    """Whether it is a path, a number or a switch: some variables name where a secret lies, or how it is asked for."""
-    return value.startswith(("/", "~", "./")) or value.isdigit() or value.lower() in ("disabled", "enabled")
+    """Whether it is a path, a number or a switch: some variables name where a secret lies, or how
+    it is asked for."""
+    return (
+        value.startswith(("/", "~", "./"))
+        or value.isdigit()
+        or value.lower() in ("disabled", "enabled")
+    )
 
 
-# ---- credentials of URIs ---------------------------------------------------------------------------------------------
+# ---- credentials of URIs -----------------------------------------------------------------------
 
-_URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?:(?P<user>[^/?#]*|[^/?#:]+:[^0-9@?#][^?#]*)@)?"
-                  r"(?P<host>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>.*))?", re.S)
+_URI = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?:(?P<user>[^/?#]*|[^/?#:]+:[^0-9@?#][^?#]*)@)?"
+    r"(?P<host>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>.*))?",
+    re.S,
+)
 """A user is what stands before the @; a password may hold slashes that should have been escaped."""
 _SIGNED = ("sig", "signature", "x-amz-signature", "x-goog-signature")
-"""A query with one of these is a signed address: all of its parts that belong to the signature go together."""
-_OF_SIGNATURE = frozenset((
-    *(f"x-{who}-{what}" for who in ("amz", "goog") for what in ("algorithm", "date", "expires", "signedheaders")),
-    "sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip", "sdd", "ske", "skoid", "sktid", "skt", "sks", "skv",
-    "saoid", "suoid", "scid", "ses", "rscc", "rscd", "rsce", "rscl", "rsct", "expires", "policy", "key-pair-id",
-    "googleaccessid", "awsaccesskeyid"))
+"""A query with one of these is a signed address: all of its parts that belong to the signature go
+together."""
+_OF_SIGNATURE = frozenset(
+    (
+        *(
+            f"x-{who}-{what}"
+            for who in ("amz", "goog")
+            for what in ("algorithm", "date", "expires", "signedheaders")
+        ),
+        "sv",
+        "ss",
+        "srt",
+        "sp",
+        "se",
+        "st",
+        "spr",
+        "sr",
+        "sip",
+        "sdd",
+        "ske",
+        "skoid",
+        "sktid",
+        "skt",
+        "sks",
+        "skv",
+        "saoid",
+        "suoid",
+        "scid",
+        "ses",
+        "rscc",
+        "rscd",
+        "rsce",
+        "rscl",
+        "rsct",
+        "expires",
+        "policy",
+        "key-pair-id",
+        "googleaccessid",
+        "awsaccesskeyid",
+    )
+)
 """What goes with a signature of Amazon, Google, Azure or CloudFront, and is no secret by itself."""
 _NAMES_WITHOUT_PASSWORD = frozenset({"http", "https", "s3", "s3a", "s3n", "ftp", "ftps"})
-"""Where a user's name alone may be a token. Elsewhere it is a container (abfs), a user (hdfs, sftp) or `anonymous`."""
+"""Where a user's name alone may be a token. Elsewhere it is a container (abfs), a user (hdfs, sftp)
+or `anonymous`."""
 _NO_CREDENTIALS = frozenset({"github"})
 """Where what stands before the @ is part of the place."""
 _LONG_NAME = 14
@@ -133,10 +208,14 @@ class _Credentials:
         return f"_Credentials({HIDDEN})"
 
     def values(self) -> Iterable[str]:
-        """What must not show up in a text by itself: keys, passwords and signatures, not a user's name or a date."""
+        """What must not show up in a text by itself: keys, passwords and signatures, not a user's
+        name or a date."""
         user, colon, password = self.user.partition(":")
-        for part in (password if colon else user, user if len(user) >= _LONG_NAME else "",
-                     *(item.partition("=")[2] for item in self.query if _name_of(item) not in _OF_SIGNATURE)):
+        for part in (
+            password if colon else user,
+            user if len(user) >= _LONG_NAME else "",
+            *(item.partition("=")[2] for item in self.query if _name_of(item) not in _OF_SIGNATURE),
+        ):
             yield from {part, unquote(part)}
 
 
@@ -147,21 +226,29 @@ _asked = {"at": -_ASK_EVERY_SECONDS}
 
 
 def take_in(place: str) -> str:
-    """The place without credentials, fit for records. Those that a URI carries (user and password, keys, signatures)
-    are remembered by this process, for it and all places below it. Any other text comes back as it is."""
+    """The place without credentials, fit for records. Those that a URI carries (user and password,
+    keys, signatures) are remembered by this process, for it and all places below it. Any other text
+    comes back as it is."""
     match = _URI.fullmatch(place) if "://" in place else None
     if match is None:
         return place
-    scheme, query = match["scheme"].lower(), [part for part in (match["query"] or "").split("&") if part]
+    scheme, query = (
+        match["scheme"].lower(),
+        [part for part in (match["query"] or "").split("&") if part],
+    )
     user = match["user"] or ""
-    secret = scheme not in _NO_CREDENTIALS and (":" in user or (bool(user) and scheme in _NAMES_WITHOUT_PASSWORD))
+    secret = scheme not in _NO_CREDENTIALS and (
+        ":" in user or (bool(user) and scheme in _NAMES_WITHOUT_PASSWORD)
+    )
     signed = any(_name_of(part) in _SIGNED for part in query)
     kept = [part for part in query if not _is_secret_parameter(_name_of(part), signed)]
     if not secret and len(kept) == len(query):
         return place
     at = "" if secret or not user else f"{user}@"
     clean = f"{match['scheme']}://{at}{match['host']}{match['path']}"
-    credentials = _Credentials(user if secret else "", tuple(part for part in query if part not in kept))
+    credentials = _Credentials(
+        user if secret else "", tuple(part for part in query if part not in kept)
+    )
     with _held_lock:
         known, _held[_scope(clean)] = _held.get(_scope(clean)), credentials
     if known != credentials:
@@ -179,31 +266,40 @@ def take_in_all(value: Any) -> Any:
 
 
 def restored(place: str) -> str:
-    """The URI with the credentials that were taken in with it or with a place above it, for opening it and nothing
-    else. Unchanged if there are none."""
+    """The URI with the credentials that were taken in with it or with a place above it, for opening
+    it and nothing else. Unchanged if there are none."""
     match = _URI.fullmatch(place) if "://" in place else None
     if match is None:
         return place
-    credentials = _find(_scope(place.partition("?")[0])) or _ask_and_find(_scope(place.partition("?")[0]))
+    credentials = _find(_scope(place.partition("?")[0])) or _ask_and_find(
+        _scope(place.partition("?")[0])
+    )
     if credentials is None:
         return place
     at = credentials.user or match["user"] or ""
     query = "&".join(part for part in (match["query"], *credentials.query) if part)
-    return (f"{match['scheme']}://{f'{at}@' if at else ''}{match['host']}{match['path']}"
-            + (f"?{query}" if query else ""))
+    return f"{match['scheme']}://{f'{at}@' if at else ''}{match['host']}{match['path']}" + (
+        f"?{query}" if query else ""
+    )
 
 
 def share_credentials() -> None:
-    """Let the workers of this process' Ray job ask for what it has taken in. Does nothing outside of a driver.
+    """Let the workers of this process' Ray job ask for what it has taken in. Does nothing outside
+    of a driver.
 
-    They go into the memory of Ray's head under the job's number, since environment variables and arguments of workers
-    are written to logs; who can read them there can run code in the job anyway.
+    They go into the memory of Ray's head under the job's number, since environment variables and
+    arguments of workers are written to logs; who can read them there can run code in the job
+    anyway.
     """
     ray, store = _ray_of_job(driver=True)
     with _held_lock:
-        content = json.dumps({place: [found.user, list(found.query)] for place, found in _held.items()})
+        content = json.dumps(
+            {place: [found.user, list(found.query)] for place, found in _held.items()}
+        )
     if ray is not None and content != "{}":
-        store._internal_kv_put(_shared_key(ray), content.encode(), overwrite=True, namespace=_SHARED_NAMESPACE)
+        store._internal_kv_put(
+            _shared_key(ray), content.encode(), overwrite=True, namespace=_SHARED_NAMESPACE
+        )
 
 
 def forget_shared_credentials() -> None:
@@ -214,7 +310,8 @@ def forget_shared_credentials() -> None:
 
 
 def _ask_and_find(scope: str) -> _Credentials | None:
-    """Ask the driver's job, once in a while, if this is a worker that has no credentials for a place."""
+    """Ask the driver's job, once in a while, if this is a worker that has no credentials for a
+    place."""
     ray, store = _ray_of_job(driver=False)
     if ray is None or time.monotonic() - _asked["at"] < _ASK_EVERY_SECONDS:
         return None
@@ -227,8 +324,8 @@ def _ask_and_find(scope: str) -> _Credentials | None:
 
 
 def _ray_of_job(*, driver: bool) -> tuple[Any, Any]:
-    """Ray and its store of small values, where this process is a driver (or a worker) of a job; else none. Ray is not
-    imported for it."""
+    """Ray and its store of small values, where this process is a driver (or a worker) of a job;
+    else none. Ray is not imported for it."""
     ray = sys.modules.get("ray")
     if ray is None or not getattr(ray, "is_initialized", bool)():
         return None, None
@@ -267,12 +364,20 @@ def _name_of(parameter: str) -> str:
 
 
 def _is_secret_parameter(name: str, signed: bool) -> bool:
-    return (names_secret(name) or name in ("token", "pwd", "key", "auth", *_SIGNED)
-            or (signed and name in _OF_SIGNATURE))
+    return (
+        names_secret(name)
+        or name in ("token", "pwd", "key", "auth", *_SIGNED)
+        or (signed and name in _OF_SIGNATURE)
+    )
 
 
 def _held_values() -> list[str]:
     """Every credential that this process holds, longest first."""
     with _held_lock:
-        found = {value for item in _held.values() for value in item.values() if len(value) >= _SHORTEST_VALUE}
+        found = {
+            value
+            for item in _held.values()
+            for value in item.values()
+            if len(value) >= _SHORTEST_VALUE
+        }
     return sorted(found, key=len, reverse=True)

@@ -1,4 +1,5 @@
-"""Where a local Ray puts its files, whose token it uses, and what is left of one that does not start."""
+"""Where a local Ray puts its files, whose token it uses, and what is left of one that does not
+start."""
 
 from __future__ import annotations
 
@@ -19,9 +20,16 @@ from dray.errors import PlanError
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path) -> Iterator[None]:
-    """No token, and no place that the person has chosen; afterwards this process' own Ray finds its token again."""
+    """No token, and no place that the person has chosen; afterwards this process' own Ray finds its
+    token again."""
     with pytest.MonkeyPatch.context() as context:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "TMPDIR"):
+        for name in (
+            "RAY_AUTH_MODE",
+            "RAY_AUTH_TOKEN",
+            "RAY_AUTH_TOKEN_PATH",
+            "RAY_TMPDIR",
+            "TMPDIR",
+        ):
             context.delenv(name, raising=False)
         context.setenv("HOME", str(tmp_path))
         yield
@@ -30,7 +38,9 @@ def clean(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
 @pytest.mark.parametrize("place", ["/nowhere", f"/tmp/{'x' * 90}", "/proc"])
-def test_rays_files_lie_in_a_folder_that_only_its_user_can_enter(monkeypatch: Any, capsys: Any, name: str, place: str):
+def test_rays_files_lie_in_a_folder_that_only_its_user_can_enter(
+    monkeypatch: Any, capsys: Any, name: str, place: str
+):
     monkeypatch.setenv(name, place)
     folder = Path(ray_start._make_folder())
     try:
@@ -51,8 +61,12 @@ def test_a_token_that_others_can_read_is_not_used(tmp_path: Path, monkeypatch: A
     file.chmod(0o600)
     assert ray_start._has_own_token()
     file.unlink()
-    for name, value, own in (("RAY_AUTH_MODE", "disabled", True), ("RAY_AUTH_MODE", "token", False),
-                             ("RAY_AUTH_TOKEN", "x", True), ("RAY_AUTH_TOKEN_PATH", "/x", True)):
+    for name, value, own in (
+        ("RAY_AUTH_MODE", "disabled", True),
+        ("RAY_AUTH_MODE", "token", False),
+        ("RAY_AUTH_TOKEN", "x", True),
+        ("RAY_AUTH_TOKEN_PATH", "/x", True),
+    ):
         with monkeypatch.context() as context:
             context.setenv(name, value)
             assert ray_start._has_own_token() is own
@@ -81,7 +95,9 @@ def test_a_local_ray_starts_what_a_run_needs_and_works():
         print(answer, beside, *(sum(name in command for command in commands) for name in (
             "gcs_server", "raylet", "dashboard.py", "monitor.py", "log_monitor.py")))
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=180
+    )
     answer, beside, gcs, raylet, *onlookers = map(int, done.stdout.split())
     assert (answer, gcs) == (42, 1)
     assert beside == 0, "what is sent to the driver's process group is for the driver alone"

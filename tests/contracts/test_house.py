@@ -1,4 +1,5 @@
-"""The house: every file imports only from strictly lower levels, no cycles, and light commands stay light."""
+"""The house: every file imports only from strictly lower levels, no cycles, and light commands stay
+light."""
 
 from __future__ import annotations
 
@@ -14,15 +15,23 @@ SOURCE = Path(__file__).parents[2] / "src" / "dray"
 
 LEVELS = {
     "errors": 0,
-    "redaction": 1, "order": 1,
-    "processes": 2, "storage": 2,
+    "redaction": 1,
+    "order": 1,
+    "processes": 2,
+    "storage": 2,
     "spec": 3,
     "plan": 4,
-    "models": 5, "runs": 5, "cluster": 5,
-    "tasks": 6, "corpus": 6, "doctor": 6,
-    "rank": 7, "ledger": 7,
+    "models": 5,
+    "runs": 5,
+    "cluster": 5,
+    "tasks": 6,
+    "corpus": 6,
+    "doctor": 6,
+    "rank": 7,
+    "ledger": 7,
     "show": 8,
-    "train": 9, "release": 9,
+    "train": 9,
+    "release": 9,
     "cli": 10,
 }
 """The table of docs/design.md. A room may be a file or a folder."""
@@ -55,7 +64,11 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.removeprefix("dray.") for name in names if name.startswith("dray.") and "__" not in name}
+    return {
+        name.removeprefix("dray.")
+        for name in names
+        if name.startswith("dray.") and "__" not in name
+    }
 
 
 def test_every_room_has_a_level():
@@ -84,7 +97,8 @@ def test_no_module_imports_itself_in_a_circle():
             package = imported.rpartition(".")[0]
             found = {package} if imported not in modules else {imported}
             if imported in modules and name.startswith(f"{package}."):
-                found.add(package)  # `from package import submodule` asks the package itself, which imports this file
+                # `from package import submodule` asks the package, which imports this file.
+                found.add(package)
             targets |= {target for target in found if target in modules and target != name}
         graph[name] = targets
     done: set[str] = set()
@@ -112,15 +126,18 @@ def test_each_foreign_system_is_spoken_to_in_one_place(library: str):
     for path in sorted(SOURCE.rglob("*.py")):
         place = path.relative_to(SOURCE).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+            )
             if any(name == library or name.startswith(library + ".") for name in names):
                 assert place.startswith(FOREIGN[library]), f"{path} imports {library}"
 
 
 NAMED_IN_STRINGS = {"__init__.py", "processes/forkserver.py", "spec/spec.py"}
-"""Files that may name a module of dray in a string: what is imported on first use, what a process is told to import,
-and the folder of the recipes."""
+"""Files that may name a module of dray in a string: what is imported on first use, what a process
+is told to import, and the folder of the recipes."""
 
 
 def test_a_module_that_is_named_in_a_string_is_there():
@@ -135,7 +152,9 @@ def test_a_module_that_is_named_in_a_string_is_there():
             if not re.fullmatch(r"dray(\.[a-z_]+)+", node.value):
                 continue
             folder = SOURCE.joinpath(*node.value.split(".")[1:])
-            assert folder.is_dir() or folder.with_suffix(".py").is_file(), f"{path} names {node.value}"
+            assert folder.is_dir() or folder.with_suffix(".py").is_file(), (
+                f"{path} names {node.value}"
+            )
             is_room = folder.parent == SOURCE and folder.is_dir()
             assert is_room or place in NAMED_IN_STRINGS, f"{path} names {node.value}"
 
@@ -153,7 +172,8 @@ def test_every_error_of_dray_is_in_one_file():
 
 
 def test_nothing_that_unpickles_is_called():
-    """Nothing from storage is unpickled. corpus/stages.py carries its own tasks' items and answers through Ray."""
+    """Nothing from storage is unpickled. corpus/stages.py carries its own tasks' items and answers
+    through Ray."""
     for paths in rooms().values():
         for path in paths:
             text = path.read_text(encoding="utf-8")
@@ -166,7 +186,9 @@ def test_nothing_that_unpickles_is_called():
 
 def test_the_reference_pages_follow_the_program():
     script = SOURCE.parents[1] / "docs" / "generate.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -188,9 +210,15 @@ def test_help_and_plan_import_neither_torch_nor_ray(arguments: list[str], tmp_pa
         "import sys; from dray.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'deepspeed', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'deepspeed', 'numpy'} & "
+        "set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
-                          cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,9 @@ def strings(*texts: str) -> pa.Array:
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
 def test_normalisation_equals_unicodedata(form: str) -> None:
     texts = ["plain", "e\u0301 A\u030a", "\ufb01 \u2460", "", "漢字 ①"]
-    assert normalize(strings(*texts), form).to_pylist() == [unicodedata.normalize(form, text) for text in texts]  # type: ignore[arg-type]
+    assert normalize(strings(*texts), form).to_pylist() == [
+        unicodedata.normalize(form, text) for text in texts
+    ]  # type: ignore[arg-type]
 
 
 def test_none_leaves_text_alone() -> None:
@@ -29,7 +31,9 @@ def test_none_leaves_text_alone() -> None:
 def test_each_filter_counts_what_it_drops() -> None:
     texts = strings("ab", "fine text", "x" * 50, "!!! ??? a", "same\nsame\nsame\nother")
     labels = pa.array(["0", "1", "2", "3", "4"])
-    rules = Cleaning(min_chars=3, max_chars=40, min_alphanumeric_share=0.5, max_repeated_line_share=0.4)
+    rules = Cleaning(
+        min_chars=3, max_chars=40, min_alphanumeric_share=0.5, max_repeated_line_share=0.4
+    )
     cleaned = clean(texts, labels, rules)
     assert cleaned.texts.to_pylist() == ["fine text"]
     assert cleaned.labels.to_pylist() == ["1"]
@@ -37,7 +41,9 @@ def test_each_filter_counts_what_it_drops() -> None:
 
 
 def test_a_document_is_counted_for_its_first_reason_only() -> None:
-    assert clean(strings("!"), None, Cleaning(min_chars=2, min_alphanumeric_share=1)).dropped == {"too_short": 1}
+    assert clean(strings("!"), None, Cleaning(min_chars=2, min_alphanumeric_share=1)).dropped == {
+        "too_short": 1
+    }
 
 
 def test_lengths_are_characters_not_bytes() -> None:

@@ -60,14 +60,19 @@ class Failing:
         raise OSError(self._number, os.strerror(self._number))
 
 
-@pytest.mark.parametrize(("number", "passes"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False)])
-def test_a_source_that_fails_for_the_moment_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                            number: int, passes: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "passes"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False)]
+)
+def test_a_source_that_fails_for_the_moment_is_no_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "one"}) + "\n")
     file = listed(path)
     real, root = sources.share_filesystem(file.place)
     monkeypatch.setattr(sources, "share_filesystem", lambda place: (Failing(real, number), root))
-    with pytest.raises(InputOutage if passes else CorpusError, match=r"a\.jsonl.*cannot be read") as caught:
+    with pytest.raises(
+        InputOutage if passes else CorpusError, match=r"a\.jsonl.*cannot be read"
+    ) as caught:
         list(SpanReader(Span(file), Source(path=str(path)), 10_000).read())
     assert is_transient(caught.value) == passes

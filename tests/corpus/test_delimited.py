@@ -23,8 +23,9 @@ from dray.spec import Source
 LIMIT = 1 << 20
 
 
-def read(path: Path, limit: int = LIMIT, bounds: list[int] | None = None,
-         **fields: Any) -> tuple[list[str], list[Bad]]:
+def read(
+    path: Path, limit: int = LIMIT, bounds: list[int] | None = None, **fields: Any
+) -> tuple[list[str], list[Bad]]:
     """Texts and bad records of a file, read in ranges if bounds are given."""
     source = Source(path=str(path), **fields)
     file = find_files(source, "s")[0]
@@ -38,14 +39,16 @@ def read(path: Path, limit: int = LIMIT, bounds: list[int] | None = None,
     return found, bad
 
 
-def cut(data: bytes, size: int, limit: int = LIMIT, fields: int = 2) -> tuple[list[bytes], list[tuple[int, int]]]:
+def cut(
+    data: bytes, size: int, limit: int = LIMIT, fields: int = 2
+) -> tuple[list[bytes], list[tuple[int, int]]]:
     """Records and losses of data that arrives in pieces of a size."""
     parser = Delimited(",", True, False, [], fields, 0, None)
-    chunks: Iterator[bytes] = (data[start:start + size] for start in range(0, len(data), size))
+    chunks: Iterator[bytes] = (data[start : start + size] for start in range(0, len(data), size))
     records: list[bytes] = []
     lost: list[tuple[int, int]] = []
     for offset, block, losses in record_blocks(chunks, limit, ",", fields):
-        assert data[offset:offset + len(block)] == block
+        assert data[offset : offset + len(block)] == block
         records += [record for record in parser.split(block) if record]
         lost += [(item.offset, item.num_bytes) for item in losses]
     return records, lost
@@ -54,21 +57,36 @@ def cut(data: bytes, size: int, limit: int = LIMIT, fields: int = 2) -> tuple[li
 FIELDS = st.text('ab,"\n\r é\t', max_size=8)
 
 
-@given(rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=12), end=st.sampled_from(["\n", "\r\n"]),
-       quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), form=st.sampled_from(["csv", "tsv"]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_written_by_the_rule_is_read(tmp_path: Path, rows: list[tuple[str, str]], end: str, quoting: Any,
-                                             form: str) -> None:
+@given(
+    rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=12),
+    end=st.sampled_from(["\n", "\r\n"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    form=st.sampled_from(["csv", "tsv"]),
+)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_what_is_written_by_the_rule_is_read(
+    tmp_path: Path, rows: list[tuple[str, str]], end: str, quoting: Any, form: str
+) -> None:
     stream = io.StringIO(newline="")
-    out = csv.writer(stream, quoting=quoting, lineterminator=end, delimiter="," if form == "csv" else "\t")
+    out = csv.writer(
+        stream, quoting=quoting, lineterminator=end, delimiter="," if form == "csv" else "\t"
+    )
     out.writerows([("text", "n"), *rows])
     path = tmp_path / f"a.{form}"
     path.write_bytes(stream.getvalue().encode())
     assert read(path) == ([text for text, _ in rows], [])
 
 
-@given(data=st.lists(st.sampled_from([b"a", b",", b'"', b'""', b"\n", b"b,c\n", b'"x"', b'"y\nz",1\n']), max_size=40),
-       size=st.integers(1, 30), limit=st.sampled_from([12, LIMIT]))
+@given(
+    data=st.lists(
+        st.sampled_from([b"a", b",", b'"', b'""', b"\n", b"b,c\n", b'"x"', b'"y\nz",1\n']),
+        max_size=40,
+    ),
+    size=st.integers(1, 30),
+    limit=st.sampled_from([12, LIMIT]),
+)
 @settings(max_examples=150, deadline=None)
 def test_pieces_of_any_size_give_the_same(data: list[bytes], size: int, limit: int) -> None:
     content = b"".join(data)
@@ -78,7 +96,12 @@ def test_pieces_of_any_size_give_the_same(data: list[bytes], size: int, limit: i
         assert (records, lost) == cut(content, len(content) + 1, limit)
 
 
-@given(data=st.lists(st.sampled_from([b"a", b",", b'"', b'""', b"\n", b"b,c\n", b'"x"', b'"y\nz",1\n']), max_size=40))
+@given(
+    data=st.lists(
+        st.sampled_from([b"a", b",", b'"', b'""', b"\n", b"b,c\n", b'"x"', b'"y\nz",1\n']),
+        max_size=40,
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_blocks_and_records_parse_alike(data: list[bytes]) -> None:
     parser = Delimited(",", True, False, ["0", "1"], 2, 0, None)
@@ -96,13 +119,16 @@ def rows_with(line: bytes, count: int = 200) -> tuple[bytes, list[str]]:
     return b"\n".join(lines) + b"\n", [f"document {i}" for i in range(count)]
 
 
-@pytest.mark.parametrize(("line", "rest"), [
-    (b'"never closed,5', b""),
-    (b'5,"never closed', b""),
-    (b'"""never closed,5', b""),
-    (b'"never closed,5', b'last,"said ""x"" twice"\n'),  # closes amid a field of another record
-    (b'"closed" too early,5', b""),
-])
+@pytest.mark.parametrize(
+    ("line", "rest"),
+    [
+        (b'"never closed,5', b""),
+        (b'5,"never closed', b""),
+        (b'"""never closed,5', b""),
+        (b'"never closed,5', b'last,"said ""x"" twice"\n'),  # closes amid a field of another record
+        (b'"closed" too early,5', b""),
+    ],
+)
 def test_a_stray_quote_costs_its_line(tmp_path: Path, line: bytes, rest: bytes) -> None:
     data, texts = rows_with(line)
     path = tmp_path / "a.csv"
@@ -184,7 +210,9 @@ def test_ranges_begin_where_quoting_allows(tmp_path: Path) -> None:
 def test_quoting_none_takes_quotes_as_they_are(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"a.{form}"
     delimiter = "," if form == "csv" else "\t"
-    path.write_text(f'text{delimiter}n\n"good" film{delimiter}1\n"open{delimiter}0\nsay "x"{delimiter}1\n')
+    path.write_text(
+        f'text{delimiter}n\n"good" film{delimiter}1\n"open{delimiter}0\nsay "x"{delimiter}1\n'
+    )
     assert read(path, quoting="none") == (['"good" film', '"open', 'say "x"'], [])
     found, bad = read(path)
     assert found == ['say "x"']

@@ -48,7 +48,7 @@ def test_what_is_no_label(value: Any) -> None:
         label_name(value)
 
 
-@given(st.text('0123.+- TRUEtruefalseé\u0301\t', max_size=8))
+@given(st.text("0123.+- TRUEtruefalseé\u0301\t", max_size=8))
 def test_a_name_is_its_own_name(text: str) -> None:
     try:
         name = label_name(text)
@@ -101,14 +101,18 @@ def write(folder: Path, form: str, values: list[Any]) -> Path:
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
-@pytest.mark.parametrize(("values", "names", "num_without"), [
-    ([1, 0, 1, None, 0], {"1": 2, "0": 2}, 1),
-    ([1.0, 0.0, float("nan")], {"1": 1, "0": 1}, 1),
-    ([True, False, True], {"true": 2, "false": 1}, 0),
-    (["a", " a", "b\u0065", "", "  ", "1.0", "1"], {"a": 2, "be": 1, "1": 2}, 2),
-])
-def test_every_format_gives_the_same_labels(tmp_path: Path, form: str, values: list[Any], names: dict[str, int],
-                                            num_without: int) -> None:
+@pytest.mark.parametrize(
+    ("values", "names", "num_without"),
+    [
+        ([1, 0, 1, None, 0], {"1": 2, "0": 2}, 1),
+        ([1.0, 0.0, float("nan")], {"1": 1, "0": 1}, 1),
+        ([True, False, True], {"true": 2, "false": 1}, 0),
+        (["a", " a", "b\u0065", "", "  ", "1.0", "1"], {"a": 2, "be": 1, "1": 2}, 2),
+    ],
+)
+def test_every_format_gives_the_same_labels(
+    tmp_path: Path, form: str, values: list[Any], names: dict[str, int], num_without: int
+) -> None:
     if form in ("csv", "tsv"):  # as pandas writes it
         values = ["" if value is None or str(value) == "nan" else value for value in values]
     labels, reasons = read(write(tmp_path, form, values))
@@ -126,40 +130,78 @@ def test_types_that_mix_in_json_lines(tmp_path: Path) -> None:
 TEN = {str(i): 5 for i in range(10)}
 
 
-@pytest.mark.parametrize(("train", "validation", "rules", "labels"), [
-    ({"b": 1, "a": 2}, {"a": 1}, {}, ("a", "b")),
-    (TEN, {}, {}, tuple(TEN)),
-    ({"10": 1, "9": 1, "-1": 1}, {}, {}, ("-1", "9", "10")),
-    ({"0": 1, "2": 1}, {}, {"num_labels": 4}, ("0", "1", "2", "3")),
-    ({"1": 1, "2": 1}, {}, {"num_labels": 2}, ("1", "2")),
-    ({"neg": 1}, {}, {"known": ("pos", "neg")}, ("pos", "neg")),
-])
-def test_the_classes(train: dict[str, int], validation: dict[str, int], rules: dict[str, Any],
-                     labels: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("train", "validation", "rules", "labels"),
+    [
+        ({"b": 1, "a": 2}, {"a": 1}, {}, ("a", "b")),
+        (TEN, {}, {}, tuple(TEN)),
+        ({"10": 1, "9": 1, "-1": 1}, {}, {}, ("-1", "9", "10")),
+        ({"0": 1, "2": 1}, {}, {"num_labels": 4}, ("0", "1", "2", "3")),
+        ({"1": 1, "2": 1}, {}, {"num_labels": 2}, ("1", "2")),
+        ({"neg": 1}, {}, {"known": ("pos", "neg")}, ("pos", "neg")),
+    ],
+)
+def test_the_classes(
+    train: dict[str, int],
+    validation: dict[str, int],
+    rules: dict[str, Any],
+    labels: tuple[str, ...],
+) -> None:
     assert choose_labels(train, validation, **rules) == labels
 
 
-@pytest.mark.parametrize(("train", "validation", "rules", "what"), [
-    ({"a": 1, "b": 2}, {"negative": 5}, {}, r"no training document has the label 'negative' \(5\)"),
-    ({"a": 1}, {}, {}, "only the label 'a'"),
-    ({"a": 1}, {}, {"num_labels": 2}, "only the label 'a'"),
-    ({"0": 1, "1": 1, "2": 1}, {}, {"num_labels": 2}, r"num_labels = 2: .* have 3 labels: '0' \(1\)"),
-    ({"a": 1, "b": 1}, {}, {"num_labels": 3}, "num_labels = 3: the training documents have 2 labels"),
-    ({"1": 1, "2": 1, "5": 1}, {}, {"num_labels": 5}, "num_labels = 5: the training documents have 3 labels"),
-    ({"1": 1, "0": 1, "true": 1}, {}, {}, "the labels mix '0', '1', 'true'"),
-    ({f"{i / 7:.3f}": 1 for i in range(1, 40)}, {}, {}, "different fractions"),
-    ({str(i): 1 for i in range(10_001)}, {}, {}, "10,001 different labels"),
-    ({"x": 3, "neg": 1}, {}, {"known": ("pos", "neg")}, r"does not know the label 'x' \(3\); it knows 'pos', 'neg'"),
-])
-def test_classes_that_are_none(train: dict[str, int], validation: dict[str, int], rules: dict[str, Any],
-                               what: str) -> None:
+@pytest.mark.parametrize(
+    ("train", "validation", "rules", "what"),
+    [
+        (
+            {"a": 1, "b": 2},
+            {"negative": 5},
+            {},
+            r"no training document has the label 'negative' \(5\)",
+        ),
+        ({"a": 1}, {}, {}, "only the label 'a'"),
+        ({"a": 1}, {}, {"num_labels": 2}, "only the label 'a'"),
+        (
+            {"0": 1, "1": 1, "2": 1},
+            {},
+            {"num_labels": 2},
+            r"num_labels = 2: .* have 3 labels: '0' \(1\)",
+        ),
+        (
+            {"a": 1, "b": 1},
+            {},
+            {"num_labels": 3},
+            "num_labels = 3: the training documents have 2 labels",
+        ),
+        (
+            {"1": 1, "2": 1, "5": 1},
+            {},
+            {"num_labels": 5},
+            "num_labels = 5: the training documents have 3 labels",
+        ),
+        ({"1": 1, "0": 1, "true": 1}, {}, {}, "the labels mix '0', '1', 'true'"),
+        ({f"{i / 7:.3f}": 1 for i in range(1, 40)}, {}, {}, "different fractions"),
+        ({str(i): 1 for i in range(10_001)}, {}, {}, "10,001 different labels"),
+        (
+            {"x": 3, "neg": 1},
+            {},
+            {"known": ("pos", "neg")},
+            r"does not know the label 'x' \(3\); it knows 'pos', 'neg'",
+        ),
+    ],
+)
+def test_classes_that_are_none(
+    train: dict[str, int], validation: dict[str, int], rules: dict[str, Any], what: str
+) -> None:
     with pytest.raises(CorpusError, match=what):
         choose_labels(train, validation, **rules)
 
 
 def test_labels_that_are_as_good_as_alike() -> None:
     assert similar_names(("Pos", "neg", "pos", "ｐos", "very  bad", "very bad")) == [
-        ["Pos", "pos", "ｐos"], ["very  bad", "very bad"]]
+        ["Pos", "pos", "ｐos"],
+        ["very  bad", "very bad"],
+    ]
 
 
 def test_large_numbers_are_never_joined(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def test_packing_keeps_every_token_in_document_order(sizes: list[int], capacity:
     starts = np.cumsum(lengths) - lengths
     for row, count in zip(rows.tokens, rows.num_tokens, strict=True):
         places = row[:count].astype(np.int64) - 100
-        # A row is made of runs, each of one document; a run begins at a multiple of the row's length.
+        # A row is made of runs, each of one document; a run begins at a multiple of the row's
+        # length.
         breaks = np.flatnonzero(np.diff(places) != 1) + 1
         for run in np.split(places, breaks):
             assert len(run) == 0 or (run[0] - starts[owner[run[0]]]) % capacity == 0
@@ -82,7 +83,12 @@ def test_nothing_packs_to_nothing() -> None:
 def test_one_document_a_row_between_prefix_and_suffix() -> None:
     tokens = np.array([11, 12, 21, 31, 32, 33, 34, 35], np.uint16)
     rows = one_a_row(tokens, np.array([2, 1, 5, 0]), 5, PAD, prefix=(1,), suffix=(2,))
-    assert rows.tokens.tolist() == [[1, 11, 12, 2, 7], [1, 21, 2, 7, 7], [1, 31, 32, 33, 2], [1, 2, 7, 7, 7]]
+    assert rows.tokens.tolist() == [
+        [1, 11, 12, 2, 7],
+        [1, 21, 2, 7, 7],
+        [1, 31, 32, 33, 2],
+        [1, 2, 7, 7, 7],
+    ]
     assert rows.num_tokens.tolist() == [4, 3, 5, 2]
     assert (rows.num_truncated_documents, rows.num_truncated_tokens) == (1, 2)
 
@@ -97,13 +103,15 @@ def test_gather_copies_pieces_in_order(size: int) -> None:
 
 @given(st.integers(0, 400), st.integers(1, 16), st.integers(1, 4), st.integers(0, 5))
 @settings(max_examples=100, deadline=None)
-def test_length_buckets_are_a_permutation_with_like_lengths(num: int, group: int, window: int, seed: int) -> None:
+def test_length_buckets_are_a_permutation_with_like_lengths(
+    num: int, group: int, window: int, seed: int
+) -> None:
     lengths = np.random.default_rng(seed).integers(1, 100, num).astype(np.int32)
     order = order_by_length(lengths, group, window, np.random.default_rng(seed))
     assert sorted(order.tolist()) == list(range(num))
     rest = num % group
-    assert order[num - rest:].tolist() == list(range(num - rest, num))
+    assert order[num - rest :].tolist() == list(range(num - rest, num))
     if num >= 8 * group and window == 4 and group >= 4:
-        groups = lengths[order[:num - rest]].reshape(-1, group)
-        unsorted = lengths[:num - rest].reshape(-1, group)
+        groups = lengths[order[: num - rest]].reshape(-1, group)
+        unsorted = lengths[: num - rest].reshape(-1, group)
         assert np.ptp(groups, axis=1).mean() < np.ptp(unsorted, axis=1).mean()

@@ -1,4 +1,5 @@
-"""Reading: every form gives the same documents however it is stored and cut, and bad records cost themselves."""
+"""Reading: every form gives the same documents however it is stored and cut, and bad records cost
+themselves."""
 
 from __future__ import annotations
 
@@ -26,11 +27,20 @@ from dray.errors import CorpusError
 from dray.spec import Source
 
 LIMIT = 1 << 20
-TEXTS = ["plain", "two words", 'quoted "x", and a comma', "tab\there", "漢字 😀 é", "  spaces  ", "back\\slash \\n"]
+TEXTS = [
+    "plain",
+    "two words",
+    'quoted "x", and a comma',
+    "tab\there",
+    "漢字 😀 é",
+    "  spaces  ",
+    "back\\slash \\n",
+]
 
 
-def read(path: Path, start: int = 0, stop: int | None = None, limit: int = LIMIT,
-         **fields: Any) -> tuple[list[tuple[str, str | None]], list[Bad], str]:
+def read(
+    path: Path, start: int = 0, stop: int | None = None, limit: int = LIMIT, **fields: Any
+) -> tuple[list[tuple[str, str | None]], list[Bad], str]:
     """(text, label) of the documents, the bad records and the file's digest."""
     source = Source(path=str(path), **fields)
     reader = SpanReader(Span(find_files(source, "s")[0], start, stop), source, limit)
@@ -38,7 +48,9 @@ def read(path: Path, start: int = 0, stop: int | None = None, limit: int = LIMIT
     bad: list[Bad] = []
     for documents in reader.read():
         texts = documents.texts.to_pylist()
-        labels = documents.labels.to_pylist() if documents.labels is not None else [None] * len(texts)
+        labels = (
+            documents.labels.to_pylist() if documents.labels is not None else [None] * len(texts)
+        )
         found += zip(texts, labels, strict=True)
         bad += documents.bad
     return found, bad, reader.sha256
@@ -59,7 +71,11 @@ def jsonl(items: list[str]) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+}
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -74,7 +90,7 @@ def test_every_form_plain_or_compressed(tmp_path: Path, suffix: str) -> None:
     assert texts(write("b.txt", b"a\r\n\n  \nb"), format="lines") == ["a", "b"]
     rows = 'id,text\n1,"say ""x"", ok"\n2,plain\n3,漢\n'
     assert texts(write("a.csv", rows.encode())) == ['say "x", ok', "plain", "漢"]
-    assert texts(write("a.tsv", b"text\tn\nsay \"x\t1\nb\t2\n")) == ['say "x', "b"]
+    assert texts(write("a.tsv", b'text\tn\nsay "x\t1\nb\t2\n')) == ['say "x', "b"]
 
 
 def test_digest_is_that_of_the_stored_file(tmp_path: Path) -> None:
@@ -102,7 +118,11 @@ def test_labels_of_any_type_become_names(tmp_path: Path, values: list[Any]) -> N
 
 def test_labels_of_mixed_types_and_odd_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": "t", "y": value}) + "\n" for value in ["a", 1, None, 1.5, "", [1]]))
+    path.write_text(
+        "".join(
+            json.dumps({"text": "t", "y": value}) + "\n" for value in ["a", 1, None, 1.5, "", [1]]
+        )
+    )
     found, bad, _ = read(path, label="y")
     assert [label for _, label in found] == ["a", "1", "1.5"]
     assert len(bad) == 3
@@ -148,14 +168,24 @@ def test_all_bad_lines_together(tmp_path: Path) -> None:
     assert [item.reason.partition(" (")[0] for item in bad] == [reason for _, reason in BAD_LINES]
 
 
-@pytest.mark.parametrize(("name", "data", "good", "bad"), [
-    ("a.csv", b'text,n\nok,1\n"open,2\nfine,3\nshort\n', ["ok", "fine"], [12, 27]),
-    ("a.csv", b'text,n\nok,1\n"two\nlines"x,2\nfine,3\n', ["ok", "fine"], [12]),
-    ("a.csv", b'text,n\nok,1\n"two\nlines",2\nfine,3,4\nend,5', ["ok", "two\nlines", "end"], [26]),
-    ("a.tsv", b"text\tn\nok\t1\nsh\xffrt\t2\na\tb\tc\n", ["ok"], [12, 20]),
-    ("a.txt", b"fine\nb\xffd\nnu\x00l\nend", ["fine", "end"], [5, 9]),
-])
-def test_bad_lines_of_other_forms(tmp_path: Path, name: str, data: bytes, good: list[str], bad: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "data", "good", "bad"),
+    [
+        ("a.csv", b'text,n\nok,1\n"open,2\nfine,3\nshort\n', ["ok", "fine"], [12, 27]),
+        ("a.csv", b'text,n\nok,1\n"two\nlines"x,2\nfine,3\n', ["ok", "fine"], [12]),
+        (
+            "a.csv",
+            b'text,n\nok,1\n"two\nlines",2\nfine,3,4\nend,5',
+            ["ok", "two\nlines", "end"],
+            [26],
+        ),
+        ("a.tsv", b"text\tn\nok\t1\nsh\xffrt\t2\na\tb\tc\n", ["ok"], [12, 20]),
+        ("a.txt", b"fine\nb\xffd\nnu\x00l\nend", ["fine", "end"], [5, 9]),
+    ],
+)
+def test_bad_lines_of_other_forms(
+    tmp_path: Path, name: str, data: bytes, good: list[str], bad: list[int]
+) -> None:
     path = tmp_path / name
     path.write_bytes(data)
     found, quarantined, _ = read(path, **({"format": "lines"} if name == "a.txt" else {}))
@@ -163,11 +193,14 @@ def test_bad_lines_of_other_forms(tmp_path: Path, name: str, data: bytes, good: 
     assert [item.offset for item in quarantined] == bad
 
 
-@pytest.mark.parametrize(("data", "reason", "offset"), [
-    (b"ok \xff", "invalid UTF-8", 3),
-    (b"a\x00b", "null byte", 1),
-    (b"x" * 5000, "longer than data.max_record_bytes = 2000", 0),
-])
+@pytest.mark.parametrize(
+    ("data", "reason", "offset"),
+    [
+        (b"ok \xff", "invalid UTF-8", 3),
+        (b"a\x00b", "null byte", 1),
+        (b"x" * 5000, "longer than data.max_record_bytes = 2000", 0),
+    ],
+)
 def test_a_bad_whole_file_document(tmp_path: Path, data: bytes, reason: str, offset: int) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(data)
@@ -181,12 +214,12 @@ def test_a_truncated_file_gives_all_before_the_damage(tmp_path: Path, suffix: st
     items = [f"{i} " + str(zlib.crc32(bytes([i % 256, i // 256]))) * 20 for i in range(3000)]
     path = tmp_path / f"a.jsonl{suffix}"
     whole = COMPRESS[suffix](jsonl(items))
-    path.write_bytes(whole[:len(whole) * 2 // 3])
+    path.write_bytes(whole[: len(whole) * 2 // 3])
     found, bad, _ = read(path)
-    assert [text for text, _ in found] == items[:len(found)]
+    assert [text for text, _ in found] == items[: len(found)]
     assert len(found) > 1000 if suffix == ".gz" else len(found) >= 0
     assert [item.reason for item in bad] == [f"truncated {'gzip' if suffix == '.gz' else 'zstd'}"]
-    assert bad[0].offset == len(jsonl(items[:len(found)]))
+    assert bad[0].offset == len(jsonl(items[: len(found)]))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -215,7 +248,9 @@ def test_byte_order_mark_blank_lines_and_no_last_newline(tmp_path: Path) -> None
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_spans_give_every_line_exactly_once(tmp_path: Path, data: st.DataObject) -> None:
     lines = data.draw(st.lists(st.text("abé\r ", max_size=12), max_size=12))
     content = "\n".join(["", *lines]).encode()
@@ -224,12 +259,21 @@ def test_spans_give_every_line_exactly_once(tmp_path: Path, data: st.DataObject)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(content) - 1)), max_size=5)))
     whole, _, _ = read(path, format="lines")
     bounds = [0, *cuts]
-    pieces = [read(path, start, stop, format="lines")[0] for start, stop in zip(bounds, [*cuts, None], strict=True)]
+    pieces = [
+        read(path, start, stop, format="lines")[0]
+        for start, stop in zip(bounds, [*cuts, None], strict=True)
+    ]
     assert [item for piece in pieces for item in piece] == whole
     assert [text for text, _ in whole] == [line.rstrip("\r") for line in lines if line.strip()]
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(["text", "n", "z"]), st.none() | st.text(max_size=8) | st.integers())))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["text", "n", "z"]), st.none() | st.text(max_size=8) | st.integers()
+        )
+    )
+)
 @settings(max_examples=50, deadline=None)
 def test_blocks_and_lines_parse_alike(records: list[dict[str, Any]]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
@@ -237,13 +281,20 @@ def test_blocks_and_lines_parse_alike(records: list[dict[str, Any]]) -> None:
     parser = make_parser(InputFile("", "", 0, "", "jsonl", ""), Source(path="x"))
     at_once = parser.parse_block(data) if records else None
     if at_once is not None:
-        assert at_once[0].to_pylist() == [parser.parse_line(line)[0] for line in data.decode().split("\n") if line]
+        assert at_once[0].to_pylist() == [
+            parser.parse_line(line)[0] for line in data.decode().split("\n") if line
+        ]
 
 
-@given(st.lists(st.tuples(st.text('a," é', max_size=6), st.text("b1", min_size=1, max_size=3)), min_size=1))
+@given(
+    st.lists(
+        st.tuples(st.text('a," é', max_size=6), st.text("b1", min_size=1, max_size=3)), min_size=1
+    )
+)
 @settings(max_examples=50, deadline=None)
-def test_csv_blocks_and_lines_parse_alike(tmp_path_factory: pytest.TempPathFactory,
-                                          rows: list[tuple[str, str]]) -> None:
+def test_csv_blocks_and_lines_parse_alike(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]
+) -> None:
     quoted = [(f'"{text.replace(chr(34), chr(34) * 2)}"', other) for text, other in rows]
     path = tmp_path_factory.getbasetemp() / "alike.csv"
     path.write_text("text,other\n" + "".join(",".join(row) + "\n" for row in quoted))
@@ -252,7 +303,11 @@ def test_csv_blocks_and_lines_parse_alike(tmp_path_factory: pytest.TempPathFacto
     lines = [",".join(row) for row in quoted]
     at_once = parser.parse_block("".join(line + "\n" for line in lines).encode())
     assert at_once is not None
-    assert at_once[0].to_pylist() == [parser.parse_line(line)[0] for line in lines] == [text for text, _ in rows]
+    assert (
+        at_once[0].to_pylist()
+        == [parser.parse_line(line)[0] for line in lines]
+        == [text for text, _ in rows]
+    )
 
 
 def test_a_huge_line_is_skipped_in_bounded_memory(tmp_path: Path) -> None:
@@ -275,22 +330,27 @@ def test_line_blocks_of_any_chunking() -> None:
     data = b"one\ntwo\nthree is long\nfour\nlast"
 
     def chunks(size: int) -> Iterator[bytes]:
-        yield from (data[i:i + size] for i in range(0, len(data), size))
+        yield from (data[i : i + size] for i in range(0, len(data), size))
 
     for size in range(1, len(data) + 1):
         lines: list[bytes] = []
         bad: list[tuple[int, int, str]] = []
         for offset, block, skipped in line_blocks(chunks(size), 5):
-            assert data[offset:offset + len(block)] == block
+            assert data[offset : offset + len(block)] == block
             lines += [line for line in block.split(b"\n") if line]
             bad += skipped
         # A line that arrived whole is left to the parser to judge; one that did not is skipped.
-        assert [line for line in lines if line != b"three is long"] == [b"one", b"two", b"four", b"last"]
+        assert [line for line in lines if line != b"three is long"] == [
+            b"one",
+            b"two",
+            b"four",
+            b"last",
+        ]
         assert [item[:2] for item in bad] in ([], [(8, 13)])
         assert (b"three is long" in lines) != bool(bad)
 
 
-# --- parquet ---
+# --- parquet ------------------------------------------------------------------------------------
 
 
 def write_parquet(path: Path, columns: dict[str, Any], rows: int = 2) -> Path:
@@ -298,10 +358,16 @@ def write_parquet(path: Path, columns: dict[str, Any], rows: int = 2) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet_columns_of_any_text_type(tmp_path: Path, kind: pa.DataType) -> None:
     values = ["a", "漢", "c", "a", ""]
-    column = pa.array(values).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(values).cast(kind)
+    column = (
+        pa.array(values).dictionary_encode()
+        if pa.types.is_dictionary(kind)
+        else pa.array(values).cast(kind)
+    )
     path = write_parquet(tmp_path / "a.parquet", {"text": column, "y": pa.array(range(5))})
     assert texts(path) == values
     assert [label for _, label in read(path, label="y")[0]] == ["0", "1", "2", "3", "4"]
@@ -326,20 +392,29 @@ def test_a_damaged_parquet_file_is_one_bad_record(tmp_path: Path) -> None:
     assert bad[0].reason.startswith("damaged parquet")
 
 
-# --- refusals ---
+# --- refusals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "data", "fields", "message"), [
-    ("a.jsonl", b'{"body": "x", "id": 1}\n', {}, "no text column 'text'; columns: body, id"),
-    ("a.jsonl", b'{"text": "x", "id": 1}\n', {"label": "y"}, "no label column 'y'; columns: text, id"),
-    ("a.csv", b"body,id\nx,1\n", {}, "no text column 'text'; columns: body, id"),
-    ("a.tsv", b"x\ty\n", {"header": False, "text": "2"}, "no text column '2'; columns: 0, 1"),
-    ("a.csv", b'"open\n', {}, "its first line is broken"),
-    ("a.txt", b"x\n", {"format": "lines", "label": "y"}, "format lines has no label column"),
-    ("a.txt", b"x\n", {"label": "y"}, "format text has no label column"),
-])
-def test_a_missing_column_names_those_there_are(tmp_path: Path, name: str, data: bytes, fields: dict[str, Any],
-                                                message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "data", "fields", "message"),
+    [
+        ("a.jsonl", b'{"body": "x", "id": 1}\n', {}, "no text column 'text'; columns: body, id"),
+        (
+            "a.jsonl",
+            b'{"text": "x", "id": 1}\n',
+            {"label": "y"},
+            "no label column 'y'; columns: text, id",
+        ),
+        ("a.csv", b"body,id\nx,1\n", {}, "no text column 'text'; columns: body, id"),
+        ("a.tsv", b"x\ty\n", {"header": False, "text": "2"}, "no text column '2'; columns: 0, 1"),
+        ("a.csv", b'"open\n', {}, "its first line is broken"),
+        ("a.txt", b"x\n", {"format": "lines", "label": "y"}, "format lines has no label column"),
+        ("a.txt", b"x\n", {"label": "y"}, "format text has no label column"),
+    ],
+)
+def test_a_missing_column_names_those_there_are(
+    tmp_path: Path, name: str, data: bytes, fields: dict[str, Any], message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(CorpusError, match=message):

@@ -15,13 +15,25 @@ from dray.spec import Source
 
 
 def names(root: Path, **source: object) -> list[str]:
-    return [os.path.relpath(file.path, root) for file in find_files(Source(**source), "data.train.0")]  # type: ignore[arg-type]
+    return [
+        os.path.relpath(file.path, root) for file in find_files(Source(**source), "data.train.0")
+    ]  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    for name in ("b.jsonl", "a.jsonl.gz", "c.TXT", "image.png", ".hidden.txt", "_SUCCESS", "deep/d.jsonl.zst",
-                 "deep/er/e.py", "deep/__pycache__/f.py", ".git/g.txt"):
+    for name in (
+        "b.jsonl",
+        "a.jsonl.gz",
+        "c.TXT",
+        "image.png",
+        ".hidden.txt",
+        "_SUCCESS",
+        "deep/d.jsonl.zst",
+        "deep/er/e.py",
+        "deep/__pycache__/f.py",
+        ".git/g.txt",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x\n" if "json" in name else "x\n" * 50)  # the text outweighs the data
@@ -29,29 +41,45 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_its_known_files_in_order(tree: Path) -> None:
-    assert names(tree, path=str(tree)) == ["a.jsonl.gz", "b.jsonl", "c.TXT", "deep/d.jsonl.zst", "deep/er/e.py"]
+    assert names(tree, path=str(tree)) == [
+        "a.jsonl.gz",
+        "b.jsonl",
+        "c.TXT",
+        "deep/d.jsonl.zst",
+        "deep/er/e.py",
+    ]
 
 
 def test_forms_and_compressions_come_from_suffixes(tree: Path) -> None:
     files = find_files(Source(path=str(tree)), "s")
     forms = {os.path.basename(file.path): (file.form, file.compression) for file in files}
-    assert forms == {"a.jsonl.gz": ("jsonl", "gzip"), "b.jsonl": ("jsonl", ""), "c.TXT": ("text", ""),
-                     "d.jsonl.zst": ("jsonl", "zstd"), "e.py": ("text", "")}
+    assert forms == {
+        "a.jsonl.gz": ("jsonl", "gzip"),
+        "b.jsonl": ("jsonl", ""),
+        "c.TXT": ("text", ""),
+        "d.jsonl.zst": ("jsonl", "zstd"),
+        "e.py": ("text", ""),
+    }
 
 
-@pytest.mark.parametrize(("pattern", "found"), [
-    ("*.jsonl*", ["a.jsonl.gz", "b.jsonl"]),
-    ("**/*.jsonl*", ["a.jsonl.gz", "b.jsonl", "deep/d.jsonl.zst"]),
-    ("deep/**", ["deep/d.jsonl.zst", "deep/er/e.py"]),
-    ("[ab].jsonl*", ["a.jsonl.gz", "b.jsonl"]),
-    ("[!a].jsonl", ["b.jsonl"]),
-    ("?.jsonl", ["b.jsonl"]),
-])
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.jsonl*", ["a.jsonl.gz", "b.jsonl"]),
+        ("**/*.jsonl*", ["a.jsonl.gz", "b.jsonl", "deep/d.jsonl.zst"]),
+        ("deep/**", ["deep/d.jsonl.zst", "deep/er/e.py"]),
+        ("[ab].jsonl*", ["a.jsonl.gz", "b.jsonl"]),
+        ("[!a].jsonl", ["b.jsonl"]),
+        ("?.jsonl", ["b.jsonl"]),
+    ],
+)
 def test_globs(tree: Path, pattern: str, found: list[str]) -> None:
     assert names(tree, path=f"{tree}/{pattern}") == found
 
 
-def test_relative_paths_start_at_the_working_directory(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_start_at_the_working_directory(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tree / "deep")
     assert names(tree, path="../*.jsonl") == ["b.jsonl"]
 
@@ -97,13 +125,16 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
     assert current_stamp(file) != (file.num_bytes, file.stamp)
 
 
-@pytest.mark.parametrize(("path", "what"), [
-    ("{root}/missing", "does not exist"),
-    ("{root}/none/*.jsonl", "does not exist"),
-    ("{root}/*.parquet", "no matching file"),
-    ("{root}/image.png", "cannot tell the form"),
-    ("{root}/deep/__pycache__/*.md", "no matching file"),
-])
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("{root}/missing", "does not exist"),
+        ("{root}/none/*.jsonl", "does not exist"),
+        ("{root}/*.parquet", "no matching file"),
+        ("{root}/image.png", "cannot tell the form"),
+        ("{root}/deep/__pycache__/*.md", "no matching file"),
+    ],
+)
 def test_refusals_name_the_place(tree: Path, path: str, what: str) -> None:
     with pytest.raises(CorpusError, match=what) as caught:
         find_files(Source(path=path.format(root=tree)), "data.train.0")
@@ -116,14 +147,19 @@ def test_translated_globs_stay_within_a_name() -> None:
     assert re.compile(translate_glob("[[]a[]!]")).fullmatch("[a!")
 
 
-# --- what is left out ---
+# --- what is left out ---------------------------------------------------------------------------
 
 
 def left_out(**source: object) -> dict[str, tuple[int, list[str]]]:
     """Reason → number of files and the first names, of what a source leaves out."""
     listing = list_source(Source(**source), "data.train.0")  # type: ignore[arg-type]
-    return {item.reason: (item.num_files, [os.path.basename(path.rstrip("/")) for path in item.examples])
-            for item in listing.left_out}
+    return {
+        item.reason: (
+            item.num_files,
+            [os.path.basename(path.rstrip("/")) for path in item.examples],
+        )
+        for item in listing.left_out
+    }
 
 
 def test_every_file_left_out_is_counted_by_reason(tree: Path) -> None:
@@ -146,12 +182,15 @@ def test_many_files_left_out_keep_the_first_names(tmp_path: Path) -> None:
 
 def test_nothing_but_files_of_unknown_form_are_named(tmp_path: Path) -> None:
     (tmp_path / "part-00000").write_text("x")
-    with pytest.raises(CorpusError, match=r"no matching file in .*left out: 1 of a form .*\(part-00000\)"):
+    with pytest.raises(
+        CorpusError, match=r"no matching file in .*left out: 1 of a form .*\(part-00000\)"
+    ):
         find_files(Source(path=str(tmp_path)), "s")
 
 
-@pytest.mark.parametrize("name", ["README.md", "README", "LICENSE.txt", "licence.md", "SOURCE.md",
-                                  "dataset_infos.json"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "README", "LICENSE.txt", "licence.md", "SOURCE.md", "dataset_infos.json"]
+)
 def test_what_accompanies_data_is_no_document(tmp_path: Path, name: str) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / name).write_text("much longer than the data itself\n" * 100)
@@ -176,14 +215,25 @@ def test_links_neither_loop_nor_double(tmp_path: Path) -> None:
     (tmp_path / "above" / "not.txt").write_text("outside")
     (tmp_path / "aside").mkdir()
     (tmp_path / "aside" / "b.txt").write_text("b")
-    links = {"deep/self": ".", "deep/up": "..", "above": "../../above", "again": "deep", "first": "../../aside",
-             "second": "../../aside", "0.txt": "deep/a.txt", "dead.txt": "nowhere", "circle": "circle"}
+    links = {
+        "deep/self": ".",
+        "deep/up": "..",
+        "above": "../../above",
+        "again": "deep",
+        "first": "../../aside",
+        "second": "../../aside",
+        "0.txt": "deep/a.txt",
+        "dead.txt": "nowhere",
+        "circle": "circle",
+    }
     for link, target in links.items():
         (data / link).symlink_to(target)
     assert names(data, path=str(data)) == ["deep/a.txt", "first/b.txt"]
     assert {reason: count for reason, (count, _) in left_out(path=str(data)).items()} == {
-        "links that lead nowhere": 2, "links to files that are read already": 1,
-        "links to folders that are read already": 5}
+        "links that lead nowhere": 2,
+        "links to files that are read already": 1,
+        "links to folders that are read already": 5,
+    }
 
 
 def test_links_into_a_hidden_store_are_read(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from ray import cloudpickle
 
 from dray.corpus.prepare import Corpus, prepare
-from dray.corpus.stream import RowStream, build_dataset, build_datasource, check_rows, iterate_windows, read_rows
+from dray.corpus.stream import (
+    RowStream,
+    build_dataset,
+    build_datasource,
+    check_rows,
+    iterate_windows,
+    read_rows,
+)
 from dray.errors import CorpusError
 from dray.order import PADDING
 from dray.spec import make_spec
@@ -28,10 +35,16 @@ from tiny import tiny_tree
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, local_ray: None) -> Corpus:
-    tree = tiny_tree(tiny_corpus, data={
-        "train": [{"path": f"{tiny_corpus}/part-{n}.jsonl", "weight": w} for n, w in ((0, 1.0), (1, 3.0))],
-        "validation": {"path": f"{tiny_corpus}/part-2.jsonl"},
-    })
+    tree = tiny_tree(
+        tiny_corpus,
+        data={
+            "train": [
+                {"path": f"{tiny_corpus}/part-{n}.jsonl", "weight": w}
+                for n, w in ((0, 1.0), (1, 3.0))
+            ],
+            "validation": {"path": f"{tiny_corpus}/part-2.jsonl"},
+        },
+    )
     return prepare(make_spec(tree), str(tmp_path_factory.mktemp("store")))
 
 
@@ -42,8 +55,16 @@ def random_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def make_stream(corpus: Corpus, **fields: Any) -> RowStream:
     settings: dict[str, Any] = {
-        "folder": corpus.folder, "key": corpus.manifest.key, "seed": 3, "global_rows": 12, "num_ranks": 2,
-        "rows_per_rank": 6, "micro_rows": 3, "start_step": 0, "num_steps": 30, "validate_every": 20,
+        "folder": corpus.folder,
+        "key": corpus.manifest.key,
+        "seed": 3,
+        "global_rows": 12,
+        "num_ranks": 2,
+        "rows_per_rank": 6,
+        "micro_rows": 3,
+        "start_step": 0,
+        "num_steps": 30,
+        "validate_every": 20,
         "max_validation_rows": 25,
     }
     return RowStream(**settings | fields)
@@ -69,7 +90,9 @@ def test_ray_data_hands_each_rank_its_blocks_in_order(corpus: Corpus):
     received: dict[int, list[pa.Table]] = {}
 
     def consume(rank: int) -> None:
-        blocks = iterate_windows(stream, lambda: splits[rank].iter_batches(batch_size=None, batch_format="pyarrow"))
+        blocks = iterate_windows(
+            stream, lambda: splits[rank].iter_batches(batch_size=None, batch_format="pyarrow")
+        )
         received[rank] = [block for _, block in check_rows(stream, blocks, rank)]
 
     threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(stream.num_ranks)]
@@ -84,30 +107,50 @@ def test_ray_data_hands_each_rank_its_blocks_in_order(corpus: Corpus):
             assert block.select(other.column_names).equals(other)
 
 
-@pytest.mark.parametrize(("num_ranks", "rows_per_rank", "micro_rows"), [(1, 12, 4), (3, 4, 2), (5, 3, 1), (8, 2, 2)])
-def test_any_number_of_ranks_reads_the_same_global_batches(corpus: Corpus, num_ranks: int, rows_per_rank: int,
-                                                           micro_rows: int):
-    other = make_stream(corpus, num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=micro_rows)
+@pytest.mark.parametrize(
+    ("num_ranks", "rows_per_rank", "micro_rows"), [(1, 12, 4), (3, 4, 2), (5, 3, 1), (8, 2, 2)]
+)
+def test_any_number_of_ranks_reads_the_same_global_batches(
+    corpus: Corpus, num_ranks: int, rows_per_rank: int, micro_rows: int
+):
+    other = make_stream(
+        corpus, num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=micro_rows
+    )
     assert rows_by_step(other) == rows_by_step(make_stream(corpus))
 
 
 @settings(max_examples=40, deadline=None)
-@given(left_out=st.sets(st.integers(0, 40), max_size=12), num_ranks=st.integers(1, 16), micro_rows=st.integers(1, 3),
-       start_step=st.integers(0, 29))
-def test_left_out_batches_are_never_read(random_corpus: Corpus, left_out: set[int], num_ranks: int, micro_rows: int,
-                                         start_step: int):
-    """From any step on, at any number of ranks: the batches of the endless sequence but for those left out."""
+@given(
+    left_out=st.sets(st.integers(0, 40), max_size=12),
+    num_ranks=st.integers(1, 16),
+    micro_rows=st.integers(1, 3),
+    start_step=st.integers(0, 29),
+)
+def test_left_out_batches_are_never_read(
+    random_corpus: Corpus, left_out: set[int], num_ranks: int, micro_rows: int, start_step: int
+):
+    """From any step on, at any number of ranks: the batches of the endless sequence but for those
+    left out."""
     whole = rows_by_step(make_stream(random_corpus, num_ranks=1, rows_per_rank=12, num_steps=80))
     kept = [batch for batch in range(80) if batch not in left_out]
-    found = rows_by_step(make_stream(
-        random_corpus, left_out=tuple(sorted(left_out)), num_ranks=num_ranks, micro_rows=micro_rows,
-        rows_per_rank=-(-12 // (num_ranks * micro_rows)) * micro_rows, start_step=start_step))
+    found = rows_by_step(
+        make_stream(
+            random_corpus,
+            left_out=tuple(sorted(left_out)),
+            num_ranks=num_ranks,
+            micro_rows=micro_rows,
+            rows_per_rank=-(-12 // (num_ranks * micro_rows)) * micro_rows,
+            start_step=start_step,
+        )
+    )
     assert found == {step: whole[kept[step - 1] + 1] for step in range(start_step + 1, 31)}
 
 
 def test_a_stream_from_the_middle_is_the_rest_of_the_whole(corpus: Corpus):
     whole, rest = make_stream(corpus), make_stream(corpus, start_step=17)
-    assert rows_by_step(rest) == {step: rows for step, rows in rows_by_step(whole).items() if step > 17}
+    assert rows_by_step(rest) == {
+        step: rows for step, rows in rows_by_step(whole).items() if step > 17
+    }
 
 
 def test_rows_hold_what_the_shards_hold(corpus: Corpus):
@@ -115,15 +158,27 @@ def test_rows_hold_what_the_shards_hold(corpus: Corpus):
     table = read_rows(corpus.folder, corpus.manifest, split, np.arange(split.num_rows))
     assert table.num_rows == split.num_rows
     assert int(np.sum(table.column("num_tokens").to_numpy())) == split.num_tokens
-    backwards = read_rows(corpus.folder, corpus.manifest, split, np.arange(split.num_rows)[::-1].copy())
+    backwards = read_rows(
+        corpus.folder, corpus.manifest, split, np.arange(split.num_rows)[::-1].copy()
+    )
     last = table.slice(split.num_rows - 1).column("input_ids")
     assert backwards.slice(0, 1).column("input_ids").to_pylist() == last.to_pylist()
 
 
 def test_validation_rows_are_read_once_each(corpus: Corpus):
     stream = make_stream(corpus, num_ranks=3, rows_per_rank=4, micro_rows=4)
-    parts = [segment for segment in stream.segments() if segment.kind == "validation" and segment.first == 20]
-    ids = [int(i) for rank in range(3) for part in parts for i in stream.row_ids(part, rank) if i != PADDING]
+    parts = [
+        segment
+        for segment in stream.segments()
+        if segment.kind == "validation" and segment.first == 20
+    ]
+    ids = [
+        int(i)
+        for rank in range(3)
+        for part in parts
+        for i in stream.row_ids(part, rank)
+        if i != PADDING
+    ]
     assert sorted(ids) == list(range(25))
 
 
@@ -150,8 +205,11 @@ def test_an_error_behind_the_stream_is_raised_where_blocks_are_consumed(corpus: 
 
 
 @pytest.mark.parametrize("num_steps", [3000, 3_000_000])
-def test_what_ray_is_given_grows_neither_with_the_run_nor_with_the_corpus(tmp_path: Path, num_steps: int):
-    """A corpus of some shards and one of hundreds: the read tasks are as large, and no more of them are planned."""
+def test_what_ray_is_given_grows_neither_with_the_run_nor_with_the_corpus(
+    tmp_path: Path, num_steps: int
+):
+    """A corpus of some shards and one of hundreds: the read tasks are as large, and no more of them
+    are planned."""
     sizes = []
     for name, num_rows in (("small", 100), ("large", 32 * 3 * 300)):
         large = build_random_corpus(tmp_path / name, [num_rows])
@@ -167,7 +225,9 @@ def test_blocks_are_bounded_in_bytes_however_long_the_run(random_corpus: Corpus)
     stream = make_stream(random_corpus, global_rows=4096, rows_per_rank=2048, num_steps=10**7)
     row_bytes = 16 * 2 + 24
     for segment in islice(stream.segments(), 100):
-        assert (segment.last - segment.first + 1) * stream.rows_per_rank * row_bytes <= stream.block_bytes
+        assert (
+            segment.last - segment.first + 1
+        ) * stream.rows_per_rank * row_bytes <= stream.block_bytes
 
 
 def test_a_corpus_that_is_not_the_runs_own_is_refused(random_corpus: Corpus):

@@ -1,4 +1,5 @@
-"""A tokeniser's folder made whole, and dressed so that plain transformers gives the ids that training gave."""
+"""A tokeniser's folder made whole, and dressed so that plain transformers gives the ids that
+training gave."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ import pytest
 
 from dray.corpus.cleaning import normalize
 from dray.corpus.tokenizer_folder import Dress, completed, dressed
-from dray.corpus.tokenizing import END_OF_TEXT, PAD, PROBES, Encoder, describe, load_auto_tokenizer, train_byte_bpe
+from dray.corpus.tokenizing import (
+    END_OF_TEXT,
+    PAD,
+    PROBES,
+    Encoder,
+    describe,
+    load_auto_tokenizer,
+    train_byte_bpe,
+)
 
 TEXT = Path(json.__file__).read_text()
 TEXTS = (*PROBES, "cafe\u0301 and café", "<s>x</s> [SEP] [PAD] <unk> <mask> <|user|>", TEXT[:500])
@@ -22,14 +31,18 @@ Files = dict[str, bytes]
 
 def as_files(tokenizer: Any, **config: Any) -> Files:
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
-    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
 
 
 def surrounded(tokenizer: Any, template: str, *names: str) -> Any:
     from tokenizers import processors
 
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names])
+        single=template, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names]
+    )
     return tokenizer
 
 
@@ -38,23 +51,40 @@ def byte_bpe(*special: str) -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(
-        vocab_size=330, special_tokens=[*special], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=[*special],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tokenizer
 
 
 @cache
 def trained() -> Files:
-    return {"tokenizer.json": train_byte_bpe([TEXT.encode()], 330).encode(),
-            "tokenizer_config.json": json.dumps({"eos_token": END_OF_TEXT, "pad_token": PAD}).encode()}
+    return {
+        "tokenizer.json": train_byte_bpe([TEXT.encode()], 330).encode(),
+        "tokenizer_config.json": json.dumps({"eos_token": END_OF_TEXT, "pad_token": PAD}).encode(),
+    }
 
 
 @cache
 def begins_with_a_token() -> Files:
     tokenizer = surrounded(byte_bpe("<s>", "</s>"), "<s> $A", "<s>")
-    return as_files(tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", add_bos_token=True,
-                    add_eos_token=True, tokenizer_class="LlamaTokenizer", padding_side="left", legacy=False)
+    return as_files(
+        tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        add_bos_token=True,
+        add_eos_token=True,
+        tokenizer_class="LlamaTokenizer",
+        padding_side="left",
+        legacy=False,
+    )
 
 
 @cache
@@ -64,37 +94,64 @@ def sentence_pieces() -> Files:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.train_from_iterator([TEXT], trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+    tokenizer.train_from_iterator(
+        [TEXT],
+        trainers.UnigramTrainer(
+            vocab_size=200,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
     surrounded(tokenizer, "$A </s>", "</s>")
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=9)
-    return as_files(tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=5)
+    return as_files(
+        tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=5
+    )
 
 
 def words_with_odd_tokens() -> Files:
-    """Roles for words that are no special tokens, a pad token that is not there, tokens in three more files."""
+    """Roles for words that are no special tokens, a pad token that is not there, tokens in three
+    more files."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*dict.fromkeys(["[UNK]", "</s>", "<mask>", "[SEP]", *TEXT.split()[:150]])]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    files = as_files(tokenizer, pad_token="[PAD]", eos_token={"content": "</s>", "__type": "AddedToken"},
-                     extra_special_tokens=["[SEP]", "<|nowhere|>"], chat_template="{{ messages }}",
-                     split_special_tokens=True)
+    files = as_files(
+        tokenizer,
+        pad_token="[PAD]",
+        eos_token={"content": "</s>", "__type": "AddedToken"},
+        extra_special_tokens=["[SEP]", "<|nowhere|>"],
+        chat_template="{{ messages }}",
+        split_special_tokens=True,
+    )
     files["added_tokens.json"] = json.dumps({"<|user|>": len(words)}).encode()
-    files["special_tokens_map.json"] = json.dumps({"mask_token": {"content": "<mask>", "lstrip": True}}).encode()
+    files["special_tokens_map.json"] = json.dumps(
+        {"mask_token": {"content": "<mask>", "lstrip": True}}
+    ).encode()
     return files
 
 
-MAKERS: list[Callable[[], Files]] = [trained, begins_with_a_token, sentence_pieces, words_with_odd_tokens]
+MAKERS: list[Callable[[], Files]] = [
+    trained,
+    begins_with_a_token,
+    sentence_pieces,
+    words_with_odd_tokens,
+]
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "modernbert", "roberta", "t5", "gemma", "phi3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "bert", "modernbert", "roberta", "t5", "gemma", "phi3"]
+)
 @pytest.mark.parametrize("packs_rows", [False, True])
-def test_plain_transformers_gives_trainings_ids(tmp_path: Path, make: Callable[[], Files], model_type: str,
-                                                packs_rows: bool) -> None:
+def test_plain_transformers_gives_trainings_ids(
+    tmp_path: Path, make: Callable[[], Files], model_type: str, packs_rows: bool
+) -> None:
     files = completed(make())
     info = describe(files, [TEXT[:2000]], needs_end=packs_rows)
     suffix = () if packs_rows else info.suffix
@@ -107,7 +164,7 @@ def test_plain_transformers_gives_trainings_ids(tmp_path: Path, make: Callable[[
     for text in TEXTS:
         ids = encoder.encode(normalize(pa.array([text], pa.large_string()), "NFC"))[0].tolist()
         assert tokenizer(text, verbose=False).input_ids == [*info.prefix, *ids, *suffix]
-        cut = [*info.prefix, *ids[:24 - len(info.prefix) - len(suffix)], *suffix]
+        cut = [*info.prefix, *ids[: 24 - len(info.prefix) - len(suffix)], *suffix]
         assert tokenizer(text, truncation=True).input_ids == cut
     assert len(tokenizer) == info.vocab_size
     assert tokenizer.padding_side == "right"
@@ -129,6 +186,9 @@ def test_chat_templates_stay() -> None:
     out = dressed(files, Dress((), (), None, 1, "none", 24))
     assert out["chat_template.jinja"] == b"{{ x }}"
     config = json.loads(out["tokenizer_config.json"])
-    assert (config["chat_template"], config["extra_special_tokens"]) == ("{{ messages }}", ["[SEP]"])
+    assert (config["chat_template"], config["extra_special_tokens"]) == (
+        "{{ messages }}",
+        ["[SEP]"],
+    )
     assert "split_special_tokens" not in config
     assert "pad_token" not in config

@@ -1,4 +1,5 @@
-"""Tokenisers: trained the same every time, loaded by transformers, encoded by whatever gives the reference's ids."""
+"""Tokenisers: trained the same every time, loaded by transformers, encoded by whatever gives the
+reference's ids."""
 
 from __future__ import annotations
 
@@ -45,12 +46,20 @@ def encode(encoder: Encoder, *texts: str) -> list[list[int]]:
 
 
 def test_training_gives_the_same_bytes_in_another_process(trained: Path) -> None:
-    program = ("import hashlib, json; from pathlib import Path; from dray.corpus.tokenizing import train_byte_bpe;"
-               "text = Path(json.__file__).read_bytes();"
-               "print(hashlib.sha256(train_byte_bpe([text, '漢字 é'.encode()], 400).encode()).hexdigest())")
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import hashlib, json; from pathlib import Path; from dray.corpus.tokenizing import "
+        "train_byte_bpe;"
+        "text = Path(json.__file__).read_bytes();"
+        "print(hashlib.sha256(train_byte_bpe([text, '漢字 é'.encode()], 400).encode()).hexdigest())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     # Nothing but that line: native code must not write on stdout.
-    assert result.stdout.strip() == hashlib.sha256((trained / "tokenizer.json").read_bytes()).hexdigest()
+    assert (
+        result.stdout.strip()
+        == hashlib.sha256((trained / "tokenizer.json").read_bytes()).hexdigest()
+    )
 
 
 def test_gigatoken_makes_hugging_faces_merges() -> None:
@@ -94,24 +103,38 @@ def test_slices_encode_like_their_documents(trained: Path) -> None:
 def make_wordpiece(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    vocab = {name: index for index, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "wor", "##d", "a", "b"])}
+    vocab = {
+        name: index
+        for index, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "wor", "##d", "a", "b"])
+    }
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
     around = [("[CLS]", 2), ("[SEP]", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=around)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=around
+    )
     tokenizer.enable_truncation(3)
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "sep_token": {"content": "[SEP]"}}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "[PAD]",
+        "sep_token": {"content": "[SEP]"},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
-def test_documents_one_by_one_and_at_once_have_the_same_ids(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first ones go one by one, so that a process with few need not import awkward; slices and empty ones too."""
+def test_documents_one_by_one_and_at_once_have_the_same_ids(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones go one by one, so that a process with few need not import awkward; slices and
+    empty ones too."""
     encoder = Encoder(read_tokenizer_files(str(trained)), "gigatoken")
-    texts = pa.array([*tokenizing.PROBES, "word " * 999, "", "é漢字" * 50, *tokenizing.PROBES], pa.large_string())
+    texts = pa.array(
+        [*tokenizing.PROBES, "word " * 999, "", "é漢字" * 50, *tokenizing.PROBES], pa.large_string()
+    )
     for some in (texts, texts.slice(3, 11), texts.slice(len(texts) - 1)):
         monkeypatch.setattr(tokenizing, "FEW_DOCUMENTS", 10**9)
         ids, lengths = encoder.encode(some)
@@ -154,11 +177,14 @@ def test_slow_files_are_converted(tmp_path: Path, shared_data: Path) -> None:
     assert encode(Encoder(files, "gigatoken"), "Hello world") == [[15496, 995]]
 
 
-@pytest.mark.parametrize(("names", "what"), [
-    (None, "is no folder"),
-    (["README.md"], "holds no tokeniser, but README.md"),
-    (["tokenizer_config.json"], "holds no tokeniser"),
-])
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (None, "is no folder"),
+        (["README.md"], "holds no tokeniser, but README.md"),
+        (["tokenizer_config.json"], "holds no tokeniser"),
+    ],
+)
 def test_refusals(tmp_path: Path, names: list[str] | None, what: str) -> None:
     folder = tmp_path / "folder"
     if names is not None:
@@ -182,14 +208,18 @@ def test_packing_needs_a_token_that_ends_documents(tmp_path: Path) -> None:
 def test_documents_are_surrounded() -> None:
     ids, lengths = np.array([5, 6, 7], np.uint32), np.array([2, 0, 1])
     tokens, found = surround(ids, lengths, (), (9,), "uint16")
-    assert (tokens.tolist(), found.tolist(), tokens.dtype) == ([5, 6, 9, 9, 7, 9], [3, 1, 2], np.uint16)
+    assert (tokens.tolist(), found.tolist(), tokens.dtype) == (
+        [5, 6, 9, 9, 7, 9],
+        [3, 1, 2],
+        np.uint16,
+    )
     tokens, found = surround(ids, lengths, (1, 2), (8, 9), "uint32")
     assert tokens.tolist() == [1, 2, 5, 6, 8, 9, 1, 2, 8, 9, 1, 2, 7, 8, 9]
     assert found.tolist() == [6, 4, 5]
     assert surround(ids, lengths, (), (), "uint16")[0].tolist() == [5, 6, 7]
 
 
-# --- folders of other makers ---
+# --- folders of other makers --------------------------------------------------------------------
 
 
 def make_word_level(words: str, **config: Any) -> dict[str, bytes]:
@@ -199,7 +229,10 @@ def make_word_level(words: str, **config: Any) -> dict[str, bytes]:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -213,7 +246,9 @@ def test_no_word_is_taken_for_padding() -> None:
     text = "terrible film was the good"
     for name in ("terrible", "[UNK]", "absent"):
         files = make_word_level(f"{text} [UNK]", pad_token=name, unk_token="[UNK]")
-        with pytest.raises(CorpusError, match="no pad token that is no word, and no end-of-text token"):
+        with pytest.raises(
+            CorpusError, match="no pad token that is no word, and no end-of-text token"
+        ):
             describe(files, [text, text], needs_end=False)
     # Named as padding, but a word; unknown words are no padding either.
     for name in ("terrible", "[UNK]"):
@@ -228,15 +263,22 @@ def test_no_word_is_taken_for_padding() -> None:
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
-def test_gpt2s_bare_files_are_read_as_transformers_reads_them(tmp_path: Path, shared_data: Path,
-                                                              names: tuple[str, str]) -> None:
+def test_gpt2s_bare_files_are_read_as_transformers_reads_them(
+    tmp_path: Path, shared_data: Path, names: tuple[str, str]
+) -> None:
     from transformers import GPT2Tokenizer
 
     source = shared_data / "gpt2_vocab"
-    files = {new: (source / old).read_bytes() for new, old in zip(names, ("encoder.json", "vocab.bpe"), strict=True)}
+    files = {
+        new: (source / old).read_bytes()
+        for new, old in zip(names, ("encoder.json", "vocab.bpe"), strict=True)
+    }
     copy_tokenizer(str(write(tmp_path / "bare", files)), LOCAL, str(tmp_path / "copy"))
     ours = Encoder(read_tokenizer_files(str(tmp_path / "copy")), "tokenizers")
-    given = {"vocab.json": (source / "encoder.json").read_bytes(), "merges.txt": (source / "vocab.bpe").read_bytes()}
+    given = {
+        "vocab.json": (source / "encoder.json").read_bytes(),
+        "merges.txt": (source / "vocab.bpe").read_bytes(),
+    }
     theirs = GPT2Tokenizer.from_pretrained(write(tmp_path / "slow", given))
     texts = [*tokenizing.PROBES[1:], "# # a ## b"]
     assert encode(ours, *texts) == [theirs.encode(text) for text in texts]
@@ -250,15 +292,27 @@ def test_a_config_json_names_the_class_of_slow_files(tmp_path: Path) -> None:
     assert (info.prefix, info.suffix, info.pad_token_id) == ((2,), (3,), 0)
 
 
-@pytest.mark.parametrize(("files", "what"), [
-    ({"tokenizer.json": b"{"}, "tokenizer.json cannot be loaded"),
-    ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "lacks some of the 256 bytes"),
-    ({"vocab.json": b"[1]", "merges.txt": b""}, "vocab.json holds a list"),
-    ({"vocab.txt": b"a"}, "cannot be loaded"),
-    (make_word_level("a b [UNK]") | {"tokenizer_config.json": b"{"}, "tokenizer_config.json is broken JSON"),
-    (make_word_level("a b [UNK]") | {"added_tokens.json": b'{"b": 7}'}, "'b' has the id 7 in one file and 1"),
-    (make_word_level("a b [UNK]") | {"added_tokens.json": b'{"<x>": 9}'}, "'<x>' has the id 9 in one file and 3"),
-])
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"tokenizer.json": b"{"}, "tokenizer.json cannot be loaded"),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "lacks some of the 256 bytes"),
+        ({"vocab.json": b"[1]", "merges.txt": b""}, "vocab.json holds a list"),
+        ({"vocab.txt": b"a"}, "cannot be loaded"),
+        (
+            make_word_level("a b [UNK]") | {"tokenizer_config.json": b"{"},
+            "tokenizer_config.json is broken JSON",
+        ),
+        (
+            make_word_level("a b [UNK]") | {"added_tokens.json": b'{"b": 7}'},
+            "'b' has the id 7 in one file and 1",
+        ),
+        (
+            make_word_level("a b [UNK]") | {"added_tokens.json": b'{"<x>": 9}'},
+            "'<x>' has the id 9 in one file and 3",
+        ),
+    ],
+)
 def test_broken_folders_are_one_line(tmp_path: Path, files: dict[str, bytes], what: str) -> None:
     with pytest.raises(CorpusError, match=what) as raised:
         copy_tokenizer(str(write(tmp_path / "folder", files)), LOCAL, str(tmp_path / "copy"))
@@ -276,8 +330,11 @@ def test_tokens_that_stand_beside_the_tokenizer_are_put_into_it(tmp_path: Path) 
 def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
-    files = {"vocab.txt": b"a\nb", "tokenizer_config.json": json.dumps(config).encode(),
-             "evil.py": f"open({str(ran)!r}, 'w')".encode()}
+    files = {
+        "vocab.txt": b"a\nb",
+        "tokenizer_config.json": json.dumps(config).encode(),
+        "evil.py": f"open({str(ran)!r}, 'w')".encode(),
+    }
     with pytest.raises(CorpusError, match="cannot be loaded"):
         copy_tokenizer(str(write(tmp_path / "folder", files)), LOCAL, str(tmp_path / "copy"))
     assert not ran.exists()

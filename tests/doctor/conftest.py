@@ -19,10 +19,14 @@ FAULTS = ("kill", "raise", "stop", "stuck")
 
 @pytest.fixture(scope="session")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Group]:
-    """Cause → the group that met it: SIGKILL, ValueError, SIGSTOP, and a wait outside of the collective."""
+    """Cause → the group that met it: SIGKILL, ValueError, SIGSTOP, and a wait outside of the
+    collective."""
     folder = tmp_path_factory.mktemp("groups")
-    subprocess.run([sys.executable, str(Path(__file__).parent / "gloo_groups.py"), str(folder), *FAULTS],
-                   check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "gloo_groups.py"), str(folder), *FAULTS],
+        check=True,
+        timeout=120,
+    )
     return {fault: load_group(folder / fault) for fault in FAULTS}
 
 
@@ -31,16 +35,27 @@ def load_group(folder: Path) -> Group:
     ranks = []
     for rank in range(NUM_RANKS):
         said = folder / f"error-{rank}.json"
-        ranks.append(json.loads(said.read_text()) if said.exists() else make_rank_failure(
-            rank, exit=int((folder / f"exit-{rank}").read_text()), node="10.0.0.7"))
+        ranks.append(
+            json.loads(said.read_text())
+            if said.exists()
+            else make_rank_failure(
+                rank, exit=int((folder / f"exit-{rank}").read_text()), node="10.0.0.7"
+            )
+        )
     stacks = {rank: (folder / f"stacks-{rank}.txt").read_text() for rank in range(NUM_RANKS)}
     return Group(ranks, {rank: text for rank, text in stacks.items() if text})
 
 
 @pytest.fixture
 def spec() -> Spec:
-    return make_spec({"name": "speeches", "data": {"train": "texts/*.jsonl"}, "duration": {"steps": 50},
-                      "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4}})
+    return make_spec(
+        {
+            "name": "speeches",
+            "data": {"train": "texts/*.jsonl"},
+            "duration": {"steps": 50},
+            "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
+        }
+    )
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""Real gloo groups of three ranks, one for each fault that rank 1 meets at step 4: `gloo_groups.py FOLDER FAULT …`.
+"""Real gloo groups of three ranks, one for each fault that rank 1 meets at step 4: `gloo_groups.py
+FOLDER FAULT …`.
 
-Every rank is a process forked from this one (torch is imported once), writes down its own error as dray's ranks do, and
-its stacks while it waits. Below FOLDER/FAULT lie error-R.json, stacks-R.txt and exit-R.
+Every rank is a process forked from this one (torch is imported once), writes down its own error as
+dray's ranks do, and its stacks while it waits. Below FOLDER/FAULT lie error-R.json, stacks-R.txt
+and exit-R.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def train(fault: str, rank: int) -> None:
 
 def run_rank(fault: str, rank: int, port: int, folder: Path) -> None:
     patient = timedelta(seconds=60)
-    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=patient)
+    store = dist.TCPStore(
+        "127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=patient
+    )
     dist.init_process_group("gloo", rank=rank, world_size=NUM_RANKS, store=store, timeout=patient)
     dist.barrier()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT), dist.group.WORLD)
@@ -59,10 +63,14 @@ def run_rank(fault: str, rank: int, port: int, folder: Path) -> None:
         try:
             train(fault, rank)
         except Exception as error:
-            record = make_rank_failure(rank, error, pid=os.getpid(), node="10.0.0.7", time=time.time(), step=FAULT_STEP)
+            record = make_rank_failure(
+                rank, error, pid=os.getpid(), node="10.0.0.7", time=time.time(), step=FAULT_STEP
+            )
             (folder / f"error-{rank}.json").write_text(json.dumps(record))
             if rank == 0:
-                time.sleep(1)  # it holds the store: the others shall see the culprit go, not this rank
+                time.sleep(
+                    1
+                )  # it holds the store: the others shall see the culprit go, not this rank
 
 
 def fork_rank(fault: str, rank: int, port: int, folder: Path) -> int:
@@ -86,7 +94,9 @@ def end_group(pids: list[int], folder: Path) -> None:
     """Wait for the others, then end the culprit where it still lives; write down every exit."""
     for rank in (0, 2, CULPRIT):
         if rank == CULPRIT:
-            os.kill(pids[rank], signal.SIGKILL)  # unreaped until now, so it is nobody else's process
+            os.kill(
+                pids[rank], signal.SIGKILL
+            )  # unreaped until now, so it is nobody else's process
         _, status = os.waitpid(pids[rank], 0)
         (folder / f"exit-{rank}").write_text(str(os.waitstatus_to_exitcode(status)))
 

@@ -1,4 +1,5 @@
-"""Faults in real processes, threads and files: what they really raise is classified by what it is."""
+"""Faults in real processes, threads and files: what they really raise is classified by what it
+is."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ from dray.errors import Cause, CorpusError, PlanError, StoreError
 from dray.runs import Run
 from dray.runs.evidence import make_rank_failure, unwrap
 
-# ---- a group of ranks, one of which meets a fault -----------------------------------------------------------------
+# ---- a group of ranks, one of which meets a fault -----------------------------------------------
 
 
-def test_a_killed_rank_is_told_from_those_that_lost_their_connection_to_it(run: Run, groups: dict[str, Group]) -> None:
+def test_a_killed_rank_is_told_from_those_that_lost_their_connection_to_it(
+    run: Run, groups: dict[str, Group]
+) -> None:
     group = groups["kill"]
     survivors = [record for record in group.ranks if record["rank"] != CULPRIT]
     assert all("gloo/transport" in record["message"] for record in survivors)
@@ -43,13 +46,17 @@ def test_a_killed_rank_on_a_full_host_ran_out_of_memory(run: Run, groups: dict[s
     assert "98%" in found.cause
 
 
-@pytest.mark.parametrize(("fields", "fault"), [
-    ({"nodes_lost": ["10.0.0.7"]}, Cause.NODE_LOSS),
-    ({"preempted": True, "nodes_lost": ["10.0.0.7"]}, Cause.PREEMPTION),
-    ({"detected_by": "hang"}, Cause.HANG),
-])
-def test_what_the_driver_knows_of_the_node_tells_a_death(run: Run, groups: dict[str, Group], fields: dict[str, Any],
-                                                         fault: Cause) -> None:
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"nodes_lost": ["10.0.0.7"]}, Cause.NODE_LOSS),
+        ({"preempted": True, "nodes_lost": ["10.0.0.7"]}, Cause.PREEMPTION),
+        ({"detected_by": "hang"}, Cause.HANG),
+    ],
+)
+def test_what_the_driver_knows_of_the_node_tells_a_death(
+    run: Run, groups: dict[str, Group], fields: dict[str, Any], fault: Cause
+) -> None:
     fail(run, groups["kill"].ranks, **fields)
     found = diagnose(run)
     assert (found.fault, found.rank, found.node) == (fault, CULPRIT, "10.0.0.7")
@@ -63,13 +70,19 @@ def test_survivors_alone_tell_who_is_missing(run: Run, groups: dict[str, Group])
     assert "went away without a word" in found.cause
 
 
-def test_an_error_is_told_from_the_connections_that_it_broke(run: Run, groups: dict[str, Group]) -> None:
+def test_an_error_is_told_from_the_connections_that_it_broke(
+    run: Run, groups: dict[str, Group]
+) -> None:
     fail(run, list(reversed(groups["raise"].ranks)))
     found = diagnose(run)
     assert (found.fault, found.rank, found.step) == (Cause.CODE, CULPRIT, FAULT_STEP)
     assert (found.error_type, found.message) == ("builtins.ValueError", "a label that is none")
-    assert any("meet_fault" in line for exhibit in found.exhibits if exhibit.kind == "traceback"
-               for line in exhibit.lines)
+    assert any(
+        "meet_fault" in line
+        for exhibit in found.exhibits
+        if exhibit.kind == "traceback"
+        for line in exhibit.lines
+    )
 
 
 def test_a_stopped_rank_hangs_the_others(run: Run, groups: dict[str, Group]) -> None:
@@ -94,7 +107,9 @@ def test_a_rank_that_waits_elsewhere_hangs_the_others(run: Run, groups: dict[str
     assert "gloo_groups.py" in found.way_out
 
 
-def test_the_watchdog_names_the_rank_that_the_driver_then_ended(run: Run, groups: dict[str, Group]) -> None:
+def test_the_watchdog_names_the_rank_that_the_driver_then_ended(
+    run: Run, groups: dict[str, Group]
+) -> None:
     group = groups["stuck"]
     run.log_event("hang", attempt=1, ranks=[CULPRIT], reason="no rank has moved for 120 s")
     fail(run, group.ranks, stacks=group.stacks, detected_by="hang")
@@ -104,7 +119,7 @@ def test_the_watchdog_names_the_rank_that_the_driver_then_ended(run: Run, groups
     assert "no rank has moved for 120 s" in found.cause
 
 
-# ---- one process ---------------------------------------------------------------------------------------------------
+# ---- one process -------------------------------------------------------------------------------
 
 
 def full_disk() -> None:
@@ -159,8 +174,15 @@ def bad_number() -> None:
 def loss_scale_at_its_end() -> None:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    DynamicLossScaler(init_scale=1, scale_window=1000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False,
-                      raise_error_at_min_scale=True, dtype=torch.half).update_scale(True)
+    DynamicLossScaler(
+        init_scale=1,
+        scale_window=1000,
+        min_scale=1,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=True,
+        dtype=torch.half,
+    ).update_scale(True)
 
 
 def wrong_shapes() -> None:
@@ -176,11 +198,21 @@ def plan_error() -> None:
 
 
 REAL: dict[Callable[[], None], Cause] = {
-    full_disk: Cause.STORAGE, full_disk_through_arrow: Cause.STORAGE, unwritable: Cause.STORAGE,
-    torn_corpus: Cause.DATA, huge_tensor: Cause.HOST_MEMORY, huge_buffer: Cause.HOST_MEMORY,
-    huge_list: Cause.HOST_MEMORY, wild_token: Cause.DATA, wild_label: Cause.DATA, bad_gradient: Cause.NUMERICS,
-    bad_number: Cause.NUMERICS, loss_scale_at_its_end: Cause.NUMERICS, wrong_shapes: Cause.CODE,
-    missing_library: Cause.CONFIGURATION, plan_error: Cause.CONFIGURATION,
+    full_disk: Cause.STORAGE,
+    full_disk_through_arrow: Cause.STORAGE,
+    unwritable: Cause.STORAGE,
+    torn_corpus: Cause.DATA,
+    huge_tensor: Cause.HOST_MEMORY,
+    huge_buffer: Cause.HOST_MEMORY,
+    huge_list: Cause.HOST_MEMORY,
+    wild_token: Cause.DATA,
+    wild_label: Cause.DATA,
+    bad_gradient: Cause.NUMERICS,
+    bad_number: Cause.NUMERICS,
+    loss_scale_at_its_end: Cause.NUMERICS,
+    wrong_shapes: Cause.CODE,
+    missing_library: Cause.CONFIGURATION,
+    plan_error: Cause.CONFIGURATION,
 }
 
 
@@ -216,10 +248,12 @@ def test_a_process_that_ends_itself(run: Run) -> None:
     assert (diagnose(run).fault, diagnose(run).rank) == (Cause.CODE, 0)
 
 
-# ---- Ray -----------------------------------------------------------------------------------------------------------
+# ---- Ray ---------------------------------------------------------------------------------------
 
 
-def test_a_killed_actor_is_not_out_of_memory_though_ray_guesses_so(run: Run, local_ray: None) -> None:
+def test_a_killed_actor_is_not_out_of_memory_though_ray_guesses_so(
+    run: Run, local_ray: None
+) -> None:
     import ray
 
     @ray.remote(num_cpus=0.1)  # type: ignore[untyped-decorator]
@@ -244,7 +278,11 @@ def test_a_killed_actor_is_not_out_of_memory_though_ray_guesses_so(run: Run, loc
     fail(run, [make_rank_failure(1, raised.value)])
     assert diagnose(run).error_type == "builtins.FloatingPointError"
     assert diagnose(run).fault is Cause.NUMERICS
-    plain = {"rank": 1, "error_type": f"ray.exceptions.{type(raised.value).__name__}", "message": str(raised.value)}
+    plain = {
+        "rank": 1,
+        "error_type": f"ray.exceptions.{type(raised.value).__name__}",
+        "message": str(raised.value),
+    }
     assert classify({"attempt": 1, "ranks": [plain]}) is Cause.NUMERICS
 
 
@@ -265,7 +303,9 @@ except ray.exceptions.RayError as error:
 
 
 def test_a_worker_that_rays_memory_monitor_killed(run: Run) -> None:
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=True
+    )
     record = json.loads(done.stdout.strip().splitlines()[-1])
     assert record["error_type"] == "ray.exceptions.OutOfMemoryError"
     fail(run, [record])
@@ -277,7 +317,10 @@ def test_a_worker_that_rays_memory_monitor_killed(run: Run) -> None:
 
 def test_rays_other_errors(run: Run) -> None:
     from ray import exceptions
-    from ray.train.v2._internal.exceptions import BroadcastCollectiveTimeoutError, WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.exceptions import (
+        BroadcastCollectiveTimeoutError,
+        WorkerGroupStartupTimeoutError,
+    )
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     known: list[tuple[BaseException, Cause]] = [

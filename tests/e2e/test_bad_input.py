@@ -1,4 +1,5 @@
-"""Bad input through the command line: exit code 2, one line on stderr, nothing on stdout, nothing left behind."""
+"""Bad input through the command line: exit code 2, one line on stderr, nothing on stdout, nothing
+left behind."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def refused(arguments: list[str], storage: Path, capsys: Any) -> str:
     ],
 )
 @pytest.mark.usefixtures("local_ray")
-def test_a_spec_that_cannot_run_is_refused(spec_file: Path, tmp_path: Path, capsys: Any, override: str, message: str):
+def test_a_spec_that_cannot_run_is_refused(
+    spec_file: Path, tmp_path: Path, capsys: Any, override: str, message: str
+):
     assert message in refused(["train", str(spec_file), override], tmp_path / "runs", capsys)
 
 
@@ -65,7 +68,12 @@ def test_a_spec_that_cannot_run_is_refused(spec_file: Path, tmp_path: Path, caps
         ("empty.jsonl", b"", {}, "only empty files"),
         ("other.txt", b"x", {"path": "*.parquet"}, "no matching file"),
         ("columns.jsonl", b'{"body": "some words"}\n' * 20, {}, "body"),
-        ("short.jsonl", b'{"text": "ab"}\n{"text": "cd"}\n', {"cleaning": {"min_chars": 5}}, "too_short"),
+        (
+            "short.jsonl",
+            b'{"text": "ab"}\n{"text": "cd"}\n',
+            {"cleaning": {"min_chars": 5}},
+            "too_short",
+        ),
         ("label.csv", b"text,label\nhello,0\n", {"label": "lable"}, "lable"),
     ],
 )
@@ -76,7 +84,9 @@ def test_data_that_is_no_corpus_is_refused(
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / name).write_bytes(content)
-    source = {"path": f"{folder}/{data.get('path', name)}"} | ({"label": data["label"]} if "label" in data else {})
+    source = {"path": f"{folder}/{data.get('path', name)}"} | (
+        {"label": data["label"]} if "label" in data else {}
+    )
     tree = tiny_tree(folder)
     tree["data"] = {"train": source, "sequence_tokens": 64, "cleaning": data.get("cleaning", {})}
     if "label" in data:
@@ -88,23 +98,37 @@ def test_data_that_is_no_corpus_is_refused(
 
 
 def test_commands_about_runs_that_are_not_there(tmp_path: Path, capsys: Any):
-    for command in (["show", "none"], ["verify", "none"], ["evaluate", "none"], ["export", "none", str(tmp_path / "x")],
-                    ["generate", "none", "--prompt", "x"]):
+    for command in (
+        ["show", "none"],
+        ["verify", "none"],
+        ["evaluate", "none"],
+        ["export", "none", str(tmp_path / "x")],
+        ["generate", "none", "--prompt", "x"],
+    ):
         assert "none" in refused(command, tmp_path / "runs", capsys)
 
 
 def test_missing_specs_and_unknown_recipes(tmp_path: Path, capsys: Any):
     assert "did you mean quickstart?" in refused(["plan", "quickstrat"], tmp_path / "runs", capsys)
-    assert "no such file" in refused(["train", str(tmp_path / "no.yaml")], tmp_path / "runs", capsys)
+    assert "no such file" in refused(
+        ["train", str(tmp_path / "no.yaml")], tmp_path / "runs", capsys
+    )
     (tmp_path / "bad.yaml").write_text("a: [")
     assert "not YAML" in refused(["train", str(tmp_path / "bad.yaml")], tmp_path / "runs", capsys)
 
 
 def test_a_plan_that_does_not_fit_names_what_would(tmp_path: Path, spec_file: Path, capsys: Any):
-    wide = ["model.hidden_size=12288", "model.num_layers=96", "model.num_heads=96", "resources.gpus_per_worker=1"]
+    wide = [
+        "model.hidden_size=12288",
+        "model.num_layers=96",
+        "model.num_heads=96",
+        "resources.gpus_per_worker=1",
+    ]
     line = refused(["plan", str(spec_file), *wide, "--shape", "1x2xL4"], tmp_path / "runs", capsys)
     assert "does not fit" in line or "GB" in line
-    assert "--shape" in refused(["plan", str(spec_file), "--shape", "2x8xH1000"], tmp_path / "runs", capsys)
+    assert "--shape" in refused(
+        ["plan", str(spec_file), "--shape", "2x8xH1000"], tmp_path / "runs", capsys
+    )
 
 
 def test_storage_that_cannot_hold_runs(tmp_path: Path, spec_file: Path, capsys: Any):
@@ -126,9 +150,22 @@ def test_storage_without_permission(tmp_path: Path, spec_file: Path, capsys: Any
 
 def test_an_address_where_no_cluster_answers(tmp_path: Path, spec_file: Path):
     """A process of its own: one that is connected already asks nobody."""
-    command = [sys.executable, "-m", "dray.cli", "train", str(spec_file), "--storage", str(tmp_path / "runs")]
-    done = subprocess.run([*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, check=False,
-                          timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "dray.cli",
+        "train",
+        str(spec_file),
+        "--storage",
+        str(tmp_path / "runs"),
+    ]
+    done = subprocess.run(
+        [*command, "--address", "127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 2, done.stderr
     assert "dray: --address: no Ray cluster answers at 127.0.0.1:1" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
-"""The GPU benchmark's one command, with its smallest shape on this CPU: what breaks here would break on the GPU."""
+"""The GPU benchmark's one command, with its smallest shape on this CPU: what breaks here would
+break on the GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*options: str) -> str:
-    done = subprocess.run(["bash", "bench/gpu/run.sh", *options], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHON": sys.executable}, check=False)
+    done = subprocess.run(
+        ["bash", "bench/gpu/run.sh", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -29,4 +36,5 @@ def test_the_smallest_shape_runs_under_every_stage():
 def test_it_profiles_and_says_what_time_did_not_allow():
     assert "aten::" in run("--smallest", "--profile", "--stages", "1")
     assert "left out for want of time: tiny 0 eager, tiny 3 eager" in run(
-        "--smallest", "--stages", "0,3", "--minutes", "-1")
+        "--smallest", "--stages", "0,3", "--minutes", "-1"
+    )

@@ -1,4 +1,5 @@
-"""A run needs nothing but its storage, and says in one line what it refuses before anything is written."""
+"""A run needs nothing but its storage, and says in one line what it refuses before anything is
+written."""
 
 from __future__ import annotations
 
@@ -42,17 +43,37 @@ class Remarks(Display):
 
 def write_data(folder: Path, word: str = "ships") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    records = [{"text": f"document {i} tells of {i * 7 % 13} {word} and {i * 5 % 11} storms"} for i in range(120)]
+    records = [
+        {"text": f"document {i} tells of {i * 7 % 13} {word} and {i * 5 % 11} storms"}
+        for i in range(120)
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
 def make(data: Path | str, **sections: Any) -> Spec:
-    return make_spec(tiny_tree(Path(data), **{
-        "data": {"train": [f"{data}/*.jsonl"], "validation": {"share": 0.2}, "sequence_tokens": 32},
-        "tokenizer": {"train": "byte_bpe", "vocab_size": 300},
-        "model": {"architecture": "llama", "hidden_size": 32, "num_layers": 1, "num_heads": 2},
-        "duration": {"steps": 2}, "resources": {"workers": 1}, **sections}))
+    return make_spec(
+        tiny_tree(
+            Path(data),
+            **{
+                "data": {
+                    "train": [f"{data}/*.jsonl"],
+                    "validation": {"share": 0.2},
+                    "sequence_tokens": 32,
+                },
+                "tokenizer": {"train": "byte_bpe", "vocab_size": 300},
+                "model": {
+                    "architecture": "llama",
+                    "hidden_size": 32,
+                    "num_layers": 1,
+                    "num_heads": 2,
+                },
+                "duration": {"steps": 2},
+                "resources": {"workers": 1},
+                **sections,
+            },
+        )
+    )
 
 
 def files_below(folder: Path) -> list[str]:
@@ -71,7 +92,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
 
 
 class Place:
-    """A working directory with a folder of weights, raw data and the spec of a run that starts from both."""
+    """A working directory with a folder of weights, raw data and the spec of a run that starts from
+    both."""
 
     def __init__(self, root: Path, base: Path) -> None:
         self.root, self.storage = root, root / "runs"
@@ -80,16 +102,26 @@ class Place:
 
     def spec(self, steps: int = 2, **sections: Any) -> Spec:
         tree = make("data").model_dump(mode="json", exclude={"model", "tokenizer"})
-        tree |= {"model": {"path": "base"}, "tokenizer": {"path": "base"}, "duration": {"steps": steps}}
+        tree |= {
+            "model": {"path": "base"},
+            "tokenizer": {"path": "base"},
+            "duration": {"steps": steps},
+        }
         return make_spec(tree | sections)
 
     def prepare(self) -> None:
         prepare(self.spec(), str(self.storage))
 
-    def go(self, steps: int = 2, storage: Path | None = None, **sections: Any) -> tuple[Run, list[str]]:
+    def go(
+        self, steps: int = 2, storage: Path | None = None, **sections: Any
+    ) -> tuple[Run, list[str]]:
         seen = Remarks()
-        ended = train_locally(self.spec(steps, **sections), storage=str(storage or self.storage), run_name="tuned",
-                              display=seen)
+        ended = train_locally(
+            self.spec(steps, **sections),
+            storage=str(storage or self.storage),
+            run_name="tuned",
+            display=seen,
+        )
         return ended.run, seen.lines
 
 
@@ -101,7 +133,9 @@ def place(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return place
 
 
-def test_a_run_goes_on_when_its_inputs_are_gone_and_its_storage_was_moved(place: Place, capsys: Any) -> None:
+def test_a_run_goes_on_when_its_inputs_are_gone_and_its_storage_was_moved(
+    place: Place, capsys: Any
+) -> None:
     spec = place.spec(resources={"workers": 2}, zero={"stage": 3})
     begun = train(spec, storage=str(place.storage), run_name="tuned").run
     for record in ("run.json", "model.json", "attempts/0001.json"):
@@ -125,7 +159,9 @@ def test_a_run_goes_on_when_its_inputs_are_gone_and_its_storage_was_moved(place:
     for command in (["show", "tuned"], ["doctor", "tuned"], ["verify", "tuned", "--ledger"]):
         assert main([*command, "--storage", str(moved)]) == 0
     assert str(moved / "corpora") in json.dumps(run.summary())
-    fork = train(place.spec(steps=5, seed=3), storage=str(moved), run_name="tuned", fork="forked").run
+    fork = train(
+        place.spec(steps=5, seed=3), storage=str(moved), run_name="tuned", fork="forked"
+    ).run
     assert [row["step"] for row in fork.metrics()] == [5]
     again = moved.rename(place.root / "third")
     assert evaluate(str(again), "forked")["step"] == 5
@@ -137,7 +173,9 @@ def test_its_own_folder_is_enough_to_export_and_generate(place: Place) -> None:
     shutil.rmtree(place.storage / "corpora")
     assert len(generate(str(place.storage), "tuned", ["document"], max_tokens=4)) == 1
     assert export(str(place.storage), "tuned", str(place.root / "out")) == 2
-    assert (place.root / "out" / "tokenizer.json").read_bytes() == (place.root / "base/tokenizer.json").read_bytes()
+    assert (place.root / "out" / "tokenizer.json").read_bytes() == (
+        place.root / "base/tokenizer.json"
+    ).read_bytes()
     assert verify_ledger(run).ok
 
 
@@ -145,7 +183,9 @@ def test_a_deleted_corpus_comes_back_from_the_same_files_and_from_no_others(plac
     run, _ = place.go()
     shutil.rmtree(place.storage / "corpora")
     write_data(place.root / "data", "trains")
-    with pytest.raises(StoreError, match=r"run 'tuned': its corpus is gone from .*/corpora/.*--run") as caught:
+    with pytest.raises(
+        StoreError, match=r"run 'tuned': its corpus is gone from .*/corpora/.*--run"
+    ) as caught:
         place.go(steps=4)
     assert "\n" not in str(caught.value)
     write_data(place.root / "data")
@@ -193,15 +233,23 @@ def test_other_paths_that_hold_something_else_are_another_run(place: Place) -> N
 
 
 def test_the_base_is_read_until_the_first_checkpoint_and_not_after(place: Place) -> None:
-    run, _ = open_run(look(place.spec(), str(place.storage), "tuned"), local_shape(),
-                      lambda spec: prepare(spec, str(place.storage)), print, with_ray=False)  # and no step is done
+    run, _ = open_run(
+        look(place.spec(), str(place.storage), "tuned"),
+        local_shape(),
+        lambda spec: prepare(spec, str(place.storage)),
+        print,
+        with_ray=False,
+    )  # and no step is done
     weights = place.root / "base/model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + b"\0\0\0\0")
     with pytest.raises(SpecError, match=r"base holds another model than when the run began.*--run"):
         place.go(steps=3)
     (place.root / "base").rename(place.root / "away")
-    with pytest.raises(SpecError, match=r"base is gone; a run reads its initial weights .* until its first checkpoint"):
+    with pytest.raises(
+        SpecError,
+        match=r"base is gone; a run reads its initial weights .* until its first checkpoint",
+    ):
         place.go(steps=3)
     assert run.attempts() == []
     (place.root / "away").rename(place.root / "base")
@@ -214,7 +262,9 @@ def test_the_base_is_read_until_the_first_checkpoint_and_not_after(place: Place)
     assert run.metrics()[-1]["step"] == 4
 
 
-def test_a_record_with_whole_paths_opens_where_they_are_and_where_they_were_moved(place: Place) -> None:
+def test_a_record_with_whole_paths_opens_where_they_are_and_where_they_were_moved(
+    place: Place,
+) -> None:
     """Earlier versions wrote absolute paths, and kept neither configuration nor tokeniser."""
     run, _ = place.go()
     shutil.rmtree(Path(run.path, "corpus"))
@@ -222,8 +272,11 @@ def test_a_record_with_whole_paths_opens_where_they_are_and_where_they_were_move
     identity = run.record()["identity"]
     identity["model"]["path"] = str(place.root / "base")
     run.update(corpus=str(place.storage / run.record()["corpus"]), identity=identity)
-    Path(run.path, "spec.yaml").write_text(dray.spec.loading.dump_spec(
-        place.spec(model={"path": str(place.root / "base")}, precision="fp32")))
+    Path(run.path, "spec.yaml").write_text(
+        dray.spec.loading.dump_spec(
+            place.spec(model={"path": str(place.root / "base")}, precision="fp32")
+        )
+    )
     assert evaluate(str(place.storage), "tuned")["step"] == 2
     moved = place.storage.rename(place.root / "elsewhere")
     assert evaluate(str(moved), "tuned")["step"] == 2
@@ -252,26 +305,34 @@ def test_two_runs_on_one_corpus_stay_apart(place: Place) -> None:
     assert verify_ledger(run).ok
 
 
-# ---- refused before anything is written ------------------------------------------------------------------------------
+# ---- refused before anything is written --------------------------------------------------------
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--run", "../evil"], "not a name for a run"),
-    (["--run", "corpora"], "taken by dray itself"),
-    (["--run", ""], "not a name for a run"),
-    (["--storage", ""], "--storage: is empty"),
-    (["duration.steps=9999999999999"], "less than or equal to 1000000000000"),
-    (["--fork", "../evil"], "not a name for a run"),
-    (["--run", "none", "--fork", "new"], "not found in"),
-    (["tokenizer={path: nowhere}", "model={path: nowhere}"], "nowhere"),
-])
-def test_what_needs_no_data_is_refused_before_anything_is_written(tmp_path: Path, capsys: Any, arguments: list[str],
-                                                                  message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "../evil"], "not a name for a run"),
+        (["--run", "corpora"], "taken by dray itself"),
+        (["--run", ""], "not a name for a run"),
+        (["--storage", ""], "--storage: is empty"),
+        (["duration.steps=9999999999999"], "less than or equal to 1000000000000"),
+        (["--fork", "../evil"], "not a name for a run"),
+        (["--run", "none", "--fork", "new"], "not found in"),
+        (["tokenizer={path: nowhere}", "model={path: nowhere}"], "nowhere"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: Any, arguments: list[str], message: str
+) -> None:
     import yaml
 
-    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(make(write_data(tmp_path / "data")).model_dump(mode="json")))
+    (tmp_path / "spec.yaml").write_text(
+        yaml.safe_dump(make(write_data(tmp_path / "data")).model_dump(mode="json"))
+    )
     before = files_below(tmp_path)
-    code = main(["train", str(tmp_path / "spec.yaml"), "--storage", str(tmp_path / "runs"), *arguments])
+    code = main(
+        ["train", str(tmp_path / "spec.yaml"), "--storage", str(tmp_path / "runs"), *arguments]
+    )
     lines = capsys.readouterr().err.splitlines()
     assert (code, [line for line in lines if message in line]) == (2, lines[-1:])
     assert files_below(tmp_path) == before
@@ -281,8 +342,10 @@ def test_a_change_that_a_resume_refuses_costs_no_preparation(place: Place) -> No
     place.go()
     before = files_below(place.storage)
     for sections, message in [
-        ({"data": make("data").model_dump(mode="json")["data"] | {"sequence_tokens": 16}},
-         r"differs in data\.sequence_tokens"),
+        (
+            {"data": make("data").model_dump(mode="json")["data"] | {"sequence_tokens": 16}},
+            r"differs in data\.sequence_tokens",
+        ),
         ({"seed": 1}, "differs in seed"),
     ]:
         with pytest.raises(StoreError, match=message):
@@ -293,11 +356,18 @@ def test_a_change_that_a_resume_refuses_costs_no_preparation(place: Place) -> No
     assert [run.name for run in list_runs(place.storage)] == ["tuned"]
 
 
-@pytest.mark.parametrize(("schedule", "goes_on"), [
-    ({"name": "constant"}, True), ({"name": "cosine"}, False), ({"name": "linear", "decay_steps": 2}, True),
-    ({"name": "wsd", "decay_steps": 1}, False),
-])
-def test_a_finished_run_says_truly_what_would_go_on(place: Place, schedule: dict[str, Any], goes_on: bool) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "goes_on"),
+    [
+        ({"name": "constant"}, True),
+        ({"name": "cosine"}, False),
+        ({"name": "linear", "decay_steps": 2}, True),
+        ({"name": "wsd", "decay_steps": 1}, False),
+    ],
+)
+def test_a_finished_run_says_truly_what_would_go_on(
+    place: Place, schedule: dict[str, Any], goes_on: bool
+) -> None:
     place.go(schedule=schedule)
     _, lines = place.go(schedule=schedule)
     assert any("a longer duration would go on" in line for line in lines) == goes_on

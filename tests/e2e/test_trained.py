@@ -1,4 +1,5 @@
-"""What comes after training: evaluation, generation, export, reports, and the Python API without Ray."""
+"""What comes after training: evaluation, generation, export, reports, and the Python API without
+Ray."""
 
 from __future__ import annotations
 
@@ -38,18 +39,26 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def run(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
     """A run of this process alone, on a corpus that Ray prepared."""
-    tree = tiny_tree(tiny_corpus, duration={"steps": 30}, validation={"max_rows": None, "every_steps": 10})
-    spec = dray.make_spec(tree | {"checkpoint": {"every_steps": 10, "keep_last": 1, "keep_best": 1}})
+    tree = tiny_tree(
+        tiny_corpus, duration={"steps": 30}, validation={"max_rows": None, "every_steps": 10}
+    )
+    spec = dray.make_spec(
+        tree | {"checkpoint": {"every_steps": 10, "keep_last": 1, "keep_best": 1}}
+    )
     prepare(spec, storage)
     return train_locally(spec, storage=storage, run_name="alone").run
 
 
-def test_the_loop_runs_without_ray_and_gives_the_same_run(storage: str, tiny_corpus: Path, run: Run, local_ray: None):
+def test_the_loop_runs_without_ray_and_gives_the_same_run(
+    storage: str, tiny_corpus: Path, run: Run, local_ray: None
+):
     spec = dray.make_spec(tiny_tree(tiny_corpus, duration={"steps": 4}, resources={"workers": 1}))
     on_ray = train(spec, storage=storage, run_name="on-ray").run.metrics()
     alone = run.metrics()[:4]
     assert [row["rows_digest"] for row in on_ray] == [row["rows_digest"] for row in alone]
-    assert [row["loss"] for row in on_ray] == pytest.approx([row["loss"] for row in alone], abs=1e-5)
+    assert [row["loss"] for row in on_ray] == pytest.approx(
+        [row["loss"] for row in alone], abs=1e-5
+    )
 
 
 def test_evaluate_measures_what_the_run_measured(storage: str, run: Run):
@@ -65,11 +74,17 @@ def test_evaluate_takes_other_data(storage: str, run: Run, tiny_corpus: Path):
     assert 0.5 < found["loss"] / run.validations()[-1]["loss"] < 1.5
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ("/nowhere.jsonl", "--data: /nowhere.jsonl does not exist"),
-    ("{path: a.jsonl, txt: body}", "--data: unknown key txt of --data"),
-    ("/data.train.0.jsonl", "--data: /data.train.0.jsonl does not exist"),  # a path that reads like a key
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("/nowhere.jsonl", "--data: /nowhere.jsonl does not exist"),
+        ("{path: a.jsonl, txt: body}", "--data: unknown key txt of --data"),
+        (
+            "/data.train.0.jsonl",
+            "--data: /data.train.0.jsonl does not exist",
+        ),  # a path that reads like a key
+    ],
+)
 def test_errors_of_other_data_name_what_was_typed(storage: str, run: Run, data: str, message: str):
     with pytest.raises(UserError, match="^" + re.escape(message)):
         evaluate(storage, "alone", data=[data])
@@ -78,13 +93,24 @@ def test_errors_of_other_data_name_what_was_typed(storage: str, run: Run, data: 
 def test_a_fork_of_another_shape_is_refused(storage: str, run: Run, tiny_corpus: Path):
     tree = tiny_tree(tiny_corpus)
     tree["model"] = {**tree["model"], "hidden_size": 2 * tree["model"]["hidden_size"]}
-    with pytest.raises(SpecError, match=r"differs in model\.hidden_size; a fork goes on with the weights"):
+    with pytest.raises(
+        SpecError, match=r"differs in model\.hidden_size; a fork goes on with the weights"
+    ):
         train(make_spec(tree), storage=storage, run_name="alone", fork="wider")
     assert Run.find(storage, "wider") is None
 
 
-@pytest.mark.parametrize("setting", [{"temperature": math.nan}, {"temperature": math.inf}, {"seed": -5},
-                                     {"seed": 10**23}, {"top_p": math.nan}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"seed": -5},
+        {"seed": 10**23},
+        {"top_p": math.nan},
+        {"max_tokens": 0},
+    ],
+)
 def test_generate_refuses_settings_out_of_range(storage: str, setting: dict[str, Any]):
     with pytest.raises(SpecError, match=f"{next(iter(setting))} "):
         generate(storage, "alone", ["import"], **setting)
@@ -101,7 +127,9 @@ def test_generate_continues_each_prompt(storage: str, run: Run):
     assert len(said) == 1
     assert "prompt 3: " in said[0]
     assert "its last 32 are continued by at most 32" in said[0]
-    sampled = {generate(storage, "alone", ["import"], max_tokens=16, seed=seed)[0] for seed in range(4)}
+    sampled = {
+        generate(storage, "alone", ["import"], max_tokens=16, seed=seed)[0] for seed in range(4)
+    }
     assert len(sampled) > 1
 
 
@@ -123,8 +151,9 @@ def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
         export(storage, "alone", str(folder))
 
 
-def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path: Path, local_ray: None,
-                                                monkeypatch: pytest.MonkeyPatch):
+def test_an_exported_folder_starts_another_task(
+    storage: str, run: Run, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)  # the workers' working directory is another
     folder = tmp_path / "base"
     export(storage, "alone", str(folder))
@@ -132,9 +161,16 @@ def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path
     (tmp_path / "labels.tsv").write_text("\n".join(lines))
     tree = tiny_tree(tmp_path, task="sequence_classification", duration={"steps": 60})
     tree["optimizer"] = {"learning_rate": 3e-3}
-    tree["data"] = {"train": {"path": str(tmp_path / "labels.tsv"), "header": False, "text": "0", "label": "1"},
-                    "validation": {"share": 0.2}, "sequence_tokens": 32}
-    tree |= {"model": {"path": "base"}, "tokenizer": {"path": "base"}, "validation": {"metric": "accuracy"}}
+    tree["data"] = {
+        "train": {"path": str(tmp_path / "labels.tsv"), "header": False, "text": "0", "label": "1"},
+        "validation": {"share": 0.2},
+        "sequence_tokens": 32,
+    }
+    tree |= {
+        "model": {"path": "base"},
+        "tokenizer": {"path": "base"},
+        "validation": {"metric": "accuracy"},
+    }
     ended = train(dray.make_spec(tree), storage=storage, run_name="classifier")
     assert ended.run.validations()[-1]["accuracy"] > 0.9
     found = evaluate(storage, "classifier", data=[str(tmp_path / "labels.tsv")])
@@ -149,7 +185,9 @@ def test_an_exported_folder_starts_another_task(storage: str, run: Run, tmp_path
     (tmp_path / "one.tsv").write_text("words number 3 are good\t1.0")
     assert evaluate(storage, "classifier", data=[str(tmp_path / "one.tsv")])["num_rows"] == 1
     (tmp_path / "odd.tsv").write_text("words number 3 are good\tgood")
-    with pytest.raises(CorpusError, match=r"does not know the label 'good' \(1\); it knows '0', '1'"):
+    with pytest.raises(
+        CorpusError, match=r"does not know the label 'good' \(1\); it knows '0', '1'"
+    ):
         evaluate(storage, "classifier", data=[str(tmp_path / "odd.tsv")])
 
 
@@ -163,11 +201,23 @@ def test_the_best_checkpoint_is_kept_and_found(storage: str, run: Run):
 def test_show_runs_and_verify_print_pages_and_documents(storage: str, run: Run, capsys: Any):
     assert main(["show", "alone", "--storage", storage, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert {"name", "status", "fingerprint", "step", "num_steps", "attempts", "train_loss", "validation",
-            "tokens_per_second", "checkpoints"} <= shown.keys()
+    assert {
+        "name",
+        "status",
+        "fingerprint",
+        "step",
+        "num_steps",
+        "attempts",
+        "train_loss",
+        "validation",
+        "tokens_per_second",
+        "checkpoints",
+    } <= shown.keys()
     assert {"step", "path", "verified", "bytes"} <= shown["checkpoints"][0].keys()
     assert main(["verify", run.uri, "--json"]) == 0
-    assert {"step", "ok", "files", "weights_sha256", "optimizer_sha256"} <= json.loads(capsys.readouterr().out).keys()
+    assert {"step", "ok", "files", "weights_sha256", "optimizer_sha256"} <= json.loads(
+        capsys.readouterr().out
+    ).keys()
     for command in (["show", "alone"], ["runs"], ["verify", "alone"]):
         assert main([*command, "--storage", storage]) == 0
         assert "alone" in capsys.readouterr().out
@@ -176,7 +226,9 @@ def test_show_runs_and_verify_print_pages_and_documents(storage: str, run: Run, 
 
 
 def test_verify_fails_on_one_flipped_bit(storage: str, tiny_corpus: Path, run: Run, capsys: Any):
-    spec = dray.make_spec(tiny_tree(tiny_corpus, duration={"steps": 1}, schedule={"warmup_steps": 0}))
+    spec = dray.make_spec(
+        tiny_tree(tiny_corpus, duration={"steps": 1}, schedule={"warmup_steps": 0})
+    )
     broken = train_locally(spec, storage=storage, run_name="broken").run
     file = next(Path(broken.latest_checkpoint().path).glob("rank-*"))
     content = bytearray(file.read_bytes())
@@ -186,14 +238,23 @@ def test_verify_fails_on_one_flipped_bit(storage: str, tiny_corpus: Path, run: R
     assert "DAMAGED" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_saves_its_state_and_goes_on(storage: str, tiny_corpus: Path, tmp_path: Path):
-    """A real `dray train`, a real resume, and a SIGTERM to its whole process group, as `timeout` and others send it:
-    the driver still has its cluster to save with."""
+def test_an_interrupted_run_saves_its_state_and_goes_on(
+    storage: str, tiny_corpus: Path, tmp_path: Path
+):
+    """A real `dray train`, a real resume, and a SIGTERM to its whole process group, as `timeout`
+    and others send it: the driver still has its cluster to save with."""
     spec = tmp_path / "long.yaml"
-    spec.write_text(yaml.safe_dump(tiny_tree(tiny_corpus, name="long", duration={"steps": 100_000})))
+    spec.write_text(
+        yaml.safe_dump(tiny_tree(tiny_corpus, name="long", duration={"steps": 100_000}))
+    )
     command = [sys.executable, "-m", "dray.cli", "train", str(spec), "--storage", storage]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": ""},
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": ""},
+        start_new_session=True,
+    )
     assert process.stderr is not None
     deadline, lines = time.time() + 240, []
     for line in process.stderr:

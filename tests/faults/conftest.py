@@ -1,4 +1,5 @@
-"""What the tests of faults share: the run that nothing happens to, and the table of what each fault cost."""
+"""What the tests of faults share: the run that nothing happens to, and the table of what each fault
+cost."""
 
 from __future__ import annotations
 
@@ -20,17 +21,29 @@ RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 ROWS: list[tuple[str, Measured]] = []
 FAULT_FILE = Path(tempfile.mkdtemp(prefix="dray-fault-"), "named")
 
-# What every process of the tests' Ray inherits, which is started later: faults asleep, and S3's credentials.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(INJECTED), os.environ.get("PYTHONPATH"))))
+# What every process of the tests' Ray inherits, which is started later: faults asleep, and S3's
+# credentials.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(INJECTED), os.environ.get("PYTHONPATH")))
+)
 os.environ["DRAY_FAULT_FILE"] = str(FAULT_FILE)
-os.environ.setdefault("RAY_worker_niceness", "0")  # the ranks are what is tested here, not what runs beside
-for _name, _value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-                      "AWS_EC2_METADATA_DISABLED": "true"}.items():
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # the ranks are what is tested here, not what runs beside
+for _name, _value in {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}.items():
     os.environ.setdefault(_name, _value)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-figures", action="store_true", help="write what was measured into docs/reliability.md")
+    parser.addoption(
+        "--write-figures",
+        action="store_true",
+        help="write what was measured into docs/reliability.md",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +60,9 @@ def undisturbed(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
 
 @pytest.fixture
 def name_fault(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Name the place (`module:function:moment`) where one of the processes that start from now on meets a fault, once;
-    the file that is there when it has."""
+    """Name the place (`module:function:moment`) where one of the processes that start from now on
+    meets a fault, once; the file that is there when it has."""
+
     def name(place: str, action: str = "kill") -> Path:
         FAULT_FILE.write_text(f"{place}:{tmp_path / 'happened'}:{action}")
         return tmp_path / "happened"
@@ -76,12 +90,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     from bench.report import write_section
 
-    lines = ["| fault | cause in the record | steps redone | rows repeated, skipped | seconds to the next new step "
-             "| weights at the end |", "|---|---|--:|--:|--:|---|"]
+    lines = [
+        "| fault | cause in the record | steps redone | rows repeated, skipped | seconds to the "
+        "next new step | weights at the end |",
+        "|---|---|--:|--:|--:|---|",
+    ]
     for fault, row in ROWS:
         causes = ", ".join(f"`{cause}`" for cause in dict.fromkeys(row.causes)) or "–"
         seconds = "–" if row.seconds is None else f"{row.seconds:.0f}"
-        lines.append(f"| {fault} | {causes} | {row.steps_redone} | {row.repeated}, {row.skipped} | {seconds} "
-                     f"| {row.weights} |")
-    write_section("faults", "\n".join(lines), [{"fault": fault, **asdict(row)} for fault, row in ROWS],
-                  page=RELIABILITY)
+        lines.append(
+            f"| {fault} | {causes} | {row.steps_redone} | {row.repeated}, {row.skipped} | "
+            f"{seconds} | {row.weights} |"
+        )
+    write_section(
+        "faults",
+        "\n".join(lines),
+        [{"fault": fault, **asdict(row)} for fault, row in ROWS],
+        page=RELIABILITY,
+    )

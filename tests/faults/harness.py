@@ -1,7 +1,7 @@
 """Runs that real faults befall, and what is measured of each: the same for every fault.
 
-A run is either `dray.train.train` in this process, on the Ray of all tests, or a `dray train` process of its own, which
-a test may kill together with everything that belongs to it.
+A run is either `dray.train.train` in this process, on the Ray of all tests, or a `dray train`
+process of its own, which a test may kill together with everything that belongs to it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,16 @@ INJECTED = Path(__file__).parent / "injected"
 
 def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
     """A few steps a second, so that a fault can fall into one."""
-    return tiny_tree(corpus, **{"duration": {"steps": STEPS}, "batch": {"global_rows": 48, "micro_rows": 6},
-                                "checkpoint": {"every_steps": EVERY, "keep_last": 4},
-                                "watchdog": {"silent_seconds": 6, "stuck_seconds": 8, "stuck_steps": 4}, **sections})
+    return tiny_tree(
+        corpus,
+        **{
+            "duration": {"steps": STEPS},
+            "batch": {"global_rows": 48, "micro_rows": 6},
+            "checkpoint": {"every_steps": EVERY, "keep_last": 4},
+            "watchdog": {"silent_seconds": 6, "stuck_seconds": 8, "stuck_steps": 4},
+            **sections,
+        },
+    )
 
 
 def kill(process: psutil.Process) -> None:
@@ -61,7 +68,8 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> 
 
 
 def processes_named(word: str, of: psutil.Process | None = None) -> list[psutil.Process]:
-    """Descendants of a process (by default this one) whose command line has the word: only what a test started."""
+    """Descendants of a process (by default this one) whose command line has the word: only what a
+    test started."""
     found = []
     for process in (of or psutil.Process()).children(recursive=True):
         try:
@@ -84,8 +92,8 @@ def steps_of(storage: str, name: str) -> int:
 
 
 def ask_own_ray() -> None:
-    """A head that this process started made itself the one whose memory it asks, and asking a dead one ends the process
-    after a minute: ask the Ray of all tests again."""
+    """A head that this process started made itself the one whose memory it asks, and asking a dead
+    one ends the process after a minute: ask the Ray of all tests again."""
     import ray
     from ray.experimental import internal_kv
 
@@ -94,7 +102,8 @@ def ask_own_ray() -> None:
 
 
 class Nodes:
-    """A local Ray of several nodes, each with processes of its own: a head for the readers, and nodes for a rank each.
+    """A local Ray of several nodes, each with processes of its own: a head for the readers, and
+    nodes for a rank each.
 
     This process is not connected to it.
     """
@@ -125,7 +134,8 @@ class Nodes:
         return len(GcsClient(address=self.address).get_all_node_info())
 
     def remove(self) -> str:
-        """Kill all processes of the oldest node (SIGKILL), as when it loses its power; returns its id."""
+        """Kill all processes of the oldest node (SIGKILL), as when it loses its power; returns its
+        id."""
         node = self.nodes.pop(0)
         self.cluster.remove_node(node, allow_graceful=False)
         return str(node.node_id)
@@ -135,13 +145,17 @@ class Nodes:
         self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
 
     def drain(self, seconds: float) -> None:
-        """Give notice, as a cloud does, that the oldest node will be taken away after so many seconds."""
+        """Give notice, as a cloud does, that the oldest node will be taken away after so many
+        seconds."""
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
         accepted, reason = GcsClient(address=self.address).drain_node(
-            self.nodes[0].node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "",
-            int((time.time() + seconds) * 1000))
+            self.nodes[0].node_id,
+            DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            "",
+            int((time.time() + seconds) * 1000),
+        )
         assert accepted, reason
 
     def shut_down(self) -> None:
@@ -166,8 +180,11 @@ def random_rank() -> psutil.Process:
 
 
 @contextmanager
-def befalling(storage: str, name: str, faults: Mapping[int, Callable[[], object]]) -> Iterator[None]:
+def befalling(
+    storage: str, name: str, faults: Mapping[int, Callable[[], object]]
+) -> Iterator[None]:
     """While the block trains a run, each fault happens once its step is in the run's metrics."""
+
     def befall() -> None:
         for step, fault in faults.items():
             wait_for(lambda step=step: steps_of(storage, name) >= step, f"step {step}", 300)
@@ -181,8 +198,13 @@ def befalling(storage: str, name: str, faults: Mapping[int, Callable[[], object]
     assert not thread.is_alive(), "a fault never happened"
 
 
-def disturbed(storage: str, corpus: Path, name: str, faults: Mapping[int, Callable[[], object]], **sections: Any
-              ) -> Run:
+def disturbed(
+    storage: str,
+    corpus: Path,
+    name: str,
+    faults: Mapping[int, Callable[[], object]],
+    **sections: Any,
+) -> Run:
     """A run, trained here to its end, that the faults befall."""
     with befalling(storage, name, faults):
         return train(make_spec(make_case(corpus, **sections)), storage=storage, run_name=name).run
@@ -201,7 +223,8 @@ def copy_storage(storage: str, to: Path, *runs: str) -> str:
 
 
 def fill(disk: Path, *, left: int) -> Path:
-    """Write a file that leaves so many bytes free on the disk, whatever else is being written there."""
+    """Write a file that leaves so many bytes free on the disk, whatever else is being written
+    there."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -212,7 +235,8 @@ def fill(disk: Path, *, left: int) -> Path:
 
 @contextmanager
 def slowed(process: psutil.Process, share: float) -> Iterator[None]:
-    """While the block runs, the process gets that share of the time, a fiftieth of a second at once."""
+    """While the block runs, the process gets that share of the time, a fiftieth of a second at
+    once."""
     ended = threading.Event()
 
     def brake() -> None:
@@ -235,16 +259,38 @@ def slowed(process: psutil.Process, share: float) -> Iterator[None]:
 class Training:
     """A `dray train` process of its own, in a session of its own."""
 
-    def __init__(self, case: Mapping[str, Any], storage: str, name: str, folder: Path, *, address: str | None = None,
-                 environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        case: Mapping[str, Any],
+        storage: str,
+        name: str,
+        folder: Path,
+        *,
+        address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.storage, self.name = storage, name
         spec, self.log = folder / f"{name}.yaml", folder / f"{name}.log"
         spec.write_text(yaml.safe_dump(dict(case)))
-        command = [sys.executable, "-m", "dray.cli", "train", str(spec), "--storage", storage, "--run", name]
+        command = [
+            sys.executable,
+            "-m",
+            "dray.cli",
+            "train",
+            str(spec),
+            "--storage",
+            storage,
+            "--run",
+            name,
+        ]
         with self.log.open("ab") as log:
-            self.process = psutil.Popen([*command, *(("--address", address) if address else ())], stdout=log,
-                                        stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})},
-                                        start_new_session=True)
+            self.process = psutil.Popen(
+                [*command, *(("--address", address) if address else ())],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
 
     @property
     def run(self) -> Run:
@@ -255,13 +301,17 @@ class Training:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def ranks(self) -> list[psutil.Process]:
-        """The ranks of the local Ray that this process started; those of a cluster are not its children."""
+        """The ranks of the local Ray that this process started; those of a cluster are not its
+        children."""
         return rank_processes(self.process)
 
     def wait_for_step(self, step: int, seconds: float = 300) -> None:
         def reached() -> bool:
             if self.process.poll() is not None and steps_of(self.storage, self.name) < step:
-                raise AssertionError(f"ended with {self.process.returncode} before step {step}:\n{self.output[-3000:]}")
+                raise AssertionError(
+                    f"ended with {self.process.returncode} before step "
+                    f"{step}:\n{self.output[-3000:]}"
+                )
             return steps_of(self.storage, self.name) >= step
 
         wait_for(reached, f"step {step}", seconds)
@@ -271,7 +321,8 @@ class Training:
         return int(self.process.wait(timeout=seconds))
 
     def kill_all(self) -> None:
-        """SIGKILL to the process and all that descends from it, as when a machine loses its power."""
+        """SIGKILL to the process and all that descends from it, as when a machine loses its
+        power."""
         everything = [self.process, *self.process.children(recursive=True)]
         for process in everything:
             try:
@@ -288,7 +339,8 @@ class Measured:
     causes: list[str]
     steps_redone: int
     seconds: float | None
-    """From the last step before a failure to the next new one, the longest; None if no driver lived through it."""
+    """From the last step before a failure to the next new one, the longest; None if no driver lived
+    through it."""
     weights: str
     repeated: int
     skipped: int
@@ -297,9 +349,10 @@ class Measured:
 def measure(run: Run, undisturbed: Run, *, exact: bool = True, interval: int = EVERY) -> Measured:
     """Assert that nothing was lost, and return what it took.
 
-    One metrics row a step; the rows of the undisturbed run, step by step; no row repeated or skipped; at most one
-    interval (and the steps done while the save before was still being written) redone a failure; the final weights and
-    optimiser states equal bit for bit, or, where the number of ranks changed, all losses within 1e-5.
+    One metrics row a step; the rows of the undisturbed run, step by step; no row repeated or
+    skipped; at most one interval (and the steps done while the save before was still being written)
+    redone a failure; the final weights and optimiser states equal bit for bit, or, where the number
+    of ranks changed, all losses within 1e-5.
     """
     rows, expected = run.metrics(), undisturbed.metrics()
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
@@ -310,13 +363,19 @@ def measure(run: Run, undisturbed: Run, *, exact: bool = True, interval: int = E
     ours, theirs = (verify_checkpoint(each, each.checkpoints()[-1]) for each in (run, undisturbed))
     assert (ours.ok, ours.step) == (True, theirs.step)
     if exact:
-        assert (ours.weights_sha256, ours.optimizer_sha256) == (theirs.weights_sha256, theirs.optimizer_sha256)
+        assert (ours.weights_sha256, ours.optimizer_sha256) == (
+            theirs.weights_sha256,
+            theirs.optimizer_sha256,
+        )
         weights = "equal bit for bit"
     else:
         greatest = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, expected, strict=True))
         assert greatest < 1e-5
         weights = f"losses within {greatest:.0e}"
-    causes, seconds = [], [event["seconds"] for event in run.events() if event["kind"] == "recovered"]
+    causes, seconds = (
+        [],
+        [event["seconds"] for event in run.events() if event["kind"] == "recovered"],
+    )
     for event in run.events():
         if event["kind"] in ("attempt_failed", "failed"):
             causes.append(event["cause"])
@@ -324,4 +383,11 @@ def measure(run: Run, undisturbed: Run, *, exact: bool = True, interval: int = E
             after = next(a for a in run.attempts() if a["attempt"] > event["attempt"])
             lost = event["step"] - after["start_step"]
             assert lost <= interval + 1 + SAVE_STEPS
-    return Measured(causes, ledger.redone_steps, max(seconds, default=None), weights, ledger.repeated, ledger.skipped)
+    return Measured(
+        causes,
+        ledger.redone_steps,
+        max(seconds, default=None),
+        weights,
+        ledger.repeated,
+        ledger.skipped,
+    )

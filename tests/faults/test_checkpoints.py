@@ -17,7 +17,11 @@ from dray.train.driver import train
 @pytest.fixture(scope="module")
 def half_done(storage: str, tiny_corpus: Path, local_ray: None) -> str:
     """The name of a run that ended at its second checkpoint."""
-    train(make_spec(make_case(tiny_corpus, duration={"steps": 2 * EVERY})), storage=storage, run_name="half")
+    train(
+        make_spec(make_case(tiny_corpus, duration={"steps": 2 * EVERY})),
+        storage=storage,
+        run_name="half",
+    )
     return "half"
 
 
@@ -46,15 +50,25 @@ def rank_file(folder: Path) -> Path:
     return next(folder.glob("rank-*.safetensors"))
 
 
-@pytest.mark.parametrize(("damage", "recorded"), [
-    pytest.param(truncate, [], id="truncated", marks=pytest.mark.slow),
-    pytest.param(remove, [], id="without-a-rank's-file", marks=pytest.mark.slow),
-    pytest.param(remove_marker, [], id="without-its-marker", marks=pytest.mark.slow),
-    pytest.param(flip_a_bit, ["checkpoint"], id="with-one-bit-flipped"),
-])
-def test_the_newest_checkpoint_is_damaged(damage: Callable[[Path], None], recorded: list[str], storage: str,
-                                          half_done: str, tiny_corpus: Path, undisturbed: Run, measured,
-                                          tmp_path: Path):
+@pytest.mark.parametrize(
+    ("damage", "recorded"),
+    [
+        pytest.param(truncate, [], id="truncated", marks=pytest.mark.slow),
+        pytest.param(remove, [], id="without-a-rank's-file", marks=pytest.mark.slow),
+        pytest.param(remove_marker, [], id="without-its-marker", marks=pytest.mark.slow),
+        pytest.param(flip_a_bit, ["checkpoint"], id="with-one-bit-flipped"),
+    ],
+)
+def test_the_newest_checkpoint_is_damaged(
+    damage: Callable[[Path], None],
+    recorded: list[str],
+    storage: str,
+    half_done: str,
+    tiny_corpus: Path,
+    undisturbed: Run,
+    measured,
+    tmp_path: Path,
+):
     """the newest checkpoint {id}"""
     copied = copy_storage(storage, tmp_path / "runs", half_done)
     damage(Path(Run.open(copied, half_done).latest_checkpoint().path))
@@ -62,7 +76,11 @@ def test_the_newest_checkpoint_is_damaged(damage: Callable[[Path], None], record
     measured(run, undisturbed)
     assert causes(run) == recorded
     # Only reading it shows a flipped bit: an attempt starts from it, and sets it aside.
-    assert [attempt["start_step"] for attempt in run.attempts()] == [0, *([2 * EVERY] * len(recorded)), EVERY]
+    assert [attempt["start_step"] for attempt in run.attempts()] == [
+        0,
+        *([2 * EVERY] * len(recorded)),
+        EVERY,
+    ]
     aside = [event for event in run.events() if event["kind"] == "checkpoint_set_aside"]
     assert [event["step"] for event in aside] == [2 * EVERY] * len(recorded)
     assert all("checksum" in event["reason"] for event in aside)

@@ -1,4 +1,5 @@
-"""What the rows come through fails: a token shard that is gone, an object store that is full, clocks that differ."""
+"""What the rows come through fails: a token shard that is gone, an object store that is full,
+clocks that differ."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ held = [ray.put(numpy.full(2_000_000, number, dtype="int64")) for number in rang
 print(memory_summary(sys.argv[1], stats_only=True), flush=True)
 time.sleep(600)
 """
-"""Holds 240 MB in a store of 80: the most of it is spilled to disk, and all that follows finds no free place."""
+"""Holds 240 MB in a store of 80: the most of it is spilled to disk, and all that follows finds no
+free place."""
 
 
 def delete(shard: Path) -> None:
@@ -56,12 +58,22 @@ def flip_bits(shard: Path) -> None:
     shard.write_bytes(content)
 
 
-@pytest.mark.parametrize(("harm", "words"), [
-    pytest.param(delete, "No such file", id="deleted"),
-    pytest.param(flip_bits, "is not what was written", id="with a flipped bit in each group"),
-])
-def test_a_token_shard_is_harmed(harm: Callable[[Path], None], words: str, storage: str, tiny_corpus: Path,
-                                 undisturbed: Run, measured, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        pytest.param(delete, "No such file", id="deleted"),
+        pytest.param(flip_bits, "is not what was written", id="with a flipped bit in each group"),
+    ],
+)
+def test_a_token_shard_is_harmed(
+    harm: Callable[[Path], None],
+    words: str,
+    storage: str,
+    tiny_corpus: Path,
+    undisturbed: Run,
+    measured,
+    tmp_path: Path,
+):
     """a token shard {id}, then a worker killed, so that it is read again"""
     place, name = copy_storage(storage, tmp_path / "runs"), harm.__name__
     spec = make_spec(make_case(tiny_corpus, resources={"workers": 2, "max_failures": 1}))
@@ -90,21 +102,34 @@ def small_store() -> Iterator[str]:
     """Address of a Ray whose object store holds 80 MB. This process is not connected to it."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "object_store_memory": 80_000_000,
-                                                            "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 6,
+            "object_store_memory": 80_000_000,
+            "include_dashboard": False,
+        },
+    )
     yield cluster.address
     cluster.shutdown()
     ask_own_ray()
 
 
-def test_the_object_store_is_full(small_store: str, storage: str, tiny_corpus: Path, undisturbed: Run, measured,
-                                  tmp_path: Path):
+def test_the_object_store_is_full(
+    small_store: str, storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path
+):
     """the object store full: another program holds three times as much as it takes"""
     with (tmp_path / "fill.log").open("wb") as log:
-        filler = subprocess.Popen([sys.executable, "-c", FILL, small_store], stdout=log, stderr=subprocess.STDOUT)
+        filler = subprocess.Popen(
+            [sys.executable, "-c", FILL, small_store], stdout=log, stderr=subprocess.STDOUT
+        )
     try:
-        wait_for(lambda: "Spilled" in (tmp_path / "fill.log").read_text(), "objects that are spilled")
-        training = Training(make_case(tiny_corpus), storage, "spilled", tmp_path, address=small_store)
+        wait_for(
+            lambda: "Spilled" in (tmp_path / "fill.log").read_text(), "objects that are spilled"
+        )
+        training = Training(
+            make_case(tiny_corpus), storage, "spilled", tmp_path, address=small_store
+        )
         assert training.finish(600) == 0, training.output
     finally:
         filler.kill()
@@ -113,12 +138,19 @@ def test_the_object_store_is_full(small_store: str, storage: str, tiny_corpus: P
     assert causes(training.run) == []
 
 
-def test_the_clock_of_a_rank_is_an_hour_fast(storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault,
-                                             local_ray: None):
-    """the clock of one rank an hour fast (a stand-in: Python's clock in that process), and a worker killed"""
+def test_the_clock_of_a_rank_is_an_hour_fast(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault, local_ray: None
+):
+    """the clock of one rank an hour fast (a stand-in: Python's clock in that process), and a worker
+    killed"""
     happened = name_fault("dray.train.worker:run_rank:before", "hasten_clock")
-    run = disturbed(storage, tiny_corpus, "hasty", {13: lambda: kill(random_rank())},
-                    checkpoint={"every_steps": 6, "keep_last": 2})
+    run = disturbed(
+        storage,
+        tiny_corpus,
+        "hasty",
+        {13: lambda: kill(random_rank())},
+        checkpoint={"every_steps": 6, "keep_last": 2},
+    )
     assert happened.exists()
     measured(run, undisturbed)
     assert causes(run) == ["killed"]  # and nothing that a clock would bring about

@@ -1,6 +1,8 @@
-"""The storage has a bad day: S3 that is slow, fails or is away, and disks that fill or turn read-only.
+"""The storage has a bad day: S3 that is slow, fails or is away, and disks that fill or turn
+read-only.
 
-S3 is a real server, behind a proxy that fails on request; the disks are real file systems of a few megabytes.
+S3 is a real server, behind a proxy that fails on request; the disks are real file systems of a few
+megabytes.
 """
 
 from __future__ import annotations
@@ -72,13 +74,24 @@ def down(method: str, path: str) -> Fault | None:
     return "reset"
 
 
-@pytest.mark.parametrize(("decide", "seconds"), [
-    pytest.param(slow, 1e6, id="answers-0.2-s-late"),
-    pytest.param(flaky, 1e6, id="fails-30-%-of-all-requests"),
-    pytest.param(down, OUTAGE_SECONDS, id=f"is-away-for-{OUTAGE_SECONDS:.0f}-s"),
-])
-def test_s3_on_a_bad_day(decide: Callable[[str, str], Fault | None], seconds: float, s3_storage: str, s3_endpoint: str,
-                         proxy: FailingProxy, tiny_corpus: Path, undisturbed: Run, measured):
+@pytest.mark.parametrize(
+    ("decide", "seconds"),
+    [
+        pytest.param(slow, 1e6, id="answers-0.2-s-late"),
+        pytest.param(flaky, 1e6, id="fails-30-%-of-all-requests"),
+        pytest.param(down, OUTAGE_SECONDS, id=f"is-away-for-{OUTAGE_SECONDS:.0f}-s"),
+    ],
+)
+def test_s3_on_a_bad_day(
+    decide: Callable[[str, str], Fault | None],
+    seconds: float,
+    s3_storage: str,
+    s3_endpoint: str,
+    proxy: FailingProxy,
+    tiny_corpus: Path,
+    undisturbed: Run,
+    measured,
+):
     """S3 {id}"""
     direct = f"{s3_storage.partition('?')[0]}?{s3_endpoint}"  # what the test asks for does not fail
     name = decide.__name__
@@ -106,11 +119,14 @@ def test_s3_on_a_bad_day(decide: Callable[[str, str], Fault | None], seconds: fl
     assert (causes(run), len(run.attempts()), run.driver()["number"]) == ([], 1, 1)
     assert run.status == "completed"
     assert proxy.num_failed > failed or decide is slow
-    assert any(DRIVERS in path for path in asked) or decide is not down  # signs of life were refused, too
+    assert (
+        any(DRIVERS in path for path in asked) or decide is not down
+    )  # signs of life were refused, too
 
 
-def test_a_corpus_is_prepared_on_a_bad_day(s3_storage: str, s3_endpoint: str, proxy: FailingProxy, tiny_corpus: Path,
-                                           tmp_path: Path):
+def test_a_corpus_is_prepared_on_a_bad_day(
+    s3_storage: str, s3_endpoint: str, proxy: FailingProxy, tiny_corpus: Path, tmp_path: Path
+):
     """Its sources and its place are on an S3 that fails 30 % of all requests."""
     folder, query = s3_storage.replace("/runs?", "/texts?").split("?")
     filesystem, path = open_filesystem(f"{folder}?{s3_endpoint}")
@@ -125,13 +141,17 @@ def test_a_corpus_is_prepared_on_a_bad_day(s3_storage: str, s3_endpoint: str, pr
     assert found == prepare(spec, str(tmp_path)).manifest
 
 
-def test_a_disk_is_full(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
+def test_a_disk_is_full(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path
+):
     """the disk is full, and freed after the run has failed"""
     with small_disk(tmp_path / "disk", 48) as disk:
         place, ballast = copy_storage(storage, disk / "runs"), []
         spec = make_case(tiny_corpus, resources={"workers": 2, "max_failures": 0})
-        with befalling(place, "full", {8: lambda: ballast.append(fill(disk, left=300_000))}), \
-                pytest.raises(RunFailed) as failed:
+        with (
+            befalling(place, "full", {8: lambda: ballast.append(fill(disk, left=300_000))}),
+            pytest.raises(RunFailed) as failed,
+        ):
             train(make_spec(spec), storage=place, run_name="full")
         assert "No space left" in failed.value.diagnosis
         wait_for(lambda: not rank_processes(), "the ranks' end", 30)
@@ -147,8 +167,11 @@ def test_a_disk_is_full(storage: str, tiny_corpus: Path, undisturbed: Run, measu
         measured(run, undisturbed, interval=STEPS)
 
 
-def test_a_full_disk_is_freed_in_time(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
-    """the disk is full, and freed after more saves in a row have failed than would end the run in the long term"""
+def test_a_full_disk_is_freed_in_time(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path
+):
+    """the disk is full, and freed after more saves in a row have failed than would end the run in
+    the long term"""
     with small_disk(tmp_path / "disk", 48) as disk:
         place = copy_storage(storage, disk / "runs")
 
@@ -160,8 +183,13 @@ def test_a_full_disk_is_freed_in_time(storage: str, tiny_corpus: Path, undisturb
             wait_for(lambda: num_failed() > MAX_FAILED_IN_A_ROW, "saves that failed")
             ballast.unlink()
 
-        run = disturbed(place, tiny_corpus, "freed", {4: fill_for_a_while},
-                        checkpoint={"every_steps": 2, "keep_last": 2})
+        run = disturbed(
+            place,
+            tiny_corpus,
+            "freed",
+            {4: fill_for_a_while},
+            checkpoint={"every_steps": 2, "keep_last": 2},
+        )
         measured(run, undisturbed)
         assert (causes(run), len(run.attempts())) == ([], 1)
         problems = [event["problem"] for event in events(run, "checkpoint_failed")]
@@ -169,7 +197,9 @@ def test_a_full_disk_is_freed_in_time(storage: str, tiny_corpus: Path, undisturb
         assert all("No space left" in problem for problem in problems)
 
 
-def test_a_disk_turns_read_only(storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path):
+def test_a_disk_turns_read_only(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path
+):
     """the disk turns read-only, and is mended after the run has failed"""
     with small_disk(tmp_path / "disk", 48) as disk:
         place = copy_storage(storage, disk / "runs")
@@ -179,8 +209,12 @@ def test_a_disk_turns_read_only(storage: str, tiny_corpus: Path, undisturbed: Ru
             return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
         spec = make_spec(make_case(tiny_corpus))
-        with befalling(place, "closed", {8: lambda: wait_for(lambda: remount("ro"), "a read-only disk")}), \
-                pytest.raises(RunFailed) as failed:
+        with (
+            befalling(
+                place, "closed", {8: lambda: wait_for(lambda: remount("ro"), "a read-only disk")}
+            ),
+            pytest.raises(RunFailed) as failed,
+        ):
             train(spec, storage=place, run_name="closed")
         assert "Read-only file system" in failed.value.diagnosis
         assert "storage" in failed.value.diagnosis

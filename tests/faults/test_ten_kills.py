@@ -26,7 +26,11 @@ def test_ten_kills(storage: str, tiny_corpus: Path, local_ray: None, measured):
     def kill_again_and_again() -> None:
         for _ in range(NUM_KILLS):
             moments.append(steps_of(storage, "killed-ten-times") + random.randint(5, 25))
-            wait_for(lambda: steps_of(storage, "killed-ten-times") >= moments[-1], f"step {moments[-1]}", 600)
+            wait_for(
+                lambda: steps_of(storage, "killed-ten-times") >= moments[-1],
+                f"step {moments[-1]}",
+                600,
+            )
             kill(random_rank())
 
     thread = threading.Thread(target=kill_again_and_again, daemon=True)

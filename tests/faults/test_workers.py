@@ -1,4 +1,5 @@
-"""Real faults on a real local Ray: a worker killed, stopped, out of memory; numbers gone bad; a checkpoint damaged.
+"""Real faults on a real local Ray: a worker killed, stopped, out of memory; numbers gone bad; a
+checkpoint damaged.
 
 Each run must end with the weights of the run that nothing happened to.
 """
@@ -40,7 +41,9 @@ def kill_one() -> None:
     kill(random_rank())
 
 
-def test_a_killed_worker_costs_at_most_an_interval(storage: str, tiny_corpus: Path, undisturbed: Run, measured):
+def test_a_killed_worker_costs_at_most_an_interval(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured
+):
     """a random worker killed (SIGKILL) in a step, twice"""
     run = disturbed(storage, tiny_corpus, "killed", {8: kill_one, 16: kill_one})
     measured(run, undisturbed)
@@ -49,7 +52,9 @@ def test_a_killed_worker_costs_at_most_an_interval(storage: str, tiny_corpus: Pa
     assert all(event["seconds"] < 120 for event in events if event["kind"] == "recovered")
 
 
-def test_a_stopped_worker_is_found_and_ended(storage: str, tiny_corpus: Path, undisturbed: Run, measured):
+def test_a_stopped_worker_is_found_and_ended(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured
+):
     """a worker stopped (SIGSTOP): no sign of life"""
     run = disturbed(storage, tiny_corpus, "stopped", {8: lambda: stop(random_rank())})
     measured(run, undisturbed)
@@ -62,8 +67,9 @@ def test_a_stopped_worker_is_found_and_ended(storage: str, tiny_corpus: Path, un
 
 
 @pytest.mark.slow
-def test_a_deadlock_that_holds_the_interpreters_lock(storage: str, tiny_corpus: Path, undisturbed: Run, measured,
-                                                     name_fault):
+def test_a_deadlock_that_holds_the_interpreters_lock(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault
+):
     """a deadlock in one rank that holds Python's lock: no thread of it runs"""
     happened = name_fault("dray.rank.loop:_Loop._checkpoint_due:before", "deadlock")
     run = disturbed(storage, tiny_corpus, "deadlocked", {})
@@ -77,7 +83,9 @@ def test_a_deadlock_that_holds_the_interpreters_lock(storage: str, tiny_corpus: 
 
 
 @pytest.mark.slow
-def test_a_slow_rank_is_reported_and_left_alone(storage: str, tiny_corpus: Path, undisturbed: Run, measured):
+def test_a_slow_rank_is_reported_and_left_alone(
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured
+):
     """one rank gets a fifth of its time (SIGSTOP and SIGCONT in turns)"""
     said: list[str] = []
 
@@ -86,6 +94,7 @@ def test_a_slow_rank_is_reported_and_left_alone(storage: str, tiny_corpus: Path,
             said.append(text)
 
     with ExitStack() as ended:
+
         def brake() -> None:
             wait_for(lambda: steps_of(storage, "slowed") >= 1, "step 1")
             ended.enter_context(slowed(random_rank(), 0.2))
@@ -103,13 +112,19 @@ def test_a_slow_rank_is_reported_and_left_alone(storage: str, tiny_corpus: Path,
     assert sum("is slow" in text for text in said) == 1
 
 
-def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corpus: Path, local_ray: None,
-                                                         name_fault: Callable[..., Path]):
+def test_out_of_memory_goes_on_with_half_the_micro_batch(
+    storage: str, tiny_corpus: Path, local_ray: None, name_fault: Callable[..., Path]
+):
     """A rank gets a real limit before its first step, which takes hundreds of megabytes more."""
     happened = name_fault("dray.rank.loop:_Loop._forward_backward:before", "starve")
-    spec = make_case(tiny_corpus, duration={"steps": 3}, batch={"global_rows": 64, "micro_rows": 32},
-                     data={"sequence_tokens": 256}, tokenizer={"vocab_size": 4096},
-                     model={"hidden_size": 256, "num_layers": 2, "num_heads": 4})
+    spec = make_case(
+        tiny_corpus,
+        duration={"steps": 3},
+        batch={"global_rows": 64, "micro_rows": 32},
+        data={"sequence_tokens": 256},
+        tokenizer={"vocab_size": 4096},
+        model={"hidden_size": 256, "num_layers": 2, "num_heads": 4},
+    )
     run = train(make_spec(spec), storage=storage, run_name="starved").run
     assert happened.exists()
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
@@ -121,10 +136,15 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(storage: str, tiny_corp
 
 
 def test_bad_numbers_end_a_run_with_its_last_sound_checkpoint(storage: str, tiny_corpus: Path):
-    """A rate that makes the weights overflow: steps without an update are recorded with their rows, then it ends."""
-    spec = make_case(tiny_corpus, optimizer={"learning_rate": 10.0, "weight_decay": 10.0},
-                     regularization={"clip_grad_norm": None}, numerics={"max_skipped_steps": 3},
-                     duration={"steps": 400})
+    """A rate that makes the weights overflow: steps without an update are recorded with their rows,
+    then it ends."""
+    spec = make_case(
+        tiny_corpus,
+        optimizer={"learning_rate": 10.0, "weight_decay": 10.0},
+        regularization={"clip_grad_norm": None},
+        numerics={"max_skipped_steps": 3},
+        duration={"steps": 400},
+    )
     with pytest.raises(RunFailed, match=r"numerics|not finite"):
         train(make_spec(spec), storage=storage, run_name="overflown")
     run = Run.open(storage, "overflown")
@@ -136,8 +156,9 @@ def test_bad_numbers_end_a_run_with_its_last_sound_checkpoint(storage: str, tiny
     assert os.path.exists(Path(run.uri, "failures", "a0001.json"))
 
 
-def test_a_second_driver_is_refused_while_the_first_lives(storage: str, tiny_corpus: Path, undisturbed: Run,
-                                                          tmp_path: Path):
+def test_a_second_driver_is_refused_while_the_first_lives(
+    storage: str, tiny_corpus: Path, undisturbed: Run, tmp_path: Path
+):
     copied = copy_storage(storage, tmp_path / "runs", undisturbed.name)
     run = Run.open(copied, undisturbed.name)
     first, spec = run.take_over(), make_spec(make_case(tiny_corpus, duration={"steps": STEPS + 2}))
@@ -152,10 +173,18 @@ def test_a_second_driver_is_refused_while_the_first_lives(storage: str, tiny_cor
     assert run.metrics()[-1]["step"] == STEPS + 2
 
 
-def test_a_leap_of_the_loss_is_rewound_and_its_rows_are_left_out(storage: str, tiny_corpus: Path, undisturbed: Run):
-    """Batches of two rows, whose losses leap a little all the time: the run goes back twice, and then gives up."""
-    spec = make_case(tiny_corpus, numerics={"spike": "rewind", "spike_sigmas": 1.5, "max_rewinds": 2},
-                     batch={"global_rows": 2, "micro_rows": 1}, duration={"steps": 400}, checkpoint={"every_steps": 5})
+def test_a_leap_of_the_loss_is_rewound_and_its_rows_are_left_out(
+    storage: str, tiny_corpus: Path, undisturbed: Run
+):
+    """Batches of two rows, whose losses leap a little all the time: the run goes back twice, and
+    then gives up."""
+    spec = make_case(
+        tiny_corpus,
+        numerics={"spike": "rewind", "spike_sigmas": 1.5, "max_rewinds": 2},
+        batch={"global_rows": 2, "micro_rows": 1},
+        duration={"steps": 400},
+        checkpoint={"every_steps": 5},
+    )
     with pytest.raises(RunFailed, match=r"leapt|numerics"):
         train(make_spec(spec), storage=storage, run_name="leaping")
     run = Run.open(storage, "leaping")

@@ -1,4 +1,5 @@
-"""One compute thread: the matrices are small, and on a busy machine a second thread mostly waits for the first."""
+"""One compute thread: the matrices are small, and on a busy machine a second thread mostly waits
+for the first."""
 
 from __future__ import annotations
 

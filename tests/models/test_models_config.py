@@ -15,9 +15,34 @@ from dray.models.build import check_builds
 from dray.models.config import make_config
 from dray.plan.architectures import default_intermediate_size
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bert", "roberta", "gemma2", "phi3",
-            "bloom", "falcon", "olmo2", "modernbert-decoder")
-CLASSIFIERS = ("llama", "gpt2", "bert", "roberta", "modernbert", "distilbert", "electra", "deberta-v2", "albert")
+DECODERS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "bert",
+    "roberta",
+    "gemma2",
+    "phi3",
+    "bloom",
+    "falcon",
+    "olmo2",
+    "modernbert-decoder",
+)
+CLASSIFIERS = (
+    "llama",
+    "gpt2",
+    "bert",
+    "roberta",
+    "modernbert",
+    "distilbert",
+    "electra",
+    "deberta-v2",
+    "albert",
+)
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
@@ -26,7 +51,9 @@ def test_a_decoder_sees_no_later_token(architecture: str) -> None:
     other = ids.clone()
     other[:, 20:] = 5
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits[:, :20], model(input_ids=other).logits[:, :20])
+        assert torch.equal(
+            model(input_ids=ids).logits[:, :20], model(input_ids=other).logits[:, :20]
+        )
     assert model.config.use_cache is False
     assert model.config.eos_token_id == 0
 
@@ -44,17 +71,29 @@ def test_padding_does_not_change_a_classification(architecture: str) -> None:
 
 
 def config_of(spec: Any, **arguments: Any) -> Any:
-    return make_config(spec, **({"vocab_size": VOCAB, "pad_token_id": 1, "eos_token_id": 0} | arguments))
+    return make_config(
+        spec, **({"vocab_size": VOCAB, "pad_token_id": 1, "eos_token_id": 0} | arguments)
+    )
 
 
-@pytest.mark.parametrize(("architecture", "width"), [
-    ("llama", 170), ("mistral", 170), ("gemma2", 170), ("gpt2", 256), ("gpt_neox", 256), ("opt", 256),
-])
+@pytest.mark.parametrize(
+    ("architecture", "width"),
+    [
+        ("llama", 170),
+        ("mistral", 170),
+        ("gemma2", 170),
+        ("gpt2", 256),
+        ("gpt_neox", 256),
+        ("opt", 256),
+    ],
+)
 def test_feed_forward_width_follows_the_gate(architecture: str, width: int) -> None:
     model = small_model(small_spec(architecture))
     gated = any("gate_proj" in name for name, _ in model.named_modules())
     assert gated == (width == 170)
-    widths = {max(p.shape) for name, p in model.named_parameters() if ".mlp." in name or "fc1" in name}
+    widths = {
+        max(p.shape) for name, p in model.named_parameters() if ".mlp." in name or "fc1" in name
+    }
     assert width in widths
     assert small_spec(architecture, intermediate_size=96).model.intermediate_size == 96
 
@@ -65,7 +104,11 @@ def test_feed_forward_width_is_the_widely_used_one() -> None:
 
 
 def test_dropout_reaches_every_field_and_options_win() -> None:
-    config = config_of(small_spec("gpt2", sections={"regularization": {"dropout": 0.25}}, options={"attn_pdrop": 0.0}))
+    config = config_of(
+        small_spec(
+            "gpt2", sections={"regularization": {"dropout": 0.25}}, options={"attn_pdrop": 0.0}
+        )
+    )
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.25, 0.25, 0.0)
     opt = config_of(small_spec("opt", sections={"regularization": {"dropout": 0.25}}))
     assert (opt.dropout, opt.layerdrop) == (0.25, 0.0)
@@ -73,7 +116,11 @@ def test_dropout_reaches_every_field_and_options_win() -> None:
 
 def test_sizes_and_positions() -> None:
     config = config_of(small_spec("llama", num_kv_heads=2, max_positions=128, tie_embeddings=False))
-    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (2, 16, 128)
+    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (
+        2,
+        16,
+        128,
+    )
     assert not config.tie_word_embeddings
     assert config_of(small_spec("gpt2")).n_positions == 32
     assert config_of(small_spec("roberta"), pad_token_id=5).max_position_embeddings == 32 + 6
@@ -82,7 +129,9 @@ def test_sizes_and_positions() -> None:
 
 def test_the_end_of_text_is_trained_even_if_it_is_also_padding() -> None:
     assert config_of(small_spec("llama"), pad_token_id=0).pad_token_id is None
-    assert config_of(small_spec("llama", "sequence_classification"), pad_token_id=0).pad_token_id == 0
+    assert (
+        config_of(small_spec("llama", "sequence_classification"), pad_token_id=0).pad_token_id == 0
+    )
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "bert", "llama"])
@@ -100,26 +149,35 @@ def test_packed_rows_need_no_padding_token(architecture: str, tmp_path: Path) ->
 
 
 def test_labels_name_the_classes() -> None:
-    config = config_of(small_spec("bert", "sequence_classification"), num_labels=2, labels=("bad", "good"))
+    config = config_of(
+        small_spec("bert", "sequence_classification"), num_labels=2, labels=("bad", "good")
+    )
     assert (config.id2label, config.num_labels) == ({0: "bad", 1: "good"}, 2)
     assert config.architectures == ["BertForSequenceClassification"]
 
 
-@pytest.mark.parametrize(("architecture", "model", "words"), [
-    ("lama", {}, "did you mean llama"),
-    ("vit", {}, "no causal_lm model"),
-    ("distilbert", {}, "no causal_lm model"),
-    ("llama", {"vocab_size": 300}, "the tokeniser has 512 tokens"),
-    ("llama", {"max_positions": 16}, "data.sequence_tokens is 32"),
-    ("gpt2", {"num_kv_heads": 2}, "no grouped heads"),
-    ("bloom", {"intermediate_size": 64}, "has a fixed one"),
-    ("llama", {"options": {"rms_norm_epss": 1e-5}}, "did you mean rms_norm_eps"),
-    ("llama", {"options": {"rms_norm_eps": "small"}}, "refuses these settings"),
-    ("llama", {"options": {"hidden_size": 128}}, "give model.hidden_size"),
-    ("gpt2", {"options": {"n_embd": 128}}, "give model.hidden_size"),
-    ("gpt2", {"options": {"n_inner": 128}}, "give model.intermediate_size"),
-    ("gpt2", {"options": {"bos_token_id": 3}}, "follows from the task, the tokeniser or the precision"),
-])
+@pytest.mark.parametrize(
+    ("architecture", "model", "words"),
+    [
+        ("lama", {}, "did you mean llama"),
+        ("vit", {}, "no causal_lm model"),
+        ("distilbert", {}, "no causal_lm model"),
+        ("llama", {"vocab_size": 300}, "the tokeniser has 512 tokens"),
+        ("llama", {"max_positions": 16}, "data.sequence_tokens is 32"),
+        ("gpt2", {"num_kv_heads": 2}, "no grouped heads"),
+        ("bloom", {"intermediate_size": 64}, "has a fixed one"),
+        ("llama", {"options": {"rms_norm_epss": 1e-5}}, "did you mean rms_norm_eps"),
+        ("llama", {"options": {"rms_norm_eps": "small"}}, "refuses these settings"),
+        ("llama", {"options": {"hidden_size": 128}}, "give model.hidden_size"),
+        ("gpt2", {"options": {"n_embd": 128}}, "give model.hidden_size"),
+        ("gpt2", {"options": {"n_inner": 128}}, "give model.intermediate_size"),
+        (
+            "gpt2",
+            {"options": {"bos_token_id": 3}},
+            "follows from the task, the tokeniser or the precision",
+        ),
+    ],
+)
 def test_refusals(architecture: str, model: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words) as caught:
         config_of(small_spec(architecture, **model))
@@ -137,23 +195,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_tokenizer(path: Path, vocabulary: dict[str, int]) -> None:
     path.mkdir(exist_ok=True)
-    (path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}}))
+    (path / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}})
+    )
 
 
 def test_a_folder_gives_its_sizes_and_the_spec_its_dropout(folder: Path) -> None:
-    spec = small_spec(path=str(folder), sections={"regularization": {"dropout": 0.1}}, options={"rms_norm_eps": 1e-3})
+    spec = small_spec(
+        path=str(folder),
+        sections={"regularization": {"dropout": 0.1}},
+        options={"rms_norm_eps": 1e-3},
+    )
     config = config_of(spec)
     assert (config.hidden_size, config.attention_dropout, config.rms_norm_eps) == (64, 0.1, 1e-3)
 
 
-@pytest.mark.parametrize(("model", "sections", "words"), [
-    ({"hidden_size": 128}, {}, "has 64; the folder decides"),
-    ({}, {"tokenizer": {"train": "byte_bpe"}}, "was trained with another tokeniser"),
-    ({}, {"data": {"train": "x", "sequence_tokens": 64}}, "takes rows of 32 tokens"),
-    ({"options": {"nonsense": 1}}, {}, "no field of LlamaConfig"),
-    ({"options": {"hidden_size": 128}}, {}, "give model.hidden_size"),
-    ({"max_positions": 64}, {}, "has 32; the folder decides"),
-])
+@pytest.mark.parametrize(
+    ("model", "sections", "words"),
+    [
+        ({"hidden_size": 128}, {}, "has 64; the folder decides"),
+        ({}, {"tokenizer": {"train": "byte_bpe"}}, "was trained with another tokeniser"),
+        ({}, {"data": {"train": "x", "sequence_tokens": 64}}, "takes rows of 32 tokens"),
+        ({"options": {"nonsense": 1}}, {}, "no field of LlamaConfig"),
+        ({"options": {"hidden_size": 128}}, {}, "give model.hidden_size"),
+        ({"max_positions": 64}, {}, "has 32; the folder decides"),
+    ],
+)
 def test_refusals_of_a_folder(folder: Path, model: Any, sections: Any, words: str) -> None:
     with pytest.raises(SpecError, match=words):
         config_of(small_spec(path=str(folder), sections=sections, **model))
@@ -168,7 +235,9 @@ def test_another_tokeniser_is_refused_even_at_the_same_size(folder: Path, tmp_pa
 def test_a_vocabulary_of_another_size_is_refused_unless_it_is_padding(folder: Path) -> None:
     with pytest.raises(SpecError, match="has 512 tokens, the tokeniser 600"):
         config_of(small_spec(path=str(folder)), vocab_size=600)
-    assert config_of(small_spec(path=str(folder)), vocab_size=500).vocab_size == 512  # its own tokeniser: padded rows
+    assert (
+        config_of(small_spec(path=str(folder)), vocab_size=500).vocab_size == 512
+    )  # its own tokeniser: padded rows
 
 
 def test_folders_that_are_none(tmp_path: Path, folder: Path) -> None:
@@ -180,7 +249,9 @@ def test_folders_that_are_none(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(SpecError, match=r"config\.json cannot be used"):
         config_of(small_spec(path=str(tmp_path)))
     config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
     with pytest.raises(SpecError, match="quantised"):
         config_of(small_spec(path=str(tmp_path)))
     (tmp_path / "model.safetensors").unlink()

@@ -9,7 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import VOCAB, digest, small_model, small_spec, some_ids
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+)
 
 from dray.errors import SpecError, StoreError
 from dray.models.build import check_builds
@@ -31,13 +36,20 @@ def test_a_folder_written_by_transformers_is_read_back(tmp_path: Path, architect
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_language_model_starts_a_classifier(tmp_path: Path, architecture: str,
-                                              caplog: pytest.LogCaptureFixture) -> None:
-    language_model = small_model(small_spec(architecture, tie_embeddings=False, sections={"seed": 3}))
+def test_a_language_model_starts_a_classifier(
+    tmp_path: Path, architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    language_model = small_model(
+        small_spec(architecture, tie_embeddings=False, sections={"seed": 3})
+    )
     language_model.save_pretrained(tmp_path / "m")
     with caplog.at_level("INFO", "dray.models"):
-        classifier = small_model(small_spec(path=str(tmp_path / "m"), task="sequence_classification"))
-    assert digest(classifier.base_model.named_parameters()) == digest(language_model.base_model.named_parameters())
+        classifier = small_model(
+            small_spec(path=str(tmp_path / "m"), task="sequence_classification")
+        )
+    assert digest(classifier.base_model.named_parameters()) == digest(
+        language_model.base_model.named_parameters()
+    )
     assert classifier.load_report.not_taken == ("lm_head.weight",)
     assert classifier.load_report.initialized == ("score.weight",)
     assert "left there: lm_head.weight; initialised anew: score.weight" in caplog.text
@@ -52,23 +64,35 @@ def test_a_bare_backbone_and_another_number_of_labels(tmp_path: Path) -> None:
     bare = small_model(small_spec(path=str(tmp_path / "bare"), task="sequence_classification"))
     assert set(bare.load_report.initialized) == {"classifier.weight", "classifier.bias"}
     bare.save_pretrained(tmp_path / "three")
-    two = small_model(small_spec(path=str(tmp_path / "three"), task="sequence_classification"), num_labels=2)
+    two = small_model(
+        small_spec(path=str(tmp_path / "three"), task="sequence_classification"), num_labels=2
+    )
     assert set(two.load_report.initialized) == {"classifier.weight", "classifier.bias"}
     assert two.classifier.weight.shape == (2, 64)
 
 
 @pytest.mark.parametrize("labels", [("neg", "odd", "pos"), ("POS", "NEG", "ODD"), ("0", "1", "2")])
-def test_a_head_for_the_same_classes_in_another_order_is_left(tmp_path: Path, labels: tuple[str, ...]) -> None:
+def test_a_head_for_the_same_classes_in_another_order_is_left(
+    tmp_path: Path, labels: tuple[str, ...]
+) -> None:
     task = "sequence_classification"
-    small_model(small_spec("llama", task), labels=("pos", "neg", "odd")).save_pretrained(tmp_path / "m")
+    small_model(small_spec("llama", task), labels=("pos", "neg", "odd")).save_pretrained(
+        tmp_path / "m"
+    )
     again = small_model(small_spec(path=str(tmp_path / "m"), task=task), labels=labels)
     assert again.config.id2label == dict(enumerate(labels))
     moved = labels == ("neg", "odd", "pos")
-    assert again.load_report.initialized == again.load_report.not_taken == (("score.weight",) if moved else ())
+    assert (
+        again.load_report.initialized
+        == again.load_report.not_taken
+        == (("score.weight",) if moved else ())
+    )
 
 
 def test_merged_weights_of_a_mixture(tmp_path: Path) -> None:
-    model = small_model(small_spec("mixtral", intermediate_size=64, options={"num_local_experts": 2}))
+    model = small_model(
+        small_spec("mixtral", intermediate_size=64, options={"num_local_experts": 2})
+    )
     model.save_pretrained(tmp_path / "m")  # one tensor an expert there, one for all in the model
     again = small_model(small_spec(path=str(tmp_path / "m")))
     assert digest(again.named_parameters()) == digest(model.named_parameters())
@@ -81,11 +105,19 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     bare = check_builds(spec, config)  # holds nothing: a driver looks at a folder with it
     check_folder(bare, tmp_path)
     whole = load_file(file)
-    kept = {name: tensor for name, tensor in whole.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    kept = {
+        name: tensor
+        for name, tensor in whole.items()
+        if name != "model.layers.1.mlp.up_proj.weight"
+    }
     save_file(kept, file)
-    with pytest.raises(SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         small_model(spec)
-    with pytest.raises(SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         check_folder(bare, tmp_path)
     save_file(kept | {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}, file)
     with pytest.raises(SpecError, match=r"has shape \[3, 3\], not \[170, 64\]"):
@@ -105,28 +137,43 @@ def save_small_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = {f"word{index}": index for index in range(VOCAB)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0"))).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0"))
+    ).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("architecture", "task"), [
-    ("llama", "causal_lm"), ("gpt2", "causal_lm"), ("bert", "sequence_classification"),
-])
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("llama", "causal_lm"),
+        ("gpt2", "causal_lm"),
+        ("bert", "sequence_classification"),
+    ],
+)
 @pytest.mark.parametrize("max_shard_bytes", [50_000, 10**9])
-def test_an_export_loads_with_transformers(tmp_path: Path, architecture: str, task: str, max_shard_bytes: int) -> None:
+def test_an_export_loads_with_transformers(
+    tmp_path: Path, architecture: str, task: str, max_shard_bytes: int
+) -> None:
     model = small_model(small_spec(architecture, task))
     save_small_tokenizer(tmp_path / "tokenizer")
     whole = max_shard_bytes == 10**9
     state = model.state_dict() if whole else (item for item in model.named_parameters())
-    files = save_pretrained_folder(state, model.config, tmp_path / "tokenizer", tmp_path / "out", max_shard_bytes)
+    files = save_pretrained_folder(
+        state, model.config, tmp_path / "tokenizer", tmp_path / "out", max_shard_bytes
+    )
     assert (len(files) == 1) == whole
-    assert {file.stat().st_mode for file in files} == {(tmp_path / "out" / "config.json").stat().st_mode}
+    assert {file.stat().st_mode for file in files} == {
+        (tmp_path / "out" / "config.json").stat().st_mode
+    }
     loader = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     loaded, report = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert type(loaded) is type(model)
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(input_ids=some_ids()).logits, model(input_ids=some_ids()).logits)
+        assert torch.equal(
+            loaded.eval()(input_ids=some_ids()).logits, model(input_ids=some_ids()).logits
+        )
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == VOCAB
     assert loaded.config.use_cache in (True, None)
     again = small_model(small_spec(path=str(tmp_path / "out"), task=task))
@@ -155,7 +202,11 @@ def test_weights_that_are_cut_off_are_refused_by_their_headers(tmp_path: Path) -
     save_file({"a": torch.zeros(100, 10)}, file)
     check_weights(tmp_path)
     whole = file.read_bytes()
-    for cut, words in ((3000, "3,000 bytes"), (20, "no whole safetensors"), (0, "no whole safetensors")):
+    for cut, words in (
+        (3000, "3,000 bytes"),
+        (20, "no whole safetensors"),
+        (0, "no whole safetensors"),
+    ):
         file.write_bytes(whole[:cut])
         with pytest.raises(SpecError, match=words):
             check_weights(tmp_path)

@@ -1,4 +1,5 @@
-"""The same first loss and the same weights, bit for bit, under ZeRO-3 in two processes and without ZeRO in one."""
+"""The same first loss and the same weights, bit for bit, under ZeRO-3 in two processes and without
+ZeRO in one."""
 
 from __future__ import annotations
 
@@ -29,31 +30,52 @@ def first_loss(model: Any) -> float:
     logits = model(input_ids=ids).logits.float()
     if logits.dim() == 2:
         return float(logits.double().sum())
-    return float(nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1)))
+    return float(
+        nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
+    )
 
 
 def run_rank(rank: int, port: int, specs: list[tuple[str, Spec]], results: Any) -> None:
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_IGNORE_CUDA_DETECTION="1")
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_IGNORE_CUDA_DETECTION="1",
+    )
     from dray.rank.engine import import_deepspeed
 
-    deepspeed = import_deepspeed("cpu")  # without the collective that DeepSpeed compiles for half a minute
+    deepspeed = import_deepspeed(
+        "cpu"
+    )  # without the collective that DeepSpeed compiles for half a minute
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3},
+    }
     for key, spec in specs:
         config["bf16"] = {"enabled": key.startswith("bf16")}
         model = small_model(
-            spec, constructing=deepspeed.zero.Init(config_dict_or_path=config),
-            gathering=lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0),
+            spec,
+            constructing=deepspeed.zero.Init(config_dict_or_path=config),
+            gathering=lambda parameters: deepspeed.zero.GatheredParameters(
+                parameters, modifier_rank=0
+            ),
         )
-        assert all(parameter.numel() == 0 for parameter in model.parameters())  # no rank holds any of it whole
+        assert all(
+            parameter.numel() == 0 for parameter in model.parameters()
+        )  # no rank holds any of it whole
         rotary = [b for name, b in model.named_buffers() if "inv_freq" in name]
         assert all(buffer.dtype == torch.float32 for buffer in rotary)
         groups = [len(group["params"]) for group in parameter_groups(model, 0.1)]
         count = num_parameters(model)
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            whole = {
+                name: parameter.detach().clone() for name, parameter in model.named_parameters()
+            }
         engine = deepspeed.initialize(model=model, config=config)[0]
         with torch.no_grad():
             results[key, rank] = (digest(whole), first_loss(engine), count, groups)
@@ -81,8 +103,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     context = mp.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
-        processes = [context.Process(target=run_rank, args=(rank, port, specs, results))
-                     for port in [free_port()] for rank in range(2)]
+        processes = [
+            context.Process(target=run_rank, args=(rank, port, specs, results))
+            for port in [free_port()]
+            for rank in range(2)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -91,13 +116,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
         return here, dict(results)
 
 
-@pytest.mark.parametrize("key", [*ARCHITECTURES, "folder causal_lm", "folder sequence_classification"])
-def test_zero_3_gives_the_same_model(built: tuple[dict[str, Any], dict[Any, Any]], key: str) -> None:
+@pytest.mark.parametrize(
+    "key", [*ARCHITECTURES, "folder causal_lm", "folder sequence_classification"]
+)
+def test_zero_3_gives_the_same_model(
+    built: tuple[dict[str, Any], dict[Any, Any]], key: str
+) -> None:
     model, results = built[0][key], built[1]
     with torch.no_grad():
         loss = first_loss(model)
-    mine = (digest(dict(model.named_parameters())), num_parameters(model),
-            [len(group["params"]) for group in parameter_groups(model, 0.1)])
+    mine = (
+        digest(dict(model.named_parameters())),
+        num_parameters(model),
+        [len(group["params"]) for group in parameter_groups(model, 0.1)],
+    )
     for rank in range(2):
         hexdigest, zero_loss, count, groups = results[key, rank]
         assert (hexdigest, count, groups) == mine
@@ -106,6 +138,10 @@ def test_zero_3_gives_the_same_model(built: tuple[dict[str, Any], dict[Any, Any]
         assert loss == pytest.approx(math.log(VOCAB), rel=0.03)
 
 
-def test_half_precision_rounds_the_same_weights(built: tuple[dict[str, Any], dict[Any, Any]]) -> None:
-    rounded = {name: parameter.bfloat16() for name, parameter in built[0]["llama"].named_parameters()}
+def test_half_precision_rounds_the_same_weights(
+    built: tuple[dict[str, Any], dict[Any, Any]],
+) -> None:
+    rounded = {
+        name: parameter.bfloat16() for name, parameter in built[0]["llama"].named_parameters()
+    }
     assert built[1]["bf16 llama", 0][0] == built[1]["bf16 llama", 1][0] == digest(rounded)

@@ -23,7 +23,9 @@ def test_a_fixed_group_cuts_exactly(num_ranks: int, micro_rows: int, accumulatio
 
 
 @given(st.integers(1, 10_000), COUNTS, COUNTS)
-def test_an_elastic_group_pads_less_than_one_round(global_rows: int, num_ranks: int, micro_rows: int) -> None:
+def test_an_elastic_group_pads_less_than_one_round(
+    global_rows: int, num_ranks: int, micro_rows: int
+) -> None:
     batch = make_batch(global_rows, num_ranks, micro_rows, elastic=True)
     assert batch.rows_per_rank * num_ranks == global_rows + batch.padded_rows
     assert batch.rows_per_rank == batch.micro_rows * batch.accumulation
@@ -40,12 +42,16 @@ def test_an_indivisible_batch_names_the_nearest() -> None:
 
 
 @given(st.integers(1, 500), st.integers(1, 16))
-def test_candidates_for_the_micro_batch_pad_nothing_needless(global_rows: int, num_ranks: int) -> None:
+def test_candidates_for_the_micro_batch_pad_nothing_needless(
+    global_rows: int, num_ranks: int
+) -> None:
     found = micro_candidates(global_rows, num_ranks, elastic=True)
     assert found == sorted(found, reverse=True)
     assert found[-1] == 1
     least = make_batch(global_rows, num_ranks, 1, elastic=True).padded_rows
-    assert {make_batch(global_rows, num_ranks, rows, elastic=True).padded_rows for rows in found} == {least}
+    assert {
+        make_batch(global_rows, num_ranks, rows, elastic=True).padded_rows for rows in found
+    } == {least}
 
 
 def test_a_fixed_group_that_cannot_share_out_has_no_candidates() -> None:
@@ -56,6 +62,8 @@ def test_a_fixed_group_that_cannot_share_out_has_no_candidates() -> None:
 def test_durations_become_steps() -> None:
     assert num_steps_of(Duration(steps=7), 16, 8192, None) == 7
     assert num_steps_of(Duration(tokens=8193), 16, 8192, None) == 2
-    assert num_steps_of(Duration(epochs=2), 16, 8192, 100) == 13  # 200 rows: the last batch is filled up
+    assert (
+        num_steps_of(Duration(epochs=2), 16, 8192, 100) == 13
+    )  # 200 rows: the last batch is filled up
     assert num_steps_of(Duration(epochs=0.001), 16, 8192, 100) == 1
     assert num_steps_of(Duration(epochs=2), 16, 8192, None) is None

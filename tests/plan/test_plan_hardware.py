@@ -28,7 +28,12 @@ def test_unknown_accelerators_take_numbers() -> None:
     assert shape.accelerator.half_flops == 180e12
     named = parse_shape("1x4xNewCard(memory=48GiB, tflops=180, fp32_tflops=90, bf16=0)").accelerator
     assert named is not None
-    assert (named.name, named.memory_bytes, named.fp32_flops, named.has_bf16) == ("NewCard", 48 * 2**30, 90e12, False)
+    assert (named.name, named.memory_bytes, named.fp32_flops, named.has_bf16) == (
+        "NewCard",
+        48 * 2**30,
+        90e12,
+        False,
+    )
 
 
 def test_settings_override_what_is_known() -> None:
@@ -51,7 +56,8 @@ def test_a_cluster_with_an_unknown_card_can_be_described() -> None:
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("H100", "not a shape"), ("", "not a shape"), ("2x8", "not a shape"), ("axbxH100", "not a shape"),
+    ("H100", "not a shape"), ("", "not a shape"), ("2x8", "not a shape"),
+    ("axbxH100", "not a shape"),
     ("0x8xH100", "no machine"), ("2x0xH100", "no machine"), ("2x8xH10O", "did you mean H100"),
     ("2x8xZZZ", "known: GB300"), ("1x4x(memory=48GB)", "lacks memory or tflops"),
     ("1x4x(memory=48,tflops=180)", "unit"), ("1x4x(memory=48GB,tflops=180PF)", "unit"),
@@ -69,7 +75,11 @@ def test_bad_shapes_are_refused_in_one_line(text: str, says: str) -> None:
 def test_this_machine() -> None:
     shape = local_shape()
     assert 1 <= shape.cpus_per_node <= (os.cpu_count() or 1)
-    assert 2**28 < shape.memory_bytes_per_node <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert (
+        2**28
+        < shape.memory_bytes_per_node
+        <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     assert shape.oversubscribe
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         words = file.read().split()

@@ -1,4 +1,5 @@
-"""This machine as a shape: its GPUs by what their driver reports. The reports are literals: there is no GPU here."""
+"""This machine as a shape: its GPUs by what their driver reports. The reports are literals: there
+is no GPU here."""
 
 from __future__ import annotations
 
@@ -21,11 +22,16 @@ GIB = 2**30
 
 
 @pytest.mark.parametrize(("reported", "name"), [
-    ("NVIDIA A100-SXM4-80GB", "A100"), ("A100-PCIE-40GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"),
+    ("NVIDIA A100-SXM4-80GB", "A100"), ("A100-PCIE-40GB", "A100"), ("NVIDIA H100 80GB "
+                                                                    "HBM3", "H100"),
     ("NVIDIA H100 PCIe", "H100-PCIe"), ("NVIDIA H100 NVL", "H100-NVL"), ("NVIDIA H200", "H200"),
-    ("NVIDIA GB200", "GB200"), ("NVIDIA B300 SXM6 AC", "B300"), ("RTX-A6000", "A6000"), ("NVIDIA RTX A6000", "A6000"),
-    ("GeForce-RTX-4090", "RTX4090"), ("NVIDIA GeForce RTX 5090", "RTX5090"), ("NVIDIA L40S", "L40S"),
-    ("NVIDIA RTX 6000 Ada Generation", "RTX6000-Ada"), ("Tesla V100-SXM2-32GB", "V100"), ("NVIDIA A10G", "A10G"),
+    ("NVIDIA GB200", "GB200"), ("NVIDIA B300 SXM6 "
+                                "AC", "B300"), ("RTX-A6000", "A6000"), ("NVIDIA RTX "
+                                                                        "A6000", "A6000"),
+    ("GeForce-RTX-4090", "RTX4090"), ("NVIDIA GeForce RTX "
+                                      "5090", "RTX5090"), ("NVIDIA L40S", "L40S"),
+    ("NVIDIA RTX 6000 Ada "
+     "Generation", "RTX6000-Ada"), ("Tesla V100-SXM2-32GB", "V100"), ("NVIDIA A10G", "A10G"),
     ("AMD-Instinct-MI300X-OAM", "MI300X"), ("AMD-Instinct-MI250X-MI250", "MI250X"),
     ("NVIDIA RTX A4000", None), ("Quadro P5000", None), ("", None), ("unknown", None),
 ])  # fmt: skip
@@ -37,7 +43,9 @@ def test_a_reported_name_finds_its_card(reported: str, name: str | None) -> None
 def test_a_known_card_keeps_its_speed_and_tells_its_own_memory() -> None:
     large = make_accelerator([Card("NVIDIA A100-SXM4-80GB", 81_920 * 2**20, (8, 0))] * 2)
     assert (large.name, large.memory_bytes, large.half_flops) == ("A100", 80 * GIB, 312e12)
-    mixed = make_accelerator([Card("NVIDIA L4", 24 * GIB, (8, 9)), Card("NVIDIA T4", 15 * GIB, (7, 5))])
+    mixed = make_accelerator(
+        [Card("NVIDIA L4", 24 * GIB, (8, 9)), Card("NVIDIA T4", 15 * GIB, (7, 5))]
+    )
     assert (mixed.name, mixed.memory_bytes, mixed.has_bf16) == ("T4", 15 * GIB, False)
 
 
@@ -55,10 +63,17 @@ def test_an_unknown_card_is_taken_from_what_it_reports() -> None:
 def test_a_run_is_planned_on_an_unknown_card() -> None:
     card = make_accelerator([Card("NVIDIA RTX A4000", 16 * GIB, (8, 6), 6144, 1.56e9)])
     shape = local_shape().model_copy(update={"accelerators_per_node": 1, "accelerator": card})
-    spec = make_spec({"name": "x", "data": {"train": "x", "sequence_tokens": 128},
-                      "tokenizer": {"train": "byte_bpe", "vocab_size": 1000},
-                      "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 2},
-                      "duration": {"steps": 10}, "resources": {"gpus_per_worker": 1}}, "x")
+    spec = make_spec(
+        {
+            "name": "x",
+            "data": {"train": "x", "sequence_tokens": 128},
+            "tokenizer": {"train": "byte_bpe", "vocab_size": 1000},
+            "model": {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 2},
+            "duration": {"steps": 10},
+            "resources": {"gpus_per_worker": 1},
+        },
+        "x",
+    )
     plan = make_plan(spec, shape)
     assert plan.on_gpu
     assert plan.precision == "bf16"
@@ -74,46 +89,67 @@ def test_without_a_driver_there_are_no_cards() -> None:
 
 
 class _Driver:
-    """Stands in for NVML, which does not load without a driver: four devices, known by index and UUID."""
+    """Stands in for NVML, which does not load without a driver: four devices, known by index and
+    UUID."""
 
     uuids = ("GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44")
     api = SimpleNamespace(
-        nvmlDeviceGetCount=lambda: 4, nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetUUID=lambda handle: _Driver.uuids[handle], nvmlDeviceGetHandleByUUID=lambda uuid: uuid)
+        nvmlDeviceGetCount=lambda: 4,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda handle: _Driver.uuids[handle],
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+    )
 
 
 @pytest.mark.parametrize(("visible", "handles"), [
-    (None, [0, 1, 2, 3]), ("", []), ("2,0", [2, 0]), (" 1 ", [1]), ("1,-1,2", [1]), ("7", []), ("0,9,1", [0]),
-    ("GPU-bb", [2]), ("GPU-cc44,GPU-aa11", [3, 0]), ("GPU-none,GPU-aa11", []), ("MIG-1234", ["MIG-1234"]),
+    (None, [0, 1, 2, 3]), ("", []), ("2,0", [2, 0]), (" 1 ", [1]), ("1,-1,2", [1]), ("7", []),
+    ("0,9,1", [0]), ("GPU-bb", [2]), ("GPU-cc44,GPU-aa11", [3, 0]), ("GPU-none,GPU-aa11", []),
+    ("MIG-1234", ["MIG-1234"]),
 ])  # fmt: skip
-def test_visible_devices_are_those_that_cuda_would_show(visible: str | None, handles: list[Any]) -> None:
+def test_visible_devices_are_those_that_cuda_would_show(
+    visible: str | None, handles: list[Any]
+) -> None:
     assert list(_visible_handles(_Driver.api, visible)) == handles
 
 
 def test_gpus_of_a_cluster_that_nothing_knows_are_planned_for_without_a_memory_check() -> None:
-    """Logical GPUs and a label of Ray's stand in for cards: the task that asks the drivers runs, and finds none."""
+    """Logical GPUs and a label of Ray's stand in for cards: the task that asks the drivers runs,
+    and finds none."""
     code = (
         "import ray\n"
         "from dray.cluster.connection import live_shape\n"
-        "ray.init(address='local', num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False,\n"
+        "ray.init(address='local', num_cpus=4, num_gpus=2, include_dashboard=False, "
+        "log_to_driver=False,\n"
         "         resources={'accelerator_type:B9000': 1})\n"
         "shape = live_shape(1, 1)\n"
-        "print('GPU', shape.num_accelerators, shape.accelerator.name, shape.accelerator.memory_bytes)\n"
+        "print('GPU', shape.num_accelerators, shape.accelerator.name, "
+        "shape.accelerator.memory_bytes)\n"
         "print('CPU', live_shape(1, 0).accelerator.name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.splitlines()[-2:] == ["GPU 2 B9000 None", "CPU B9000"], done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-2:] == ["GPU 2 B9000 None", "CPU B9000"], (
+        done.stdout + done.stderr
+    )
 
 
-def test_without_a_compiler_nothing_is_compiled_and_asking_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_nothing_is_compiled_and_asking_for_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CXX", raising=False)
-    shape = local_shape().model_copy(update={"cpu_bf16": True, "cpu_amx": True, "cpu_core_bf16_flops": 850e9})
+    shape = local_shape().model_copy(
+        update={"cpu_bf16": True, "cpu_amx": True, "cpu_core_bf16_flops": 850e9}
+    )
     assert not shape.has_compiler
-    tree = {"name": "x", "data": {"train": "x", "sequence_tokens": 512},
-            "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
-            "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
-            "duration": {"steps": 100_000}}
+    tree = {
+        "name": "x",
+        "data": {"train": "x", "sequence_tokens": 512},
+        "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
+        "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
+        "duration": {"steps": 100_000},
+    }
     plan = make_plan(make_spec(tree, "x"), shape)
     assert not plan.compile
     assert any("no C++ compiler" in note for note in plan.notes)

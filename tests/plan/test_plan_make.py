@@ -1,4 +1,5 @@
-"""The plan as a whole: what fits, what is refused and how, and that it needs neither torch nor ray."""
+"""The plan as a whole: what fits, what is refused and how, and that it needs neither torch nor
+ray."""
 
 from __future__ import annotations
 
@@ -23,19 +24,29 @@ LARGE = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "intermediate_s
 
 def spec_of(**sections: Any) -> Spec:
     tree: dict[str, Any] = {
-        "name": "t", "data": {"train": "none", "sequence_tokens": 256},
+        "name": "t",
+        "data": {"train": "none", "sequence_tokens": 256},
         "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
         "model": {"architecture": "llama", "hidden_size": 256, "num_layers": 4, "num_heads": 4},
-        "batch": {"global_rows": 32}, "duration": {"steps": 100}, "resources": {"workers": 2},
+        "batch": {"global_rows": 32},
+        "duration": {"steps": 100},
+        "resources": {"workers": 2},
     }
     for name, values in sections.items():
-        tree[name] = tree[name] | values if isinstance(tree.get(name), dict) and isinstance(values, dict) else values
+        tree[name] = (
+            tree[name] | values
+            if isinstance(tree.get(name), dict) and isinstance(values, dict)
+            else values
+        )
     return make_spec(tree)
 
 
 def large(**sections: Any) -> Spec:
     on_gpus = {"workers": 16, "gpus_per_worker": 1, **sections.pop("resources", {})}
-    data, batch = sections.pop("data", {"sequence_tokens": 4096}), {"global_rows": 512, **sections.pop("batch", {})}
+    data, batch = (
+        sections.pop("data", {"sequence_tokens": 4096}),
+        {"global_rows": 512, **sections.pop("batch", {})},
+    )
     return spec_of(model=LARGE, resources=on_gpus, data=data, batch=batch, **sections)
 
 
@@ -74,8 +85,11 @@ def test_a_small_run_on_a_laptop() -> None:
 
 
 def test_the_time_of_padded_rows_goes_by_their_real_length() -> None:
-    spec = spec_of(task="sequence_classification", data={"train": {"path": "none", "label": "label"}},
-                   model={"architecture": "bert", "num_labels": 2})
+    spec = spec_of(
+        task="sequence_classification",
+        data={"train": {"path": "none", "label": "label"}},
+        model={"architecture": "bert", "num_labels": 2},
+    )
     short = make_plan(spec, LAPTOP, num_rows=1000, num_tokens=60_000)
     unknown = make_plan(spec, LAPTOP)
     assert (short.row_tokens, unknown.row_tokens) == (61, 256)
@@ -87,8 +101,17 @@ def test_the_time_of_padded_rows_goes_by_their_real_length() -> None:
 def test_the_terms_add_up() -> None:
     for stage in range(4):
         memory = make_plan(spec_of(zero={"stage": stage}), LAPTOP).memory
-        terms = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "checkpoint",
-                 "framework", "allocator")
+        terms = (
+            "parameters",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "buffers",
+            "checkpoint",
+            "framework",
+            "allocator",
+        )
         assert memory.total == sum(getattr(memory, term) for term in terms)
         assert memory.activations_checkpointed < memory.activations_kept
 
@@ -100,12 +123,19 @@ def test_a_plan_survives_json() -> None:
 
 def test_the_fastest_stage_that_fits_is_taken() -> None:
     # A node has no slow network in it: where there is room the lower stages communicate least.
-    small = {"model": {**LARGE, "num_layers": 4}, "batch": {"global_rows": 64, "micro_rows": 8},
-             "engine": {"activation_checkpointing": True}, "resources": {"workers": 8, "gpus_per_worker": 1}}
+    small = {
+        "model": {**LARGE, "num_layers": 4},
+        "batch": {"global_rows": 64, "micro_rows": 8},
+        "engine": {"activation_checkpointing": True},
+        "resources": {"workers": 8, "gpus_per_worker": 1},
+    }
     roomy = make_plan(spec_of(**small), parse_shape("1x8xB200"))
     assert roomy.zero_stage in {1, 2}
     assert "is the lowest within 5% of the fastest that fits" in roomy.zero_reason
-    tight = make_plan(large(engine={"activation_checkpointing": True}), parse_shape("2x8x(memory=20GB,tflops=312)"))
+    tight = make_plan(
+        large(engine={"activation_checkpointing": True}),
+        parse_shape("2x8x(memory=20GB,tflops=312)"),
+    )
     assert tight.zero_stage == 3
     assert "stage 2 would take" in tight.zero_reason
 
@@ -113,39 +143,60 @@ def test_the_fastest_stage_that_fits_is_taken() -> None:
 def test_the_reason_for_a_stage_does_not_call_it_the_fastest_where_another_one_is() -> None:
     spec = spec_of(resources={"workers": 2})
     plan = make_plan(spec, LAPTOP)
-    seconds = [make_plan(spec_of(resources={"workers": 2}, zero={"stage": stage}), LAPTOP).step_seconds
-               for stage in range(4)]
+    seconds = [
+        make_plan(spec_of(resources={"workers": 2}, zero={"stage": stage}), LAPTOP).step_seconds
+        for stage in range(4)
+    ]
     fastest = plan.step_seconds == min(seconds)
     assert fastest == ("is the fastest that fits" in plan.zero_reason)
     assert fastest != ("of the fastest that fits" in plan.zero_reason)
 
 
 def test_the_stage_and_the_time_follow_the_network() -> None:
-    """ZeRO-3 moves half as much again as the lower stages: a slow network makes it dear, a fast one hides it."""
+    """ZeRO-3 moves half as much again as the lower stages: a slow network makes it dear, a fast one
+    hides it."""
     spec = large(engine={"activation_checkpointing": True}, zero={"stage": 3})
-    fast, slow = (make_plan(spec, parse_shape(f"2x8xB200(network={rate})")) for rate in ("400GB", "1GB"))
+    fast, slow = (
+        make_plan(spec, parse_shape(f"2x8xB200(network={rate})")) for rate in ("400GB", "1GB")
+    )
     assert fast.est_seconds is not None
     assert slow.est_seconds is not None
     assert slow.est_seconds > 2 * fast.est_seconds
-    auto = make_plan(large(engine={"activation_checkpointing": True}), parse_shape("2x8xB200(network=1GB)"))
+    auto = make_plan(
+        large(engine={"activation_checkpointing": True}), parse_shape("2x8xB200(network=1GB)")
+    )
     assert auto.zero_stage < 3
 
 
 def test_hardware_of_unknown_speed_takes_the_lowest_stage() -> None:
-    plan = make_plan(spec_of(resources={"workers": 2, "gpus_per_worker": 1}), parse_shape("1x2xunknown"))
+    plan = make_plan(
+        spec_of(resources={"workers": 2, "gpus_per_worker": 1}), parse_shape("1x2xunknown")
+    )
     assert plan.zero_stage == 0
     assert "the lowest that fits" in plan.zero_reason
 
 
 def test_higher_stages_and_more_ranks_take_less() -> None:
     shape = parse_shape("64x8xH100")
-    by_stage = [make_plan(spec_of(model={**LARGE, "num_layers": 8}, zero={"stage": stage},
-                                  batch={"global_rows": 64, "micro_rows": 1},
-                                  resources={"workers": 64, "gpus_per_worker": 1}), shape).memory.total
-                for stage in range(4)]
+    by_stage = [
+        make_plan(
+            spec_of(
+                model={**LARGE, "num_layers": 8},
+                zero={"stage": stage},
+                batch={"global_rows": 64, "micro_rows": 1},
+                resources={"workers": 64, "gpus_per_worker": 1},
+            ),
+            shape,
+        ).memory.total
+        for stage in range(4)
+    ]
     assert all(later < earlier for earlier, later in pairwise(by_stage))
-    by_ranks = [make_plan(large(zero={"stage": 3}, batch={"micro_rows": 1}, resources={"workers": ranks}), shape).memory
-                for ranks in (16, 32, 64)]
+    by_ranks = [
+        make_plan(
+            large(zero={"stage": 3}, batch={"micro_rows": 1}, resources={"workers": ranks}), shape
+        ).memory
+        for ranks in (16, 32, 64)
+    ]
     assert all(later.optimizer < earlier.optimizer for earlier, later in pairwise(by_ranks))
 
 
@@ -189,21 +240,29 @@ def test_workers_must_leave_cpus_for_reading() -> None:
     assert message.startswith("resources.workers = 8: ")
     assert "1 for reading" in message
     assert "give resources.workers=7" in message
-    assert make_plan(spec_of(batch={"global_rows": 28}, resources={"workers": 7}), shape).num_ranks == 7
+    assert (
+        make_plan(spec_of(batch={"global_rows": 28}, resources={"workers": 7}), shape).num_ranks
+        == 7
+    )
     # Without Ray nobody else reads, and one's own machine may be shared.
     assert make_plan(spec_of(resources={"workers": 8}), shape, with_ray=False).num_ranks == 8
     assert make_plan(spec_of(resources={"workers": 4}), LAPTOP).num_ranks == 4
 
 
 def test_readers_may_have_the_cpus_of_a_head_that_is_too_small_for_a_worker() -> None:
-    spec, node = spec_of(resources={"workers": 1, "cpus_per_worker": 4}), parse_shape("1xCPU(cpus=4,memory=64GB)")
+    spec, node = (
+        spec_of(resources={"workers": 1, "cpus_per_worker": 4}),
+        parse_shape("1xCPU(cpus=4,memory=64GB)"),
+    )
     assert "1 for reading" in refusal(spec, node)
     assert make_plan(spec, node.model_copy(update={"spare_cpus": 1.0})).num_ranks == 1
 
 
 def test_a_workers_cpus_lie_on_one_node() -> None:
     shape = parse_shape("3xCPU(cpus=4,memory=64GB)")  # 12 CPUs, but only three workers of 3
-    assert "give resources.workers=3" in refusal(spec_of(resources={"workers": 4, "cpus_per_worker": 3}), shape)
+    assert "give resources.workers=3" in refusal(
+        spec_of(resources={"workers": 4, "cpus_per_worker": 3}), shape
+    )
 
 
 def test_an_elastic_group_is_planned_at_what_the_shape_holds() -> None:
@@ -218,16 +277,21 @@ def test_an_elastic_group_is_planned_at_what_the_shape_holds() -> None:
 
 def test_contradictory_batch_numbers() -> None:
     message = refusal(spec_of(batch={"global_rows": 100, "micro_rows": 16}), LAPTOP)
-    assert message.startswith("batch.global_rows = 100: not a multiple of 2 ranks × 16 rows (32); nearest: 96 or 128")
+    assert message.startswith(
+        "batch.global_rows = 100: not a multiple of 2 ranks × 16 rows (32); nearest: 96 or 128"
+    )
     assert "not a multiple of 2 ranks × 1 row" in refusal(spec_of(batch={"global_rows": 7}), LAPTOP)
 
 
 @pytest.mark.parametrize(("precision", "shape", "on_gpu", "resolved"), [
-    ("auto", "2x1xH100", True, "bf16"), ("auto", "2x1xV100", True, "fp32"), ("fp16", "2x1xV100", True, "fp16"),
-    ("auto", "1xCPU(cpus=4,memory=64GB)", False, "fp32"), ("auto", "1xCPU(cpus=4,memory=64GB,bf16=1)", False, "bf16"),
+    ("auto", "2x1xH100", True, "bf16"), ("auto", "2x1xV100", True, "fp32"),
+    ("fp16", "2x1xV100", True, "fp16"), ("auto", "1xCPU(cpus=4,memory=64GB)", False, "fp32"),
+    ("auto", "1xCPU(cpus=4,memory=64GB,bf16=1)", False, "bf16"),
     ("bf16", "1xCPU(cpus=4,memory=64GB,bf16=1)", False, "bf16"), ("fp32", "2x1xH100", True, "fp32"),
 ])  # fmt: skip
-def test_precision_is_what_the_hardware_computes_in(precision: str, shape: str, on_gpu: bool, resolved: str) -> None:
+def test_precision_is_what_the_hardware_computes_in(
+    precision: str, shape: str, on_gpu: bool, resolved: str
+) -> None:
     spec = spec_of(precision=precision, resources={"workers": 2, "gpus_per_worker": int(on_gpu)})
     assert make_plan(spec, parse_shape(shape)).precision == resolved
 
@@ -236,7 +300,9 @@ def test_precision_is_what_the_hardware_computes_in(precision: str, shape: str, 
     ("bf16", "2x1xV100", True), ("bf16", "1xCPU(cpus=4,memory=64GB)", False),
     ("fp16", "1xCPU(cpus=4,memory=64GB)", False),
 ])  # fmt: skip
-def test_precision_that_the_hardware_lacks_is_refused(precision: str, shape: str, on_gpu: bool) -> None:
+def test_precision_that_the_hardware_lacks_is_refused(
+    precision: str, shape: str, on_gpu: bool
+) -> None:
     spec = spec_of(precision=precision, resources={"workers": 2, "gpus_per_worker": int(on_gpu)})
     message = refusal(spec, parse_shape(shape))
     assert message.startswith(f"precision = {precision}: ")
@@ -260,12 +326,17 @@ def test_epochs_wait_for_the_corpus() -> None:
 
 def test_offloading_moves_states_to_the_host() -> None:
     shape = parse_shape("2x8xH100(host_memory=2TB)")
-    kept, moved = (make_plan(large(zero={"stage": 3, "offload": offload}), shape) for offload in ("none", "parameters"))
+    kept, moved = (
+        make_plan(large(zero={"stage": 3, "offload": offload}), shape)
+        for offload in ("none", "parameters")
+    )
     assert moved.memory.optimizer == moved.memory.parameters == 0
     assert moved.memory.host_bytes > kept.memory.host_bytes
     assert moved.deepspeed["zero_optimization"]["offload_param"]["device"] == "cpu"
     small_host = parse_shape("2x8xH100(host_memory=40GB)")
-    assert "of host memory" in refusal(large(zero={"stage": 3, "offload": "parameters"}), small_host)
+    assert "of host memory" in refusal(
+        large(zero={"stage": 3, "offload": "parameters"}), small_host
+    )
 
 
 def test_compilation_is_chosen_where_it_pays() -> None:
@@ -291,14 +362,20 @@ def test_notes_name_what_is_odd() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(ranks=st.integers(1, 16), global_rows=st.integers(1, 300), elastic=st.booleans())
-def test_the_micro_batch_is_found_or_the_batch_refused(ranks: int, global_rows: int, elastic: bool) -> None:
-    spec = spec_of(batch={"global_rows": global_rows}, resources={"workers": [1, ranks] if elastic else ranks})
+def test_the_micro_batch_is_found_or_the_batch_refused(
+    ranks: int, global_rows: int, elastic: bool
+) -> None:
+    spec = spec_of(
+        batch={"global_rows": global_rows}, resources={"workers": [1, ranks] if elastic else ranks}
+    )
     roomy = LAPTOP.model_copy(update={"memory_bytes_per_node": 10**13})
     if not elastic and global_rows % ranks:
         refusal(spec, roomy)
         return
     batch = make_plan(spec, roomy).batch
-    assert batch.num_ranks * batch.micro_rows * batch.accumulation == global_rows + batch.padded_rows
+    assert (
+        batch.num_ranks * batch.micro_rows * batch.accumulation == global_rows + batch.padded_rows
+    )
     assert batch.padded_rows < ranks
 
 
@@ -313,9 +390,11 @@ def test_planning_takes_milliseconds() -> None:
 
 def test_planning_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from dray.plan import *; from dray.spec import load_spec; import dray.rank.schedule\n"
+        "import sys; from dray.plan import *; from dray.spec import load_spec; import "
+        "dray.rank.schedule\n"
         "format_plan(make_plan(load_spec('quickstart'), local_shape()))\n"
-        "print([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'deepspeed', 'numpy') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'deepspeed', 'numpy') if m "
+        "in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -323,14 +402,39 @@ def test_planning_imports_nothing_heavy() -> None:
 
 def test_the_table_names_what_matters() -> None:
     text = format_plan(make_plan(large(), parse_shape("2x8xH100")))
-    for word in ("2x8xH100", "ZeRO", "the fastest that fits", "gradients", "optimizer", "activations", "logits", "fits",
-                 "strict", "loose", "tokens/s", "checkpoint", "host"):
+    for word in (
+        "2x8xH100",
+        "ZeRO",
+        "the fastest that fits",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "fits",
+        "strict",
+        "loose",
+        "tokens/s",
+        "checkpoint",
+        "host",
+    ):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120
 
 
 def test_units() -> None:
     assert [format_bytes(n) for n in (999, 1500, 2.5e6, 999.6e6, 1.234e9, 5e13)] == [
-        "999 B", "1.5 kB", "2.5 MB", "1,000 MB", "1.23 GB", "50 TB"]
+        "999 B",
+        "1.5 kB",
+        "2.5 MB",
+        "1,000 MB",
+        "1.23 GB",
+        "50 TB",
+    ]
     assert [format_seconds(n) for n in (5, 89, 120, 5400, 90_000, 200_000)] == [
-        "5 s", "89 s", "2 min", "1 h 30 min", "25 h 0 min", "2 d 7 h"]
+        "5 s",
+        "89 s",
+        "2 min",
+        "1 h 30 min",
+        "25 h 0 min",
+        "2 d 7 h",
+    ]

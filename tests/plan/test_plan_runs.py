@@ -21,20 +21,23 @@ from dray.spec import make_spec
 from dray.tasks.causal_lm import CausalLM
 
 torch.set_num_threads(1)
-dray.tasks.losses.loss_chunk_bytes = lambda on_gpu: 4 * 512 * 10  # ten rows of 64: the loss takes several chunks
+# Ten rows of 64: the loss takes several chunks.
+dray.tasks.losses.loss_chunk_bytes = lambda on_gpu: 4 * 512 * 10
 
 def losses(stage, offload, precision):
     spec = make_spec({
         "name": "t", "data": {"train": "none", "sequence_tokens": 32},
         "tokenizer": {"train": "byte_bpe", "vocab_size": 512},
         "model": {"architecture": "llama", "hidden_size": 32, "num_layers": 2, "num_heads": 2},
-        "batch": {"global_rows": 4, "micro_rows": 2}, "duration": {"steps": 3}, "precision": precision,
+        "batch": {"global_rows": 4, "micro_rows": 2}, "duration": {"steps": 3},
+        "precision": precision,
         "zero": {"stage": stage, "offload": offload}, "engine": {"compile": False}})
     plan = make_plan(spec, parse_shape("1xCPU(cpus=8,memory=64GB,bf16=1)"))
     build = lambda constructing, gathering: build_model(
-        spec, vocab_size=512, pad_token_id=0, eos_token_id=0, constructing=constructing, gathering=gathering)
-    engine = build_engine(build, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks,
-                          make_objective=CausalLM().objective)
+        spec, vocab_size=512, pad_token_id=0, eos_token_id=0, constructing=constructing,
+        gathering=gathering)
+    engine = build_engine(build, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan,
+                          ranks, make_objective=CausalLM().objective)
     engine.train(True)
     random, found = torch.Generator().manual_seed(0), []
     for _ in range(3):
@@ -53,15 +56,27 @@ ranks = build_ranks(torch.device("cpu"), 60)
 print(json.dumps([losses(*case) for case in json.loads(sys.argv[1])]))
 """
 CASES = [
-    (0, "none", "fp32"), (1, "none", "fp32"), (1, "optimizer", "fp32"), (3, "parameters", "fp32"),
-    (0, "none", "bf16"), (1, "none", "bf16"), (2, "optimizer", "bf16"), (3, "none", "bf16"), (3, "parameters", "bf16"),
+    (0, "none", "fp32"),
+    (1, "none", "fp32"),
+    (1, "optimizer", "fp32"),
+    (3, "parameters", "fp32"),
+    (0, "none", "bf16"),
+    (1, "none", "bf16"),
+    (2, "optimizer", "bf16"),
+    (3, "none", "bf16"),
+    (3, "parameters", "bf16"),
 ]
 
 
 def test_every_planned_configuration_trains_and_they_agree() -> None:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CODE, json.dumps(CASES)], capture_output=True, text=True, check=False,
-                          env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(CASES)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     runs = json.loads(done.stdout.strip().splitlines()[-1])
     for (_, _, precision), run in zip(CASES, runs, strict=True):

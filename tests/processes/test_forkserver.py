@@ -1,4 +1,5 @@
-"""Workers of a real Ray that are forks of their node's server, and what becomes of them without it."""
+"""Workers of a real Ray that are forks of their node's server, and what becomes of them without
+it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ import pytest
 from dray.cluster.workers import fork_environment
 from dray.processes import forkserver
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system has no pidfd_open")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "pidfd_open"), reason="this system has no pidfd_open"
+)
 
 
 class Cluster:
@@ -28,8 +31,12 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "TMPDIR": str(folder), "RAY_TMPDIR": "/tmp", "RAY_ADDRESS": "local"})
+            [sys.executable, "-c", DRIVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(folder), "RAY_TMPDIR": "/tmp", "RAY_ADDRESS": "local"},
+        )
 
     def probe(self, kind: str, **environment: str) -> dict[str, Any]:
         """What a new worker of that kind says about itself."""
@@ -68,15 +75,18 @@ DRIVER = textwrap.dedent("""
             return {"pid": os.getpid(), "parent": parent, "random": WorkerID.from_random().hex(),
                     "parent_command": open(f"/proc/{parent}/cmdline").read().split(chr(0)),
                     "group": os.getpgrp(), "path": sys.path, "colour": os.environ.get("COLOUR"),
-                    "loaded": [name for name in ("torch", "deepspeed", "ray.data") if name in sys.modules],
-                    "log": os.readlink("/proc/self/fd/1"), "asks": os.environ["RAY_ADDRESS"], "faults": faults(),
-                    "cluster": ray.get_runtime_context().gcs_address,  "main": sys.modules["__main__"].__file__}
+                    "loaded": [name for name in ("torch", "deepspeed", "ray.data")
+                               if name in sys.modules],
+                    "log": os.readlink("/proc/self/fd/1"), "asks": os.environ["RAY_ADDRESS"],
+                    "faults": faults(), "cluster": ray.get_runtime_context().gcs_address,
+                    "main": sys.modules["__main__"].__file__}
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     kept = []
     for line in sys.stdin:
         kind, environment = json.loads(line)
-        kept.append(Worker.options(runtime_env={**fork_environment(kind, {}), "env_vars": environment}).remote())
+        runtime_env = {**fork_environment(kind, {}), "env_vars": environment}
+        kept.append(Worker.options(runtime_env=runtime_env).remote())
         print(json.dumps(ray.get(kept[-1].probe.remote(), timeout=120)), flush=True)
 """)
 
@@ -96,9 +106,14 @@ def test_workers_are_forks_with_what_is_theirs(cluster: Cluster):
     first, second = cluster.probe("light", COLOUR="red"), cluster.probe("light", COLOUR="blue")
     assert is_forked(first)
     assert second["parent"] == first["parent"]
-    assert (first["loaded"], second["loaded"]) == (["ray.data"], ["ray.data"])  # no torch, which may touch CUDA
+    assert (first["loaded"], second["loaded"]) == (
+        ["ray.data"],
+        ["ray.data"],
+    )  # no torch, which may touch CUDA
     assert (first["colour"], second["colour"]) == ("red", "blue")
-    assert first["random"] != second["random"]  # Ray's ids come from a generator that a fork would copy
+    assert (
+        first["random"] != second["random"]
+    )  # Ray's ids come from a generator that a fork would copy
     for found in (first, second):
         assert found["group"] == found["pid"]  # Ray ends the process group of a dead worker
         assert found["main"].endswith("default_worker.py")
@@ -113,7 +128,9 @@ def test_ranks_are_forks_of_one_that_has_imported_more(cluster: Cluster):
     assert second["parent"] == first["parent"]
     assert first["loaded"] == ["torch", "deepspeed", "ray.data"]
     assert first["random"] != second["random"]
-    assert first["faults"] < 1000  # pages; what a thread frees is kept, where 64 MiB would be 16,384 of them again
+    assert (
+        first["faults"] < 1000
+    )  # pages; what a thread frees is kept, where 64 MiB would be 16,384 of them again
     assert psutil.Process(first["parent"]).ppid() == cluster.probe("light:full")["parent"]
 
 
@@ -145,34 +162,54 @@ def test_a_worker_does_not_wait_for_a_server_that_does_not_answer(cluster: Clust
     assert len(server.children()) == children + 1  # it has not forked for the one that had given up
 
 
-def start_alone(tmp_path: Path, kind: str = "light", before: str = "", **environment: str) -> tuple[str, str]:
-    """What a worker prints that cannot be a fork, and its words on standard error. It is started as Ray would."""
+def start_alone(
+    tmp_path: Path, kind: str = "light", before: str = "", **environment: str
+) -> tuple[str, str]:
+    """What a worker prints that cannot be a fork, and its words on standard error. It is started as
+    Ray would."""
     script = tmp_path / "worker.py"
     script.write_text("import os, sys; print(sys.argv[1:], os.getpid())")
-    code = (f"import sys; from dray.processes import forkserver\n{before}\n"
-            f"forkserver.become_worker({kind!r}, [{str(script)!r}, '--a', 'b c'])")
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
-                          text=True, check=True, timeout=60)
+    code = (
+        f"import sys; from dray.processes import forkserver\n{before}\n"
+        f"forkserver.become_worker({kind!r}, [{str(script)!r}, '--a', 'b c'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("before", [
-    "import os; del os.pidfd_open",
-    "import os\ndef refuse(pid): raise OSError(38, 'Function not implemented')\nos.pidfd_open = refuse",
-    "import socket\ndef refuse(*_): raise OSError('AF_UNIX path too long')\n"
-    "socket.socket = type('S', (socket.socket,), {'bind': refuse})",
-    "import os\ndef refuse(*_, **__): raise OSError(30, 'Read-only file system')\nos.makedirs = refuse",
-])
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import os; del os.pidfd_open",
+        "import os\ndef refuse(pid): raise OSError(38, 'Function not implemented')\nos.pidfd_open "
+        "= refuse",
+        "import socket\ndef refuse(*_): raise OSError('AF_UNIX path too long')\n"
+        "socket.socket = type('S', (socket.socket,), {'bind': refuse})",
+        "import os\ndef refuse(*_, **__): raise OSError(30, 'Read-only file system')\nos.makedirs "
+        "= refuse",
+    ],
+)
 def test_a_node_that_can_have_no_server_starts_workers_as_ray_does(tmp_path: Path, before: str):
     """What such systems (gVisor, a read-only /tmp) answer stands in for them."""
     out, err = start_alone(tmp_path, before=before)
     assert out.startswith("['--a', 'b c']")
-    assert err.startswith("dray: this worker imports everything itself, since this node can have no fork server (")
+    assert err.startswith(
+        "dray: this worker imports everything itself, since this node can have no fork server ("
+    )
     assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("bad", ["long", "entered by others", "not a folder"])
-def test_sockets_lie_elsewhere_where_their_folder_cannot_be_used(tmp_path: Path, monkeypatch: Any, bad: str):
+def test_sockets_lie_elsewhere_where_their_folder_cannot_be_used(
+    tmp_path: Path, monkeypatch: Any, bad: str
+):
     parent = tmp_path / ("x" * 100 if bad == "long" else "x")
     parent.mkdir()
     folder = parent / f"dray-fork-{os.getuid()}"
@@ -214,17 +251,22 @@ def test_a_request_that_makes_no_sense_is_dropped(tmp_path: Path):
 
 
 def test_a_node_without_this_file_uses_its_own_python(tmp_path: Path):
-    command = forkserver.make_command("light").replace(forkserver.__file__, str(tmp_path / "absent.py"))
+    command = forkserver.make_command("light").replace(
+        forkserver.__file__, str(tmp_path / "absent.py")
+    )
     script = tmp_path / "worker.py"
     script.write_text("import sys; print(sys.argv[1:])")
     # As Ray puts it together.
-    said = subprocess.check_output(["bash", "-c", f"exec {command} {script} --a 'b c'"], text=True,
-                                   env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+    said = subprocess.check_output(
+        ["bash", "-c", f"exec {command} {script} --a 'b c'"],
+        text=True,
+        env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"},
+    )
     assert said.strip() == "['--a', 'b c']"
 
 
 def test_paths_with_signs_of_the_shell_are_kept_together(tmp_path: Path, monkeypatch: Any):
-    folder = tmp_path / "it's $HOME; \"a\" b"
+    folder = tmp_path / 'it\'s $HOME; "a" b'
     folder.mkdir()
     file = folder / "forkserver.py"
     file.write_text("import sys; print(sys.argv[1:])")
@@ -235,8 +277,16 @@ def test_paths_with_signs_of_the_shell_are_kept_together(tmp_path: Path, monkeyp
     assert forkserver.is_command(command)
 
 
-@pytest.mark.parametrize("job", [{"pip": ["x"]}, {"uv": ["x"]}, {"conda": "x"}, {"image_uri": "x"},
-                                 {"py_executable": "uv run python"}])
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"pip": ["x"]},
+        {"uv": ["x"]},
+        {"conda": "x"},
+        {"image_uri": "x"},
+        {"py_executable": "uv run python"},
+    ],
+)
 def test_a_job_with_its_own_python_keeps_it(job: dict[str, Any]):
     assert fork_environment("full", job) == {}
     assert fork_environment("full", {"working_dir": "x", **fork_environment("light", {})})

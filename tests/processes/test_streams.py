@@ -1,4 +1,5 @@
-"""The ends of a command: what standard output and standard error get, whatever they are and whatever went wrong."""
+"""The ends of a command: what standard output and standard error get, whatever they are and
+whatever went wrong."""
 
 from __future__ import annotations
 
@@ -25,8 +26,15 @@ from dray.processes.streams import Forgiving
 
 def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A line of shell in which `dray` is this one."""
-    return subprocess.run(["bash", "-c", f'dray() {{ "{sys.executable}" -m dray.cli "$@"; }}; {command}'], cwd=folder,
-                          env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        ["bash", "-c", f'dray() {{ "{sys.executable}" -m dray.cli "$@"; }}; {command}'],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def test_a_terminal_that_takes_ascii_alone_gets_other_signs(tmp_path: Path):
@@ -42,18 +50,31 @@ def test_json_stays_json_in_ascii(tmp_path: Path):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("command", "code", "message"), [
-    ("dray plan quickstart >/dev/full", 2, "dray: standard output: cannot be written (No space left on device)"),
-    ("dray --help >/dev/full", 2, "dray: standard output: cannot be written (No space left on device)"),
-    ("dray plan quickstart >&-", 0, ""),
-    ("dray plan quickstart >&- 2>&- <&-", 0, ""),
-    ("dray plan nowhere 2>&-", 2, ""),
-    ("dray plan nowhere 2>/dev/full", 2, ""),
-    ("dray plan quickstart --json | true; exit ${PIPESTATUS[0]}", 0, ""),
-    ("mkdir x; cd x; rmdir ../x; dray runs", 2, "dray: the working directory: cannot be used"),
-    ("dray plan $(printf 'a\\xff')", 2, "dray: 'a\\udcff': is not UTF-8"),
-])
-def test_streams_and_folders_that_are_not_there(tmp_path: Path, command: str, code: int, message: str):
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (
+            "dray plan quickstart >/dev/full",
+            2,
+            "dray: standard output: cannot be written (No space left on device)",
+        ),
+        (
+            "dray --help >/dev/full",
+            2,
+            "dray: standard output: cannot be written (No space left on device)",
+        ),
+        ("dray plan quickstart >&-", 0, ""),
+        ("dray plan quickstart >&- 2>&- <&-", 0, ""),
+        ("dray plan nowhere 2>&-", 2, ""),
+        ("dray plan nowhere 2>/dev/full", 2, ""),
+        ("dray plan quickstart --json | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ("mkdir x; cd x; rmdir ../x; dray runs", 2, "dray: the working directory: cannot be used"),
+        ("dray plan $(printf 'a\\xff')", 2, "dray: 'a\\udcff': is not UTF-8"),
+    ],
+)
+def test_streams_and_folders_that_are_not_there(
+    tmp_path: Path, command: str, code: int, message: str
+):
     done = run(command, tmp_path)
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith(message)
@@ -61,30 +82,48 @@ def test_streams_and_folders_that_are_not_there(tmp_path: Path, command: str, co
 
 
 def test_without_a_home_nothing_is_missing(tmp_path: Path):
-    done = run("unset HOME; dray plan quickstart >/dev/null", tmp_path, LC_ALL="POSIX", PYTHONUTF8="0",
-               PYTHONCOERCECLOCALE="0", TMPDIR="/nowhere")
+    done = run(
+        "unset HOME; dray plan quickstart >/dev/null",
+        tmp_path,
+        LC_ALL="POSIX",
+        PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+        TMPDIR="/nowhere",
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_libraries_print_is_no_result(tmp_path: Path):
-    code = ("import os, sys; from dray import cli\n"
-            "def noisy(arguments):\n"
-            "    print('by Python'); os.write(1, b'by C\\n'); arguments.out.say_json({'a': 1}); return 0\n"
-            "cli._runs = noisy; sys.exit(cli.main(['runs', '--json']))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    code = (
+        "import os, sys; from dray import cli\n"
+        "def noisy(arguments):\n"
+        "    print('by Python'); os.write(1, b'by C\\n'); arguments.out.say_json({'a': 1}); "
+        "return 0\n"
+        "cli._runs = noisy; sys.exit(cli.main(['runs', '--json']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert json.loads(done.stdout) == {"a": 1}
     assert sorted(done.stderr.splitlines()) == ["by C", "by Python"]
 
 
-@pytest.mark.parametrize(("error", "code", "message"), [
-    (KeyError("x\ny"), 3, "KeyError: 'x\\ny'; this was not foreseen; the traceback is in "),
-    (OSError(28, "No space left on device", "/tmp/x"), 2, "/tmp/x: No space left on device; "),
-    (MemoryError(), 3, "out of memory; "),
-    (KeyboardInterrupt(), 130, "interrupted by SIGINT"),
-    (Stopped(signal.SIGTERM), 143, "interrupted by SIGTERM"),
-    (Interrupted(0, signal.SIGHUP), 129, "interrupted by SIGHUP; nothing had been saved yet"),
-    (ValueError("s3://me:hidden-word@bucket is bad"), 3, "ValueError: s3://***@bucket is bad; "),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyError("x\ny"), 3, "KeyError: 'x\\ny'; this was not foreseen; the traceback is in "),
+        (OSError(28, "No space left on device", "/tmp/x"), 2, "/tmp/x: No space left on device; "),
+        (MemoryError(), 3, "out of memory; "),
+        (KeyboardInterrupt(), 130, "interrupted by SIGINT"),
+        (Stopped(signal.SIGTERM), 143, "interrupted by SIGTERM"),
+        (Interrupted(0, signal.SIGHUP), 129, "interrupted by SIGHUP; nothing had been saved yet"),
+        (
+            ValueError("s3://me:hidden-word@bucket is bad"),
+            3,
+            "ValueError: s3://***@bucket is bad; ",
+        ),
+    ],
+)
 def test_an_error_that_nobody_foresaw_is_one_line(
     tmp_path: Path, monkeypatch: Any, capsys: Any, error: BaseException, code: int, message: str
 ):
@@ -108,11 +147,15 @@ def test_a_signal_ends_a_command_in_one_line(tmp_path: Path):
     """A named pipe that nobody writes to: the command waits for it."""
     fifo = tmp_path / "spec.yaml"
     os.mkfifo(fifo)
-    process = subprocess.Popen([sys.executable, "-m", "dray.cli", "plan", str(fifo)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dray.cli", "plan", str(fifo)], stderr=subprocess.PIPE, text=True
+    )
     writer, deadline = -1, time.monotonic() + 60
     while writer < 0 and time.monotonic() < deadline:
         try:
-            writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # there is none before the command reads
+            writer = os.open(
+                fifo, os.O_WRONLY | os.O_NONBLOCK
+            )  # there is none before the command reads
         except OSError:
             time.sleep(0.05)
     process.terminate()

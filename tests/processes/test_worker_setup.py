@@ -18,7 +18,11 @@ WORKER = ["-s", "/ray/workers/default_worker.py", "--raylet-name=/tmp/a b/raylet
 
 def given(language: str = "PYTHON", **context: Any) -> list[str]:
     """A raylet's arguments."""
-    return [*WORKER, f"--language={language}", f"--serialized-runtime-env-context={json.dumps(context)}"]
+    return [
+        *WORKER,
+        f"--language={language}",
+        f"--serialized-runtime-env-context={json.dumps(context)}",
+    ]
 
 
 def test_a_worker_gets_its_command_and_its_words_as_they_are():
@@ -35,7 +39,14 @@ def test_a_worker_gets_its_command_and_its_words_as_they_are():
 def test_its_variables_are_what_rays_own_script_makes_of_them(monkeypatch: pytest.MonkeyPatch):
     from ray._private.utils import update_envs
 
-    wanted = {"A": "1", "PATH": "/new:$PATH", "B": "${A}-${NOT_THERE}", "C": "$lower ${HOME}/x", "D": "", "E": "$A$A"}
+    wanted = {
+        "A": "1",
+        "PATH": "/new:$PATH",
+        "B": "${A}-${NOT_THERE}",
+        "C": "$lower ${HOME}/x",
+        "D": "",
+        "E": "$A$A",
+    }
     found = []
     for update in (update_envs, lambda variables: make_command(given(env_vars=variables))):
         with monkeypatch.context() as context:
@@ -47,15 +58,27 @@ def test_its_variables_are_what_rays_own_script_makes_of_them(monkeypatch: pytes
     assert found[0]["PATH"] == "/new:/old"
 
 
-@pytest.mark.parametrize("arguments", [
-    given("JAVA"), WORKER, given(command_prefix=["cd /x &&"]), given(override_worker_entrypoint="/other.py"),
-    given(something_new=1),
-])
-def test_what_is_no_plain_python_worker_is_left_to_ray(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        given("JAVA"),
+        WORKER,
+        given(command_prefix=["cd /x &&"]),
+        given(override_worker_entrypoint="/other.py"),
+        given(something_new=1),
+    ],
+)
+def test_what_is_no_plain_python_worker_is_left_to_ray(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+):
     assert make_command(arguments) is None
     become: list[Any] = []
     monkeypatch.setattr("os.execv", lambda *command: become.append(command))
     monkeypatch.setattr("os.execvp", lambda *command: None)
-    with pytest.raises(TypeError):  # a stand-in for exec comes back, and there is no command to go on with
+    with pytest.raises(
+        TypeError
+    ):  # a stand-in for exec comes back, and there is no command to go on with
         worker_setup.main(arguments)
-    assert become == [(sys.executable, [sys.executable, "/ray/workers/setup_worker.py", *arguments])]
+    assert become == [
+        (sys.executable, [sys.executable, "/ray/workers/setup_worker.py", *arguments])
+    ]

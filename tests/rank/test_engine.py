@@ -1,4 +1,5 @@
-"""The engine around DeepSpeed: where a model is built and what that costs, compiled for real, one update at stage 0.
+"""The engine around DeepSpeed: where a model is built and what that costs, compiled for real, one
+update at stage 0.
 
 Real DeepSpeed over gloo in forked ranks.
 """
@@ -22,12 +23,20 @@ VOCAB = 512
 ARCHITECTURES = ("llama", "gpt2", "gptj", "bert", "gemma2", "opt", "mamba")
 
 
-def make_case(stage: int, precision: str, *, compiled: bool = False, **model: Any) -> tuple[Spec, Plan]:
+def make_case(
+    stage: int, precision: str, *, compiled: bool = False, **model: Any
+) -> tuple[Spec, Plan]:
     sizes = {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4}
-    spec = make_spec(tiny_tree(Path("none"), zero={"stage": stage}, resources={"workers": 1}, model=sizes | model))
+    spec = make_spec(
+        tiny_tree(
+            Path("none"), zero={"stage": stage}, resources={"workers": 1}, model=sizes | model
+        )
+    )
     plan = make_plan(spec, parse_shape("1xCPU(cpus=8,memory=64GB,bf16=1)"), with_ray=False)
     config = plan.deepspeed | {"bf16": {"enabled": precision == "bf16"}}
-    return spec, plan.model_copy(update={"precision": precision, "compile": compiled, "deepspeed": config})
+    return spec, plan.model_copy(
+        update={"precision": precision, "compile": compiled, "deepspeed": config}
+    )
 
 
 def build(spec: Spec, plan: Plan, ranks: Ranks) -> Any:
@@ -37,8 +46,19 @@ def build(spec: Spec, plan: Plan, ranks: Ranks) -> Any:
 
     return build_engine(
         lambda constructing, gathering: build_model(
-            spec, vocab_size=VOCAB, pad_token_id=1, eos_token_id=0, constructing=constructing, gathering=gathering),
-        lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks, make_objective=CausalLM().objective)
+            spec,
+            vocab_size=VOCAB,
+            pad_token_id=1,
+            eos_token_id=0,
+            constructing=constructing,
+            gathering=gathering,
+        ),
+        lambda model: parameter_groups(model, 0.1),
+        spec.optimizer,
+        plan,
+        ranks,
+        make_objective=CausalLM().objective,
+    )
 
 
 def train(engine: Any, num_steps: int, grad_norms: list[float] | None = None) -> list[float]:
@@ -56,7 +76,8 @@ def train(engine: Any, num_steps: int, grad_norms: list[float] | None = None) ->
 
 
 def compare_built(ranks: Ranks, architecture: str) -> list[str]:
-    """Names of what differs between a model built in bf16 and one that is built in fp32 and then cast."""
+    """Names of what differs between a model built in bf16 and one that is built in fp32 and then
+    cast."""
     from dray.models.build import build_model
     from dray.rank.engine import _parameters_at
 
@@ -65,29 +86,44 @@ def compare_built(ranks: Ranks, architecture: str) -> list[str]:
     whole = build_model(spec, **arguments)
     half = build_model(spec, **arguments, constructing=_parameters_at(ranks.device, torch.bfloat16))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    cast = {name: parameter.bfloat16() for name, parameter in whole.named_parameters()} | dict(whole.named_buffers())
+    cast = {name: parameter.bfloat16() for name, parameter in whole.named_parameters()} | dict(
+        whole.named_buffers()
+    )
     built = dict(half.named_parameters()) | dict(half.named_buffers())
     assert built.keys() == cast.keys()
-    return [name for name, tensor in built.items()
-            if tensor.dtype != cast[name].dtype or not torch.equal(tensor, cast[name])]
+    return [
+        name
+        for name, tensor in built.items()
+        if tensor.dtype != cast[name].dtype or not torch.equal(tensor, cast[name])
+    ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_model_built_in_half_precision_is_one_that_was_cast(host: RankHost, architecture: str) -> None:
+def test_a_model_built_in_half_precision_is_one_that_was_cast(
+    host: RankHost, architecture: str
+) -> None:
     assert host.run(compare_built, 1, architecture) == [[]]
 
 
 def measure_building(ranks: Ranks) -> tuple[int, int, int]:
-    """(bytes that building takes at its peak, of the parameters in bf16, of the largest tensor in fp32)"""
+    """(bytes that building takes at its peak, of the parameters in bf16, of the largest tensor in
+    fp32)"""
     from dray.models.build import build_model
     from dray.rank.engine import _parameters_at
 
     for width, vocab in ((64, 512), (1024, 4096)):  # the first takes what is imported on the way
-        spec, _ = make_case(1, "bf16", hidden_size=width, num_layers=6, num_heads=16, vocab_size=vocab)
+        spec, _ = make_case(
+            1, "bf16", hidden_size=width, num_layers=6, num_heads=16, vocab_size=vocab
+        )
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _peak_bytes()
-        model = build_model(spec, vocab_size=VOCAB, pad_token_id=1, eos_token_id=0,
-                            constructing=_parameters_at(ranks.device, torch.bfloat16))
+        model = build_model(
+            spec,
+            vocab_size=VOCAB,
+            pad_token_id=1,
+            eos_token_id=0,
+            constructing=_parameters_at(ranks.device, torch.bfloat16),
+        )
     sizes = [parameter.numel() for parameter in model.parameters()]
     return _peak_bytes() - before, 2 * sum(sizes), 4 * max(sizes)
 
@@ -98,7 +134,7 @@ def _peak_bytes() -> int:
 
 
 def test_building_takes_the_compute_types_size_and_a_few_tensors(host: RankHost) -> None:
-    (peak, parameters, largest), = host.run(measure_building, 1)
+    ((peak, parameters, largest),) = host.run(measure_building, 1)
     assert parameters > 150_000_000
     assert peak < parameters + 3 * largest + 10_000_000  # in fp32 it would be twice the parameters
 
@@ -110,7 +146,8 @@ def run_compiled(ranks: Ranks) -> tuple[list[float], list[float], dict[str, int]
     import dray.tasks.losses
 
     dray.tasks.losses.loss_chunk_bytes = lambda on_gpu: 4 * VOCAB * 50  # three chunks
-    # Dynamo captures and guards as ever; only the minute that Inductor takes for its code is left out.
+    # Dynamo captures and guards as ever; only the minute that Inductor takes for its code is left
+    # out.
     DeepSpeedEngine.compile = functools.partialmethod(DeepSpeedEngine.compile, backend="aot_eager")
     eager = train(build(*make_case(1, "fp32"), ranks), 3)
     compiled = train(build(*make_case(1, "fp32", compiled=True), ranks), 3)
@@ -120,14 +157,15 @@ def run_compiled(ranks: Ranks) -> tuple[list[float], list[float], dict[str, int]
 
 
 def test_a_compiled_engine_is_compiled(host: RankHost) -> None:
-    (eager, compiled, counted), = host.run(run_compiled, 1)
+    ((eager, compiled, counted),) = host.run(run_compiled, 1)
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert counted["unique_graphs"] >= 1
     assert counted["calls_captured"] > 50  # the model's operations
 
 
 def call_muon(ranks: Ranks) -> list[str]:
-    """What torch is asked to compile when one of Muon's functions is called, and when it is called again."""
+    """What torch is asked to compile when one of Muon's functions is called, and when it is called
+    again."""
     import deepspeed
 
     asked: list[str] = []
@@ -155,8 +193,8 @@ def train_at_stage_0(ranks: Ranks, own_step: bool) -> tuple[list[float], list[fl
 
 
 def test_the_update_in_a_few_kernels_is_deepspeeds(host: RankHost) -> None:
-    (mine, my_norms), = host.run(train_at_stage_0, 1, False)
-    (theirs, their_norms), = host.run(train_at_stage_0, 1, True)
+    ((mine, my_norms),) = host.run(train_at_stage_0, 1, False)
+    ((theirs, their_norms),) = host.run(train_at_stage_0, 1, True)
     assert mine == pytest.approx(theirs, rel=2e-3)
     assert my_norms == pytest.approx(their_norms, rel=2e-2)
     assert my_norms[0] == pytest.approx(their_norms[0], rel=1e-5)

@@ -1,4 +1,5 @@
-"""Work made ahead in a thread: the same pieces in the same order, so many and no more, and errors where they belong."""
+"""Work made ahead in a thread: the same pieces in the same order, so many and no more, and errors
+where they belong."""
 
 from __future__ import annotations
 
@@ -72,8 +73,19 @@ def test_a_rank_is_fed_what_the_order_asks_for(tmp_path: Path) -> None:
     corpus = build_random_corpus(tmp_path, [50])
     manifest = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
     (tmp_path / MANIFEST).write_bytes(dump_manifest(manifest))
-    stream = RowStream(folder=corpus.folder, key=manifest.key, seed=3, global_rows=7, num_ranks=2, rows_per_rank=4,
-                       micro_rows=2, start_step=0, num_steps=5, validate_every=2, max_validation_rows=9)
+    stream = RowStream(
+        folder=corpus.folder,
+        key=manifest.key,
+        seed=3,
+        global_rows=7,
+        num_ranks=2,
+        rows_per_rank=4,
+        micro_rows=2,
+        start_step=0,
+        num_steps=5,
+        validate_every=2,
+        max_validation_rows=9,
+    )
     for rank in (0, 1):
         ranks = Ranks(rank, 2, CPU, None)
         steps, passes = [], []
@@ -85,7 +97,9 @@ def test_a_rank_is_fed_what_the_order_asks_for(tmp_path: Path) -> None:
                 steps.append(work.step)
             else:
                 assert isinstance(work, ValidationRows)
-                passes.append((work.step, sum(len(batch["labels"]) for batch in work.batches), work.is_last))
+                passes.append(
+                    (work.step, sum(len(batch["labels"]) for batch in work.batches), work.is_last)
+                )
         assert steps == [1, 2, 3, 4, 5]
         assert {step for step, _, is_last in passes if is_last} == {2, 4, 5}
         assert sum(rows for _, rows, _ in passes) >= 9

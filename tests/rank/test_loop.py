@@ -1,4 +1,5 @@
-"""The loop of a rank, run in this process on a corpus of random tokens: what it saves, draws and does without."""
+"""The loop of a rank, run in this process on a corpus of random tokens: what it saves, draws and
+does without."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def host() -> Iterator[RankHost]:
 
 
 def go(storage: Path | str, corpus: Corpus, **sections: Any) -> Run:
-    tree = tiny_tree(Path("texts"), **{"duration": {"steps": 4}, "validation": {}, "seed": SEED, **sections})
+    tree = tiny_tree(
+        Path("texts"), **{"duration": {"steps": 4}, "validation": {}, "seed": SEED, **sections}
+    )
     return train_locally(make_spec(tree), storage=str(storage), corpus=corpus).run
 
 
@@ -51,17 +54,34 @@ def events(run: Run, kind: str) -> list[dict[str, Any]]:
     return [event for event in run.events() if event["kind"] == kind]
 
 
-def test_without_validation_rows_every_checkpoint_is_saved_at_its_step(tmp_path: Path, corpus: Corpus) -> None:
-    run = go(tmp_path, corpus, validation={"every_steps": 2}, checkpoint={"every_steps": 2, "keep_last": 9},
-             duration={"steps": 7}, regularization={"dropout": 0.1})
+def test_without_validation_rows_every_checkpoint_is_saved_at_its_step(
+    tmp_path: Path, corpus: Corpus
+) -> None:
+    run = go(
+        tmp_path,
+        corpus,
+        validation={"every_steps": 2},
+        checkpoint={"every_steps": 2, "keep_last": 9},
+        duration={"steps": 7},
+        regularization={"dropout": 0.1},
+    )
     assert steps_of(run) == [2, 4, 6, 7]
 
 
 def test_a_validated_step_is_saved_after_its_validation(tmp_path: Path, corpus: Corpus) -> None:
     held_out = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
-    run = go(tmp_path, Corpus(corpus.folder, held_out), validation={"every_steps": 2, "max_rows": 9},
-             checkpoint={"every_steps": 2, "keep_last": 9}, duration={"steps": 5})
-    assert [(info.step, bool(info.metrics)) for info in run.checkpoints()] == [(2, True), (4, True), (5, True)]
+    run = go(
+        tmp_path,
+        Corpus(corpus.folder, held_out),
+        validation={"every_steps": 2, "max_rows": 9},
+        checkpoint={"every_steps": 2, "keep_last": 9},
+        duration={"steps": 5},
+    )
+    assert [(info.step, bool(info.metrics)) for info in run.checkpoints()] == [
+        (2, True),
+        (4, True),
+        (5, True),
+    ]
     stream = RowStream(corpus.folder, corpus.manifest.key, 0, 8, 1, 8, 2, 0, 5, validate_every=2)
     assert [step for step in range(1, 6) if stream.validates_after(step)] == [2, 4, 5]
     remember_manifest(corpus.folder, corpus.manifest)
@@ -71,16 +91,24 @@ def test_a_validated_step_is_saved_after_its_validation(tmp_path: Path, corpus: 
 def test_dropout_draws_anew_at_every_place_under_any_seed() -> None:
     from dray.rank.loop import make_dropout_seed
 
-    places = [(seed, step, rank, micro) for seed in (0, 1, SEED) for step in (1, 2, 10**9) for rank in (0, 1, 4095)
-              for micro in (0, 1, 2000)]
+    places = [
+        (seed, step, rank, micro)
+        for seed in (0, 1, SEED)
+        for step in (1, 2, 10**9)
+        for rank in (0, 1, 4095)
+        for micro in (0, 1, 2000)
+    ]
     drawn = {make_dropout_seed(*place) for place in places}
     assert len(drawn) == len(places)
-    assert len({value % 2**32 for value in drawn}) == len(places)  # all that a generator on the CPU takes of it
+    assert len({value % 2**32 for value in drawn}) == len(
+        places
+    )  # all that a generator on the CPU takes of it
     assert all(0 <= value < 2**64 for value in drawn)
 
 
 def test_a_storage_where_nothing_can_be_deleted_takes_checkpoints_all_the_same(
-        s3_endpoint: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3_endpoint: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dray.storage.filesystem.SDK_ATTEMPTS", 1)
 
     def forbid_deletion(method: str, path: str) -> tuple[int, str] | None:
@@ -100,9 +128,13 @@ def test_a_storage_where_nothing_can_be_deleted_takes_checkpoints_all_the_same(
 
 
 def test_a_step_that_is_read_one_step_later_gives_the_same_run(
-        tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU, whose numbers are read once the next step has been queued."""
-    sections: dict[str, Any] = {"checkpoint": {"every_steps": 3, "keep_last": 9}, "duration": {"steps": 7}}
+    sections: dict[str, Any] = {
+        "checkpoint": {"every_steps": 3, "keep_last": 9},
+        "duration": {"steps": 7},
+    }
     at_once = go(tmp_path / "once", corpus, **sections)
     monkeypatch.setattr("dray.rank.loop.is_queued", lambda device: True)
     later = go(tmp_path / "later", corpus, **sections)
@@ -111,21 +143,33 @@ def test_a_step_that_is_read_one_step_later_gives_the_same_run(
     rows = [[{key: row[key] for key in same} for row in run.metrics()] for run in (at_once, later)]
     assert rows[0] == rows[1]
     ours, theirs = (verify_checkpoint(run, run.checkpoints()[-1]) for run in (later, at_once))
-    assert (ours.weights_sha256, ours.optimizer_sha256) == (theirs.weights_sha256, theirs.optimizer_sha256)
+    assert (ours.weights_sha256, ours.optimizer_sha256) == (
+        theirs.weights_sha256,
+        theirs.optimizer_sha256,
+    )
 
 
 def test_a_step_without_an_update_is_found_out_one_step_later(
-        tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     monkeypatch.setattr("dray.rank.loop.is_queued", lambda device: True)
     with pytest.raises(BadNumbers, match="3 steps in a row"):
-        go(tmp_path, corpus, optimizer={"learning_rate": 10.0, "weight_decay": 10.0}, duration={"steps": 400},
-           regularization={"clip_grad_norm": None}, numerics={"max_skipped_steps": 3})
+        go(
+            tmp_path,
+            corpus,
+            optimizer={"learning_rate": 10.0, "weight_decay": 10.0},
+            duration={"steps": 400},
+            regularization={"clip_grad_norm": None},
+            numerics={"max_skipped_steps": 3},
+        )
     run = Run.open(tmp_path, "tiny")
     skipped = events(run, "step_skipped")
     assert len(skipped) == 3
     assert all(len(event["rows"]) == 8 for event in skipped)
-    assert [row["step"] for row in run.metrics() if not row["applied"]] == [event["step"] for event in skipped]
+    assert [row["step"] for row in run.metrics() if not row["applied"]] == [
+        event["step"] for event in skipped
+    ]
 
 
 def damage(run: Run, step: int) -> Path:
@@ -138,7 +182,9 @@ def damage(run: Run, step: int) -> Path:
     return folder
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path, corpus: Corpus) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(
+    tmp_path: Path, corpus: Corpus
+) -> None:
 
     run = go(tmp_path, corpus, checkpoint={"every_steps": 2})
     folders = [damage(run, step) for step in (2, 4)]
@@ -147,7 +193,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
         with pytest.raises(CheckpointDamaged):
             go(tmp_path, corpus, **longer)
     attempts = len(run.attempts())
-    with pytest.raises(StoreError, match=r"none of its checkpoints can be used: step 2: set aside.*REJECTED.*--run"):
+    with pytest.raises(
+        StoreError, match=r"none of its checkpoints can be used: step 2: set aside.*REJECTED.*--run"
+    ):
         go(tmp_path, corpus, **longer)
     assert len(run.attempts()) == attempts
     assert all(folder.is_dir() for folder in folders)
@@ -183,7 +231,9 @@ def verify_badly(ranks: Ranks, storage: str, bad: list[int]) -> str:
     return ""
 
 
-def test_one_rank_that_reads_wrongly_condemns_no_checkpoint(tmp_path: Path, corpus: Corpus, host: RankHost) -> None:
+def test_one_rank_that_reads_wrongly_condemns_no_checkpoint(
+    tmp_path: Path, corpus: Corpus, host: RankHost
+) -> None:
     run = go(tmp_path, corpus)
     assert host.run(verify_badly, 3, str(tmp_path), []) == [""] * 3
     said = host.run(verify_badly, 3, str(tmp_path), [0])
@@ -196,7 +246,8 @@ def test_one_rank_that_reads_wrongly_condemns_no_checkpoint(tmp_path: Path, corp
 
 
 def wait_in_vain(ranks: Ranks) -> tuple[str, str]:
-    """What a rank says that waits for another one in a collective of the model's, and in an agreement."""
+    """What a rank says that waits for another one in a collective of the model's, and in an
+    agreement."""
     import time
 
     import torch

@@ -48,7 +48,9 @@ def test_too_many_steps_without_an_update_in_a_row_end_the_run():
     assert not watch.is_spike(5.0)  # an update in between begins the count anew
     watch.skipped(4, "the loss is not finite", 2)
     watch.skipped(5, "the loss is not finite", 2)
-    with pytest.raises(BadNumbers, match=r"3 steps in a row up to step 6.*checkpoint, all finite, is of step 2"):
+    with pytest.raises(
+        BadNumbers, match=r"3 steps in a row up to step 6.*checkpoint, all finite, is of step 2"
+    ):
         watch.skipped(6, "the loss is not finite", 2)
 
 

@@ -1,4 +1,5 @@
-"""Rehearsals: thin copies of a model are timed by the engine in real processes, kept, and used by the plan."""
+"""Rehearsals: thin copies of a model are timed by the engine in real processes, kept, and used by
+the plan."""
 
 from __future__ import annotations
 
@@ -13,11 +14,18 @@ from dray.plan import local_shape, make_plan, parse_shape, with_measured_step
 from dray.rank.rehearsal import RAY_SHARE, Rehearsal, _extend, find_rehearsal, rehearse
 from dray.spec import make_spec
 
-TREE = {"name": "x", "data": {"train": "x", "sequence_tokens": 32},
-        "tokenizer": {"train": "byte_bpe", "vocab_size": 300},
-        "model": {"architecture": "llama", "hidden_size": 32, "num_layers": 7, "num_heads": 2},
-        "batch": {"global_rows": 16, "micro_rows": 4}, "duration": {"steps": 100}, "precision": "fp32",
-        "resources": {"workers": 2}, "zero": {"stage": 3}, "engine": {"compile": False}}
+TREE = {
+    "name": "x",
+    "data": {"train": "x", "sequence_tokens": 32},
+    "tokenizer": {"train": "byte_bpe", "vocab_size": 300},
+    "model": {"architecture": "llama", "hidden_size": 32, "num_layers": 7, "num_heads": 2},
+    "batch": {"global_rows": 16, "micro_rows": 4},
+    "duration": {"steps": 100},
+    "precision": "fp32",
+    "resources": {"workers": 2},
+    "zero": {"stage": 3},
+    "engine": {"compile": False},
+}
 
 
 def test_a_model_is_the_straight_line_through_its_thin_copies() -> None:
@@ -31,8 +39,9 @@ def test_a_step_is_its_micro_batches_and_the_update() -> None:
     assert Rehearsal(2.0, 3.0).step_seconds(4) == pytest.approx(9.0 / RAY_SHARE)
 
 
-def test_a_rehearsal_is_kept_for_its_sizes_and_goes_into_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal_is_kept_for_its_sizes_and_goes_into_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     spec = make_spec(TREE, "x")
     plan = make_plan(spec, local_shape())
@@ -44,7 +53,9 @@ def test_a_rehearsal_is_kept_for_its_sizes_and_goes_into_the_plan(tmp_path: Path
     deeper = make_spec(TREE | {"model": {**TREE["model"], "num_layers": 9}}, "x")  # type: ignore[dict-item]
     wider = make_spec(TREE | {"model": {**TREE["model"], "hidden_size": 64}}, "x")  # type: ignore[dict-item]
     assert find_rehearsal(wider, make_plan(wider, local_shape())) is None
-    assert find_rehearsal(deeper, make_plan(deeper, local_shape())) is None  # of another depth: another line
+    assert (
+        find_rehearsal(deeper, make_plan(deeper, local_shape())) is None
+    )  # of another depth: another line
 
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps(TREE), encoding="utf-8")
@@ -56,7 +67,9 @@ def test_a_rehearsal_is_kept_for_its_sizes_and_goes_into_the_plan(tmp_path: Path
     assert "measured on this machine" in capsys.readouterr().out
 
 
-def test_a_kept_rehearsal_that_is_damaged_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_rehearsal_that_is_damaged_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     spec = make_spec(TREE, "x")
     plan = make_plan(spec, local_shape())
@@ -69,7 +82,9 @@ def test_a_kept_rehearsal_that_is_damaged_is_measured_anew(tmp_path: Path, monke
         assert find_rehearsal(spec, plan) is None
 
 
-def test_only_what_is_here_can_be_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_only_what_is_here_can_be_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     spec = make_spec(TREE | {"resources": {"workers": 2, "gpus_per_worker": 1}}, "x")
     with pytest.raises(PlanError, match="run on GPUs"):
         rehearse(spec, make_plan(spec, parse_shape("1x2xH100")))

@@ -24,8 +24,10 @@ def rates(schedule: Schedule, num_steps: int) -> list[float]:
 def schedules(draw: st.DrawFn) -> tuple[Schedule, int]:
     num_steps = draw(st.integers(1, 400))
     schedule = Schedule(
-        name=draw(st.sampled_from(NAMES)), warmup_steps=draw(st.integers(0, num_steps)),
-        decay_steps=draw(st.none() | st.integers(1, 500)), floor_share=draw(st.floats(0, 1)),
+        name=draw(st.sampled_from(NAMES)),
+        warmup_steps=draw(st.integers(0, num_steps)),
+        decay_steps=draw(st.none() | st.integers(1, 500)),
+        floor_share=draw(st.floats(0, 1)),
     )
     return schedule, num_steps
 
@@ -38,14 +40,14 @@ def test_rates_are_finite_and_between_zero_and_the_peak(case: tuple[Schedule, in
 @given(schedules())
 def test_a_rate_never_rises_after_the_warm_up(case: tuple[Schedule, int]) -> None:
     schedule, num_steps = case
-    after = rates(schedule, num_steps)[max(0, schedule.warmup_steps - 1):]
+    after = rates(schedule, num_steps)[max(0, schedule.warmup_steps - 1) :]
     assert all(later <= earlier + 1e-15 for earlier, later in itertools.pairwise(after))
 
 
 @given(schedules())
 def test_after_the_warm_up_no_rate_is_below_the_floor(case: tuple[Schedule, int]) -> None:
     schedule, num_steps = case
-    after = rates(schedule, num_steps)[schedule.warmup_steps:]
+    after = rates(schedule, num_steps)[schedule.warmup_steps :]
     assert all(rate >= schedule.floor_share * PEAK * (1 - 1e-12) for rate in after)
 
 
@@ -61,14 +63,18 @@ def test_the_warm_up_is_linear_from_zero(name: str, warmup: int) -> None:
 def test_an_explicit_decay_does_not_depend_on_the_length(step: int, decay: int, more: int) -> None:
     for name in ("cosine", "linear", "constant"):
         schedule = Schedule(name=name, warmup_steps=min(5, decay), decay_steps=decay)
-        assert learning_rate(schedule, step, 300, PEAK) == learning_rate(schedule, step, 300 + more, PEAK)
+        assert learning_rate(schedule, step, 300, PEAK) == learning_rate(
+            schedule, step, 300 + more, PEAK
+        )
 
 
 @given(st.integers(100, 1000), st.integers(1, 1000))
 def test_wsd_before_its_decay_does_not_depend_on_the_length(num_steps: int, more: int) -> None:
     schedule = Schedule(name="wsd", warmup_steps=10, decay_steps=50)
     for step in (1, 9, 10, 11, num_steps - 50):
-        assert learning_rate(schedule, step, num_steps, PEAK) == learning_rate(schedule, step, num_steps + more, PEAK)
+        assert learning_rate(schedule, step, num_steps, PEAK) == learning_rate(
+            schedule, step, num_steps + more, PEAK
+        )
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
@@ -76,7 +82,9 @@ def test_cosine_and_linear_reach_the_floor_at_the_last_step_and_stay(name: str) 
     schedule = Schedule(name=name, warmup_steps=10, floor_share=0.1)
     assert learning_rate(schedule, 100, 100, PEAK) == pytest.approx(0.1 * PEAK)
     assert learning_rate(schedule, 150, 100, PEAK) == pytest.approx(0.1 * PEAK)
-    assert learning_rate(schedule, 55, 100, PEAK) == pytest.approx(0.55 * PEAK)  # half-way, in both shapes
+    assert learning_rate(schedule, 55, 100, PEAK) == pytest.approx(
+        0.55 * PEAK
+    )  # half-way, in both shapes
 
 
 def test_wsd_holds_the_peak_and_then_falls_linearly() -> None:

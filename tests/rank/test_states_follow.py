@@ -1,8 +1,9 @@
-"""The states follow to any place: what one ZeRO stage at one number of ranks saved, all others restore, each tensor.
+"""The states follow to any place: what one ZeRO stage at one number of ranks saved, all others
+restore, each tensor.
 
-Real DeepSpeed over gloo, and dray's own Saver and reader. What the engine holds after a restore is asked of DeepSpeed
-and torch, not of the fragments that the restore itself goes by. fp16 is computed by torch although DeepSpeed holds this
-CPU incapable of it: that one answer is set.
+Real DeepSpeed over gloo, and dray's own Saver and reader. What the engine holds after a restore is
+asked of DeepSpeed and torch, not of the fragments that the restore itself goes by. fp16 is computed
+by torch although DeepSpeed holds this CPU incapable of it: that one answer is set.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from dray.spec import Spec, make_spec
 from rank_host import RankHost
 from tiny import tiny_tree
 
-VOCAB, WIDTH, ROW_TOKENS, GLOBAL_ROWS, MICRO_ROWS = 61, 10, 8, 12, 2  # odd sizes: no partition comes out even
+VOCAB, WIDTH, ROW_TOKENS, GLOBAL_ROWS, MICRO_ROWS = (
+    61,
+    10,
+    8,
+    12,
+    2,
+)  # odd sizes: no partition comes out even
 STATES = ("param", "exp_avg", "exp_avg_sq")
 TRAINED_STEPS, LATER_STEPS = 4, 2
-SCALE_WINDOW, OVERFLOWING_STEP = 2, 2  # fp16: the scale grows at step 5, from what is carried of steps 3 and 4
+SCALE_WINDOW, OVERFLOWING_STEP = (
+    2,
+    2,
+)  # fp16: the scale grows at step 5, from what is carried of steps 3 and 4
 
 
 class Place(NamedTuple):
@@ -77,14 +87,28 @@ class Wide(nn.Module):
 
 
 def make_place(place: Place) -> tuple[Spec, Plan]:
-    spec = make_spec(tiny_tree(
-        Path("none"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": MICRO_ROWS}, data={"sequence_tokens": 16},
-        resources={"workers": place.ranks}, zero={"stage": place.stage, "offload": place.offload}))
+    spec = make_spec(
+        tiny_tree(
+            Path("none"),
+            batch={"global_rows": GLOBAL_ROWS, "micro_rows": MICRO_ROWS},
+            data={"sequence_tokens": 16},
+            resources={"workers": place.ranks},
+            zero={"stage": place.stage, "offload": place.offload},
+        )
+    )
     plan = make_plan(spec, parse_shape("1xCPU(cpus=8,memory=16GB,bf16=1)"), with_ray=False)
-    # Small enough that the tiny model has several buckets, sub-groups, and parameters that stay partitioned.
+    # Small enough that the tiny model has several buckets, sub-groups, and parameters that stay
+    # partitioned.
     config = make_deepspeed_config(
-        place.stage, place.offload, micro_rows=MICRO_ROWS, accumulation=GLOBAL_ROWS // MICRO_ROWS // place.ranks,
-        precision=place.precision, clip_grad_norm=1.0, buckets=make_buckets(300, 100, on_gpu=False), on_gpu=False)
+        place.stage,
+        place.offload,
+        micro_rows=MICRO_ROWS,
+        accumulation=GLOBAL_ROWS // MICRO_ROWS // place.ranks,
+        precision=place.precision,
+        clip_grad_norm=1.0,
+        buckets=make_buckets(300, 100, on_gpu=False),
+        on_gpu=False,
+    )
     config["fp16"] |= {"loss_scale_window": SCALE_WINDOW, "initial_scale_power": 8}
     if place.stage == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 50
@@ -110,19 +134,26 @@ def build(place: Place, ranks: Ranks, *, initial: bool, kind: type[nn.Module] = 
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         return model
 
-    return build_engine(build_model, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks)
+    return build_engine(
+        build_model, lambda model: parameter_groups(model, 0.1), spec.optimizer, plan, ranks
+    )
 
 
 def train_step(engine: Any, ranks: Ranks, step: int) -> tuple[float, float]:
-    """One step on the rows of that step, which do not depend on the place. Returns the global loss and the norm."""
-    rows = torch.randint(0, VOCAB, (GLOBAL_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(step))
-    mine = rows[ranks.rank * (share := GLOBAL_ROWS // ranks.num_ranks):][:share]
+    """One step on the rows of that step, which do not depend on the place. Returns the global loss
+    and the norm."""
+    rows = torch.randint(
+        0, VOCAB, (GLOBAL_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(step)
+    )
+    mine = rows[ranks.rank * (share := GLOBAL_ROWS // ranks.num_ranks) :][:share]
     targets, total = GLOBAL_ROWS * (ROW_TOKENS - 1), 0.0
     engine.train(True)
     for at in range(0, share, MICRO_ROWS):
         ids = mine[at : at + MICRO_ROWS]
         logits = engine(ids=ids)[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.reshape(-1, VOCAB), ids[:, 1:].reshape(-1), reduction="sum")
+        loss = nn.functional.cross_entropy(
+            logits.reshape(-1, VOCAB), ids[:, 1:].reshape(-1), reduction="sum"
+        )
         blow_up = 1e9 if step == OVERFLOWING_STEP and engine.loss_scale > 1 else 1.0
         engine.backward(loss * blow_up * ranks.num_ranks / targets, last=at + MICRO_ROWS >= share)
         total += float(loss.detach())
@@ -131,7 +162,8 @@ def train_step(engine: Any, ranks: Ranks, step: int) -> tuple[float, float]:
 
 
 def held(engine: Any, place: Place) -> dict[str, Tensor]:
-    """Every state as a whole tensor, by `name|state`, as DeepSpeed and torch hold it; the same on every rank."""
+    """Every state as a whole tensor, by `name|state`, as DeepSpeed and torch hold it; the same on
+    every rank."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -149,11 +181,16 @@ def held(engine: Any, place: Place) -> dict[str, Tensor]:
             found[f"{name}|param"] = used.float()
         elif place.stage:
             found[f"{name}|param"] = safe_get_full_fp32_param(parameter)
-            found |= {f"{name}|{state}": safe_get_full_optimizer_state(parameter, state) for state in STATES[1:]}
+            found |= {
+                f"{name}|{state}": safe_get_full_optimizer_state(parameter, state)
+                for state in STATES[1:]
+            }
         else:
             master = masters.get(id(parameter), parameter)
             found[f"{name}|param"] = master.detach()
-            found |= {f"{name}|{state}": engine._optimizer.state[master][state] for state in STATES[1:]}
+            found |= {
+                f"{name}|{state}": engine._optimizer.state[master][state] for state in STATES[1:]
+            }
     found |= {f"{name}|buffer": buffer for name, buffer in engine.module.named_buffers()}
     steps = {float(state["step"]) for state in engine._optimizer.state.values()}
     assert len(steps) == 1, steps
@@ -165,10 +202,16 @@ def save(engine: Any, ranks: Ranks, place: Place, run: Run, step: int) -> None:
     """Commit a checkpoint as the training loop does."""
     from dray.rank.saving import Saver
 
-    saver = Saver(run, 1, make_place(place)[0], engine=engine, ranks=ranks, wait_stored=lambda: None)
+    saver = Saver(
+        run, 1, make_place(place)[0], engine=engine, ranks=ranks, wait_stored=lambda: None
+    )
     shapes = {name: list(shape) for name, shape in engine.parameter_shapes.items()}
     shapes |= {name: list(buffer.shape) for name, buffer in engine.buffers().items()}
-    metadata = {"shapes": shapes, "optimizer_step": engine.num_updates, "loss_scale": engine.loss_scale_state()}
+    metadata = {
+        "shapes": shapes,
+        "optimizer_step": engine.num_updates,
+        "loss_scale": engine.loss_scale_state(),
+    }
     saver.begin(step, metadata)
     outcome = saver.finish(last=True)
     assert outcome is not None
@@ -182,7 +225,11 @@ def train_and_save(ranks: Ranks, storage: str, place: Place) -> None:
     for step in range(1, TRAINED_STEPS + 1):
         train_step(engine, ranks, step)
     save(engine, ranks, place, run, TRAINED_STEPS)
-    note = {"held": held(engine, place), "scale": engine.loss_scale_state(), "updates": engine.num_updates}
+    note = {
+        "held": held(engine, place),
+        "scale": engine.loss_scale_state(),
+        "updates": engine.num_updates,
+    }
     note["later"] = go_on(engine, ranks, place)
     if place.precision == "fp16":
         assert note["updates"] == TRAINED_STEPS - 1
@@ -193,17 +240,25 @@ def train_and_save(ranks: Ranks, storage: str, place: Place) -> None:
 
 def go_on(engine: Any, ranks: Ranks, place: Place) -> dict[str, Any]:
     """What the steps after the checkpoint come to."""
-    found = [(*train_step(engine, ranks, TRAINED_STEPS + 1 + later), engine.loss_scale) for later in range(LATER_STEPS)]
+    found = [
+        (*train_step(engine, ranks, TRAINED_STEPS + 1 + later), engine.loss_scale)
+        for later in range(LATER_STEPS)
+    ]
     losses, norms, scales = zip(*found, strict=True)
     return {"losses": losses, "norms": norms, "scales": scales, "held": held(engine, place)}
 
 
-def restore_each(ranks: Ranks, storage: str, place: Place, sources: list[Place]) -> dict[Place, float]:
-    """Restore what each of the sources saved, compare it, and train on; returns relative differences."""
+def restore_each(
+    ranks: Ranks, storage: str, place: Place, sources: list[Place]
+) -> dict[Place, float]:
+    """Restore what each of the sources saved, compare it, and train on; returns relative
+    differences."""
     engine, differences = build(place, ranks, initial=False), {}
     for number, source in enumerate(sources):
         if number:
-            train_step(engine, ranks, 1)  # leaves ZeRO-3's small parameters gathered: they must not stay as they were
+            train_step(
+                engine, ranks, 1
+            )  # leaves ZeRO-3's small parameters gathered: they must not stay as they were
         run, note = Run.open(storage, str(source)), torch.load(f"{storage}/{source}.pt")
         with CheckpointReader(run, run.latest_checkpoint()) as reader:
             engine.restore(reader, reader.metadata["optimizer_step"], reader.metadata["loss_scale"])
@@ -211,7 +266,11 @@ def restore_each(ranks: Ranks, storage: str, place: Place, sources: list[Place])
         assert engine.loss_scale_state() == note["scale"]
         later, expected = go_on(engine, ranks, place), note["later"]
         assert later["scales"] == expected["scales"]
-        pairs = [pair for key in ("losses", "norms") for pair in zip(later[key], expected[key], strict=True)]
+        pairs = [
+            pair
+            for key in ("losses", "norms")
+            for pair in zip(later[key], expected[key], strict=True)
+        ]
         differences[source] = max(abs(found - wanted) / wanted for found, wanted in pairs)
         if place == source:
             check_equal(later["held"], expected["held"], f"{place}, {LATER_STEPS} steps later")
@@ -224,20 +283,37 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: st
         assert torch.equal(found[key], tensor), f"{key} differs: {where}"
 
 
-def follow(host: RankHost, storage: Path, sources: list[Place], places: list[Place]) -> dict[Any, float]:
-    """Save in each source, restore all of them in each place; differences of loss and norm by (source, place)."""
+def follow(
+    host: RankHost, storage: Path, sources: list[Place], places: list[Place]
+) -> dict[Any, float]:
+    """Save in each source, restore all of them in each place; differences of loss and norm by
+    (source, place)."""
     for source in sources:
-        run = Run.create(str(storage), str(source), make_place(source)[0], {"num_steps": 9, "num_ranks": source.ranks})
+        run = Run.create(
+            str(storage),
+            str(source),
+            make_place(source)[0],
+            {"num_steps": 9, "num_ranks": source.ranks},
+        )
         run.begin_attempt(num_ranks=source.ranks, start_step=0)
         host.run(train_and_save, source.ranks, str(storage), source)
         report = verify_checkpoint(run, run.latest_checkpoint())
         assert report.ok, report.problems
-    return {(source, place): difference for place in places
-            for source, difference in host.run(restore_each, place.ranks, str(storage), place, sources)[0].items()}
+    return {
+        (source, place): difference
+        for place in places
+        for source, difference in host.run(restore_each, place.ranks, str(storage), place, sources)[
+            0
+        ].items()
+    }
 
 
 EVERYWHERE = [Place(stage, ranks) for stage in range(4) for ranks in (1, 2, 3)]
-OFFLOADED = [Place(1, 2, "fp32", "optimizer"), Place(2, 3, "fp32", "optimizer"), Place(3, 2, "fp32", "parameters")]
+OFFLOADED = [
+    Place(1, 2, "fp32", "optimizer"),
+    Place(2, 3, "fp32", "optimizer"),
+    Place(3, 2, "fp32", "parameters"),
+]
 
 
 def test_fp32_in_every_place(host: RankHost, tmp_path: Path) -> None:
@@ -247,9 +323,12 @@ def test_fp32_in_every_place(host: RankHost, tmp_path: Path) -> None:
         assert difference <= (0 if source == place else 1e-6), (str(source), str(place))
 
 
-@pytest.mark.parametrize(("precision", "within"), [
-    pytest.param("bf16", 2e-3, marks=pytest.mark.slow), ("fp16", 1e-3)])
-def test_half_precision_in_every_stage(host: RankHost, tmp_path: Path, precision: str, within: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "within"), [pytest.param("bf16", 2e-3, marks=pytest.mark.slow), ("fp16", 1e-3)]
+)
+def test_half_precision_in_every_stage(
+    host: RankHost, tmp_path: Path, precision: str, within: float
+) -> None:
     sources = [Place(0, 2, precision), Place(1, 3, precision), Place(3, 2, precision)]
     offloaded = [Place(2, 2, precision, "optimizer"), Place(3, 1, precision, "parameters")]
     differences = follow(host, tmp_path, sources, [*sources, Place(2, 1, precision), *offloaded])
@@ -258,7 +337,8 @@ def test_half_precision_in_every_stage(host: RankHost, tmp_path: Path, precision
 
 
 def withhold_one(ranks: Ranks, place: Place) -> list[bool]:
-    """Train a step, have the next one withheld, and one whose gradients are not finite; then train on."""
+    """Train a step, have the next one withheld, and one whose gradients are not finite; then train
+    on."""
     engine = build(place, ranks, initial=True)
     train_step(engine, ranks, 1)
     before, applied = held(engine, place), []
@@ -269,26 +349,42 @@ def withhold_one(ranks: Ranks, place: Place) -> list[bool]:
         update = engine.step(1e-3, withhold=torch.tensor(bad_loss))
         applied.append(bool(update.applied))
         after = held(engine, place)
-        check_equal({k: v for k, v in after.items() if "buffer" not in k},
-                    {k: v for k, v in before.items() if "buffer" not in k}, f"{place}: withheld")
+        check_equal(
+            {k: v for k, v in after.items() if "buffer" not in k},
+            {k: v for k, v in before.items() if "buffer" not in k},
+            f"{place}: withheld",
+        )
         assert engine.num_updates == 1
     train_step(engine, ranks, 2)
     assert not torch.equal(held(engine, place)["up.weight|param"], before["up.weight|param"])
     return [*applied, engine.num_updates == 2]
 
 
-@pytest.mark.parametrize("place", [Place(0, 2), Place(0, 2, "bf16"), Place(1, 2), Place(2, 2, "bf16"), Place(3, 2),
-                                   Place(1, 2, "fp32", "optimizer")], ids=str)
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place(0, 2),
+        Place(0, 2, "bf16"),
+        Place(1, 2),
+        Place(2, 2, "bf16"),
+        Place(3, 2),
+        Place(1, 2, "fp32", "optimizer"),
+    ],
+    ids=str,
+)
 def test_an_update_that_is_withheld_changes_nothing(host: RankHost, place: Place) -> None:
     assert host.run(withhold_one, place.ranks, place) == [[False, False, True]] * 2
 
 
 def save_wide(ranks: Ranks, storage: str, place: Place) -> None:
-    save(build(place, ranks, initial=True, kind=Wide), ranks, place, Run.open(storage, str(place)), 0)
+    save(
+        build(place, ranks, initial=True, kind=Wide), ranks, place, Run.open(storage, str(place)), 0
+    )
 
 
 def restore_wide(ranks: Ranks, storage: str, source: Place, place: Place) -> tuple[int, int]:
-    """Verify and restore as the training loop does. Returns the bytes read, and those of memory needed for it."""
+    """Verify and restore as the training loop does. Returns the bytes read, and those of memory
+    needed for it."""
     from dray.storage.filesystem import RangeReader
 
     num_bytes, read_at = 0, RangeReader.read_at
@@ -318,10 +414,16 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")
-def test_a_restore_takes_a_share_of_the_bytes_and_less_of_the_memory(host: RankHost, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell"
+)
+def test_a_restore_takes_a_share_of_the_bytes_and_less_of_the_memory(
+    host: RankHost, tmp_path: Path
+) -> None:
     source = Place(1, 3)
-    run = Run.create(str(tmp_path), str(source), make_place(source)[0], {"num_steps": 9, "num_ranks": 3})
+    run = Run.create(
+        str(tmp_path), str(source), make_place(source)[0], {"num_steps": 9, "num_ranks": 3}
+    )
     run.begin_attempt(num_ranks=3, start_step=0)
     host.run(save_wide, 3, str(tmp_path), source)
     with CheckpointReader(run, run.latest_checkpoint()) as reader:
@@ -329,8 +431,15 @@ def test_a_restore_takes_a_share_of_the_bytes_and_less_of_the_memory(host: RankH
     for place in (Place(1, 3), Place(3, 3), Place(2, 2)):
         found = host.run(restore_wide, place.ranks, str(tmp_path), source, place)
         for rank, (num_bytes, num_memory) in enumerate(found):
-            # Once to verify its files, once to use its share, and the headers that say what lies where.
-            share = sum(files[rank::place.ranks]) + sum(files) // place.ranks + len(files) * HEADER_BYTES
+            # Once to verify its files, once to use its share, and the headers that say what lies
+            # where.
+            share = (
+                sum(files[rank :: place.ranks])
+                + sum(files) // place.ranks
+                + len(files) * HEADER_BYTES
+            )
             assert share * 0.95 < num_bytes <= share
-            whole_weights = 0 if place.stage == 3 else sum(files) // 3  # below ZeRO-3 the ranks exchange those
+            whole_weights = (
+                0 if place.stage == 3 else sum(files) // 3
+            )  # below ZeRO-3 the ranks exchange those
             assert num_memory < whole_weights + 3 * CHUNK_BYTES, place

@@ -1,4 +1,5 @@
-"""What needs no run: how other data is read, how many rows are computed at once, how a prompt is fitted."""
+"""What needs no run: how other data is read, how many rows are computed at once, how a prompt is
+fitted."""
 
 from __future__ import annotations
 
@@ -14,19 +15,31 @@ from dray.spec import Source, make_spec
 from dray.tasks.sequence_classification import SequenceClassification
 
 LINES = {"path": "lines.txt", "format": "lines"}
-CSV = {"path": ["a.csv", "b.csv"], "text": "review", "label": "stars", "header": False, "weight": 2.0,
-       "exclude": ["c*"]}
+CSV = {
+    "path": ["a.csv", "b.csv"],
+    "text": "review",
+    "label": "stars",
+    "header": False,
+    "weight": 2.0,
+    "exclude": ["c*"],
+}
 
 
 def read_as(data: str, *train: Any, validation: Any = None, task: str = "causal_lm") -> Source:
     """The source that a value of `--data` becomes."""
-    tree = {"name": "x", "task": task, "data": {"train": list(train), "validation": validation},
-            "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
-            "duration": {"steps": 1}}
+    tree = {
+        "name": "x",
+        "task": task,
+        "data": {"train": list(train), "validation": validation},
+        "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
+        "duration": {"steps": 1},
+    }
     return make_evaluation_spec(make_spec(tree), [data], "tok").data.train[0]
 
 
-@pytest.mark.parametrize("data", ["lines.txt", "other.txt", "held_out", "folder/", "s3://bucket/x.txt?region=eu"])
+@pytest.mark.parametrize(
+    "data", ["lines.txt", "other.txt", "held_out", "folder/", "s3://bucket/x.txt?region=eu"]
+)
 def test_a_path_is_read_as_the_runs_own(data: str) -> None:
     assert read_as(data, LINES) == Source(path=data, format="lines")
 
@@ -34,7 +47,13 @@ def test_a_path_is_read_as_the_runs_own(data: str) -> None:
 def test_a_path_of_another_form_keeps_the_columns_alone() -> None:
     assert read_as("x.jsonl", LINES) == Source(path="x.jsonl")
     found = read_as("x.jsonl", CSV | {"format": "csv"})
-    assert (found.format, found.text, found.label, found.weight, found.exclude) == ("auto", "review", "stars", None, ())
+    assert (found.format, found.text, found.label, found.weight, found.exclude) == (
+        "auto",
+        "review",
+        "stars",
+        None,
+        (),
+    )
 
 
 def test_of_several_sources_the_one_of_its_form_or_name_tells() -> None:
@@ -53,7 +72,9 @@ def test_a_mapping_says_otherwise() -> None:
     assert read_as("{path: [x.txt, y.txt], format: text}", LINES).format == "text"
 
 
-@pytest.mark.parametrize("data", ["[1, 2]", "{path: 3}", "{}", "{path: x, colour: red}", "{path: x"])
+@pytest.mark.parametrize(
+    "data", ["[1, 2]", "{path: 3}", "{}", "{path: x, colour: red}", "{path: x"]
+)
 def test_data_that_is_none(data: str) -> None:
     with pytest.raises(UserError, match="data"):
         read_as(data, LINES)
@@ -67,26 +88,46 @@ def test_logits_of_a_batch_are_bounded() -> None:
     assert batch_rows(1_048_576, 1) == 1
 
 
-@pytest.mark.parametrize(("num_tokens", "max_tokens", "longest", "kept", "room"), [
-    (10, 40, None, 10, 40), (10, 20, 32, 10, 20), (12, 20, 32, 12, 20), (10, 40, 32, 10, 22), (900, 40, 32, 16, 16),
-    (900, 4, 32, 28, 4), (20, 13, 32, 19, 13), (5, 9, 2, 1, 1),
-])
-def test_a_prompt_is_fitted(num_tokens: int, max_tokens: int, longest: int | None, kept: int, room: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens", "longest", "kept", "room"),
+    [
+        (10, 40, None, 10, 40),
+        (10, 20, 32, 10, 20),
+        (12, 20, 32, 12, 20),
+        (10, 40, 32, 10, 22),
+        (900, 40, 32, 16, 16),
+        (900, 4, 32, 28, 4),
+        (20, 13, 32, 19, 13),
+        (5, 9, 2, 1, 1),
+    ],
+)
+def test_a_prompt_is_fitted(
+    num_tokens: int, max_tokens: int, longest: int | None, kept: int, room: int
+) -> None:
     assert fit_prompt(num_tokens, max_tokens, longest) == (kept, room)
 
 
-def metrics_of(labels: list[int], guesses: list[int], num_labels: int) -> tuple[dict[str, float], tuple[str, ...]]:
+def metrics_of(
+    labels: list[int], guesses: list[int], num_labels: int
+) -> tuple[dict[str, float], tuple[str, ...]]:
     metrics = SequenceClassification(num_labels).new_metrics()
     scores = torch.nn.functional.one_hot(torch.tensor(guesses), num_labels).float()
-    metrics.update({"labels": torch.tensor(labels)}, {"scores": scores, "loss_sum": torch.tensor(1.0)})
+    metrics.update(
+        {"labels": torch.tensor(labels)}, {"scores": scores, "loss_sum": torch.tensor(1.0)}
+    )
     return metrics.compute(), metrics.undefined()
 
 
 def test_metrics_of_a_slice_say_what_they_cannot_tell() -> None:
     values, undefined = metrics_of([0, 0], [0, 1], 2)
-    assert (values["accuracy"], values["precision"], undefined) == (0.5, 0.0, ("recall", "f1", "auc"))
+    assert (values["accuracy"], values["precision"], undefined) == (
+        0.5,
+        0.0,
+        ("recall", "f1", "auc"),
+    )
     assert metrics_of([1], [1], 2)[1] == ("auc",)
     assert metrics_of([0, 1], [1, 1], 2)[1] == ()
-    # The mean is over what is there to see: a class that neither a document nor a guess shows is no failure.
+    # The mean is over what is there to see: a class that neither a document nor a guess shows is no
+    # failure.
     values, undefined = metrics_of([2, 2], [2, 2], 5)
     assert (values["recall"], values["f1"], undefined) == (1.0, 1.0, ("auc",))

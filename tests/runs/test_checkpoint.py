@@ -1,4 +1,5 @@
-"""The round trip of a checkpoint: written by any number of ranks, read in any ranges, the same in any storage."""
+"""The round trip of a checkpoint: written by any number of ranks, read in any ranges, the same in
+any storage."""
 
 from __future__ import annotations
 
@@ -127,7 +128,8 @@ def test_wrong_tensors_are_refused(local_run: Run, key: str, tensor: torch.Tenso
 
 @pytest.mark.parametrize(("pieces", "what"), [
     ([{"w|param|0": 4}, {"w|param|6": 4}], r"w\|param: elements 4 to 5 are missing"),
-    ([{"w|param|0": 6}, {"w|param|5": 5}], r"w\|param: elements from 5 on are written again in rank-00001"),
+    ([{"w|param|0": 6}, {"w|param|5": 5}], r"w\|param: elements from 5 on are written again in "
+                                           r"rank-00001"),
     ([{"w|param|0": 10}, {"w|param|0": 10}], "written again"),
     ([{"w|param|0": 6}], "elements 6 to 9 are missing"),
     ([{"w|param|0": 12}], "has 12 elements, its shape only 10"),
@@ -186,7 +188,8 @@ def test_what_a_later_attempt_undid_is_not_read(local_run: Run) -> None:
     save(local_run, 20, attempt=1)
     local_run.begin_attempt(2, 10)
     assert [info.step for info in local_run.checkpoints()] == [10]
-    assert local_run.checkpoints(verified_only=False)[-1].problem == "undone: attempt 2 started before it"
+    assert local_run.checkpoints(verified_only=False)[-1].problem == ("undone: attempt 2 started "
+                                                                      "before it")
 
 
 def test_reader_states_travel(run: Run) -> None:

@@ -1,4 +1,5 @@
-"""What storage and killed processes do to a checkpoint: it is found out, named, and the one before is used."""
+"""What storage and killed processes do to a checkpoint: it is found out, named, and the one before
+is used."""
 
 from __future__ import annotations
 
@@ -34,12 +35,14 @@ def flip(content: bytes, at: int) -> bytes:
 @pytest.mark.parametrize(("name", "change", "problem"), [
     (RANK_FILE, lambda content: content[:-1], "rank-00001-of-00002.safetensors has"),
     (RANK_FILE, None, "rank-00001-of-00002.safetensors is missing"),
-    ("manifest.json", lambda content: flip(content, 40), "manifest.json is not the one that was committed"),
+    ("manifest.json", lambda content: flip(content, 40), "manifest.json is not the one that was "
+                                                         "committed"),
     ("manifest.json", None, "manifest.json is missing"),
     ("COMMITTED", None, "no marker COMMITTED"),
     ("COMMITTED", lambda content: content[:20], "marker COMMITTED is unreadable"),
     ("COMMITTED", lambda content: b"", "marker COMMITTED is unreadable"),
-    ("COMMITTED", lambda content: flip(content, content.index(b'": "') + 6), "is not the one that was committed"),
+    ("COMMITTED", lambda content: flip(content, content.index(b'": "') + 6), "is not the one "
+                                                                             "that was committed"),
 ], ids=["short", "missing", "manifest-flipped", "no-manifest", "no-marker", "torn-marker", "empty-marker", "other"])
 def test_damage_seen_without_reading_the_tensors(
     run: Run, name: str, change: Callable[[bytes], bytes] | None, problem: str
@@ -80,7 +83,8 @@ def test_one_flipped_bit_is_found(run: Run, at: int) -> None:
 
 
 def test_the_checkpoint_to_verify(local_run: Run) -> None:
-    """By default the newest that was committed, damaged or not; one that is being written only when asked for."""
+    """By default the newest that was committed, damaged or not; one that is being written only when
+    asked for."""
     with pytest.raises(StoreError, match="has no checkpoint; steps with one: none"):
         find_checkpoint(local_run)
     for step in (10, 20, 30):
@@ -89,10 +93,12 @@ def test_the_checkpoint_to_verify(local_run: Run) -> None:
     (paths[20] / RANK_FILE).unlink()
     (paths[30] / "COMMITTED").unlink()
     assert find_checkpoint(local_run).step == 20
-    assert verify_checkpoint(local_run, find_checkpoint(local_run)).problems == [f"{RANK_FILE} is missing"]
+    assert verify_checkpoint(local_run, find_checkpoint(local_run)).problems == [f"{RANK_FILE} is "
+                                                                                 "missing"]
     assert verify_checkpoint(local_run, find_checkpoint(local_run, 10)).ok
     assert "no marker" in verify_checkpoint(local_run, find_checkpoint(local_run, 30)).problems[0]
-    with pytest.raises(StoreError, match="has no checkpoint of step 15; steps with one: 10, 20, 30"):
+    with pytest.raises(StoreError, match="has no checkpoint of step 15; steps with one: 10, 20, "
+                                         "30"):
         find_checkpoint(local_run, 15)
 
 
@@ -153,7 +159,8 @@ print("committed", flush=True); sys.stdin.read()
 
 
 def kill_when(storage: str, stop_before: str, ready: Callable[[str], bool]) -> None:
-    """Run a process that saves a checkpoint and kill it, with SIGKILL, once `ready` says so of its last line."""
+    """Run a process that saves a checkpoint and kill it, with SIGKILL, once `ready` says so of its
+    last line."""
     child = subprocess.Popen([sys.executable, "-c", WRITE_AND_COMMIT, storage, stop_before], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert child.stdout is not None
@@ -181,7 +188,8 @@ def test_kill_9(local_run: Run, stop_before: str) -> None:
                   lambda _: any(size > 1_000_000 for size in list_files(local_run.filesystem, folder).values()))
         left = list_files(local_run.filesystem, folder)
         assert left
-        assert all(name.startswith(".tmp-") for name in left), "no half file under a rank file's name"
+        assert all(name.startswith(".tmp-") for name in left), ("no half file under a rank "
+                                                                "file's name")
     else:
         last = {"manifest": "before the manifest", "marker": "before the marker", "end": "committed"}[stop_before]
         kill_when(local_run.storage, stop_before, lambda line: line == last)

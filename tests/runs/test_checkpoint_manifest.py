@@ -1,4 +1,5 @@
-"""Where the parts of a checkpoint lie: written down in a few numbers, and refused where it does not add up."""
+"""Where the parts of a checkpoint lie: written down in a few numbers, and refused where it does not
+add up."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def test_any_range_from_any_way_of_dealing_out(local_run: Run, num_ranks: int, f
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4), num_ranks=st.integers(1, 6), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=80)
 def test_what_is_written_down_is_what_was_dealt_out(sizes: list[int], num_ranks: int, seed: int) -> None:
-    """Cut at random places and dealt to random ranks, or in equal parts: every element is found where it was put."""
+    """Cut at random places and dealt to random ranks, or in equal parts: every element is found
+    where it was put."""
     rng, shapes = random.Random(seed), {f"w{number}": [size] for number, size in enumerate(sizes)}
     per_rank: list[list[Fragment]] = [[] for _ in range(num_ranks)]
     for name, (size,) in shapes.items():
@@ -137,7 +139,8 @@ def set_first_partition(tree: dict[str, Any], length: Any) -> None:
     lambda tree: tree["files"].pop(), lambda tree: tree.update(version=3),
 ], ids=str)
 def test_a_manifest_that_does_not_add_up(local_run: Run, change: Any) -> None:
-    """Damage that checksums cannot tell, as a faulty writer would leave it: one error, and no tensor is read."""
+    """Damage that checksums cannot tell, as a faulty writer would leave it: one error, and no
+    tensor is read."""
     info = save(local_run, 5, 3, flat=False)
     rewrite(local_run, info.path, lambda tree: change(tree) and None)
     with pytest.raises(StoreError):
@@ -155,7 +158,10 @@ def test_a_manifest_that_lies_about_a_file(local_run: Run) -> None:
                 partition[1] += 1
 
     rewrite(local_run, info.path, halve)
-    with CheckpointReader(local_run, info) as reader, pytest.raises(StoreError, match="not as the manifest has it"):
+    with CheckpointReader(local_run, info) as reader, pytest.raises(StoreError, match="not as "
+                                                                                      "the "
+                                                                                      "manifest "
+                                                                                      "has it"):
         reader.read("odd")
     assert not verify_checkpoint(local_run, info).ok
     assert Path(info.path).is_dir()

@@ -1,4 +1,5 @@
-"""Rows that are compacted stay what they were, whatever happens meanwhile; and a history is read without holding it."""
+"""Rows that are compacted stay what they were, whatever happens meanwhile; and a history is read
+without holding it."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def log_steps(run: Run, first: int, last: int, attempt: int = 1, at_once: int = 
 
 
 def test_a_run_with_restarts(run: Run, small_parts: None) -> None:
-    """Compacted parts, open ones, undone rows and several attempts: every way of reading tells the same."""
+    """Compacted parts, open ones, undone rows and several attempts: every way of reading tells the
+    same."""
     for attempt, (start, stop) in enumerate(SPANS, 1):
         run.begin_attempt(1, start)
         log_steps(run, start + 1, stop, attempt)
@@ -123,7 +125,8 @@ def test_a_process_that_dies_while_compacting(
         log._metrics.compact("a0001")
     assert again.metrics() == [row_of(step) for step in range(1, done + 31)]
     files = list_files(run.filesystem, f"{run.path}/metrics")
-    assert sum(name.endswith(".jsonl") for name in files) <= 3, "what a dead process left is cleared away"
+    assert sum(name.endswith(".jsonl") for name in files) <= 3, ("what a dead process left is "
+                                                                 "cleared away")
 
 
 def test_two_compactors_at_once(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +160,8 @@ def test_two_compactors_at_once(run: Run, small_parts: None, monkeypatch: pytest
 
 
 def test_reading_while_it_is_compacted(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that has come half way loses and doubles nothing when the parts before it go away."""
+    """A reader that has come half way loses and doubles nothing when the parts before it go
+    away."""
     monkeypatch.setattr("dray.runs.row_log.RowLog._compact_when_due", lambda *_: None)
     log_steps(run, 1, 40)
     monkeypatch.undo()
@@ -201,7 +205,8 @@ def test_a_part_with_a_damaged_line_stays(local_run: Run, small_parts: None) -> 
 
 
 def test_a_stale_appender_does_not_write_into_what_is_gone(local_run: Run, small_parts: None) -> None:
-    """Two processes append to one log; one of them sleeps while the other fills and compacts the part."""
+    """Two processes append to one log; one of them sleeps while the other fills and compacts the
+    part."""
     log = local_run._events
     stale = RowLog(log.filesystem, log.folder)
     stale.append("events", [{"number": 0}])

@@ -102,7 +102,8 @@ def stored(storage: str) -> Iterator[bytes]:
 
 
 def test_a_run_with_keys_in_its_uri_keeps_none(keyed_storage: str, tmp_path: Path) -> None:
-    """Written, reopened, shown and forked by a caller that has the keys; records, pages and errors have none."""
+    """Written, reopened, shown and forked by a caller that has the keys; records, pages and errors
+    have none."""
     spec = make_test_spec(data={"train": f"{keyed_storage.replace('/runs', '/texts/*.jsonl')}"},
                           tracking={"mlflow": f"http://me:{SECRET}@127.0.0.1:9"})
     run = Run.create(keyed_storage, "speeches", spec, PLAN, corpus=child(keyed_storage, "corpora", "a"), corpus_key="a")
@@ -151,7 +152,8 @@ def test_errors_show_none(place: str) -> None:
 @pytest.mark.parametrize("override", [
     f"data.train=s3://{KEY}:{SECRET}@bucket/a", f"data.train=[s3://{KEY}:{SECRET}@bucket/a, 3]",
     f"data.trian=s3://{KEY}:{SECRET}@bucket/a", f"DATA=s3://{KEY}:{SECRET}@bucket/a",
-    f"data.train='s3://{KEY}:{SECRET}@bucket/a", f"tracking.mlflow={{a: 's3://{KEY}:{SECRET}@bucket'}}",
+    f"data.train='s3://{KEY}:{SECRET}@bucket/a", "tracking.mlflow={a: "
+                                                 f"'s3://{KEY}:{SECRET}@bucket'}}",
     f"seed=s3://{KEY}:{SECRET}@bucket/a",
 ])
 def test_a_spec_shows_none(override: str) -> None:
@@ -170,8 +172,8 @@ def test_commands_print_none(s3_endpoint: str) -> None:
 
 
 def test_workers_ask_the_driver(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker process of Ray opens a clean place with what the driver took in, also if it was told late; neither the
-    environment of workers nor their arguments hold it."""
+    """A worker process of Ray opens a clean place with what the driver took in, also if it was told
+    late; neither the environment of workers nor their arguments hold it."""
     import ray
 
     @ray.remote(num_cpus=0)

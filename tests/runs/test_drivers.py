@@ -1,4 +1,5 @@
-"""One driver at a time: real processes that are killed, stopped or far away, on a disk and on S3."""
+"""One driver at a time: real processes that are killed, stopped or far away, on a disk and on
+S3."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_one_after_the_other(run: Run) -> None:
     assert run.driver() is None
     first = run.take_over()
     assert first.number == 1
-    with pytest.raises(StoreError, match=rf"driver 1 \(process {os.getpid()} on .* is at work on it.*kill") as caught:
+    with pytest.raises(StoreError, match=rf"driver 1 \(process {os.getpid()} on .* is at work on "
+                                         r"it.*kill") as caught:
         run.take_over()
     assert "\n" not in str(caught.value)
     run.heartbeat(first)
@@ -139,7 +141,8 @@ def test_a_driver_elsewhere_lives_by_its_signs_of_life(local_run: Run, monkeypat
 
 
 def test_clocks_that_differ_do_not_matter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time is the storage's: what a far driver, or this machine, takes for the time is not asked."""
+    """The time is the storage's: what a far driver, or this machine, takes for the time is not
+    asked."""
     first = run.take_over()
     send_away(run, first)
     real = time.time
@@ -194,7 +197,7 @@ def test_a_process_that_nobody_has_waited_for_is_gone() -> None:
     child.wait()
 
 
-# ---- fencing ---------------------------------------------------------------------------------------------------------
+# ---- fencing -----------------------------------------------------------------------------------
 
 
 def write_and_wait(run: Run, step: int, attempt: int) -> tuple[CheckpointWriter, list[object], dict[str, object]]:
@@ -233,7 +236,8 @@ def test_a_replaced_driver_commits_nothing(run: Run) -> None:
 
 
 def test_what_a_stale_attempt_does_late_is_harmless(run: Run) -> None:
-    """Between the last look and the marker another driver takes over: its attempt undoes what lies past its start."""
+    """Between the last look and the marker another driver takes over: its attempt undoes what lies
+    past its start."""
     first = run.take_over()
     attempt = run.begin_attempt(2, 0, driver=first.number)
     before = save(run, 10, attempt=attempt)
@@ -262,7 +266,8 @@ def test_what_a_stale_attempt_does_late_is_harmless(run: Run) -> None:
 
 
 def test_an_attempt_that_a_stale_driver_recorded_late_is_none(run: Run) -> None:
-    """A driver that was overtaken in the middle of `begin_attempt` leaves a record; it undoes nothing."""
+    """A driver that was overtaken in the middle of `begin_attempt` leaves a record; it undoes
+    nothing."""
     first = run.take_over()
     run.begin_attempt(2, 0, driver=first.number)
     save(run, 10, attempt=1)
@@ -298,7 +303,8 @@ except Exception as error:
 
 
 def test_a_driver_that_wakes_up_after_it_was_replaced(local_run: Run) -> None:
-    """A real process, stopped before its marker like a suspended machine, and set going again afterwards."""
+    """A real process, stopped before its marker like a suspended machine, and set going again
+    afterwards."""
     child = subprocess.Popen([sys.executable, "-c", COMMIT_LATE, local_run.storage], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True)
     assert answer(child) == "written\n"

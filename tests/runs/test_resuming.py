@@ -23,7 +23,8 @@ def test_a_run_does_not_begin_again_when_all_is_set_aside(run: Run) -> None:
     run.set_aside(newer, "a bit flipped")
     assert find_resume_checkpoint(run) == older
     run.set_aside(older, "another one")
-    with pytest.raises(CheckpointsLost, match=r"step 20: set aside: a bit flipped; step 10: .*--run"):
+    with pytest.raises(CheckpointsLost, match=r"step 20: set aside: a bit flipped; step 10: "
+                                              r".*--run"):
         find_resume_checkpoint(run)
 
 

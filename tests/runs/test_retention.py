@@ -50,7 +50,8 @@ def test_keep_best(local_run: Run, metric: str, values: dict[int, float], kept: 
 def test_best_by_the_validation_rows(local_run: Run) -> None:
     attempt = local_run.begin_attempt(1, 0)
     for step, loss in ((10, 3), (20, 1), (30, 2)):
-        # What a checkpoint carries may stem from an earlier validation; the row of its own step counts.
+        # What a checkpoint carries may stem from an earlier validation; the row of its own step
+        # counts.
         save(local_run, step, validation={"loss": 9.0}, validation_step=10)
         local_run.log_metrics([{"kind": "validation", "step": step, "attempt": attempt, "loss": loss}])
     apply_retention(local_run, keep_last=1, keep_best=1)
@@ -161,7 +162,8 @@ def test_a_reader_elsewhere_holds_for_a_day(run: Run, hours: int, kept: bool) ->
 
 
 def test_a_reader_that_comes_in_the_middle(local_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a reader and a deletion at the same time at least one gives way, wherever the reader comes in."""
+    """Of a reader and a deletion at the same time at least one gives way, wherever the reader comes
+    in."""
     from dray.runs import retention
 
     look, readers = retention._pinned, []

@@ -52,7 +52,8 @@ def test_validation_rows_are_apart(run: Run) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8)), min_size=1, max_size=6))
 def test_history_against_a_replay(attempts: list[tuple[int, int]]) -> None:
-    """Attempts of (steps back from where the last one stopped, steps done): the history is what a list would hold."""
+    """Attempts of (steps back from where the last one stopped, steps done): the history is what a
+    list would hold."""
     rows, start_steps, state = [], {}, list[tuple[int, int]]()
     for number, (back, done) in enumerate(attempts, 1):
         state = state[: max(0, len(state) - back)]
@@ -81,7 +82,8 @@ def test_foreign_numbers(local_run: Run) -> None:
         local_run.log_metrics([{"step": 2, "attempt": 1, "loss": object()}])
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 3, "att', b"{", b'{"step": 3, "attempt": 1}', b"x" * 200_000])
+@pytest.mark.parametrize("torn", [b'{"step": 3, "att', b"{", b'{"step": 3, "attempt": '
+                                                             b'1}', b"x" * 200_000])
 def test_torn_line_is_ignored_and_repaired(local_run: Run, torn: bytes) -> None:
     local_run.log_metrics(rows_of(1, 1, 2))
     path = Path(local_run.path, "metrics", "a0001.jsonl")
@@ -146,7 +148,8 @@ def test_many_writers_at_once(local_run: Run) -> None:
 
 
 def test_parts_on_an_object_store(s3_storage: str) -> None:
-    """An object store cannot append: parts are rewritten until they are full, and two writers never share one."""
+    """An object store cannot append: parts are rewritten until they are full, and two writers never
+    share one."""
     filesystem, path = open_filesystem(s3_storage)
     one, two = RowLog(filesystem, f"{path}/rows"), RowLog(filesystem, f"{path}/rows")
     for number in range(12):
@@ -192,7 +195,8 @@ def test_table_of_large_numbers() -> None:
 
 
 def train(run: Run, last: int, every: int = 10) -> int:
-    """An attempt as the driver does it: it starts from the newest sound checkpoint, logs each step, saves at times."""
+    """An attempt as the driver does it: it starts from the newest sound checkpoint, logs each step,
+    saves at times."""
     newest = run.latest_checkpoint()
     start = newest.step if newest else 0
     attempt = run.begin_attempt(1, start)
@@ -209,7 +213,8 @@ def assert_one_row_a_step(run: Run, last: int) -> None:
 
 @pytest.mark.parametrize("bad", [[30], [30, 20], [20], [10, 20, 30], [30, 10]], ids=str)
 def test_falling_back_to_an_older_checkpoint_leaves_no_gap(local_run: Run, bad: list[int]) -> None:
-    """Three attempts, then some of their checkpoints turn out bad: one row a step, of the attempt that counts."""
+    """Three attempts, then some of their checkpoints turn out bad: one row a step, of the attempt
+    that counts."""
     train(local_run, 14)
     train(local_run, 23)
     train(local_run, 36)

@@ -46,7 +46,8 @@ def test_same_identity_goes_on(storage: str, run: Run, spec: Spec) -> None:
 
 def test_other_identity_is_refused(storage: str, run: Run) -> None:
     other = make_test_spec(optimizer={"learning_rate": 2e-3}, seed=7, duration={"steps": 60})
-    with pytest.raises(StoreError, match=r"duration\.steps, optimizer\.learning_rate, seed.*--fork NEW_NAME") as caught:
+    with pytest.raises(StoreError, match=r"duration\.steps, optimizer\.learning_rate, "
+                                         r"seed.*--fork NEW_NAME") as caught:
         Run.open_or_create(storage, "speeches", other, PLAN)
     assert "\n" not in str(caught.value)
     assert run.spec().seed == 0

@@ -111,7 +111,8 @@ def test_tensorboard(storage: str) -> None:
 
 
 def test_mlflow(tmp_path: Path) -> None:
-    """The default SQLite store, read back with MLflow itself; a run that goes on stays one MLflow run."""
+    """The default SQLite store, read back with MLflow itself; a run that goes on stays one MLflow
+    run."""
     for module in ("mlflow", "sqlalchemy", "alembic"):
         pytest.importorskip(module)
     from mlflow.tracking import MlflowClient

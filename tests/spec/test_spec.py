@@ -24,7 +24,11 @@ from dray.spec import (
 TREE = {
     "name": "speeches",
     "task": "causal_lm",
-    "data": {"train": ["../shared/data/corpus_en/*.jsonl.gz"], "validation": {"share": 0.02}, "sequence_tokens": 512},
+    "data": {
+        "train": ["../shared/data/corpus_en/*.jsonl.gz"],
+        "validation": {"share": 0.02},
+        "sequence_tokens": 512,
+    },
     "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
     "model": {"architecture": "llama", "hidden_size": 384, "num_layers": 6, "num_heads": 6},
     "batch": {"global_rows": 16, "micro_rows": "auto"},
@@ -87,11 +91,20 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("data.trian=3", "unknown key data.trian; did you mean data.train?"),
         ("data.train={pth: 3}", "unknown key data.train.0.pth; did you mean data.train.path?"),
         ("foo=1", "unknown key foo; known here: name, task"),
-        ("batch.global_rows=0", "batch.global_rows = 0: input should be greater than or equal to 1"),
+        (
+            "batch.global_rows=0",
+            "batch.global_rows = 0: input should be greater than or equal to 1",
+        ),
         ("batch.global_rows=many", "batch.global_rows = 'many': input should be a valid integer"),
-        ("resources.workers=yes", "resources.workers = True: a number is wanted, not true or false"),
+        (
+            "resources.workers=yes",
+            "resources.workers = True: a number is wanted, not true or false",
+        ),
         ("resources.workers=[4,2]", "workers \\[4, 2\\]: the first must not exceed the second"),
-        ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1: input should be greater than 0"),
+        (
+            "optimizer.learning_rate=-1",
+            "optimizer.learning_rate = -1: input should be greater than 0",
+        ),
         ("optimizer.learning_rate=.nan", "finite"),
         ("model.hidden_size=100", "hidden_size 100 is not a multiple of num_heads 6"),
         ("model.num_layers=null", "`num_layers` is needed"),
@@ -99,8 +112,14 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher, not 0"),
         ("precision=int8", "precision = 'int8'"),
         ("name=a/b", "^the command line: name = 'a/b': up to 100 letters, digits"),
-        ("data.validation={share: 0.1, path: x}", "either a `share` of the training documents or the `path` of others"),
-        ("schedule={name: wsd, decay_steps: 51}", "the run has 50 steps, and the decay lies within it"),
+        (
+            "data.validation={share: 0.1, path: x}",
+            "either a `share` of the training documents or the `path` of others",
+        ),
+        (
+            "schedule={name: wsd, decay_steps: 51}",
+            "the run has 50 steps, and the decay lies within it",
+        ),
         ("name=../up", "name = '../up'"),
         ("task=sequence_classification", "needs a `label` column"),
         ("duration={steps: 5, epochs: 1}", "exactly one of `steps`, `epochs` and `tokens`"),
@@ -112,11 +131,13 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("batch.global_rows=[1", "the value cannot be used \\(not YAML"),
         ("batch={global_rows: 1, global_rows: 2}", "the key global_rows stands twice, in line 1"),
         ("name=2026-13-45", "the value cannot be used"),
-        ("data.train=\"a\\0b\"", "holds a character that no file name can hold"),
+        ('data.train="a\\0b"', "holds a character that no file name can hold"),
         ("model=&a {options: *a}", "nested deeper"),
     ],
 )
-def test_a_mistake_is_one_line_that_says_where_and_what(spec_file: Path, override: str, message: str):
+def test_a_mistake_is_one_line_that_says_where_and_what(
+    spec_file: Path, override: str, message: str
+):
     with pytest.raises(SpecError, match=message) as caught:
         load_spec(spec_file, [override])
     assert "\n" not in str(caught.value)
@@ -130,14 +151,21 @@ def test_a_mistake_is_one_line_that_says_where_and_what(spec_file: Path, overrid
         ("- a\n- b", "holds a list"),
         ("", "is empty"),
         ("# a comment alone", "is empty"),
-        ("name: a\nseed: 1\ndata:\n  train: x\n  train: y", "the key train stands twice, in lines 4 and 5"),
+        (
+            "name: a\nseed: 1\ndata:\n  train: x\n  train: y",
+            "the key train stands twice, in lines 4 and 5",
+        ),
         ("name: a\n'name': b", "the key name stands twice, in lines 1 and 2"),
         ("name: a\n---\nname: b", "another document"),
         ("name: 2026-13-45", "month must be in 1..12"),
         ("seed: !!int ''", "not what its form says"),
         ("[" * 5000, "nested deeper than 50 levels"),
         ("a: &a {b: *a}", "nested deeper than 50 levels"),
-        ("a0: &a0 x\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)), "aliases"),
+        (
+            "a0: &a0 x\n"
+            + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)),
+            "aliases",
+        ),
         ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("1: 2", "the key 1 is"),
         ("name: x", "data is missing"),
@@ -167,8 +195,12 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path):
         file.truncate(MAX_SPEC_BYTES + 1)
     with pytest.raises(SpecError, match="holds more than 4 MiB"):
         load_spec(huge)
-    for name, message in ((str(tmp_path), "is a folder"), ("a" * 5000, "File name too long"),
-                          (f"{huge}/x", "no such file"), ("a\0b", "null byte")):
+    for name, message in (
+        (str(tmp_path), "is a folder"),
+        ("a" * 5000, "File name too long"),
+        (f"{huge}/x", "no such file"),
+        ("a\0b", "null byte"),
+    ):
         with pytest.raises(SpecError, match=message) as caught:
             load_spec(name)
         assert len(str(caught.value)) < 400
@@ -188,7 +220,9 @@ def test_merged_keys_may_be_overridden():
 
 
 def changed(**sections: dict[str, object]) -> Spec:
-    return make_spec({**TREE, **{name: {**TREE.get(name, {}), **values} for name, values in sections.items()}})
+    return make_spec(
+        {**TREE, **{name: {**TREE.get(name, {}), **values} for name, values in sections.items()}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,20 +242,33 @@ def changed(**sections: dict[str, object]) -> Spec:
         ({"duration": {"steps": 60}}, False),  # a cosine without decay_steps depends on its end
     ],
 )
-def test_the_fingerprint_covers_identity_alone(sections: dict[str, dict[str, object]], identical: bool):
+def test_the_fingerprint_covers_identity_alone(
+    sections: dict[str, dict[str, object]], identical: bool
+):
     assert (changed(**sections).fingerprint() == make_spec(TREE).fingerprint()) is identical
 
 
 @pytest.mark.parametrize(
-    "schedule", [{"name": "constant"}, {"name": "wsd"}, {"decay_steps": 100}, {"name": "linear", "decay_steps": 80}]
+    "schedule",
+    [
+        {"name": "constant"},
+        {"name": "wsd"},
+        {"decay_steps": 100},
+        {"name": "linear", "decay_steps": 80},
+    ],
 )
-def test_a_duration_may_be_extended_where_the_rate_does_not_depend_on_it(schedule: dict[str, object]):
+def test_a_duration_may_be_extended_where_the_rate_does_not_depend_on_it(
+    schedule: dict[str, object],
+):
     short, long = changed(schedule=schedule), changed(schedule=schedule, duration={"steps": 500})
     assert short.fingerprint() == long.fingerprint()
 
 
 def test_differing_paths_are_named():
-    a, b = make_spec(TREE).identity(), changed(model={"num_layers": 2}, optimizer={"beta2": 0.99}).identity()
+    a, b = (
+        make_spec(TREE).identity(),
+        changed(model={"num_layers": 2}, optimizer={"beta2": 0.99}).identity(),
+    )
     assert differing_paths(a, b) == ["model.num_layers", "optimizer.beta2"]
 
 

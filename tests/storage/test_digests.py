@@ -1,4 +1,5 @@
-"""Digests of local files: right, remembered only while that is safe, and refused for files that change."""
+"""Digests of local files: right, remembered only while that is safe, and refused for files that
+change."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(path: Path, content: bytes, age_seconds: float = 3600) -> str:
-    """A file whose times are old: `os.utime` cannot set the inode's, so tests that remember set SETTLED_SECONDS."""
+    """A file whose times are old: `os.utime` cannot set the inode's, so tests that remember set
+    SETTLED_SECONDS."""
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     os.utime(path, (os.stat(path).st_atime, os.stat(path).st_mtime - age_seconds))
@@ -37,14 +39,20 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_digests_are_those_of_the_content(tmp_path: Path) -> None:
     contents = [b"", b"x", os.urandom(3 * digests.BLOCK_BYTES + 5)]
-    paths = [write(tmp_path / "in" / str(number), content) for number, content in enumerate(contents)]
-    assert digest_files(paths) == {path: hashlib.sha256(content).hexdigest()
-                                   for path, content in zip(paths, contents, strict=True)}
+    paths = [
+        write(tmp_path / "in" / str(number), content) for number, content in enumerate(contents)
+    ]
+    assert digest_files(paths) == {
+        path: hashlib.sha256(content).hexdigest()
+        for path, content in zip(paths, contents, strict=True)
+    }
     with pytest.raises(FileNotFoundError):
         digest_files([*paths, str(tmp_path / "none")])
 
 
-def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -1.0)
     read = count_reads(monkeypatch)
     path = write(tmp_path / "in/a", b"first")
@@ -70,8 +78,9 @@ def test_a_fresh_file_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(read) == 3
 
 
-def test_a_cache_that_is_broken_or_cannot_be_written_is_no_failure(tmp_path: Path, cache: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_broken_or_cannot_be_written_is_no_failure(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -1.0)
     path = write(tmp_path / "in/a", b"x")
     expected = digest_files([path])

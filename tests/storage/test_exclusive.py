@@ -1,4 +1,5 @@
-"""Of any number of writers exactly one creates a file: real processes that race, on a disk and on S3; lost answers."""
+"""Of any number of writers exactly one creates a file: real processes that race, on a disk and on
+S3; lost answers."""
 
 from __future__ import annotations
 
@@ -29,16 +30,26 @@ filesystem, path = open_filesystem(sys.argv[1])
 create_exclusive(filesystem, f"{path}/warm-{sys.argv[2]}", sys.argv[2].encode())
 print("ready", flush=True)
 sys.stdin.readline()
-won = [n for n in range(15) if create_exclusive(filesystem, f"{path}/race/{n}", f"{sys.argv[2]}-{n}".encode())]
+won = [n for n in range(15)
+       if create_exclusive(filesystem, f"{path}/race/{n}", f"{sys.argv[2]}-{n}".encode())]
 print(*won)
 """
 
 
 @pytest.mark.parametrize("kind", ["disk", "s3"])
-def test_exactly_one_of_several_processes(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+def test_exactly_one_of_several_processes(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
     storage = str(tmp_path) if kind == "disk" else request.getfixturevalue("failing_storage")
-    children = [subprocess.Popen([sys.executable, "-c", RACE, storage, str(number)], stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE, text=True) for number in range(4)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, storage, str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
     for child in children:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -54,12 +65,21 @@ def test_exactly_one_of_several_processes(request: pytest.FixtureRequest, tmp_pa
             assert read_bytes(filesystem, f"{path}/race/{number}") == f"{writer}-{number}".encode()
 
 
-FAULTS: list[Fault] = ["lost", "reset", (503, "SlowDown"), (409, "ConditionalRequestConflict"), (429, "TooMany")]
+FAULTS: list[Fault] = [
+    "lost",
+    "reset",
+    (503, "SlowDown"),
+    (409, "ConditionalRequestConflict"),
+    (429, "TooMany"),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_the_winner_knows_it_whatever_happens(proxy: FailingProxy, failing_storage: str, fault: Fault) -> None:
-    """Also when the answer to a put that was carried out is lost: the second try meets the own file."""
+def test_the_winner_knows_it_whatever_happens(
+    proxy: FailingProxy, failing_storage: str, fault: Fault
+) -> None:
+    """Also when the answer to a put that was carried out is lost: the second try meets the own
+    file."""
     filesystem, path = open_filesystem(failing_storage)
     proxy.fail_next(2, fault, "PUT")
     assert create_exclusive(filesystem, f"{path}/a", b"one")
@@ -69,7 +89,9 @@ def test_the_winner_knows_it_whatever_happens(proxy: FailingProxy, failing_stora
     assert read_bytes(filesystem, f"{path}/a") == b"one"
 
 
-def test_a_refusal_is_one_clear_error(proxy: FailingProxy, failing_storage: str, s3_endpoint: str) -> None:
+def test_a_refusal_is_one_clear_error(
+    proxy: FailingProxy, failing_storage: str, s3_endpoint: str
+) -> None:
     filesystem, path = open_filesystem(failing_storage)
     proxy.decide = lambda method, path: (403, "AccessDenied")
     with pytest.raises(StorageFailed, match="the storage refuses it"):
@@ -117,30 +139,49 @@ def options_of(uri: str) -> dict[str, object]:
 
 
 def test_settings_come_from_the_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = _s3_settings(options_of(
-        "s3://key:secret@bucket/x?endpoint_override=127.0.0.1:9000&scheme=http&region=eu-west-3"))
-    assert settings == {"region": "eu-west-3", "skip_signature": False, "virtual_hosted_style_request": False,
-                        "endpoint": "http://127.0.0.1:9000", "access_key_id": "key", "secret_access_key": "secret"}
-    assert _s3_settings(options_of("s3://anonymous@bucket/x?region=eu-west-3"))["skip_signature"] in (True, False)
+    settings = _s3_settings(
+        options_of(
+            "s3://key:secret@bucket/x?endpoint_override=127.0.0.1:9000&scheme=http&region=eu-west-3"
+        )
+    )
+    assert settings == {
+        "region": "eu-west-3",
+        "skip_signature": False,
+        "virtual_hosted_style_request": False,
+        "endpoint": "http://127.0.0.1:9000",
+        "access_key_id": "key",
+        "secret_access_key": "secret",
+    }
+    assert _s3_settings(options_of("s3://anonymous@bucket/x?region=eu-west-3"))[
+        "skip_signature"
+    ] in (True, False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "from-the-environment")
-    assert "access_key_id" not in _s3_settings(options_of("s3://other/x?region=eu-west-3")), "obstore reads it itself"
+    assert "access_key_id" not in _s3_settings(options_of("s3://other/x?region=eu-west-3")), (
+        "obstore reads it itself"
+    )
 
 
 def test_settings_come_from_a_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text(
         "[default]\naws_access_key_id = a\naws_secret_access_key = b\n"
-        "[team]\naws_access_key_id = c\naws_secret_access_key = d%\naws_session_token = e\n")
+        "[team]\naws_access_key_id = c\naws_secret_access_key = d%\naws_session_token = e\n"
+    )
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     settings = _s3_settings(options_of("s3://bucket/x?region=eu-west-3"))
     assert (settings["access_key_id"], settings["secret_access_key"]) == ("a", "b")
     monkeypatch.setenv("AWS_PROFILE", "team")
     settings = _s3_settings(options_of("s3://bucket/x?region=eu-west-3"))
-    assert (settings["access_key_id"], settings["secret_access_key"], settings["session_token"]) == ("c", "d%", "e")
+    assert (
+        settings["access_key_id"],
+        settings["secret_access_key"],
+        settings["session_token"],
+    ) == ("c", "d%", "e")
 
 
 class _Gcs(http.server.BaseHTTPRequestHandler):
-    """What Google's storage does with a conditional put, and no more: its own server is not to be had here."""
+    """What Google's storage does with a conditional put, and no more: its own server is not to be
+    had here."""
 
     objects: dict[str, bytes] = {}  # noqa: RUF012
 
@@ -162,7 +203,9 @@ class _Gcs(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def gcs_endpoint() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Gcs)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     yield f"127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -173,7 +216,9 @@ def gcs_endpoint() -> Iterator[str]:
 def test_google_is_asked_to_create_only(gcs_endpoint: str) -> None:
     from dray.storage.exclusive import _put
 
-    filesystem, path = open_filesystem(f"gs://anonymous@bucket/x?endpoint_override={gcs_endpoint}&scheme=http")
+    filesystem, path = open_filesystem(
+        f"gs://anonymous@bucket/x?endpoint_override={gcs_endpoint}&scheme=http"
+    )
     assert isinstance(filesystem, pafs.GcsFileSystem)
     store = _build_store(filesystem, "bucket")
     assert _put(store, "x/a", path, b"one")
@@ -181,8 +226,11 @@ def test_google_is_asked_to_create_only(gcs_endpoint: str) -> None:
     assert list(_Gcs.objects.values()) == [b"one"]
 
 
-def test_where_nothing_is_conditional_the_last_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old way, which other filesystems are left with: of simultaneous writers all but one see that they lost."""
+def test_where_nothing_is_conditional_the_last_one_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old way, which other filesystems are left with: of simultaneous writers all but one see
+    that they lost."""
     monkeypatch.setattr("dray.storage.exclusive.SETTLE_SECONDS", 0.2)
     filesystem, path = open_filesystem(f"memory://{os.urandom(6).hex()}")
     won: list[int] = []

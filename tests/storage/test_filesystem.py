@@ -1,4 +1,5 @@
-"""One way to any storage: what a place means, what is refused, and that files appear whole or not at all."""
+"""One way to any storage: what a place means, what is refused, and that files appear whole or not
+at all."""
 
 from __future__ import annotations
 
@@ -28,19 +29,31 @@ from dray.storage.filesystem import (
 from sharded_model import PLAN, SHAPES, make_test_spec, make_whole, save
 
 
-@pytest.mark.parametrize(("place", "expected"), [
-    ("/a/b", "/a/b"), ("/a/../b/", "/b"), ("file:///a/b", "/a/b"), ("~/x", os.path.expanduser("~/x")),
-    ("runs", os.path.join(os.getcwd(), "runs")),
-    ("s3://bucket/a?region=x", "s3://bucket/a?region=x"), ("memory://a", "memory://a"),
-])
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("/a/b", "/a/b"),
+        ("/a/../b/", "/b"),
+        ("file:///a/b", "/a/b"),
+        ("~/x", os.path.expanduser("~/x")),
+        ("runs", os.path.join(os.getcwd(), "runs")),
+        ("s3://bucket/a?region=x", "s3://bucket/a?region=x"),
+        ("memory://a", "memory://a"),
+    ],
+)
 def test_absolute(place: str, expected: str) -> None:
     assert absolute(place) == expected
 
 
-@pytest.mark.parametrize(("place", "expected"), [
-    ("/a", "/a/x/y"), ("s3://bucket", "s3://bucket/x/y"), ("s3://bucket/a/", "s3://bucket/a/x/y"),
-    ("s3://bucket/a?region=r&scheme=http", "s3://bucket/a/x/y?region=r&scheme=http"),
-])
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("/a", "/a/x/y"),
+        ("s3://bucket", "s3://bucket/x/y"),
+        ("s3://bucket/a/", "s3://bucket/a/x/y"),
+        ("s3://bucket/a?region=r&scheme=http", "s3://bucket/a/x/y?region=r&scheme=http"),
+    ],
+)
 def test_child(place: str, expected: str) -> None:
     assert child(place, "x", "y") == expected
 
@@ -69,6 +82,7 @@ def test_unusable(place: str) -> None:
 def test_a_failed_write_leaves_nothing(storage: str) -> None:
     filesystem, path = open_filesystem(storage)
     write_bytes(filesystem, f"{path}/a", b"before")
+
     def write_half() -> None:
         with open_whole(filesystem, f"{path}/b") as stream:
             stream.write(b"half")
@@ -118,12 +132,17 @@ def test_blocks_of_remote_files(s3_storage: str, monkeypatch: pytest.MonkeyPatch
         for name in SHAPES:
             assert torch.equal(reader.read(name), whole[name, "param"])
         for start, count in ((0, 1), (5, 20), (15, 1), (15, 17), (400, 300), (1000, 0)):
-            assert torch.equal(reader.read("embedding.weight", "exp_avg", start, count),
-                               whole["embedding.weight", "exp_avg"][start : start + count])
+            assert torch.equal(
+                reader.read("embedding.weight", "exp_avg", start, count),
+                whole["embedding.weight", "exp_avg"][start : start + count],
+            )
 
 
 def test_many_small_tensors_take_few_requests(s3_storage: str) -> None:
-    run, names = Run.create(s3_storage, "speeches", make_test_spec(), PLAN), [f"layers.{n}.bias" for n in range(400)]
+    run, names = (
+        Run.create(s3_storage, "speeches", make_test_spec(), PLAN),
+        [f"layers.{n}.bias" for n in range(400)],
+    )
     writer = CheckpointWriter(run, 1, 1)
     file = writer.write_rank(0, 1, {f"{name}|param|0": torch.full((8,), 1.0) for name in names})
     info = writer.commit([file], {"shapes": {name: [8] for name in names}})

@@ -1,4 +1,5 @@
-"""What passes is waited for, what stays is one clear error: with a real S3 server that fails, and real full disks."""
+"""What passes is waited for, what stays is one clear error: with a real S3 server that fails, and
+real full disks."""
 
 from __future__ import annotations
 
@@ -45,34 +46,110 @@ GoogleError.__module__ = "google.api_core.exceptions"
 AWS = "When reading information for key 'runs/timeout-503/x' in bucket 'b': AWS Error"
 
 
-@pytest.mark.parametrize(("error", "expected"), [
-    (OSError(f"{AWS} UNKNOWN (HTTP status 503) during HeadObject operation: No response body."), True),
-    (OSError(f"{AWS} UNKNOWN (HTTP status 429) during HeadObject operation: No response body."), True),
-    (OSError(f"{AWS} SLOW_DOWN during PutObject operation: Please reduce your request rate."), True),
-    (OSError(f"{AWS} REQUEST_TIMEOUT during PutObject operation: Your socket connection was not read"), True),
-    (OSError(f"{AWS} NETWORK_CONNECTION during GetObject operation: curlCode: 28, Timeout was reached"), True),
-    (OSError(f"{AWS} NETWORK_CONNECTION during GetObject operation: curlCode: 60, SSL peer certificate"), False),
-    (OSError(f"{AWS} INTERNAL_FAILURE during ListObjectsV2 operation: InternalError"), True),
-    (OSError(f"{AWS} ACCESS_DENIED during PutObject operation: AccessDenied"), False),
-    (OSError(f"{AWS} UNKNOWN (HTTP status 400) during HeadObject operation: No response body."), False),
-    (OSError(f"{AWS} UNKNOWN (HTTP status 507) during PutObject operation: XMinioStorageFull"), False),
-    (OSError(f"{AWS} NO_SUCH_BUCKET during CreateMultipartUpload operation: NoSuchBucket"), False),
-    (OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted, CURL error [7]=Could not connect)"), True),
-    (OSError("google::cloud::Status(PERMISSION_DENIED: caller has no storage.objects.create)"), False),
-    (OSError(errno.EIO, "Input/output error"), True), (OSError(errno.ESTALE, "Stale file handle"), True),
-    (ConnectionResetError(errno.ECONNRESET, "reset"), True), (TimeoutError(), True), (OSError(255, "Unknown"), True),
-    (OSError(errno.ENOSPC, "No space left on device"), False), (OSError(errno.EROFS, "Read-only file system"), False),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), False), (PermissionError(errno.EACCES, "no"), False),
-    (FileNotFoundError(errno.ENOENT, "timeout"), False), (FileExistsError("connection"), False),
-    (GoogleError("backend"), True), (fsspec.exceptions.FSTimeoutError(), True),
-    (RuntimeError("connection timed out"), False), (ValueError("HTTP status 503"), False),
-    (StoreError("s3://b", "timed out"), False), (StorageFailed("s3://b", "timed out", number=errno.EIO), False),
-], ids=str)
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            OSError(
+                f"{AWS} UNKNOWN (HTTP status 503) during HeadObject operation: No response body."
+            ),
+            True,
+        ),
+        (
+            OSError(
+                f"{AWS} UNKNOWN (HTTP status 429) during HeadObject operation: No response body."
+            ),
+            True,
+        ),
+        (
+            OSError(
+                f"{AWS} SLOW_DOWN during PutObject operation: Please reduce your request rate."
+            ),
+            True,
+        ),
+        (
+            OSError(
+                f"{AWS} REQUEST_TIMEOUT during PutObject operation: Your socket connection was "
+                "not read"
+            ),
+            True,
+        ),
+        (
+            OSError(
+                f"{AWS} NETWORK_CONNECTION during GetObject operation: curlCode: 28, Timeout was "
+                "reached"
+            ),
+            True,
+        ),
+        (
+            OSError(
+                f"{AWS} NETWORK_CONNECTION during GetObject operation: curlCode: 60, SSL peer "
+                "certificate"
+            ),
+            False,
+        ),
+        (OSError(f"{AWS} INTERNAL_FAILURE during ListObjectsV2 operation: InternalError"), True),
+        (OSError(f"{AWS} ACCESS_DENIED during PutObject operation: AccessDenied"), False),
+        (
+            OSError(
+                f"{AWS} UNKNOWN (HTTP status 400) during HeadObject operation: No response body."
+            ),
+            False,
+        ),
+        (
+            OSError(
+                f"{AWS} UNKNOWN (HTTP status 507) during PutObject operation: XMinioStorageFull"
+            ),
+            False,
+        ),
+        (
+            OSError(f"{AWS} NO_SUCH_BUCKET during CreateMultipartUpload operation: NoSuchBucket"),
+            False,
+        ),
+        (
+            OSError(
+                "google::cloud::Status(UNAVAILABLE: Retry policy exhausted, CURL error [7]=Could "
+                "not connect)"
+            ),
+            True,
+        ),
+        (
+            OSError(
+                "google::cloud::Status(PERMISSION_DENIED: caller has no storage.objects.create)"
+            ),
+            False,
+        ),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), True),
+        (TimeoutError(), True),
+        (OSError(255, "Unknown"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), False),
+        (PermissionError(errno.EACCES, "no"), False),
+        (FileNotFoundError(errno.ENOENT, "timeout"), False),
+        (FileExistsError("connection"), False),
+        (GoogleError("backend"), True),
+        (fsspec.exceptions.FSTimeoutError(), True),
+        (RuntimeError("connection timed out"), False),
+        (ValueError("HTTP status 503"), False),
+        (StoreError("s3://b", "timed out"), False),
+        (StorageFailed("s3://b", "timed out", number=errno.EIO), False),
+    ],
+    ids=str,
+)
 def test_what_passes(error: Exception, expected: bool) -> None:
     assert is_transient(error) is expected
 
 
-FAULTS: list[Fault] = [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests"), (504, "Timeout"), "reset"]
+FAULTS: list[Fault] = [
+    (503, "SlowDown"),
+    (500, "InternalError"),
+    (429, "TooManyRequests"),
+    (504, "Timeout"),
+    "reset",
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
@@ -98,7 +175,9 @@ def test_every_operation_survives(proxy: FailingProxy, failing_storage: str, fau
     failing()
     assert reader.read_at(4, 3) == b"tent"
     failing()
-    write_whole(filesystem, f"{path}/a/c", lambda stream: stream.write(b"x" * 12_000_000))  # in several parts
+    write_whole(
+        filesystem, f"{path}/a/c", lambda stream: stream.write(b"x" * 12_000_000)
+    )  # in several parts
     assert list_files(filesystem, f"{path}/a") == {"b": 7, "c": 12_000_000}
     failing()
     delete_folder(filesystem, f"{path}/a")
@@ -131,7 +210,8 @@ def test_a_failure_in_the_middle_of_a_large_file(proxy: FailingProxy, failing_st
 
 
 def test_a_run_lives_through_bad_days(proxy: FailingProxy, failing_storage: str) -> None:
-    """Every seventh request fails, in turn in every way: a whole life of a run, and nothing is lost or torn."""
+    """Every seventh request fails, in turn in every way: a whole life of a run, and nothing is lost
+    or torn."""
     count = [0]
 
     def decide(method: str, path: str) -> Fault | None:
@@ -159,7 +239,9 @@ def test_a_run_lives_through_bad_days(proxy: FailingProxy, failing_storage: str)
     assert proxy.num_failed > 20
 
 
-def test_an_outage_is_survived(proxy: FailingProxy, failing_storage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_outage_is_survived(
+    proxy: FailingProxy, failing_storage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """A store that is down for seconds: the caller waits, and is told so."""
     filesystem, path = open_filesystem(failing_storage)
     proxy.decide = lambda method, path: "reset"
@@ -171,11 +253,16 @@ def test_an_outage_is_survived(proxy: FailingProxy, failing_storage: str, caplog
     assert "the storage fails" in caplog.text
 
 
-def test_a_store_that_stays_down_is_one_clear_error(proxy: FailingProxy, failing_storage: str) -> None:
+def test_a_store_that_stays_down_is_one_clear_error(
+    proxy: FailingProxy, failing_storage: str
+) -> None:
     filesystem, path = open_filesystem(failing_storage)
     proxy.decide = lambda method, path: (503, "SlowDown")
     begun = time.monotonic()
-    with patience(0.5), pytest.raises(StorageFailed, match=r"the storage failed for .* it is up") as caught:
+    with (
+        patience(0.5),
+        pytest.raises(StorageFailed, match=r"the storage failed for .* it is up") as caught,
+    ):
         read_bytes(filesystem, f"{path}/a")
     assert time.monotonic() - begun < 3
     assert "\n" not in str(caught.value)
@@ -183,11 +270,17 @@ def test_a_store_that_stays_down_is_one_clear_error(proxy: FailingProxy, failing
     assert (str(copy), copy.what, copy.errno) == (str(caught.value), caught.value.what, None)
 
 
-@pytest.mark.parametrize(("fault", "what"), [
-    ((403, "AccessDenied"), "the storage refuses it"), ((507, "XMinioStorageFull"), "the storage is full"),
-    ((400, "InvalidRequest"), "the storage fails"),
-])
-def test_what_stays_is_not_tried_again(proxy: FailingProxy, failing_storage: str, fault: Fault, what: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ((403, "AccessDenied"), "the storage refuses it"),
+        ((507, "XMinioStorageFull"), "the storage is full"),
+        ((400, "InvalidRequest"), "the storage fails"),
+    ],
+)
+def test_what_stays_is_not_tried_again(
+    proxy: FailingProxy, failing_storage: str, fault: Fault, what: str
+) -> None:
     filesystem, path = open_filesystem(failing_storage)
     proxy.decide = lambda method, path: fault
     with pytest.raises(StorageFailed, match=what):
@@ -197,7 +290,9 @@ def test_what_stays_is_not_tried_again(proxy: FailingProxy, failing_storage: str
         Run.check_storage(failing_storage)
 
 
-def test_a_failed_replacement_keeps_what_was_there(proxy: FailingProxy, failing_storage: str) -> None:
+def test_a_failed_replacement_keeps_what_was_there(
+    proxy: FailingProxy, failing_storage: str
+) -> None:
     filesystem, path = open_filesystem(failing_storage)
     write_bytes(filesystem, f"{path}/run.json", b"before")
     for fault in ("reset", (403, "AccessDenied")):
@@ -216,7 +311,11 @@ def test_what_is_out_of_reach_is_not_unsound(proxy: FailingProxy, failing_storag
     reader = CheckpointReader(run, info)
     proxy.fail_next(10**6, (503, "SlowDown"), path="step-00000020-a0001")
     with patience(0.2):
-        for look in (run.latest_checkpoint, lambda: reader.verify_files([0]), lambda: verify_checkpoint(run, info)):
+        for look in (
+            run.latest_checkpoint,
+            lambda: reader.verify_files([0]),
+            lambda: verify_checkpoint(run, info),
+        ):
             with pytest.raises(StorageFailed):
                 look()
     proxy.fail_next(0, "reset")
@@ -224,7 +323,8 @@ def test_what_is_out_of_reach_is_not_unsound(proxy: FailingProxy, failing_storag
 
 
 class Flaky(MemoryFileSystem):
-    """A filesystem of fsspec in memory whose next operations fail with an error of the operating system."""
+    """A filesystem of fsspec in memory whose next operations fail with an error of the operating
+    system."""
 
     protocol = "flaky"
     store: dict[str, object] = {}  # noqa: RUF012 - as in the class above
@@ -267,7 +367,8 @@ def test_a_network_mount_that_fails_for_a_moment(flaky: str, number: int) -> Non
 
 
 def test_a_file_that_stays_unreadable_is_damage(flaky: str) -> None:
-    """A bad sector fails for ever with EIO: after the waiting it is that file's fault, and an older one is used."""
+    """A bad sector fails for ever with EIO: after the waiting it is that file's fault, and an older
+    one is used."""
     run = Run.create(flaky, "speeches", make_test_spec(), PLAN)
     info = save(run, 10, num_ranks=1)
     with CheckpointReader(run, info) as reader, patience(0.1):
@@ -276,7 +377,8 @@ def test_a_file_that_stays_unreadable_is_damage(flaky: str) -> None:
 
 
 def test_a_stale_handle_is_opened_anew(tmp_path: Path) -> None:
-    """The handle of the first opening is closed under the reader's feet, as a server's restart does."""
+    """The handle of the first opening is closed under the reader's feet, as a server's restart
+    does."""
     (tmp_path / "a").write_bytes(b"content")
     filesystem, path = open_filesystem(tmp_path / "a")
     reader = RangeReader(filesystem, path)
@@ -312,7 +414,9 @@ def test_a_full_disk_is_said_at_once(small_disk: Path) -> None:
     filesystem, path = open_filesystem(small_disk)
     write_bytes(filesystem, f"{path}/a", b"before")
     begun = time.monotonic()
-    with pytest.raises(StorageFailed, match=r"the storage is full \(.*No space left.* free space there") as caught:
+    with pytest.raises(
+        StorageFailed, match=r"the storage is full \(.*No space left.* free space there"
+    ) as caught:
         write_bytes(filesystem, f"{path}/a", b"x" * 3_000_000)
     assert caught.value.errno == errno.ENOSPC
     assert time.monotonic() - begun < 5

@@ -23,16 +23,20 @@ from dray.tasks.losses import summed_cross_entropy
 WIDTH, VOCAB = 8, 11
 
 
-def rows(num_tokens: list[int], row_ids: list[int] | None = None, dtype: Any = np.uint16, seed: int = 0) -> pa.Table:
+def rows(
+    num_tokens: list[int], row_ids: list[int] | None = None, dtype: Any = np.uint16, seed: int = 0
+) -> pa.Table:
     """Rows of random tokens, padded with 0."""
     tokens = np.random.default_rng(seed).integers(1, VOCAB, (len(num_tokens), WIDTH)).astype(dtype)
     for row, count in enumerate(num_tokens):
         tokens[row, count:] = 0
-    return pa.table({
-        "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), WIDTH),
-        "num_tokens": pa.array(num_tokens, pa.int32()),
-        "row_id": pa.array(range(len(num_tokens)) if row_ids is None else row_ids, pa.int64()),
-    })
+    return pa.table(
+        {
+            "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), WIDTH),
+            "num_tokens": pa.array(num_tokens, pa.int32()),
+            "row_id": pa.array(range(len(num_tokens)) if row_ids is None else row_ids, pa.int64()),
+        }
+    )
 
 
 class Bigrams(torch.nn.Module):
@@ -41,7 +45,9 @@ class Bigrams(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCAB))
-        self.table = torch.nn.Parameter(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0)))
+        self.table = torch.nn.Parameter(
+            torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
+        )
 
     def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.table[input_ids])
@@ -60,8 +66,14 @@ def loss_of(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str,
 
 
 def test_build_task_finds_it() -> None:
-    spec = make_spec({"name": "a", "data": {"train": "x"}, "duration": {"steps": 1},
-                      "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1}})
+    spec = make_spec(
+        {
+            "name": "a",
+            "data": {"train": "x"},
+            "duration": {"steps": 1},
+            "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
+        }
+    )
     assert build_task(spec, SimpleNamespace(pad_token_id=1, labels=())).name == "causal_lm"
 
 
@@ -89,7 +101,9 @@ def test_padding_rows_have_no_targets() -> None:
 def test_the_largest_tokens_of_each_width_survive() -> None:
     for dtype, largest in ((np.uint16, 65_535), (np.uint32, 4_000_000_000)):
         column = pa.FixedSizeListArray.from_arrays(pa.array(np.full(4, largest, dtype)), 2)
-        batch = CausalLM().collate(pa.table({"input_ids": column, "num_tokens": pa.array([2, 2], pa.int32())}))
+        batch = CausalLM().collate(
+            pa.table({"input_ids": column, "num_tokens": pa.array([2, 2], pa.int32())})
+        )
         assert batch["input_ids"].unique().tolist() == [largest]
 
 
@@ -111,7 +125,9 @@ def test_slices_and_chunks_of_a_table_read_the_right_rows() -> None:
 def test_losses_and_targets_of_micro_batches_add_up(num_tokens: list[int], micro_rows: int) -> None:
     task, model, table = CausalLM(), Bigrams(), rows(num_tokens)
     whole = task.collate(table)
-    parts = [task.collate(table.slice(at, micro_rows)) for at in range(0, len(num_tokens), micro_rows)]
+    parts = [
+        task.collate(table.slice(at, micro_rows)) for at in range(0, len(num_tokens), micro_rows)
+    ]
     assert task.num_targets(whole) == sum(max(0, count - 1) for count in num_tokens)
     assert task.num_targets(whole) == sum(map(task.num_targets, parts))
     loss = loss_of(model, whole)[0]
@@ -123,10 +139,12 @@ def test_the_loss_is_torchs_cross_entropy() -> None:
     labels = torch.tensor([1, IGNORED, 3, 4, IGNORED, 10])
     for smoothing in (0.0, 0.1):
         ours = summed_cross_entropy(logits, labels, smoothing)
-        theirs = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+        theirs = F.cross_entropy(
+            logits, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+        )
         torch.testing.assert_close(ours, theirs)
-        ours_grad, = torch.autograd.grad(ours, logits)
-        theirs_grad, = torch.autograd.grad(theirs, logits)
+        (ours_grad,) = torch.autograd.grad(ours, logits)
+        (theirs_grad,) = torch.autograd.grad(theirs, logits)
         torch.testing.assert_close(ours_grad, theirs_grad)
     assert float(summed_cross_entropy(logits, torch.full((6,), IGNORED)).detach()) == 0.0
 
@@ -166,15 +184,24 @@ def test_metrics_merge_over_ranks_in_any_order() -> None:
     values, whole = forward.compute(), task.collate(pa.concat_tables(tables))
     logits, labels = model(whole["input_ids"]).logits, whole["labels"]
     assert values["num_targets"] == task.num_targets(whole) == 28
-    mean = float(F.cross_entropy(logits.view(-1, VOCAB), labels.view(-1), ignore_index=IGNORED).detach())
+    mean = float(
+        F.cross_entropy(logits.view(-1, VOCAB), labels.view(-1), ignore_index=IGNORED).detach()
+    )
     assert values["loss"] == pytest.approx(mean)
     assert values["perplexity"] == pytest.approx(math.exp(mean))
     real = labels != IGNORED
-    assert values["accuracy"] == pytest.approx(float((logits.argmax(-1)[real] == labels[real]).float().mean()))
+    assert values["accuracy"] == pytest.approx(
+        float((logits.argmax(-1)[real] == labels[real]).float().mean())
+    )
 
 
 def test_empty_metrics_are_numbers() -> None:
-    assert CausalLM().new_metrics().compute() == {"loss": 0.0, "perplexity": 1.0, "accuracy": 0.0, "num_targets": 0.0}
+    assert CausalLM().new_metrics().compute() == {
+        "loss": 0.0,
+        "perplexity": 1.0,
+        "accuracy": 0.0,
+        "num_targets": 0.0,
+    }
 
 
 def test_bits_per_byte() -> None:

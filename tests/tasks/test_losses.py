@@ -1,4 +1,5 @@
-"""The loss in chunks is torch's own in value and gradients, for every kind of head, and holds no more than a chunk."""
+"""The loss in chunks is torch's own in value and gradients, for every kind of head, and holds no
+more than a chunk."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def some_labels() -> torch.Tensor:
 
 
 def plain(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
 
 
 def assert_same(mine: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
@@ -45,10 +48,14 @@ def assert_same(mine: torch.Tensor, expected: torch.Tensor, tolerance: float = 1
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(scale=0.3), LogitRule(cap=5.0)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_projections_loss_is_that_of_its_whole_logits(smoothing: float, rule: LogitRule, biased: bool) -> None:
+def test_a_projections_loss_is_that_of_its_whole_logits(
+    smoothing: float, rule: LogitRule, biased: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).requires_grad_()
-              for shape in ((ROWS, WIDTH), (CLASSES, WIDTH), *([(CLASSES,)] if biased else []))]
+    inputs = [
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((ROWS, WIDTH), (CLASSES, WIDTH), *([(CLASSES,)] if biased else []))
+    ]
     hidden, weight, bias = (*inputs, None)[:3]
     labels = some_labels()
     mine = linear_cross_entropy(hidden, weight, bias, labels, label_smoothing=smoothing, rule=rule)
@@ -57,8 +64,11 @@ def test_a_projections_loss_is_that_of_its_whole_logits(smoothing: float, rule: 
     theirs = plain(logits, labels, smoothing)
     assert mine.dtype == torch.float32
     assert_same(mine, theirs)
-    for got, expected in zip(torch.autograd.grad(mine * 0.7, inputs), torch.autograd.grad(theirs * 0.7, inputs),
-                             strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(mine * 0.7, inputs),
+        torch.autograd.grad(theirs * 0.7, inputs),
+        strict=True,
+    ):
         assert_same(got, expected)
 
 
@@ -66,7 +76,9 @@ def test_a_projections_loss_is_that_of_its_whole_logits(smoothing: float, rule: 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_of_logits_takes_them_in_chunks(smoothing: float) -> None:
     logits = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    mine, theirs = (loss(logits, some_labels(), smoothing) for loss in (summed_cross_entropy, plain))
+    mine, theirs = (
+        loss(logits, some_labels(), smoothing) for loss in (summed_cross_entropy, plain)
+    )
     assert_same(mine, theirs)
     assert_same(*(torch.autograd.grad(loss, logits)[0] for loss in (mine, theirs)))
     with torch.no_grad():
@@ -77,7 +89,10 @@ def test_the_loss_of_logits_takes_them_in_chunks(smoothing: float) -> None:
 @pytest.mark.usefixtures("_three_rows_a_chunk")
 def test_half_precision_is_as_near_to_fp32_as_its_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
-    halves = [torch.randn(shape, generator=generator).bfloat16() for shape in ((ROWS, WIDTH), (CLASSES, WIDTH))]
+    halves = [
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((ROWS, WIDTH), (CLASSES, WIDTH))
+    ]
     found = []
     for inputs in (halves, [half.float() for half in halves]):
         for tensor in inputs:
@@ -101,13 +116,16 @@ def test_a_frozen_head_gets_no_gradient_and_a_second_backward_pass_is_refused() 
 
 
 def test_no_more_than_a_chunk_of_logits_is_held() -> None:
-    """Counted over every tensor that is made: the largest is a chunk or a gradient, never rows × vocabulary."""
+    """Counted over every tensor that is made: the largest is a chunk or a gradient, never rows ×
+    vocabulary."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         numel = 0
 
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = function(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(tensor, torch.Tensor):
@@ -115,7 +133,10 @@ def test_no_more_than_a_chunk_of_logits_is_held() -> None:
             return out
 
     rows, classes = 512, 16_384
-    hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(classes, 4, requires_grad=True)
+    hidden, weight = (
+        torch.randn(rows, 4, requires_grad=True),
+        torch.randn(classes, 4, requires_grad=True),
+    )
     with Largest() as seen:
         linear_cross_entropy(hidden, weight, None, torch.zeros(rows, dtype=torch.int64)).backward()
         with torch.no_grad():
@@ -124,9 +145,15 @@ def test_no_more_than_a_chunk_of_logits_is_held() -> None:
 
 
 FUSED = {  # architecture: (options, what it does to its logits)
-    "llama": ({}, LogitRule()), "gpt2": ({}, LogitRule()), "gptj": ({"rotary_dim": 8}, LogitRule()),
-    "phi": ({}, LogitRule()), "opt": ({}, LogitRule()), "starcoder2": ({}, LogitRule()), "qwen2": ({}, LogitRule()),
-    "gemma2": ({"final_logit_softcapping": 2.0}, LogitRule(cap=2.0)), "cohere": ({}, LogitRule(scale=0.0625)),
+    "llama": ({}, LogitRule()),
+    "gpt2": ({}, LogitRule()),
+    "gptj": ({"rotary_dim": 8}, LogitRule()),
+    "phi": ({}, LogitRule()),
+    "opt": ({}, LogitRule()),
+    "starcoder2": ({}, LogitRule()),
+    "qwen2": ({}, LogitRule()),
+    "gemma2": ({"final_logit_softcapping": 2.0}, LogitRule(cap=2.0)),
+    "cohere": ({}, LogitRule(scale=0.0625)),
     "granite": ({"logits_scaling": 8.0}, LogitRule(scale=0.125)),
 }
 
@@ -134,12 +161,15 @@ FUSED = {  # architecture: (options, what it does to its logits)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", [*FUSED, "bert", "roberta"])
 def test_every_architectures_objective_is_the_loss_of_its_own_logits(
-        architecture: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options, rule = FUSED.get(architecture, ({}, None))
     model = small_model(small_spec(architecture, options=options, tie_embeddings=tied))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # logits that differ, biases that are not zero
+            parameter.add_(
+                0.1 * torch.randn_like(parameter)
+            )  # logits that differ, biases that are not zero
     objective = CausalLM().objective(model)
     assert isinstance(objective, NextTokenLoss)
     head = find_head(model)
@@ -163,7 +193,9 @@ def test_every_architectures_objective_is_the_loss_of_its_own_logits(
     with torch.no_grad():
         terms, output = objective({"input_ids": ids, "labels": labels})
         assert_same(terms["loss"][0], theirs)
-        assert int(output["num_correct"]) == int((model(input_ids=ids).logits.argmax(-1) == labels).sum())
+        assert int(output["num_correct"]) == int(
+            (model(input_ids=ids).logits.argmax(-1) == labels).sum()
+        )
 
 
 def test_a_head_that_is_more_than_a_projection_is_left_to_the_model() -> None:

@@ -28,27 +28,47 @@ def rows(num_tokens: list[int], labels: list[int], row_ids: list[int] | None = N
     tokens = np.random.default_rng(0).integers(2, VOCAB, (len(num_tokens), WIDTH)).astype(np.uint16)
     for row, count in enumerate(num_tokens):
         tokens[row, count:] = PAD
-    return pa.table({
-        "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), WIDTH),
-        "num_tokens": pa.array(num_tokens, pa.int32()), "label": pa.array(labels, pa.int32()),
-        "row_id": pa.array(range(len(labels)) if row_ids is None else row_ids, pa.int64()),
-    })
+    return pa.table(
+        {
+            "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), WIDTH),
+            "num_tokens": pa.array(num_tokens, pa.int32()),
+            "label": pa.array(labels, pa.int32()),
+            "row_id": pa.array(range(len(labels)) if row_ids is None else row_ids, pa.int64()),
+        }
+    )
 
 
 def spec_of(architecture: str, **sections: Any) -> Spec:
-    return make_spec({
-        "name": "a", "task": "sequence_classification", "duration": {"steps": 1},
-        "data": {"train": [{"path": "x", "label": "label"}], "sequence_tokens": WIDTH},
-        "model": {"architecture": architecture, "hidden_size": 32, "num_layers": 1, "num_heads": 2},
-    } | sections)
+    return make_spec(
+        {
+            "name": "a",
+            "task": "sequence_classification",
+            "duration": {"steps": 1},
+            "data": {"train": [{"path": "x", "label": "label"}], "sequence_tokens": WIDTH},
+            "model": {
+                "architecture": architecture,
+                "hidden_size": 32,
+                "num_layers": 1,
+                "num_heads": 2,
+            },
+        }
+        | sections
+    )
 
 
 def model_of(architecture: str, num_labels: int = 2, **sections: Any) -> Any:
-    return build_model(spec_of(architecture, **sections), vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=0,
-                       num_labels=num_labels)
+    return build_model(
+        spec_of(architecture, **sections),
+        vocab_size=VOCAB,
+        pad_token_id=PAD,
+        eos_token_id=0,
+        num_labels=num_labels,
+    )
 
 
-def loss_of(model: Any, batch: Any, label_smoothing: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_of(
+    model: Any, batch: Any, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The summed loss and the outputs, with the count checked; smoothed as in training."""
     task = SequenceClassification(2, PAD)
     objective = task.objective(model, label_smoothing)
@@ -65,18 +85,37 @@ def test_build_task_counts_the_labels() -> None:
     assert task.num_labels == 3
 
 
-@pytest.mark.parametrize(("longest", "multiple", "width"), [
-    (1, 8, 8), (8, 8, 8), (9, 8, 16), (30, 8, 32), (32, 8, 32), (0, 8, 8), (9, 1, 9), (0, 1, 1), (32, 1, 32)])
+@pytest.mark.parametrize(
+    ("longest", "multiple", "width"),
+    [
+        (1, 8, 8),
+        (8, 8, 8),
+        (9, 8, 16),
+        (30, 8, 32),
+        (32, 8, 32),
+        (0, 8, 8),
+        (9, 1, 9),
+        (0, 1, 1),
+        (32, 1, 32),
+    ],
+)
 def test_batches_are_as_wide_as_their_longest_row(longest: int, multiple: int, width: int) -> None:
-    batch = SequenceClassification(2, PAD, multiple).collate(rows([longest, min(longest, 3)], [0, 1]))
+    batch = SequenceClassification(2, PAD, multiple).collate(
+        rows([longest, min(longest, 3)], [0, 1])
+    )
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, width)
     assert batch["attention_mask"].sum(dim=1).tolist() == [max(1, longest), max(1, min(longest, 3))]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
 def test_a_width_that_is_no_multiple_of_eight_is_not_exceeded() -> None:
-    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(20, np.uint16)), 10),
-                      "num_tokens": pa.array([9, 4], pa.int32()), "label": pa.array([0, 1], pa.int32())})
+    table = pa.table(
+        {
+            "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(20, np.uint16)), 10),
+            "num_tokens": pa.array([9, 4], pa.int32()),
+            "label": pa.array([0, 1], pa.int32()),
+        }
+    )
     assert SequenceClassification(2, PAD, 8).collate(table)["input_ids"].shape == (2, 10)
 
 
@@ -90,7 +129,9 @@ def test_padding_rows_change_neither_loss_nor_gradients(architecture: str) -> No
         model.zero_grad()
         loss = loss_of(model, batch)[0]
         loss.backward()
-        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        gradients.append(
+            [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
     for first, second in zip(*gradients, strict=True):
         assert torch.isfinite(second).all()
         torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
@@ -106,16 +147,34 @@ def test_losses_of_micro_batches_of_other_widths_add_up() -> None:
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
-def outputs(scores: list[list[float]], labels: list[int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    return {"labels": torch.tensor(labels)}, {"scores": torch.tensor(scores), "loss_sum": torch.tensor(1.5)}
+def outputs(
+    scores: list[list[float]], labels: list[int]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return {"labels": torch.tensor(labels)}, {
+        "scores": torch.tensor(scores),
+        "loss_sum": torch.tensor(1.5),
+    }
 
 
 def test_binary_metrics_are_those_of_class_one() -> None:
     metrics = SequenceClassification(2, PAD).new_metrics()
-    metrics.update(*outputs([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3], [0.5, 0.5]], [0, 1, 0, 1, IGNORED]))
+    metrics.update(
+        *outputs(
+            [[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3], [0.5, 0.5]], [0, 1, 0, 1, IGNORED]
+        )
+    )
     values = metrics.compute()
-    assert values == pytest.approx({"loss": 1.5 / 4, "accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5,
-                                    "auc": 0.75, "num_targets": 4.0})
+    assert values == pytest.approx(
+        {
+            "loss": 1.5 / 4,
+            "accuracy": 0.5,
+            "precision": 0.5,
+            "recall": 0.5,
+            "f1": 0.5,
+            "auc": 0.75,
+            "num_targets": 4.0,
+        }
+    )
 
 
 def test_metrics_merge_over_ranks_in_any_order() -> None:
@@ -130,14 +189,20 @@ def test_metrics_merge_over_ranks_in_any_order() -> None:
     values = task.new_metrics().merge(states).compute()
     assert values == pytest.approx(task.new_metrics().merge(reversed(states)).compute(), abs=1e-12)
     assert values["f1"] == pytest.approx(f1_score(labels, scores.argmax(-1), average="macro"))
-    assert values["auc"] == pytest.approx(roc_auc_score(labels, scores.double().numpy(), multi_class="ovr"), abs=1e-6)
+    assert values["auc"] == pytest.approx(
+        roc_auc_score(labels, scores.double().numpy(), multi_class="ovr"), abs=1e-6
+    )
 
 
 def test_metrics_without_a_class_or_without_documents_are_numbers() -> None:
     metrics = SequenceClassification(2, PAD).new_metrics()
     assert metrics.compute()["accuracy"] == 0.0
     metrics.update(*outputs([[0.9, 0.1], [0.8, 0.2]], [0, 0]))
-    assert (metrics.compute()["auc"], metrics.compute()["f1"], metrics.compute()["accuracy"]) == (0.5, 0.0, 1.0)
+    assert (metrics.compute()["auc"], metrics.compute()["f1"], metrics.compute()["accuracy"]) == (
+        0.5,
+        0.0,
+        1.0,
+    )
 
 
 def sst2_rows(name: str, limit: int) -> tuple[pa.Table, int]:
@@ -146,15 +211,20 @@ def sst2_rows(name: str, limit: int) -> tuple[pa.Table, int]:
     text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode()
     pairs = [line.rsplit("\t", 1) for line in text.splitlines()][:limit]
     size = 8192
-    words = [[2 + zlib.crc32(word.encode()) % (size - 2) for word in text.split()][:WIDTH] for text, _ in pairs]
+    words = [
+        [2 + zlib.crc32(word.encode()) % (size - 2) for word in text.split()][:WIDTH]
+        for text, _ in pairs
+    ]
     tokens = np.full((len(pairs), WIDTH), PAD, np.uint16)
     for row, found in enumerate(words):
         tokens[row, : len(found)] = found
-    return pa.table({
-        "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), WIDTH),
-        "num_tokens": pa.array([len(found) for found in words], pa.int32()),
-        "label": pa.array([int(label) for _, label in pairs], pa.int32()),
-    }), size
+    return pa.table(
+        {
+            "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), WIDTH),
+            "num_tokens": pa.array([len(found) for found in words], pa.int32()),
+            "label": pa.array([int(label) for _, label in pairs], pa.int32()),
+        }
+    ), size
 
 
 @pytest.mark.skipif(not SST2.is_dir(), reason="needs ../shared/data/sst2")

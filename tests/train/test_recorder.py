@@ -1,4 +1,5 @@
-"""The driver's side of metrics: nothing is lost while a disk is full, a slow rank is named once, and ends are told."""
+"""The driver's side of metrics: nothing is lost while a disk is full, a slow rank is named once,
+and ends are told."""
 
 from __future__ import annotations
 
@@ -52,15 +53,35 @@ def make_recorder(storage: Path) -> tuple[Run, Recorder, Listening]:
     return run, Recorder(run, plan, build_trackers(run, spec), display), display
 
 
-def make_records(step: int, forward_seconds: tuple[float, float] = (1.0, 1.0), attempt: int = 1, at: float = 0.0
-                 ) -> list[Report]:
-    return [StepReport(
-        rank=rank, attempt=attempt, step=step, num_ranks=2, loss_sum=1.0, num_targets=2, learning_rate=0.1,
-        grad_norm=1.0, rows_digest="", tokens=8, step_tokens=8, seconds=2.0, data_wait_seconds=0.0,
-        forward_seconds=forward_seconds[rank], time=at, memory_bytes=1) for rank in (0, 1)]
+def make_records(
+    step: int, forward_seconds: tuple[float, float] = (1.0, 1.0), attempt: int = 1, at: float = 0.0
+) -> list[Report]:
+    return [
+        StepReport(
+            rank=rank,
+            attempt=attempt,
+            step=step,
+            num_ranks=2,
+            loss_sum=1.0,
+            num_targets=2,
+            learning_rate=0.1,
+            grad_norm=1.0,
+            rows_digest="",
+            tokens=8,
+            step_tokens=8,
+            seconds=2.0,
+            data_wait_seconds=0.0,
+            forward_seconds=forward_seconds[rank],
+            time=at,
+            memory_bytes=1,
+        )
+        for rank in (0, 1)
+    ]
 
 
-def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, recorder, display = make_recorder(disk)
     recorder.take(make_records(1))
     ballast = disk / "ballast"
@@ -74,7 +95,9 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, mo
     recorder.take([])
     assert recorder.is_stored
     assert [row["step"] for row in run.iterate_metrics()] == list(range(1, 30))
-    assert [event["step"] for event in run.events() if event["kind"] == "note"] == list(range(2, 30))
+    assert [event["step"] for event in run.events() if event["kind"] == "note"] == list(
+        range(2, 30)
+    )
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(bytes(3_000_000))
     monkeypatch.setattr("dray.train.recorder.OUTAGE_SECONDS", 0.3)
@@ -83,7 +106,9 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(disk: Path, mo
         recorder.wait_stored()
 
 
-def test_a_thread_that_waits_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_waits_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without Ray the thread that saves waits for the metrics while the next steps come in."""
     run, recorder, _ = make_recorder(tmp_path)
     log_metrics, log_event = Run.log_metrics, Run.log_event
@@ -115,7 +140,9 @@ def test_a_thread_that_waits_loses_and_doubles_nothing(tmp_path: Path, monkeypat
         saver.join()
     recorder.wait_stored()
     assert [row["step"] for row in run.iterate_metrics()] == list(range(1, 61))
-    assert sorted(event["step"] for event in run.events() if event["kind"] == "note") == list(range(1, 61))
+    assert sorted(event["step"] for event in run.events() if event["kind"] == "note") == list(
+        range(1, 61)
+    )
 
 
 def test_a_save_that_fails_is_told_and_so_is_what_cannot_be_deleted(tmp_path: Path) -> None:
@@ -124,8 +151,10 @@ def test_a_save_that_fails_is_told_and_so_is_what_cannot_be_deleted(tmp_path: Pa
         for kind in ("checkpoint_failed", "retention_failed"):
             recorder.take([Event(kind, 1, step, {"problem": "no such luck"})])
     assert [text.partition(":")[0] for text in display.said] == [
-        "step 1 could not be saved", "older checkpoints cannot be deleted, so the storage fills up",
-        "step 2 could not be saved"]
+        "step 1 could not be saved",
+        "older checkpoints cannot be deleted, so the storage fills up",
+        "step 2 could not be saved",
+    ]
 
 
 def test_a_slow_rank_is_named_once_an_attempt(tmp_path: Path) -> None:
@@ -151,13 +180,29 @@ def test_the_time_to_the_next_new_step_is_by_the_drivers_clock(tmp_path: Path) -
     assert 0 <= recovered["seconds"] < 60
 
 
-@pytest.mark.parametrize(("reason", "fault"), [
-    ("Ray Train's controller was lost: The actor died unexpectedly before finishing this task.", Cause.KILLED),
-    ("metrics/a0001.jsonl: the storage is full ([Errno 28] No space left on device); free space there", Cause.STORAGE),
-    ("the workers failed: dray.errors.StorageFailed: x: the storage refuses it (Read-only file system)",
-     Cause.STORAGE),
-])
-def test_what_the_driver_could_not_write_down_is_told_all_the_same(tmp_path: Path, reason: str, fault: Cause) -> None:
+@pytest.mark.parametrize(
+    ("reason", "fault"),
+    [
+        (
+            "Ray Train's controller was lost: The actor died unexpectedly before finishing this "
+            "task.",
+            Cause.KILLED,
+        ),
+        (
+            "metrics/a0001.jsonl: the storage is full ([Errno 28] No space left on device); free "
+            "space there",
+            Cause.STORAGE,
+        ),
+        (
+            "the workers failed: dray.errors.StorageFailed: x: the storage refuses it (Read-only "
+            "file system)",
+            Cause.STORAGE,
+        ),
+    ],
+)
+def test_what_the_driver_could_not_write_down_is_told_all_the_same(
+    tmp_path: Path, reason: str, fault: Cause
+) -> None:
     run, _, _ = make_recorder(tmp_path)
     run.set_status("running")
     found = diagnose(run, reason=reason)

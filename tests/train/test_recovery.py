@@ -23,9 +23,16 @@ BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}
 
 def test_failures_without_progress_end_a_run_and_progress_starts_the_count_anew():
     budget = Budget(max_failures=2)
-    assert [budget.decide(Cause.KILLED, committed_step=10, **BATCH).retry for _ in range(3)] == [True, True, False]
+    assert [budget.decide(Cause.KILLED, committed_step=10, **BATCH).retry for _ in range(3)] == [
+        True,
+        True,
+        False,
+    ]
     budget = Budget(max_failures=2)
-    assert all(budget.decide(Cause.KILLED, committed_step=step, **BATCH).retry for step in range(0, 1000, 10))
+    assert all(
+        budget.decide(Cause.KILLED, committed_step=step, **BATCH).retry
+        for step in range(0, 1000, 10)
+    )
 
 
 def test_what_is_nobodys_fault_is_not_counted():
@@ -43,7 +50,11 @@ def test_what_would_fail_again_is_not_tried_again():
 
 def test_out_of_memory_halves_the_micro_batch_until_nothing_is_left():
     budget, micro, seen = Budget(max_failures=0), 24, []
-    while (decision := budget.decide(Cause.HOST_MEMORY, committed_step=0, micro_rows=micro, rows_per_rank=24)).retry:
+    while (
+        decision := budget.decide(
+            Cause.HOST_MEMORY, committed_step=0, micro_rows=micro, rows_per_rank=24
+        )
+    ).retry:
         assert decision.micro_rows is not None
         micro = decision.micro_rows
         seen.append(micro)
@@ -52,7 +63,9 @@ def test_out_of_memory_halves_the_micro_batch_until_nothing_is_left():
 
 
 def test_a_smaller_micro_batch_divides_a_ranks_rows():
-    decision = Budget(max_failures=0).decide(Cause.GPU_MEMORY, committed_step=0, micro_rows=15, rows_per_rank=15)
+    decision = Budget(max_failures=0).decide(
+        Cause.GPU_MEMORY, committed_step=0, micro_rows=15, rows_per_rank=15
+    )
     assert decision.micro_rows == 5  # the greatest divisor of 15 that is at most half of it
 
 
@@ -95,11 +108,17 @@ def test_an_attempt_that_was_resized_is_not_relabelled(tmp_path: Path):
 
 def test_nodes_that_go_without_progress_end_a_run():
     budget = Budget(max_failures=0)
-    decisions = [budget.decide(Cause.NODE_LOSS, committed_step=10, **BATCH) for _ in range(MAX_NODE_LOSSES + 1)]
+    decisions = [
+        budget.decide(Cause.NODE_LOSS, committed_step=10, **BATCH)
+        for _ in range(MAX_NODE_LOSSES + 1)
+    ]
     assert [decision.retry for decision in decisions] == [True] * MAX_NODE_LOSSES + [False]
     assert "checkpoint.every_minutes" in decisions[-1].reason
     budget = Budget(max_failures=0)
-    assert all(budget.decide(Cause.NODE_LOSS, committed_step=step, **BATCH).retry for step in range(0, 500, 10))
+    assert all(
+        budget.decide(Cause.NODE_LOSS, committed_step=step, **BATCH).retry
+        for step in range(0, 500, 10)
+    )
 
 
 def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
@@ -107,7 +126,11 @@ def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
 
     def run_out(committed: int) -> None:
         before = SmallerBatch.from_record(run.record())
-        run.update(**SmallerBatch.after(before, before.micro_rows // 2 if before else 4, committed).to_record())
+        run.update(
+            **SmallerBatch.after(
+                before, before.micro_rows // 2 if before else 4, committed
+            ).to_record()
+        )
 
     run_out(0)
     assert begin_attempt(job, 2)["micro_rows"] == 4
@@ -122,6 +145,11 @@ def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
 
 
 def test_the_step_that_is_left_out_is_the_one_whose_loss_leapt():
-    failure = {"step": 9, "ranks": [make_rank_failure(0, RuntimeError("x"), step=9),
-                                    make_rank_failure(1, LossSpike(8, "x"), step=8)]}
+    failure = {
+        "step": 9,
+        "ranks": [
+            make_rank_failure(0, RuntimeError("x"), step=9),
+            make_rank_failure(1, LossSpike(8, "x"), step=8),
+        ],
+    }
     assert _find_spike(failure) == 8

@@ -1,5 +1,4 @@
-"""Connecting to a cluster, or to a Ray on this machine that ends with this process.
-"""
+"""Connecting to a cluster, or to a Ray on this machine that ends with this process."""
 
 from __future__ import annotations
 
@@ -41,13 +40,20 @@ class Connection:
 
 
 @contextmanager
-def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.0, gpus_per_worker: int = 0,
-            verbose: bool = False) -> Iterator[Connection]:
-    """Connect to `address` (or RAY_ADDRESS), else start a local Ray with at least `num_cpus` logical CPUs.
+def connect(
+    address: str | None,
+    *,
+    num_cpus: float,
+    cpus_per_worker: float = 0.0,
+    gpus_per_worker: int = 0,
+    verbose: bool = False,
+) -> Iterator[Connection]:
+    """Connect to `address` (or RAY_ADDRESS), else start a local Ray with at least `num_cpus`
+    logical CPUs.
 
-    Of a cluster only nodes that can hold a worker count: a head is often smaller, or has neither CPUs nor GPUs. A local
-    Ray is oversubscribed on purpose: on a laptop two workers and a reader share two cores.
-    Raises PlanError when the address does not answer.
+    Of a cluster only nodes that can hold a worker count: a head is often smaller, or has neither
+    CPUs nor GPUs. A local Ray is oversubscribed on purpose: on a laptop two workers and a reader
+    share two cores. Raises PlanError when the address does not answer.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -55,7 +61,9 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
 
     if not ray.is_initialized():
         address = _find_cluster(address or os.environ.get("RAY_ADDRESS"))
-    threading.Thread(target=importlib.import_module, args=("ray.train",), daemon=True).start()  # while Ray starts
+    threading.Thread(
+        target=importlib.import_module, args=("ray.train",), daemon=True
+    ).start()  # while Ray starts
     if ray.is_initialized():  # inside a notebook, a test or a larger program: theirs to end
         share_credentials()
         yield Connection(local=False, shape=live_shape(cpus_per_worker, gpus_per_worker))
@@ -67,8 +75,12 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
         # Nobody takes a laptop's node away; the watcher is one more process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # `ray job submit` hands the job's environment on in this variable.
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
-    light = fork_environment(f"light:{server_of_ranks(gpus_per_worker)}" if cpus_per_worker else "light", submitted)
+    submitted = (
+        json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    )
+    light = fork_environment(
+        f"light:{server_of_ranks(gpus_per_worker)}" if cpus_per_worker else "light", submitted
+    )
     options = {"log_to_driver": verbose, "logging_level": level, "runtime_env": light}
     if not address:
         num_cpus = max(os.cpu_count() or 1, math.ceil(num_cpus))
@@ -94,7 +106,8 @@ def connect(address: str | None, *, num_cpus: float, cpus_per_worker: float = 0.
 
 
 def _find_cluster(address: str | None) -> str | None:
-    """The address, once something listens there: Ray itself would ask for many minutes. Raises PlanError."""
+    """The address, once something listens there: Ray itself would ask for many minutes. Raises
+    PlanError."""
     if address == "auto":  # the cluster that was started last on this machine, which may have ended
         from ray._private.services import canonicalize_bootstrap_address
 
@@ -106,7 +119,9 @@ def _find_cluster(address: str | None) -> str | None:
 
 
 def _no_answer(address: str) -> PlanError:
-    return PlanError("--address", f"no Ray cluster answers at {address}", way_out="ray start --head")
+    return PlanError(
+        "--address", f"no Ray cluster answers at {address}", way_out="ray start --head"
+    )
 
 
 def _silence_ray_data() -> None:

@@ -1,7 +1,9 @@
-"""Ray before it is connected to: the token that a cluster wants, and a local Ray that nobody else can reach or read.
+"""Ray before it is connected to: the token that a cluster wants, and a local Ray that nobody else
+can reach or read.
 
-A local Ray lives in a folder of its own that only its user can enter, with a token that is in no file. So nothing is
-left in the home folder or in the way of another Ray on this machine. Of a Ray that does not start no process stays.
+A local Ray lives in a folder of its own that only its user can enter, with a token that is in no
+file. So nothing is left in the home folder or in the way of another Ray on this machine. Of a Ray
+that does not start no process stays.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from dray.processes.streams import warn
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _ONLOOKERS = ("start_api_server", "start_monitor", "start_log_monitor")
 _RAYLET = "start_raylet"
-"""Methods of Ray's node, private ones: where a version of Ray has them no more, it starts all that it wants."""
+"""Methods of Ray's node, private ones: where a version of Ray has them no more, it starts all that
+it wants."""
 _LONGEST_PLACE = 27
-"""Characters of a folder in which Ray's sockets still have paths that the system takes (107 in all)."""
+"""Characters of a folder in which Ray's sockets still have paths that the system takes (107 in
+all)."""
 
 
 @contextmanager
 def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the time of the block, known to Ray, which looks at some of them once alone."""
+    """Environment variables for the time of the block, known to Ray, which looks at some of them
+    once alone."""
     before = {name: os.environ.get(name) for name in (*changes, _MODE)}
     os.environ.update(changes)
     _forget_token()
@@ -56,12 +61,13 @@ def _raylet() -> Any:
     return import_module("ray._raylet")
 
 
-# ---- a cluster ----------------------------------------------------------------------------------------------------
+# ---- a cluster ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def authenticated(address: str) -> Iterator[None]:
-    """Have Ray send the token that lies there, while the block is connected to a cluster that wants one.
+    """Have Ray send the token that lies there, while the block is connected to a cluster that wants
+    one.
 
     Raises PlanError where it wants one and there is none, or another one.
     """
@@ -87,20 +93,33 @@ def authenticated(address: str) -> Iterator[None]:
 def _ask_with_token(address: str, refused: Exception) -> None:
     from ray.exceptions import AuthenticationError
 
-    rule = "it lies in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in RAY_AUTH_TOKEN"
+    rule = (
+        "it lies in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in "
+        "RAY_AUTH_TOKEN"
+    )
     way_out = "copy it from the head (`ray get-auth-token` there)"
     if not _raylet().AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-        raise PlanError("--address", f"the cluster at {address} uses token authentication and there is no token", rule,
-                        way_out) from refused
+        raise PlanError(
+            "--address",
+            f"the cluster at {address} uses token authentication and there is no token",
+            rule,
+            way_out,
+        ) from refused
     try:
         _ask(address)
     except AuthenticationError as error:
-        raise PlanError("--address", f"the cluster at {address} uses token authentication with another token than the "
-                        "one that is here", rule, way_out) from error
+        raise PlanError(
+            "--address",
+            f"the cluster at {address} uses token authentication with another token than the "
+            "one that is here",
+            rule,
+            way_out,
+        ) from error
 
 
 def _ask(address: str) -> None:
-    """Ask the cluster for a word. Raises AuthenticationError; what else goes wrong is found out by connecting."""
+    """Ask the cluster for a word. Raises AuthenticationError; what else goes wrong is found out by
+    connecting."""
     from ray.exceptions import AuthenticationError, RayError
 
     with _silent_stderr():
@@ -125,12 +144,13 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-# ---- a Ray of our own ---------------------------------------------------------------------------------------------
+# ---- a Ray of our own --------------------------------------------------------------------------
 
 
 @contextmanager
 def local_ray(**options: Any) -> Iterator[None]:
-    """A Ray on this machine for as long as the block runs. Its folder stays where a run failed: logs are in it.
+    """A Ray on this machine for as long as the block runs. Its folder stays where a run failed:
+    logs are in it.
 
     Raises PlanError if it cannot start.
     """
@@ -158,7 +178,8 @@ def local_ray(**options: Any) -> Iterator[None]:
 
 
 def _start(folder: str, options: dict[str, Any]) -> None:
-    """Start Ray, a second time where a busy machine took longer than the half minute that Ray waits for itself."""
+    """Start Ray, a second time where a busy machine took longer than the half minute that Ray waits
+    for itself."""
     import ray
 
     for is_last in (False, True):
@@ -171,17 +192,22 @@ def _start(folder: str, options: dict[str, Any]) -> None:
             told = " ".join(str(error).split())[:200] or type(error).__name__
             if is_last or "timed out" not in told:
                 raise PlanError(
-                    "Ray", f"could not be started on this machine ({told})",
-                    "a local Ray needs a free core for half a minute, memory, and space in its folder and /dev/shm",
-                    "try again, give RAY_TMPDIR a short folder with space, or name a cluster with --address") from error
+                    "Ray",
+                    f"could not be started on this machine ({told})",
+                    "a local Ray needs a free core for half a minute, memory, and space in its "
+                    "folder and /dev/shm",
+                    "try again, give RAY_TMPDIR a short folder with space, or name a cluster with "
+                    "--address",
+                ) from error
 
 
 @contextmanager
 def lean(*, onlookers: bool = False) -> Iterator[None]:
-    """Have a Ray that starts in the block go without the processes that only onlookers need, half of what its start
-    costs: the dashboard's server, the autoscaler's monitor and what sends logs to the driver. And have it start its
-    workers without importing itself (`worker_setup.py`). `onlookers`: leave those processes to it, where something asks
-    Ray's state API, which waits half a minute for a server that is not there."""
+    """Have a Ray that starts in the block go without the processes that only onlookers need, half
+    of what its start costs: the dashboard's server, the autoscaler's monitor and what sends logs to
+    the driver. And have it start its workers without importing itself (`worker_setup.py`).
+    `onlookers`: leave those processes to it, where something asks Ray's state API, which waits half
+    a minute for a server that is not there."""
     node = import_module("ray._private.node").Node
     names = (_RAYLET,) if onlookers else (_RAYLET, *_ONLOOKERS)
     own = {name: getattr(node, name) for name in names if hasattr(node, name)}
@@ -201,9 +227,10 @@ def lean(*, onlookers: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _groups_of_their_own() -> Iterator[None]:
-    """Give each of Ray's processes that starts in the block a process group. `timeout`, schedulers and terminals signal
-    the driver's whole group, and the state is saved by a driver that still has its cluster. Ray's class for processes
-    is private: where a version has it no more, they stay in the driver's group."""
+    """Give each of Ray's processes that starts in the block a process group. `timeout`, schedulers
+    and terminals signal the driver's whole group, and the state is saved by a driver that still has
+    its cluster. Ray's class for processes is private: where a version has it no more, they stay in
+    the driver's group."""
     services: Any = import_module("ray._private.services")
     if not hasattr(services, "ConsolePopen"):
         yield
@@ -227,27 +254,41 @@ def _without_orphans() -> Iterator[None]:
         yield
     except BaseException:
         ray.shutdown()
-        orphans = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        orphans = [
+            child for child in psutil.Process().children(recursive=True) if child.pid not in before
+        ]
         for process in orphans:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(orphans, timeout=10)  # they would write into their folder while it is removed
+        psutil.wait_procs(
+            orphans, timeout=10
+        )  # they would write into their folder while it is removed
         raise
 
 
 def _has_own_token() -> bool:
-    """Whether the person has said how this Ray is to be guarded, or has a token that nobody else can read."""
-    if os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH) or os.environ.get(_MODE, "token").lower() != "token":
+    """Whether the person has said how this Ray is to be guarded, or has a token that nobody else
+    can read."""
+    if (
+        os.environ.get(_TOKEN)
+        or os.environ.get(_TOKEN_PATH)
+        or os.environ.get(_MODE, "token").lower() != "token"
+    ):
         return True
     try:
         found = (Path.home() / ".ray" / "auth_token").stat()
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return False
-    return found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077 and found.st_size > 0
+    return (
+        found.st_uid == os.getuid()
+        and not stat.S_IMODE(found.st_mode) & 0o077
+        and found.st_size > 0
+    )
 
 
 def _make_folder() -> str:
-    """A new folder for Ray's files that only this user can enter. Raises PlanError where there is no place for it."""
+    """A new folder for Ray's files that only this user can enter. Raises PlanError where there is
+    no place for it."""
     wanted = [os.environ.get(name, "") for name in ("RAY_TMPDIR", "TMPDIR")]
     for place in (*wanted, "/tmp", "/var/tmp", "/dev/shm"):
         if not place or len(os.path.abspath(place)) > _LONGEST_PLACE:
@@ -257,8 +298,14 @@ def _make_folder() -> str:
         except OSError:
             continue
         if (asked := os.environ.get("RAY_TMPDIR")) and asked != place:
-            warn(f"Ray's files are in {place}: RAY_TMPDIR={asked} cannot be written or is too long for sockets")
+            warn(
+                f"Ray's files are in {place}: RAY_TMPDIR={asked} cannot be written or is too long "
+                "for sockets"
+            )
         return folder
-    raise PlanError("TMPDIR", "there is no folder for Ray's files",
-                    f"one that can be written, of {_LONGEST_PLACE} characters at most: sockets are in it",
-                    "set TMPDIR or RAY_TMPDIR, e.g. to /tmp")
+    raise PlanError(
+        "TMPDIR",
+        "there is no folder for Ray's files",
+        f"one that can be written, of {_LONGEST_PLACE} characters at most: sockets are in it",
+        "set TMPDIR or RAY_TMPDIR, e.g. to /tmp",
+    )

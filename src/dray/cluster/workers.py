@@ -1,5 +1,5 @@
-"""Workers as forks, nodes that are warm before they are needed, and the one place that starts worker groups.
-"""
+"""Workers as forks, nodes that are warm before they are needed, and the one place that starts
+worker groups."""
 
 from __future__ import annotations
 
@@ -16,18 +16,29 @@ from dray.processes.heap import HEAP_ENVIRONMENT
 from dray.processes.signals import note_in_this_process
 
 MAX_GROUP_STARTS = 10
-"""Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before a run fails."""
+"""Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before
+a run fails."""
 RESIZE_SECONDS = 30.0
 """How often an elastic group is compared with what the cluster has."""
 WARM_SECONDS = 5.0
 """How often new nodes are looked for."""
-_OWN_PYTHON = ("pip", "uv", "conda", "container", "image_uri", "nsight", "rocprof_sys", "py_executable")
+_OWN_PYTHON = (
+    "pip",
+    "uv",
+    "conda",
+    "container",
+    "image_uri",
+    "nsight",
+    "rocprof_sys",
+    "py_executable",
+)
 """What in a runtime environment chooses the Python of its workers."""
 
 
 def fork_environment(kind: str, job: Mapping[str, Any]) -> dict[str, str]:
-    """The runtime environment of workers that are forks (`kind`: forkserver.make_command); empty where the `job`'s
-    runtime environment brings a Python of its own. A node that cannot have forks finds that out itself."""
+    """The runtime environment of workers that are forks (`kind`: forkserver.make_command); empty
+    where the `job`'s runtime environment brings a Python of its own. A node that cannot have forks
+    finds that out itself."""
     own = any(name in job and not forkserver.is_command(str(job[name])) for name in _OWN_PYTHON)
     return {} if own else {"py_executable": forkserver.make_command(kind)}
 
@@ -38,7 +49,8 @@ def server_of_ranks(gpus_per_worker: int) -> str:
 
 
 class WarmNodes:
-    """Fork servers on the nodes that can hold a rank, so that one that comes to a node need not wait for imports.
+    """Fork servers on the nodes that can hold a rank, so that one that comes to a node need not
+    wait for imports.
 
     A server stays for as long as it has a child: one on each node does nothing else.
     """
@@ -48,7 +60,9 @@ class WarmNodes:
 
         self._cpus, self._gpus = cpus_per_worker, gpus_per_worker
         context = ray.get_runtime_context()
-        self.environment = fork_environment(f"light:{server_of_ranks(gpus_per_worker)}", context.runtime_env)
+        self.environment = fork_environment(
+            f"light:{server_of_ranks(gpus_per_worker)}", context.runtime_env
+        )
         """The runtime environment of an actor that keeps its node's servers."""
         self._keepers: dict[str, Any] = {context.get_node_id(): None}  # the mailbox is there
         self._looked_at = -math.inf
@@ -71,12 +85,15 @@ class WarmNodes:
             node_id, holds = node["NodeID"], can_hold(node["Resources"], self._cpus, self._gpus)
             if node["Alive"] and holds and node_id not in self._keepers:
                 there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-                actor = ray.remote(num_cpus=0, scheduling_strategy=there, runtime_env=self.environment)(Keeper)
+                actor = ray.remote(
+                    num_cpus=0, scheduling_strategy=there, runtime_env=self.environment
+                )(Keeper)
                 self._keepers[node_id] = actor.remote()
 
 
 def max_wait_seconds() -> float:
-    """How long a run waits for a worker group that cannot start, e.g. for a node that went away, before it fails."""
+    """How long a run waits for a worker group that cannot start, e.g. for a node that went away,
+    before it fails."""
     from ray.train.v2._internal import constants
 
     seconds = os.environ.get(constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR)
@@ -97,16 +114,20 @@ def run_workers(
     scratch: str,
     is_local: bool,
 ) -> None:
-    """Run `work(config)` on a group of Ray Train workers until it ends. Raises RunFailed with the workers' errors.
+    """Run `work(config)` on a group of Ray Train workers until it ends. Raises RunFailed with the
+    workers' errors.
 
-    The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not object. `scratch` is
-    a local folder for Ray Train's own notes, which dray does not read. `is_local`: Ray ends with this process.
+    The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not
+    object. `scratch` is a local folder for Ray Train's own notes, which dray does not read.
+    `is_local`: Ray ends with this process.
     """
     import ray
     from ray.exceptions import RayActorError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -115,16 +136,23 @@ def run_workers(
             callbacks = super()._create_default_callbacks()
             if not is_local:
                 return list(callbacks)
-            # It frees what a controller that was killed leaves on a cluster; here all ends with the driver.
-            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+            # It frees what a controller that was killed leaves on a cluster; here all ends with the
+            # driver.
+            return [
+                callback
+                for callback in callbacks
+                if not isinstance(callback, PlacementGroupCleanerCallback)
+            ]
 
-    # The workers make their process group themselves: Ray's torch backend would import torch here and in its
-    # controller.
+    # The workers make their process group themselves: Ray's torch backend would import torch here
+    # and in its controller.
     class SharedDevices(Backend):  # type: ignore[misc]
         share_cuda_visible_devices = True
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(note_in_this_process)  # in the main thread, which alone may handle signals
+            worker_group.execute(
+                note_in_this_process
+            )  # in the main thread, which alone may handle signals
 
     class Processes(BackendConfig):  # type: ignore[misc]
         backend_cls = SharedDevices
@@ -132,28 +160,39 @@ def run_workers(
     resources: dict[str, float] = {"CPU": cpus_per_worker}
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
-    forked = fork_environment(server_of_ranks(gpus_per_worker), ray.get_runtime_context().runtime_env)
+    forked = fork_environment(
+        server_of_ranks(gpus_per_worker), ray.get_runtime_context().runtime_env
+    )
     trainer = Trainer(
         work,
         train_loop_config=config,
         datasets=datasets,
         dataset_config=data_config,
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=bool(gpus_per_worker),
-                                     resources_per_worker=resources,
-                                     elastic_resize_monitor_interval_s=RESIZE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=bool(gpus_per_worker),
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
         backend_config=Processes(),
         run_config=RunConfig(
-            name=name, storage_path=scratch, callbacks=[recovery],
+            name=name,
+            storage_path=scratch,
+            callbacks=[recovery],
             worker_runtime_env={"env_vars": HEAP_ENVIRONMENT, **forked},
-            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1,
-                                         controller_failure_limit=-1)),
+            failure_config=FailureConfig(
+                max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1
+            ),
+        ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise RunFailed(f"the workers failed: {_root_cause(error)}") from error
     except RayActorError as error:  # Ray never restarts it, and the workers end with it
-        raise RunFailed(f"Ray Train's controller was lost: {str(error).partition(chr(10))[0]}") from error
+        raise RunFailed(
+            f"Ray Train's controller was lost: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _root_cause(error: BaseException) -> str:

@@ -1,4 +1,5 @@
-"""What became of the raw data, for people: files read and left out, documents kept and dropped, bytes that were lost.
+"""What became of the raw data, for people: files read and left out, documents kept and dropped,
+bytes that were lost.
 
 The same numbers judge whether too much of the data is unreadable.
 """
@@ -35,11 +36,14 @@ class BadShares:
 def weigh_bad(files: Sequence[SourceFile]) -> BadShares:
     """The shares of what could not be read.
 
-    A damaged file counts whole, and at least as much as the average file: nobody knows how much of it is missing.
+    A damaged file counts whole, and at least as much as the average file: nobody knows how much of
+    it is missing.
     """
     average = sum(file.num_bytes for file in files) / len(files)
-    weights = [max(file.num_bytes, file.num_bad_bytes, average) if file.is_damaged else file.num_bytes
-               for file in files]
+    weights = [
+        max(file.num_bytes, file.num_bad_bytes, average) if file.is_damaged else file.num_bytes
+        for file in files
+    ]
     lost = [weight * _bad_share(file) for file, weight in zip(files, weights, strict=True)]
     num_bad = sum(file.num_bad for file in files)
     documents = num_bad / max(1, num_bad + sum(file.num_documents for file in files))
@@ -59,17 +63,23 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     kept = manifest.train.num_documents + (validation.num_documents if validation else 0)
     forms = Counter(file.form for file in files if file.form)
     told = ", ".join(f"{count:,} {form}" for form, count in sorted(forms.items()))
-    lines = [f"read         {_number(len(files), 'file')}{f' ({told})' if told else ''}, "
-             f"{format_bytes(manifest.num_source_bytes)}"]
+    lines = [
+        f"read         {_number(len(files), 'file')}{f' ({told})' if told else ''}, "
+        f"{format_bytes(manifest.num_source_bytes)}"
+    ]
     lines += [f"left out     {_describe_left_out(item)}" for item in manifest.left_out]
-    lines += _name_some("empty", [file.path for file in files if not file.num_bytes and not file.is_damaged])
+    lines += _name_some(
+        "empty", [file.path for file in files if not file.num_bytes and not file.is_damaged]
+    )
     lines += _name_some("as found", [f"{file.path}: {file.note}" for file in files if file.note])
     lines += _name_some("unreadable", [_describe_bad(file) for file in _worst_first(files)])
     held = f", {validation.num_documents:,} of them for validation" if validation else ""
     lines.append(f"documents    {kept:,} kept{held}{_describe_dropped(manifest.dropped)}")
     lines += _describe_labels(manifest)
-    lines.append(f"tokens       {manifest.train.num_tokens:,} in {manifest.train.num_rows:,} rows of "
-                 f"{manifest.sequence_tokens}")
+    lines.append(
+        f"tokens       {manifest.train.num_tokens:,} in {manifest.train.num_rows:,} rows of "
+        f"{manifest.sequence_tokens}"
+    )
     return lines
 
 
@@ -77,25 +87,43 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
     """The account of a corpus as plain values."""
     validation = manifest.validation
     return {
-        "num_files": len(files), "num_source_bytes": manifest.num_source_bytes,
+        "num_files": len(files),
+        "num_source_bytes": manifest.num_source_bytes,
         "left_out": [item.model_dump(mode="json") for item in manifest.left_out],
-        "num_documents": manifest.train.num_documents + (validation.num_documents if validation else 0),
-        "num_tokens": manifest.train.num_tokens, "dropped": manifest.dropped, "num_bad": manifest.num_bad,
-        "bad_share": manifest.bad_share, "num_contradicting": manifest.num_contradicting,
+        "num_documents": manifest.train.num_documents
+        + (validation.num_documents if validation else 0),
+        "num_tokens": manifest.train.num_tokens,
+        "dropped": manifest.dropped,
+        "num_bad": manifest.num_bad,
+        "bad_share": manifest.bad_share,
+        "num_contradicting": manifest.num_contradicting,
         "documents_by_label": manifest.train.documents_by_label,
-        "unreadable": [{"path": file.path, "problem": file.problem, "num_bad": file.num_bad,
-                        "num_bad_bytes": file.num_bad_bytes, "is_damaged": file.is_damaged}
-                       for file in _worst_first(files)],
+        "unreadable": [
+            {
+                "path": file.path,
+                "problem": file.problem,
+                "num_bad": file.num_bad,
+                "num_bad_bytes": file.num_bad_bytes,
+                "is_damaged": file.is_damaged,
+            }
+            for file in _worst_first(files)
+        ],
     }
 
 
 def _worst_first(files: Sequence[SourceFile]) -> list[SourceFile]:
-    return sorted((file for file in files if file.num_bad), key=lambda file: (-file.num_bad_bytes, file.path))
+    return sorted(
+        (file for file in files if file.num_bad), key=lambda file: (-file.num_bad_bytes, file.path)
+    )
 
 
 def _name_some(matter: str, names: Sequence[str]) -> list[str]:
     lines = [f"{matter:<12} {name}" for name in names[:MAX_FILES]]
-    return [*lines, f"{matter:<12} {len(names) - MAX_FILES:,} files more"] if len(names) > MAX_FILES else lines
+    return (
+        [*lines, f"{matter:<12} {len(names) - MAX_FILES:,} files more"]
+        if len(names) > MAX_FILES
+        else lines
+    )
 
 
 def _number(count: int, thing: str) -> str:
@@ -111,24 +139,33 @@ def _describe_left_out(item: LeftOut) -> str:
 def _describe_bad(file: SourceFile) -> str:
     whole = file.num_bad + file.num_documents
     records = "from there on" if file.is_damaged else f"{file.num_bad:,} of {whole:,} records"
-    return f"{file.path}: {records}, {format_bytes(file.num_bad_bytes)} ({file.problem} at {file.problem_offset:,})"
+    return (
+        f"{file.path}: {records}, {format_bytes(file.num_bad_bytes)} ({file.problem} at "
+        f"{file.problem_offset:,})"
+    )
 
 
 def _describe_labels(manifest: Manifest) -> list[str]:
-    """The classes with their training documents, and what is odd about them; nothing for tasks without labels."""
+    """The classes with their training documents, and what is odd about them; nothing for tasks
+    without labels."""
     if not manifest.labels:
         return []
     counts = manifest.train.documents_by_label
-    lines = [f"labels       {len(manifest.labels):,} classes"
-             f"{f': {named(counts)}' if counts else ''}"]
+    lines = [
+        f"labels       {len(manifest.labels):,} classes{f': {named(counts)}' if counts else ''}"
+    ]
     empty = {label: count for label, count in counts.items() if not count}
     if empty:
         lines.append(f"labels       never trained, for want of documents: {named(empty)}")
-    lines += [f"labels       as good as alike: {', '.join(map(repr, group))}"
-              for group in similar_names(manifest.labels)[:MAX_FILES]]
+    lines += [
+        f"labels       as good as alike: {', '.join(map(repr, group))}"
+        for group in similar_names(manifest.labels)[:MAX_FILES]
+    ]
     if manifest.num_contradicting:
-        lines.append(f"labels       {_number(manifest.num_contradicting, 'document')} with a text that an earlier one "
-                     "has under another label")
+        lines.append(
+            f"labels       {_number(manifest.num_contradicting, 'document')} with a text that an "
+            "earlier one has under another label"
+        )
     return lines
 
 

@@ -1,6 +1,8 @@
-"""A JSON array of records, streamed as JSON lines of the same length: every record keeps its offset in the file.
+"""A JSON array of records, streamed as JSON lines of the same length: every record keeps its offset
+in the file.
 
-Commas between the records become newlines, newlines inside them become spaces; strings are left alone.
+Commas between the records become newlines, newlines inside them become spaces; strings are left
+alone.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ QUOTE, BACKSLASH, COMMA, NEWLINE, SPACE = (ord(character) for character in '"\\,
 
 
 def array_to_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The array's elements, one a line. Raises DamagedFile after the last of them if the array has no end."""
+    """The array's elements, one a line. Raises DamagedFile after the last of them if the array has
+    no end."""
     depth, in_string, held = 0, False, b""
     for chunk in chunks:
         for start in range(0, len(chunk), PIECE_BYTES):
-            data = held + chunk[start:start + PIECE_BYTES]
+            data = held + chunk[start : start + PIECE_BYTES]
             # A backslash and what it escapes stay together.
-            held = data[len(data.rstrip(b"\\")):]
-            content = np.frombuffer(data[:len(data) - len(held)], np.uint8).copy()
+            held = data[len(data.rstrip(b"\\")) :]
+            content = np.frombuffer(data[: len(data) - len(held)], np.uint8).copy()
             quotes = _real_quotes(content)
             depth = _mark(content, quotes, depth, in_string)
             in_string ^= len(quotes) % 2 == 1
@@ -49,7 +52,9 @@ def _real_quotes(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     return np.setdiff1d(quotes, after[(after - 1 - last) % 2 == 1], assume_unique=True)
 
 
-def _mark(content: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], depth: int, in_string: bool) -> int:
+def _mark(
+    content: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], depth: int, in_string: bool
+) -> int:
     """Turn what lies between the records into newlines, in place; the depth at the end."""
     places = np.flatnonzero(np.isin(content, MARKS))
     places = places[(np.searchsorted(quotes, places) + in_string) % 2 == 0]

@@ -1,7 +1,7 @@
 """The bytes of input files: decompressing by content, ranges of plain files, blocks of whole lines.
 
-All of it streams: memory stays bounded by a block and the longest line that is allowed. A damaged file gives all that
-comes before the damage.
+All of it streams: memory stays bounded by a block and the longest line that is allowed. A damaged
+file gives all that comes before the damage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ XZ_MEMORY_BYTES = 512 * 1024 * 1024
 
 
 class DamagedFile(Exception):
-    """The rest of a file cannot be read; the message says why. `num_bytes`: how much that is, if known."""
+    """The rest of a file cannot be read; the message says why. `num_bytes`: how much that is, if
+    known."""
 
     def __init__(self, reason: str, num_bytes: int | None = None) -> None:
         self.num_bytes = num_bytes
@@ -100,14 +101,21 @@ def hash_file(file: InputFile) -> str:
 
 
 def open_content(file: InputFile, stream: Any) -> Content:
-    """The content of a file of text that is read from the stream. Raises DamagedFile if it is none at all."""
+    """The content of a file of text that is read from the stream. Raises DamagedFile if it is none
+    at all."""
     head = cast(bytes, stream.read(HEAD_BYTES))
     compression = find_compression(head)
     if not head and file.compression:
         raise DamagedFile(f"empty, where {file.compression} is read")
     if not compression and file.compression and not is_text(head):
-        raise DamagedFile(f"damaged {file.compression} (its first bytes are not {file.compression})")
-    note = "" if compression == file.compression else f"{compression or 'not compressed'}, whatever its name says"
+        raise DamagedFile(
+            f"damaged {file.compression} (its first bytes are not {file.compression})"
+        )
+    note = (
+        ""
+        if compression == file.compression
+        else f"{compression or 'not compressed'}, whatever its name says"
+    )
     size = READ_BYTES if compression else BLOCK_BYTES
     raw = chain([head], iter(lambda: cast(bytes, stream.read(size)), b""))
     chunks = _inflate_zip(file) if compression == "zip" else decompress(raw, compression)
@@ -125,20 +133,26 @@ def open_content(file: InputFile, stream: Any) -> Content:
 
 
 def read_head(file: InputFile) -> Content:
-    """The first bytes of a file's content; its chunks must not be read. Raises DamagedFile, and OSError."""
+    """The first bytes of a file's content; its chunks must not be read. Raises DamagedFile, and
+    OSError."""
     with file.open().open_input_stream(file.path, compression=None) as stream:
         return open_content(file, stream)
 
 
 def decompress(raw: Iterator[bytes], compression: str) -> Iterator[bytes]:
-    """The content in chunks of about BLOCK_BYTES. Raises DamagedFile after all that could be decompressed."""
+    """The content in chunks of about BLOCK_BYTES. Raises DamagedFile after all that could be
+    decompressed."""
     pieces: list[bytes] = []
     size = 0
     damaged: DamagedFile | None = None
     inflate: dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]] = {
-        "": iter, "gzip": _inflate_gzip, "zstd": _inflate_zstd,
+        "": iter,
+        "gzip": _inflate_gzip,
+        "zstd": _inflate_zstd,
         "bzip2": lambda raw: _inflate_members(raw, "bzip2", bz2.BZ2Decompressor),
-        "xz": lambda raw: _inflate_members(raw, "xz", lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)),
+        "xz": lambda raw: _inflate_members(
+            raw, "xz", lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)
+        ),
     }
     try:
         for piece in inflate[compression](raw):
@@ -156,7 +170,8 @@ def decompress(raw: Iterator[bytes], compression: str) -> Iterator[bytes]:
 
 
 def _inflate_members(raw: Iterator[bytes], name: str, build: Callable[[], Any]) -> Iterator[bytes]:
-    """What Python's own decompressors read: members one after the other, with zeros between them."""
+    """What Python's own decompressors read: members one after the other, with zeros between
+    them."""
     member: Any = None
     for data in raw:
         while data or (member is not None and not member.needs_input):
@@ -179,19 +194,34 @@ def _inflate_members(raw: Iterator[bytes], name: str, build: Callable[[], Any]) 
 
 
 def _inflate_zip(file: InputFile) -> Iterator[bytes]:
-    """The files in an archive by name, each with a newline at its end; one alone where they cannot be put together."""
+    """The files in an archive by name, each with a newline at its end; one alone where they cannot
+    be put together."""
     try:
         with file.open().open_input_file(file.path) as raw, zipfile.ZipFile(raw) as archive:
-            members = sorted((member for member in archive.infolist()
-                              if not member.is_dir() and not is_hidden(member.filename)
-                              and not member.filename.startswith("__MACOSX/")), key=lambda member: member.filename)
+            members = sorted(
+                (
+                    member
+                    for member in archive.infolist()
+                    if not member.is_dir()
+                    and not is_hidden(member.filename)
+                    and not member.filename.startswith("__MACOSX/")
+                ),
+                key=lambda member: member.filename,
+            )
             if len(members) != 1 and (not members or file.form not in ("jsonl", "lines")):
                 raise DamagedFile(f"a zip archive of {len(members)} files; unpack it")
             for member in members:
                 with archive.open(member) as stream:
                     yield from _read_member(stream)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, lzma.LZMAError,
-            ValueError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        lzma.LZMAError,
+        ValueError,
+    ) as error:
         raise DamagedFile(f"damaged or locked zip ({error})") from error
 
 
@@ -236,7 +266,7 @@ def _inflate_zstd(raw: Iterator[bytes]) -> Iterator[bytes]:
     frame: Any = None
     for block in raw:
         for start in range(0, len(block), ZSTD_FEED_BYTES):
-            data = block[start:start + ZSTD_FEED_BYTES]
+            data = block[start : start + ZSTD_FEED_BYTES]
             while data:
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
                 try:
@@ -253,7 +283,8 @@ def _inflate_zstd(raw: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def range_chunks(source: InputFile, begin: int, stop: int | None) -> tuple[int, Iterator[bytes]]:
-    """Offset of the first line that starts in [begin, stop), and the bytes of all that do; no byte order mark."""
+    """Offset of the first line that starts in [begin, stop), and the bytes of all that do; no byte
+    order mark."""
     file = source.open().open_input_file(source.path)
     base = begin
     if not base:
@@ -294,7 +325,8 @@ def too_long(limit: int) -> str:
 
 
 def line_blocks(chunks: Iterator[bytes], limit: int) -> Blocks:
-    """Blocks of whole lines, and what was lost between them. Lines far over the limit are never held."""
+    """Blocks of whole lines, and what was lost between them. Lines far over the limit are never
+    held."""
     offset, size, carry, skipping, damage = 0, 0, list[bytes](), False, ""
     try:
         for chunk in chunks:

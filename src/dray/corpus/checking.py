@@ -1,6 +1,7 @@
 """What must hold between the stages of a preparation, and the manifest that sums them up.
 
-Refuses sources of which nothing is left, too many unreadable records, and label columns that are none.
+Refuses sources of which nothing is left, too many unreadable records, and label columns that are
+none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Any
 
 from dray.corpus.account import weigh_bad
 from dray.corpus.labels import choose_labels, named
-from dray.corpus.manifest import VERSION, LeftOut, Manifest, Packing, Shard, SourceFile, SourceRows, Split
+from dray.corpus.manifest import (
+    VERSION,
+    LeftOut,
+    Manifest,
+    Packing,
+    Shard,
+    SourceFile,
+    SourceRows,
+    Split,
+)
 from dray.corpus.parts import DROP_REASONS, SPLITS, Job, Part
 from dray.corpus.planning import Deal
 from dray.corpus.reading import FileCounts
@@ -47,8 +57,10 @@ class Work:
                     merged[name].merge(counts)
                 else:
                     merged[name] = counts
-        return [SourceFile(path=name, num_bytes=self.sizes.get(name, 0), **vars(counts))
-                for name, counts in merged.items()]
+        return [
+            SourceFile(path=name, num_bytes=self.sizes.get(name, 0), **vars(counts))
+            for name, counts in merged.items()
+        ]
 
     def total(self, name: str) -> int:
         """A count over all reads."""
@@ -59,40 +71,65 @@ def check_reads(job: Job, work: Work, max_bad_share: float) -> None:
     """Raises CorpusError for too many unreadable records, and for a source without documents."""
     check_bad_share(work.source_files(), max_bad_share)
     for index, source in enumerate(job.sources):
-        mine = [read for part, read in zip(work.parts, work.reads, strict=True) if part.source == index]
+        mine = [
+            read for part, read in zip(work.parts, work.reads, strict=True) if part.source == index
+        ]
         if any(read["chunks"] for read in mine):
             continue
         dropped = sum((Counter(read["dropped"]) for read in mine), Counter[str]())
         if not dropped:
-            raise CorpusError(f"{source.where}.path", f"{source.source.paths[0]} holds no documents",
-                              "a source has at least one", "check the path and the format")
+            raise CorpusError(
+                f"{source.where}.path",
+                f"{source.source.paths[0]} holds no documents",
+                "a source has at least one",
+                "check the path and the format",
+            )
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        raise CorpusError(f"{source.where}.path", f"no document of {source.source.paths[0]} is left",
-                          f"dropped: {reasons}", "loosen data.cleaning")
+        raise CorpusError(
+            f"{source.where}.path",
+            f"no document of {source.source.paths[0]} is left",
+            f"dropped: {reasons}",
+            "loosen data.cleaning",
+        )
 
 
 def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
-    """Raises CorpusError that names the worst file if more than the allowed share of the data is unreadable."""
+    """Raises CorpusError that names the worst file if more than the allowed share of the data is
+    unreadable."""
     bad = weigh_bad(files)
     if bad.share <= max_bad_share:
         return
     worst, num_bad = bad.worst, sum(file.num_bad for file in files)
     first = f"{worst.problem} at offset {worst.problem_offset}"
-    what = (f"from offset {worst.problem_offset} on: {worst.problem}" if worst.is_damaged else
-            f"{worst.num_bad} of its {worst.num_bad + worst.num_documents} records are unreadable (first: {first})")
+    what = (
+        f"from offset {worst.problem_offset} on: {worst.problem}"
+        if worst.is_damaged
+        else f"{worst.num_bad} of its {worst.num_bad + worst.num_documents} records are "
+        f"unreadable (first: {first})"
+    )
     if bad.documents > max_bad_share and not worst.is_damaged:
-        share = f"{num_bad} of all {num_bad + sum(file.num_documents for file in files)} records are bad"
+        share = (
+            f"{num_bad} of all {num_bad + sum(file.num_documents for file in files)} records "
+            "are bad"
+        )
     else:
         others = sum(file.num_bad > 0 for file in files) > 1
-        share = f"{bad.num_bytes:.2g} of all bytes are lost with it{' and others' if others else ''}"
+        share = (
+            f"{bad.num_bytes:.2g} of all bytes are lost with it{' and others' if others else ''}"
+        )
     mend = "convert it to UTF-8 (iconv)" if worst.problem == "invalid UTF-8" else "mend the file"
-    raise CorpusError(worst.path, what, f"{share}, more than data.max_bad_share = {max_bad_share}",
-                      f"{mend}, check the source's format, leave the file out with `exclude`, or raise "
-                      "data.max_bad_share")
+    raise CorpusError(
+        worst.path,
+        what,
+        f"{share}, more than data.max_bad_share = {max_bad_share}",
+        f"{mend}, check the source's format, leave the file out with `exclude`, or raise "
+        "data.max_bad_share",
+    )
 
 
 def make_labels(job: Job, work: Work) -> tuple[str, ...]:
-    """Names of the classes in the order of their ids; none for tasks without labels. Raises CorpusError."""
+    """Names of the classes in the order of their ids; none for tasks without labels. Raises
+    CorpusError."""
     if job.packs_rows:
         return ()
     train, validation = (_labels_read(split, job, work) for split in SPLITS)
@@ -112,24 +149,48 @@ def check_width(job: Job) -> None:
     """Raises CorpusError for rows that what stands around a document fills."""
     around = len(job.info.prefix) + len(job.info.suffix)
     if job.sequence_tokens <= around:
-        raise CorpusError(f"data.sequence_tokens = {job.sequence_tokens}", f"the tokeniser puts {around} tokens around "
-                          "a text", "a row has room for text", f"give {around + 1} or more")
+        raise CorpusError(
+            f"data.sequence_tokens = {job.sequence_tokens}",
+            f"the tokeniser puts {around} tokens around a text",
+            "a row has room for text",
+            f"give {around + 1} or more",
+        )
 
 
 def check_packed(job: Job, work: Work) -> None:
     """Raises CorpusError for a source or a split that deduplication or holding out left empty."""
     for index, source in enumerate(job.sources):
-        mine = [record for chunk, record in zip(job.chunks, work.packed, strict=True) if chunk.source == index]
+        mine = [
+            record
+            for chunk, record in zip(job.chunks, work.packed, strict=True)
+            if chunk.source == index
+        ]
         if not any(source.split in record for record in mine):
-            raise CorpusError(f"{source.where}.path", f"no document of {source.source.paths[0]} is left",
-                              "all are duplicates, or held out for validation", "check the sources and data.validation")
+            raise CorpusError(
+                f"{source.where}.path",
+                f"no document of {source.source.paths[0]} is left",
+                "all are duplicates, or held out for validation",
+                "check the sources and data.validation",
+            )
     if job.share and not any("validation" in record for record in work.packed):
         num_documents = sum(record["train"]["num_documents"] for record in work.packed)
-        way_out = f"raise it above {1 / num_documents:.2g}" if num_documents > 1 else "give more documents"
-        if any(counts["form"] == "text" for read in work.reads for counts in read["files"].values()):
-            way_out = "a file of text is one document: `format: lines` of the source makes each line one"
-        raise CorpusError("data.validation.share", f"{job.share} of {num_documents} documents holds out none of them",
-                          "validation needs at least one document", way_out)
+        way_out = (
+            f"raise it above {1 / num_documents:.2g}"
+            if num_documents > 1
+            else "give more documents"
+        )
+        if any(
+            counts["form"] == "text" for read in work.reads for counts in read["files"].values()
+        ):
+            way_out = (
+                "a file of text is one document: `format: lines` of the source makes each line one"
+            )
+        raise CorpusError(
+            "data.validation.share",
+            f"{job.share} of {num_documents} documents holds out none of them",
+            "validation needs at least one document",
+            way_out,
+        )
     if not job.packs_rows and not job.known_labels:
         _check_classes(job, work)
 
@@ -137,19 +198,33 @@ def check_packed(job: Job, work: Work) -> None:
 def _check_classes(job: Job, work: Work) -> None:
     """Raises CorpusError for a class of whose training documents none is left."""
     train = _documents_by_label("train", job, work.packed)
-    lost = {label: count for label, count in _labels_read("train", job, work).items() if not train[label]}
+    lost = {
+        label: count
+        for label, count in _labels_read("train", job, work).items()
+        if not train[label]
+    }
     if lost:
-        raise CorpusError("data.train", f"no training document is left of the label {named(lost)}",
-                          "a class is learnt from its documents; these are held out for validation, or another label "
-                          "has their texts too", "give it more documents, or leave its documents out")
+        raise CorpusError(
+            "data.train",
+            f"no training document is left of the label {named(lost)}",
+            "a class is learnt from its documents; these are held out for validation, or another "
+            "label has their texts too",
+            "give it more documents, or leave its documents out",
+        )
 
 
 def _documents_by_label(split: str, job: Job, packed: Sequence[Record]) -> dict[str, int]:
     """Documents of each class in a split, classes without any included."""
     counts = [0] * len(job.labels)
     for record in packed:
-        counts = [a + b for a, b in zip(counts, record.get(split, {}).get("by_label", counts[:0]) or [0] * len(counts),
-                                        strict=True)]
+        counts = [
+            a + b
+            for a, b in zip(
+                counts,
+                record.get(split, {}).get("by_label", counts[:0]) or [0] * len(counts),
+                strict=True,
+            )
+        ]
     return dict(zip(job.labels, counts, strict=True))
 
 
@@ -160,20 +235,36 @@ def make_manifest(key: str, job: Job, work: Work) -> Manifest:
         dropped.update({reason: record[reason] for reason in DROP_REASONS if record[reason]})
     train, validation = (_make_split(split, job, work) for split in SPLITS)
     packed = [record["train"] for record in work.packed if "train" in record]
-    counts = {name: sum(record[name] for record in packed)
-              for name in ("num_cut_documents", "num_truncated_documents", "num_truncated_tokens")}
+    counts = {
+        name: sum(record[name] for record in packed)
+        for name in ("num_cut_documents", "num_truncated_documents", "num_truncated_tokens")
+    }
     files = work.source_files()
     utilization = round(train.num_tokens / (train.num_rows * job.sequence_tokens), 6)
     return Manifest(
-        version=VERSION, key=key, sequence_tokens=job.sequence_tokens, group_rows=job.group_rows,
-        vocab_size=job.info.vocab_size, pad_token_id=job.info.pad_token_id, eos_token_id=job.info.eos_token_id,
-        encoder=job.info.encoder, prefix=job.info.prefix, suffix=job.info.suffix, labels=job.labels, train=train,
+        version=VERSION,
+        key=key,
+        sequence_tokens=job.sequence_tokens,
+        group_rows=job.group_rows,
+        vocab_size=job.info.vocab_size,
+        pad_token_id=job.info.pad_token_id,
+        eos_token_id=job.info.eos_token_id,
+        encoder=job.info.encoder,
+        prefix=job.info.prefix,
+        suffix=job.info.suffix,
+        labels=job.labels,
+        train=train,
         validation=validation if validation.num_rows else None,
-        num_source_files=len(files), num_source_bytes=sum(file.num_bytes for file in files),
+        num_source_files=len(files),
+        num_source_bytes=sum(file.num_bytes for file in files),
         num_contradicting=sum(record["contradicting"] for record in work.duplicates),
-        dropped=dict(sorted(dropped.items())), num_records=work.total("num_records"), num_bad=work.total("num_bad"),
-        packing=Packing(utilization=utilization, **counts), shuffle_seed=job.shuffle_seed,
-        bad_share=round(weigh_bad(files).share, 9), left_out=work.left_out,
+        dropped=dict(sorted(dropped.items())),
+        num_records=work.total("num_records"),
+        num_bad=work.total("num_bad"),
+        packing=Packing(utilization=utilization, **counts),
+        shuffle_seed=job.shuffle_seed,
+        bad_share=round(weigh_bad(files).share, 9),
+        left_out=work.left_out,
         validation_compressors=work.compressors,
     )
 
@@ -181,14 +272,25 @@ def make_manifest(key: str, job: Job, work: Work) -> Manifest:
 def _make_split(split: str, job: Job, work: Work) -> Split:
     rows: list[SourceRows] = []
     for index, source in enumerate(job.sources):
-        mine = [record[split] for chunk, record in zip(job.chunks, work.packed, strict=True)
-                if chunk.source == index and split in record]
+        mine = [
+            record[split]
+            for chunk, record in zip(job.chunks, work.packed, strict=True)
+            if chunk.source == index and split in record
+        ]
         if not mine:
             continue
-        counts = {name: sum(record[name] for record in mine)
-                  for name in ("num_rows", "num_documents", "num_tokens", "num_text_bytes")}
+        counts = {
+            name: sum(record[name] for record in mine)
+            for name in ("num_rows", "num_documents", "num_tokens", "num_text_bytes")
+        }
         places = ((deal.split, deal.source) for deal in work.deals for _ in range(deal.num_shards))
-        shards = tuple(shard for place, shard in zip(places, work.shards, strict=True) if place == (split, index))
+        shards = tuple(
+            shard
+            for place, shard in zip(places, work.shards, strict=True)
+            if place == (split, index)
+        )
         weight = source.source.weight if split == "train" else None
         rows.append(SourceRows(name=source.name, weight=weight, shards=shards, **counts))
-    return Split(sources=tuple(rows), documents_by_label=_documents_by_label(split, job, work.packed))
+    return Split(
+        sources=tuple(rows), documents_by_label=_documents_by_label(split, job, work.packed)
+    )

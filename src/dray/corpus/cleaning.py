@@ -1,6 +1,8 @@
-"""From the text of documents to cleaned text: Unicode normalisation, filters, a hash that finds equal documents.
+"""From the text of documents to cleaned text: Unicode normalisation, filters, a hash that finds
+equal documents.
 
-Works on Arrow arrays, a block at a time; a dropped document is counted by reason. It never looks at a language.
+Works on Arrow arrays, a block at a time; a dropped document is counted by reason. It never looks at
+a language.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def clean(texts: pa.Array, labels: pa.Array | None, rules: Cleaning) -> Cleaned:
 def normalize(texts: pa.Array, form: str) -> pa.Array:
     """Unicode normal form of every document. ASCII is in every form already and is left alone.
 
-    Arrow's own `utf8_normalize` does not compose (seen in pyarrow 25), and Python's is faster on text in normal form.
+    Arrow's own `utf8_normalize` does not compose (seen in pyarrow 25), and Python's is faster on
+    text in normal form.
     """
     if form == "none":
         return texts
@@ -58,7 +61,9 @@ def normalize(texts: pa.Array, form: str) -> pa.Array:
     kind = cast(Literal["NFC", "NFKC"], form)
     given = texts.filter(other).to_pylist()
     normal = [unicodedata.normalize(kind, text) for text in given]
-    if all(before is after for before, after in zip(given, normal, strict=True)):  # as it is for nearly all text
+    if all(
+        before is after for before, after in zip(given, normal, strict=True)
+    ):  # as it is for nearly all text
         return texts
     return pc.replace_with_mask(texts, other, pa.array(normal, pa.large_string()))
 
@@ -84,7 +89,8 @@ def _failures(texts: pa.Array, rules: Cleaning) -> list[tuple[str, Mask]]:
 
 
 def repeated_line_share(text: str) -> float:
-    """Share of the characters that lie in lines already seen in the text; blank lines do not count."""
+    """Share of the characters that lie in lines already seen in the text; blank lines do not
+    count."""
     seen: set[str] = set()
     total = repeated = 0
     for line in text.split("\n"):
@@ -104,7 +110,7 @@ def hash_texts(texts: pa.Array) -> tuple[Hashes, Hashes]:
     _, offsets, data = texts.buffers()
     if not len(texts):
         return np.empty(0, np.uint64), np.empty(0, np.uint64)
-    bounds = np.frombuffer(offsets, np.int64)[texts.offset:texts.offset + len(texts) + 1].tolist()
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
     view = memoryview(data) if data is not None else memoryview(b"")
     joined = b"".join([digest(view[start:stop]) for start, stop in itertools.pairwise(bounds)])
     halves = np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)

@@ -1,9 +1,10 @@
 """csv and tsv: records of fields between delimiters, quoted as RFC 4180 says or not at all.
 
-A field that begins with a quote ends at the next quote that is not doubled; it may hold delimiters, newlines and
-doubled quotes. A quote anywhere else is a character like others. A record that breaks this is one bad record, and
-reading goes on behind it: where a quote never closes, at the next line with as many fields as the first record has;
-where it closes amid a field some lines later, and all these have as many fields, at the first of them.
+A field that begins with a quote ends at the next quote that is not doubled; it may hold delimiters,
+newlines and doubled quotes. A quote anywhere else is a character like others. A record that breaks
+this is one bad record, and reading goes on behind it: where a quote never closes, at the next line
+with as many fields as the first record has; where it closes amid a field some lines later, and all
+these have as many fields, at the first of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dray.corpus.bytes_in import Blocks, DamagedFile, Lost, line_blocks, read_head, too_long
-from dray.corpus.records import BadRecord, missing_column, named_column, parse_label, repeated_column, whole_column
+from dray.corpus.records import (
+    BadRecord,
+    missing_column,
+    named_column,
+    parse_label,
+    repeated_column,
+    whole_column,
+)
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
 from dray.spec import Source
@@ -29,7 +37,7 @@ UNQUOTED = "`quoting: none` of the source reads quotes as they are"
 _QUOTED_FIELD = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"')
 
 
-# --- where records end ---
+# --- where records end --------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
@@ -38,15 +46,21 @@ def _quoted_fields(delimiter: str) -> re.Pattern[bytes]:
     return re.compile(rb'(?:(?<=[\n%s])|\A)"[^"]*+(?:""[^"]*+)*+("?)' % delimiter.encode())
 
 
-def _opens_regularly(content: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], delimiter: str) -> bool:
-    """Whether every odd quote begins a field or doubles the one before it: then parity tells inside from outside."""
+def _opens_regularly(
+    content: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], delimiter: str
+) -> bool:
+    """Whether every odd quote begins a field or doubles the one before it: then parity tells inside
+    from outside."""
     before = content[quotes[::2] - 1]
-    regular = (before == ord(delimiter)) | (before == NEWLINE) | (before == QUOTE) | (quotes[::2] == 0)
+    regular = (
+        (before == ord(delimiter)) | (before == NEWLINE) | (before == QUOTE) | (quotes[::2] == 0)
+    )
     return bool(regular.all())
 
 
 def _find_end(data: bytes, delimiter: str) -> tuple[int, bool]:
-    """Where the last whole record of data that begins with a record ends; whether the rest ends in a quoted field."""
+    """Where the last whole record of data that begins with a record ends; whether the rest ends in
+    a quoted field."""
     if b'"' not in data:
         return data.rfind(b"\n") + 1, False
     content = np.frombuffer(data, np.uint8)
@@ -54,7 +68,9 @@ def _find_end(data: bytes, delimiter: str) -> tuple[int, bool]:
     if not _opens_regularly(content, quotes, delimiter):
         gaps = list(_gaps(data, delimiter))
         is_open = gaps[-1][1] < 0
-        return max(data.rfind(b"\n", start, stop if stop >= 0 else start) for start, stop in gaps) + 1, is_open
+        return max(
+            data.rfind(b"\n", start, stop if stop >= 0 else start) for start, stop in gaps
+        ) + 1, is_open
     end = data.rfind(b"\n")
     while end >= 0:
         before = int(np.searchsorted(quotes, end))
@@ -65,7 +81,8 @@ def _find_end(data: bytes, delimiter: str) -> tuple[int, bool]:
 
 
 def _gaps(data: bytes, delimiter: str) -> Iterator[tuple[int, int]]:
-    """The stretches outside quoted fields; the last one ends at -1 if the last quoted field does not close."""
+    """The stretches outside quoted fields; the last one ends at -1 if the last quoted field does
+    not close."""
     start = 0
     for field in _quoted_fields(delimiter).finditer(data):
         yield start, field.start()
@@ -114,13 +131,15 @@ def split_fields(record: str, delimiter: str, quoted: bool) -> list[str]:
 
 
 class _Cutter:
-    """Cuts a stream into blocks of whole records. `rest` begins at `offset`, where a record does."""
+    """Cuts a stream into blocks of whole records. `rest` begins at `offset`, where a record
+    does."""
 
     def __init__(self, limit: int, delimiter: str, num_fields: int) -> None:
         self._limit, self._delimiter, self._num_fields = limit, delimiter, num_fields
         self.offset, self.rest = 0, b""
         self._lost_from = -1
-        """Where a record began that is being skipped, up to the end of its line or to a line that fits."""
+        """Where a record began that is being skipped, up to the end of its line or to a line that
+        fits."""
         self._reason = ""
         self._seeks = False
 
@@ -143,14 +162,19 @@ class _Cutter:
             if not self.rest or (len(self.rest) <= self._limit and not ended and overlong < 0):
                 break
             self._lost_from, self._seeks = self.offset, is_open
-            self._reason = (f"a quote does not close within data.max_record_bytes = {self._limit}; {UNQUOTED}"
-                            if is_open else too_long(self._limit))
+            self._reason = (
+                f"a quote does not close within data.max_record_bytes = {self._limit}; {UNQUOTED}"
+                if is_open
+                else too_long(self._limit)
+            )
             if is_open:
                 self._seeks = self._skip()
         if ended and self._lost_from >= 0:
             yield self.lost(self._reason)
 
-    def lost(self, reason: str, *, trim: bool = False, ends_file: bool = False) -> tuple[int, bytes, list[Lost]]:
+    def lost(
+        self, reason: str, *, trim: bool = False, ends_file: bool = False
+    ) -> tuple[int, bytes, list[Lost]]:
         """The piece that was skipped, up to here; `trim`: without its last newline."""
         start, self._lost_from = self._lost_from if self._lost_from >= 0 else self.offset, -1
         return start, b"", [Lost(start, self.offset - start - trim, reason, ends_file)]
@@ -165,8 +189,8 @@ class _Cutter:
         return taken
 
     def _find_overlong(self, stop: int) -> int:
-        """Where a record begins that goes on over lines beyond the limit: however the stream arrived, its quote counts
-        as one that does not close. -1 if there is none."""
+        """Where a record begins that goes on over lines beyond the limit: however the stream
+        arrived, its quote counts as one that does not close. -1 if there is none."""
         start = 0
         for record in split_records(self.rest[:stop], self._delimiter):
             if len(record) > self._limit and b"\n" in record:
@@ -205,7 +229,8 @@ class _Cutter:
 def record_blocks(chunks: Iterator[bytes], limit: int, delimiter: str, num_fields: int) -> Blocks:
     """Blocks of whole records, and what was lost between them. Nothing far over the limit is held.
 
-    `num_fields`: fields of a record, by which reading finds its way back behind a quote that never closes.
+    `num_fields`: fields of a record, by which reading finds its way back behind a quote that never
+    closes.
     """
     cutter = _Cutter(limit, delimiter, num_fields)
     try:
@@ -218,7 +243,7 @@ def record_blocks(chunks: Iterator[bytes], limit: int, delimiter: str, num_field
     yield from cutter.feed(b"", ended=True)
 
 
-# --- what records hold ---
+# --- what records hold --------------------------------------------------------------------------
 
 
 @dataclass
@@ -240,7 +265,8 @@ class Delimited:
         return line_blocks(chunks, limit)
 
     def split(self, data: bytes) -> Iterator[bytes]:
-        """The records of a block. A quote that only closes amid a later line costs the line that it stands in."""
+        """The records of a block. A quote that only closes amid a later line costs the line that it
+        stands in."""
         if not self.quoted or b'"' not in data:
             yield from data.split(b"\n")
             return
@@ -251,14 +277,20 @@ class Delimited:
                 yield record
 
     def is_blank(self, record: bytes) -> bool:
-        """Whether a record is nothing but an empty line; spaces alone are a text where there is one column."""
+        """Whether a record is nothing but an empty line; spaces alone are a text where there is one
+        column."""
         return not record.strip(b" \r" if self.num_columns > 1 else b"\r")
 
     def _strays(self, record: bytes) -> bool:
-        """Whether a record over several lines is broken, and all of them would be records but for the first quote."""
+        """Whether a record over several lines is broken, and all of them would be records but for
+        the first quote."""
         text = record.decode("latin-1").removesuffix("\r")
         first, *others = text.replace("\r\n", "\n").split("\n")
-        if self.num_columns < 2 or first.count(self.delimiter) != self.num_columns - 1 or self._count_fields(text):
+        if (
+            self.num_columns < 2
+            or first.count(self.delimiter) != self.num_columns - 1
+            or self._count_fields(text)
+        ):
             return False
         return all(self._count_fields(line) == self.num_columns for line in others)
 
@@ -280,12 +312,19 @@ class Delimited:
         try:
             table = pacsv.read_csv(
                 pa.BufferReader(data),
-                read_options=pacsv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
-                parse_options=pacsv.ParseOptions(delimiter=self.delimiter, quote_char='"' if self.quoted else False,
-                                                 newlines_in_values=self.quoted),
+                read_options=pacsv.ReadOptions(
+                    use_threads=False, block_size=len(data) + 1, column_names=names
+                ),
+                parse_options=pacsv.ParseOptions(
+                    delimiter=self.delimiter,
+                    quote_char='"' if self.quoted else False,
+                    newlines_in_values=self.quoted,
+                ),
                 convert_options=pacsv.ConvertOptions(
-                    column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False,
-                    include_columns=[names[i] for i in dict.fromkeys(wanted)]),
+                    column_types=dict.fromkeys(names, pa.string()),
+                    strings_can_be_null=False,
+                    include_columns=[names[i] for i in dict.fromkeys(wanted)],
+                ),
             )
         except pa.ArrowInvalid:
             return None
@@ -299,7 +338,9 @@ class Delimited:
 
     def _count(self, data: bytes) -> int | None:
         """The records of a block; none if Arrow might read it otherwise than one by one."""
-        if not data or data.count(b"\r") != data.count(b"\r\n"):  # Arrow ends a line at a lone carriage return
+        if not data or data.count(b"\r") != data.count(
+            b"\r\n"
+        ):  # Arrow ends a line at a lone carriage return
             return None
         open_end = data[-1:] != b"\n"
         if not self.quoted or b'"' not in data:
@@ -325,7 +366,8 @@ class Delimited:
 
 
 def make_delimited(file: InputFile, source: Source) -> Delimited:
-    """A parser for the columns that the file's first record shows. Raises CorpusError if one is missing."""
+    """A parser for the columns that the file's first record shows. Raises CorpusError if one is
+    missing."""
     delimiter, quoted = DELIMITERS[file.form], source.quoting != "none"
     try:
         head = read_head(file).head
@@ -335,8 +377,9 @@ def make_delimited(file: InputFile, source: Source) -> Delimited:
     except DamagedFile:  # reading it will say so
         fields = []
     except BadRecord as error:
-        raise CorpusError(file.name, f"its first line is broken ({error})",
-                          "the first line shows the columns") from error
+        raise CorpusError(
+            file.name, f"its first line is broken ({error})", "the first line shows the columns"
+        ) from error
     columns = fields if source.header else [str(index) for index in range(len(fields))]
     places = {name: index for index, name in reversed(list(enumerate(columns)))}
     if not source.header or source.text.isdigit():
@@ -349,5 +392,12 @@ def make_delimited(file: InputFile, source: Source) -> Delimited:
             raise repeated_column(file.name, name)
     if not fields:  # an empty file has no records to parse
         return Delimited(delimiter, quoted, source.header, columns, 0, 0, None)
-    return Delimited(delimiter, quoted, source.header, columns, len(fields), places[source.text],
-                     None if source.label is None else places[source.label])
+    return Delimited(
+        delimiter,
+        quoted,
+        source.header,
+        columns,
+        len(fields),
+        places[source.text],
+        None if source.label is None else places[source.label],
+    )

@@ -1,7 +1,7 @@
 """What lies below a folder, each file once, and a count of what is left out of it by reason.
 
-On a local disk links are followed, but a folder that a link comes back to, and a file that a second link names, are not
-read twice. Nothing is left out without being counted here.
+On a local disk links are followed, but a folder that a link comes back to, and a file that a second
+link names, are not read twice. Nothing is left out without being counted here.
 """
 
 from __future__ import annotations
@@ -43,17 +43,26 @@ class Leavings:
 
     def add(self, reason: str, path: str, num_bytes: int = 0, num_files: int = 1) -> None:
         """Count a file (or a folder, for the files in it that nobody counted) as left out."""
-        known = self.by_reason.get(reason) or LeftOut(reason=reason, num_files=0, num_bytes=0, examples=())
+        known = self.by_reason.get(reason) or LeftOut(
+            reason=reason, num_files=0, num_bytes=0, examples=()
+        )
         self.by_reason[reason] = LeftOut(
-            reason=reason, num_files=known.num_files + num_files, num_bytes=known.num_bytes + num_bytes,
-            examples=(*known.examples, path)[:MAX_EXAMPLES])
+            reason=reason,
+            num_files=known.num_files + num_files,
+            num_bytes=known.num_bytes + num_bytes,
+            examples=(*known.examples, path)[:MAX_EXAMPLES],
+        )
 
     def merge(self, others: tuple[LeftOut, ...]) -> None:
         """Add the counts of other leavings."""
         for other in others:
             for nth, path in enumerate(other.examples):
-                self.add(other.reason, path, other.num_bytes * (nth == 0),
-                         other.num_files - len(other.examples) + 1 if nth == 0 else 1)
+                self.add(
+                    other.reason,
+                    path,
+                    other.num_bytes * (nth == 0),
+                    other.num_files - len(other.examples) + 1 if nth == 0 else 1,
+                )
 
     def to_records(self) -> tuple[LeftOut, ...]:
         """The counts in the order of the reasons' names."""
@@ -61,28 +70,39 @@ class Leavings:
 
 
 def is_hidden(relative: str) -> bool:
-    """Whether a name on the way to the file begins with a dot, or is one that frameworks leave behind."""
+    """Whether a name on the way to the file begins with a dot, or is one that frameworks leave
+    behind."""
     return any(part.startswith(".") or part in SKIPPED_NAMES for part in relative.split("/"))
 
 
-def list_entries(filesystem: pafs.FileSystem, root: str, recursive: bool, leavings: Leavings,
-                 stamp_of: Callable[[pafs.FileInfo], str]) -> list[Entry]:
+def list_entries(
+    filesystem: pafs.FileSystem,
+    root: str,
+    recursive: bool,
+    leavings: Leavings,
+    stamp_of: Callable[[pafs.FileInfo], str],
+) -> list[Entry]:
     """The files below a folder, sorted by path. Raises OSError if a folder cannot be listed."""
     if is_local(filesystem):
         return sorted(_walk(root, recursive, leavings), key=lambda entry: entry.path)
     items = filesystem.get_file_info(pafs.FileSelector(root, recursive=recursive))
-    return [Entry(cast(str, item.path), int(item.size or 0), stamp_of(item))
-            for item in sorted(items, key=lambda item: str(item.path)) if item.type == pafs.FileType.File]
+    return [
+        Entry(cast(str, item.path), int(item.size or 0), stamp_of(item))
+        for item in sorted(items, key=lambda item: str(item.path))
+        if item.type == pafs.FileType.File
+    ]
 
 
 def _walk(root: str, recursive: bool, leavings: Leavings) -> Iterator[Entry]:
-    """Files below a local folder. Folders come before links to folders, so that the real path is the one kept."""
+    """Files below a local folder. Folders come before links to folders, so that the real path is
+    the one kept."""
     visited: set[tuple[int, int]] = set()
     folders, links = [root], list[str]()
     while folders or links:
         path = folders.pop() if folders else links.pop(0)
         status = os.stat(path)
-        # A link to a folder above comes back to where it lies, even if that one was not visited itself.
+        # A link to a folder above comes back to where it lies, even if that one was not visited
+        # itself.
         if (status.st_dev, status.st_ino) in visited or _leads_up(path, root):
             leavings.add("links to folders that are read already", path)
             continue
@@ -90,7 +110,9 @@ def _walk(root: str, recursive: bool, leavings: Leavings) -> Iterator[Entry]:
         with os.scandir(path) as listing:
             items = sorted(listing, key=lambda item: item.name)
         for item in items:
-            if not os.path.isdir(item.path):  # not item.is_dir(), which raises for links in a circle
+            if not os.path.isdir(
+                item.path
+            ):  # not item.is_dir(), which raises for links in a circle
                 entry = _entry(item, leavings)
                 if entry is not None:
                     yield entry
@@ -117,7 +139,13 @@ def _entry(item: os.DirEntry[str], leavings: Leavings) -> Entry | None:
     if not stat.S_ISREG(status.st_mode):
         leavings.add("pipes, sockets and devices", item.path)
         return None
-    return Entry(item.path, status.st_size, str(status.st_mtime_ns), item.is_symlink(), (status.st_dev, status.st_ino))
+    return Entry(
+        item.path,
+        status.st_size,
+        str(status.st_mtime_ns),
+        item.is_symlink(),
+        (status.st_dev, status.st_ino),
+    )
 
 
 def drop_second_links(entries: list[Entry], leavings: Leavings) -> list[Entry]:

@@ -1,7 +1,8 @@
 """The manifest of a prepared corpus: what its token shards hold and where they came from.
 
-Written last, so that its presence means that the corpus is complete. It holds no time and no name of a machine: the
-same inputs and settings give the same bytes. Refuses manifests of another version.
+Written last, so that its presence means that the corpus is complete. It holds no time and no name
+of a machine: the same inputs and settings give the same bytes. Refuses manifests of another
+version.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class SourceFile(_Record):
     num_documents: int
     """Documents read from it, before cleaning and deduplication."""
     num_bad: int
-    """Records in it that could not be read, as far as known; they are listed in quarantine.jsonl."""
+    """Records in it that could not be read, as far as known; they are listed in
+    quarantine.jsonl."""
     form: str = ""
     """jsonl, csv, tsv, parquet, text or lines."""
     num_content_bytes: int = 0
@@ -142,15 +144,18 @@ class Manifest(_Record):
     key: str
     sequence_tokens: int
     group_rows: int
-    """Rows in a group, the unit of reading: one Arrow record batch. Only the last group of a source may be shorter."""
+    """Rows in a group, the unit of reading: one Arrow record batch. Only the last group of a source
+    may be shorter."""
     vocab_size: int
     pad_token_id: int | None
     """None where packed rows need none."""
     eos_token_id: int | None
     encoder: str
-    """What encoded the text: `gigatoken` where a check proved its ids equal, else `tokenizers` or `transformers`."""
+    """What encoded the text: `gigatoken` where a check proved its ids equal, else `tokenizers` or
+    `transformers`."""
     prefix: tuple[int, ...] | None = None
-    """Ids that stand before each document; None in manifests that did not say so yet, as for `suffix`."""
+    """Ids that stand before each document; None in manifests that did not say so yet, as for
+    `suffix`."""
     suffix: tuple[int, ...] | None = None
     """Ids that stand after each document."""
     labels: tuple[str, ...]
@@ -159,7 +164,8 @@ class Manifest(_Record):
     validation: Split | None
     num_source_files: int
     num_source_bytes: int
-    """Size of the input files on storage. What each gave is told in source_files.json, which no worker reads."""
+    """Size of the input files on storage. What each gave is told in source_files.json, which no
+    worker reads."""
     dropped: dict[str, int]
     """Documents that were left out, by reason."""
     num_contradicting: int = 0
@@ -183,41 +189,64 @@ class Manifest(_Record):
 
 
 def load_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest:
-    """The manifest of the corpus in a folder. Raises CorpusError if there is none, or it is of another version."""
+    """The manifest of the corpus in a folder. Raises CorpusError if there is none, or it is of
+    another version."""
     path = f"{folder}/{MANIFEST}"
     try:
         tree = json.loads(read_bytes(filesystem, path))
         version = tree.get("version") if isinstance(tree, dict) else None
         if version not in (2, VERSION):
-            raise CorpusError(path, f"is of version {version}", f"this dray reads version {VERSION}", "prepare again")
+            raise CorpusError(
+                path,
+                f"is of version {version}",
+                f"this dray reads version {VERSION}",
+                "prepare again",
+            )
         return Manifest.model_validate(_from_version_2(tree) if version == 2 else tree)
     except FileNotFoundError as error:
-        raise CorpusError(folder, "holds no prepared corpus", f"a complete corpus has a {MANIFEST}",
-                          "`dray prepare` makes one") from error
+        raise CorpusError(
+            folder,
+            "holds no prepared corpus",
+            f"a complete corpus has a {MANIFEST}",
+            "`dray prepare` makes one",
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise CorpusError(path, "is not a manifest", "it is written by `dray prepare`", "delete the folder") from error
+        raise CorpusError(
+            path, "is not a manifest", "it is written by `dray prepare`", "delete the folder"
+        ) from error
 
 
 def _from_version_2(tree: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of version 2 as one of today, which keeps the account of its source files elsewhere."""
+    """A manifest of version 2 as one of today, which keeps the account of its source files
+    elsewhere."""
     files = tree.get("source_files", [])
-    counts = {"num_source_files": len(files), "num_source_bytes": sum(file["num_bytes"] for file in files)}
-    return {key: value for key, value in tree.items() if key != "source_files"} | counts | {"version": VERSION}
+    counts = {
+        "num_source_files": len(files),
+        "num_source_bytes": sum(file["num_bytes"] for file in files),
+    }
+    return (
+        {key: value for key, value in tree.items() if key != "source_files"}
+        | counts
+        | {"version": VERSION}
+    )
 
 
 def load_run_manifest(run: Run) -> Manifest:
-    """The manifest of a run's corpus: the run's own copy, else the corpus'. Raises StoreError if the run has no corpus
-    on record, CorpusError if it is gone."""
+    """The manifest of a run's corpus: the run's own copy, else the corpus'. Raises StoreError if
+    the run has no corpus on record, CorpusError if it is gone."""
     filesystem, path = open_filesystem(run.corpus_copy)
     if exists(filesystem, f"{path}/{MANIFEST}"):
         return load_manifest(filesystem, path)
     if not run.corpus:
-        raise StoreError(f"run {run.name!r}", "has no corpus on record", "a run keeps the rows it began with")
+        raise StoreError(
+            f"run {run.name!r}", "has no corpus on record", "a run keeps the rows it began with"
+        )
     return load_manifest(*open_filesystem(run.corpus))
 
 
 def load_source_files(filesystem: pafs.FileSystem, folder: str) -> tuple[SourceFile, ...]:
-    """What each input file of a corpus gave, in reading order. Raises CorpusError for a corpus without that account."""
+    """What each input file of a corpus gave, in reading order. Raises CorpusError for a corpus
+    without that account."""
     try:
         tree = json.loads(read_bytes(filesystem, f"{folder}/{SOURCE_FILES}"))
     except FileNotFoundError:  # version 2 kept it in the manifest
@@ -225,8 +254,12 @@ def load_source_files(filesystem: pafs.FileSystem, folder: str) -> tuple[SourceF
     try:
         return _SOURCE_FILES.validate_python(tree)
     except ValidationError as error:
-        raise CorpusError(f"{folder}/{SOURCE_FILES}", "is not the account of a corpus' source files",
-                          "it is written by `dray prepare`", "delete the folder") from error
+        raise CorpusError(
+            f"{folder}/{SOURCE_FILES}",
+            "is not the account of a corpus' source files",
+            "it is written by `dray prepare`",
+            "delete the folder",
+        ) from error
 
 
 def dump_manifest(manifest: Manifest) -> bytes:

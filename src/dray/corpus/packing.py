@@ -1,7 +1,9 @@
-"""From documents to rows: best-fit packing for language modelling, one document a row for tasks with labels.
+"""From documents to rows: best-fit packing for language modelling, one document a row for tasks
+with labels.
 
-Pure numpy. A document longer than a row is cut into full rows and a remainder; remainders and short documents are
-packed best-fit, longest first. Nothing is lost in packing; what is cut off in one-document rows is counted.
+Pure numpy. A document longer than a row is cut into full rows and a remainder; remainders and short
+documents are packed best-fit, longest first. Nothing is lost in packing; what is cut off in
+one-document rows is counted.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ class Rows:
 
 
 def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
-    """The row of each piece and the number of rows: longest first, each into the fullest row that still has room.
+    """The row of each piece and the number of rows: longest first, each into the fullest row that
+    still has room.
 
-    Pieces of one length are dealt together to rows of one fill: the work is at most O(n log n), and far less when many
-    pieces have the same length. Lengths lie in 1..capacity.
+    Pieces of one length are dealt together to rows of one fill: the work is at most O(n log n), and
+    far less when many pieces have the same length. Lengths lie in 1..capacity.
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
@@ -57,7 +60,9 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
                 num_rows += wanted
             placed = min(count, len(taken) * each)
             # Mostly a few rows: a list is quicker than numpy there.
-            rows_of_sorted += taken if each == 1 else [row for row in taken for _ in range(each)][:placed]
+            rows_of_sorted += (
+                taken if each == 1 else [row for row in taken for _ in range(each)][:placed]
+            )
             count -= placed
             last = placed - (len(taken) - 1) * each
             for rows, left in ((taken[:-1], room - each * size), (taken[-1:], room - last * size)):
@@ -71,7 +76,9 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
     return rows_of_piece, num_rows
 
 
-def pack(tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, pad_token_id: int) -> Rows:
+def pack(
+    tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, pad_token_id: int
+) -> Rows:
     """Documents (`tokens` end to end, `lengths` each) in as few rows as best-fit finds."""
     full, rest = lengths // capacity, lengths % capacity
     starts = np.cumsum(lengths) - lengths
@@ -86,29 +93,48 @@ def pack(tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, 
     row_of_piece = np.concatenate([np.arange(num_full), packed + num_full])
     order = np.argsort(row_of_piece, kind="stable")
     num_rows = num_full + num_packed
-    num_tokens = np.bincount(row_of_piece, weights=piece_lengths, minlength=num_rows).astype(np.int32)
+    num_tokens = np.bincount(row_of_piece, weights=piece_lengths, minlength=num_rows).astype(
+        np.int32
+    )
     gathered = gather(tokens, piece_starts[order], piece_lengths[order])
-    return Rows(_fill(gathered, num_tokens, capacity, pad_token_id), num_tokens,
-                num_cut_documents=int((lengths > capacity).sum()))
+    return Rows(
+        _fill(gathered, num_tokens, capacity, pad_token_id),
+        num_tokens,
+        num_cut_documents=int((lengths > capacity).sum()),
+    )
 
 
-def one_a_row(tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, pad_token_id: int,
-              *, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> Rows:
-    """A document a row between `prefix` and `suffix`; the end of a longer document is cut off and counted."""
+def one_a_row(
+    tokens: npt.NDArray[np.unsignedinteger],
+    lengths: Ints,
+    capacity: int,
+    pad_token_id: int,
+    *,
+    prefix: tuple[int, ...],
+    suffix: tuple[int, ...],
+) -> Rows:
+    """A document a row between `prefix` and `suffix`; the end of a longer document is cut off and
+    counted."""
     room = capacity - len(prefix) - len(suffix)
     kept = np.minimum(lengths, room)
     starts = np.cumsum(lengths) - lengths
     content = _fill(gather(tokens, starts, kept), kept.astype(np.int32), capacity, pad_token_id)
     rows = np.full((len(lengths), capacity), pad_token_id, tokens.dtype)
-    rows[:, :len(prefix)] = prefix
-    rows[:, len(prefix):] = content[:, :capacity - len(prefix)]
+    rows[:, : len(prefix)] = prefix
+    rows[:, len(prefix) :] = content[:, : capacity - len(prefix)]
     for index, token in enumerate(suffix):
         rows[np.arange(len(rows)), len(prefix) + kept + index] = token
-    return Rows(rows, (kept + len(prefix) + len(suffix)).astype(np.int32),
-                num_truncated_documents=int((lengths > room).sum()), num_truncated_tokens=int((lengths - kept).sum()))
+    return Rows(
+        rows,
+        (kept + len(prefix) + len(suffix)).astype(np.int32),
+        num_truncated_documents=int((lengths > room).sum()),
+        num_truncated_tokens=int((lengths - kept).sum()),
+    )
 
 
-def gather(tokens: npt.NDArray[np.unsignedinteger], starts: Ints, lengths: Ints) -> npt.NDArray[np.unsignedinteger]:
+def gather(
+    tokens: npt.NDArray[np.unsignedinteger], starts: Ints, lengths: Ints
+) -> npt.NDArray[np.unsignedinteger]:
     """The pieces of `tokens` end to end."""
     if not len(starts):
         return tokens[:0]
@@ -121,20 +147,26 @@ def gather(tokens: npt.NDArray[np.unsignedinteger], starts: Ints, lengths: Ints)
     return gathered
 
 
-def _fill(tokens: npt.NDArray[np.unsignedinteger], num_tokens: npt.NDArray[np.int32], capacity: int,
-          pad_token_id: int) -> npt.NDArray[np.unsignedinteger]:
+def _fill(
+    tokens: npt.NDArray[np.unsignedinteger],
+    num_tokens: npt.NDArray[np.int32],
+    capacity: int,
+    pad_token_id: int,
+) -> npt.NDArray[np.unsignedinteger]:
     """Tokens end to end as a padded matrix."""
     rows = np.full((len(num_tokens), capacity), pad_token_id, tokens.dtype)
     rows[np.arange(capacity, dtype=np.int32) < num_tokens[:, None]] = tokens
     return rows
 
 
-def order_by_length(num_tokens: npt.NDArray[np.int32], group_rows: int, window_groups: int,
-                    rng: np.random.Generator) -> Ints:
-    """An order of rows in which each group holds rows of like length, and groups come in random order.
+def order_by_length(
+    num_tokens: npt.NDArray[np.int32], group_rows: int, window_groups: int, rng: np.random.Generator
+) -> Ints:
+    """An order of rows in which each group holds rows of like length, and groups come in random
+    order.
 
-    Rows are taken as they come (already shuffled), sorted by length inside windows of `window_groups` groups and cut
-    into groups. What does not fill a group stays at the end.
+    Rows are taken as they come (already shuffled), sorted by length inside windows of
+    `window_groups` groups and cut into groups. What does not fill a group stays at the end.
     """
     num_full = len(num_tokens) // group_rows * group_rows
     order = np.arange(len(num_tokens))

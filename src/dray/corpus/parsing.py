@@ -1,7 +1,7 @@
 """Records of text → documents: JSON lines, plain lines, csv and tsv.
 
-Every form parses whole blocks at once through Arrow, and a record at a time where a block holds anything odd; both ways
-give the same documents.
+Every form parses whole blocks at once through Arrow, and a record at a time where a block holds
+anything odd; both ways give the same documents.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class _Lines(_ByLine):
     """A document a line, blank lines aside."""
 
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
-        texts = pc.split_pattern(pa.array([data], pa.large_binary()).cast(pa.large_string()), "\n").flatten()
+        texts = pc.split_pattern(
+            pa.array([data], pa.large_binary()).cast(pa.large_string()), "\n"
+        ).flatten()
         if b"\r" in data:
             texts = pc.utf8_rtrim(texts, characters="\r")
         return texts.filter(pc.not_equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)), None
@@ -68,7 +70,9 @@ class _JsonLines(_ByLine):
     def __init__(self, text: str, label: str | None) -> None:
         super().__init__()
         self._text, self._label = text, label
-        self._label_types = [pa.string(), pa.int64(), pa.bool_(), pa.float64()] if label is not None else [None]
+        self._label_types = (
+            [pa.string(), pa.int64(), pa.bool_(), pa.float64()] if label is not None else [None]
+        )
 
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
         if b"\\u0000" in data or not data:
@@ -85,7 +89,11 @@ class _JsonLines(_ByLine):
                 return None
             texts = whole_column(table[self._text], pa.large_string())
             labels = named_column(table[self._label]) if self._label is not None else None
-            return None if texts is None or (labels is not None and labels.null_count) else (texts, labels)
+            return (
+                None
+                if texts is None or (labels is not None and labels.null_count)
+                else (texts, labels)
+            )
         return None
 
     def parse_line(self, line: str) -> tuple[str, str]:
@@ -120,7 +128,11 @@ class _Record(dict[str, Any]):
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
         names = [name for name, _ in pairs]
-        self.repeated = {name for name in self if names.count(name) > 1} if len(self) < len(names) else frozenset[str]()
+        self.repeated = (
+            {name for name in self if names.count(name) > 1}
+            if len(self) < len(names)
+            else frozenset[str]()
+        )
 
 
 def _guess_why(line: str) -> str:
@@ -129,11 +141,15 @@ def _guess_why(line: str) -> str:
     if text.endswith("},"):
         return " (a comma behind the record)"
     if text in ("{", "}", "[", "]") or (text.startswith('"') and text.endswith((",", "{", "["))):
-        return " (records are objects, one a line, or one array of them; this one goes on over lines)"
+        return (
+            " (records are objects, one a line, or one array of them; this one goes on over lines)"
+        )
     return ""
 
 
-def _read_json(data: bytes, text: str, label: str | None, label_type: pa.DataType | None) -> pa.Table | None:
+def _read_json(
+    data: bytes, text: str, label: str | None, label_type: pa.DataType | None
+) -> pa.Table | None:
     import pyarrow.json as pj
 
     fields = [(text, pa.string())] + ([(label, label_type)] if label is not None else [])
@@ -141,7 +157,9 @@ def _read_json(data: bytes, text: str, label: str | None, label_type: pa.DataTyp
         return pj.read_json(
             pa.BufferReader(data),
             read_options=pj.ReadOptions(use_threads=False, block_size=len(data) + 1),
-            parse_options=pj.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"),
+            parse_options=pj.ParseOptions(
+                explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"
+            ),
         )
     except pa.ArrowInvalid:
         return None

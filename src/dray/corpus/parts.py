@@ -9,12 +9,14 @@
     mix_rows          rows of a bundle of chunks → those that go to a group of shards
     merge_rows        slices of all chunks' rows → one token shard
 
-Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to shards. Of a large
-corpus that would be millions of small reads, so it goes there in two steps, by way of files that hold what some of the
-chunks send to some of the others (`planning.py` says when). The result is the same, byte for byte.
+Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to
+shards. Of a large corpus that would be millions of small reads, so it goes there in two steps, by
+way of files that hold what some of the chunks send to some of the others (`planning.py` says when).
+The result is the same, byte for byte.
 
-Each writes its files whole and then a record that names them: work whose record is there is never done again. How
-work is cut depends on the inputs alone: the result is the same whatever ran where, how often, or when it was stopped.
+Each writes its files whole and then a record that names them: work whose record is there is never
+done again. How work is cut depends on the inputs alone: the result is the same whatever ran where,
+how often, or when it was stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +42,14 @@ from dray.corpus.shards import make_batch, make_schema, write_shard
 from dray.corpus.sources import InputFile
 from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
 from dray.spec import Cleaning, Source
-from dray.storage.filesystem import child, make_folder, open_whole, read_bytes, share_filesystem, write_bytes
+from dray.storage.filesystem import (
+    child,
+    make_folder,
+    open_whole,
+    read_bytes,
+    share_filesystem,
+    write_bytes,
+)
 
 STAGING = ".staging"
 BATCH_BYTES = 4 * 1024 * 1024
@@ -51,8 +60,15 @@ MAX_QUARANTINED = 10_000
 Counts = npt.NDArray[np.int32]
 SPLITS = ("train", "validation")
 DROP_REASONS = ("duplicate", "in_validation")
-ENTRY = np.dtype([("high", np.uint64), ("low", np.uint64), ("class", np.uint64), ("chunk", np.int32),
-                  ("document", np.int32)])
+ENTRY = np.dtype(
+    [
+        ("high", np.uint64),
+        ("low", np.uint64),
+        ("class", np.uint64),
+        ("chunk", np.int32),
+        ("document", np.int32),
+    ]
+)
 """A document's hash, its label's (0: none) and its place."""
 DROP = np.dtype([("chunk", np.int32), ("document", np.int32)])
 """A document that is left out."""
@@ -60,7 +76,8 @@ DROP = np.dtype([("chunk", np.int32), ("document", np.int32)])
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """A source of the spec with its name and split; its rows stay apart from those of the others."""
+    """A source of the spec with its name and split; its rows stay apart from those of the
+    others."""
 
     name: str
     split: str
@@ -144,7 +161,8 @@ class Job:
     known_labels: tuple[str, ...] = ()
     """The classes of a trained model that the corpus is to measure; empty: they are found."""
     work: str = "work"
-    """Folder of the intermediate files: another one for inputs of other names, which the records tell of."""
+    """Folder of the intermediate files: another one for inputs of other names, which the records
+    tell of."""
 
     @property
     def num_bundles(self) -> int:
@@ -158,7 +176,9 @@ class Job:
 
     def rng(self, *place: int) -> np.random.Generator:
         """A generator that belongs to the corpus and a place in it."""
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.shuffle_seed % 2**64, *place])))
+        return np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence([self.shuffle_seed % 2**64, *place]))
+        )
 
 
 def staged(job: Job, *names: str) -> tuple[pafs.FileSystem, str]:
@@ -180,25 +200,37 @@ def load_record(job: Job, stage: str, index: int) -> dict[str, Any] | None:
 
 
 def _save_record(job: Job, stage: str, index: int, record: dict[str, Any]) -> dict[str, Any]:
-    write_bytes(*staged(job, stage, record_name(index)), json.dumps(record, sort_keys=True).encode(), durable=False)
+    write_bytes(
+        *staged(job, stage, record_name(index)),
+        json.dumps(record, sort_keys=True).encode(),
+        durable=False,
+    )
     return record
 
 
-# --- cut ---
+# --- cut ----------------------------------------------------------------------------------------
 
 
 def cut_quoted(job: Job, item: tuple[int, InputFile, Source, int]) -> dict[str, Any]:
-    """Where a large file with quoted fields may be cut into ranges of about a size. Returns its record."""
+    """Where a large file with quoted fields may be cut into ranges of about a size. Returns its
+    record."""
     index, file, source, size = item
-    return _save_record(job, "cuts", index, {"bounds": find_bounds(file, source, job.max_record_bytes, size)})
+    return _save_record(
+        job, "cuts", index, {"bounds": find_bounds(file, source, job.max_record_bytes, size)}
+    )
 
 
-# --- read ---
+# --- read ---------------------------------------------------------------------------------------
 
 
-def read_batches(spans: Sequence[Span], source: Source, max_record_bytes: int,
-                 tally: Callable[[SpanReader, Documents | None], None]) -> Iterator[Documents]:
-    """The documents of spans in batches of some megabytes, whether they come from one file or from a thousand.
+def read_batches(
+    spans: Sequence[Span],
+    source: Source,
+    max_record_bytes: int,
+    tally: Callable[[SpanReader, Documents | None], None],
+) -> Iterator[Documents]:
+    """The documents of spans in batches of some megabytes, whether they come from one file or from
+    a thousand.
 
     `tally` is told of what each span gave, and at its end of its reader alone.
     """
@@ -221,11 +253,15 @@ def read_batches(spans: Sequence[Span], source: Source, max_record_bytes: int,
 
 def _joined(batches: Sequence[Documents]) -> Documents:
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    return Documents(pa.concat_arrays([batch.texts for batch in batches]), pa.concat_arrays(labels) if labels else None)
+    return Documents(
+        pa.concat_arrays([batch.texts for batch in batches]),
+        pa.concat_arrays(labels) if labels else None,
+    )
 
 
 def read_part(job: Job, part: Part) -> dict[str, Any]:
-    """Read, clean, hash and encode the documents of a part. Returns its record. Raises CorpusError."""
+    """Read, clean, hash and encode the documents of a part. Returns its record. Raises
+    CorpusError."""
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
     files: dict[str, FileCounts] = {}
     quarantine: list[Bad] = []
@@ -236,11 +272,13 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
             counts.note, counts.sha256 = counts.note or reader.note, counts.sha256 or reader.sha256
         else:
             counts.add(documents)
-            quarantine.extend(documents.bad[:MAX_QUARANTINED - len(quarantine)])
+            quarantine.extend(documents.bad[: MAX_QUARANTINED - len(quarantine)])
 
     writer = _ChunkWriter(job, part.index)
     dropped: Counter[str] = Counter()
-    for batch in read_batches(part.spans, job.sources[part.source].source, job.max_record_bytes, tally):
+    for batch in read_batches(
+        part.spans, job.sources[part.source].source, job.max_record_bytes, tally
+    ):
         cleaned = clean(batch.texts, batch.labels, job.cleaning)
         dropped += cleaned.dropped
         writer.add(cleaned.texts, cleaned.labels)
@@ -248,14 +286,26 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
     lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
     if lines:
-        write_bytes(*staged(job, "read", f"{part.index:06d}.quarantine.jsonl"), "".join(lines).encode(), durable=False)
+        write_bytes(
+            *staged(job, "read", f"{part.index:06d}.quarantine.jsonl"),
+            "".join(lines).encode(),
+            durable=False,
+        )
     num_bad = sum(counts.num_bad for counts in files.values())
-    return _save_record(job, "read", part.index, {
-        "files": {name: vars(counts) for name, counts in files.items()}, "dropped": dict(dropped), "num_bad": num_bad,
-        "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
-        "chunks": writer.chunks, "num_chunk_documents": writer.num_documents,
-        "labels": dict(sorted(writer.labels.items())),
-    })
+    return _save_record(
+        job,
+        "read",
+        part.index,
+        {
+            "files": {name: vars(counts) for name, counts in files.items()},
+            "dropped": dict(dropped),
+            "num_bad": num_bad,
+            "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
+            "chunks": writer.chunks,
+            "num_chunk_documents": writer.num_documents,
+            "labels": dict(sorted(writer.labels.items())),
+        },
+    )
 
 
 class _ChunkWriter:
@@ -282,12 +332,16 @@ class _ChunkWriter:
             tokens, lengths = surround(ids, lengths, info.prefix, info.suffix, info.dtype)
         else:
             tokens = ids.astype(info.dtype)
-        bounds = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset:texts.offset + len(texts) + 1]
+        bounds = np.frombuffer(texts.buffers()[1], np.int64)[
+            texts.offset : texts.offset + len(texts) + 1
+        ]
         self._tokens.append(tokens)
         self._columns.append((lengths, np.diff(bounds), *hash_texts(texts)))
         if labels is not None:
             self._labels.append(labels)
-            self.labels.update({item["values"]: item["counts"] for item in labels.value_counts().to_pylist()})
+            self.labels.update(
+                {item["values"]: item["counts"] for item in labels.value_counts().to_pylist()}
+            )
         self._text_bytes += int(bounds[-1] - bounds[0])
         if self._text_bytes >= self._job.chunk_bytes:
             self.close()
@@ -297,28 +351,41 @@ class _ChunkWriter:
         if not self._columns:
             return
         name = f"{self._part:06d}-{len(self.chunks):04d}"
-        lengths, text_bytes, high, low = (np.concatenate(column) for column in zip(*self._columns, strict=True))
+        lengths, text_bytes, high, low = (
+            np.concatenate(column) for column in zip(*self._columns, strict=True)
+        )
         filesystem, path = staged(self._job, "read", name)
         make_folder(filesystem, path.rpartition("/")[0])
         with open_whole(filesystem, f"{path}.tokens", durable=False) as stream:
             for tokens in self._tokens:
                 stream.write(tokens.tobytes())
-        columns = {"num_tokens": pa.array(lengths, pa.int64()), "num_bytes": pa.array(text_bytes, pa.int64()),
-                   "low": pa.array(low)}
+        columns = {
+            "num_tokens": pa.array(lengths, pa.int64()),
+            "num_bytes": pa.array(text_bytes, pa.int64()),
+            "low": pa.array(low),
+        }
         if self._labels:
             columns["label"] = pa.concat_arrays(self._labels)
         _write_batch(filesystem, f"{path}.documents", pa.record_batch(columns))
         if self._job.num_partitions:
-            classes = hash_texts(columns["label"].cast(pa.large_string()))[1] if self._labels else None
-            write_sections(filesystem, f"{path}.hashes", _partition(high, low, classes, self._job.num_partitions))
+            classes = (
+                hash_texts(columns["label"].cast(pa.large_string()))[1] if self._labels else None
+            )
+            write_sections(
+                filesystem,
+                f"{path}.hashes",
+                _partition(high, low, classes, self._job.num_partitions),
+            )
         self.chunks.append(name)
         self.num_documents += len(lengths)
         self._tokens, self._columns, self._labels, self._text_bytes = [], [], [], 0
 
 
-def _partition(high: Hashes, low: Hashes, classes: Hashes | None, num_partitions: int) -> list[Records]:
-    """Hashes and places of the documents of each partition, in reading order; hashes of labels where there are any. The
-    chunk is filled in by the reader."""
+def _partition(
+    high: Hashes, low: Hashes, classes: Hashes | None, num_partitions: int
+) -> list[Records]:
+    """Hashes and places of the documents of each partition, in reading order; hashes of labels
+    where there are any. The chunk is filled in by the reader."""
     place = (high % np.uint64(num_partitions)).astype(np.int64)
     order = np.argsort(place, kind="stable")
     entries = np.zeros(len(order), ENTRY)
@@ -330,7 +397,10 @@ def _partition(high: Hashes, low: Hashes, classes: Hashes | None, num_partitions
 
 
 def _write_batch(filesystem: pafs.FileSystem, path: str, batch: pa.RecordBatch) -> None:
-    with open_whole(filesystem, path, durable=False) as stream, pa.ipc.new_file(stream, batch.schema) as writer:
+    with (
+        open_whole(filesystem, path, durable=False) as stream,
+        pa.ipc.new_file(stream, batch.schema) as writer,
+    ):
         writer.write_batch(batch)
 
 
@@ -339,18 +409,22 @@ def _read_batch(filesystem: pafs.FileSystem, path: str) -> pa.RecordBatch:
         return pa.ipc.open_file(file).get_batch(0)
 
 
-# --- deduplicate ---
+# --- deduplicate --------------------------------------------------------------------------------
 
 
 def gather_hashes(job: Job, bundle: int) -> dict[str, Any]:
     """The hashes of a bundle of chunks in one file, by partition."""
     first = bundle * job.bundle_chunks
     parts: list[list[Records]] = [[] for _ in range(job.num_partitions)]
-    for index, chunk in enumerate(job.chunks[first:first + job.bundle_chunks], first):
-        sections = read_sections(*staged(job, "read", f"{chunk.name}.hashes"), job.num_partitions, ENTRY)
+    for index, chunk in enumerate(job.chunks[first : first + job.bundle_chunks], first):
+        sections = read_sections(
+            *staged(job, "read", f"{chunk.name}.hashes"), job.num_partitions, ENTRY
+        )
         for part, section in zip(parts, sections, strict=True):
             part.append(_of_chunk(section, index))
-    write_sections(*staged(job, "hashes", f"{bundle:06d}.hashes"), [np.concatenate(part) for part in parts])
+    write_sections(
+        *staged(job, "hashes", f"{bundle:06d}.hashes"), [np.concatenate(part) for part in parts]
+    )
     return _save_record(job, "hashes", bundle, {})
 
 
@@ -363,19 +437,34 @@ def _of_chunk(entries: Records, chunk: int) -> Records:
 def _read_hashes(job: Job, partition: int) -> Records:
     """What all chunks have in a hash partition, in the order of the chunks and of reading."""
     if job.bundle_chunks == 1:
-        entries = [_of_chunk(read_section(*staged(job, "read", f"{chunk.name}.hashes"), partition, job.num_partitions,
-                                          ENTRY), index) for index, chunk in enumerate(job.chunks)]
+        entries = [
+            _of_chunk(
+                read_section(
+                    *staged(job, "read", f"{chunk.name}.hashes"),
+                    partition,
+                    job.num_partitions,
+                    ENTRY,
+                ),
+                index,
+            )
+            for index, chunk in enumerate(job.chunks)
+        ]
     else:
-        entries = [read_section(*staged(job, "hashes", f"{bundle:06d}.hashes"), partition, job.num_partitions, ENTRY)
-                   for bundle in range(job.num_bundles)]
+        entries = [
+            read_section(
+                *staged(job, "hashes", f"{bundle:06d}.hashes"), partition, job.num_partitions, ENTRY
+            )
+            for bundle in range(job.num_bundles)
+        ]
     return np.concatenate(entries) if entries else np.empty(0, ENTRY)
 
 
 def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
-    """Of the documents of one hash partition with equal text, all but the first: by split, source, file and offset.
+    """Of the documents of one hash partition with equal text, all but the first: by split, source,
+    file and offset.
 
-    Validation sources come first: a training document that equals one of theirs is left out of training. Those whose
-    label is not the first one's are counted.
+    Validation sources come first: a training document that equals one of theirs is left out of
+    training. Those whose label is not the first one's are counted.
     """
     held = np.array([job.sources[chunk.source].split == "validation" for chunk in job.chunks], bool)
     entries = _read_hashes(job, partition)
@@ -385,7 +474,11 @@ def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
     high, low = entries["high"][order], entries["low"][order]
     again = np.zeros(len(order), bool)
     again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))] if len(order) else order
+    first = (
+        order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))]
+        if len(order)
+        else order
+    )
     lost, kept = entries[order[again]], entries[first[again]]
     contradicting = int((lost["class"] != kept["class"]).sum())
     if job.cleaning.deduplicate == "none":  # looked for contradictions only
@@ -395,15 +488,31 @@ def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
     drops["chunk"], drops["document"] = lost["chunk"], lost["document"]
     drops = drops[np.argsort(drops["chunk"], kind="stable")]
     bounds = np.searchsorted(drops["chunk"], np.arange(1, job.num_bundles) * job.bundle_chunks)
-    write_sections(*staged(job, "duplicates", f"{partition:06d}.drops"), np.split(drops, bounds.tolist()))
-    return _save_record(job, "duplicates", partition, {
-        "duplicate": int((~leaked).sum()), "in_validation": int(leaked.sum()), "contradicting": contradicting})
+    write_sections(
+        *staged(job, "duplicates", f"{partition:06d}.drops"), np.split(drops, bounds.tolist())
+    )
+    return _save_record(
+        job,
+        "duplicates",
+        partition,
+        {
+            "duplicate": int((~leaked).sum()),
+            "in_validation": int(leaked.sum()),
+            "contradicting": contradicting,
+        },
+    )
 
 
 def spread_drops(job: Job, bundle: int) -> dict[str, Any]:
     """What all partitions leave out of a bundle of chunks in one file, by chunk."""
-    drops = np.concatenate([read_section(*staged(job, "duplicates", f"{partition:06d}.drops"), bundle, job.num_bundles,
-                                         DROP) for partition in range(job.num_partitions)])
+    drops = np.concatenate(
+        [
+            read_section(
+                *staged(job, "duplicates", f"{partition:06d}.drops"), bundle, job.num_bundles, DROP
+            )
+            for partition in range(job.num_partitions)
+        ]
+    )
     drops = drops[np.argsort(drops["chunk"], kind="stable")]
     chunks = bundle * job.bundle_chunks + np.arange(1, job.bundle_chunks)
     bounds = np.searchsorted(drops["chunk"], chunks)
@@ -415,20 +524,29 @@ def _kept(job: Job, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
     keep = np.ones(num_documents, bool)
     if job.bundle_chunks > 1 and job.num_partitions:
         bundle, place = divmod(chunk, job.bundle_chunks)
-        found = [read_section(*staged(job, "drops", f"{bundle:06d}.drops"), place, job.bundle_chunks, DROP)]
+        found = [
+            read_section(
+                *staged(job, "drops", f"{bundle:06d}.drops"), place, job.bundle_chunks, DROP
+            )
+        ]
     else:
-        found = [read_section(*staged(job, "duplicates", f"{partition:06d}.drops"), chunk, job.num_bundles, DROP)
-                 for partition in range(job.num_partitions)]
+        found = [
+            read_section(
+                *staged(job, "duplicates", f"{partition:06d}.drops"), chunk, job.num_bundles, DROP
+            )
+            for partition in range(job.num_partitions)
+        ]
     for drops in found:
         keep[drops["document"]] = False
     return keep
 
 
-# --- pack ---
+# --- pack ---------------------------------------------------------------------------------------
 
 
 def pack_chunk(job: Job, index: int) -> dict[str, Any]:
-    """Turn the documents of a chunk into rows, in random order, apart for each split. Returns counts by split."""
+    """Turn the documents of a chunk into rows, in random order, apart for each split. Returns
+    counts by split."""
     chunk = job.chunks[index]
     filesystem, path = staged(job, "read", chunk.name)
     documents = _read_batch(filesystem, f"{path}.documents")
@@ -447,9 +565,15 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
             if split == "validation" and job.packs_rows:
                 _write_sample(job, index, tokens, lengths, chosen)
             order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
-            _write_rows(*staged(job, "packed", f"{index:06d}.{split}"), (rows.tokens, rows.num_tokens, labels), order)
+            _write_rows(
+                *staged(job, "packed", f"{index:06d}.{split}"),
+                (rows.tokens, rows.num_tokens, labels),
+                order,
+            )
             record[split] = {
-                "num_rows": len(order), "num_documents": len(chosen), "num_tokens": int(rows.num_tokens.sum()),
+                "num_rows": len(order),
+                "num_documents": len(chosen),
+                "num_tokens": int(rows.num_tokens.sum()),
                 "num_text_bytes": int(documents.column("num_bytes").to_numpy()[chosen].sum()),
                 "num_cut_documents": rows.num_cut_documents,
                 "num_truncated_documents": rows.num_truncated_documents,
@@ -460,30 +584,41 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
     return _save_record(job, "packed", index, record)
 
 
-def _write_sample(job: Job, index: int, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints) -> None:
+def _write_sample(
+    job: Job, index: int, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints
+) -> None:
     tokenizer = load_decoder(child(job.folder, "tokenizer"))
     text = decode_sample(tokenizer, tokens, lengths, chosen, SAMPLE_BYTES // len(job.chunks))
     write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
 
 
-def _make_rows(job: Job, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints,
-               documents: pa.RecordBatch) -> tuple[Rows, npt.NDArray[np.int32] | None]:
+def _make_rows(
+    job: Job,
+    tokens: npt.NDArray[np.unsignedinteger],
+    lengths: Ints,
+    chosen: Ints,
+    documents: pa.RecordBatch,
+) -> tuple[Rows, npt.NDArray[np.int32] | None]:
     info = job.info
     if len(chosen) < len(lengths):
         starts = np.cumsum(lengths) - lengths
         tokens, lengths = gather(tokens, starts[chosen], lengths[chosen]), lengths[chosen]
     if job.packs_rows:
         return pack(tokens, lengths, job.sequence_tokens, info.filler), None
-    rows = one_a_row(tokens, lengths, job.sequence_tokens, info.filler, prefix=info.prefix, suffix=info.suffix)
+    rows = one_a_row(
+        tokens, lengths, job.sequence_tokens, info.filler, prefix=info.prefix, suffix=info.suffix
+    )
     ids = {label: index for index, label in enumerate(job.labels)}
     encoded = documents.column("label").dictionary_encode()
     lookup = np.array([ids[label] for label in encoded.dictionary.to_pylist()], np.int32)
     return rows, lookup[encoded.indices.to_numpy()][chosen]
 
 
-def _write_rows(filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.NDArray[Any] | None],
-                order: Ints) -> None:
-    """Rows, then their numbers of tokens, then their labels, as plain bytes: a slice of each is one range."""
+def _write_rows(
+    filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.NDArray[Any] | None], order: Ints
+) -> None:
+    """Rows, then their numbers of tokens, then their labels, as plain bytes: a slice of each is one
+    range."""
     make_folder(filesystem, path.rpartition("/")[0])
     with open_whole(filesystem, path, durable=False) as stream:
         for column in columns:
@@ -491,20 +626,22 @@ def _write_rows(filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.ND
                 stream.write(np.ascontiguousarray(column[order]).data.cast("B"))
 
 
-# --- merge ---
+# --- merge --------------------------------------------------------------------------------------
 
 
 def mix_rows(job: Job, item: tuple[int, MixPlan]) -> dict[str, Any]:
     """Write the rows that a bundle of chunks sends to a group of shards, shard after shard."""
     index, plan = item
     shard_of = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in plan.counts])
-    _write_rows(*staged(job, plan.file), _read_slices(job, plan.slices),
-                np.argsort(shard_of, kind="stable"))
+    _write_rows(
+        *staged(job, plan.file), _read_slices(job, plan.slices), np.argsort(shard_of, kind="stable")
+    )
     return _save_record(job, "mixed", index, {})
 
 
 def merge_rows(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:
-    """Write one shard from its slices of the chunks, in a random order of its own. Returns the shard's record."""
+    """Write one shard from its slices of the chunks, in a random order of its own. Returns the
+    shard's record."""
     index, plan = item
     rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
     tokens, num_tokens, labels = _read_slices(job, plan.slices)
@@ -512,14 +649,18 @@ def merge_rows(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     if not job.packs_rows:
         order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
     schema = make_schema(job.sequence_tokens, job.info.dtype, not job.packs_rows)
-    rows = make_batch(schema, tokens[order], num_tokens[order], None if labels is None else labels[order])
+    rows = make_batch(
+        schema, tokens[order], num_tokens[order], None if labels is None else labels[order]
+    )
     del tokens
     file = f"{plan.split}/{plan.source:03d}-{plan.index:06d}.arrow"
     shard = write_shard(*share_filesystem(job.folder), file, rows, job.group_rows)
     return _save_record(job, "shards", index, shard.model_dump())
 
 
-def _read_slices(job: Job, slices: Sequence[Slice]) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
+def _read_slices(
+    job: Job, slices: Sequence[Slice]
+) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
     """Tokens, numbers of tokens and labels of rows, slice after slice."""
     num_rows = sum(piece.num_rows for piece in slices)
     kind = np.dtype(job.info.dtype)
@@ -532,9 +673,9 @@ def _read_slices(job: Job, slices: Sequence[Slice]) -> tuple[npt.NDArray[Any], C
         count, total = piece.num_rows, piece.rows_in_file
         with filesystem.open_input_file(path) as file:
             data = file.read_at(count * width, piece.start * width)
-            tokens[done:done + count] = np.frombuffer(data, kind).reshape(count, -1)
+            tokens[done : done + count] = np.frombuffer(data, kind).reshape(count, -1)
             for nth, column in enumerate(extra):
                 data = file.read_at(count * 4, total * width + (nth * total + piece.start) * 4)
-                column[done:done + count] = np.frombuffer(data, np.int32)
+                column[done : done + count] = np.frombuffer(data, np.int32)
         done += count
     return tokens, extra[0], None if job.packs_rows else extra[1]

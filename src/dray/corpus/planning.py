@@ -1,7 +1,8 @@
-"""How the preparation of a corpus is cut into parts and its rows dealt to shards: arithmetic on sizes and counts.
+"""How the preparation of a corpus is cut into parts and its rows dealt to shards: arithmetic on
+sizes and counts.
 
-Both depend on the inputs alone, never on the cluster, so that the result is the same on any. Nothing is read but the
-first bytes of large files of lines and the footers of large parquet files.
+Both depend on the inputs alone, never on the cluster, so that the result is the same on any.
+Nothing is read but the first bytes of large files of lines and the footers of large parquet files.
 """
 
 from __future__ import annotations
@@ -40,31 +41,45 @@ MAX_ROWS_DEALT = 10**9 - 1
 def choose_part_bytes(files: Sequence[Sequence[InputFile]]) -> int:
     """The size that parts aim at.
 
-    Small corpora are cut finer so that all CPUs have work; beyond some gigabytes parts grow, so that there are never
-    more than some thousands.
+    Small corpora are cut finer so that all CPUs have work; beyond some gigabytes parts grow, so
+    that there are never more than some thousands.
     """
     total = sum(file.estimated_bytes for group in files for file in group)
     return max(MIN_PART_BYTES, min(PART_BYTES, total // 8), min(MAX_PART_BYTES, total // 256))
 
 
-def find_quoted(files: Sequence[Sequence[InputFile]], sources: Sequence[Source],
-                size: int) -> list[tuple[InputFile, Source]]:
-    """The files too large for one part whose records may hold newlines: only reading them tells where to cut."""
+def find_quoted(
+    files: Sequence[Sequence[InputFile]], sources: Sequence[Source], size: int
+) -> list[tuple[InputFile, Source]]:
+    """The files too large for one part whose records may hold newlines: only reading them tells
+    where to cut."""
     found: dict[str, tuple[InputFile, Source]] = {}
     for source, group in zip(sources, files, strict=True):
         if source.quoting != "none":
-            found.update({file.path: (file, source) for file in group
-                          if file.form in QUOTED_FORMS and file.num_bytes > size * 3 // 2 and _is_divisible(file)})
+            found.update(
+                {
+                    file.path: (file, source)
+                    for file in group
+                    if file.form in QUOTED_FORMS
+                    and file.num_bytes > size * 3 // 2
+                    and _is_divisible(file)
+                }
+            )
     return list(found.values())
 
 
-def make_parts(files: Sequence[Sequence[InputFile]], size: int, bounds: Mapping[str, Sequence[int]]) -> list[Part]:
-    """Parts of about `size` bytes, in order of source, file and offset. `bounds`: where the quoted files are cut."""
+def make_parts(
+    files: Sequence[Sequence[InputFile]], size: int, bounds: Mapping[str, Sequence[int]]
+) -> list[Part]:
+    """Parts of about `size` bytes, in order of source, file and offset. `bounds`: where the quoted
+    files are cut."""
     parts: list[Part] = []
     for source, group in enumerate(files):
         spans: list[Span] = []
         filled = 0
-        for span, num_bytes in (item for file in group for item in _cut(file, size, bounds.get(file.path))):
+        for span, num_bytes in (
+            item for file in group for item in _cut(file, size, bounds.get(file.path))
+        ):
             if spans and filled + num_bytes > size * 5 // 4:
                 parts.append(Part(len(parts), source, tuple(spans)))
                 spans, filled = [], 0
@@ -75,10 +90,19 @@ def make_parts(files: Sequence[Sequence[InputFile]], size: int, bounds: Mapping[
 
 
 def _cut(file: InputFile, size: int, bounds: Sequence[int] | None) -> Iterator[tuple[Span, int]]:
-    """Spans of a file with their estimated bytes. Compressed files and whole-file documents stay in one piece."""
-    if file.num_bytes > size * 3 // 2 and file.form in LINE_FORMS and (bounds is not None or _is_divisible(file)):
+    """Spans of a file with their estimated bytes. Compressed files and whole-file documents stay in
+    one piece."""
+    if (
+        file.num_bytes > size * 3 // 2
+        and file.form in LINE_FORMS
+        and (bounds is not None or _is_divisible(file))
+    ):
         count = -(-file.num_bytes // size)
-        starts = [file.num_bytes * index // count for index in range(count)] if bounds is None else [0, *bounds]
+        starts = (
+            [file.num_bytes * index // count for index in range(count)]
+            if bounds is None
+            else [0, *bounds]
+        )
         for start, stop in zip(starts, [*starts[1:], None], strict=True):
             yield Span(file, start, stop), (stop or file.num_bytes) - start
     elif file.num_bytes > size * 3 // 2 and file.form == "parquet":
@@ -88,13 +112,16 @@ def _cut(file: InputFile, size: int, bounds: Sequence[int] | None) -> Iterator[t
 
 
 def _is_divisible(file: InputFile) -> bool:
-    """Whether any line may begin a range: not in what is compressed, by its name or not, in an array, in no text."""
+    """Whether any line may begin a range: not in what is compressed, by its name or not, in an
+    array, in no text."""
     if file.compression:
         return False
     try:
         content = retry(lambda: read_head(file), file.name)
     except StorageFailed as error:
-        if is_transient(error.__cause__ or error):  # cut otherwise, the same files would make other rows
+        if is_transient(
+            error.__cause__ or error
+        ):  # cut otherwise, the same files would make other rows
             raise
         return False
     except (FileNotFoundError, DamagedFile):  # reading it will say what is wrong
@@ -113,7 +140,9 @@ def _cut_parquet(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:
     try:
         metadata = retry(read, file.name)
     except StorageFailed as error:
-        if is_transient(error.__cause__ or error):  # cut otherwise, the same files would make other rows
+        if is_transient(
+            error.__cause__ or error
+        ):  # cut otherwise, the same files would make other rows
             raise
         yield Span(file), file.num_bytes
         return
@@ -131,10 +160,12 @@ def _cut_parquet(file: InputFile, size: int) -> Iterator[tuple[Span, int]]:
 
 @dataclass(frozen=True)
 class Deal:
-    """How the rows of one source and split are dealt from chunks to shards, and by which way they go there.
+    """How the rows of one source and split are dealt from chunks to shards, and by which way they
+    go there.
 
-    A uniformly random deal with exact shard sizes: the rows of a chunk lie in random order, so a shard takes a run of
-    them. Plans of single shards are made as they are asked for: the table is all that is held.
+    A uniformly random deal with exact shard sizes: the rows of a chunk lie in random order, so a
+    shard takes a run of them. Plans of single shards are made as they are asked for: the table is
+    all that is held.
     """
 
     split: str
@@ -144,7 +175,8 @@ class Deal:
     counts: Ints
     """[chunks, shards]: rows that go from one to the other."""
     bundle: int
-    """Chunks whose rows travel together to a group of shards; 0: each shard takes its rows from the chunks."""
+    """Chunks whose rows travel together to a group of shards; 0: each shard takes its rows from the
+    chunks."""
     group: int
 
     @property
@@ -168,14 +200,22 @@ class Deal:
     def shard(self, index: int) -> ShardPlan:
         """The plan of one shard: from the chunks, or from the files between."""
         if not self.bundle:
-            return ShardPlan(self.split, self.source, index, self._runs(slice(None), slice(index, index + 1)))
+            return ShardPlan(
+                self.split, self.source, index, self._runs(slice(None), slice(index, index + 1))
+            )
         group, place = divmod(index, self.group)
         slices = []
         for bundle in range(self._num_bundles):
             counts = self._mix_counts(bundle, group).sum(axis=0)
             if counts[place]:
-                slices.append(Slice(self._mix_file(bundle, group), int(counts[:place].sum()), int(counts[place]),
-                                    int(counts.sum())))
+                slices.append(
+                    Slice(
+                        self._mix_file(bundle, group),
+                        int(counts[:place].sum()),
+                        int(counts[place]),
+                        int(counts.sum()),
+                    )
+                )
         return ShardPlan(self.split, self.source, index, tuple(slices))
 
     def mix(self, index: int) -> MixPlan:
@@ -183,11 +223,15 @@ class Deal:
         group, bundle = divmod(index, self._num_bundles)
         counts = self._mix_counts(bundle, group)
         rows, columns = self._place(bundle, group)
-        return MixPlan(self._mix_file(bundle, group), self._runs(rows, columns), counts[counts.sum(axis=1) > 0])
+        return MixPlan(
+            self._mix_file(bundle, group), self._runs(rows, columns), counts[counts.sum(axis=1) > 0]
+        )
 
     def _place(self, bundle: int, group: int) -> tuple[slice, slice]:
-        return (slice(bundle * self.bundle, (bundle + 1) * self.bundle),
-                slice(group * self.group, (group + 1) * self.group))
+        return (
+            slice(bundle * self.bundle, (bundle + 1) * self.bundle),
+            slice(group * self.group, (group + 1) * self.group),
+        )
 
     def _mix_counts(self, bundle: int, group: int) -> Ints:
         return self.counts[self._place(bundle, group)]
@@ -196,13 +240,21 @@ class Deal:
         return f"mixed/{self.split}-{self.source:03d}-{group:05d}-{bundle:05d}"
 
     def _runs(self, rows: slice, columns: slice) -> tuple[Slice, ...]:
-        """Of each of some chunks its rows for neighbouring shards, which lie together; none where it has none."""
+        """Of each of some chunks its rows for neighbouring shards, which lie together; none where
+        it has none."""
         counts = self.counts[rows, columns].sum(axis=1)
         stops = self._ends[rows, columns][:, -1]
         return tuple(
             Slice(f"packed/{chunk:06d}.{self.split}", stop - count, count, total)
-            for chunk, count, stop, total in zip(self.chunks[rows].tolist(), counts.tolist(), stops.tolist(),
-                                                 self._ends[rows, -1].tolist(), strict=True) if count)
+            for chunk, count, stop, total in zip(
+                self.chunks[rows].tolist(),
+                counts.tolist(),
+                stops.tolist(),
+                self._ends[rows, -1].tolist(),
+                strict=True,
+            )
+            if count
+        )
 
 
 class Plans(Sequence[tuple[int, T]]):
@@ -211,7 +263,9 @@ class Plans(Sequence[tuple[int, T]]):
     `count` of a deal says how many it has, `make` makes one of them by its number.
     """
 
-    def __init__(self, deals: Sequence[Deal], count: Callable[[Deal], int], make: Callable[[Deal, int], T]) -> None:
+    def __init__(
+        self, deals: Sequence[Deal], count: Callable[[Deal], int], make: Callable[[Deal, int], T]
+    ) -> None:
         self._deals, self._make = deals, make
         self._ends = list(accumulate(count(deal) for deal in deals))
 
@@ -234,8 +288,8 @@ class Plans(Sequence[tuple[int, T]]):
 
 
 def plan_bundles(num_chunks: int, num_partitions: int, num_documents: int) -> int:
-    """How many chunks' hashes travel together (`Job.bundle_chunks`): √chunks where each by itself would be too many
-    reads, but never more documents than fit in memory."""
+    """How many chunks' hashes travel together (`Job.bundle_chunks`): √chunks where each by itself
+    would be too many reads, but never more documents than fit in memory."""
     if num_chunks * num_partitions <= DIRECT_READS:
         return 1
     documents_per_chunk = max(1, num_documents // num_chunks)
@@ -248,16 +302,19 @@ def make_deals(job: Job, packed: Sequence[dict[str, Any]]) -> list[Deal]:
     deals: list[Deal] = []
     for split in SPLITS:
         for source in range(len(job.sources)):
-            counts = {index: record[split]["num_rows"] for index, record in enumerate(packed)
-                      if split in record and job.chunks[index].source == source}
+            counts = {
+                index: record[split]["num_rows"]
+                for index, record in enumerate(packed)
+                if split in record and job.chunks[index].source == source
+            }
             if counts:
                 deals.append(_deal(job, split, source, counts, row_bytes))
     return deals
 
 
 def _deal(job: Job, split: str, source: int, counts: dict[int, int], row_bytes: int) -> Deal:
-    """How many rows of each chunk go to each shard is drawn without replacement from the places left in the shards
-    (multivariate hypergeometric)."""
+    """How many rows of each chunk go to each shard is drawn without replacement from the places
+    left in the shards (multivariate hypergeometric)."""
     total = sum(counts.values())
     target = max(SHARD_BYTES, min(MAX_SHARD_BYTES, total * row_bytes // 256))
     shard_rows = max(1, target // (row_bytes * job.group_rows)) * job.group_rows
@@ -271,15 +328,24 @@ def _deal(job: Job, split: str, source: int, counts: dict[int, int], row_bytes: 
     return Deal(split, source, np.array(list(counts), np.int64), dealt, bundle, group)
 
 
-def _draw(rng: np.random.Generator, left: np.ndarray[Any, np.dtype[np.int64]], count: int) -> np.ndarray[Any, Any]:
+def _draw(
+    rng: np.random.Generator, left: np.ndarray[Any, np.dtype[np.int64]], count: int
+) -> np.ndarray[Any, Any]:
     """How many of `count` rows go to each shard; takes them off `left`."""
     if left.sum() <= MAX_ROWS_DEALT:
         taken = rng.multivariate_hypergeometric(left, count, method="marginals")
     else:
         # Too many for numpy: halves of the shards share them by their places, the rest is drawn.
         middle = len(left) // 2
-        head = min(int(left[:middle].sum()), max(count - int(left[middle:].sum()),
-                                                 round(count * float(left[:middle].sum() / left.sum()))))
-        return np.concatenate([_draw(rng, left[:middle], head), _draw(rng, left[middle:], count - head)])
+        head = min(
+            int(left[:middle].sum()),
+            max(
+                count - int(left[middle:].sum()),
+                round(count * float(left[:middle].sum() / left.sum())),
+            ),
+        )
+        return np.concatenate(
+            [_draw(rng, left[:middle], head), _draw(rng, left[middle:], count - head)]
+        )
     left -= taken
     return taken

@@ -1,9 +1,11 @@
-"""Raw corpus → token shards, through Ray Data: the same inputs and settings once, by any number of processes.
+"""Raw corpus → token shards, through Ray Data: the same inputs and settings once, by any number of
+processes.
 
-The folder's name is a hash of the settings and of what the inputs hold, wherever they lie and whenever they were
-written. On a local disk a second process waits for the first; elsewhere it does the same work over, byte for byte. What
-a killed process finished is found and used. Refuses inputs that give no documents, and more unreadable records than
-`data.max_bad_share`; then it takes away what it has made, and nothing else.
+The folder's name is a hash of the settings and of what the inputs hold, wherever they lie and
+whenever they were written. On a local disk a second process waits for the first; elsewhere it does
+the same work over, byte for byte. What a killed process finished is found and used. Refuses inputs
+that give no documents, and more unreadable records than `data.max_bad_share`; then it takes away
+what it has made, and nothing else.
 """
 
 from __future__ import annotations
@@ -64,7 +66,15 @@ from dray.corpus.parts import (
     spread_drops,
     staged,
 )
-from dray.corpus.planning import Deal, Plans, choose_part_bytes, find_quoted, make_deals, make_parts, plan_bundles
+from dray.corpus.planning import (
+    Deal,
+    Plans,
+    choose_part_bytes,
+    find_quoted,
+    make_deals,
+    make_parts,
+    plan_bundles,
+)
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
@@ -101,7 +111,8 @@ LOOK_BYTES = 64 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
 CLAIMS = "claims"
 WORK_VERSION = 2
-"""Raised when intermediate files have another form: what an older dray left half done is not used then."""
+"""Raised when intermediate files have another form: what an older dray left half done is not used
+then."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,8 @@ class Corpus:
     """Whether this very call has made it."""
 
     def source_files(self) -> tuple[SourceFile, ...]:
-        """What each input file gave, in reading order. Raises CorpusError for a corpus without that account."""
+        """What each input file gave, in reading order. Raises CorpusError for a corpus without that
+        account."""
         return load_source_files(*open_filesystem(self.folder))
 
     def describe(self) -> list[str]:
@@ -129,13 +141,14 @@ class _Inputs:
     sources: tuple[CorpusSource, ...]
     files: tuple[tuple[InputFile, ...], ...]
     labels: tuple[str, ...] = ()
-    """The classes of a trained model that they are to measure; empty: those that the training documents have."""
+    """The classes of a trained model that they are to measure; empty: those that the training
+    documents have."""
     left_out: tuple[LeftOut, ...] = ()
 
 
 def find_inputs(spec: Spec) -> _Inputs:
-    """The files of every source, with the digests of their content. Raises CorpusError for a path that is missing or
-    matches nothing, and for files that cannot be read or change meanwhile."""
+    """The files of every source, with the digests of their content. Raises CorpusError for a path
+    that is missing or matches nothing, and for files that cannot be read or change meanwhile."""
     inputs = list_inputs(spec)
     return _regroup(inputs, with_digests([file for files in inputs.files for file in files]))
 
@@ -147,11 +160,15 @@ def _regroup(inputs: _Inputs, files: Iterable[InputFile]) -> _Inputs:
 
 
 def list_inputs(spec: Spec) -> _Inputs:
-    """The files of every source, unread. Raises CorpusError for a path that is missing or matches nothing."""
+    """The files of every source, unread. Raises CorpusError for a path that is missing or matches
+    nothing."""
     data = spec.data
     named = [("train", f"data.train.{i}", source) for i, source in enumerate(data.train)]
     if isinstance(data.validation, tuple):
-        named += [("validation", f"data.validation.{i}", source) for i, source in enumerate(data.validation)]
+        named += [
+            ("validation", f"data.validation.{i}", source)
+            for i, source in enumerate(data.validation)
+        ]
     sources: list[CorpusSource] = []
     files: list[tuple[InputFile, ...]] = []
     leavings = Leavings()
@@ -161,30 +178,48 @@ def list_inputs(spec: Spec) -> _Inputs:
         found = listing.files
         leavings.merge(listing.left_out)
         if not any(file.num_bytes for file in found):
-            raise CorpusError(f"{where}.path", f"{source.paths[0]} holds only empty files", "a corpus has text",
-                              "check the path")
+            raise CorpusError(
+                f"{where}.path",
+                f"{source.paths[0]} holds only empty files",
+                "a corpus has text",
+                "check the path",
+            )
         name = _source_name(source.paths[0])
         taken[name] += 1
-        sources.append(CorpusSource(name if taken[name] == 1 else f"{name}-{taken[name]}", split, source, where))
+        sources.append(
+            CorpusSource(
+                name if taken[name] == 1 else f"{name}-{taken[name]}", split, source, where
+            )
+        )
         files.append(found)
     return _Inputs(tuple(sources), tuple(files), left_out=leavings.to_records())
 
 
 def _source_name(path: str) -> str:
     """The last part of its path that is no pattern."""
-    names = [name for name in path.partition("?")[0].split("/") if name and not any(c in name for c in "*[")]
+    names = [
+        name
+        for name in path.partition("?")[0].split("/")
+        if name and not any(c in name for c in "*[")
+    ]
     return names[-1] if names else path
 
 
 def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
-    """16 hexadecimal digits of a hash over what the inputs hold, in their order, and every setting that changes the
-    result. Neither names nor times count: copied or moved files are the same corpus."""
+    """16 hexadecimal digits of a hash over what the inputs hold, in their order, and every setting
+    that changes the result. Neither names nor times count: copied or moved files are the same
+    corpus."""
     inputs = inputs or find_inputs(spec)
-    tokenizer: Any = {"train": spec.tokenizer.train, "vocab_size": spec.tokenizer.vocab_size,
-                      "sample_bytes": spec.tokenizer.sample_bytes}
+    tokenizer: Any = {
+        "train": spec.tokenizer.train,
+        "vocab_size": spec.tokenizer.vocab_size,
+        "sample_bytes": spec.tokenizer.sample_bytes,
+    }
     if spec.tokenizer.path is not None:
-        tokenizer = {name: hashlib.sha256(content).hexdigest()
-                     for name, content in read_tokenizer_files(spec.tokenizer.path).items()}
+        tokenizer = {
+            name: hashlib.sha256(content).hexdigest()
+            for name, content in read_tokenizer_files(spec.tokenizer.path).items()
+        }
     settings = {
         "version": ROWS_VERSION,
         "packs_rows": spec.packs_rows,
@@ -194,9 +229,15 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         "labels": inputs.labels,
         "num_labels": None if spec.packs_rows else spec.model.num_labels,
         "sources": [
-            {"split": source.split, "weight": source.source.weight, "text": source.source.text,
-             "label": _label(spec, source), "header": source.source.header, "quoting": source.source.quoting,
-             "files": [(file.digest, file.form, file.compression) for file in files]}
+            {
+                "split": source.split,
+                "weight": source.source.weight,
+                "text": source.source.text,
+                "label": _label(spec, source),
+                "header": source.source.header,
+                "quoting": source.source.quoting,
+                "files": [(file.digest, file.form, file.compression) for file in files],
+            }
             for source, files in zip(inputs.sources, inputs.files, strict=True)
         ],
     }
@@ -212,15 +253,21 @@ def _label(spec: Spec, source: CorpusSource) -> str | None:
 
 
 def find(spec: Spec, storage: str) -> Corpus | None:
-    """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as `prepare` does."""
+    """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as
+    `prepare` does."""
     return _find(spec, child(storage, CORPORA, corpus_key(spec)))
 
 
 def recall(spec: Spec, storage: str) -> Corpus | None:
-    """As `find`, where that can be told without reading the inputs: their digests must be remembered."""
+    """As `find`, where that can be told without reading the inputs: their digests must be
+    remembered."""
     inputs = list_inputs(spec)
     files = [file for group in inputs.files for file in group]
-    digests = recall_digests([file.path for file in files]) if all(file.is_local for file in files) else {}
+    digests = (
+        recall_digests([file.path for file in files])
+        if all(file.is_local for file in files)
+        else {}
+    )
     if any(file.path not in digests for file in files):
         return None
     known = _regroup(inputs, (replace(file, digest=digests[file.path]) for file in files))
@@ -233,15 +280,18 @@ def _find(spec: Spec, folder: str) -> Corpus | None:
         return None
     corpus = Corpus(folder, load_manifest(filesystem, path))
     found = corpus.manifest
-    share = found.num_bad / max(1, found.num_records) if found.bad_share is None else found.bad_share
+    share = (
+        found.num_bad / max(1, found.num_records) if found.bad_share is None else found.bad_share
+    )
     if share > spec.data.max_bad_share:
         check_bad_share(corpus.source_files(), spec.data.max_bad_share)
     return corpus
 
 
 def describe_changes(spec: Spec, corpus: Corpus) -> str:
-    """What a glance shows of the raw files that a corpus was made from: a few words if they are gone or not the same
-    any more. Nothing larger than LOOK_BYTES in all is read, and no object store is asked."""
+    """What a glance shows of the raw files that a corpus was made from: a few words if they are
+    gone or not the same any more. Nothing larger than LOOK_BYTES in all is read, and no object
+    store is asked."""
     try:
         files = [file for group in list_inputs(spec).files for file in group]
     except (CorpusError, StoreError):
@@ -260,12 +310,15 @@ def describe_changes(spec: Spec, corpus: Corpus) -> str:
     return "raw files were changed, added or removed since" if changed else ""
 
 
-def prepare(spec: Spec, storage: str, progress: Progress | None = None, labels: Sequence[str] = ()) -> Corpus:
-    """Prepare the corpus of a spec below `<storage>/corpora/`, or find it prepared; Ray must be connected if not.
+def prepare(
+    spec: Spec, storage: str, progress: Progress | None = None, labels: Sequence[str] = ()
+) -> Corpus:
+    """Prepare the corpus of a spec below `<storage>/corpora/`, or find it prepared; Ray must be
+    connected if not.
 
-    `progress` gets a line now and then. `labels`: the classes of a trained model that the corpus is to measure, in the
-    order of their ids; it may lack some of them. Raises CorpusError for inputs that cannot become a corpus, StoreError
-    for a storage that cannot be written.
+    `progress` gets a line now and then. `labels`: the classes of a trained model that the corpus is
+    to measure, in the order of their ids; it may lack some of them. Raises CorpusError for inputs
+    that cannot become a corpus, StoreError for a storage that cannot be written.
     """
     say = progress or (lambda line: None)
     inputs = replace(find_inputs(spec), labels=tuple(labels))
@@ -277,7 +330,11 @@ def prepare(spec: Spec, storage: str, progress: Progress | None = None, labels: 
         return found
     filesystem, root = open_filesystem(place)
     require_writable(filesystem, root, place)
-    made = [folder for folder in (root, absolute(storage)) if is_local(filesystem) and not os.path.exists(folder)]
+    made = [
+        folder
+        for folder in (root, absolute(storage))
+        if is_local(filesystem) and not os.path.exists(folder)
+    ]
     try:
         with _lock(root, key, say) if is_local(filesystem) else nullcontext():
             return _find(spec, folder) or _prepare(spec, folder, key, inputs, say)
@@ -298,7 +355,8 @@ def _prepare(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) 
             claim.withdraw(say)
             raise
     except Exception:  # a failing storage, Ray, a signal: what is done is found again
-        # Another process, on a store without locks, may have finished first and cleared the intermediate files.
+        # Another process, on a store without locks, may have finished first and cleared the
+        # intermediate files.
         if not exists(filesystem, f"{path}/{MANIFEST}"):
             raise
     delete_folder(filesystem, f"{path}/{STAGING}")
@@ -306,17 +364,22 @@ def _prepare(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) 
 
 
 class _Claim:
-    """The mark of a process that works on a corpus folder, so that one whose inputs are refused takes away no work but
-    its own: neither that of another process beside it nor what an earlier one had done when it ended."""
+    """The mark of a process that works on a corpus folder, so that one whose inputs are refused
+    takes away no work but its own: neither that of another process beside it nor what an earlier
+    one had done when it ended."""
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self._filesystem, self._path, self._name = filesystem, path, uuid.uuid4().hex
-        self._is_first = not list_files(filesystem, f"{path}/{STAGING}") and not list_folders(filesystem, path)
+        self._is_first = not list_files(filesystem, f"{path}/{STAGING}") and not list_folders(
+            filesystem, path
+        )
         write_bytes(filesystem, f"{path}/{STAGING}/{CLAIMS}/{self._name}", b"", durable=False)
 
     def withdraw(self, say: Progress) -> None:
         """Delete the folder if nobody else has worked in it."""
-        others = set(list_files(self._filesystem, f"{self._path}/{STAGING}/{CLAIMS}")) - {self._name}
+        others = set(list_files(self._filesystem, f"{self._path}/{STAGING}/{CLAIMS}")) - {
+            self._name
+        }
         if self._is_first and not others:
             delete_folder(self._filesystem, self._path)
         else:
@@ -331,8 +394,11 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     work.reads = run_stage(job, "read", read_part, work.parts, say)
     _check_unchanged(inputs, work)
     check_reads(job, work, spec.data.max_bad_share)
-    chunks = [Chunk(name, part.source) for part, read in zip(work.parts, work.reads, strict=True)
-              for name in read["chunks"]]
+    chunks = [
+        Chunk(name, part.source)
+        for part, read in zip(work.parts, work.reads, strict=True)
+        for name in read["chunks"]
+    ]
     bundle = plan_bundles(len(chunks), job.num_partitions, work.total("num_chunk_documents"))
     job = replace(job, chunks=tuple(chunks), labels=make_labels(job, work), bundle_chunks=bundle)
     bundles = range(job.num_bundles) if bundle > 1 else ()
@@ -344,7 +410,9 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     work.deals = make_deals(job, work.packed)
     work.compressors = measure_compressors(_samples(job, len(chunks)))
     run_stage(job, "mixed", mix_rows, Plans(work.deals, lambda deal: deal.num_mixes, Deal.mix), say)
-    shards = run_stage(job, "shards", merge_rows, Plans(work.deals, lambda deal: deal.num_shards, Deal.shard), say)
+    shards = run_stage(
+        job, "shards", merge_rows, Plans(work.deals, lambda deal: deal.num_shards, Deal.shard), say
+    )
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job, work.parts)
     filesystem, path = share_filesystem(folder)
@@ -353,7 +421,8 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
 
 
 def _check_unchanged(inputs: _Inputs, work: Work) -> None:
-    """Raises CorpusError if a file that was read whole is not the one whose digest went into the key."""
+    """Raises CorpusError if a file that was read whole is not the one whose digest went into the
+    key."""
     known = {file.name: file.sha256 for files in inputs.files for file in files if file.sha256}
     for file in work.source_files():
         if file.sha256 != known.get(file.path, file.sha256):
@@ -369,19 +438,28 @@ def _samples(job: Job, num_chunks: int) -> list[bytes]:
 
 def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Job, Work]:
     data = spec.data
-    sources = tuple(replace(source, source=source.source.model_copy(update={"label": _label(spec, source)}))
-                    for source in inputs.sources)
+    sources = tuple(
+        replace(source, source=source.source.model_copy(update={"label": _label(spec, source)}))
+        for source in inputs.sources
+    )
     part_bytes = choose_part_bytes(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.
     compares = data.cleaning.deduplicate == "exact" or not (spec.packs_rows or inputs.labels)
     job = Job(
-        folder=folder, sources=sources, cleaning=data.cleaning, max_record_bytes=data.max_record_bytes,
-        sequence_tokens=data.sequence_tokens, group_rows=GROUP_ROWS if spec.packs_rows else LABELLED_GROUP_ROWS,
-        shuffle_seed=data.shuffle_seed, packs_rows=spec.packs_rows, share=_share(spec),
+        folder=folder,
+        sources=sources,
+        cleaning=data.cleaning,
+        max_record_bytes=data.max_record_bytes,
+        sequence_tokens=data.sequence_tokens,
+        group_rows=GROUP_ROWS if spec.packs_rows else LABELLED_GROUP_ROWS,
+        shuffle_seed=data.shuffle_seed,
+        packs_rows=spec.packs_rows,
+        share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
         num_partitions=-(-total // PARTITION_BYTES) if compares else 0,
-        num_labels=spec.model.num_labels, known_labels=inputs.labels,
+        num_labels=spec.model.num_labels,
+        known_labels=inputs.labels,
         work=_name_of_work(inputs),
     )
     quoted = find_quoted(inputs.files, [source.source for source in sources], part_bytes)
@@ -394,7 +472,8 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Job,
 
 
 def _name_of_work(inputs: _Inputs) -> str:
-    """The same files under other names are another work: its records would tell of files that are not there."""
+    """The same files under other names are another work: its records would tell of files that are
+    not there."""
     names = json.dumps([WORK_VERSION, *(file.name for files in inputs.files for file in files)])
     return f"work-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
@@ -410,7 +489,9 @@ def _make_tokenizer(spec: Spec, job: Job, parts: Sequence[Part], say: Progress) 
         made = run_task(job, make_tokenizer, (settings, tuple(parts)))
         write_bytes(*path, json.dumps(made).encode(), durable=False)
     tree = json.loads(read_bytes(*path))
-    return TokenizerInfo(**{**tree, "prefix": tuple(tree["prefix"]), "suffix": tuple(tree["suffix"])})
+    return TokenizerInfo(
+        **{**tree, "prefix": tuple(tree["prefix"]), "suffix": tuple(tree["suffix"])}
+    )
 
 
 def _write_quarantine(job: Job, parts: Sequence[Part]) -> None:
@@ -429,7 +510,8 @@ def _write_quarantine(job: Job, parts: Sequence[Part]) -> None:
 
 @contextmanager
 def _lock(root: str, key: str, say: Progress) -> Iterator[None]:
-    """Held by one process of all that share a local folder; released when it ends, however it ends."""
+    """Held by one process of all that share a local folder; released when it ends, however it
+    ends."""
     make_folder(pafs.LocalFileSystem(), root)
     path = os.path.join(root, f".{key}.lock")
     waited = False

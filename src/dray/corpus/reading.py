@@ -1,8 +1,10 @@
-"""From input files to documents, with every record that cannot be read set aside by file and offset.
+"""From input files to documents, with every record that cannot be read set aside by file and
+offset.
 
-Files are read as bytes and decoded a record at a time: a bad record costs itself, and a damaged file what lies behind
-the damage, counted in documents or bytes. Memory stays bounded by a block and the largest allowed record, whatever the
-file holds. Refuses files without the text or label column, naming those there are.
+Files are read as bytes and decoded a record at a time: a bad record costs itself, and a damaged
+file what lies behind the damage, counted in documents or bytes. Memory stays bounded by a block and
+the largest allowed record, whatever the file holds. Refuses files without the text or label column,
+naming those there are.
 """
 
 from __future__ import annotations
@@ -15,8 +17,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dray.corpus.arrays import array_to_lines
-from dray.corpus.bytes_in import DamagedFile, HashingStream, Lost, hash_file, open_content, range_chunks, too_long
-from dray.corpus.containers import HEAD_BYTES, find_compression, find_pointer, is_array, name_foreign
+from dray.corpus.bytes_in import (
+    DamagedFile,
+    HashingStream,
+    Lost,
+    hash_file,
+    open_content,
+    range_chunks,
+    too_long,
+)
+from dray.corpus.containers import (
+    HEAD_BYTES,
+    find_compression,
+    find_pointer,
+    is_array,
+    name_foreign,
+)
 from dray.corpus.labels import RULE, label_names
 from dray.corpus.parsing import make_parser
 from dray.corpus.records import BadRecord, RecordParser, missing_column, repeated_column
@@ -27,12 +43,14 @@ from dray.storage.retrying import first_line, is_transient
 
 
 class InputOutage(TimeoutError):
-    """An input cannot be read for the moment: the piece of work that needs it is tried again (`store.retrying`)."""
+    """An input cannot be read for the moment: the piece of work that needs it is tried again
+    (`store.retrying`)."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file: bytes of a plain file of lines, or row groups of a parquet file; `stop` None: to the end.
+    """A part of a file: bytes of a plain file of lines, or row groups of a parquet file; `stop`
+    None: to the end.
 
     A line belongs to the span in which it starts.
     """
@@ -48,7 +66,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Bad:
-    """Records that could not be read. `offset` counts bytes of the decompressed file, or rows of a parquet file."""
+    """Records that could not be read. `offset` counts bytes of the decompressed file, or rows of a
+    parquet file."""
 
     file: str
     offset: int
@@ -113,8 +132,8 @@ class FileCounts:
 
 @dataclass
 class SpanReader:
-    """Reads one span. After reading, `sha256` is that of the whole file if the span begins it, and `note` what its
-    content showed to be other than its name says."""
+    """Reads one span. After reading, `sha256` is that of the whole file if the span begins it, and
+    `note` what its content showed to be other than its name says."""
 
     span: Span
     source: Source
@@ -123,12 +142,16 @@ class SpanReader:
     note: str = ""
 
     def read(self) -> Iterator[Documents]:
-        """Documents in blocks of some megabytes. Raises CorpusError for a missing column or an unreadable file, and
-        InputOutage."""
+        """Documents in blocks of some megabytes. Raises CorpusError for a missing column or an
+        unreadable file, and InputOutage."""
         form = self.span.file.form
         if form in ("text", "lines") and self.source.label is not None:
-            raise CorpusError(self.span.file.name, f"format {form} has no label column",
-                              "labels come from a column of jsonl, csv, tsv or parquet", "set the source's format")
+            raise CorpusError(
+                self.span.file.name,
+                f"format {form} has no label column",
+                "labels come from a column of jsonl, csv, tsv or parquet",
+                "set the source's format",
+            )
         try:
             if form == "parquet":
                 yield from _read_parquet(self.span, self.source, self.max_record_bytes)
@@ -141,8 +164,12 @@ class SpanReader:
                 self.sha256 = self.span.file.sha256 or hash_file(self.span.file)
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
-                raise InputOutage(f"{self.span.file.name} cannot be read ({first_line(error)})") from error
-            raise CorpusError(self.span.file.name, f"cannot be read ({error})", "inputs must be readable") from error
+                raise InputOutage(
+                    f"{self.span.file.name} cannot be read ({first_line(error)})"
+                ) from error
+            raise CorpusError(
+                self.span.file.name, f"cannot be read ({error})", "inputs must be readable"
+            ) from error
 
     def _read_whole(self) -> Iterator[Documents]:
         file = self.span.file
@@ -189,7 +216,9 @@ class SpanReader:
             bad, offset = unreadable(data)
         if bad:
             size = max(size, self.span.file.num_bytes)
-            yield Documents(_strings([]), None, [Bad(self.span.file.name, offset, size, bad, 1, damaged)], size)
+            yield Documents(
+                _strings([]), None, [Bad(self.span.file.name, offset, size, bad, 1, damaged)], size
+            )
         else:
             yield Documents(_strings([data.decode()]), None, [], size)
 
@@ -230,20 +259,29 @@ class SpanReader:
             except BadRecord as error:
                 bad.append(Bad(self.span.file.name, offset, len(record), str(error)))
             offset += len(record) + 1
-        return Documents(_strings(texts), pa.array(labels, pa.string()) if self.source.label else None, bad)
+        return Documents(
+            _strings(texts), pa.array(labels, pa.string()) if self.source.label else None, bad
+        )
 
 
 def _bad(name: str, base: int, lost: Lost) -> Bad:
     return Bad(name, base + lost.offset, lost.num_bytes, lost.reason, ends_file=lost.ends_file)
 
 
-def _damaged(file: InputFile, source: Source, offset: int, num_bytes: int, reason: str) -> Documents:
+def _damaged(
+    file: InputFile, source: Source, offset: int, num_bytes: int, reason: str
+) -> Documents:
     """No documents of a file that is no use from `offset` on."""
-    return Documents(_strings([]), _no_labels(source), [Bad(file.name, offset, num_bytes, reason, ends_file=True)])
+    return Documents(
+        _strings([]),
+        _no_labels(source),
+        [Bad(file.name, offset, num_bytes, reason, ends_file=True)],
+    )
 
 
 def find_bounds(file: InputFile, source: Source, max_record_bytes: int, size: int) -> list[int]:
-    """Offsets about `size` bytes apart where records of a plain file begin, by one pass over its quotes."""
+    """Offsets about `size` bytes apart where records of a plain file begin, by one pass over its
+    quotes."""
     base, chunks = range_chunks(file, 0, None)
     bounds: list[int] = []
     last = 0
@@ -278,7 +316,9 @@ def unreadable(data: bytes) -> tuple[str, int]:
 def _is_utf8(data: bytes) -> bool:
     offsets = pa.array([0, len(data)], pa.int64()).buffers()[1]
     try:
-        pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(data)]).validate(full=True)
+        pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(data)]).validate(
+            full=True
+        )
     except pa.ArrowInvalid:
         return False
     return True
@@ -303,7 +343,9 @@ def _read_parquet(span: Span, source: Source, limit: int) -> Iterator[Documents]
         except (pa.ArrowException, OSError) as error:
             _raise_if_unreadable(error)
             stream.seek(0)
-            yield _damaged(span.file, source, 0, *_explain_parquet(stream.read(HEAD_BYTES), span.file, error))
+            yield _damaged(
+                span.file, source, 0, *_explain_parquet(stream.read(HEAD_BYTES), span.file, error)
+            )
             return
         _check_columns(file.schema_arrow, name, source)
         row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
@@ -313,7 +355,8 @@ def _read_parquet(span: Span, source: Source, limit: int) -> Iterator[Documents]
 
 
 def _raise_if_unreadable(error: Exception) -> None:
-    """Raises what the storage says again. Parquet's own complaints are OSErrors, too, but have no number."""
+    """Raises what the storage says again. Parquet's own complaints are OSErrors, too, but have no
+    number."""
     if isinstance(error, OSError) and (error.errno is not None or is_transient(error)):
         raise error
 
@@ -327,11 +370,17 @@ def _explain_parquet(head: bytes, file: InputFile, error: Exception) -> tuple[in
         return 0, "empty, where parquet is read"
     if find_compression(head):
         return file.num_bytes, f"{find_compression(head)} around parquet; unpack it"
-    foreign = "" if head.startswith(b"PAR1") else name_foreign(head).replace("text is read", "parquet is read")
+    foreign = (
+        ""
+        if head.startswith(b"PAR1")
+        else name_foreign(head).replace("text is read", "parquet is read")
+    )
     return file.num_bytes, foreign or f"damaged parquet ({error})"[:200]
 
 
-def _read_group(file: Any, group: int, row: int, *, name: str, source: Source, limit: int) -> Iterator[Documents]:
+def _read_group(
+    file: Any, group: int, row: int, *, name: str, source: Source, limit: int
+) -> Iterator[Documents]:
     """The documents of a row group from row number `row` on."""
     columns = [source.text] if source.label is None else [source.text, source.label]
     metadata = file.metadata.row_group(group)
@@ -345,21 +394,29 @@ def _read_group(file: Any, group: int, row: int, *, name: str, source: Source, l
         left = metadata.num_rows - read
         size = metadata.total_byte_size * left // max(1, metadata.num_rows)
         reason = f"damaged parquet, row group {group} ({error})"[:200]
-        yield Documents(_strings([]), _no_labels(source), [Bad(name, row + read, size, reason, left)], size)
+        yield Documents(
+            _strings([]), _no_labels(source), [Bad(name, row + read, size, reason, left)], size
+        )
 
 
 def _check_columns(schema: pa.Schema, name: str, source: Source) -> None:
-    """Raises CorpusError for columns that are missing, there twice, or of another kind than text and labels."""
+    """Raises CorpusError for columns that are missing, there twice, or of another kind than text
+    and labels."""
     for column in (source.text, source.label):
         if column is not None and column not in schema.names:
             raise missing_column(name, source, schema.names)
         if column is not None and schema.names.count(column) > 1:
             raise repeated_column(name, column)
     if not _holds(schema, source.text, (*STRINGS, pa.types.is_binary, pa.types.is_large_binary)):
-        raise CorpusError(name, f"the text column {source.text!r} holds {schema.field(source.text).type}",
-                          "a text column holds strings")
+        raise CorpusError(
+            name,
+            f"the text column {source.text!r} holds {schema.field(source.text).type}",
+            "a text column holds strings",
+        )
     if source.label is not None and pa.types.is_nested(schema.field(source.label).type):
-        raise CorpusError(name, f"the label column {source.label!r} holds {schema.field(source.label).type}", RULE)
+        raise CorpusError(
+            name, f"the label column {source.label!r} holds {schema.field(source.label).type}", RULE
+        )
 
 
 STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -372,7 +429,9 @@ def _holds(schema: pa.Schema, column: str, kinds: Sequence[Callable[[pa.DataType
     return any(test(kind) for test in kinds)
 
 
-def _parquet_documents(batch: pa.RecordBatch, name: str, row: int, source: Source, limit: int) -> Documents:
+def _parquet_documents(
+    batch: pa.RecordBatch, name: str, row: int, source: Source, limit: int
+) -> Documents:
     raw = batch.column(source.text).cast(pa.large_binary())
     lengths = pc.binary_length(raw)
     labels = None if source.label is None else batch.column(source.label)
@@ -384,7 +443,9 @@ def _parquet_documents(batch: pa.RecordBatch, name: str, row: int, source: Sourc
     if labels is not None:
         labels = label_names(labels)
         checks.append((pc.is_null(labels), lambda i: "no label"))
-    reasons = {i: reason(i) for mask, reason in checks for i in pc.indices_nonzero(mask).to_pylist()}
+    reasons = {
+        i: reason(i) for mask, reason in checks for i in pc.indices_nonzero(mask).to_pylist()
+    }
     if not _clean_text(raw):
         for i, value in enumerate(raw.to_pylist()):
             reason, _ = unreadable(value or b"")
@@ -393,7 +454,9 @@ def _parquet_documents(batch: pa.RecordBatch, name: str, row: int, source: Sourc
     if reasons:
         good = pa.array([i for i in range(len(raw)) if i not in reasons], pa.int64())
         raw, labels = raw.take(good), labels.take(good) if labels is not None else None
-    bad = [Bad(name, row + i, lengths[i].as_py() or 0, reason) for i, reason in sorted(reasons.items())]
+    bad = [
+        Bad(name, row + i, lengths[i].as_py() or 0, reason) for i, reason in sorted(reasons.items())
+    ]
     return Documents(raw.cast(pa.large_string()), labels, bad, pc.sum(lengths).as_py() or 0)
 
 

@@ -1,4 +1,5 @@
-"""What every form of records has in common: the interface of a parser, and what it says of what it cannot read."""
+"""What every form of records has in common: the interface of a parser, and what it says of what it
+cannot read."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class BadRecord(Exception):
 
 
 class RecordParser(Protocol):
-    """Turns the bytes of a file into texts and labels. A record ends with a newline, or with the file."""
+    """Turns the bytes of a file into texts and labels. A record ends with a newline, or with the
+    file."""
 
     skips_first_record: bool
     columns: list[str]
@@ -44,22 +46,36 @@ class RecordParser(Protocol):
 
 def missing_column(where: str, source: Source, columns: Sequence[str]) -> CorpusError:
     """The error for a file without the text or the label column."""
-    wanted = [name for name in (source.text, source.label) if name is not None and name not in columns]
+    wanted = [
+        name for name in (source.text, source.label) if name is not None and name not in columns
+    ]
     kind = "text" if source.text in wanted else "label"
     known = f"columns: {', '.join(columns)}" if columns else "it has no columns"
-    return CorpusError(where, f"no {kind} column {(wanted or [source.text])[0]!r}", known,
-                       f"set `{kind}` of the source to one of them")
+    return CorpusError(
+        where,
+        f"no {kind} column {(wanted or [source.text])[0]!r}",
+        known,
+        f"set `{kind}` of the source to one of them",
+    )
 
 
 def repeated_column(where: str, name: str) -> CorpusError:
     """The error for a file of which two columns have the wanted name."""
-    return CorpusError(where, f"two columns are named {name!r}", "a column has a name of its own",
-                       "rename one of them, or leave it out")
+    return CorpusError(
+        where,
+        f"two columns are named {name!r}",
+        "a column has a name of its own",
+        "rename one of them, or leave it out",
+    )
 
 
 def whole_column(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array | None:
     """A column as one array of the type; None if it holds invalid UTF-8."""
-    array = pa.concat_arrays([chunk.cast(kind) for chunk in column.chunks]) if column.num_chunks else pa.array([], kind)
+    array = (
+        pa.concat_arrays([chunk.cast(kind) for chunk in column.chunks])
+        if column.num_chunks
+        else pa.array([], kind)
+    )
     try:
         array.validate(full=True)
     except pa.ArrowInvalid:
@@ -68,10 +84,17 @@ def whole_column(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array | None:
 
 
 def named_column(column: pa.ChunkedArray) -> pa.Array:
-    """The labels of a column by their names; null for what is none, or cannot be told from a neighbour."""
-    if pa.types.is_floating(column.type):  # so large that other whole numbers would be read as the same
+    """The labels of a column by their names; null for what is none, or cannot be told from a
+    neighbour."""
+    if pa.types.is_floating(
+        column.type
+    ):  # so large that other whole numbers would be read as the same
         column = pc.if_else(pc.less(pc.abs(column), MAX_EXACT), column, None)
-    return label_names(pa.concat_arrays(column.chunks)) if column.num_chunks else pa.array([], pa.string())
+    return (
+        label_names(pa.concat_arrays(column.chunks))
+        if column.num_chunks
+        else pa.array([], pa.string())
+    )
 
 
 def parse_label(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""The sample of documents that a tokeniser is trained on, and checked with: spread evenly over the training files.
+"""The sample of documents that a tokeniser is trained on, and checked with: spread evenly over the
+training files.
 
 The sample depends on the inputs alone. Documents held out for validation are never in it.
 """
@@ -30,7 +31,8 @@ MIN_SPANS = 64
 
 
 def make_tokenizer(job: Job, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[str, Any]:
-    """Write the corpus's tokeniser folder; what is known of the tokeniser, as plain values. Raises CorpusError."""
+    """Write the corpus's tokeniser folder; what is known of the tokeniser, as plain values. Raises
+    CorpusError."""
     settings, parts = item
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     filesystem, path = share_filesystem(job.folder)
@@ -43,14 +45,18 @@ def make_tokenizer(job: Job, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[s
         save_trained(filesystem, f"{path}/tokenizer", trained)
     files = read_tokenizer_files(child(job.folder, "tokenizer"))
     # Every n-th document, so that the check sees the whole spread of the sample.
-    spread = texts[::max(1, sum(map(len, texts)) // CHECK_BYTES)]
+    spread = texts[:: max(1, sum(map(len, texts)) // CHECK_BYTES)]
     return asdict(describe(files, spread, needs_end=job.packs_rows))
 
 
 def _sample(job: Job, parts: Sequence[Part], size: int) -> Iterator[str]:
     """About `size` bytes of cleaned training documents."""
-    spans = [(span, job.sources[part.source].source) for part in parts for span in part.spans
-             if job.sources[part.source].split == "train"]
+    spans = [
+        (span, job.sources[part.source].source)
+        for part in parts
+        for span in part.spans
+        if job.sources[part.source].split == "train"
+    ]
     chosen = _spread(spans, size)
     left = float(size)
     for index, (span, source) in enumerate(chosen):
@@ -68,7 +74,8 @@ def _spread(spans: Sequence[tuple[Span, Source]], size: int) -> list[tuple[Span,
 
 
 def _estimated_bytes(span: Span) -> int:
-    """Rough size of a span; of a cut file all spans but the last know theirs, which is enough for an average."""
+    """Rough size of a span; of a cut file all spans but the last know theirs, which is enough for
+    an average."""
     if span.file.form == "parquet" or span.is_whole:
         return span.file.estimated_bytes
     return (span.stop or span.file.num_bytes) - span.start

@@ -1,6 +1,8 @@
-"""Files of sections: what one piece of work leaves for each of many others, read by range, one section at a time.
+"""Files of sections: what one piece of work leaves for each of many others, read by range, one
+section at a time.
 
-A section is an array of records of one kind. The file begins with where each section begins and ends.
+A section is an array of records of one kind. The file begins with where each section begins and
+ends.
 """
 
 from __future__ import annotations
@@ -28,15 +30,21 @@ def write_sections(filesystem: pafs.FileSystem, path: str, sections: Sequence[Re
                 stream.write(np.ascontiguousarray(section).view(np.uint8).data)
 
 
-def read_section(filesystem: pafs.FileSystem, path: str, index: int, num_sections: int, kind: np.dtype[Any]) -> Records:
+def read_section(
+    filesystem: pafs.FileSystem, path: str, index: int, num_sections: int, kind: np.dtype[Any]
+) -> Records:
     """One section of a file that holds `num_sections` of records of a kind."""
     with filesystem.open_input_file(path) as file:
         start, stop = np.frombuffer(file.read_at(16, index * 8), np.int64).tolist()
-        data = file.read_at((stop - start) * kind.itemsize, (num_sections + 1) * 8 + start * kind.itemsize)
+        data = file.read_at(
+            (stop - start) * kind.itemsize, (num_sections + 1) * 8 + start * kind.itemsize
+        )
         return np.frombuffer(data, kind)
 
 
-def read_sections(filesystem: pafs.FileSystem, path: str, num_sections: int, kind: np.dtype[Any]) -> list[Records]:
+def read_sections(
+    filesystem: pafs.FileSystem, path: str, num_sections: int, kind: np.dtype[Any]
+) -> list[Records]:
     """All sections of a file."""
     with filesystem.open_input_stream(path) as stream:
         data = stream.read()

@@ -1,7 +1,7 @@
 """Token shards: Arrow IPC files of rows, one record batch a group, read by group.
 
-Uncompressed, so that reading is copying. Each group carries its own CRC-32, so that a bit that flips under a
-run is noticed by whoever reads it. Refuses groups that the source does not have.
+Uncompressed, so that reading is copying. Each group carries its own CRC-32, so that a bit that
+flips under a run is noticed by whoever reads it. Refuses groups that the source does not have.
 """
 
 from __future__ import annotations
@@ -26,24 +26,38 @@ from dray.storage.retrying import first_line, retry
 
 CHECKSUM = b"crc32"
 CACHED_BYTES = 64 * 1024 * 1024
-"""Groups that a process keeps: those that the blocks of one segment share (`stream.SEGMENT_BYTES`)."""
+"""Groups that a process keeps: those that the blocks of one segment share
+(`stream.SEGMENT_BYTES`)."""
 CACHED_SHARDS = 32
 """Shards that a process keeps open."""
 
 
 def make_schema(sequence_tokens: int, dtype: str, labelled: bool) -> pa.Schema:
     """The columns of a shard; `dtype` of the ids is uint16 or uint32."""
-    ids = pa.list_(pa.field("item", pa.from_numpy_dtype(np.dtype(dtype)), nullable=False), sequence_tokens)
-    fields = [pa.field("input_ids", ids, nullable=False), pa.field("num_tokens", pa.int32(), nullable=False)]
+    ids = pa.list_(
+        pa.field("item", pa.from_numpy_dtype(np.dtype(dtype)), nullable=False), sequence_tokens
+    )
+    fields = [
+        pa.field("input_ids", ids, nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
     return pa.schema(fields + ([pa.field("label", pa.int32(), nullable=False)] if labelled else []))
 
 
-def make_batch(schema: pa.Schema, tokens: npt.NDArray[np.unsignedinteger], num_tokens: npt.NDArray[np.int32],
-               labels: npt.NDArray[np.int32] | None) -> pa.RecordBatch:
+def make_batch(
+    schema: pa.Schema,
+    tokens: npt.NDArray[np.unsignedinteger],
+    num_tokens: npt.NDArray[np.int32],
+    labels: npt.NDArray[np.int32] | None,
+) -> pa.RecordBatch:
     """Rows as a record batch; tokens: [num_rows, sequence_tokens]. Nothing is copied."""
-    ids = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), type=schema.field("input_ids").type)
+    ids = pa.FixedSizeListArray.from_arrays(
+        pa.array(tokens.reshape(-1)), type=schema.field("input_ids").type
+    )
     columns = [ids, pa.array(num_tokens, pa.int32())]
-    return pa.record_batch(columns + ([pa.array(labels, pa.int32())] if labels is not None else []), schema=schema)
+    return pa.record_batch(
+        columns + ([pa.array(labels, pa.int32())] if labels is not None else []), schema=schema
+    )
 
 
 class _Measured:
@@ -68,8 +82,12 @@ class _Measured:
     def close(self) -> None: ...
 
 
-def write_shard(filesystem: pafs.FileSystem, folder: str, file: str, rows: pa.RecordBatch, group_rows: int) -> Shard:
-    """Write rows as one shard `folder/file`, a record batch a group; the same rows give the same bytes."""
+def write_shard(
+    filesystem: pafs.FileSystem, folder: str, file: str, rows: pa.RecordBatch, group_rows: int
+) -> Shard:
+    """Write rows as one shard `folder/file`, a record batch a group; the same rows give the same
+    bytes."""
+
     def write(stream: Any) -> _Measured:
         sink = _Measured(stream)
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), rows.schema) as writer:
@@ -81,7 +99,12 @@ def write_shard(filesystem: pafs.FileSystem, folder: str, file: str, rows: pa.Re
     path = f"{folder}/{file}"
     make_folder(filesystem, path.rpartition("/")[0])
     written = write_whole(filesystem, path, write)
-    return Shard(file=file, num_rows=rows.num_rows, num_bytes=written.num_bytes, sha256=written.hash.hexdigest())
+    return Shard(
+        file=file,
+        num_rows=rows.num_rows,
+        num_bytes=written.num_bytes,
+        sha256=written.hash.hexdigest(),
+    )
 
 
 def _checksum(group: pa.RecordBatch) -> bytes:
@@ -93,19 +116,26 @@ def _checksum(group: pa.RecordBatch) -> bytes:
     return b"%08x" % found
 
 
-def read_groups(filesystem: pafs.FileSystem, folder: str, source: SourceRows, groups: Sequence[int],
-                group_rows: int) -> pa.Table:
+def read_groups(
+    filesystem: pafs.FileSystem,
+    folder: str,
+    source: SourceRows,
+    groups: Sequence[int],
+    group_rows: int,
+) -> pa.Table:
     """Groups of a source by number, one after the other in the order asked for.
 
-    Only their byte ranges are read, tried again while the storage fails, and a process keeps the groups that it used
-    last. Raises IndexError for a group that is not there, CorpusError for a shard that is gone or no longer what it
-    was, StorageFailed.
+    Only their byte ranges are read, tried again while the storage fails, and a process keeps the
+    groups that it used last. Raises IndexError for a group that is not there, CorpusError for a
+    shard that is gone or no longer what it was, StorageFailed.
     """
     counts = [-(-shard.num_rows // group_rows) for shard in source.shards]
     ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
     wanted = np.asarray(groups, np.int64)
     if not len(wanted) or wanted.min() < 0 or not len(ends) or wanted.max() >= ends[-1]:
-        raise IndexError(f"groups {list(groups)[:5]}… of source {source.name}, which has {sum(counts)}")
+        raise IndexError(
+            f"groups {list(groups)[:5]}… of source {source.name}, which has {sum(counts)}"
+        )
     shard_of = np.searchsorted(ends, wanted, side="right")
     batches: dict[int, pa.RecordBatch] = {}
     with _kept.lock:
@@ -122,7 +152,8 @@ _Place = tuple[str, str, str, tuple[int, ...]]
 
 
 class _Kept:
-    """Groups and open shards that this process used last, each bounded; used by one thread at a time (`lock`)."""
+    """Groups and open shards that this process used last, each bounded; used by one thread at a
+    time (`lock`)."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -130,8 +161,9 @@ class _Kept:
         self._num_bytes = 0
         self._shards: OrderedDict[_Place, pa.ipc.RecordBatchFileReader] = OrderedDict()
 
-    def groups(self, filesystem: pafs.FileSystem, folder: str, shard: Shard,
-               numbers: Sequence[int]) -> dict[int, pa.RecordBatch]:
+    def groups(
+        self, filesystem: pafs.FileSystem, folder: str, shard: Shard, numbers: Sequence[int]
+    ) -> dict[int, pa.RecordBatch]:
         """Groups by their number in the shard, each with the checksum that it was written with."""
         path = f"{folder}/{shard.file}"
 
@@ -140,13 +172,18 @@ class _Kept:
                 place = folder, shard.file, shard.sha256, _identity(filesystem, path)
                 return {number: self._group(filesystem, place, shard, number) for number in numbers}
             except (pa.ArrowInvalid, FileNotFoundError) as error:
-                raise CorpusError(path, f"cannot be read ({first_line(error)})",
-                                  "token shards stay as they were prepared for as long as runs use them",
-                                  f"delete {folder} and run `dray prepare`: the same shards come back") from error
+                raise CorpusError(
+                    path,
+                    f"cannot be read ({first_line(error)})",
+                    "token shards stay as they were prepared for as long as runs use them",
+                    f"delete {folder} and run `dray prepare`: the same shards come back",
+                ) from error
 
         return retry(read, path)
 
-    def _group(self, filesystem: pafs.FileSystem, place: _Place, shard: Shard, number: int) -> pa.RecordBatch:
+    def _group(
+        self, filesystem: pafs.FileSystem, place: _Place, shard: Shard, number: int
+    ) -> pa.RecordBatch:
         batch = self._groups.pop((place, number), None)
         if batch is None:
             batch = self._load(filesystem, place, shard, number)
@@ -156,7 +193,9 @@ class _Kept:
             self._num_bytes -= self._groups.popitem(last=False)[1].nbytes
         return batch
 
-    def _load(self, filesystem: pafs.FileSystem, place: _Place, shard: Shard, number: int) -> pa.RecordBatch:
+    def _load(
+        self, filesystem: pafs.FileSystem, place: _Place, shard: Shard, number: int
+    ) -> pa.RecordBatch:
         reader = self._shards.pop(place, None)  # after an error it is opened anew
         reader = reader or _open_shard(filesystem, f"{place[0]}/{shard.file}", shard)
         found = reader.get_batch_with_custom_metadata(number)
@@ -172,15 +211,19 @@ _kept = _Kept()
 
 
 def _identity(filesystem: pafs.FileSystem, path: str) -> tuple[int, ...]:
-    """What changes when a local shard is written anew: a group that was read before is then read again."""
+    """What changes when a local shard is written anew: a group that was read before is then read
+    again."""
     if not is_local(filesystem):
         return ()
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _open_shard(filesystem: pafs.FileSystem, path: str, shard: Shard) -> pa.ipc.RecordBatchFileReader:
-    """The shard's record batches, if it still has the size that the manifest gives, and an Arrow file's form.
+def _open_shard(
+    filesystem: pafs.FileSystem, path: str, shard: Shard
+) -> pa.ipc.RecordBatchFileReader:
+    """The shard's record batches, if it still has the size that the manifest gives, and an Arrow
+    file's form.
 
     Not mapped into memory: what has been verified must not change under those who keep it.
     """

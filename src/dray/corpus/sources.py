@@ -1,7 +1,9 @@
-"""From the sources of a spec to a list of input files: globs, folders, URIs, the standard library's own sources.
+"""From the sources of a spec to a list of input files: globs, folders, URIs, the standard library's
+own sources.
 
-The order of the files is that of the spec's paths, then by name: it decides which of equal documents is kept. Refuses
-paths that do not exist, patterns that match nothing and files whose form cannot be told.
+The order of the files is that of the spec's paths, then by name: it decides which of equal
+documents is kept. Refuses paths that do not exist, patterns that match nothing and files whose form
+cannot be told.
 """
 
 from __future__ import annotations
@@ -25,21 +27,34 @@ from dray.storage.retrying import retry
 
 STDLIB = "python:stdlib"
 TEXT_SUFFIXES = (
-    "txt text md rst tex html htm xml py pyi c h cc cpp cxx hpp rs go java js jsx ts tsx rb php pl sh sql r jl scala "
-    "kt swift cs lua hs ml el clj f90 m cu proto yaml yml toml ini cfg"
+    "txt text md rst tex html htm xml py pyi c h cc cpp cxx hpp rs go java js jsx ts tsx rb php "
+    "pl sh sql r jl scala kt swift cs lua hs ml el clj f90 m cu proto yaml yml toml ini cfg"
 )
 FORMS = {
-    "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "csv", "tsv": "tsv", "parquet": "parquet",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "jsonl",
+    "csv": "csv",
+    "tsv": "tsv",
+    "parquet": "parquet",
     **dict.fromkeys(TEXT_SUFFIXES.split(), "text"),
 }
 """Suffix → form of the file."""
-COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz",
-                "zip": "zip"}
+COMPRESSIONS = {
+    "gz": "gzip",
+    "gzip": "gzip",
+    "zst": "zstd",
+    "zstd": "zstd",
+    "bz2": "bzip2",
+    "xz": "xz",
+    "zip": "zip",
+}
 EXPANSION = {"": 1, "gzip": 4, "zstd": 4, "bzip2": 5, "xz": 5, "zip": 4}
 """Rough size of the content against the size of the file; it only balances the parts."""
 DOCUMENTATION = re.compile(
     r"(readme|licen[cs]e|copying|copyright|notice|changelog|changes|citation|authors|contribut(ing|ors)|"
-    r"code_of_conduct|security|source|dataset_card|requirements)s?([._-].*)?$")
+    r"code_of_conduct|security|source|dataset_card|requirements)s?([._-].*)?$"
+)
 METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|croissant|datapackage)\.json")
 """Names, in lower case, of files that tell about data and are none."""
 
@@ -56,7 +71,8 @@ class InputFile:
     form: str
     compression: str
     digest: str = ""
-    """What its content is known by (`contents.py`), wherever it lies and whenever it was written; empty: not asked."""
+    """What its content is known by (`contents.py`), wherever it lies and whenever it was written;
+    empty: not asked."""
 
     @property
     def sha256(self) -> str:
@@ -91,7 +107,8 @@ class Listing:
 
 
 def find_files(source: Source, where: str) -> list[InputFile]:
-    """The files of a source in reading order; a file that several paths name is read once. Raises CorpusError.
+    """The files of a source in reading order; a file that several paths name is read once. Raises
+    CorpusError.
 
     `where` is the dotted path of the source in the spec, for messages.
     """
@@ -106,8 +123,12 @@ def list_source(source: Source, where: str) -> Listing:
         beside = Leavings()
         files = list(_find_stdlib()) if path == STDLIB else _find(path, source, where, beside)
         if not files:
-            raise CorpusError(f"{where}.path", f"no matching file in {shown(path)}{_told(beside)}", _rule(source),
-                              "check the path")
+            raise CorpusError(
+                f"{where}.path",
+                f"no matching file in {shown(path)}{_told(beside)}",
+                _rule(source),
+                "check the path",
+            )
         for file in files:
             found.setdefault((file.place if is_uri(file.place) else "", file.path), file)
         leavings.merge(beside.to_records())
@@ -116,52 +137,79 @@ def list_source(source: Source, where: str) -> Listing:
 
 def _told(leavings: Leavings) -> str:
     """What was left out, for a message; nothing if nothing was."""
-    told = [f"{item.num_files} {item.reason} ({', '.join(path.rpartition('/')[2] or path for path in item.examples)}"
-            f"{', …' if item.num_files > len(item.examples) else ''})" for item in leavings.to_records()]
+    told = [
+        f"{item.num_files} {item.reason} "
+        f"({', '.join(path.rpartition('/')[2] or path for path in item.examples)}"
+        f"{', …' if item.num_files > len(item.examples) else ''})"
+        for item in leavings.to_records()
+    ]
     return f" (left out: {'; '.join(told)})" if told else ""
 
 
 def _rule(source: Source) -> str:
     if source.format == "auto":
-        return "suffixes tell the form (jsonl, csv, tsv, parquet, txt, py, …, then .gz, .zst, …), or `format` does"
+        return (
+            "suffixes tell the form (jsonl, csv, tsv, parquet, txt, py, …, then .gz, .zst, …), "
+            "or `format` does"
+        )
     return "hidden files and those that `exclude` names are left out"
 
 
 def _find(path: str, source: Source, where: str, leavings: Leavings) -> list[InputFile]:
-    """The files that one path names. Raises CorpusError if there is nothing, or the one file has no form."""
+    """The files that one path names. Raises CorpusError if there is nothing, or the one file has no
+    form."""
     base, pattern = _split_glob(path)
     filesystem, root = open_filesystem(base)
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.NotFound:
-        raise CorpusError(f"{where}.path", f"{shown(absolute(path))} does not exist",
-                          "a path, glob or URI of the corpus", "relative paths start at the working directory")
+        raise CorpusError(
+            f"{where}.path",
+            f"{shown(absolute(path))} does not exist",
+            "a path, glob or URI of the corpus",
+            "relative paths start at the working directory",
+        )
     if info.type == pafs.FileType.Unknown:
-        raise CorpusError(f"{where}.path", f"{shown(path)} is a pipe, socket or device",
-                          "inputs are read more than once", "write it to a file")
+        raise CorpusError(
+            f"{where}.path",
+            f"{shown(path)} is a pipe, socket or device",
+            "inputs are read more than once",
+            "write it to a file",
+        )
     if info.type == pafs.FileType.File:
         form, compression = _form(root, source)
         if not form:
-            raise CorpusError(f"{where}.path", f"cannot tell the form of {shown(path)}", _rule(source),
-                              f"set {where}.format")
+            raise CorpusError(
+                f"{where}.path",
+                f"cannot tell the form of {shown(path)}",
+                _rule(source),
+                f"set {where}.format",
+            )
         return [_input_file(filesystem, base, info, form, compression)]
     try:
         recursive = pattern is None or "/" in pattern or "**" in pattern
-        entries = list_entries(filesystem, root, recursive, leavings, lambda item: _stamp(filesystem, item))
+        entries = list_entries(
+            filesystem, root, recursive, leavings, lambda item: _stamp(filesystem, item)
+        )
     except OSError as error:
-        raise CorpusError(f"{where}.path", f"{shown(path)} cannot be listed ({error})",
-                          "inputs must be readable", "mend the permissions, or name the files apart") from error
+        raise CorpusError(
+            f"{where}.path",
+            f"{shown(path)} cannot be listed ({error})",
+            "inputs must be readable",
+            "mend the permissions, or name the files apart",
+        ) from error
     chosen = _choose(entries, root, pattern, source, leavings)
     return _leave_companions(base, drop_second_links(chosen, leavings), source, leavings)
 
 
-def _choose(entries: Sequence[Entry], root: str, pattern: str | None, source: Source,
-            leavings: Leavings) -> list[Entry]:
+def _choose(
+    entries: Sequence[Entry], root: str, pattern: str | None, source: Source, leavings: Leavings
+) -> list[Entry]:
     """The entries that the pattern matches, without hidden, excluded and formless ones."""
     matches = re.compile(translate_glob(pattern)).fullmatch if pattern else None
     excluded = [re.compile(translate_glob(glob)) for glob in source.exclude]
     chosen: list[Entry] = []
     for entry in entries:
-        relative = entry.path[len(root):].lstrip("/")
+        relative = entry.path[len(root) :].lstrip("/")
         names = (relative, relative.rpartition("/")[2], entry.path)
         if matches and not matches(relative):
             continue
@@ -176,18 +224,31 @@ def _choose(entries: Sequence[Entry], root: str, pattern: str | None, source: So
     return chosen
 
 
-def _leave_companions(base: str, entries: Sequence[Entry], source: Source, leavings: Leavings) -> list[InputFile]:
-    """The entries as input files, without what only accompanies data: a README beside shards is no document.
+def _leave_companions(
+    base: str, entries: Sequence[Entry], source: Source, leavings: Leavings
+) -> list[InputFile]:
+    """The entries as input files, without what only accompanies data: a README beside shards is no
+    document.
 
-    Text beside data is left out as a whole where the data weighs more: such a folder is a data set, not a text corpus.
+    Text beside data is left out as a whole where the data weighs more: such a folder is a data set,
+    not a text corpus.
     """
-    files = [InputFile(base, entry.path, entry.num_bytes, entry.stamp, *_form(entry.path, source)) for entry in entries]
+    files = [
+        InputFile(base, entry.path, entry.num_bytes, entry.stamp, *_form(entry.path, source))
+        for entry in entries
+    ]
     if source.format != "auto":
         return files
-    data = [file for file in files if file.form != "text" and not METADATA.fullmatch(_base_name(file))]
+    data = [
+        file for file in files if file.form != "text" and not METADATA.fullmatch(_base_name(file))
+    ]
     if not data:
         return files
-    text_bytes = sum(file.estimated_bytes for file in files if file.form == "text" and not _is_documentation(file))
+    text_bytes = sum(
+        file.estimated_bytes
+        for file in files
+        if file.form == "text" and not _is_documentation(file)
+    )
     outweighs = sum(file.estimated_bytes for file in data) > text_bytes
     kept: list[InputFile] = []
     for file in files:
@@ -219,8 +280,12 @@ def _find_stdlib() -> Iterator[InputFile]:
             yield InputFile(root, path, status.st_size, str(status.st_mtime_ns), "text", "")
 
 
-def _input_file(filesystem: pafs.FileSystem, base: str, info: pafs.FileInfo, form: str, compression: str) -> InputFile:
-    return InputFile(base, cast(str, info.path), int(info.size or 0), _stamp(filesystem, info), form, compression)
+def _input_file(
+    filesystem: pafs.FileSystem, base: str, info: pafs.FileInfo, form: str, compression: str
+) -> InputFile:
+    return InputFile(
+        base, cast(str, info.path), int(info.size or 0), _stamp(filesystem, info), form, compression
+    )
 
 
 def _stamp(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
@@ -253,7 +318,13 @@ def _form(path: str, source: Source) -> tuple[str, str]:
     compression = COMPRESSIONS.get(parts[-1], "") if len(parts) > 1 else ""
     if compression:
         parts.pop()
-    form = source.format if source.format != "auto" else FORMS.get(parts[-1], "") if len(parts) > 1 else ""
+    form = (
+        source.format
+        if source.format != "auto"
+        else FORMS.get(parts[-1], "")
+        if len(parts) > 1
+        else ""
+    )
     return form, compression
 
 
@@ -263,7 +334,8 @@ def suffix_form(path: str) -> str:
 
 
 def _split_glob(path: str) -> tuple[str, str | None]:
-    """A place without magic, and the pattern below it. In a URI `?` begins the query; elsewhere it is a wildcard.
+    """A place without magic, and the pattern below it. In a URI `?` begins the query; elsewhere it
+    is a wildcard.
 
     A name with magic that is there, as written, is that file or folder.
     """
@@ -285,13 +357,16 @@ def _split_glob(path: str) -> tuple[str, str | None]:
 def _cut(path: str, magic: str, is_there: Callable[[str], bool]) -> tuple[str, str | None]:
     names = path.split("/")
     for index, name in enumerate(names):
-        if any(character in name for character in magic) and not is_there("/".join(names[:index + 1])):
+        if any(character in name for character in magic) and not is_there(
+            "/".join(names[: index + 1])
+        ):
             return "/".join(names[:index]) or "/", "/".join(names[index:])
     return path, None
 
 
 def translate_glob(pattern: str) -> str:
-    """A glob as a regular expression: `*` and `?` stay within a name, `**` crosses folders, `[…]` is a set."""
+    """A glob as a regular expression: `*` and `?` stay within a name, `**` crosses folders, `[…]`
+    is a set."""
     out, index = "", 0
     while index < len(pattern):
         if pattern.startswith("**/", index):
@@ -300,10 +375,12 @@ def translate_glob(pattern: str) -> str:
             out, index = out + ".*", index + 2
         elif pattern[index] in "*?":
             out, index = out + ("[^/]*" if pattern[index] == "*" else "[^/]"), index + 1
-        elif pattern[index] == "[" and "]" in pattern[index + 2:]:
+        elif pattern[index] == "[" and "]" in pattern[index + 2 :]:
             end = pattern.index("]", index + 2)
-            body, negated = pattern[index + 1:end], pattern[index + 1] in "!^"
-            letters = "".join(c if c == "-" else re.escape(c) for c in (body[1:] if negated else body))
+            body, negated = pattern[index + 1 : end], pattern[index + 1] in "!^"
+            letters = "".join(
+                c if c == "-" else re.escape(c) for c in (body[1:] if negated else body)
+            )
             out, index = out + "[" + ("^" if negated else "") + letters + "]", end + 1
         else:
             out, index = out + re.escape(pattern[index]), index + 1

@@ -1,7 +1,9 @@
-"""Runs one stage of the preparation through Ray Data: a task for every piece of work that has no record yet.
+"""Runs one stage of the preparation through Ray Data: a task for every piece of work that has no
+record yet.
 
-Only the descriptions of work and their records travel through Ray; text and tokens go from storage to storage, so Ray's
-object store stays empty. Refuses nothing: an expected error comes back as it is.
+Only the descriptions of work and their records travel through Ray; text and tokens go from storage
+to storage, so Ray's object store stays empty. Refuses nothing: an expected error comes back as it
+is.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ TASKS_AT_ONCE = 1024
 """Descriptions of work that Ray holds at a time."""
 
 
-def _answer(function: Callable[[Job, Any], Any], job: Job, index: int, item: Any) -> tuple[int, bytes]:
-    """A task's result or its UserError, pickled: an expected error crosses Ray without its wrapping.
+def _answer(
+    function: Callable[[Job, Any], Any], job: Job, index: int, item: Any
+) -> tuple[int, bytes]:
+    """A task's result or its UserError, pickled: an expected error crosses Ray without its
+    wrapping.
 
-    The pieces of work write whole files and their record last, so one that meets a failing storage starts over.
+    The pieces of work write whole files and their record last, so one that meets a failing storage
+    starts over.
     """
     try:
         return index, pickle.dumps(retry(lambda: function(job, item), shown(job.folder)))
@@ -43,7 +49,8 @@ def _unwrap(answer: bytes) -> Any:
 
 
 def run_task(job: Job, function: Callable[[Job, Any], Any], item: Any) -> Any:
-    """`function(job, item)` in one Ray task, while Ray Data and a worker are brought up for the next stage."""
+    """`function(job, item)` in one Ray task, while Ray Data and a worker are brought up for the
+    next stage."""
     import ray
 
     answer = ray.remote(num_cpus=1)(_answer).remote(function, job, 0, item)
@@ -59,9 +66,15 @@ def _warm_up(job: Job, item: None) -> dict[str, Any]:
     return {}
 
 
-def run_stage(job: Job, stage: str, function: Callable[[Job, Any], dict[str, Any]], items: Sequence[Any],
-              say: Progress) -> list[dict[str, Any]]:
-    """The records of `function(job, item)` for all items, in their order: read back, or made by Ray Data.
+def run_stage(
+    job: Job,
+    stage: str,
+    function: Callable[[Job, Any], dict[str, Any]],
+    items: Sequence[Any],
+    say: Progress,
+) -> list[dict[str, Any]]:
+    """The records of `function(job, item)` for all items, in their order: read back, or made by Ray
+    Data.
 
     Items are taken when their turn comes, so a sequence may make them as it is asked.
     """
@@ -69,11 +82,22 @@ def run_stage(job: Job, stage: str, function: Callable[[Job, Any], dict[str, Any
         return []
     filesystem, path = staged(job, stage)
     there = list_files(filesystem, path)
-    records = {index: load_record(job, stage, index) for index in range(len(items)) if record_name(index) in there}
+    records = {
+        index: load_record(job, stage, index)
+        for index in range(len(items))
+        if record_name(index) in there
+    }
     missing = [index for index in range(len(items)) if records.get(index) is None]
     began = time.monotonic()
-    answers = (answer for start in range(0, len(missing), TASKS_AT_ONCE) for answer in _run_tasks(
-        job, function, [(index, items[index]) for index in missing[start:start + TASKS_AT_ONCE]]))
+    answers = (
+        answer
+        for start in range(0, len(missing), TASKS_AT_ONCE)
+        for answer in _run_tasks(
+            job,
+            function,
+            [(index, items[index]) for index in missing[start : start + TASKS_AT_ONCE]],
+        )
+    )
     for done, (index, answer) in enumerate(answers, 1):
         records[index] = _unwrap(answer)
         if done == len(missing) or time.monotonic() - began > PROGRESS_SECONDS:
@@ -82,8 +106,9 @@ def run_stage(job: Job, stage: str, function: Callable[[Job, Any], dict[str, Any
     return [record for _, record in sorted(records.items()) if record is not None]
 
 
-def _run_tasks(job: Job, function: Callable[[Job, Any], dict[str, Any]],
-               tasks: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, bytes]]:
+def _run_tasks(
+    job: Job, function: Callable[[Job, Any], dict[str, Any]], tasks: Sequence[tuple[int, Any]]
+) -> Iterator[tuple[int, bytes]]:
     if not tasks:
         return
     import ray.data

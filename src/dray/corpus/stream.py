@@ -1,12 +1,15 @@
-"""The stream: token shards to the ranks, in the order's order, through Ray Data or through a plain iterator.
+"""The stream: token shards to the ranks, in the order's order, through Ray Data or through a plain
+iterator.
 
-A `RowStream` is a small frozen description of what a worker group reads from one step on. It is cut into segments (some
-steps, or a part of a validation pass), and each segment into one block a rank. Ray Data runs one read task a block and
-hands block k to rank k mod num_ranks; the worker checks every row id it receives against the order, so that a stream
-that were ever out of order would fail instead of training on the wrong rows.
+A `RowStream` is a small frozen description of what a worker group reads from one step on. It is cut
+into segments (some steps, or a part of a validation pass), and each segment into one block a rank.
+Ray Data runs one read task a block and hands block k to rank k mod num_ranks; the worker checks
+every row id it receives against the order, so that a stream that were ever out of order would fail
+instead of training on the wrong rows.
 
-Nothing here grows with the run or the corpus: segments are made as they are needed, Ray Data plans a window of them at
-a time, and a read task names the corpus, whose manifest each process loads once.
+Nothing here grows with the run or the corpus: segments are made as they are needed, Ray Data plans
+a window of them at a time, and a read task names the corpus, whose manifest each process loads
+once.
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ from dray.order import PADDING, Ints, LeftOut, Order, Segment, SourceCount, make
 from dray.storage.filesystem import share_filesystem
 
 BLOCK_BYTES = 4 * 1024 * 1024
-"""Bytes of rows in one rank's block: large enough that Ray's cost per block (milliseconds) vanishes."""
+"""Bytes of rows in one rank's block: large enough that Ray's cost per block (milliseconds)
+vanishes."""
 SEGMENT_BYTES = 64 * 1024 * 1024
-"""Bytes of rows in the blocks of all ranks together: the groups that they share stay in a reader's memory."""
+"""Bytes of rows in the blocks of all ranks together: the groups that they share stay in a reader's
+memory."""
 WINDOW_TASKS, LEAST_WINDOW = 2048, 32
 """Read tasks that Ray Data plans at a time, and the segments that a window holds at least."""
 
@@ -53,13 +58,18 @@ def remember_manifest(folder: str, manifest: Manifest) -> None:
 
 
 def recall_manifest(folder: str, key: str) -> Manifest:
-    """The manifest of the corpus in a folder, read once a process. Raises CorpusError if it is none, or another one."""
+    """The manifest of the corpus in a folder, read once a process. Raises CorpusError if it is
+    none, or another one."""
     if folder not in _manifests or _manifests[folder].key != key:
         remember_manifest(folder, load_manifest(*share_filesystem(folder)))
     manifest = _manifests[folder]
     if manifest.key != key:
-        raise CorpusError(folder, f"holds the corpus {manifest.key}", f"the run reads the corpus {key}",
-                          "put the run's own corpus there again")
+        raise CorpusError(
+            folder,
+            f"holds the corpus {manifest.key}",
+            f"the run reads the corpus {key}",
+            "put the run's own corpus there again",
+        )
     return manifest
 
 
@@ -67,8 +77,8 @@ def recall_manifest(folder: str, key: str) -> Manifest:
 class RowStream:
     """What one worker group reads: from `start_step` (already done) to `num_steps`.
 
-    It is sent with every read task and names the corpus instead of holding its manifest. `left_out`: batches of the
-    endless sequence that are never read (`order.LeftOut`), ascending.
+    It is sent with every read task and names the corpus instead of holding its manifest.
+    `left_out`: batches of the endless sequence that are never read (`order.LeftOut`), ascending.
     """
 
     folder: str
@@ -82,7 +92,8 @@ class RowStream:
     start_step: int
     num_steps: int
     validate_every: int | None = None
-    """Steps between validation passes; the last step always has one, if there are validation rows."""
+    """Steps between validation passes; the last step always has one, if there are validation
+    rows."""
     max_validation_rows: int | None = None
     left_out: tuple[int, ...] = ()
     block_bytes: int = BLOCK_BYTES
@@ -107,19 +118,27 @@ class RowStream:
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation pass follows this step: not where there are no validation rows."""
-        due = step == self.num_steps or bool(self.validate_every and step % self.validate_every == 0)
+        due = step == self.num_steps or bool(
+            self.validate_every and step % self.validate_every == 0
+        )
         return due and self.num_validation_rows > 0
 
     def segments(self) -> Iterator[Segment]:
         """The blocks of every rank, in the order in which they are consumed."""
-        row_bytes = self.manifest.sequence_tokens * (2 if self.manifest.vocab_size <= 65536 else 4) + 24
+        row_bytes = (
+            self.manifest.sequence_tokens * (2 if self.manifest.vocab_size <= 65536 else 4) + 24
+        )
         rows_per_block = max(1, self.block_bytes // row_bytes)
         rows_per_segment = max(1, SEGMENT_BYTES // row_bytes)
-        micro_batches = max(1, min(rows_per_block, rows_per_segment // self.num_ranks) // self.micro_rows)
+        micro_batches = max(
+            1, min(rows_per_block, rows_per_segment // self.num_ranks) // self.micro_rows
+        )
         return make_segments(
             start_step=self.start_step,
             num_steps=self.num_steps,
-            steps_per_block=max(1, min(rows_per_block // self.rows_per_rank, rows_per_segment // self.global_rows)),
+            steps_per_block=max(
+                1, min(rows_per_block // self.rows_per_rank, rows_per_segment // self.global_rows)
+            ),
             validate_every=self.validate_every,
             num_validation_rows=self.num_validation_rows,
             validation_rows_per_block=micro_batches * self.micro_rows * self.num_ranks,
@@ -128,18 +147,23 @@ class RowStream:
     def windows(self) -> Iterator[list[Segment]]:
         """The segments, as many at a time as Ray Data plans at once."""
         segments = self.segments()
-        while window := list(islice(segments, max(LEAST_WINDOW, self.window_tasks // self.num_ranks))):
+        while window := list(
+            islice(segments, max(LEAST_WINDOW, self.window_tasks // self.num_ranks))
+        ):
             yield window
 
     def row_ids(self, segment: Segment, rank: int) -> Ints:
-        """Row ids of one rank's block; PADDING where a slot is empty. A multiple of `micro_rows` long."""
+        """Row ids of one rank's block; PADDING where a slot is empty. A multiple of `micro_rows`
+        long."""
         if segment.kind == "train":
             steps = np.arange(segment.first, segment.last + 1, dtype=np.int64)
             slots = rank * self.rows_per_rank + np.arange(self.rows_per_rank, dtype=np.int64)
             taken = slots[slots < self.global_rows]
             ids = np.full((len(steps), self.rows_per_rank), PADDING, dtype=np.int64)
             positions = self._left_out.batches_at(steps)[:, None] * self.global_rows + taken
-            ids[:, :len(taken)] = self.order.rows_at(positions.reshape(-1)).reshape(positions.shape)
+            ids[:, : len(taken)] = self.order.rows_at(positions.reshape(-1)).reshape(
+                positions.shape
+            )
             return ids.reshape(-1)
         num_rows = segment.stop_row - segment.start_row
         share = -(-num_rows // (self.num_ranks * self.micro_rows)) * self.micro_rows
@@ -147,7 +171,8 @@ class RowStream:
         return np.where(slots < num_rows, segment.start_row + slots, PADDING)
 
     def read_block(self, segment: Segment, rank: int) -> pa.Table:
-        """One rank's block: the columns of the token shards and `row_id` (int64; PADDING for rows to ignore)."""
+        """One rank's block: the columns of the token shards and `row_id` (int64; PADDING for rows
+        to ignore)."""
         ids = self.row_ids(segment, rank)
         split = self.manifest.train if segment.kind == "train" else self.manifest.validation
         if split is None:
@@ -161,7 +186,8 @@ class RowStream:
 
 
 def read_rows(folder: str, manifest: Manifest, split: Split, ids: Ints) -> pa.Table:
-    """Rows of a split by id, in the order of `ids`; a PADDING slot repeats some row, marked by its id."""
+    """Rows of a split by id, in the order of `ids`; a PADDING slot repeats some row, marked by its
+    id."""
     group_rows = manifest.group_rows
     filesystem, path = share_filesystem(folder)
     offsets = np.cumsum([0, *(source.num_rows for source in split.sources)])
@@ -194,7 +220,9 @@ def _take(table: pa.Table, indices: Ints) -> pa.Table:
         if pa.types.is_fixed_size_list(column.type):
             width = column.type.list_size
             values = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
-            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values[indices].reshape(-1)), width)
+            columns[name] = pa.FixedSizeListArray.from_arrays(
+                pa.array(values[indices].reshape(-1)), width
+            )
         else:
             columns[name] = column.take(pa.array(indices))
     return pa.table(columns)
@@ -203,20 +231,23 @@ def _take(table: pa.Table, indices: Ints) -> pa.Table:
 def build_dataset(stream: RowStream, num_cpus: float = 1.0) -> Any:
     """The stream as a Ray Dataset of one block a segment and rank, in the order of consumption.
 
-    Each execution gives the next window of the stream; `streaming_split` executes a dataset anew whenever all ranks
-    begin an iteration, so `iterate_windows` asks for one window after the other. `num_cpus`: logical CPUs of one read
-    task; as many run at once as the cluster has left over.
+    Each execution gives the next window of the stream; `streaming_split` executes a dataset anew
+    whenever all ranks begin an iteration, so `iterate_windows` asks for one window after the other.
+    `num_cpus`: logical CPUs of one read task; as many run at once as the cluster has left over.
     """
     import ray.data
 
-    dataset = ray.data.read_datasource(build_datasource(stream), override_num_blocks=1, num_cpus=num_cpus)
+    dataset = ray.data.read_datasource(
+        build_datasource(stream), override_num_blocks=1, num_cpus=num_cpus
+    )
     dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     dataset.context.target_max_block_size = None  # a block stays whole, whatever its size
     return dataset
 
 
 def build_datasource(stream: RowStream) -> Any:
-    """What gives Ray Data its read tasks: those of the next window at each execution, one a segment and rank."""
+    """What gives Ray Data its read tasks: those of the next window at each execution, one a segment
+    and rank."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -226,16 +257,25 @@ def build_datasource(stream: RowStream) -> Any:
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 
-        def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None,
-                           data_context: Any = None) -> list[ReadTask]:
-            if data_context is None:  # planning asks what a task is like; an execution tells its context
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[ReadTask]:
+            if (
+                data_context is None
+            ):  # planning asks what a task is like; an execution tells its context
                 return [_task(next(reader.segments()), 0)]
             if self.windows is None:
                 self.windows = reader.windows()
-            return [_task(segment, rank) for segment in next(self.windows, []) for rank in range(reader.num_ranks)]
+            return [
+                _task(segment, rank)
+                for segment in next(self.windows, [])
+                for rank in range(reader.num_ranks)
+            ]
 
     def _task(segment: Segment, rank: int) -> ReadTask:
-        metadata = BlockMetadata(num_rows=None, size_bytes=BLOCK_BYTES, input_files=None, exec_stats=None)
+        metadata = BlockMetadata(
+            num_rows=None, size_bytes=BLOCK_BYTES, input_files=None, exec_stats=None
+        )
         return ReadTask(lambda: [reader.read_block(segment, rank)], metadata)
 
     # The tasks are pickled one by one: without what it has cached the stream is small.
@@ -243,11 +283,14 @@ def build_datasource(stream: RowStream) -> Any:
     return _Rows()
 
 
-def iterate_windows(stream: RowStream, iterate: Callable[[], Iterable[pa.Table]]) -> Iterator[pa.Table]:
-    """One rank's blocks through Ray Data: `iterate` begins an iteration over its split, which holds one window.
+def iterate_windows(
+    stream: RowStream, iterate: Callable[[], Iterable[pa.Table]]
+) -> Iterator[pa.Table]:
+    """One rank's blocks through Ray Data: `iterate` begins an iteration over its split, which holds
+    one window.
 
-    A thread goes one block ahead of the consumer, so that the next window is under way before this one is used up. It
-    starts at once.
+    A thread goes one block ahead of the consumer, so that the next window is under way before this
+    one is used up. It starts at once.
     """
     blocks: Queue[pa.Table | BaseException | None] = Queue(maxsize=1)
     ended = threading.Event()
@@ -282,13 +325,19 @@ def iterate_windows(stream: RowStream, iterate: Callable[[], Iterable[pa.Table]]
     return consume()
 
 
-def check_rows(stream: RowStream, blocks: Iterable[pa.Table], rank: int) -> Iterator[tuple[Segment, pa.Table]]:
-    """Pairs each segment with its block, and proves that the block holds exactly the rows that the order asks for."""
+def check_rows(
+    stream: RowStream, blocks: Iterable[pa.Table], rank: int
+) -> Iterator[tuple[Segment, pa.Table]]:
+    """Pairs each segment with its block, and proves that the block holds exactly the rows that the
+    order asks for."""
     arrived = iter(blocks)
     for segment in stream.segments():
         block = next(arrived, None)
         if block is None:
             raise RuntimeError(f"the stream ended before {segment.kind} of step {segment.first}")
         if not np.array_equal(block.column("row_id").to_numpy(), stream.row_ids(segment, rank)):
-            raise RuntimeError(f"the stream is out of order at {segment.kind} of step {segment.first} on rank {rank}")
+            raise RuntimeError(
+                f"the stream is out of order at {segment.kind} of step {segment.first} on rank "
+                f"{rank}"
+            )
         yield segment, block

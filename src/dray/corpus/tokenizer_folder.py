@@ -1,8 +1,9 @@
-"""The files of a tokeniser's folder: made whole before a corpus is encoded, and dressed for transformers afterwards.
+"""The files of a tokeniser's folder: made whole before a corpus is encoded, and dressed for
+transformers afterwards.
 
-Functions of file contents by name, to the same. tokenizer.json is the truth about how text becomes ids; what the other
-files add to it (tokens, their names) is put into it, so that dray and transformers read the same thing. Refuses files
-that contradict each other.
+Functions of file contents by name, to the same. tokenizer.json is the truth about how text becomes
+ids; what the other files add to it (tokens, their names) is put into it, so that dray and
+transformers read the same thing. Refuses files that contradict each other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dray.errors import CorpusError
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 KEPT_SETTINGS = ("chat_template", "clean_up_tokenization_spaces")
-"""Settings of a tokenizer_config.json that outlive an export, besides the names of tokens in the vocabulary."""
+"""Settings of a tokenizer_config.json that outlive an export, besides the names of tokens in the
+vocabulary."""
 EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 
 Files = dict[str, bytes]
@@ -38,13 +40,18 @@ class Dress:
 
 
 def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """A JSON object among the files; empty if it is absent. Raises CorpusError if it is anything else."""
+    """A JSON object among the files; empty if it is absent. Raises CorpusError if it is anything
+    else."""
     try:
         tree = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise CorpusError("tokenizer.path", f"{name} is broken JSON ({error})", "the folder must be sound") from error
+        raise CorpusError(
+            "tokenizer.path", f"{name} is broken JSON ({error})", "the folder must be sound"
+        ) from error
     if not isinstance(tree, dict):
-        raise CorpusError("tokenizer.path", f"{name} holds a {type(tree).__name__}", "a JSON object is wanted")
+        raise CorpusError(
+            "tokenizer.path", f"{name} holds a {type(tree).__name__}", "a JSON object is wanted"
+        )
     return tree
 
 
@@ -53,14 +60,18 @@ def dump_json(tree: Any) -> bytes:
 
 
 def load_tokenizer(files: Mapping[str, bytes]) -> Any:
-    """The `tokenizers.Tokenizer` of the files, without truncation and padding: dray does both. Raises CorpusError."""
+    """The `tokenizers.Tokenizer` of the files, without truncation and padding: dray does both.
+    Raises CorpusError."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(files[TOKENIZER_JSON].decode())
     except Exception as error:  # the library raises bare Exceptions
-        raise CorpusError("tokenizer.path", f"{TOKENIZER_JSON} cannot be loaded ({first_line(error)})",
-                          "a file that the tokenizers library writes is wanted") from error
+        raise CorpusError(
+            "tokenizer.path",
+            f"{TOKENIZER_JSON} cannot be loaded ({first_line(error)})",
+            "a file that the tokenizers library writes is wanted",
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -83,35 +94,52 @@ def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def from_byte_level_files(files: Files, place: str) -> Files:
-    """A tokenizer.json from the bare vocab.json and merges.txt of GPT-2's kind. Raises CorpusError."""
+    """A tokenizer.json from the bare vocab.json and merges.txt of GPT-2's kind. Raises
+    CorpusError."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     vocab = read_json(files, "vocab.json")
     if not set(pre_tokenizers.ByteLevel.alphabet()) <= vocab.keys():
-        raise CorpusError("tokenizer.path", f"{place}/vocab.json lacks some of the 256 bytes",
-                          "a bare vocab.json with merges.txt is read as byte-level BPE, as GPT-2's",
-                          f"add a {TOKENIZER_CONFIG} that names its tokenizer_class")
+        raise CorpusError(
+            "tokenizer.path",
+            f"{place}/vocab.json lacks some of the 256 bytes",
+            "a bare vocab.json with merges.txt is read as byte-level BPE, as GPT-2's",
+            f"add a {TOKENIZER_CONFIG} that names its tokenizer_class",
+        )
     lines = files["merges.txt"].decode(errors="replace").split("\n")
-    pairs = [line.rstrip("\r").split(" ") for line in lines[lines[0].startswith("#version"):] if line.strip()]
+    pairs = [
+        line.rstrip("\r").split(" ")
+        for line in lines[lines[0].startswith("#version") :]
+        if line.strip()
+    ]
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(left, right) for left, right in pairs]))
+        tokenizer = Tokenizer(
+            models.BPE(vocab=vocab, merges=[(left, right) for left, right in pairs])
+        )
     except Exception as error:  # the library raises bare Exceptions
-        raise CorpusError("tokenizer.path", f"{place}: vocab.json and merges.txt do not fit ({first_line(error)})",
-                          "every merge's parts and result are in the vocabulary") from error
+        raise CorpusError(
+            "tokenizer.path",
+            f"{place}: vocab.json and merges.txt do not fit ({first_line(error)})",
+            "every merge's parts and result are in the vocabulary",
+        ) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     config = read_json(files, TOKENIZER_CONFIG)
     if END_OF_TEXT in vocab:
         config.setdefault("eos_token", END_OF_TEXT)
-    return files | {TOKENIZER_JSON: str(tokenizer.to_str()).encode(), TOKENIZER_CONFIG: dump_json(config)}
+    return files | {
+        TOKENIZER_JSON: str(tokenizer.to_str()).encode(),
+        TOKENIZER_CONFIG: dump_json(config),
+    }
 
 
 def completed(files: Files) -> Files:
-    """The files with every token that they name inside tokenizer.json, as transformers would add it when it loads them.
+    """The files with every token that they name inside tokenizer.json, as transformers would add it
+    when it loads them.
 
-    A token that has a role but no row in the vocabulary is left out: the model has no embedding for it. Raises
-    CorpusError for a token whose id is taken by another.
+    A token that has a role but no row in the vocabulary is left out: the model has no embedding for
+    it. Raises CorpusError for a token whose id is taken by another.
     """
     from tokenizers import AddedToken
 
@@ -120,12 +148,21 @@ def completed(files: Files) -> Files:
         if tokenizer.token_to_id(token.content) is None:
             tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != token_id:
-            raise CorpusError("tokenizer.path", f"{token.content!r} has the id {token_id} in one file and "
-                              f"{tokenizer.token_to_id(token.content)} in {TOKENIZER_JSON}", "the files must agree")
+            raise CorpusError(
+                "tokenizer.path",
+                f"{token.content!r} has the id {token_id} in one file and "
+                f"{tokenizer.token_to_id(token.content)} in {TOKENIZER_JSON}",
+                "the files must agree",
+            )
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    named = [name for name in dict.fromkeys([*special_tokens(files).values(), *_extra_tokens(files)])
-             if name not in known and tokenizer.token_to_id(name) is not None]
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in named])
+    named = [
+        name
+        for name in dict.fromkeys([*special_tokens(files).values(), *_extra_tokens(files)])
+        if name not in known and tokenizer.token_to_id(name) is not None
+    ]
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in named]
+    )
     return files | {TOKENIZER_JSON: str(tokenizer.to_str()).encode()}
 
 
@@ -142,47 +179,69 @@ def _extra_tokens(files: Files) -> list[str]:
 
 
 def _tokens_with_ids(files: Files) -> dict[int, Any]:
-    """Tokens that stand with their ids in the files beside tokenizer.json, as `tokenizers.AddedToken`."""
+    """Tokens that stand with their ids in the files beside tokenizer.json, as
+    `tokenizers.AddedToken`."""
     from tokenizers import AddedToken
 
     found: dict[int, Any] = {}
     roles = set(special_tokens(files).values())
     for name, token_id in read_json(files, "added_tokens.json").items():
         found[int(token_id)] = AddedToken(name, special=name in roles, normalized=name not in roles)
-    for token_id, flags in (read_json(files, TOKENIZER_CONFIG).get("added_tokens_decoder") or {}).items():
+    for token_id, flags in (
+        read_json(files, TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
+    ).items():
         if isinstance(flags, dict) and "content" in flags:
-            kept = {key: bool(flags[key]) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
-                    if key in flags}
+            kept = {
+                key: bool(flags[key])
+                for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
+                if key in flags
+            }
             found[int(token_id)] = AddedToken(flags["content"], **kept)
     return found
 
 
 def dressed(files: Files, dress: Dress) -> Files:
-    """The files of an export: transformers' AutoTokenizer gives, by its defaults, the ids that training gave.
+    """The files of an export: transformers' AutoTokenizer gives, by its defaults, the ids that
+    training gave.
 
-    Its template, normal form, padding, truncation and greatest length are training's. A tokeniser without a
-    tokenizer.json keeps its own template.
+    Its template, normal form, padding, truncation and greatest length are training's. A tokeniser
+    without a tokenizer.json keeps its own template.
     """
-    config = {key: value for key, value in read_json(files, TOKENIZER_CONFIG).items() if key in KEPT_SETTINGS}
-    config |= {"model_max_length": dress.max_tokens, "padding_side": "right", "truncation_side": "right",
-               "model_input_names": ["input_ids", "attention_mask"]}
+    config = {
+        key: value
+        for key, value in read_json(files, TOKENIZER_CONFIG).items()
+        if key in KEPT_SETTINGS
+    }
+    config |= {
+        "model_max_length": dress.max_tokens,
+        "padding_side": "right",
+        "truncation_side": "right",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     config.setdefault("clean_up_tokenization_spaces", False)
     if TOKENIZER_JSON not in files:
         return files | {TOKENIZER_CONFIG: dump_json(read_json(files, TOKENIZER_CONFIG) | config)}
     tokenizer = load_tokenizer(files)
-    roles = {key: name for key, name in special_tokens(files).items() if tokenizer.token_to_id(name) is not None}
+    roles = {
+        key: name
+        for key, name in special_tokens(files).items()
+        if tokenizer.token_to_id(name) is not None
+    }
     for key, token_id in (("pad_token", dress.pad_token_id), ("eos_token", dress.eos_token_id)):
         if token_id is not None:
             roles[key] = tokenizer.id_to_token(token_id)
     tree = json.loads(tokenizer.to_str())
     tree["normalizer"] = _with_normal_form(tree["normalizer"], dress.normalize)
-    names = {token_id: tokenizer.id_to_token(token_id) for token_id in (*dress.prefix, *dress.suffix)}
+    names = {
+        token_id: tokenizer.id_to_token(token_id) for token_id in (*dress.prefix, *dress.suffix)
+    }
     tree["post_processor"] = _with_template(tree["post_processor"], dress, names)
     # Transformers would make up ids for those that the vocabulary lacks.
     extra = [name for name in _extra_tokens(files) if tokenizer.token_to_id(name) is not None]
     config |= {"extra_special_tokens": extra} if extra else {}
     kept = {name: content for name, content in files.items() if name == "chat_template.jinja"}
-    # The class that takes tokenizer.json as it is; others build their own splitting, template and normal form.
+    # The class that takes tokenizer.json as it is; others build their own splitting, template and
+    # normal form.
     config |= roles | {"tokenizer_class": "PreTrainedTokenizerFast"}
     return kept | {TOKENIZER_JSON: dump_json(tree), TOKENIZER_CONFIG: dump_json(config)}
 
@@ -195,16 +254,21 @@ def _with_normal_form(normalizer: Any, form: str) -> Any:
 
 
 def _with_template(processor: Any, dress: Dress, names: Mapping[int, str]) -> Any:
-    """A post-processor that puts training's prefix and suffix around a text; what only moves offsets stays."""
+    """A post-processor that puts training's prefix and suffix around a text; what only moves
+    offsets stays."""
+
     def around(text: str, type_id: int, prefix: tuple[int, ...]) -> list[dict[str, Any]]:
         token = [{"SpecialToken": {"id": names[i], "type_id": type_id}} for i in prefix]
         end = [{"SpecialToken": {"id": names[i], "type_id": type_id}} for i in dress.suffix]
         return [*token, {"Sequence": {"id": text, "type_id": type_id}}, *end]
 
     template = {
-        "type": "TemplateProcessing", "single": around("A", 0, dress.prefix),
+        "type": "TemplateProcessing",
+        "single": around("A", 0, dress.prefix),
         "pair": around("A", 0, dress.prefix) + around("B", 1, ()),
-        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()},
+        "special_tokens": {
+            name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()
+        },
     }
     others = [step for step in _flattened(processor, "processors") if step["type"] == "ByteLevel"]
     return {"type": "Sequence", "processors": [*others, template]} if others else template

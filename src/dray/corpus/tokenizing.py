@@ -1,8 +1,10 @@
-"""The tokeniser of a corpus: from a Hugging Face folder, or trained; and the encoder that turns text into ids.
+"""The tokeniser of a corpus: from a Hugging Face folder, or trained; and the encoder that turns
+text into ids.
 
-gigatoken encodes only where a check on real documents of this corpus proves that its ids equal those of the Hugging
-Face tokeniser; else `tokenizers` does, or transformers for tokenisers without a tokenizer.json. Refuses folders without
-a tokeniser, and tokenisers without a token that can end a packed document, or pad a row of its own.
+gigatoken encodes only where a check on real documents of this corpus proves that its ids equal
+those of the Hugging Face tokeniser; else `tokenizers` does, or transformers for tokenisers without
+a tokenizer.json. Refuses folders without a tokeniser, and tokenisers without a token that can end a
+packed document, or pad a row of its own.
 """
 
 from __future__ import annotations
@@ -40,24 +42,43 @@ from dray.storage.filesystem import list_files, open_filesystem, read_bytes, sho
 
 PAD = "<|pad|>"
 VOCABULARY_FILES = (
-    TOKENIZER_JSON, "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    TOKENIZER_JSON,
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
     "sentencepiece.bpe.model",
 )
 TOKENIZER_FILES = (
-    *VOCABULARY_FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *VOCABULARY_FILES,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
 )
 OLD_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 """How GPT-2's files were first called."""
 KNOWN_PADS = (PAD, "[PAD]", "<pad>")
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
 PROBES = (
-    "", " ", "\n\n  x", "don't we'll I'M", "123 ١٢٣ 漢字\u3000😀\u00a0x e\u0301", "\r\n\t \t", "a" * 300,
-    "0123456789" * 20, f"a{END_OF_TEXT}b {PAD}", "</s> <s> [SEP] <|im_start|>", "def f(x):\n    return x ** 2  # …",
+    "",
+    " ",
+    "\n\n  x",
+    "don't we'll I'M",
+    "123 ١٢٣ 漢字\u3000😀\u00a0x e\u0301",
+    "\r\n\t \t",
+    "a" * 300,
+    "0123456789" * 20,
+    f"a{END_OF_TEXT}b {PAD}",
+    "</s> <s> [SEP] <|im_start|>",
+    "def f(x):\n    return x ** 2  # …",
     "\ufb01 A\u030a \u212b",
 )
 """Awkward cases, besides real documents."""
 FEW_DOCUMENTS = 20_000
-"""What a process encodes one by one before it imports awkward, which takes many at once and half a second of CPU."""
+"""What a process encodes one by one before it imports awkward, which takes many at once and half a
+second of CPU."""
 CHECK_BYTES = 400_000
 """Text of real documents on which gigatoken must agree."""
 
@@ -74,13 +95,15 @@ class TokenizerInfo:
     vocab_size: int
     """One more than the largest id."""
     pad_token_id: int | None
-    """None for packed rows under a tokeniser that has no such token: their padding is never looked at."""
+    """None for packed rows under a tokeniser that has no such token: their padding is never looked
+    at."""
     eos_token_id: int | None
     encoder: str
     prefix: tuple[int, ...]
     """Ids before each document: what the tokeniser puts before a text (such as [CLS])."""
     suffix: tuple[int, ...]
-    """Ids after each document: the end of a packed one, else what the tokeniser puts there, or the end."""
+    """Ids after each document: the end of a packed one, else what the tokeniser puts there, or the
+    end."""
 
     @property
     def filler(self) -> int:
@@ -92,13 +115,15 @@ class TokenizerInfo:
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
 
-# --- making the folder ---
+# --- making the folder --------------------------------------------------------------------------
 
 
 def train_byte_bpe(texts: Sequence[bytes], vocab_size: int) -> str:
-    """A byte-level BPE tokeniser (GPT-2's splitting) as tokenizer.json; the same texts give the same bytes.
+    """A byte-level BPE tokeniser (GPT-2's splitting) as tokenizer.json; the same texts give the
+    same bytes.
 
-    Ids: end of text, pad, the 256 bytes, then the merges in order of their making. Texts hold no null byte.
+    Ids: end of text, pad, the 256 bytes, then the merges in order of their making. Texts hold no
+    null byte.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -115,15 +140,21 @@ def train_byte_bpe(texts: Sequence[bytes], vocab_size: int) -> str:
 
 
 def _train_merges(texts: Sequence[bytes], vocab_size: int) -> list[tuple[str, str]]:
-    """The merges that Hugging Face's trainer makes, by gigatoken's equal but faster one where it is there."""
+    """The merges that Hugging Face's trainer makes, by gigatoken's equal but faster one where it is
+    there."""
     try:
         import gigatoken
     except ImportError:
         return _train_merges_slowly(texts, vocab_size)
     with _silence():
-        _, merges = gigatoken.train_bpe(b"\0".join(texts), vocab_size, [END_OF_TEXT, PAD], separator=b"\0")
+        _, merges = gigatoken.train_bpe(
+            b"\0".join(texts), vocab_size, [END_OF_TEXT, PAD], separator=b"\0"
+        )
     letters = _byte_letters()
-    return [("".join(letters[b] for b in left), "".join(letters[b] for b in right)) for left, right in merges]
+    return [
+        ("".join(letters[b] for b in left), "".join(letters[b] for b in right))
+        for left, right in merges
+    ]
 
 
 def _train_merges_slowly(texts: Sequence[bytes], vocab_size: int) -> list[tuple[str, str]]:
@@ -131,8 +162,12 @@ def _train_merges_slowly(texts: Sequence[bytes], vocab_size: int) -> list[tuple[
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PAD], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator((text.decode() for text in texts), trainer)
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
@@ -161,14 +196,20 @@ def _silence() -> Iterator[None]:
 
 def save_trained(filesystem: pafs.FileSystem, folder: str, tokenizer_json: str) -> None:
     """Write a trained tokeniser as a folder that AutoTokenizer loads."""
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": PAD,
-              "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+    }
     write_bytes(filesystem, f"{folder}/{TOKENIZER_JSON}", tokenizer_json.encode(), durable=False)
     write_bytes(filesystem, f"{folder}/{TOKENIZER_CONFIG}", dump_json(config), durable=False)
 
 
 def copy_tokenizer(place: str, filesystem: pafs.FileSystem, folder: str) -> None:
-    """Copy a tokeniser folder; slow files are turned into a tokenizer.json where transformers can. Raises CorpusError.
+    """Copy a tokeniser folder; slow files are turned into a tokenizer.json where transformers can.
+    Raises CorpusError.
 
     Tokens that only stand beside tokenizer.json are put into it.
     """
@@ -186,7 +227,12 @@ def read_tokenizer_files(place: str) -> dict[str, bytes]:
     filesystem, path = open_filesystem(place)
     rule = "a Hugging Face tokeniser folder holds tokenizer.json, or the files of a slow tokeniser"
     if filesystem.get_file_info(path).type != pafs.FileType.Directory:
-        raise CorpusError("tokenizer.path", f"{shown(place)} is no folder", rule, "or train one: {train: byte_bpe}")
+        raise CorpusError(
+            "tokenizer.path",
+            f"{shown(place)} is no folder",
+            rule,
+            "or train one: {train: byte_bpe}",
+        )
     there = list_files(filesystem, path)
     names = {name: name for name in there if name in TOKENIZER_FILES}
     names = {new: old for old, new in OLD_NAMES.items() if old in there} | names
@@ -197,9 +243,12 @@ def read_tokenizer_files(place: str) -> dict[str, bytes]:
 
 
 def _convert(files: Files, place: str) -> Files:
-    """Slow files with a tokenizer.json made of them: by transformers, or as GPT-2's where nothing names their class."""
+    """Slow files with a tokenizer.json made of them: by transformers, or as GPT-2's where nothing
+    names their class."""
     filesystem, path = open_filesystem(place)
-    beside = [name for name in list_files(filesystem, path) if name == "config.json"]  # names the model's type
+    beside = [
+        name for name in list_files(filesystem, path) if name == "config.json"
+    ]  # names the model's type
     model = {name: read_bytes(filesystem, f"{path}/{name}") for name in beside}
     named = "tokenizer_class" in read_json(files, TOKENIZER_CONFIG) or model
     if not named and {"vocab.json", "merges.txt"} <= files.keys():
@@ -207,12 +256,20 @@ def _convert(files: Files, place: str) -> Files:
     with tempfile.TemporaryDirectory() as made:
         try:
             _load_slow(files | model).save_pretrained(made)
-        except Exception as error:  # transformers' own, the system's and those of every library it calls
-            raise CorpusError("tokenizer.path", f"{shown(place)} cannot be loaded ({first_line(error)})",
-                              "transformers' AutoTokenizer must load it",
-                              f"add a {TOKENIZER_CONFIG} that names its tokenizer_class, or a {TOKENIZER_JSON}",
-                              ) from error
-        return files | {name: _read(os.path.join(made, name)) for name in os.listdir(made) if name in TOKENIZER_FILES}
+        except (
+            Exception
+        ) as error:  # transformers' own, the system's and those of every library it calls
+            raise CorpusError(
+                "tokenizer.path",
+                f"{shown(place)} cannot be loaded ({first_line(error)})",
+                "transformers' AutoTokenizer must load it",
+                f"add a {TOKENIZER_CONFIG} that names its tokenizer_class, or a {TOKENIZER_JSON}",
+            ) from error
+        return files | {
+            name: _read(os.path.join(made, name))
+            for name in os.listdir(made)
+            if name in TOKENIZER_FILES
+        }
 
 
 def _read(path: str) -> bytes:
@@ -220,7 +277,7 @@ def _read(path: str) -> bytes:
         return stream.read()
 
 
-# --- encoding ---
+# --- encoding -----------------------------------------------------------------------------------
 
 
 class Encoder:
@@ -228,7 +285,11 @@ class Encoder:
 
     def __init__(self, files: dict[str, bytes], name: str) -> None:
         self.name = name
-        self._encode = {"gigatoken": _gigatoken, "tokenizers": _tokenizers, "transformers": _transformers}[name](files)
+        self._encode = {
+            "gigatoken": _gigatoken,
+            "tokenizers": _tokenizers,
+            "transformers": _transformers,
+        }[name](files)
 
     def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
         """Ids of the texts (large_string) end to end, and the number of ids of each."""
@@ -246,7 +307,8 @@ def load_encoder(folder: str, name: str) -> Encoder:
 
 @lru_cache(maxsize=2)
 def load_decoder(folder: str) -> Any:
-    """What decodes the ids of a folder's tokeniser, once a process: of tokenizers, or of transformers."""
+    """What decodes the ids of a folder's tokeniser, once a process: of tokenizers, or of
+    transformers."""
     files = read_tokenizer_files(folder)
     return _load_fast(files) if TOKENIZER_JSON in files else _load_slow(files)
 
@@ -260,29 +322,41 @@ def _gigatoken(files: dict[str, bytes]) -> Any:
     def encode(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
         nonlocal num_done
         _, offsets, data = texts.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[texts.offset:texts.offset + len(texts) + 1]
-        content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.empty(0, np.uint8)
+        bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        content = (
+            np.frombuffer(data, np.uint8)
+            if data is not None and data.size
+            else np.empty(0, np.uint8)
+        )
         num_done += len(texts)
         if num_done <= FEW_DOCUMENTS:
-            ids = [tokenizer.encode(content[start:stop].tobytes()) for start, stop in pairwise(bounds.tolist())]
+            ids = [
+                tokenizer.encode(content[start:stop].tobytes())
+                for start, stop in pairwise(bounds.tolist())
+            ]
             return np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids))
         return _encode_at_once(tokenizer, bounds, content)
 
     return encode
 
 
-def _encode_at_once(tokenizer: Any, bounds: Ints,
-                    content: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], Ints]:
+def _encode_at_once(
+    tokenizer: Any, bounds: Ints, content: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.uint32], Ints]:
     """Documents in one call, which takes and gives awkward arrays."""
     import awkward as ak  # type: ignore[import-untyped]
 
-    batch = ak.Array(ak.contents.ListOffsetArray(
-        ak.index.Index64(bounds), ak.contents.NumpyArray(content, parameters={"__array__": "char"}),
-        parameters={"__array__": "string"}))
+    batch = ak.Array(
+        ak.contents.ListOffsetArray(
+            ak.index.Index64(bounds),
+            ak.contents.NumpyArray(content, parameters={"__array__": "char"}),
+            parameters={"__array__": "string"},
+        )
+    )
     # One thread: Ray gives a task one CPU.
     layout = ak.to_layout(tokenizer.encode_batch(batch, parallel=False))
     ends = np.asarray(layout.offsets.data)
-    return np.asarray(layout.content.data)[ends[0]:ends[-1]], np.diff(ends)
+    return np.asarray(layout.content.data)[ends[0] : ends[-1]], np.diff(ends)
 
 
 def _tokenizers(files: dict[str, bytes]) -> Any:
@@ -291,7 +365,9 @@ def _tokenizers(files: dict[str, bytes]) -> Any:
     def encode(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
         ids: list[npt.NDArray[np.uint32]] = []
         for start in range(0, len(texts), 256):
-            batch = tokenizer.encode_batch_fast(texts[start:start + 256].to_pylist(), add_special_tokens=False)
+            batch = tokenizer.encode_batch_fast(
+                texts[start : start + 256].to_pylist(), add_special_tokens=False
+            )
             ids += [np.array(item.ids, np.uint32) for item in batch]
         return np.concatenate(ids), np.array([len(item) for item in ids], np.int64)
 
@@ -302,7 +378,10 @@ def _transformers(files: dict[str, bytes]) -> Any:
     tokenizer = _load_slow(files)
 
     def encode(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
-        ids = [np.array(tokenizer.encode(text, add_special_tokens=False), np.uint32) for text in texts.to_pylist()]
+        ids = [
+            np.array(tokenizer.encode(text, add_special_tokens=False), np.uint32)
+            for text in texts.to_pylist()
+        ]
         return np.concatenate(ids), np.array([len(item) for item in ids], np.int64)
 
     return encode
@@ -329,33 +408,47 @@ def load_auto_tokenizer(folder: str) -> Any:
 
 
 def describe(files: dict[str, bytes], sample: Sequence[str], needs_end: bool) -> TokenizerInfo:
-    """What is to know of a tokeniser, for packed rows (`needs_end`) or one document a row. Raises CorpusError.
+    """What is to know of a tokeniser, for packed rows (`needs_end`) or one document a row. Raises
+    CorpusError.
 
-    `sample`: real documents, on which gigatoken is checked, and on which no pad token may be a word.
+    `sample`: real documents, on which gigatoken is checked, and on which no pad token may be a
+    word.
     """
     tokenizer = _load_fast(files) if TOKENIZER_JSON in files else _load_slow(files)
     encode = partial(_encode_one, tokenizer)
     names, special = tokenizer.get_vocab(), special_tokens(files)
     ends = (special.get("eos_token"), *KNOWN_ENDS, special.get("sep_token"))
     end = next((names[name] for name in ends if name in names), None)
-    pads = [names[name] for name in (special.get("pad_token"), *KNOWN_PADS)
-            if name in names and name != special.get("unk_token")]
+    pads = [
+        names[name]
+        for name in (special.get("pad_token"), *KNOWN_PADS)
+        if name in names and name != special.get("unk_token")
+    ]
     prefix, suffix = _template(encode, sample)
     if needs_end:
         if end is None:
-            raise CorpusError("tokenizer.path", "the tokeniser has no end-of-text token",
-                              "packed documents end with one", f"name it as eos_token in {TOKENIZER_CONFIG}")
+            raise CorpusError(
+                "tokenizer.path",
+                "the tokeniser has no end-of-text token",
+                "packed documents end with one",
+                f"name it as eos_token in {TOKENIZER_CONFIG}",
+            )
         pad = next((pad for pad in pads if not _is_word(pad, encode, sample)), None)
         suffix = (end,)
     else:
         pad = next((pad for pad in pads if not _is_word(pad, encode, sample)), end)
         if pad is None:
-            raise CorpusError("tokenizer.path", "the tokeniser has no pad token that is no word, and no "
-                              "end-of-text token", "rows are padded to one length, and a word is no padding",
-                              f"name one as pad_token in {TOKENIZER_CONFIG}")
+            raise CorpusError(
+                "tokenizer.path",
+                "the tokeniser has no pad token that is no word, and no end-of-text token",
+                "rows are padded to one length, and a word is no padding",
+                f"name one as pad_token in {TOKENIZER_CONFIG}",
+            )
         if not suffix and end is not None and TOKENIZER_JSON in files:
             suffix = (end,)
-    return TokenizerInfo(max(names.values()) + 1, pad, end, _choose_encoder(files, sample), prefix, suffix)
+    return TokenizerInfo(
+        max(names.values()) + 1, pad, end, _choose_encoder(files, sample), prefix, suffix
+    )
 
 
 def _encode_one(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -365,26 +458,33 @@ def _encode_one(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def _template(encode: EncodeOne, sample: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokeniser puts around a single text. Raises CorpusError if it does anything else to one."""
+    """What the tokeniser puts around a single text. Raises CorpusError if it does anything else to
+    one."""
     for text in ("word", "a", *sample[:10]):
         bare, around = encode(text, False), encode(text, True)
         for start in range(len(around) - len(bare) + 1):
-            if bare and around[start:start + len(bare)] == bare:
-                return tuple(around[:start]), tuple(around[start + len(bare):])
+            if bare and around[start : start + len(bare)] == bare:
+                return tuple(around[:start]), tuple(around[start + len(bare) :])
     if not around:
         return (), ()
-    raise CorpusError("tokenizer.path", f"the tokeniser makes {around[:20]} of a text whose own ids are {bare[:20]}",
-                      "special tokens stand before and after a text", "use another tokeniser")
+    raise CorpusError(
+        "tokenizer.path",
+        f"the tokeniser makes {around[:20]} of a text whose own ids are {bare[:20]}",
+        "special tokens stand before and after a text",
+        "use another tokeniser",
+    )
 
 
 def _is_word(pad: int, encode: EncodeOne, sample: Sequence[str]) -> bool:
-    """Whether a token is a part of texts: of more than one in a hundred of the sample, and of more than one."""
+    """Whether a token is a part of texts: of more than one in a hundred of the sample, and of more
+    than one."""
     seen = sum(pad in encode(text[:10_000], False) for text in sample[:200])
     return seen > 1 and seen * 100 > min(200, len(sample))
 
 
 def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:
-    """gigatoken if its ids equal the Hugging Face tokeniser's on the sample and on awkward cases."""
+    """gigatoken if its ids equal the Hugging Face tokeniser's on the sample and on awkward
+    cases."""
     if TOKENIZER_JSON not in files:
         return "transformers"
     checked: list[str] = list(PROBES)
@@ -397,20 +497,33 @@ def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:
     texts = pa.array(checked, pa.large_string())
     try:
         ours, our_lengths = Encoder(files, "gigatoken").encode(texts)
-    except Exception:  # Whatever the fast path stumbles over, the reference encoder takes its place.
+    except (
+        Exception
+    ):  # Whatever the fast path stumbles over, the reference encoder takes its place.
         return "tokenizers"
     ids, lengths = Encoder(files, "tokenizers").encode(texts)
-    return "gigatoken" if np.array_equal(lengths, our_lengths) and np.array_equal(ids, ours) else "tokenizers"
+    return (
+        "gigatoken"
+        if np.array_equal(lengths, our_lengths) and np.array_equal(ids, ours)
+        else "tokenizers"
+    )
 
 
-def surround(ids: npt.NDArray[np.uint32], lengths: Ints, prefix: Sequence[int], suffix: Sequence[int],
-             dtype: str) -> tuple[Tokens, Ints]:
+def surround(
+    ids: npt.NDArray[np.uint32],
+    lengths: Ints,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    dtype: str,
+) -> tuple[Tokens, Ints]:
     """The documents' ids with `prefix` before and `suffix` after each, in the given type."""
     stops = np.cumsum(lengths + len(prefix) + len(suffix))
     starts = stops - lengths - len(prefix) - len(suffix)
     out = np.empty(len(ids) + len(lengths) * (len(prefix) + len(suffix)), dtype)
     inside = np.ones(len(out), bool)
-    places = [starts + nth for nth in range(len(prefix))] + [stops - nth for nth in range(len(suffix), 0, -1)]
+    places = [starts + nth for nth in range(len(prefix))] + [
+        stops - nth for nth in range(len(suffix), 0, -1)
+    ]
     for place, token in zip(places, (*prefix, *suffix), strict=True):
         inside[place] = False
         out[place] = token

@@ -1,7 +1,8 @@
-"""Models: transformers architectures by name and sizes or from a folder, the same weights under every ZeRO stage.
+"""Models: transformers architectures by name and sizes or from a folder, the same weights under
+every ZeRO stage.
 
-`source.py` finds and pins the folder that a run starts from, `config.py` turns the spec into a transformers
-configuration, `initialize.py` draws the weights, `folder.py` reads and writes Hugging Face folders, `build.py` puts
-them together. Knows no DeepSpeed, reads no pickles, runs no remote code. Names come from the modules themselves;
-`source.py` and `config.py` do without torch.
+`source.py` finds and pins the folder that a run starts from, `config.py` turns the spec into a
+transformers configuration, `initialize.py` draws the weights, `folder.py` reads and writes Hugging
+Face folders, `build.py` puts them together. Knows no DeepSpeed, reads no pickles, runs no remote
+code. Names come from the modules themselves; `source.py` and `config.py` do without torch.
 """

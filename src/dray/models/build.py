@@ -1,7 +1,9 @@
-"""A live model from a spec: constructed without random numbers, then initialised or loaded one module at a time.
+"""A live model from a spec: constructed without random numbers, then initialised or loaded one
+module at a time.
 
-DeepSpeed is not known here: where parameters lie and in which precision is decided by two context managers that come in
-as arguments. Under ZeRO-3's no rank ever holds the whole model, under those of the other stages none in fp32 besides.
+DeepSpeed is not known here: where parameters lie and in which precision is decided by two context
+managers that come in as arguments. Under ZeRO-3's no rank ever holds the whole model, under those
+of the other stages none in fp32 besides.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from torch import nn
 from dray.errors import SpecError
 from dray.models.config import TASK_CLASSES, auto_class, make_config
 from dray.models.folder import load_folder
-from dray.models.initialize import Gathering, initialize_weights, no_gathering, restore_rotary_buffers
+from dray.models.initialize import (
+    Gathering,
+    initialize_weights,
+    no_gathering,
+    restore_rotary_buffers,
+)
 from dray.models.source import Pretrained, find_folder
 from dray.processes.imports import first_import
 from dray.spec import Spec
@@ -29,7 +36,8 @@ logger = logging.getLogger("dray.models")
 def import_transformers() -> None:
     """Import what every model needs of transformers."""
     with _leanly():
-        # The second one is half of all its imports, and comes with the first model: a fork would import it by itself.
+        # The second one is half of all its imports, and comes with the first model: a fork would
+        # import it by itself.
         for name in ("transformers.initialization", "transformers.modeling_utils"):
             import_module(name)
         for task in TASK_CLASSES:
@@ -40,25 +48,44 @@ def _leanly() -> AbstractContextManager[None]:
     return first_import("transformers", without=("scipy", "sklearn"))
 
 
-def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
-                eos_token_id: int | None = None, labels: Sequence[str] = (),
-                constructing: AbstractContextManager[Any] | None = None, gathering: Gathering = no_gathering,
-                initial_weights: bool = True, dtype: torch.dtype = torch.float32,
-                config: Mapping[str, Any] | None = None, weights: Pretrained | None = None,
-                num_blocks: int | None = None) -> Any:
-    """The spec's model for the spec's task: a transformers PreTrainedModel on the CPU, or where `constructing` puts it.
+def build_model(
+    spec: Spec,
+    *,
+    vocab_size: int,
+    num_labels: int = 2,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    labels: Sequence[str] = (),
+    constructing: AbstractContextManager[Any] | None = None,
+    gathering: Gathering = no_gathering,
+    initial_weights: bool = True,
+    dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] | None = None,
+    weights: Pretrained | None = None,
+    num_blocks: int | None = None,
+) -> Any:
+    """The spec's model for the spec's task: a transformers PreTrainedModel on the CPU, or where
+    `constructing` puts it.
 
-    `vocab_size` and the token ids are the tokeniser's. `constructing` is entered around the constructor, `gathering`
-    around parameters while their values are set (ZeRO-3: `deepspeed.zero.Init` and `GatheredParameters(…,
-    modifier_rank=0)`). Without `initial_weights` the parameters are left as they come from the allocator, for a restore
-    to fill. `config` and `weights`: what the run keeps of its model (`make_config`), and where its folder lies; without
-    them the spec's own folder is looked for. What became of a folder's weights is logged, and kept as
-    `model.load_report`. `num_blocks`: a thin copy for measurements, with so many blocks and no weights from a folder.
-    Raises SpecError.
+    `vocab_size` and the token ids are the tokeniser's. `constructing` is entered around the
+    constructor, `gathering` around parameters while their values are set (ZeRO-3:
+    `deepspeed.zero.Init` and `GatheredParameters(…, modifier_rank=0)`). Without `initial_weights`
+    the parameters are left as they come from the allocator, for a restore to fill. `config` and
+    `weights`: what the run keeps of its model (`make_config`), and where its folder lies; without
+    them the spec's own folder is looked for. What became of a folder's weights is logged, and kept
+    as `model.load_report`. `num_blocks`: a thin copy for measurements, with so many blocks and no
+    weights from a folder. Raises SpecError.
     """
     with _leanly():
-        made = make_config(spec, vocab_size=vocab_size, num_labels=num_labels, pad_token_id=pad_token_id,
-                           eos_token_id=eos_token_id, labels=labels, kept=config)
+        made = make_config(
+            spec,
+            vocab_size=vocab_size,
+            num_labels=num_labels,
+            pad_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+            labels=labels,
+            kept=config,
+        )
         if num_blocks is not None:
             _make_thin(made, num_blocks)
         model = _construct(made, spec.task, constructing or nullcontext(), dtype)
@@ -76,7 +103,8 @@ def build_model(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
 
 
 def _make_thin(config: Any, num_blocks: int) -> None:
-    """Leave a configuration so many of its blocks; their kinds, where they differ, stay those of the first ones."""
+    """Leave a configuration so many of its blocks; their kinds, where they differ, stay those of
+    the first ones."""
     config.num_hidden_layers = num_blocks
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_blocks]
@@ -89,14 +117,17 @@ def enable_activation_checkpointing(model: Any) -> None:
 
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once, partitioned ones in full."""
-    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+    return sum(
+        int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
+    )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters as the optimiser's groups: with weight decay, and (norms, biases, embeddings) without.
+    """The trainable parameters as the optimiser's groups: with weight decay, and (norms, biases,
+    embeddings) without.
 
-    A head tied to the embedding counts as embedding. Works on partitioned parameters: it goes by the kind of the module
-    and the full shape. Empty groups are left out.
+    A head tied to the embedding counts as embedding. Works on partitioned parameters: it goes by
+    the kind of the module and the full shape. Empty groups are left out.
     """
     spared: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -111,24 +142,32 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             flat = num_dimensions < 2 or name.endswith("bias") or "embedding" in name
             (spared if is_spared or flat else decayed).append(parameter)
     order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
     for group in groups:
         group["params"].sort(key=lambda parameter: order[id(parameter)])  # type: ignore[attr-defined]
     return [group for group in groups if group["params"]]
 
 
 def check_builds(spec: Spec, config: Any) -> Any:
-    """The model of a configuration on the meta device, where it holds nothing. Raises SpecError for a configuration
-    that transformers takes and cannot build."""
+    """The model of a configuration on the meta device, where it holds nothing. Raises SpecError for
+    a configuration that transformers takes and cannot build."""
     try:
         return _construct(config, spec.task, torch.device("meta"), torch.float32)
     except Exception as error:  # each architecture raises its own
-        raise SpecError("model.options" if spec.model.options else "model",
-                        f"{config.model_type} cannot be built ({type(error).__name__}: {error})",
-                        "transformers must know each value", "see the configuration's own documentation") from error
+        raise SpecError(
+            "model.options" if spec.model.options else "model",
+            f"{config.model_type} cannot be built ({type(error).__name__}: {error})",
+            "transformers must know each value",
+            "see the configuration's own documentation",
+        ) from error
 
 
-def _construct(config: Any, task: str, constructing: AbstractContextManager[Any], dtype: torch.dtype) -> Any:
+def _construct(
+    config: Any, task: str, constructing: AbstractContextManager[Any], dtype: torch.dtype
+) -> Any:
     from transformers.initialization import no_init_weights
 
     with torch.random.fork_rng(devices=[]), no_init_weights(), constructing:

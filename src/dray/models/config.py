@@ -1,7 +1,9 @@
-"""From the spec's model section to a transformers configuration: any architecture by name and sizes, or a folder's own.
+"""From the spec's model section to a transformers configuration: any architecture by name and
+sizes, or a folder's own.
 
-Refuses what would otherwise train silently wrong: unknown architectures and options, sizes that contradict a folder's,
-a vocabulary that is not the tokeniser's, rows longer than the positions, quantised or pickled weights, remote code.
+Refuses what would otherwise train silently wrong: unknown architectures and options, sizes that
+contradict a folder's, a vocabulary that is not the tokeniser's, rows longer than the positions,
+quantised or pickled weights, remote code.
 """
 
 from __future__ import annotations
@@ -19,33 +21,67 @@ from dray.spec import Spec
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "d_inner", "ffn_hidden_size")
+_INTERMEDIATE_NAMES = (
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "hidden_dim",
+    "d_ff",
+    "d_inner",
+    "ffn_hidden_size",
+)
 _OWN_KEYS = {
-    "vocab_size": "model.vocab_size", "hidden_size": "model.hidden_size", "num_hidden_layers": "model.num_layers",
-    "num_attention_heads": "model.num_heads", "num_key_value_heads": "model.num_kv_heads",
-    "max_position_embeddings": "model.max_positions", "tie_word_embeddings": "model.tie_embeddings",
+    "vocab_size": "model.vocab_size",
+    "hidden_size": "model.hidden_size",
+    "num_hidden_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads",
+    "num_key_value_heads": "model.num_kv_heads",
+    "max_position_embeddings": "model.max_positions",
+    "tie_word_embeddings": "model.tie_embeddings",
     "num_labels": "model.num_labels",
 }
 """Fields of a configuration that the spec has its own keys for."""
-_SET_HERE = ("is_decoder", "use_cache", "problem_type", "id2label", "label2id", "architectures", "dtype", "torch_dtype")
+_SET_HERE = (
+    "is_decoder",
+    "use_cache",
+    "problem_type",
+    "id2label",
+    "label2id",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+)
 """Fields that follow from the task, the labels and the precision."""
-TASK_CLASSES = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
+TASK_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+}
 
 
-def make_config(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_id: int | None = None,
-                eos_token_id: int | None = None, labels: Sequence[str] = (),
-                kept: Mapping[str, Any] | None = None) -> Any:
+def make_config(
+    spec: Spec,
+    *,
+    vocab_size: int,
+    num_labels: int = 2,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    labels: Sequence[str] = (),
+    kept: Mapping[str, Any] | None = None,
+) -> Any:
     """The transformers configuration of the spec's model for the spec's task.
 
-    `vocab_size` is the tokeniser's; `labels` name the classes. `kept`: the folder's configuration (`read_config`), or
-    that of a model by name and sizes, as the run keeps it; then nothing is read. Raises SpecError.
+    `vocab_size` is the tokeniser's; `labels` name the classes. `kept`: the folder's configuration
+    (`read_config`), or that of a model by name and sizes, as the run keeps it; then nothing is
+    read. Raises SpecError.
     """
     if spec.model.path is not None:
         config = _folder_config(spec, vocab_size, kept)
     elif kept is not None:
         config = _kept_config(kept)
     else:
-        config = _sized_config(spec, vocab_size, eos_token_id if pad_token_id is None else pad_token_id)
+        config = _sized_config(
+            spec, vocab_size, eos_token_id if pad_token_id is None else pad_token_id
+        )
     if pad_token_id is None and config.model_type in OFFSET_POSITIONS:
         pad_token_id = eos_token_id if spec.model.path is None else config.pad_token_id
     _set_token_ids(config, spec.task, pad_token_id, eos_token_id)
@@ -62,8 +98,12 @@ def make_config(spec: Spec, *, vocab_size: int, num_labels: int = 2, pad_token_i
         config.use_cache = False
     model_class = auto_class(spec.task)._model_mapping.get(type(config), None)
     if model_class is None:
-        raise SpecError("model", f"{config.model_type} has no {spec.task} model",
-                        "the architecture must serve the task", _nearest(config.model_type, _names_for(spec.task)))
+        raise SpecError(
+            "model",
+            f"{config.model_type} has no {spec.task} model",
+            "the architecture must serve the task",
+            _nearest(config.model_type, _names_for(spec.task)),
+        )
     classes = model_class if isinstance(model_class, (list, tuple)) else (model_class,)
     config.architectures = [classes[0].__name__]
     return config
@@ -77,25 +117,30 @@ def auto_class(task: str) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a folder whole, with what transformers takes for granted, as a run keeps it. Raises
-    SpecError."""
+    """The configuration of a folder whole, with what transformers takes for granted, as a run keeps
+    it. Raises SpecError."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # json's, transformers' and the system's
         told = " ".join(str(error).split())  # of an unknown type transformers tells a page
-        raise SpecError("model.path", f"{folder}: config.json cannot be used ({told[:200]})",
-                        "an architecture that transformers knows is wanted; remote code is never run") from error
+        raise SpecError(
+            "model.path",
+            f"{folder}: config.json cannot be used ({told[:200]})",
+            "an architecture that transformers knows is wanted; remote code is never run",
+        ) from error
     if getattr(config, "quantization_config", None):
-        raise SpecError("model.path", f"{folder} holds quantised weights", "training starts from full ones")
+        raise SpecError(
+            "model.path", f"{folder} holds quantised weights", "training starts from full ones"
+        )
     tree: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return tree
 
 
 def make_kept_config(model: Any) -> dict[str, Any]:
-    """The configuration of a built model, as a run keeps it: without the precision of its weights, which is a matter of
-    the place."""
+    """The configuration of a built model, as a run keeps it: without the precision of its weights,
+    which is a matter of the place."""
     tree: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     return {name: value for name, value in tree.items() if name not in ("dtype", "torch_dtype")}
 
@@ -113,14 +158,20 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SAFETENSORS).is_file():
         return [folder / SAFETENSORS]
     if not index.is_file():
-        raise SpecError("model.path", f"{folder} holds no {SAFETENSORS}",
-                        "weights are read from safetensors, never pickles",
-                        "save the model with transformers' save_pretrained, or `dray export`")
+        raise SpecError(
+            "model.path",
+            f"{folder} holds no {SAFETENSORS}",
+            "weights are read from safetensors, never pickles",
+            "save the model with transformers' save_pretrained, or `dray export`",
+        )
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise SpecError("model.path", f"{index} lists {name}, which is not in the folder",
-                            "the folder must be whole")
+            raise SpecError(
+                "model.path",
+                f"{index} lists {name}, which is not in the folder",
+                "the folder must be whole",
+            )
     return [folder / name for name in names]
 
 
@@ -129,29 +180,48 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
 
     model, known = spec.model, _names_for(spec.task)
     if model.architecture not in CONFIG_MAPPING:
-        raise SpecError("model.architecture", f"{model.architecture!r} is unknown to transformers",
-                        way_out=_nearest(str(model.architecture), known))
+        raise SpecError(
+            "model.architecture",
+            f"{model.architecture!r} is unknown to transformers",
+            way_out=_nearest(str(model.architecture), known),
+        )
     rows = model.vocab_size or vocab_size
     if rows < vocab_size:
-        raise SpecError(f"model.vocab_size = {rows}", f"the tokeniser has {vocab_size} tokens",
-                        "every token needs a row of the embedding", f"leave it out, or give {vocab_size} or more")
+        raise SpecError(
+            f"model.vocab_size = {rows}",
+            f"the tokeniser has {vocab_size} tokens",
+            "every token needs a row of the embedding",
+            f"leave it out, or give {vocab_size} or more",
+        )
     positions = model.max_positions or spec.data.sequence_tokens
     if positions < spec.data.sequence_tokens:
-        raise SpecError(f"model.max_positions = {positions}", f"data.sequence_tokens is {spec.data.sequence_tokens}",
-                        "a row must fit the model", f"give {spec.data.sequence_tokens} or more")
+        raise SpecError(
+            f"model.max_positions = {positions}",
+            f"data.sequence_tokens is {spec.data.sequence_tokens}",
+            "a row must fit the model",
+            f"give {spec.data.sequence_tokens} or more",
+        )
     positions = position_rows(str(model.architecture), positions, pad_token_id)
     default = CONFIG_MAPPING[model.architecture]()
     hidden, heads = int(model.hidden_size or 0), int(model.num_heads or 0)
     fields: dict[str, Any] = {
-        "vocab_size": rows, "hidden_size": hidden, "num_hidden_layers": model.num_layers, "num_attention_heads": heads,
-        "num_key_value_heads": model.num_kv_heads or heads, "head_dim": hidden // heads,
-        "max_position_embeddings": positions, "tie_word_embeddings": model.tie_embeddings,
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": model.num_kv_heads or heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": model.tie_embeddings,
     }
     settable = set(default.to_dict()) | set(default.attribute_map)
     fields = {name: value for name, value in fields.items() if name in settable}
     if model.num_kv_heads not in (None, heads) and "num_key_value_heads" not in fields:
-        raise SpecError(f"model.num_kv_heads = {model.num_kv_heads}", f"{model.architecture} has no grouped heads",
-                        way_out="leave it out")
+        raise SpecError(
+            f"model.num_kv_heads = {model.num_kv_heads}",
+            f"{model.architecture} has no grouped heads",
+            way_out="leave it out",
+        )
     fields |= _intermediate(spec, default) | _dropouts(default, spec.regularization.dropout)
     # Ids of the architecture's own tokeniser may lie outside this one's vocabulary.
     fields |= dict.fromkeys(_token_id_fields(default), 0)
@@ -164,7 +234,9 @@ def _constructed(config_class: Any, fields: dict[str, Any]) -> Any:
     try:
         return config_class(**renamed)
     except Exception as error:  # transformers validates with classes of several packages
-        raise SpecError("model", f"{config_class.model_type} refuses these settings ({error})") from error
+        raise SpecError(
+            "model", f"{config_class.model_type} refuses these settings ({error})"
+        ) from error
 
 
 def _intermediate_name(config: Any) -> str | None:
@@ -176,8 +248,11 @@ def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
     if name is None:
         if spec.model.intermediate_size is None:
             return {}
-        raise SpecError(f"model.intermediate_size = {spec.model.intermediate_size}",
-                        f"{spec.model.architecture} has a fixed one", way_out="leave it out")
+        raise SpecError(
+            f"model.intermediate_size = {spec.model.intermediate_size}",
+            f"{spec.model.architecture} has a fixed one",
+            way_out="leave it out",
+        )
     width = default_intermediate_size(default.model_type, int(spec.model.hidden_size or 0))
     return {name: spec.model.intermediate_size or width}
 
@@ -185,8 +260,11 @@ def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
 def _dropouts(config: Any, probability: float) -> dict[str, Any]:
     """Every dropout probability of a configuration; not the dropping of whole layers."""
     return {
-        name: probability for name, value in config.to_dict().items()
-        if ("dropout" in name or "pdrop" in name) and "layer" not in name and "path" not in name
+        name: probability
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or "pdrop" in name)
+        and "layer" not in name
+        and "path" not in name
         and (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)))
     }
 
@@ -195,12 +273,22 @@ def _token_id_fields(config: Any) -> list[str]:
     return [name for name in config.to_dict() if name.endswith("_token_id")]
 
 
-def _set_token_ids(config: Any, task: str, pad_token_id: int | None, eos_token_id: int | None) -> None:
-    """The tokeniser's ids; ids of tokens that it has no word for are left out, where a configuration allows."""
-    ids = dict.fromkeys(_token_id_fields(config)) | {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    if task == "causal_lm" and pad_token_id == eos_token_id and config.model_type not in OFFSET_POSITIONS:
-        # nn.Embedding never trains its padding row, and the end of a document must be learnt. Classifiers keep it:
-        # decoders are pooled at the last token that is not padding.
+def _set_token_ids(
+    config: Any, task: str, pad_token_id: int | None, eos_token_id: int | None
+) -> None:
+    """The tokeniser's ids; ids of tokens that it has no word for are left out, where a
+    configuration allows."""
+    ids = dict.fromkeys(_token_id_fields(config)) | {
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    if (
+        task == "causal_lm"
+        and pad_token_id == eos_token_id
+        and config.model_type not in OFFSET_POSITIONS
+    ):
+        # nn.Embedding never trains its padding row, and the end of a document must be learnt.
+        # Classifiers keep it: decoders are pooled at the last token that is not padding.
         ids["pad_token_id"] = None
     for name, value in ids.items():
         try:
@@ -210,7 +298,9 @@ def _set_token_ids(config: Any, task: str, pad_token_id: int | None, eos_token_i
 
 
 def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
-    known = [name for name in default.to_dict() if not name.startswith("_")] + list(default.attribute_map)
+    known = [name for name in default.to_dict() if not name.startswith("_")] + list(
+        default.attribute_map
+    )
     own = {default.attribute_map.get(name, name): key for name, key in _OWN_KEYS.items()}
     if (wide := _intermediate_name(default)) is not None:
         own[default.attribute_map.get(wide, wide)] = "model.intermediate_size"
@@ -218,13 +308,25 @@ def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
         own.pop(default.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
     for name in spec.model.options:
         if not hasattr(default, name):
-            raise SpecError(f"model.options.{name}", f"no field of {type(default).__name__}",
-                            way_out=_nearest(name, known))
+            raise SpecError(
+                f"model.options.{name}",
+                f"no field of {type(default).__name__}",
+                way_out=_nearest(name, known),
+            )
         if key := own.get(default.attribute_map.get(name, name)):
-            raise SpecError(f"model.options.{name}", f"{key} is the same", "a setting has one place", f"give {key}")
+            raise SpecError(
+                f"model.options.{name}",
+                f"{key} is the same",
+                "a setting has one place",
+                f"give {key}",
+            )
         if name in _SET_HERE or name.endswith("_token_id"):
-            raise SpecError(f"model.options.{name}", "follows from the task, the tokeniser or the precision",
-                            "a setting has one place", "leave it out")
+            raise SpecError(
+                f"model.options.{name}",
+                "follows from the task, the tokeniser or the precision",
+                "a setting has one place",
+                "leave it out",
+            )
     return dict(spec.model.options)
 
 
@@ -237,12 +339,17 @@ def _folder_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) 
         _check_folder_vocabulary(spec, _kept_config(kept), folder, vocab_size)
     config = _kept_config(kept)
     _check_folder_sizes(spec, config)
-    for name, value in (_dropouts(config, spec.regularization.dropout) | _checked_options(spec, config)).items():
+    for name, value in (
+        _dropouts(config, spec.regularization.dropout) | _checked_options(spec, config)
+    ).items():
         setattr(config, name, value)
     limit = longest_row(config)
     if limit is not None and limit < spec.data.sequence_tokens:
-        raise SpecError(f"data.sequence_tokens = {spec.data.sequence_tokens}", f"{path} takes rows of {limit} tokens",
-                        way_out=f"give {limit} or fewer")
+        raise SpecError(
+            f"data.sequence_tokens = {spec.data.sequence_tokens}",
+            f"{path} takes rows of {limit} tokens",
+            way_out=f"give {limit} or fewer",
+        )
     return config
 
 
@@ -255,31 +362,51 @@ def longest_row(config: Any) -> int | None:
 
 
 def _check_folder_sizes(spec: Spec, config: Any) -> None:
-    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
-             "num_kv_heads": "num_key_value_heads"}
+    names = {
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+    }
     names |= {name: name for name in ("hidden_size", "intermediate_size", "vocab_size")}
     names["max_positions"] = "max_position_embeddings"
     for ours, theirs in names.items():
         wanted, there = getattr(spec.model, ours), getattr(config, theirs, None)
         if wanted is not None and there is not None and wanted != there:
-            raise SpecError(f"model.{ours} = {wanted}", f"{spec.model.path} has {there}",
-                            "the folder decides its sizes", "leave it out")
+            raise SpecError(
+                f"model.{ours} = {wanted}",
+                f"{spec.model.path} has {there}",
+                "the folder decides its sizes",
+                "leave it out",
+            )
 
 
 def _check_folder_vocabulary(spec: Spec, config: Any, folder: Path, vocab_size: int) -> None:
-    """The weights mean something under the tokeniser that they were trained with, and under no other."""
+    """The weights mean something under the tokeniser that they were trained with, and under no
+    other."""
     mend = f"use its own: tokenizer.path={spec.model.path}"
     if spec.tokenizer.train is not None:
-        raise SpecError("tokenizer.train", f"model.path = {spec.model.path} was trained with another tokeniser",
-                        "weights and tokeniser belong together", mend)
+        raise SpecError(
+            "tokenizer.train",
+            f"model.path = {spec.model.path} was trained with another tokeniser",
+            "weights and tokeniser belong together",
+            mend,
+        )
     own, ours = _read_vocabulary(folder), _read_vocabulary(Path(str(spec.tokenizer.path)))
     if own and ours and own != ours:
-        raise SpecError("tokenizer.path", f"{spec.tokenizer.path} is not the tokeniser of {folder}",
-                        "weights and tokeniser belong together", mend)
+        raise SpecError(
+            "tokenizer.path",
+            f"{spec.tokenizer.path} is not the tokeniser of {folder}",
+            "weights and tokeniser belong together",
+            mend,
+        )
     # More rows than tokens are padding, if this is indeed the folder's tokeniser.
     if config.vocab_size < vocab_size or (config.vocab_size > vocab_size and not own):
-        raise SpecError("model.path", f"{folder} has {config.vocab_size} tokens, the tokeniser {vocab_size}",
-                        "weights and tokeniser belong together", mend)
+        raise SpecError(
+            "model.path",
+            f"{folder} has {config.vocab_size} tokens, the tokeniser {vocab_size}",
+            "weights and tokeniser belong together",
+            mend,
+        )
 
 
 def _read_vocabulary(folder: Path) -> Any:
@@ -289,18 +416,25 @@ def _read_vocabulary(folder: Path) -> Any:
     except (OSError, ValueError, KeyError):
         return None
     merges = model.get("merges")  # pairs, or as older files have them, both parts in one string
-    return model.get("vocab"), merges and [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return model.get("vocab"), merges and [
+        pair.split(" ") if isinstance(pair, str) else pair for pair in merges
+    ]
 
 
 def _names_for(task: str) -> list[str]:
     from transformers.models.auto import modeling_auto
 
-    names: Iterable[str] = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if task == "causal_lm"
-                            else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    names: Iterable[str] = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if task == "causal_lm"
+        else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    )
     return sorted(names)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    usual = [name for name in ("llama", "gpt2", "bert", "modernbert", "distilbert") if name in known] or known[:5]
+    usual = [
+        name for name in ("llama", "gpt2", "bert", "modernbert", "distilbert") if name in known
+    ] or known[:5]
     return f"did you mean {' or '.join(near)}?" if near else f"e.g. {', '.join(usual)}"

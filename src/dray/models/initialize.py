@@ -1,8 +1,9 @@
-"""Initial weights as a pure function of (model, seed): bit for bit the same under every ZeRO stage and number of ranks.
+"""Initial weights as a pure function of (model, seed): bit for bit the same under every ZeRO stage
+and number of ranks.
 
-Every module draws from a generator of its own, seeded by the run's seed and the module's name, through the
-architecture's own initialisation. It draws in fp32 on the CPU, whatever the precision and device of the parameters. No
-random state outside is touched.
+Every module draws from a generator of its own, seeded by the run's seed and the module's name,
+through the architecture's own initialisation. It draws in fp32 on the CPU, whatever the precision
+and device of the parameters. No random state outside is touched.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def no_gathering(parameters: list[Any]) -> AbstractContextManager[Any]:
 
 
 def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gathering) -> None:
-    """Draw the initial weights of a transformers model, one module at a time, children before parents.
+    """Draw the initial weights of a transformers model, one module at a time, children before
+    parents.
 
-    Parents come last because some set their children's weights anew (GPT-2 scales its residual projections). Of tied
-    parameters the one that is tied to is drawn, whether they are tied already or not.
+    Parents come last because some set their children's weights anew (GPT-2 scales its residual
+    projections). Of tied parameters the one that is tied to is drawn, whether they are tied already
+    or not.
     """
     tied, scratch = set(model.all_tied_weights_keys), _Scratch()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -40,16 +43,21 @@ def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gatherin
                 continue
             with gathering(parameters):
                 if draws_here(parameters[0]):
-                    with _in_fp32_on_cpu(parameters, scratch), _left_alone(_own_parameters(module, name, tied)):
+                    with (
+                        _in_fp32_on_cpu(parameters, scratch),
+                        _left_alone(_own_parameters(module, name, tied)),
+                    ):
                         initialize(module)
     model.tie_weights()
     restore_rotary_buffers(model)
 
 
 def restore_rotary_buffers(model: nn.Module) -> None:
-    """Recompute rotary frequencies in fp32: in half precision positions beyond a few hundred lose their distinctness.
+    """Recompute rotary frequencies in fp32: in half precision positions beyond a few hundred lose
+    their distinctness.
 
-    For use after anything that casts a whole model (`model.bfloat16()`, DeepSpeed's initialisation in bf16 and fp16).
+    For use after anything that casts a whole model (`model.bfloat16()`, DeepSpeed's initialisation
+    in bf16 and fp16).
     """
     for module in model.modules():
         if "RotaryEmbedding" not in type(module).__name__ or not hasattr(module, "config"):
@@ -63,7 +71,9 @@ def restore_rotary_buffers(model: nn.Module) -> None:
 def draws_here(parameter: Any) -> bool:
     """Whether this rank's values count: of a partitioned parameter rank 0's are taken by all."""
     partitioned = hasattr(parameter, "ds_id")
-    return not (partitioned and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0)
+    return not (
+        partitioned and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+    )
 
 
 def _module_seed(seed: int, name: str) -> int:
@@ -71,7 +81,8 @@ def _module_seed(seed: int, name: str) -> int:
 
 
 def _modules(module: nn.Module, name: str, initialize: Any) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every module after its children, with the initialisation of the nearest transformers model above it."""
+    """Every module after its children, with the initialisation of the nearest transformers model
+    above it."""
     from transformers import PreTrainedModel
 
     for child_name, child in module.named_children():
@@ -82,7 +93,9 @@ def _modules(module: nn.Module, name: str, initialize: Any) -> Iterator[tuple[st
 
 def _reached_parameters(module: nn.Module) -> list[nn.Parameter]:
     """What a module's initialisation may touch: its own parameters and its children's."""
-    children = (parameter for child in module.children() for parameter in child.parameters(recurse=False))
+    children = (
+        parameter for child in module.children() for parameter in child.parameters(recurse=False)
+    )
     return list(dict.fromkeys([*module.parameters(recurse=False), *children]))
 
 
@@ -104,7 +117,8 @@ def _left_alone(parameters: Sequence[Any]) -> Iterator[None]:
 
 
 class _Scratch:
-    """Room for the values of one module, kept for the next: freed blocks of all sizes would hold as much again."""
+    """Room for the values of one module, kept for the next: freed blocks of all sizes would hold as
+    much again."""
 
     def __init__(self) -> None:
         self._room = torch.empty(0)
@@ -116,12 +130,16 @@ class _Scratch:
             self._room = torch.empty(0)
             self._room = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
         places = torch.split(self._room[: sum(sizes)], sizes)
-        return [place.view(tensor.shape).copy_(tensor) for place, tensor in zip(places, tensors, strict=True)]
+        return [
+            place.view(tensor.shape).copy_(tensor)
+            for place, tensor in zip(places, tensors, strict=True)
+        ]
 
 
 @contextmanager
 def _in_fp32_on_cpu(parameters: Sequence[nn.Parameter], scratch: _Scratch) -> Iterator[None]:
-    """Stand-ins to draw into, copied back at the end, so that the bits depend on neither precision nor device."""
+    """Stand-ins to draw into, copied back at the end, so that the bits depend on neither precision
+    nor device."""
     elsewhere = [p for p in parameters if p.device.type != "cpu" or p.dtype != torch.float32]
     homes = [parameter.data for parameter in elsewhere]
     for parameter, stand_in in zip(elsewhere, scratch.copies(homes), strict=True):

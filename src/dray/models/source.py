@@ -1,8 +1,8 @@
 """The folder of weights that a run starts from: found once, by the driver, and pinned.
 
-A local folder is known by a digest of what it holds, a model on the hub by its commit. Ranks read exactly that, and
-only when the run has no checkpoint yet. Refuses a folder that is gone or holds something else. Imports neither torch
-nor transformers.
+A local folder is known by a digest of what it holds, a model on the hub by its commit. Ranks read
+exactly that, and only when the run has no checkpoint yet. Refuses a folder that is gone or holds
+something else. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Pretrained:
     """Of the folder's configuration and weights, or the commit; empty: not pinned yet."""
 
     def folder(self) -> Path:
-        """The folder on this machine; what lies on the hub is fetched into its cache. Raises SpecError."""
+        """The folder on this machine; what lies on the hub is fetched into its cache. Raises
+        SpecError."""
         return find_folder(self.place)
 
     def pinned(self) -> Pretrained:
@@ -47,44 +48,62 @@ class Pretrained:
         if self.place.startswith(HUB_SCHEME):
             return
         if not os.path.isdir(self.place):
-            raise SpecError("model.path", f"{self.place} is gone", _RULE, "put it back, or begin another run")
+            raise SpecError(
+                "model.path", f"{self.place} is gone", _RULE, "put it back, or begin another run"
+            )
         if self.digest and _digest_folder(Path(self.place)) != self.digest:
-            raise SpecError("model.path", f"{self.place} holds another model than when the run began", _RULE,
-                            "put the first one back, or begin another run: --run NEW_NAME")
+            raise SpecError(
+                "model.path",
+                f"{self.place} holds another model than when the run began",
+                _RULE,
+                "put the first one back, or begin another run: --run NEW_NAME",
+            )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def find_pretrained(path: str) -> Pretrained:
-    """What `model.path` names now. Raises SpecError if there is no such folder, or the hub does not give it."""
+    """What `model.path` names now. Raises SpecError if there is no such folder, or the hub does not
+    give it."""
     folder = find_folder(path)
     if not path.startswith(HUB_SCHEME):
         return Pretrained(path, str(folder))
     name = path.removeprefix(HUB_SCHEME).partition("@")[0]
-    return Pretrained(path, f"{HUB_SCHEME}{name}@{folder.name}", folder.name)  # a snapshot is named by its commit
+    return Pretrained(
+        path, f"{HUB_SCHEME}{name}@{folder.name}", folder.name
+    )  # a snapshot is named by its commit
 
 
 def find_folder(path: str) -> Path:
-    """The local folder of `model.path`, absolute; `hf://owner/name[@revision]` is fetched from the hub into its cache.
-    Raises SpecError."""
+    """The local folder of `model.path`, absolute; `hf://owner/name[@revision]` is fetched from the
+    hub into its cache. Raises SpecError."""
     if not path.startswith(HUB_SCHEME):
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
-            raise SpecError("model.path", f"{path}: no such folder", "a Hugging Face folder is wanted",
-                            f"`dray export` writes one; a model on the hub reads {HUB_SCHEME}owner/name")
+            raise SpecError(
+                "model.path",
+                f"{path}: no such folder",
+                "a Hugging Face folder is wanted",
+                f"`dray export` writes one; a model on the hub reads {HUB_SCHEME}owner/name",
+            )
         return folder
     from huggingface_hub import snapshot_download
 
     name, _, revision = path.removeprefix(HUB_SCHEME).partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED))
+        )
     except Exception as error:  # the hub's client raises its own, requests' and the system's
-        raise SpecError("model.path", f"{path} cannot be fetched ({type(error).__name__}: {error})") from error
+        raise SpecError(
+            "model.path", f"{path} cannot be fetched ({type(error).__name__}: {error})"
+        ) from error
 
 
 def check_weights(folder: Path) -> None:
-    """Raise SpecError for a safetensors file in the folder that is cut off, or is none. Reads headers alone."""
+    """Raise SpecError for a safetensors file in the folder that is cut off, or is none. Reads
+    headers alone."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
@@ -92,18 +111,29 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, "np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise SpecError("model.path", f"{path} of {path.stat().st_size:,} bytes is no whole safetensors file "
-                            f"({error})", "weights must be whole", "copy or download it again") from error
+            raise SpecError(
+                "model.path",
+                f"{path} of {path.stat().st_size:,} bytes is no whole safetensors file ({error})",
+                "weights must be whole",
+                "copy or download it again",
+            ) from error
 
 
 def _digest_folder(folder: Path) -> str:
-    """SHA-256 over the names and digests of a folder's configuration and weights. Raises SpecError."""
-    names = sorted(name for name in os.listdir(folder)
-                   if name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")))
+    """SHA-256 over the names and digests of a folder's configuration and weights. Raises
+    SpecError."""
+    names = sorted(
+        name
+        for name in os.listdir(folder)
+        if name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+    )
     try:
         found = digest_files([str(folder / name) for name in names])
     except OSError as error:
-        raise SpecError("model.path", f"{folder} cannot be read ({error})", "weights must be readable and hold still"
-                        ) from error
+        raise SpecError(
+            "model.path",
+            f"{folder} cannot be read ({error})",
+            "weights must be readable and hold still",
+        ) from error
     pairs = [(name, found[str(folder / name)]) for name in names]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

@@ -1,10 +1,19 @@
-"""The plan of a run: batch arithmetic, memory by term, time, the ZeRO stage and the DeepSpeed configuration.
+"""The plan of a run: batch arithmetic, memory by term, time, the ZeRO stage and the DeepSpeed
+configuration.
 
-Pure, but for `machine`, which looks at this machine; it imports neither torch nor ray and writes nothing.
+Pure, but for `machine`, which looks at this machine; it imports neither torch nor ray and writes
+nothing.
 """
 
 from dray.plan.batch import BatchPlan, make_batch, num_steps_of
-from dray.plan.hardware import ACCELERATORS, Accelerator, Precision, Shape, match_accelerator, parse_shape
+from dray.plan.hardware import (
+    ACCELERATORS,
+    Accelerator,
+    Precision,
+    Shape,
+    match_accelerator,
+    parse_shape,
+)
 from dray.plan.machine import Card, find_cards, local_shape, make_accelerator
 from dray.plan.memory import MemoryPlan
 from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
@@ -13,8 +22,31 @@ from dray.plan.table import format_bytes, format_plan, format_seconds
 from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
 __all__ = [
-    "ACCELERATORS", "Accelerator", "BatchPlan", "Buckets", "Card", "Dimensions", "MemoryPlan", "ParameterCount", "Plan",
-    "Precision", "Shape", "count_parameters", "find_cards", "format_bytes", "format_plan", "format_seconds",
-    "load_dimensions", "local_shape", "make_accelerator", "make_batch", "make_buckets", "make_deepspeed_config",
-    "make_plan", "match_accelerator", "num_steps_of", "parse_shape", "with_measured_step",
+    "ACCELERATORS",
+    "Accelerator",
+    "BatchPlan",
+    "Buckets",
+    "Card",
+    "Dimensions",
+    "MemoryPlan",
+    "ParameterCount",
+    "Plan",
+    "Precision",
+    "Shape",
+    "count_parameters",
+    "find_cards",
+    "format_bytes",
+    "format_plan",
+    "format_seconds",
+    "load_dimensions",
+    "local_shape",
+    "make_accelerator",
+    "make_batch",
+    "make_buckets",
+    "make_deepspeed_config",
+    "make_plan",
+    "match_accelerator",
+    "num_steps_of",
+    "parse_shape",
+    "with_measured_step",
 ]

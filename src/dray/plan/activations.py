@@ -1,24 +1,31 @@
 """What a transformer block keeps for its backward pass, in bytes a token, by architecture.
 
-Counted on transformers' eager layers with scaled-dot-product attention, whose flash kernels keep no square of scores;
-a test compares it with what autograd really saves. Compiled models keep less: this is an upper bound for them.
+Counted on transformers' eager layers with scaled-dot-product attention, whose flash kernels keep no
+square of scores; a test compares it with what autograd really saves. Compiled models keep less:
+this is an upper bound for them.
 """
 
 from __future__ import annotations
 
 from dray.plan.parameters import Dimensions
 
-# Elements a block keeps of a token: (hidden sizes, intermediate sizes), and the same with dropout, whose masks are kept
-# while attention takes another way. gpt2's GELU is six operations.
+# Elements a block keeps of a token: (hidden sizes, intermediate sizes), and the same with dropout,
+# whose masks are kept while attention takes another way. gpt2's GELU is six operations.
 _KEPT = {
-    "gpt2": ((8, 5), (10, 5)), "gpt_neox": ((10, 2), (9, 2)), "bert": ((8, 2), (10, 2)), "roberta": ((8, 2), (10, 2)),
-    "distilbert": ((8, 2), (9, 2)), "modernbert": ((10, 4), (9, 5)), "vit": ((8, 2), (10, 2)),
+    "gpt2": ((8, 5), (10, 5)),
+    "gpt_neox": ((10, 2), (9, 2)),
+    "bert": ((8, 2), (10, 2)),
+    "roberta": ((8, 2), (10, 2)),
+    "distilbert": ((8, 2), (9, 2)),
+    "modernbert": ((10, 4), (9, 5)),
+    "vit": ((8, 2), (10, 2)),
 }
 _MASKED = ("bert", "roberta", "distilbert", "modernbert")
 
 
-def layer_bytes_per_token(sizes: Dimensions, element_bytes: int, dropout: float, sequence_tokens: int, *,
-                          on_gpu: bool) -> int:
+def layer_bytes_per_token(
+    sizes: Dimensions, element_bytes: int, dropout: float, sequence_tokens: int, *, on_gpu: bool
+) -> int:
     """Bytes that one block keeps of one token."""
     hidden, wide = sizes.hidden, sizes.intermediate
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
@@ -28,14 +35,17 @@ def layer_bytes_per_token(sizes: Dimensions, element_bytes: int, dropout: float,
         narrow_count, wide_count = _KEPT[sizes.architecture][bool(dropout)]
         elements = narrow_count * hidden + wide_count * wide
     else:
-        # Residual, normalised and scaled, twice; queries, keys, values and the attention's output; the feed-forward.
+        # Residual, normalised and scaled, twice; queries, keys, values and the attention's output;
+        # the feed-forward.
         elements = 6 * hidden + 2 * queries + 2 * keys + (4 if sizes.gated else 2) * wide
         # RMSNorm keeps its input in fp32.
         extra += 4 * hidden if element_bytes < 4 else 0
     if sizes.architecture in _MASKED and not dropout:
         elements += sequence_tokens  # each block turns the mask of padding into numbers of its own
     if dropout and not on_gpu:
-        elements += 3 * sizes.heads * sequence_tokens  # with dropout a CPU's attention keeps its squares of scores
+        elements += (
+            3 * sizes.heads * sequence_tokens
+        )  # with dropout a CPU's attention keeps its squares of scores
     return elements * element_bytes + extra
 
 
@@ -45,5 +55,6 @@ def checkpoint_bytes_per_token(sizes: Dimensions, element_bytes: int) -> int:
 
 
 def layer_working_bytes_per_token(sizes: Dimensions, element_bytes: int) -> int:
-    """Bytes that come and go in one block's backward pass: the feed-forward's gradients and the residual's."""
+    """Bytes that come and go in one block's backward pass: the feed-forward's gradients and the
+    residual's."""
     return (3 * sizes.intermediate + 3 * sizes.hidden) * element_bytes

@@ -1,26 +1,113 @@
-"""What has to be known of an architecture to size it, without transformers: the one source for planning and building.
+"""What has to be known of an architecture to size it, without transformers: the one source for
+planning and building.
 
 Names are transformers' model types. A test compares with its configurations and models.
 """
 
 from __future__ import annotations
 
-# Their feed-forward block is two matrices, and by default four times as wide as the model; all others' has a gate.
-_UNGATED = frozenset((
-    "albert", "apertus", "arcee", "bert", "bert-generation", "big_bird", "biogpt", "bitnet", "bloom",
-    "camembert", "canine", "codegen", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert",
-    "electra", "ernie", "esm", "falcon", "falcon_mamba", "fnet", "funnel", "git", "gpt-sw3", "gpt2",
-    "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "gte", "ibert", "jais2", "jetmoe", "jina_embeddings_v3",
-    "layoutlm", "layoutlmv2", "layoutlmv3", "lfm2", "lfm2_moe", "lfm3", "lilt", "longformer", "luke", "mamba",
-    "mamba2", "markuplm", "megatron-bert", "mobilebert", "mpnet", "mpt", "mra", "mt5", "nanochat", "nemotron",
-    "nemotron_h", "nystromformer", "openai-gpt", "opt", "persimmon", "phi", "recurrent_gemma", "rembert",
-    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "rwkv", "squeezebert", "starcoder2", "t5",
-    "tapas", "umt5", "vit", "xglm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso", "zamba", "zamba2",
-))
+# Their feed-forward block is two matrices, and by default four times as wide as the model; all
+# others' has a gate.
+_UNGATED = frozenset(
+    (
+        "albert",
+        "apertus",
+        "arcee",
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "biogpt",
+        "bitnet",
+        "bloom",
+        "camembert",
+        "canine",
+        "codegen",
+        "convbert",
+        "data2vec-text",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "esm",
+        "falcon",
+        "falcon_mamba",
+        "fnet",
+        "funnel",
+        "git",
+        "gpt-sw3",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "gte",
+        "ibert",
+        "jais2",
+        "jetmoe",
+        "jina_embeddings_v3",
+        "layoutlm",
+        "layoutlmv2",
+        "layoutlmv3",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "lilt",
+        "longformer",
+        "luke",
+        "mamba",
+        "mamba2",
+        "markuplm",
+        "megatron-bert",
+        "mobilebert",
+        "mpnet",
+        "mpt",
+        "mra",
+        "mt5",
+        "nanochat",
+        "nemotron",
+        "nemotron_h",
+        "nystromformer",
+        "openai-gpt",
+        "opt",
+        "persimmon",
+        "phi",
+        "recurrent_gemma",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "rwkv",
+        "squeezebert",
+        "starcoder2",
+        "t5",
+        "tapas",
+        "umt5",
+        "vit",
+        "xglm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xlnet",
+        "xmod",
+        "yoso",
+        "zamba",
+        "zamba2",
+    )
+)
 
 # Their positions are counted from the padding id on, so the table needs as many rows more.
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
-                    "xmod", "mpnet", "longformer")
+OFFSET_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "roberta-prelayernorm",
+    "data2vec-text",
+    "xmod",
+    "mpnet",
+    "longformer",
+)
 
 
 def is_gated(architecture: str) -> bool:
@@ -29,7 +116,8 @@ def is_gated(architecture: str) -> bool:
 
 
 def default_intermediate_size(architecture: str, hidden_size: int) -> int:
-    """Width of the feed-forward block: 8/3 of the hidden size where it is gated, else 4 times: as many weights."""
+    """Width of the feed-forward block: 8/3 of the hidden size where it is gated, else 4 times: as
+    many weights."""
     return hidden_size * 8 // 3 if is_gated(architecture) else hidden_size * 4
 
 

@@ -1,7 +1,8 @@
-"""Batch arithmetic: global rows = ranks × micro rows × accumulation, and how a run's duration becomes steps.
+"""Batch arithmetic: global rows = ranks × micro rows × accumulation, and how a run's duration
+becomes steps.
 
-Pure numbers. A fixed number of workers must divide the batch exactly; an elastic group fills up with rows that have no
-targets, which cost time but never change the loss.
+Pure numbers. A fixed number of workers must divide the batch exactly; an elastic group fills up
+with rows that have no targets, which cost time but never change the loss.
 """
 
 from __future__ import annotations
@@ -28,23 +29,31 @@ class BatchPlan(BaseModel):
 
 
 WIDTH_MULTIPLE = 8
-"""On a GPU padded batches have a multiple of so many columns, for its matrix units; so have those of a compiled model,
-which sees fewer shapes. A CPU would compute the padding for nothing."""
+"""On a GPU padded batches have a multiple of so many columns, for its matrix units; so have those
+of a compiled model, which sees fewer shapes. A CPU would compute the padding for nothing."""
 
 
 def make_batch(global_rows: int, num_ranks: int, micro_rows: int, *, elastic: bool) -> BatchPlan:
-    """Cut a global batch. Raises PlanError where a fixed group cannot divide it, naming what would."""
+    """Cut a global batch. Raises PlanError where a fixed group cannot divide it, naming what
+    would."""
     unit = num_ranks * micro_rows
     if global_rows % unit and not elastic:
         raise _indivisible(global_rows, num_ranks, micro_rows)
     accumulation = -(-global_rows // unit)
     rows_per_rank = accumulation * micro_rows
-    return BatchPlan(num_ranks=num_ranks, micro_rows=micro_rows, accumulation=accumulation, rows_per_rank=rows_per_rank,
-                     global_rows=global_rows, padded_rows=rows_per_rank * num_ranks - global_rows)
+    return BatchPlan(
+        num_ranks=num_ranks,
+        micro_rows=micro_rows,
+        accumulation=accumulation,
+        rows_per_rank=rows_per_rank,
+        global_rows=global_rows,
+        padded_rows=rows_per_rank * num_ranks - global_rows,
+    )
 
 
 def micro_candidates(global_rows: int, num_ranks: int, *, elastic: bool) -> list[int]:
-    """Micro batches that a rank may take, greatest first: those that pad no more rows than they must.
+    """Micro batches that a rank may take, greatest first: those that pad no more rows than they
+    must.
 
     Raises PlanError if a fixed group cannot share the rows out equally.
     """
@@ -55,8 +64,11 @@ def micro_candidates(global_rows: int, num_ranks: int, *, elastic: bool) -> list
     return sorted({*small, *(rows_per_rank // rows for rows in small)}, reverse=True)
 
 
-def num_steps_of(duration: Duration, global_rows: int, tokens_per_step: int, num_rows: int | None) -> int | None:
-    """Optimiser updates of a run; None when epochs are wanted and the number of rows is not known yet."""
+def num_steps_of(
+    duration: Duration, global_rows: int, tokens_per_step: int, num_rows: int | None
+) -> int | None:
+    """Optimiser updates of a run; None when epochs are wanted and the number of rows is not known
+    yet."""
     if duration.steps is not None:
         return duration.steps
     if duration.tokens is not None:
@@ -75,5 +87,8 @@ def _indivisible(global_rows: int, num_ranks: int, micro_rows: int) -> PlanError
     factors = f"{num_ranks} rank{'s' * (num_ranks > 1)} × {micro_rows} row{'s' * (micro_rows > 1)}"
     fewer = [ranks for ranks in range(num_ranks, 0, -1) if global_rows % (ranks * micro_rows) == 0]
     other = f", or resources.workers = {fewer[0]}" if fewer else ""
-    return PlanError(f"batch.global_rows = {global_rows}", f"not a multiple of {factors} ({unit})",
-                     way_out=f"nearest: {nearest}{other}")
+    return PlanError(
+        f"batch.global_rows = {global_rows}",
+        f"not a multiple of {factors} ({unit})",
+        way_out=f"nearest: {nearest}{other}",
+    )

@@ -1,7 +1,7 @@
 """FLOPs a token, forward and backward.
 
-Two counts, because papers use both: the loose one multiplies every parameter and whole attention squares, the strict
-one only what is multiplied.
+Two counts, because papers use both: the loose one multiplies every parameter and whole attention
+squares, the strict one only what is multiplied.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ def flops_per_token_loose(sizes: Dimensions, count: ParameterCount, sequence_tok
 
 
 def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
-    """6·(N_nonembedding + head) + 6·L·d·T; models that look both ways multiply the whole square, 12·L·d·T."""
+    """6·(N_nonembedding + head) + 6·L·d·T; models that look both ways multiply the whole square,
+    12·L·d·T."""
     square = 6.0 if sizes.causal else 12.0
     # A classifier's head sees one token of a row: nothing, next to the others.
     head = count.head if sizes.task == "causal_lm" else 0
-    return 6.0 * (count.body + head) + square * sizes.layers * sizes.heads * sizes.head_dim * sequence_tokens
+    return (
+        6.0 * (count.body + head)
+        + square * sizes.layers * sizes.heads * sizes.head_dim * sequence_tokens
+    )

@@ -1,9 +1,10 @@
 """Peak memory of a rank, term by term, and what a node's host memory must hold.
 
-A step has four moments that may be its peak: the loss (all activations, and a chunk of logits), the end of the
-backward pass (gradients), their reduction, and the optimiser's step. Each is summed; the terms of the greatest are
-the plan. The arithmetic follows DeepSpeed's sources and transformers' eager layers; `docs/plan.md` compares it with
-measured peaks. It counts no memory that other programs hold.
+A step has four moments that may be its peak: the loss (all activations, and a chunk of logits), the
+end of the backward pass (gradients), their reduction, and the optimiser's step. Each is summed; the
+terms of the greatest are the plan. The arithmetic follows DeepSpeed's sources and transformers'
+eager layers; `docs/plan.md` compares it with measured peaks. It counts no memory that other
+programs hold.
 """
 
 from __future__ import annotations
@@ -12,26 +13,31 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel, ConfigDict
 
-from dray.plan.activations import checkpoint_bytes_per_token, layer_bytes_per_token, layer_working_bytes_per_token
+from dray.plan.activations import (
+    checkpoint_bytes_per_token,
+    layer_bytes_per_token,
+    layer_working_bytes_per_token,
+)
 from dray.plan.hardware import Precision
 from dray.plan.parameters import Dimensions, ParameterCount
 from dray.plan.zero_config import Buckets, grad_accumulation_bytes, overlaps
 
-# What a rank holds besides the terms below: torch, deepspeed, transformers, a model's code, and what the first steps
-# touch of them. Fitted to peaks: of plain processes that import these 520 to 600 MB, and of forks under Ray, which have
-# ray.train and ray.data besides, 420 to 620.
+# What a rank holds besides the terms below: torch, deepspeed, transformers, a model's code, and
+# what the first steps touch of them. Fitted to peaks: of plain processes that import these 520 to
+# 600 MB, and of forks under Ray, which have ray.train and ray.data besides, 420 to 620.
 CPU_FRAMEWORK_BYTES = 530_000_000
 # CUDA context, cuBLAS and NCCL buffers: as commonly reported, not measured here.
 GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_000_000_000, 700_000_000
 GPU_HOST_PROCESS_BYTES = 4_000_000_000
-# Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs: assumed, and a
-# share of all that comes and goes.
+# Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs:
+# assumed, and a share of all that comes and goes.
 CPU_SLACK, GPU_SLACK = 0.45, 0.08
 # Of a checkpoint, a parameter: fp32 weights and AdamW's two moments.
 CHECKPOINT_BYTES = 12
 READER_BYTES = 1_500_000_000
-# Bytes of fp32 logits that the loss holds at a time. On a CPU a chunk should stay near the caches (4 to 16 MB were
-# equally fast, the whole of a step slower by a quarter); a GPU's matrix product wants thousands of rows.
+# Bytes of fp32 logits that the loss holds at a time. On a CPU a chunk should stay near the caches
+# (4 to 16 MB were equally fast, the whole of a step slower by a quarter); a GPU's matrix product
+# wants thousands of rows.
 CPU_LOSS_CHUNK, GPU_LOSS_CHUNK = 16_000_000, 256_000_000
 
 
@@ -118,7 +124,14 @@ class _Moment:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.gradients + self.activations + self.logits + self.buffers
+        return (
+            self.parameters
+            + self.optimizer
+            + self.gradients
+            + self.activations
+            + self.logits
+            + self.buffers
+        )
 
 
 def make_memory(load: Load) -> MemoryPlan:
@@ -128,18 +141,31 @@ def make_memory(load: Load) -> MemoryPlan:
     slack = int(GPU_SLACK * (peak.total - peak.lasting)) if load.on_gpu else _heap_bytes(load)
     checkpoint = 0 if load.on_gpu else CHECKPOINT_BYTES * load.share
     total = peak.total + checkpoint + framework + slack
-    kept, checkpointed = (_activation_bytes(replace(load, checkpointing=way)) for way in (False, True))
+    kept, checkpointed = (
+        _activation_bytes(replace(load, checkpointing=way)) for way in (False, True)
+    )
     return MemoryPlan(
-        parameters=peak.parameters, gradients=peak.gradients, optimizer=peak.optimizer, activations=peak.activations,
-        logits=peak.logits, buffers=peak.buffers, checkpoint=checkpoint, framework=framework, allocator=slack,
-        total=total, peak=peak.name, host_bytes=_host_bytes(load, total), activations_kept=kept,
+        parameters=peak.parameters,
+        gradients=peak.gradients,
+        optimizer=peak.optimizer,
+        activations=peak.activations,
+        logits=peak.logits,
+        buffers=peak.buffers,
+        checkpoint=checkpoint,
+        framework=framework,
+        allocator=slack,
+        total=total,
+        peak=peak.name,
+        host_bytes=_host_bytes(load, total),
+        activations_kept=kept,
         activations_checkpointed=checkpointed,
     )
 
 
 def logits_bytes(load: Load) -> int:
-    """In the loss: a chunk's logits, their softmax in fp32 and its gradient, beside the gradients of hidden states and
-    head, which are made with it. What fits into a chunk takes torch's own way, which holds all of it three times."""
+    """In the loss: a chunk's logits, their softmax in fp32 and its gradient, beside the gradients
+    of hidden states and head, which are made with it. What fits into a chunk takes torch's own way,
+    which holds all of it three times."""
     if load.sizes.task != "causal_lm":
         return load.micro_rows * load.sizes.num_labels * 12
     vocab, hidden, element = load.sizes.vocab, load.sizes.hidden, load.element_bytes
@@ -151,8 +177,9 @@ def logits_bytes(load: Load) -> int:
 
 
 def _activation_bytes(load: Load) -> int:
-    one_block = layer_bytes_per_token(load.sizes, load.element_bytes, load.dropout, load.sequence_tokens,
-                                      on_gpu=load.on_gpu)
+    one_block = layer_bytes_per_token(
+        load.sizes, load.element_bytes, load.dropout, load.sequence_tokens, on_gpu=load.on_gpu
+    )
     if load.checkpointing:
         inputs = load.sizes.layers * checkpoint_bytes_per_token(load.sizes, load.element_bytes)
         return load.tokens * (inputs + one_block)
@@ -164,7 +191,9 @@ def _moments(load: Load) -> list[_Moment]:
     parameters, optimizer = _parameter_bytes(load), _optimizer_bytes(load)
     standing_gradients, standing_buffers = _standing(load)
     accumulated = _accumulated_gradient_bytes(load)
-    base = _Moment("", parameters, optimizer, gradients=standing_gradients, buffers=standing_buffers)
+    base = _Moment(
+        "", parameters, optimizer, gradients=standing_gradients, buffers=standing_buffers
+    )
     base = replace(base, lasting=base.total)
     gathered = _gathered_bytes(load)
     activations = _activation_bytes(load)
@@ -172,14 +201,30 @@ def _moments(load: Load) -> list[_Moment]:
     bucket, copies, whole = _reduction_bytes(load)
     embedding = load.element_bytes * load.sizes.vocab * load.sizes.hidden
     return [
-        replace(base, name="loss", activations=activations, logits=logits_bytes(load),
-                gradients=base.gradients + accumulated, buffers=base.buffers + gathered),
-        replace(base, name="backward", activations=working,
-                gradients=base.gradients + max(accumulated, whole) + embedding,
-                buffers=base.buffers + gathered + (bucket + copies if load.stage >= 2 else 0)),
-        replace(base, name="reduce", gradients=base.gradients + max(accumulated, whole),
-                buffers=base.buffers + bucket + copies + (gathered if load.stage == 3 else 0)),
-        replace(base, name="step", gradients=base.gradients + _step_bytes(load), buffers=base.buffers),
+        replace(
+            base,
+            name="loss",
+            activations=activations,
+            logits=logits_bytes(load),
+            gradients=base.gradients + accumulated,
+            buffers=base.buffers + gathered,
+        ),
+        replace(
+            base,
+            name="backward",
+            activations=working,
+            gradients=base.gradients + max(accumulated, whole) + embedding,
+            buffers=base.buffers + gathered + (bucket + copies if load.stage >= 2 else 0),
+        ),
+        replace(
+            base,
+            name="reduce",
+            gradients=base.gradients + max(accumulated, whole),
+            buffers=base.buffers + bucket + copies + (gathered if load.stage == 3 else 0),
+        ),
+        replace(
+            base, name="step", gradients=base.gradients + _step_bytes(load), buffers=base.buffers
+        ),
     ]
 
 
@@ -191,12 +236,16 @@ def _parameter_bytes(load: Load) -> int:
 
 
 def _optimizer_bytes(load: Load) -> int:
-    """AdamW's two moments and the fp32 master weights, where they are not the parameters themselves."""
+    """AdamW's two moments and the fp32 master weights, where they are not the parameters
+    themselves."""
     if load.offload != "none" and load.on_gpu:
         return 0
     owned = load.count.total if load.stage == 0 else load.share
-    # In fp32, ZeRO-0 and ZeRO-3 step the parameters themselves; ZeRO-1 and 2 keep a copy of their part.
-    master = 0 if load.precision == "fp32" and load.stage in (0, 3) and load.offload == "none" else 4
+    # In fp32, ZeRO-0 and ZeRO-3 step the parameters themselves; ZeRO-1 and 2 keep a copy of their
+    # part.
+    master = (
+        0 if load.precision == "fp32" and load.stage in (0, 3) and load.offload == "none" else 4
+    )
     return (8 + master) * owned
 
 
@@ -240,7 +289,11 @@ def _reduction_bytes(load: Load) -> tuple[int, int, int]:
     copy = element * max(load.buckets.reduce, load.count.largest)
     buckets = bucket * (2 if overlaps(load.stage, on_gpu=load.on_gpu) else 1)
     own = 0 if load.offload != "none" and load.on_gpu else element * load.share
-    return buckets, copy, own + (element * load.count.total if load.stage == 1 else element * load.count.largest)
+    return (
+        buckets,
+        copy,
+        own + (element * load.count.total if load.stage == 1 else element * load.count.largest),
+    )
 
 
 def _step_bytes(load: Load) -> int:
@@ -249,22 +302,27 @@ def _step_bytes(load: Load) -> int:
         return 0
     width = grad_accumulation_bytes(load.stage, load.accumulation, load.precision)
     if load.stage == 0:
-        return load.element_bytes * load.count.total + (0 if load.precision == "fp32" else 8 * load.count.total)
+        return load.element_bytes * load.count.total + (
+            0 if load.precision == "fp32" else 8 * load.count.total
+        )
     if load.stage == 3:
         return 4 * min(load.share, load.buckets.sub_group)
     return (width + 4) * load.share
 
 
 def _heap_bytes(load: Load) -> int:
-    """What glibc's heap holds of freed blocks: a share of the activations, and whole tensors of the parameters' sizes.
+    """What glibc's heap holds of freed blocks: a share of the activations, and whole tensors of the
+    parameters' sizes.
 
-    Those are the last step's gradients and, with ZeRO, the parameters as they were before they moved into flat buffers;
-    ZeRO-3 gathers and frees them once more. Ranks let their heap keep what it frees (process.py), and the copy for a
-    checkpoint lies there first.
+    Those are the last step's gradients and, with ZeRO, the parameters as they were before they
+    moved into flat buffers; ZeRO-3 gathers and frees them once more. Ranks let their heap keep what
+    it frees (process.py), and the copy for a checkpoint lies there first.
     """
     times = {0: 1, 1: 2, 2: 2, 3: 3}[load.stage]
     tensors = times * load.element_bytes * load.count.total
-    return int(CPU_SLACK * _activation_bytes(load)) + max(0, tensors - CHECKPOINT_BYTES * load.share)
+    return int(CPU_SLACK * _activation_bytes(load)) + max(
+        0, tensors - CHECKPOINT_BYTES * load.share
+    )
 
 
 def _framework_bytes(load: Load) -> int:
@@ -279,7 +337,9 @@ def _host_bytes(load: Load, total: int) -> int:
     if not load.on_gpu:
         return load.ranks_per_node * total + readers
     on_host = CHECKPOINT_BYTES * load.share
-    if load.offload != "none":  # master weights, moments, fp32 gradients, and a copy in the compute type
+    if (
+        load.offload != "none"
+    ):  # master weights, moments, fp32 gradients, and a copy in the compute type
         on_host += (16 + load.element_bytes) * load.share
     if load.offload == "parameters":
         on_host += load.element_bytes * load.share

@@ -1,8 +1,8 @@
 """A model's sizes and its number of parameters, by architecture, without building it.
 
-The counts equal those of transformers' own models for the families below (a test builds them on the meta device);
-other architectures get an estimate that says so. A folder's config.json is read as it is. Refuses folders that
-cannot be read.
+The counts equal those of transformers' own models for the families below (a test builds them on the
+meta device); other architectures get an estimate that says so. A folder's config.json is read as it
+is. Refuses folders that cannot be read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dray.errors import SpecError
-from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, is_gated, position_rows
+from dray.plan.architectures import (
+    OFFSET_POSITIONS,
+    default_intermediate_size,
+    is_gated,
+    position_rows,
+)
 from dray.spec import Spec
 
 ROTARY_GATED = ("llama", "mistral", "qwen2")
@@ -80,41 +85,72 @@ class ParameterCount:
     """Neither embedding nor head."""
 
 
-def load_dimensions(spec: Spec, vocab_size: int | None = None, num_labels: int | None = None,
-                    config: Mapping[str, Any] | None = None, pad_token_id: int | None = None) -> Dimensions:
+def load_dimensions(
+    spec: Spec,
+    vocab_size: int | None = None,
+    num_labels: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    pad_token_id: int | None = None,
+) -> Dimensions:
     """The sizes that a spec (and its folder's config.json, where it names one) decides.
 
-    `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the folder's configuration as the run keeps it; then
-    nothing is read. Raises SpecError for an unreadable folder or a vocabulary that is too small.
+    `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the folder's configuration as the
+    run keeps it; then nothing is read. Raises SpecError for an unreadable folder or a vocabulary
+    that is too small.
     """
     model = spec.model
     labels = model.num_labels or num_labels or 2
     if model.path is not None:
         return _folder_dimensions(spec, vocab_size, labels, config or _load_config(model.path))
-    architecture, hidden, heads = str(model.architecture), int(model.hidden_size or 0), int(model.num_heads or 0)
+    architecture, hidden, heads = (
+        str(model.architecture),
+        int(model.hidden_size or 0),
+        int(model.num_heads or 0),
+    )
     gated = is_gated(architecture)
     tokens = vocab_size or spec.tokenizer.vocab_size
     if spec.tokenizer.path is not None and vocab_size is None:
-        tokens = _tokenizer_size(spec.tokenizer.path) or model.vocab_size or spec.tokenizer.vocab_size
+        tokens = (
+            _tokenizer_size(spec.tokenizer.path) or model.vocab_size or spec.tokenizer.vocab_size
+        )
     rows = model.vocab_size or tokens
     if rows < tokens:
-        raise SpecError(f"model.vocab_size = {rows}", f"the tokeniser has {tokens} tokens",
-                        "every token needs a row of the embedding", f"leave it out, or give {tokens} or more")
+        raise SpecError(
+            f"model.vocab_size = {rows}",
+            f"the tokeniser has {tokens} tokens",
+            "every token needs a row of the embedding",
+            f"leave it out, or give {tokens} or more",
+        )
     positions = model.max_positions or spec.data.sequence_tokens
     if positions < spec.data.sequence_tokens:
-        raise SpecError(f"model.max_positions = {positions}", f"data.sequence_tokens is {spec.data.sequence_tokens}",
-                        "a row must fit the model", f"give {spec.data.sequence_tokens} or more")
+        raise SpecError(
+            f"model.max_positions = {positions}",
+            f"data.sequence_tokens is {spec.data.sequence_tokens}",
+            "a row must fit the model",
+            f"give {spec.data.sequence_tokens} or more",
+        )
     options = dict(model.options)
     if pad_token_id is None and spec.tokenizer.train is not None:
         pad_token_id = TRAINED_PAD_ID
-    knows_pad = pad_token_id is not None or vocab_size is not None or architecture not in OFFSET_POSITIONS
+    knows_pad = (
+        pad_token_id is not None or vocab_size is not None or architecture not in OFFSET_POSITIONS
+    )
     return Dimensions(
-        architecture=architecture, task=spec.task, hidden=hidden, layers=int(model.num_layers or 0), heads=heads,
+        architecture=architecture,
+        task=spec.task,
+        hidden=hidden,
+        layers=int(model.num_layers or 0),
+        heads=heads,
         kv_heads=_kv_heads(architecture, options, model.num_kv_heads or heads),
         head_dim=int(options.get("head_dim") or hidden // heads),
-        intermediate=model.intermediate_size or default_intermediate_size(architecture, hidden), vocab=rows,
-        positions=position_rows(architecture, positions, pad_token_id), tied=model.tie_embeddings, num_labels=labels,
-        gated=gated, exact=architecture in FAMILIES and knows_pad, options=options,
+        intermediate=model.intermediate_size or default_intermediate_size(architecture, hidden),
+        vocab=rows,
+        positions=position_rows(architecture, positions, pad_token_id),
+        tied=model.tie_embeddings,
+        num_labels=labels,
+        gated=gated,
+        exact=architecture in FAMILIES and knows_pad,
+        options=options,
     )
 
 
@@ -137,11 +173,20 @@ def count_parameters(sizes: Dimensions) -> ParameterCount:
         total = body + head + tail
     if sizes.architecture == "modernbert":
         total -= hidden  # its first block has no norm before attention
-    largest = max(tables if sizes.architecture == "vit" else vocab * hidden,
-                  hidden * sizes.intermediate * (2 if sizes.architecture == "modernbert" else 1), 3 * hidden * hidden)
+    largest = max(
+        tables if sizes.architecture == "vit" else vocab * hidden,
+        hidden * sizes.intermediate * (2 if sizes.architecture == "modernbert" else 1),
+        3 * hidden * hidden,
+    )
     owned_head = 0 if sizes.task == "causal_lm" and sizes.tied else head
-    return ParameterCount(total=total, embedding=tables, head=head, layer=layer, largest=min(largest, total),
-                          body=total - tables - owned_head)
+    return ParameterCount(
+        total=total,
+        embedding=tables,
+        head=head,
+        layer=layer,
+        largest=min(largest, total),
+        body=total - tables - owned_head,
+    )
 
 
 def _embeddings(sizes: Dimensions) -> tuple[int, int]:
@@ -149,7 +194,10 @@ def _embeddings(sizes: Dimensions) -> tuple[int, int]:
     hidden, architecture = sizes.hidden, sizes.architecture
     tokens = sizes.vocab * hidden
     if architecture == "vit":
-        patch, image = int(sizes.options.get("patch_size", 16)), int(sizes.options.get("image_size", 224))
+        patch, image = (
+            int(sizes.options.get("patch_size", 16)),
+            int(sizes.options.get("image_size", 224)),
+        )
         channels = int(sizes.options.get("num_channels", 3))
         return ((image // patch) ** 2 + 2) * hidden, (channels * patch**2 + 1) * hidden
     if architecture in ("bert", "roberta"):
@@ -170,8 +218,12 @@ def _layer(sizes: Dimensions) -> int:
         return 4 * hidden * hidden + 3 * hidden * wide + 2 * hidden
     if sizes.architecture in ("gpt_bigcode", "starcoder2", "nemotron"):
         attention, feed_forward = hidden * (2 * queries + 2 * keys), 2 * hidden * wide
-        if sizes.architecture == "gpt_bigcode" or options.get("use_bias", sizes.architecture == "starcoder2"):
-            return attention + queries + 2 * keys + hidden + feed_forward + wide + hidden + 4 * hidden
+        if sizes.architecture == "gpt_bigcode" or options.get(
+            "use_bias", sizes.architecture == "starcoder2"
+        ):
+            return (
+                attention + queries + 2 * keys + hidden + feed_forward + wide + hidden + 4 * hidden
+            )
         return attention + feed_forward + 4 * hidden
     if sizes.architecture in ROTARY_GATED or not sizes.exact:
         attention = hidden * (2 * queries + 2 * keys)
@@ -191,7 +243,11 @@ def _end_of_body(sizes: Dimensions) -> int:
     """The norm after the last block."""
     if sizes.architecture in ("bert", "roberta", "distilbert"):
         return 0
-    return sizes.hidden if sizes.architecture in (*ROTARY_GATED, "modernbert") or not sizes.exact else 2 * sizes.hidden
+    return (
+        sizes.hidden
+        if sizes.architecture in (*ROTARY_GATED, "modernbert") or not sizes.exact
+        else 2 * sizes.hidden
+    )
 
 
 def _head(sizes: Dimensions) -> tuple[int, int]:
@@ -221,37 +277,65 @@ def _load_config(path: str) -> Mapping[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise SpecError("model.path", f"{folder}/config.json cannot be read ({error})",
-                        "a Hugging Face folder is wanted", "`dray export` writes one") from error
+        raise SpecError(
+            "model.path",
+            f"{folder}/config.json cannot be read ({error})",
+            "a Hugging Face folder is wanted",
+            "`dray export` writes one",
+        ) from error
     return config
 
 
-def _folder_dimensions(spec: Spec, vocab_size: int | None, labels: int, config: Mapping[str, Any]) -> Dimensions:
+def _folder_dimensions(
+    spec: Spec, vocab_size: int | None, labels: int, config: Mapping[str, Any]
+) -> Dimensions:
     folder = str(spec.model.path)
-    found = {ours: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
-             for ours, names in _ALIASES.items()}
+    found = {
+        ours: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+        for ours, names in _ALIASES.items()
+    }
     missing = [name for name in ("hidden_size", "num_layers", "num_heads") if not found[name]]
     if missing:
-        raise SpecError("model.path", f"{folder}/config.json lacks {', '.join(missing)}", "sizes are needed to plan")
+        raise SpecError(
+            "model.path",
+            f"{folder}/config.json lacks {', '.join(missing)}",
+            "sizes are needed to plan",
+        )
     architecture = str(config.get("model_type", "unknown"))
     gated, hidden, heads = is_gated(architecture), found["hidden_size"], found["num_heads"]
     vocab = found["vocab_size"] or vocab_size or 0
     if vocab_size is not None and 0 < vocab < vocab_size:
-        raise SpecError("model.path", f"{folder} has {vocab} tokens, the tokeniser {vocab_size}",
-                        "weights and tokeniser belong together", f"use its own: tokenizer.path={folder}")
-    tied = config.get("tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox", "nemotron"))
+        raise SpecError(
+            "model.path",
+            f"{folder} has {vocab} tokens, the tokeniser {vocab_size}",
+            "weights and tokeniser belong together",
+            f"use its own: tokenizer.path={folder}",
+        )
+    tied = config.get(
+        "tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox", "nemotron")
+    )
     return Dimensions(
-        architecture=architecture, task=spec.task, hidden=hidden, layers=found["num_layers"], heads=heads,
+        architecture=architecture,
+        task=spec.task,
+        hidden=hidden,
+        layers=found["num_layers"],
+        heads=heads,
         kv_heads=_kv_heads(architecture, config, found["num_kv_heads"] or heads),
         head_dim=found["head_dim"] or hidden // heads,
-        intermediate=found["intermediate_size"] or default_intermediate_size(architecture, hidden), vocab=vocab,
-        positions=found["max_positions"] or spec.data.sequence_tokens, tied=bool(tied), num_labels=labels,
-        gated=gated, exact=architecture in FAMILIES, options=config,
+        intermediate=found["intermediate_size"] or default_intermediate_size(architecture, hidden),
+        vocab=vocab,
+        positions=found["max_positions"] or spec.data.sequence_tokens,
+        tied=bool(tied),
+        num_labels=labels,
+        gated=gated,
+        exact=architecture in FAMILIES,
+        options=config,
     )
 
 
 def _local_folder(path: str) -> Path:
-    """The folder itself, or what the hub's cache has of `hf://owner/name[@revision]`. Raises SpecError if nothing."""
+    """The folder itself, or what the hub's cache has of `hf://owner/name[@revision]`. Raises
+    SpecError if nothing."""
     if not path.startswith("hf://"):
         return Path(path)
     name, _, revision = path.removeprefix("hf://").partition("@")
@@ -259,18 +343,29 @@ def _local_folder(path: str) -> Path:
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     model = cache / f"models--{name.replace('/', '--')}"
     commit = model / "refs" / (revision or "main")
-    snapshot = model / "snapshots" / (commit.read_text(encoding="utf-8").strip() if commit.is_file() else revision)
+    snapshot = (
+        model
+        / "snapshots"
+        / (commit.read_text(encoding="utf-8").strip() if commit.is_file() else revision)
+    )
     if not (snapshot / "config.json").is_file():
-        raise SpecError("model.path", f"{path} is not in the hub's cache ({cache})", "planning downloads nothing",
-                        f"hf download {name}")
+        raise SpecError(
+            "model.path",
+            f"{path} is not in the hub's cache ({cache})",
+            "planning downloads nothing",
+            f"hf download {name}",
+        )
     return snapshot
 
 
 def _tokenizer_size(folder: str) -> int | None:
-    """Tokens of a folder's tokenizer.json, the added ones included; None if there is no such file."""
+    """Tokens of a folder's tokenizer.json, the added ones included; None if there is no such
+    file."""
     try:
         tree = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
-        ids = list(tree["model"]["vocab"].values()) + [token["id"] for token in tree.get("added_tokens", [])]
+        ids = list(tree["model"]["vocab"].values()) + [
+            token["id"] for token in tree.get("added_tokens", [])
+        ]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return max(ids) + 1 if ids and all(isinstance(i, int) for i in ids) else None

@@ -1,7 +1,8 @@
-"""The plan: what a run will take on given hardware, as a pure function of the spec, the shape and the corpus' size.
+"""The plan: what a run will take on given hardware, as a pure function of the spec, the shape and
+the corpus' size.
 
-What does not fit is refused here, before anything is written, with the nearest settings that would. It imports neither
-torch nor ray, and answers in milliseconds.
+What does not fit is refused here, before anything is written, with the nearest settings that would.
+It imports neither torch nor ray, and answers in milliseconds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Plan(BaseModel):
     """None: epochs are wanted and the corpus is not prepared yet."""
     tokens_per_step: int
     row_tokens: int
-    """Of a row on average, padding included: what is computed. As many as it may have where the corpus is not known."""
+    """Of a row on average, padding included: what is computed. As many as it may have where the
+    corpus is not known."""
     num_tokens: int | None
     """Tokens that the run will train on."""
     num_parameters: int
@@ -72,7 +74,8 @@ class Plan(BaseModel):
     step_measured: bool = False
     """Whether that was measured on this machine; else it follows from nominal rates."""
     est_seconds: float | None
-    """Of the whole run, start and compilation included; None besides where the number of steps is not known yet."""
+    """Of the whole run, start and compilation included; None besides where the number of steps is
+    not known yet."""
     deepspeed: dict[str, Any]
     notes: list[str]
 
@@ -115,7 +118,11 @@ class _Question:
         if not self.on_gpu:
             return self.host_limit // self.ranks_per_node(num_ranks)
         card = self.shape.accelerator
-        return None if card is None or card.memory_bytes is None else int(GPU_USABLE * card.memory_bytes)
+        return (
+            None
+            if card is None or card.memory_bytes is None
+            else int(GPU_USABLE * card.memory_bytes)
+        )
 
     def ranks_per_node(self, num_ranks: int) -> int:
         return -(-num_ranks // self.shape.num_nodes)
@@ -125,19 +132,36 @@ class _Question:
 
     def load(self, setting: _Setting) -> Load:
         spec = self.spec
-        batch = make_batch(spec.batch.global_rows, setting.num_ranks, setting.micro_rows, elastic=self.elastic)
+        batch = make_batch(
+            spec.batch.global_rows, setting.num_ranks, setting.micro_rows, elastic=self.elastic
+        )
         return Load(
-            sizes=self.sizes, count=self.count, precision=self.precision, stage=setting.stage, offload=setting.offload,
-            num_ranks=setting.num_ranks, ranks_per_node=self.ranks_per_node(setting.num_ranks),
-            micro_rows=setting.micro_rows, accumulation=batch.accumulation, sequence_tokens=spec.data.sequence_tokens,
-            checkpointing=setting.checkpointing, dropout=spec.regularization.dropout,
-            buckets=make_buckets(self.count.total, self.count.layer, on_gpu=self.on_gpu), on_gpu=self.on_gpu,
-            with_ray=self.with_ray, row_tokens=self.row_tokens,
+            sizes=self.sizes,
+            count=self.count,
+            precision=self.precision,
+            stage=setting.stage,
+            offload=setting.offload,
+            num_ranks=setting.num_ranks,
+            ranks_per_node=self.ranks_per_node(setting.num_ranks),
+            micro_rows=setting.micro_rows,
+            accumulation=batch.accumulation,
+            sequence_tokens=spec.data.sequence_tokens,
+            checkpointing=setting.checkpointing,
+            dropout=spec.regularization.dropout,
+            buckets=make_buckets(self.count.total, self.count.layer, on_gpu=self.on_gpu),
+            on_gpu=self.on_gpu,
+            with_ray=self.with_ray,
+            row_tokens=self.row_tokens,
         )
 
     def peak_flops(self, num_ranks: int) -> float | None:
-        return peak_flops_per_rank(self.shape, self.precision, on_gpu=self.on_gpu, num_ranks=num_ranks,
-                                   cpus_per_worker=self.spec.resources.cpus_per_worker)
+        return peak_flops_per_rank(
+            self.shape,
+            self.precision,
+            on_gpu=self.on_gpu,
+            num_ranks=num_ranks,
+            cpus_per_worker=self.spec.resources.cpus_per_worker,
+        )
 
     def step_seconds(self, setting: _Setting) -> float | None:
         """Estimated seconds of a step; None where the hardware's speed is unknown."""
@@ -146,34 +170,63 @@ class _Question:
 
     def fits(self, setting: _Setting) -> bool:
         memory, limit = self.memory(setting), self.rank_limit(setting.num_ranks)
-        return (limit is None or memory.total <= limit) and memory.host_bytes <= max(self.host_limit, 1)
+        return (limit is None or memory.total <= limit) and memory.host_bytes <= max(
+            self.host_limit, 1
+        )
 
 
-def make_plan(spec: Spec, shape: Shape, *, num_rows: int | None = None, num_tokens: int | None = None,
-              vocab_size: int | None = None, num_labels: int | None = None, pad_token_id: int | None = None,
-              num_ranks: int | None = None, with_ray: bool = True, config: Mapping[str, Any] | None = None) -> Plan:
-    """Plan a run. Raises PlanError where it does not fit, SpecError where model and tokeniser disagree.
+def make_plan(
+    spec: Spec,
+    shape: Shape,
+    *,
+    num_rows: int | None = None,
+    num_tokens: int | None = None,
+    vocab_size: int | None = None,
+    num_labels: int | None = None,
+    pad_token_id: int | None = None,
+    num_ranks: int | None = None,
+    with_ray: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan a run. Raises PlanError where it does not fit, SpecError where model and tokeniser
+    disagree.
 
-    `num_rows`, `num_tokens` (of the training rows), `vocab_size`, `num_labels` and `pad_token_id` are the corpus',
-    where it is known.
-    `config`: of the folder that `model.path` names, as the run keeps it; without it is read there.
-    `num_ranks`: plan for so many of an elastic group. `with_ray`: whether workers run under Ray, which takes memory.
+    `num_rows`, `num_tokens` (of the training rows), `vocab_size`, `num_labels` and `pad_token_id`
+    are the corpus', where it is known. `config`: of the folder that `model.path` names, as the run
+    keeps it; without it is read there. `num_ranks`: plan for so many of an elastic group.
+    `with_ray`: whether workers run under Ray, which takes memory.
     """
     on_gpu = spec.resources.gpus_per_worker > 0
     elastic = isinstance(spec.resources.workers, tuple)
     ranks = num_ranks or _rank_count(spec, shape, on_gpu=on_gpu, with_ray=with_ray)
     precision = _resolve_precision(spec, shape, on_gpu=on_gpu)
     sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id)
-    question = _Question(spec=spec, shape=shape, sizes=sizes, count=count_parameters(sizes), precision=precision,
-                         on_gpu=on_gpu, with_ray=with_ray, elastic=elastic,
-                         row_tokens=_row_tokens(spec, num_rows, num_tokens, on_gpu=on_gpu))
+    question = _Question(
+        spec=spec,
+        shape=shape,
+        sizes=sizes,
+        count=count_parameters(sizes),
+        precision=precision,
+        on_gpu=on_gpu,
+        with_ray=with_ray,
+        elastic=elastic,
+        row_tokens=_row_tokens(spec, num_rows, num_tokens, on_gpu=on_gpu),
+    )
     setting, reason = _choose(question, ranks)
     return _make(question, setting, reason, num_rows, num_tokens)
 
 
-def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | None, corpus_tokens: int | None) -> Plan:
+def _make(
+    question: _Question,
+    setting: _Setting,
+    reason: str,
+    num_rows: int | None,
+    corpus_tokens: int | None,
+) -> Plan:
     spec, shape, sizes, count = question.spec, question.shape, question.sizes, question.count
-    batch = make_batch(spec.batch.global_rows, setting.num_ranks, setting.micro_rows, elastic=question.elastic)
+    batch = make_batch(
+        spec.batch.global_rows, setting.num_ranks, setting.micro_rows, elastic=question.elastic
+    )
     width, precision = spec.data.sequence_tokens, question.precision
     tokens_per_step = spec.batch.global_rows * width
     num_steps = num_steps_of(spec.duration, spec.batch.global_rows, tokens_per_step, num_rows)
@@ -182,30 +235,54 @@ def _make(question: _Question, setting: _Setting, reason: str, num_rows: int | N
     num_tokens = None if num_steps is None else num_steps * tokens_per_step
     strict = flops_per_token_strict(sizes, count, width)
     a_step = question.step_seconds(setting)
-    compiles = _resolve_compile(question, None if num_steps is None or a_step is None else num_steps * a_step)
+    compiles = _resolve_compile(
+        question, None if num_steps is None or a_step is None else num_steps * a_step
+    )
     return Plan(
-        shape=shape, num_ranks=setting.num_ranks, on_gpu=question.on_gpu, precision=precision, zero_stage=setting.stage,
-        zero_reason=reason, offload=setting.offload, batch=batch, num_steps=num_steps, tokens_per_step=tokens_per_step,
+        shape=shape,
+        num_ranks=setting.num_ranks,
+        on_gpu=question.on_gpu,
+        precision=precision,
+        zero_stage=setting.stage,
+        zero_reason=reason,
+        offload=setting.offload,
+        batch=batch,
+        num_steps=num_steps,
+        tokens_per_step=tokens_per_step,
         row_tokens=question.row_tokens,
-        num_tokens=num_tokens, num_parameters=count.total, num_embedding_parameters=count.embedding,
-        parameters_exact=sizes.exact, flops_per_token_loose=flops_per_token_loose(sizes, count, width),
-        flops_per_token_strict=strict, peak_flops_per_rank=question.peak_flops(setting.num_ranks),
+        num_tokens=num_tokens,
+        num_parameters=count.total,
+        num_embedding_parameters=count.embedding,
+        parameters_exact=sizes.exact,
+        flops_per_token_loose=flops_per_token_loose(sizes, count, width),
+        flops_per_token_strict=strict,
+        peak_flops_per_rank=question.peak_flops(setting.num_ranks),
         memory=question.memory(setting),
-        memory_limit_bytes=question.rank_limit(setting.num_ranks), host_limit_bytes=question.host_limit,
+        memory_limit_bytes=question.rank_limit(setting.num_ranks),
+        host_limit_bytes=question.host_limit,
         checkpoint_bytes=CHECKPOINT_BYTES * count.total,
         shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
-        compile=compiles, activation_checkpointing=setting.checkpointing,
-        step_seconds=a_step, est_seconds=_run_seconds(num_steps, a_step, compiles=compiles),
+        compile=compiles,
+        activation_checkpointing=setting.checkpointing,
+        step_seconds=a_step,
+        est_seconds=_run_seconds(num_steps, a_step, compiles=compiles),
         deepspeed=make_deepspeed_config(
-            setting.stage, setting.offload, micro_rows=setting.micro_rows, accumulation=batch.accumulation,
-            precision=precision, clip_grad_norm=spec.regularization.clip_grad_norm,
-            buckets=question.load(setting).buckets, on_gpu=question.on_gpu),
+            setting.stage,
+            setting.offload,
+            micro_rows=setting.micro_rows,
+            accumulation=batch.accumulation,
+            precision=precision,
+            clip_grad_norm=spec.regularization.clip_grad_norm,
+            buckets=question.load(setting).buckets,
+            on_gpu=question.on_gpu,
+        ),
         notes=list(_notes(question, setting, batch)),
     )
 
 
 def _check_schedule(spec: Spec, num_steps: int) -> None:
-    """Raise SpecError if the schedule is longer than the run. Epochs and tokens are steps only here."""
+    """Raise SpecError if the schedule is longer than the run. Epochs and tokens are steps only
+    here."""
     try:
         spec.schedule.check_length(num_steps)
     except ValueError as error:
@@ -213,8 +290,8 @@ def _check_schedule(spec: Spec, num_steps: int) -> None:
 
 
 def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None, *, on_gpu: bool) -> int:
-    """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to its longest one and,
-    on a GPU, to a multiple."""
+    """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to
+    its longest one and, on a GPU, to a multiple."""
     width = spec.data.sequence_tokens
     if spec.packs_rows or not num_rows or not num_tokens:
         return width
@@ -223,18 +300,26 @@ def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None, *, on_
 
 def with_measured_step(plan: Plan, seconds: float) -> Plan:
     """The plan with a step's measured duration instead of the estimated one."""
-    return plan.model_copy(update={"step_seconds": seconds, "step_measured": True, "est_seconds": _run_seconds(
-        plan.num_steps, seconds, compiles=plan.compile)})
+    return plan.model_copy(
+        update={
+            "step_seconds": seconds,
+            "step_measured": True,
+            "est_seconds": _run_seconds(plan.num_steps, seconds, compiles=plan.compile),
+        }
+    )
 
 
-def _run_seconds(num_steps: int | None, step_seconds: float | None, *, compiles: bool) -> float | None:
+def _run_seconds(
+    num_steps: int | None, step_seconds: float | None, *, compiles: bool
+) -> float | None:
     if num_steps is None or step_seconds is None:
         return None
     return num_steps * step_seconds + START_SECONDS + COMPILE_SECONDS * compiles
 
 
 def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> int:
-    """The most workers that the shape can hold, of those that the spec asks for. Raises PlanError for too few."""
+    """The most workers that the shape can hold, of those that the spec asks for. Raises PlanError
+    for too few."""
     resources, fewest, most = spec.resources, spec.resources.min_workers, spec.resources.max_workers
     where = f"resources.workers = {fewest if fewest == most else [fewest, most]}"
     capacity = most
@@ -242,20 +327,40 @@ def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> in
         capacity = shape.num_accelerators // resources.gpus_per_worker
         if capacity < fewest:
             what = f"{shape.name or 'the cluster'} has {shape.num_accelerators} GPUs"
-            way_out = (f"give resources.workers={capacity}" if capacity else
-                       "give resources.gpus_per_worker=0, or plan for other hardware: --shape 1x8xH100")
-            raise PlanError(where, what, f"{fewest} workers × {resources.gpus_per_worker} GPU are asked for", way_out)
+            way_out = (
+                f"give resources.workers={capacity}"
+                if capacity
+                else "give resources.gpus_per_worker=0, or plan for other hardware: --shape "
+                "1x8xH100"
+            )
+            raise PlanError(
+                where,
+                what,
+                f"{fewest} workers × {resources.gpus_per_worker} GPU are asked for",
+                way_out,
+            )
     if not shape.oversubscribe:
         readers = max(0.0, resources.reader_cpus - shape.spare_cpus) if with_ray else 0.0
         # A worker's CPUs lie on one node; the readers' too.
         per_node = int((shape.cpus_per_node + 1e-9) // resources.cpus_per_worker)
-        by_cpu = min(shape.num_nodes * per_node, int((shape.num_cpus - readers + 1e-9) // resources.cpus_per_worker))
+        by_cpu = min(
+            shape.num_nodes * per_node,
+            int((shape.num_cpus - readers + 1e-9) // resources.cpus_per_worker),
+        )
         if by_cpu < fewest:
-            rule = (f"{fewest} × {resources.cpus_per_worker:g} for the workers and {readers:g} for reading "
-                    "(workers that hold every CPU would wait for rows for ever)")
-            way_out = (f"give resources.workers={by_cpu}" if by_cpu >= 1 else
-                       f"give resources.cpus_per_worker={max(0.1, (shape.cpus_per_node - readers) / fewest):.2g}")
-            raise PlanError(where, f"{shape.name or 'the cluster'} has {shape.num_cpus:g} CPUs", rule, way_out)
+            rule = (
+                f"{fewest} × {resources.cpus_per_worker:g} for the workers and {readers:g} for "
+                "reading (workers that hold every CPU would wait for rows for ever)"
+            )
+            room = shape.cpus_per_node - readers
+            way_out = (
+                f"give resources.workers={by_cpu}"
+                if by_cpu >= 1
+                else f"give resources.cpus_per_worker={max(0.1, room / fewest):.2g}"
+            )
+            raise PlanError(
+                where, f"{shape.name or 'the cluster'} has {shape.num_cpus:g} CPUs", rule, way_out
+            )
         capacity = min(capacity, by_cpu)
     return min(most, capacity)
 
@@ -266,19 +371,28 @@ def _resolve_precision(spec: Spec, shape: Shape, *, on_gpu: bool) -> Precision:
     if on_gpu:
         has_bf16 = card is None or card.has_bf16
         if spec.precision == "bf16" and not has_bf16:
-            raise PlanError("precision = bf16", f"{card.name if card else 'the GPU'} has no bf16",
-                            "the hardware must compute in it", "give precision=fp16 or precision=fp32")
+            raise PlanError(
+                "precision = bf16",
+                f"{card.name if card else 'the GPU'} has no bf16",
+                "the hardware must compute in it",
+                "give precision=fp16 or precision=fp32",
+            )
         return ("bf16" if has_bf16 else "fp32") if spec.precision == "auto" else spec.precision
     if spec.precision == "auto":
         return "bf16" if shape.cpu_bf16 else "fp32"
     if spec.precision == "fp16" or (spec.precision == "bf16" and not shape.cpu_bf16):
-        raise PlanError(f"precision = {spec.precision}", f"the CPU has no {spec.precision} arithmetic",
-                        "it would work, some 200 times slower than fp32", "give precision=fp32 or precision=auto")
+        raise PlanError(
+            f"precision = {spec.precision}",
+            f"the CPU has no {spec.precision} arithmetic",
+            "it would work, some 200 times slower than fp32",
+            "give precision=fp32 or precision=auto",
+        )
     return spec.precision
 
 
 def _choose(question: _Question, num_ranks: int) -> tuple[_Setting, str]:
-    """The fastest ZeRO stage of those that fit, each with the greatest micro batch that is useful. Raises PlanError."""
+    """The fastest ZeRO stage of those that fit, each with the greatest micro batch that is useful.
+    Raises PlanError."""
     spec = question.spec
     stages = _stages(spec)
     least_tokens, most_tokens = GPU_TOKENS if question.on_gpu else CPU_TOKENS
@@ -289,26 +403,36 @@ def _choose(question: _Question, num_ranks: int) -> tuple[_Setting, str]:
 
     def settings(stage: int, rows_allowed: list[int]) -> Iterator[_Setting]:
         for rows in rows_allowed:
-            yield _Setting(num_ranks, stage, rows, spec.engine.activation_checkpointing, spec.zero.offload)
+            yield _Setting(
+                num_ranks, stage, rows, spec.engine.activation_checkpointing, spec.zero.offload
+            )
 
     # First stages that fit with enough tokens a pass; a higher stage is better than a starved one.
     for rows_allowed in (enough, useful):
-        first = (next(filter(question.fits, settings(stage, rows_allowed)), None) for stage in stages)
+        first = (
+            next(filter(question.fits, settings(stage, rows_allowed)), None) for stage in stages
+        )
         fitting = [setting for setting in first if setting is not None]
         if fitting:
             return _fastest(question, fitting, stages)
     raise _does_not_fit(question, num_ranks, stages[-1], useful[-1])
 
 
-def _fastest(question: _Question, fitting: list[_Setting], stages: list[int]) -> tuple[_Setting, str]:
+def _fastest(
+    question: _Question, fitting: list[_Setting], stages: list[int]
+) -> tuple[_Setting, str]:
     """The setting with the least estimated time, of nearly equal ones the lowest stage; and why."""
     if len(stages) == 1:
         return fitting[0], f"stage {stages[0]} as the spec says"
     seconds = {setting: question.step_seconds(setting) or 0.0 for setting in fitting}
-    chosen = next(setting for setting in fitting if seconds[setting] <= NEARLY * min(seconds.values()))
+    chosen = next(
+        setting for setting in fitting if seconds[setting] <= NEARLY * min(seconds.values())
+    )
     reasons = []
     if len(fitting) > 1 and seconds[chosen]:
-        others = ", ".join(f"stage {other.stage} {seconds[other]:.3g} s" for other in fitting if other != chosen)
+        others = ", ".join(
+            f"stage {other.stage} {seconds[other]:.3g} s" for other in fitting if other != chosen
+        )
         reasons.append(f"about {seconds[chosen]:.3g} s a step, {others}")
     refused = [stage for stage in stages if stage not in {setting.stage for setting in fitting}]
     if refused:
@@ -322,7 +446,9 @@ def _fastest(question: _Question, fitting: list[_Setting], stages: list[int]) ->
         what = "the fastest that fits"
     else:
         what = f"the lowest within {NEARLY - 1:.0%} of the fastest that fits"
-    return chosen, f"stage {chosen.stage} is {what}" + (": " if reasons else "") + "; ".join(reasons)
+    return chosen, f"stage {chosen.stage} is {what}" + (": " if reasons else "") + "; ".join(
+        reasons
+    )
 
 
 def _stages(spec: Spec) -> list[int]:
@@ -340,24 +466,38 @@ def _micros(spec: Spec, num_ranks: int, *, elastic: bool) -> list[int]:
 
 def _does_not_fit(question: _Question, num_ranks: int, stage: int, micro_rows: int) -> PlanError:
     spec = question.spec
-    setting = _Setting(num_ranks, stage, micro_rows, spec.engine.activation_checkpointing, spec.zero.offload)
+    setting = _Setting(
+        num_ranks, stage, micro_rows, spec.engine.activation_checkpointing, spec.zero.offload
+    )
     memory, limit = question.memory(setting), question.rank_limit(num_ranks)
     if limit is not None and memory.total > limit:
-        what = f"needs {memory.total / 1e9:.1f} GB a rank at ZeRO stage {stage} with {micro_rows} rows"
+        what = (
+            f"needs {memory.total / 1e9:.1f} GB a rank at ZeRO stage {stage} with {micro_rows} rows"
+        )
         rule = f"{question.shape.name or 'the hardware'} leaves {limit / 1e9:.1f} GB a rank"
     else:
         what = f"needs {memory.host_bytes / 1e9:.1f} GB of host memory a node"
         rule = f"{question.shape.name or 'the hardware'} leaves {question.host_limit / 1e9:.1f} GB"
     ways = [text for text, way in _ways_out(question, setting) if question.fits(way)][:3]
-    return PlanError("model", what, rule, "would fit: " + "; or ".join(ways) if ways else _smaller(question, setting))
+    return PlanError(
+        "model",
+        what,
+        rule,
+        "would fit: " + "; or ".join(ways) if ways else _smaller(question, setting),
+    )
 
 
 def _ways_out(question: _Question, setting: _Setting) -> Iterator[tuple[str, _Setting]]:
     """Settings near the refused one, the least intrusive first."""
     spec = question.spec
-    micros = [rows for rows in micro_candidates(spec.batch.global_rows, setting.num_ranks, elastic=True)
-              if rows < setting.micro_rows]
-    fitting = next((rows for rows in micros if question.fits(replace(setting, micro_rows=rows))), None)
+    micros = [
+        rows
+        for rows in micro_candidates(spec.batch.global_rows, setting.num_ranks, elastic=True)
+        if rows < setting.micro_rows
+    ]
+    fitting = next(
+        (rows for rows in micros if question.fits(replace(setting, micro_rows=rows))), None
+    )
     if fitting is not None:
         yield f"batch.micro_rows={fitting}", replace(setting, micro_rows=fitting)
     smallest = micros[-1] if micros else setting.micro_rows
@@ -366,19 +506,33 @@ def _ways_out(question: _Question, setting: _Setting) -> Iterator[tuple[str, _Se
         yield "engine.activation_checkpointing=true", replace(setting, checkpointing=True)
     for stage in range(setting.stage + 1, 4):
         yield f"zero.stage={stage}", replace(setting, stage=stage)
-        yield f"zero.stage={stage} engine.activation_checkpointing=true{less}", replace(
-            setting, stage=stage, checkpointing=True, micro_rows=smallest)
+        yield (
+            f"zero.stage={stage} engine.activation_checkpointing=true{less}",
+            replace(setting, stage=stage, checkpointing=True, micro_rows=smallest),
+        )
     if question.on_gpu and setting.offload == "none":
-        yield "zero.offload=optimizer", replace(setting, offload="optimizer", stage=max(1, setting.stage))
-        yield f"zero.stage=3 zero.offload=parameters engine.activation_checkpointing=true{less}", replace(
-            setting, offload="parameters", stage=3, checkpointing=True, micro_rows=smallest)
+        yield (
+            "zero.offload=optimizer",
+            replace(setting, offload="optimizer", stage=max(1, setting.stage)),
+        )
+        yield (
+            f"zero.stage=3 zero.offload=parameters engine.activation_checkpointing=true{less}",
+            replace(
+                setting, offload="parameters", stage=3, checkpointing=True, micro_rows=smallest
+            ),
+        )
     for num_ranks in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         factor = num_ranks // setting.num_ranks
-        fits_shape = (num_ranks <= question.shape.num_accelerators if question.on_gpu
-                      else num_ranks <= question.shape.num_nodes)
+        fits_shape = (
+            num_ranks <= question.shape.num_accelerators
+            if question.on_gpu
+            else num_ranks <= question.shape.num_nodes
+        )
         if factor >= 2 and spec.batch.global_rows % num_ranks == 0 and fits_shape:
-            yield f"zero.stage=3 resources.workers={num_ranks}{less}", replace(
-                setting, num_ranks=num_ranks, stage=3, micro_rows=1)
+            yield (
+                f"zero.stage=3 resources.workers={num_ranks}{less}",
+                replace(setting, num_ranks=num_ranks, stage=3, micro_rows=1),
+            )
 
 
 def _smaller(question: _Question, setting: _Setting) -> str:
@@ -388,56 +542,91 @@ def _smaller(question: _Question, setting: _Setting) -> str:
     while low < high:
         middle = (low + high + 1) // 2
         sizes = replace(question.sizes, layers=middle)
-        if replace(question, sizes=sizes, count=count_parameters(sizes)).fits(replace(setting, checkpointing=True)):
+        if replace(question, sizes=sizes, count=count_parameters(sizes)).fits(
+            replace(setting, checkpointing=True)
+        ):
             low = middle
         else:
             high = middle - 1
     if low == 0:
         return "no setting on this hardware would fit it: take a smaller model, or more memory"
-    return (f"would fit: model.num_layers={low} engine.activation_checkpointing=true; "
-            "or more or larger machines, e.g. --shape 2x8xH100")
+    return (
+        f"would fit: model.num_layers={low} engine.activation_checkpointing=true; "
+        "or more or larger machines, e.g. --shape 2x8xH100"
+    )
 
 
 def _resolve_compile(question: _Question, seconds: float | None) -> bool:
-    """Where compilation was measured to win (CPU: bf16 on AMX) or is known to (GPU), if the run is long enough.
+    """Where compilation was measured to win (CPU: bf16 on AMX) or is known to (GPU), if the run is
+    long enough.
 
     Raises PlanError where it is asked for and cannot be.
     """
     wanted, shape = question.spec.engine.compile, question.shape
     if wanted is True and not shape.has_compiler:
-        raise PlanError("engine.compile = true", f"{shape.name} has no C++ compiler", "torch.compile needs one",
-                        "install g++, name another with CXX, or give engine.compile=auto")
+        raise PlanError(
+            "engine.compile = true",
+            f"{shape.name} has no C++ compiler",
+            "torch.compile needs one",
+            "install g++, name another with CXX, or give engine.compile=auto",
+        )
     if wanted != "auto":
         return wanted
-    wins = shape.has_compiler and (question.on_gpu or (question.precision == "bf16" and shape.cpu_amx))
+    wins = shape.has_compiler and (
+        question.on_gpu or (question.precision == "bf16" and shape.cpu_amx)
+    )
     return wins and seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
 
 
-def _shard_bytes(width: int, vocab: int, num_rows: int | None, corpus_tokens: int | None) -> int | None:
+def _shard_bytes(
+    width: int, vocab: int, num_rows: int | None, corpus_tokens: int | None
+) -> int | None:
     """Rows of fixed width: token ids of 2 or 4 bytes, and a count of 4."""
-    rows = num_rows if num_rows is not None else None if corpus_tokens is None else -(-corpus_tokens // width)
+    rows = (
+        num_rows
+        if num_rows is not None
+        else None
+        if corpus_tokens is None
+        else -(-corpus_tokens // width)
+    )
     return None if rows is None else rows * (width * (2 if vocab <= 2**16 else 4) + 4)
 
 
 def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator[str]:
     spec, shape = question.spec, question.shape
     if not question.sizes.exact:
-        yield f"{question.sizes.architecture} is not known here: the number of parameters and the memory are estimates"
+        yield (
+            f"{question.sizes.architecture} is not known here: the number of parameters and the "
+            "memory are estimates"
+        )
     if batch.padded_rows:
-        yield f"{batch.padded_rows} rows without targets fill up each step ({setting.num_ranks} ranks do not divide it)"
+        yield (
+            f"{batch.padded_rows} rows without targets fill up each step ({setting.num_ranks} "
+            "ranks do not divide it)"
+        )
     if shape.oversubscribe and setting.num_ranks * spec.resources.cpus_per_worker > shape.num_cpus:
         yield f"{setting.num_ranks} workers share {shape.num_cpus:g} CPUs"
     if not question.on_gpu and shape.accelerator is not None:
-        yield f"the shape has {shape.accelerator.name}, but resources.gpus_per_worker is 0: the workers run on its CPUs"
+        yield (
+            f"the shape has {shape.accelerator.name}, but resources.gpus_per_worker is 0: the "
+            "workers run on its CPUs"
+        )
     if setting.offload != "none" and not question.on_gpu:
         yield "offloading saves nothing where the workers run on the CPU"
     if question.on_gpu and shape.accelerator is not None and shape.accelerator.memory_bytes is None:
         yield f"the memory of {shape.accelerator.name} is unknown: whether it fits was not checked"
-    if spec.engine.compile == "auto" and not shape.has_compiler and (question.on_gpu or shape.cpu_amx):
+    if (
+        spec.engine.compile == "auto"
+        and not shape.has_compiler
+        and (question.on_gpu or shape.cpu_amx)
+    ):
         yield "not compiled: there is no C++ compiler here (g++); compiled it would be faster"
     if question.precision == "fp16":
         yield "fp16 needs loss scaling, and skips steps that overflow"
     if question.precision == "bf16" and setting.stage < 2 and batch.accumulation > 1:
         yield "gradients of the micro batches add up in bf16; zero.stage=2 adds them up in fp32"
     if setting.stage >= 2 and batch.accumulation > 1:
-        yield f"ZeRO {setting.stage} reduces gradients {batch.accumulation} times a step, once a micro batch"
+        yield (
+            f"ZeRO {setting.stage} reduces gradients {batch.accumulation} times a step, once a "
+            "micro batch"
+        )

@@ -1,7 +1,8 @@
-"""How long a step takes, by what ZeRO does with it: computing, communication that nothing hides, and the update.
+"""How long a step takes, by what ZeRO does with it: computing, communication that nothing hides,
+and the update.
 
-The rates are the hardware's nominal ones, so that a plan stays a pure function of the spec and the shape: good for
-comparing ZeRO stages, a first estimate of the time. A run measures its own.
+The rates are the hardware's nominal ones, so that a plan stays a pure function of the spec and the
+shape: good for comparing ZeRO stages, a first estimate of the time. A run measures its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ USUAL_SHARE_GPU = {"bf16": 0.40, "fp16": 0.40, "fp32": 0.60}
 USUAL_SHARE_CPU = {"bf16": 0.22, "fp16": 0.01, "fp32": 0.55}
 START_SECONDS = 15.0
 COMPILE_SECONDS = 25.0
-# Bytes a second of a rank: what a core reads and writes beside the others, and what gloo moves between processes.
+# Bytes a second of a rank: what a core reads and writes beside the others, and what gloo moves
+# between processes.
 CPU_MEMORY_RATE, CPU_LINK_RATE = 8e9, 1e9
 HOST_MEMORY_RATE = 10e9
 GPU_MEMORY_RATE, GPU_LINK_RATE = 500e9, 25e9
@@ -44,8 +46,9 @@ class StepTime:
         return self.compute + self.communication + self.update
 
 
-def peak_flops_per_rank(shape: Shape, precision: Precision, *, on_gpu: bool, cpus_per_worker: float,
-                        num_ranks: int) -> float | None:
+def peak_flops_per_rank(
+    shape: Shape, precision: Precision, *, on_gpu: bool, cpus_per_worker: float, num_ranks: int
+) -> float | None:
     """Dense FLOP/s of what a rank computes on; None where the hardware's figures are unknown."""
     if on_gpu:
         card = shape.accelerator
@@ -57,11 +60,13 @@ def peak_flops_per_rank(shape: Shape, precision: Precision, *, on_gpu: bool, cpu
 
 
 def step_time(load: Load, shape: Shape, peak_flops: float) -> StepTime:
-    """The time of a step on ranks of `peak_flops` each. Recomputing activations repeats the forward pass: a third more.
+    """The time of a step on ranks of `peak_flops` each. Recomputing activations repeats the forward
+    pass: a third more.
 
-    With f = (ranks - 1) / ranks a ring moves f bytes for each byte that is gathered or scattered, 2·f for one that is
-    summed. Stages 0 and 1 communicate after the last backward pass; stage 2 reduces at each micro batch, beside the
-    backward pass on GPUs; stage 3 also gathers the parameters in both passes.
+    With f = (ranks - 1) / ranks a ring moves f bytes for each byte that is gathered or scattered,
+    2·f for one that is summed. Stages 0 and 1 communicate after the last backward pass; stage 2
+    reduces at each micro batch, beside the backward pass on GPUs; stage 3 also gathers the
+    parameters in both passes.
     """
     passes = 4 / 3 if load.checkpointing else 1.0
     flops = passes * flops_per_token_strict(load.sizes, load.count, load.row_tokens)
@@ -69,8 +74,11 @@ def step_time(load: Load, shape: Shape, peak_flops: float) -> StepTime:
     micro = load.micro_rows * load.row_tokens * flops / (peak_flops * share)
     if load.stage == 3:
         micro *= 1 + GATHER_OVERHEAD
-    return StepTime(compute=load.accumulation * micro, communication=_communication(load, shape, micro),
-                    update=_update(load, shape))
+    return StepTime(
+        compute=load.accumulation * micro,
+        communication=_communication(load, shape, micro),
+        update=_update(load, shape),
+    )
 
 
 def _communication(load: Load, shape: Shape, micro_seconds: float) -> float:
@@ -86,7 +94,8 @@ def _communication(load: Load, shape: Shape, micro_seconds: float) -> float:
 
 
 def _update(load: Load, shape: Shape) -> float:
-    """AdamW reads a gradient, reads and writes master and two moments; half precision writes the weights besides."""
+    """AdamW reads a gradient, reads and writes master and two moments; half precision writes the
+    weights besides."""
     owned = load.count.total if load.stage == 0 else load.share
     traffic = (28 if load.precision == "fp32" else 32) * owned
     if load.on_gpu and load.offload != "none":
@@ -104,7 +113,11 @@ def _memory_rate(load: Load, shape: Shape) -> float:
 def _link_rate(load: Load, shape: Shape) -> float:
     """Bytes a second of the slowest link in a ring over all ranks."""
     if not load.on_gpu:
-        return min(CPU_LINK_RATE, shape.network_bytes_per_second) if load.num_ranks > 1 else CPU_LINK_RATE
+        return (
+            min(CPU_LINK_RATE, shape.network_bytes_per_second)
+            if load.num_ranks > 1
+            else CPU_LINK_RATE
+        )
     card = shape.accelerator
     within = (card and card.link_bytes_per_second) or GPU_LINK_RATE
     several_nodes = load.num_ranks > load.ranks_per_node

@@ -1,16 +1,18 @@
-"""Ray workers that start in a fraction of the time: forks of a process that has imported everything.
+"""Ray workers that start in a fraction of the time: forks of a process that has imported
+everything.
 
-Most of a worker's start is imports: a rank's are Ray, torch, transformers and DeepSpeed, and after every failure it
-imports them again. Ray starts a worker with the command that `py_executable` of its runtime environment
-names; `make_command` gives one that runs this file. The first worker of a job on a node becomes their fork server: it
-imports, and forks itself to be that worker. Later ones hand their arguments, environment and standard streams over, and
-end: Ray knows a worker by the process that registers, as it must for workers in containers. Where no server answers, a
-worker starts as it would without one.
+Most of a worker's start is imports: a rank's are Ray, torch, transformers and DeepSpeed, and after
+every failure it imports them again. Ray starts a worker with the command that `py_executable` of
+its runtime environment names; `make_command` gives one that runs this file. The first worker of a
+job on a node becomes their fork server: it imports, and forks itself to be that worker. Later ones
+hand their arguments, environment and standard streams over, and end: Ray knows a worker by the
+process that registers, as it must for workers in containers. Where no server answers, a worker
+starts as it would without one.
 
-The server `light` has imported Ray; `full`, a fork of it that ranks on CPUs need, the rest. They end with the node's
-raylet, or once `light` has had no other child for IDLE_SECONDS; who wants them to stay keeps one (`cluster.WarmNodes`).
-Their sockets lie in a folder that only their user can enter. What has touched CUDA cannot be forked, so `light` imports
-nothing that may touch it.
+The server `light` has imported Ray; `full`, a fork of it that ranks on CPUs need, the rest. They
+end with the node's raylet, or once `light` has had no other child for IDLE_SECONDS; who wants them
+to stay keeps one (`cluster.WarmNodes`). Their sockets lie in a folder that only their user can
+enter. What has touched CUDA cannot be forked, so `light` imports nothing that may touch it.
 """
 
 from __future__ import annotations
@@ -47,22 +49,28 @@ Request = dict[str, Any]
 def make_command(kind: str) -> str:
     """The `py_executable` of workers that are to be forks of a server: words for a shell.
 
-    `kind`: a server, or `server:soon` where another one will soon be asked for. A node that has neither this Python nor
-    this file starts the worker with a Python of its own.
+    `kind`: a server, or `server:soon` where another one will soon be asked for. A node that has
+    neither this Python nor this file starts the worker with a Python of its own.
     """
     python, file = shlex.quote(sys.executable), shlex.quote(__file__)
-    script = f'[ -x {python} ] && [ -f {file} ] && exec {python} -I -S {file} {kind} "$@"; exec python "$@"'
+    script = (
+        f'[ -x {python} ] && [ -f {file} ] && exec {python} -I -S {file} {kind} "$@"; exec '
+        'python "$@"'
+    )
     return f"bash -c {shlex.quote(script)} dray"
 
 
 def is_command(py_executable: str) -> bool:
     """Whether it is one of `make_command`."""
-    return any(py_executable == make_command(kind) for kind in ("light", "full", "light:light", "light:full"))
+    return any(
+        py_executable == make_command(kind)
+        for kind in ("light", "full", "light:light", "light:full")
+    )
 
 
 def become_worker(kind: str, arguments: list[str]) -> None:
-    """Be what Ray started this process for, in a fork of the node's server if there is one. Returns when such a fork
-    has taken over."""
+    """Be what Ray started this process for, in a fork of the node's server if there is one. Returns
+    when such a fork has taken over."""
     _name_cluster(arguments)
     try:
         place = _find_place(with_full="full" in kind)
@@ -78,18 +86,28 @@ def become_worker(kind: str, arguments: list[str]) -> None:
             return
     else:  # such a lock outlives exec, and forks do not have it
         os.set_inheritable(lock, True)
-        # A thread of a fork gets an arena that a thread of the server had, if there was one, and no option of
-        # `dray.processes.heap.prepare_heap` is for those: what a rank frees would be faulted in again at every step.
+        # A thread of a fork gets an arena that a thread of the server had, if there was one, and no
+        # option of `dray.processes.heap.prepare_heap` is for those: what a rank frees would be
+        # faulted in again at every step.
         os.environ["MALLOC_ARENA_MAX"] = "1"
-        server_command = [sys.executable, "-P", "-m", "dray.processes.forkserver", "--serve", place, kind]
+        server_command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "dray.processes.forkserver",
+            "--serve",
+            place,
+            kind,
+        ]
         os.execv(sys.executable, server_command + arguments)
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def _name_cluster(arguments: list[str]) -> None:
-    """Tell what asks Ray's state API in this worker which cluster it belongs to. Without that it would ask the one that
-    was started last on this machine, which may be another, or gone: Ray Train's cleaner of placement groups would take
-    the group of a controller that the other one does not know, or hold up the end of a run."""
+    """Tell what asks Ray's state API in this worker which cluster it belongs to. Without that it
+    would ask the one that was started last on this machine, which may be another, or gone: Ray
+    Train's cleaner of placement groups would take the group of a controller that the other one does
+    not know, or hold up the end of a run."""
     mark = "--gcs-address="
     address = next((word.removeprefix(mark) for word in arguments if word.startswith(mark)), "")
     if address:
@@ -98,16 +116,20 @@ def _name_cluster(arguments: list[str]) -> None:
 
 def _start_alone(arguments: list[str], why: OSError) -> None:
     """Start as Ray starts workers, with a word in the worker's log."""
-    print(f"dray: this worker imports everything itself, since this node can have no fork server ({why})",
-          file=sys.stderr, flush=True)
+    print(
+        "dray: this worker imports everything itself, since this node can have no fork server "
+        f"({why})",
+        file=sys.stderr,
+        flush=True,
+    )
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def _find_place(*, with_full: bool) -> str:
     """Where this job's servers on this node listen: the beginning of a path.
 
-    Raises OSError where there can be no server: no folder for its sockets that is this user's alone and has a short
-    name, or a system (gVisor) that cannot tell a server that its raylet has ended.
+    Raises OSError where there can be no server: no folder for its sockets that is this user's alone
+    and has a short name, or a system (gVisor) that cannot tell a server that its raylet has ended.
     """
     if not hasattr(os, "pidfd_open"):
         raise OSError("this system has no pidfd_open")
@@ -126,7 +148,8 @@ def _find_place(*, with_full: bool) -> str:
 
 
 def _make_place(folder: str, name: str) -> str:
-    """The path of that name in a folder that is this user's alone, if a socket can be there. Raises OSError."""
+    """The path of that name in a folder that is this user's alone, if a socket can be there. Raises
+    OSError."""
     os.makedirs(folder, 0o700, exist_ok=True)
     found = os.lstat(folder)
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
@@ -143,7 +166,8 @@ def _make_request(arguments: list[str]) -> Request:
 
 
 def _hand_over(path: str, arguments: list[str]) -> bool:
-    """Ask the server at `path` for a fork that takes this process' place. Returns whether there is one."""
+    """Ask the server at `path` for a fork that takes this process' place. Returns whether there is
+    one."""
     body = json.dumps(_make_request(arguments)).encode()
     deadline = time.monotonic() + BIND_SECONDS
     while time.monotonic() < deadline:
@@ -166,16 +190,20 @@ class Server:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        if os.path.exists(path):  # of a server that was killed: the holder of the lock is the only one
+        if os.path.exists(
+            path
+        ):  # of a server that was killed: the holder of the lock is the only one
             os.unlink(path)
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.bind(path)
         self.socket.listen(128)
         self._children: set[int] = set()
 
-    def serve(self, master: int, companion: int | None = None, idle_seconds: float = math.inf) -> Request | None:
-        """Answer requests until the process with the file descriptor `master` has ended, or the child `companion`, or
-        there has been no other child for so long.
+    def serve(
+        self, master: int, companion: int | None = None, idle_seconds: float = math.inf
+    ) -> Request | None:
+        """Answer requests until the process with the file descriptor `master` has ended, or the
+        child `companion`, or there has been no other child for so long.
 
         Returns None then, and in each child the request that it is to fulfil.
         """
@@ -226,7 +254,10 @@ class Server:
                     for number, stream in enumerate(streams):
                         os.dup2(stream, number)
                     return request
-            except (OSError, ValueError):  # nonsense, or one that has not waited and starts by itself
+            except (
+                OSError,
+                ValueError,
+            ):  # nonsense, or one that has not waited and starts by itself
                 return None
             finally:
                 for stream in streams:
@@ -235,7 +266,8 @@ class Server:
 
 
 def serve(place: str, kind: str, arguments: list[str]) -> None:
-    """Be the servers that a worker of this kind needs, and that worker as the first of their children."""
+    """Be the servers that a worker of this kind needs, and that worker as the first of their
+    children."""
     first, raylet = _make_request(arguments), os.getppid()
     _clear(os.path.dirname(place))
     try:
@@ -261,13 +293,21 @@ def serve(place: str, kind: str, arguments: list[str]) -> None:
     os.unlink(f"{place}.lock")  # two servers for a moment would do no harm: the later one is asked
 
 
-def _serve(server: Server, master: int, first: Request | None, companion: int | None = None,
-           idle_seconds: float = math.inf) -> None:
-    """Have the server answer, and be whatever it is asked for in its children, who do not return."""
+def _serve(
+    server: Server,
+    master: int,
+    first: Request | None,
+    companion: int | None = None,
+    idle_seconds: float = math.inf,
+) -> None:
+    """Have the server answer, and be whatever it is asked for in its children, who do not
+    return."""
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page
     descriptor = os.pidfd_open(master)
-    request = first if first and not server.fork() else server.serve(descriptor, companion, idle_seconds)
+    request = (
+        first if first and not server.fork() else server.serve(descriptor, companion, idle_seconds)
+    )
     if request:
         server.socket.close()
         os.close(descriptor)
@@ -284,7 +324,8 @@ def _clear(folder: str) -> None:
 
 
 def _preload(kind: str) -> None:
-    """Import what children of this kind need. What cannot be imported is their failure to report."""
+    """Import what children of this kind need. What cannot be imported is their failure to
+    report."""
     try:
         importlib.import_module(PRELOADS[kind]).preload()
     except Exception as error:

@@ -1,7 +1,8 @@
-"""A rank's process: its compute threads, a heap that keeps what it frees, and where compiled code is kept.
+"""A rank's process: its compute threads, a heap that keeps what it frees, and where compiled code
+is kept.
 
-glibc returns every large block to the system and faults it in again at the next step; keeping them, in one arena, makes
-a step on a CPU a tenth shorter (bench/heap.py).
+glibc returns every large block to the system and faults it in again at the next step; keeping them,
+in one arena, makes a step on a CPU a tenth shorter (bench/heap.py).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ _OPTIONS = {
 }
 """glibc's variables; their numbers in malloc.h, and values."""
 HEAP_ENVIRONMENT = {name: str(value) for name, (_, value) in _OPTIONS.items()}
-"""For a process that does not train in its main thread, as Ray Train's workers: another thread has an arena of its own
-before anything can be said to the heap, and such an arena returns its blocks whatever the options say."""
+"""For a process that does not train in its main thread, as Ray Train's workers: another thread has
+an arena of its own before anything can be said to the heap, and such an arena returns its blocks
+whatever the options say."""
 
 
 def prepare_process(cpus: float) -> None:
@@ -37,17 +39,23 @@ def prepare_process(cpus: float) -> None:
 
 
 def keep_compiled_code() -> None:
-    """Let torch.compile keep its code where the next run finds it, also after /tmp was emptied: a compilation on CPUs
-    takes half a minute cold and a few seconds warm. A folder that the person has named stays as it is."""
-    with suppress(OSError, RuntimeError):  # no home, or one that cannot be written: torch's own place in /tmp
-        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dray" / "inductor"
+    """Let torch.compile keep its code where the next run finds it, also after /tmp was emptied: a
+    compilation on CPUs takes half a minute cold and a few seconds warm. A folder that the person
+    has named stays as it is."""
+    with suppress(
+        OSError, RuntimeError
+    ):  # no home, or one that cannot be written: torch's own place in /tmp
+        place = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dray" / "inductor"
+        )
         place.mkdir(parents=True, exist_ok=True)
         if os.access(place, os.W_OK):
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place))
 
 
 def prepare_heap() -> None:
-    """Let this process' heap keep what it frees: in the main thread, and in threads that are yet to start."""
+    """Let this process' heap keep what it frees: in the main thread, and in threads that are yet to
+    start."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in _OPTIONS.values():
             libc.mallopt(option, value)

@@ -1,7 +1,9 @@
-"""Heavy libraries, imported without the packages that they would drag along and dray never uses through them.
+"""Heavy libraries, imported without the packages that they would drag along and dray never uses
+through them.
 
-A rank's start is mostly imports: transformers reaches for scipy's solvers, DeepSpeed for mlflow's tracking, and each
-costs every rank of every attempt up to a second. Both do without them where they are not installed.
+A rank's start is mostly imports: transformers reaches for scipy's solvers, DeepSpeed for mlflow's
+tracking, and each costs every rank of every attempt up to a second. Both do without them where they
+are not installed.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def first_import(library: str, *, without: tuple[str, ...]) -> Iterator[None]:
-    """If the block is the first to import the library, the packages `without` look as if they were not installed.
+    """If the block is the first to import the library, the packages `without` look as if they were
+    not installed.
 
-    A library that is loaded has asked already what there is, and would trip over an answer that changes.
+    A library that is loaded has asked already what there is, and would trip over an answer that
+    changes.
     """
     hidden = [] if library in sys.modules else [name for name in without if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: what Python calls absent

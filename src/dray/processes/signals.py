@@ -1,8 +1,9 @@
-"""What asks a process to stop: Ctrl-C, SIGTERM (`docker stop`, a batch system, Kubernetes), SIGHUP (a closed terminal).
+"""What asks a process to stop: Ctrl-C, SIGTERM (`docker stop`, a batch system, Kubernetes), SIGHUP
+(a closed terminal).
 
-The first one is a wish, which raises `Stopped` or is noted for the loop that asks. The second one raises at once, and
-ends the process for good if it is still there HARD_SECONDS later; the third one ends it now. Only the main thread of a
-process is told of signals.
+The first one is a wish, which raises `Stopped` or is noted for the loop that asks. The second one
+raises at once, and ends the process for good if it is still there HARD_SECONDS later; the third one
+ends it now. Only the main thread of a process is told of signals.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Wishes:
     def __init__(self) -> None:
         self.numbers: list[int] = []
         self.noting = False
-        """Whether the first one is noted, so that it finds no record half taken, and raises nothing."""
+        """Whether the first one is noted, so that it finds no record half taken, and raises
+        nothing."""
         self.over = threading.Event()
 
     def __bool__(self) -> bool:
@@ -54,7 +56,8 @@ class Wishes:
 
 @contextmanager
 def stops(*, noted: bool = False) -> Iterator[Wishes]:
-    """The wishes to stop that come while the block runs. Inside another such block the two share them.
+    """The wishes to stop that come while the block runs. Inside another such block the two share
+    them.
 
     SIGHUP is left alone where it is ignored: `nohup` asks for that.
     """
@@ -94,8 +97,8 @@ def kept_handlers() -> Iterator[None]:
 
 
 def note_in_this_process() -> None:
-    """From now on SIGTERM is noted (`is_noted`), and a second one ends the process. For a rank, which saves and leaves
-    after its step; main thread only."""
+    """From now on SIGTERM is noted (`is_noted`), and a second one ends the process. For a rank,
+    which saves and leaves after its step; main thread only."""
     if not isinstance(signal.getsignal(signal.SIGTERM), _Note):
         signal.signal(signal.SIGTERM, _Note())
 

@@ -1,7 +1,9 @@
-"""Standard output for results and nothing else; standard error for all other words; neither can end a command badly.
+"""Standard output for results and nothing else; standard error for all other words; neither can end
+a command badly.
 
-Streams that are closed are as good as /dev/null, a reader that goes away ends a command quietly, and what a stream's
-encoding cannot say is said with other signs. Only a result that is lost (a full disk) is an error.
+Streams that are closed are as good as /dev/null, a reader that goes away ends a command quietly,
+and what a stream's encoding cannot say is said with other signs. Only a result that is lost (a full
+disk) is an error.
 """
 
 from __future__ import annotations
@@ -18,8 +20,22 @@ from typing import Any, TextIO, cast
 from dray.errors import StoreError
 from dray.redaction import redact
 
-_SIGNS = {"→": "->", "←": "<-", "×": "x", "…": "...", "─": "-", "│": "|", "·": "*", "≥": ">=", "≤": "<=", "≈": "~",
-          "−": "-", "–": "-", "✓": "ok", "✗": "x"}
+_SIGNS = {
+    "→": "->",
+    "←": "<-",
+    "×": "x",
+    "…": "...",
+    "─": "-",
+    "│": "|",
+    "·": "*",
+    "≥": ">=",
+    "≤": "<=",
+    "≈": "~",
+    "−": "-",
+    "–": "-",
+    "✓": "ok",
+    "✗": "x",
+}
 
 
 class ReaderLeft(Exception):
@@ -28,15 +44,17 @@ class ReaderLeft(Exception):
 
 def _with_other_signs(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    return "".join(_SIGNS.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+    return "".join(
+        _SIGNS.get(sign, "?") for sign in error.object[error.start : error.end]
+    ), error.end
 
 
 codecs.register_error("other_signs", _with_other_signs)
 
 
 def open_streams() -> None:
-    """Give this process the standard streams that it was started without, or the files that it opens would become them;
-    and let no sign be an error."""
+    """Give this process the standard streams that it was started without, or the files that it
+    opens would become them; and let no sign be an error."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -51,7 +69,8 @@ def open_streams() -> None:
 
 
 class Results:
-    """The stream for a command's result. Its methods raise ReaderLeft, and StoreError where nothing can be written."""
+    """The stream for a command's result. Its methods raise ReaderLeft, and StoreError where nothing
+    can be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -85,11 +104,16 @@ class Results:
             raise ReaderLeft from error
         except OSError as error:
             self._drop()
-            raise StoreError("standard output", f"cannot be written ({error.strerror})", "the result goes there",
-                             "free its disk, or send it elsewhere") from error
+            raise StoreError(
+                "standard output",
+                f"cannot be written ({error.strerror})",
+                "the result goes there",
+                "free its disk, or send it elsewhere",
+            ) from error
 
     def _drop(self) -> None:
-        """Let what is left in the stream's buffer go nowhere, or Python would try again at its end."""
+        """Let what is left in the stream's buffer go nowhere, or Python would try again at its
+        end."""
         with suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())
@@ -98,9 +122,12 @@ class Results:
 
 @contextmanager
 def results_apart() -> Iterator[Results]:
-    """Where results go. Whatever else is printed meanwhile, by libraries in C too, goes to standard error."""
+    """Where results go. Whatever else is printed meanwhile, by libraries in C too, goes to standard
+    error."""
     stdout = cast(TextIO, sys.stdout)
-    if stdout is not sys.__stdout__ or stdout.fileno() != 1:  # someone listens in already, as a test does
+    if (
+        stdout is not sys.__stdout__ or stdout.fileno() != 1
+    ):  # someone listens in already, as a test does
         with redirect_stdout(sys.stderr):
             yield Results(stdout)
         return
@@ -108,8 +135,12 @@ def results_apart() -> Iterator[Results]:
     descriptor = os.dup(1)
     os.dup2(2, 1)
     try:
-        with (open(descriptor, "w", encoding=stdout.encoding, errors="other_signs", closefd=False) as stream,
-              redirect_stdout(sys.stderr)):
+        with (
+            open(
+                descriptor, "w", encoding=stdout.encoding, errors="other_signs", closefd=False
+            ) as stream,
+            redirect_stdout(sys.stderr),
+        ):
             yield Results(stream)
     finally:
         os.dup2(descriptor, 1)
@@ -117,13 +148,15 @@ def results_apart() -> Iterator[Results]:
 
 
 def warn(text: str, prefix: str = "dray: ") -> None:
-    """Say something on standard error, freed of secrets. Where nobody can hear it, it is not said."""
+    """Say something on standard error, freed of secrets. Where nobody can hear it, it is not
+    said."""
     with suppress(OSError, ValueError):
         print(f"{prefix}{redact(text)}", file=sys.stderr, flush=True)
 
 
 class Forgiving:
-    """A stream whose writes never fail: a terminal may be closed, and a disk with a log on it be full."""
+    """A stream whose writes never fail: a terminal may be closed, and a disk with a log on it be
+    full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

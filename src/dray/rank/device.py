@@ -1,8 +1,10 @@
-"""What a rank's device and its host hand to each other without waiting: batches, numbers, times and states.
+"""What a rank's device and its host hand to each other without waiting: batches, numbers, times and
+states.
 
-A GPU works through a queue, and a host that asks for a result waits until the queue has come to it. Here a number is
-read when it is there, a time is what the device measured, and copies run from and to pinned memory. On a CPU, where
-everything is there as soon as it was computed, each of these is the plain thing: the loop that uses them is the same.
+A GPU works through a queue, and a host that asks for a result waits until the queue has come to it.
+Here a number is read when it is there, a time is what the device measured, and copies run from and
+to pinned memory. On a CPU, where everything is there as soon as it was computed, each of these is
+the plain thing: the loop that uses them is the same.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ def is_queued(device: torch.device) -> bool:
 
 
 def pin(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors in memory from which they can be copied to the device beside its work. For the thread that makes
-    batches."""
+    """The tensors in memory from which they can be copied to the device beside its work. For the
+    thread that makes batches."""
     if not is_queued(device):
         return dict(batch)
-    cuda.set_device(device)  # each thread has its own; pinning on another device would open a context there
+    cuda.set_device(
+        device
+    )  # each thread has its own; pinning on another device would open a context there
     return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
 
@@ -37,7 +41,8 @@ def send(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]
 
 
 class Reading:
-    """A few numbers that are still being computed: `read` waits for them, and for no work that was queued later."""
+    """A few numbers that are still being computed: `read` waits for them, and for no work that was
+    queued later."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._host, self._ready = numbers.detach(), None
@@ -73,7 +78,8 @@ class Clock:
         return event
 
     def seconds(self, begun: Any, ended: Any) -> float:
-        """Seconds between two marks, which must have been passed: a number of after them has been read."""
+        """Seconds between two marks, which must have been passed: a number of after them has been
+        read."""
         if not self._queued:
             return float(ended - begun)
         return float(begun.elapsed_time(ended)) / 1000
@@ -82,17 +88,21 @@ class Clock:
 class HostCopy:
     """Copies of tensors in host memory of their own, made beside the device's work.
 
-    On a GPU they travel on a stream of their own: `finish` waits for them, in whatever thread, and `hold_back` keeps
-    the device, and not the host, from changing the originals before that.
+    On a GPU they travel on a stream of their own: `finish` waits for them, in whatever thread, and
+    `hold_back` keeps the device, and not the host, from changing the originals before that.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], stream: Any = None) -> None:
         self._done: Any = None
         self._copies: dict[str, Tensor] = {}
         if stream is None:
-            self._copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self._copies = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()
+            }
             return
-        self._originals: Mapping[str, Tensor] = tensors  # whose memory must not be given to others meanwhile
+        self._originals: Mapping[str, Tensor] = (
+            tensors  # whose memory must not be given to others meanwhile
+        )
         stream.wait_stream(cuda.current_stream())
         with cuda.stream(stream):
             for name, tensor in tensors.items():

@@ -1,9 +1,10 @@
-"""The only file that knows DeepSpeed: build, forward, backward, step, and the model states as named fragments.
+"""The only file that knows DeepSpeed: build, forward, backward, step, and the model states as named
+fragments.
 
-A fragment is a 1-D run of one parameter's elements with its optimiser states: what a rank owns under its ZeRO stage.
-Fragments are live views, so that a checkpoint is a copy out of them and a restore a copy into them, whatever stage and
-number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another number of ranks and unpickle
-what they read.
+A fragment is a 1-D run of one parameter's elements with its optimiser states: what a rank owns
+under its ZeRO stage. Fragments are live views, so that a checkpoint is a copy out of them and a
+restore a copy into them, whatever stage and number of ranks wrote it. DeepSpeed's own save and load
+are not used: they refuse another number of ranks and unpickle what they read.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
 from dray.processes.imports import first_import
 from dray.rank.group import Ranks
@@ -39,18 +41,21 @@ class FragmentReader(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a step: the global gradient norm before clipping (fp64, NaN where there is none), and whether the
-    weights were updated (bool). Both lie on the device, where they may still be in the making."""
+    """What became of a step: the global gradient norm before clipping (fp64, NaN where there is
+    none), and whether the weights were updated (bool). Both lie on the device, where they may still
+    be in the making."""
 
     grad_norm: Tensor
     applied: Tensor
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can be told to leave everything as it is; DeepSpeed's wrappers call it once a group.
+    """AdamW that can be told to leave everything as it is; DeepSpeed's wrappers call it once a
+    group.
 
-    The answer stays on the device: torch's fused kernel takes it as it takes a gradient scaler's `found_inf`, and then
-    changes neither weights nor moments nor the count of steps. Nothing waits for it.
+    The answer stays on the device: torch's fused kernel takes it as it takes a gradient scaler's
+    `found_inf`, and then changes neither weights nor moments nor the count of steps. Nothing waits
+    for it.
     """
 
     withheld: Callable[[], Tensor] | None = None
@@ -60,7 +65,9 @@ class GuardedAdamW(torch.optim.AdamW):
         """The update, where it is not withheld."""
         if self.withheld is not None:
             devices = [p.device for group in self.param_groups for p in group["params"][:1]]
-            self.found_inf = self.withheld().to(devices[0]) if devices else None  # with offload, the host's
+            self.found_inf = (
+                self.withheld().to(devices[0]) if devices else None
+            )  # with offload, the host's
         return super().step(closure)
 
 
@@ -76,9 +83,9 @@ class Fragment:
     states: dict[str, Tensor]
 
 
-Gathering = Callable[[list[Any]], AbstractContextManager[Any]]
 ModelBuilder = Callable[[AbstractContextManager[Any], Gathering], torch.nn.Module]
-"""Builds the model in a constructing context and sets parameters in a gathering one, both of which ZeRO-3 needs."""
+"""Builds the model in a constructing context and sets parameters in a gathering one, both of which
+ZeRO-3 needs."""
 ObjectiveMaker = Callable[[torch.nn.Module], torch.nn.Module]
 """Puts the loss around the model: ZeRO-3 gathers what it uses, and a compiler sees it."""
 
@@ -86,18 +93,24 @@ ObjectiveMaker = Callable[[torch.nn.Module], torch.nn.Module]
 class Engine:
     """One rank's part of the model and its optimiser."""
 
-    def __init__(self, deepspeed_engine: Any, module: torch.nn.Module, plan: Plan, ranks: Ranks) -> None:
+    def __init__(
+        self, deepspeed_engine: Any, module: torch.nn.Module, plan: Plan, ranks: Ranks
+    ) -> None:
         self._engine = deepspeed_engine
         self.module = module
         """The model itself, without the loss around it: its names are those of checkpoints."""
         self._ranks = ranks
         self.stage = plan.zero_stage
         self._clip = plan.deepspeed.get("gradient_clipping") or None
-        # Without ZeRO and in fp32 DeepSpeed steps our optimiser as it is, and neither clips nor reports the norm.
+        # Without ZeRO and in fp32 DeepSpeed steps our optimiser as it is, and neither clips nor
+        # reports the norm.
         self._plain = self.stage == 0 and plan.precision == "fp32"
         self._wrapper = deepspeed_engine.optimizer
         self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
-        self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        self._shapes = {
+            name: tuple(getattr(p, "ds_shape", p.shape))
+            for name, p in self.module.named_parameters()
+        }
         self._create_optimizer_states()
         self._num_updates = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._withhold: Tensor | None = None
@@ -125,12 +138,18 @@ class Engine:
         scaler = self._loss_scaler
         if scaler is None:
             return {}
-        return {"scale": float(scaler.cur_scale), "steady_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
+        return {
+            "scale": float(scaler.cur_scale),
+            "steady_steps": scaler.cur_iter - scaler.last_overflow_iter - 1,
+        }
 
     @property
     def _loss_scaler(self) -> Any:
-        """What holds DeepSpeed's dynamic loss scale, under ZeRO and without it; none except in fp16."""
-        scaler = getattr(self._wrapper, "loss_scaler", None) or getattr(self._wrapper, "loss_scale_config", None)
+        """What holds DeepSpeed's dynamic loss scale, under ZeRO and without it; none except in
+        fp16."""
+        scaler = getattr(self._wrapper, "loss_scaler", None) or getattr(
+            self._wrapper, "loss_scale_config", None
+        )
         return scaler if getattr(scaler, "last_overflow_iter", None) is not None else None
 
     def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
@@ -141,28 +160,33 @@ class Engine:
         self._engine.train(mode)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss`, which is already normalised; below ZeRO-2 only the last one communicates."""
+        """Add the gradient of `loss`, which is already normalised; below ZeRO-2 only the last one
+        communicates."""
         self._engine.set_gradient_accumulation_boundary(last)
         if self.stage == 0:
-            loss = loss * self.loss_scale  # without ZeRO DeepSpeed divides the gradients by it, and no more
+            loss = (
+                loss * self.loss_scale
+            )  # without ZeRO DeepSpeed divides the gradients by it, and no more
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, *, withhold: Tensor | None = None) -> Update:
-        """Update the weights, unless `withhold` (bool) says not to or the gradient norm, which all ranks share, is not
-        finite. dray itself does not wait for the device here."""
+        """Update the weights, unless `withhold` (bool) says not to or the gradient norm, which all
+        ranks share, is not finite. dray itself does not wait for the device here."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._withhold, self._norm, self._withheld = withhold, None, None
         scale = self.loss_scale
         if self._plain:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
-            # Summed in fp64 like ZeRO's: in fp32 the norm of a large tensor is off by 2e-4, and the losses drift apart.
+            # Summed in fp64 like ZeRO's: in fp32 the norm of a large tensor is off by 2e-4, and the
+            # losses drift apart.
             norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
             norm = torch.linalg.vector_norm(torch.stack(norms))
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip or float("inf"), norm)
             self._norm = norm
         self._engine.step()
-        # DeepSpeed's norm is the scaled gradients' without ZeRO; ZeRO-3 divides it by the next step's scale.
+        # DeepSpeed's norm is the scaled gradients' without ZeRO; ZeRO-3 divides it by the next
+        # step's scale.
         norm = self._global_norm() / {0: scale, 3: scale / self.loss_scale}.get(self.stage, 1.0)
         applied = torch.isfinite(norm)
         if withhold is not None:
@@ -180,9 +204,16 @@ class Engine:
         return self._withheld
 
     def _global_norm(self) -> Tensor:
-        """Ours, or the one that DeepSpeed's wrapper measures before it steps; it says -1 for one that is not finite."""
-        found = self._norm if self._norm is not None else getattr(self._wrapper, "_global_grad_norm", None)
-        norm = torch.as_tensor(float("nan") if found is None else found, dtype=torch.float64, device=self._ranks.device)
+        """Ours, or the one that DeepSpeed's wrapper measures before it steps; it says -1 for one
+        that is not finite."""
+        found = (
+            self._norm
+            if self._norm is not None
+            else getattr(self._wrapper, "_global_grad_norm", None)
+        )
+        norm = torch.as_tensor(
+            float("nan") if found is None else found, dtype=torch.float64, device=self._ranks.device
+        )
         return torch.where(norm < 0, torch.nan, norm)
 
     def fragments(self, *, whole_replicas: bool = False) -> Iterator[Fragment]:
@@ -204,9 +235,13 @@ class Engine:
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers by name. Rank 0's are saved, and every rank restores those."""
-        return {name: buffer for name, buffer in self.module.named_buffers() if self._persists(name)}
+        return {
+            name: buffer for name, buffer in self.module.named_buffers() if self._persists(name)
+        }
 
-    def restore(self, reader: FragmentReader, optimizer_step: int, loss_scale: Mapping[str, float]) -> None:
+    def restore(
+        self, reader: FragmentReader, optimizer_step: int, loss_scale: Mapping[str, float]
+    ) -> None:
         """Copy this rank's ranges out of a checkpoint, of whatever stage and number of ranks.
 
         `loss_scale`: what `loss_scale_state` was.
@@ -222,7 +257,10 @@ class Engine:
             self._refresh_low_precision()
             if self._loss_scaler is not None:
                 self._loss_scaler.cur_scale = loss_scale["scale"]
-                self._loss_scaler.cur_iter, self._loss_scaler.last_overflow_iter = int(loss_scale["steady_steps"]), -1
+                self._loss_scaler.cur_iter, self._loss_scaler.last_overflow_iter = (
+                    int(loss_scale["steady_steps"]),
+                    -1,
+                )
 
     def _masters(self) -> dict[int, Tensor]:
         """Stage 0 in half precision: the fp32 copy of each parameter, by the parameter's id."""
@@ -230,20 +268,28 @@ class Engine:
         if not hasattr(wrapper, "fp32_groups"):
             return {}
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+        return {
+            id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
+        }
 
-    def _replica_fragment(self, name: str, parameter: Tensor, master: Tensor, *, whole: bool) -> Fragment:
-        """Stage 0, and frozen parameters below stage 3: every rank holds everything, and saves an equal part of it."""
+    def _replica_fragment(
+        self, name: str, parameter: Tensor, master: Tensor, *, whole: bool
+    ) -> Fragment:
+        """Stage 0, and frozen parameters below stage 3: every rank holds everything, and saves an
+        equal part of it."""
         states = {"param": master.data.view(-1)}
         if parameter.requires_grad:
             held = self._optimizer.state[master]
             states |= {state: held[state].view(-1) for state in OPTIMIZER_STATES}
         share = master.numel() if whole else -(-master.numel() // self._ranks.num_ranks)
         start = 0 if whole else min(master.numel(), self._ranks.rank * share)
-        return Fragment(name, start, {state: view[start : start + share] for state, view in states.items()})
+        return Fragment(
+            name, start, {state: view[start : start + share] for state, view in states.items()}
+        )
 
     def _mapped_fragment(self, name: str, parameter: Any) -> Fragment | None:
-        """Stages 1 and 2: DeepSpeed maps each parameter to its place in this rank's flat fp32 partition."""
+        """Stages 1 and 2: DeepSpeed maps each parameter to its place in this rank's flat fp32
+        partition."""
         mapping = parameter._hp_mapping
         if mapping is None:  # another rank's
             return None
@@ -264,23 +310,30 @@ class Engine:
         start = self._ranks.rank * parameter.ds_tensor.ds_numel
         length = max(0, min(length, parameter.ds_numel - start))
         states = {"param": flat.data.narrow(0, offset, length)}
-        return Fragment(name, start, states | {s: view.narrow(0, offset, length) for s, view in held.items()})
+        return Fragment(
+            name, start, states | {s: view.narrow(0, offset, length) for s, view in held.items()}
+        )
 
     def _flat_groups(self) -> list[Tensor]:
         """The fp32 tensors that the optimiser steps."""
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _create_optimizer_states(self) -> None:
-        """Adam's states exist from the first step on; a checkpoint of step 0 and a restore need them before."""
+        """Adam's states exist from the first step on; a checkpoint of step 0 and a restore need
+        them before."""
         wrapper = self._wrapper
-        flats = (getattr(wrapper, "fp32_partitioned_groups_flat", None)
-                 or getattr(wrapper, "single_partition_of_fp32_groups", None)
-                 or getattr(wrapper, "fp32_groups_flat_partition", None)
-                 or self._flat_groups())
+        flats = (
+            getattr(wrapper, "fp32_partitioned_groups_flat", None)
+            or getattr(wrapper, "single_partition_of_fp32_groups", None)
+            or getattr(wrapper, "fp32_groups_flat_partition", None)
+            or self._flat_groups()
+        )
         for flat in flats:
             state = self._optimizer.state[flat]
             if "exp_avg" not in state:
-                device = flat.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
+                device = (
+                    flat.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
+                )
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 for name in OPTIMIZER_STATES:
                     state[name] = torch.zeros_like(flat, memory_format=torch.preserve_format)
@@ -315,30 +368,45 @@ class Engine:
         return leaf not in self.module.get_submodule(owner_name)._non_persistent_buffers_set
 
 
-def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
-                 optimizer: Optimizer, plan: Plan, ranks: Ranks, *,
-                 make_objective: ObjectiveMaker | None = None) -> Engine:
-    """Build the model under the plan's ZeRO stage and hand it to DeepSpeed, with its loss around it.
+def build_engine(
+    build_model: ModelBuilder,
+    make_groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
+    optimizer: Optimizer,
+    plan: Plan,
+    ranks: Ranks,
+    *,
+    make_objective: ObjectiveMaker | None = None,
+) -> Engine:
+    """Build the model under the plan's ZeRO stage and hand it to DeepSpeed, with its loss around
+    it.
 
-    `make_groups` gives the optimiser's parameter groups, `make_objective` the module that is called; without it that is
-    the model. The learning rate is set at each step.
+    `make_groups` gives the optimiser's parameter groups, `make_objective` the module that is
+    called; without it that is the model. The learning rate is set at each step.
     """
     deepspeed = import_deepspeed(ranks.device.type)
-    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False
+    )
     config = dict(plan.deepspeed)
-    constructing: AbstractContextManager[Any] = _parameters_at(ranks.device, _COMPUTE_TYPES[plan.precision])
-    gathering: Gathering = lambda parameters: nullcontext()  # noqa: E731
+    constructing: AbstractContextManager[Any] = _parameters_at(
+        ranks.device, _COMPUTE_TYPES[plan.precision]
+    )
+    gathering: Gathering = no_gathering
     if plan.zero_stage == 3:
         constructing = deepspeed.zero.Init(config_dict_or_path=config)
-        gathering = lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)  # noqa: E731
+        gathering = functools.partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
     if plan.zero_stage == 0 and plan.precision == "fp32":
         config["gradient_clipping"] = 0.0  # Engine.step clips, and keeps the norm
     model = build_model(constructing, gathering)
     if plan.zero_stage < 3:
         model.to(ranks.device)  # what is not a parameter
     adamw = GuardedAdamW(
-        make_groups(model), lr=0.0, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon,
-        weight_decay=optimizer.weight_decay, fused=True,
+        make_groups(model),
+        lr=0.0,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
     )
     objective = model if make_objective is None else make_objective(model)
     deepspeed_engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=config)
@@ -352,13 +420,17 @@ def build_engine(build_model: ModelBuilder, make_groups: Callable[[torch.nn.Modu
 
 @contextmanager
 def _parameters_at(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Below ZeRO-3: parameters come into being on the device and in the type that the passes use, one at a time.
+    """Below ZeRO-3: parameters come into being on the device and in the type that the passes use,
+    one at a time.
 
-    Buffers keep their precision. Values are those of a model built in fp32 and cast afterwards, as DeepSpeed would.
+    Buffers keep their precision. Values are those of a model built in fp32 and cast afterwards, as
+    DeepSpeed would.
     """
     register = torch.nn.Module.register_parameter
 
-    def register_cast(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+    def register_cast(
+        module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None
+    ) -> None:
         register(module, name, parameter)
         if parameter is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(device, dtype)
@@ -373,24 +445,34 @@ def _parameters_at(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def _step_at_once(wrapper: Any, closure: Any = None) -> bool:
-    """`FP16_UnfusedOptimizer.step`, stage 0's in half precision, in a few kernels for all tensors together.
+    """`FP16_UnfusedOptimizer.step`, stage 0's in half precision, in a few kernels for all tensors
+    together.
 
-    DeepSpeed's own loops over the tensors in Python and asks the device about each. In bf16 this waits for nothing: a
-    norm that is not finite is the guarded optimiser's business. Returns whether fp16 overflowed.
+    DeepSpeed's own loops over the tensors in Python and asks the device about each. In bf16 this
+    waits for nothing: a norm that is not finite is the guarded optimiser's business. Returns
+    whether fp16 overflowed.
     """
     lows = [low for group in wrapper.fp16_groups for low in group]
     highs = [high for group in wrapper.fp32_groups for high in group]
     gradients = [torch.empty_like(high) for high in highs]
-    torch._foreach_copy_(gradients, [torch.zeros_like(low) if low.grad is None else low.grad for low in lows])
+    torch._foreach_copy_(
+        gradients, [torch.zeros_like(low) if low.grad is None else low.grad for low in lows]
+    )
     norm = torch.nn.utils.get_total_norm(gradients)
     scales = wrapper.loss_scale_config.use_grad_scaling
     wrapper.overflow, wrapper._global_grad_norm = False, norm
     if scales and not math.isfinite(norm):
         return bool(wrapper._skip_invalid_grad_norm())
     wrapper._update_scale(False)
-    scale = wrapper.loss_scale_config.cur_scale  # after it may have grown, as under ZeRO: the stages must agree
+    scale = (
+        wrapper.loss_scale_config.cur_scale
+    )  # after it may have grown, as under ZeRO: the stages must agree
     if wrapper.clip_grad or scale != 1.0:
-        excess = (norm / scale + 1e-6) / wrapper.clip_grad if wrapper.clip_grad else torch.ones_like(norm)
+        excess = (
+            (norm / scale + 1e-6) / wrapper.clip_grad
+            if wrapper.clip_grad
+            else torch.ones_like(norm)
+        )
         torch._foreach_mul_(gradients, 1.0 / (scale * excess.clamp(min=1.0)))
     for high, gradient in zip(highs, gradients, strict=True):
         high.grad = gradient
@@ -402,29 +484,33 @@ def _step_at_once(wrapper: Any, closure: Any = None) -> bool:
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """DeepSpeed picks its accelerator when it is imported, talks a lot, and prepares for what dray never asks of it."""
+    """DeepSpeed picks its accelerator when it is imported, talks a lot, and prepares for what dray
+    never asks of it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device_type == "cuda" else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with first_import("deepspeed", without=("mlflow",)):
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # ZeRO-3 calls what torch has renamed, hundreds of times a step: a rank's log should hold what went wrong.
+    # ZeRO-3 calls what torch has renamed, hundreds of times a step: a rank's log should hold what
+    # went wrong.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # A shared-memory collective for inference alone, compiled for half a minute where a C++ compiler is there.
+    # A shared-memory collective for inference alone, compiled for half a minute where a C++
+    # compiler is there.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     _import_muon()
     return deepspeed
 
 
 def _import_muon() -> None:
-    """Muon's functions are decorated by torch.compile when they are imported, which would load all of Inductor in every
-    rank: they are compiled when they are called first."""
+    """Muon's functions are decorated by torch.compile when they are imported, which would load all
+    of Inductor in every rank: they are compiled when they are called first."""
     own = torch.compile
 
     def compile_when_called(function: Any = None, **options: Any) -> Any:
         if function is None:
             return functools.partial(compile_when_called, **options)
+
         @functools.cache
         def compiled() -> Any:
             return torch.compile(function, **options)  # by then it is torch's own again

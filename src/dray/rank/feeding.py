@@ -1,8 +1,8 @@
 """A rank's rows as batches, made in a thread ahead of the step that wants them.
 
-Rows are proven to be those of the order, collated, counted and, for a GPU, pinned, while the step before is computed.
-What a step is agreed on by, its targets, tokens and row ids, is known here, without any device. At most READY_PIECES
-are ready at once.
+Rows are proven to be those of the order, collated, counted and, for a GPU, pinned, while the step
+before is computed. What a step is agreed on by, its targets, tokens and row ids, is known here,
+without any device. At most READY_PIECES are ready at once.
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ class ValidationRows:
     is_last: bool
 
 
-def feed(stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
-         ) -> Generator[StepRows | ValidationRows]:
+def feed(
+    stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
+) -> Generator[StepRows | ValidationRows]:
     """What a rank has to do, in order; closing it ends the thread. Raises what reading raises."""
     return run_ahead(_make_pieces(stream, blocks, task, ranks))
 
 
-def _make_pieces(stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
-                 ) -> Iterator[StepRows | ValidationRows]:
+def _make_pieces(
+    stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
+) -> Iterator[StepRows | ValidationRows]:
     def collate(rows: pa.Table) -> Iterator[Batch]:
         for at in range(0, rows.num_rows, stream.micro_rows):
             yield pin(task.collate(rows.slice(at, stream.micro_rows)), ranks.device)
@@ -72,7 +74,13 @@ def _make_pieces(stream: RowStream, blocks: Iterable[pa.Table], task: Task, rank
             rows = block.slice((step - segment.first) * stream.rows_per_rank, stream.rows_per_rank)
             batches, row_ids = list(collate(rows)), rows.column("row_id").to_numpy()
             tokens = rows.column("num_tokens").to_numpy()[row_ids >= 0].sum()
-            yield StepRows(step, batches, sum(task.num_targets(batch) for batch in batches), int(tokens), row_ids)
+            yield StepRows(
+                step,
+                batches,
+                sum(task.num_targets(batch) for batch in batches),
+                int(tokens),
+                row_ids,
+            )
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ class _Ready(Generic[T]):
 def run_ahead(pieces: Iterator[T], depth: int = READY_PIECES) -> Generator[T]:
     """The same pieces, of which up to `depth` are made in a thread before they are asked for.
 
-    An error in the thread is raised here, in its place. The thread ends with the pieces, or when this is closed.
+    An error in the thread is raised here, in its place. The thread ends with the pieces, or when
+    this is closed.
     """
     ready: queue.Queue[_Ready[T]] = queue.Queue(depth)
     closed = threading.Event()

@@ -1,6 +1,8 @@
-"""What is sent to the workers: a small frozen description of a run, where an attempt starts, and its stream of rows.
+"""What is sent to the workers: a small frozen description of a run, where an attempt starts, and
+its stream of rows.
 
-It is unpickled in every process that Ray Train starts, most of which never compute: it imports neither torch nor ray.
+It is unpickled in every process that Ray Train starts, most of which never compute: it imports
+neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -32,18 +34,22 @@ class Job:
     storage: str
     run_name: str
     config: Mapping[str, Any] | None = None
-    """The model's configuration as the run keeps it; none: made from the spec, and kept by the first attempt."""
+    """The model's configuration as the run keeps it; none: made from the spec, and kept by the
+    first attempt."""
     weights: Pretrained | None = None
-    """The folder whose weights the run starts from; none: they are drawn, or the run keeps nothing of a folder."""
+    """The folder whose weights the run starts from; none: they are drawn, or the run keeps nothing
+    of a folder."""
     driver: int | None = None
-    """Number of the driver whose attempts these are: none of an earlier one's commits once it has taken over."""
+    """Number of the driver whose attempts these are: none of an earlier one's commits once it has
+    taken over."""
     run_nonce: str = ""
-    """What the run's record holds as the driver sees it: a node that sees another one has a storage of its own."""
+    """What the run's record holds as the driver sees it: a node that sees another one has a storage
+    of its own."""
 
 
 def check_shared(job: Job) -> None:
-    """Raise StorageNotShared where this process does not see the driver's run. A node may have joined since the driver
-    looked at all of them."""
+    """Raise StorageNotShared where this process does not see the driver's run. A node may have
+    joined since the driver looked at all of them."""
     found = Run.find(job.storage, job.run_name)
     if found is None or str(found.record().get("nonce", "")) != job.run_nonce:
         raise not_shared(job.storage, [socket.gethostname()])
@@ -51,9 +57,12 @@ def check_shared(job: Job) -> None:
 
 def not_shared(storage: str, nodes: Sequence[str]) -> StorageNotShared:
     """What is to be said of nodes that do not see the driver's storage."""
-    return StorageNotShared(shown(storage), f"is not the same folder on {', '.join(nodes)} as on the driver's node",
-                            "every node writes its part of a checkpoint there",
-                            "name a shared file system or a bucket with --storage, or mount it there, too")
+    return StorageNotShared(
+        shown(storage),
+        f"is not the same folder on {', '.join(nodes)} as on the driver's node",
+        "every node writes its part of a checkpoint there",
+        "name a shared file system or a bucket with --storage, or mount it there, too",
+    )
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,11 @@ class Attempt:
     num_ranks: int
     start_step: int
     checkpoint: str
-    """Path, below the storage, of the checkpoint that it goes on from; empty: from the initial weights."""
+    """Path, below the storage, of the checkpoint that it goes on from; empty: from the initial
+    weights."""
     plan: Plan
-    """The job's plan for this number of ranks, and for the micro batch that memory allows by now."""
+    """The job's plan for this number of ranks, and for the micro batch that memory allows by
+    now."""
     left_out: tuple[int, ...] = ()
     """Batches that are never read (`order.LeftOut`): a rewind left them out."""
 
@@ -74,20 +85,31 @@ class Attempt:
 def make_corpus_plan(spec: Spec, shape: Shape, manifest: Manifest, **settings: Any) -> Plan:
     """The plan with the corpus' real counts; `settings` are those of `make_plan`."""
     pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id
-    return make_plan(spec, shape, num_rows=manifest.train.num_rows, num_tokens=manifest.train.num_tokens,
-                     vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or None,
-                     pad_token_id=pad, **settings)
+    return make_plan(
+        spec,
+        shape,
+        num_rows=manifest.train.num_rows,
+        num_tokens=manifest.train.num_tokens,
+        vocab_size=manifest.vocab_size,
+        num_labels=len(manifest.labels) or None,
+        pad_token_id=pad,
+        **settings,
+    )
 
 
 def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
-    """Decide for all ranks where this attempt starts, and write it down. Returns its record; called by rank 0.
+    """Decide for all ranks where this attempt starts, and write it down. Returns its record; called
+    by rank 0.
 
     Raises CheckpointsLost where the run would have to begin again.
     """
     run = Run.open(job.storage, job.run_name)
     newest = find_resume_checkpoint(run)
-    record: dict[str, Any] = {"num_ranks": num_ranks, "start_step": newest.step if newest else 0,
-                              "checkpoint": run.keep_path(newest.path) if newest else ""}
+    record: dict[str, Any] = {
+        "num_ranks": num_ranks,
+        "start_step": newest.step if newest else 0,
+        "checkpoint": run.keep_path(newest.path) if newest else "",
+    }
     remembered = run.record()
     if remembered.get("left_out"):
         record["left_out"] = remembered["left_out"]
@@ -102,11 +124,19 @@ def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:
     plan, num_ranks = job.plan, int(record["num_ranks"])
     spec, manifest = job.spec, job.manifest
     if "micro_rows" in record:
-        spec = spec.model_copy(update={"batch": spec.batch.model_copy(update={"micro_rows": record["micro_rows"]})})
+        spec = spec.model_copy(
+            update={"batch": spec.batch.model_copy(update={"micro_rows": record["micro_rows"]})}
+        )
     if num_ranks != plan.num_ranks or "micro_rows" in record:
         plan = make_corpus_plan(spec, plan.shape, manifest, num_ranks=num_ranks, config=job.config)
-    return Attempt(int(record["attempt"]), num_ranks, int(record["start_step"]), record.get("checkpoint", ""), plan,
-                   tuple(record.get("left_out", ())))
+    return Attempt(
+        int(record["attempt"]),
+        num_ranks,
+        int(record["start_step"]),
+        record.get("checkpoint", ""),
+        plan,
+        tuple(record.get("left_out", ())),
+    )
 
 
 def make_stream(job: Job, attempt: Attempt) -> RowStream:
@@ -118,8 +148,16 @@ def make_stream(job: Job, attempt: Attempt) -> RowStream:
     rows_per_rank = -(-spec.batch.global_rows // (num_ranks * batch.micro_rows)) * batch.micro_rows
     remember_manifest(job.corpus, job.manifest)
     return RowStream(
-        folder=job.corpus, key=job.manifest.key, seed=spec.seed, global_rows=spec.batch.global_rows,
-        num_ranks=num_ranks, rows_per_rank=rows_per_rank, micro_rows=batch.micro_rows, start_step=start_step,
-        num_steps=num_steps, validate_every=spec.validation.every_steps, max_validation_rows=spec.validation.max_rows,
+        folder=job.corpus,
+        key=job.manifest.key,
+        seed=spec.seed,
+        global_rows=spec.batch.global_rows,
+        num_ranks=num_ranks,
+        rows_per_rank=rows_per_rank,
+        micro_rows=batch.micro_rows,
+        start_step=start_step,
+        num_steps=num_steps,
+        validate_every=spec.validation.every_steps,
+        max_validation_rows=spec.validation.max_rows,
         left_out=attempt.left_out,
     )

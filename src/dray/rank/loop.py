@@ -1,11 +1,12 @@
 """The training loop that every rank runs, readable top to bottom.
 
-A rank restores, then takes its work as it comes: steps of training, and at the right places parts of a validation
-pass. It reports what it measured, commits checkpoints together with the others, and stops when all agree to. It knows
-neither Ray nor the command line.
+A rank restores, then takes its work as it comes: steps of training, and at the right places parts
+of a validation pass. It reports what it measured, commits checkpoints together with the others, and
+stops when all agree to. It knows neither Ray nor the command line.
 
-The host never waits for a GPU's queue within a step: what it must know of a step beforehand comes from the rows,
-whether an update is sound is decided on the device, and losses and times are read once the next step has been queued.
+The host never waits for a GPU's queue within a step: what it must know of a step beforehand comes
+from the rows, whether an update is sound is decided on the device, and losses and times are read
+once the next step has been queued.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from torch import Tensor
 from dray.corpus.stream import RowStream
 from dray.doctor.hangs import agreement_seconds
 from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer
-from dray.models.build import build_model, enable_activation_checkpointing, import_transformers, parameter_groups
+from dray.models.build import (
+    build_model,
+    enable_activation_checkpointing,
+    import_transformers,
+    parameter_groups,
+)
 from dray.models.config import make_kept_config
 from dray.models.initialize import restore_rotary_buffers
 from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
@@ -67,7 +73,8 @@ class Reporter(Protocol):
     def stop_requested(self) -> bool: ...
 
     def notice_given(self) -> bool:
-        """Whether a machine of the group is about to be taken away, or the group is to have another size."""
+        """Whether a machine of the group is about to be taken away, or the group is to have another
+        size."""
 
     def flush(self) -> None: ...
 
@@ -83,7 +90,8 @@ class _Progress:
     tokens: int = 0
     chain_after: int = 0
     chain: str = NO_STEPS
-    """Chained digest of the rows of all steps after `chain_after`: what the weights were trained on."""
+    """Chained digest of the rows of all steps after `chain_after`: what the weights were trained
+    on."""
     best: float | None = None
     validations_without_better: int = 0
     last_validation: dict[str, float] = field(default_factory=dict)
@@ -97,7 +105,8 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """What all ranks know of a step before it is computed. It comes from their rows, so no device is asked."""
+    """What all ranks know of a step before it is computed. It comes from their rows, so no device
+    is asked."""
 
     num_targets: int
     num_tokens: int
@@ -118,14 +127,23 @@ class _Queued:
     """But for what the device computes."""
     row_ids: Ints
     numbers: Reading
-    """This rank's loss sum, that of all ranks, the gradient norm, and whether the update was made."""
+    """This rank's loss sum, that of all ranks, the gradient norm, and whether the update was
+    made."""
     begun: Any
     forwards: list[tuple[Any, Any]]
     ended: Any
 
 
-def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, stream: RowStream,
-               blocks: Iterable[pa.Table], pulse: Pulse) -> str:
+def train_rank(
+    job: Job,
+    ranks: Ranks,
+    attempt: Attempt,
+    reporter: Reporter,
+    *,
+    stream: RowStream,
+    blocks: Iterable[pa.Table],
+    pulse: Pulse,
+) -> str:
     """Train from where the attempt starts to the end, on this rank's blocks of the stream.
 
     Returns how it ended: completed, early_stopped or interrupted.
@@ -136,8 +154,14 @@ def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, 
     pulse.enter("restore")
     loop.restore()
     pulse.enter("data")
-    reporter.send(Event("ready", attempt.number, stream.start_step,
-                        {"rank": ranks.rank, "num_ranks": ranks.num_ranks}))
+    reporter.send(
+        Event(
+            "ready",
+            attempt.number,
+            stream.start_step,
+            {"rank": ranks.rank, "num_ranks": ranks.num_ranks},
+        )
+    )
     ended = loop.follow(stream, blocks)
     if ranks.rank == 0:
         run.end_attempt(attempt.number, ended, loop.progress.step)
@@ -148,41 +172,73 @@ def train_rank(job: Job, ranks: Ranks, attempt: Attempt, reporter: Reporter, *, 
 class _Loop:
     """One rank from its first step to its last.
 
-    `follow` takes the work of the stream and gives it to `_train_step` and `_validate`; after each piece `_save` is
-    called where a checkpoint is due, the one path to one. `_train_step` agrees with the other ranks, queues the step on
-    the device and remembers it; `_settle` reads what became of a step and reports it: at once on a CPU, one step
-    later on a GPU, and before anything that must know (a checkpoint, the end).
+    `follow` takes the work of the stream and gives it to `_train_step` and `_validate`; after each
+    piece `_save` is called where a checkpoint is due, the one path to one. `_train_step` agrees
+    with the other ranks, queues the step on the device and remembers it; `_settle` reads what
+    became of a step and reports it: at once on a CPU, one step later on a GPU, and before anything
+    that must know (a checkpoint, the end).
     """
 
-    def __init__(self, job: Job, ranks: Ranks, reporter: Reporter, *, run: Run, attempt: Attempt,
-                 pulse: Pulse) -> None:
+    def __init__(
+        self,
+        job: Job,
+        ranks: Ranks,
+        reporter: Reporter,
+        *,
+        run: Run,
+        attempt: Attempt,
+        pulse: Pulse,
+    ) -> None:
         self.job, self.ranks, self.reporter, self.pulse = job, ranks, reporter, pulse
         self.run, self.attempt = run, attempt.number
         path = attempt.checkpoint and run.find_path(attempt.checkpoint)
         self.newest = inspect_checkpoint(run.filesystem, path) if path else None
         self.spec, self.plan = job.spec, attempt.plan
         self.task: Task = build_task(job.spec, job.manifest, attempt.plan.width_multiple)
-        self.engine: Engine = build_engine(self._build_model, self._make_groups, self.spec.optimizer, self.plan, ranks,
-                                           make_objective=self._make_objective)
-        self.saver = Saver(run, self.attempt, self.spec, engine=self.engine, ranks=ranks,
-                           wait_stored=reporter.wait_stored)
+        self.engine: Engine = build_engine(
+            self._build_model,
+            self._make_groups,
+            self.spec.optimizer,
+            self.plan,
+            ranks,
+            make_objective=self._make_objective,
+        )
+        self.saver = Saver(
+            run,
+            self.attempt,
+            self.spec,
+            engine=self.engine,
+            ranks=ranks,
+            wait_stored=reporter.wait_stored,
+        )
         self.numbers = Watch(self.spec.numerics)
         self.clock = Clock(ranks.device)
         self.queued: deque[_Queued] = deque()
         self.most_queued = 1 if is_queued(ranks.device) else 0
         self.step_seconds: list[float] = []
         self._bound_collectives(agreement_seconds(self.spec.watchdog))  # compilation takes its time
-        restore_rotary_buffers(self.engine.module)  # half precision casts them, and long rows need their digits
-        self.progress = _Progress(step=attempt.start_step, saved_step=attempt.start_step if self.newest else -1)
+        restore_rotary_buffers(
+            self.engine.module
+        )  # half precision casts them, and long rows need their digits
+        self.progress = _Progress(
+            step=attempt.start_step, saved_step=attempt.start_step if self.newest else -1
+        )
         self.metrics: TaskMetrics | None = None
 
     def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
         manifest = self.job.manifest
         model: torch.nn.Module = build_model(
-            self.spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
-            pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id,
-            constructing=constructing, gathering=gathering, initial_weights=self.newest is None,
-            config=self.job.config, weights=self.job.weights,
+            self.spec,
+            vocab_size=manifest.vocab_size,
+            num_labels=len(manifest.labels) or 2,
+            labels=manifest.labels,
+            pad_token_id=manifest.pad_token_id,
+            eos_token_id=manifest.eos_token_id,
+            constructing=constructing,
+            gathering=gathering,
+            initial_weights=self.newest is None,
+            config=self.job.config,
+            weights=self.job.weights,
         )
         if self.job.config is None and self.ranks.rank == 0:
             self.run.keep_model(make_kept_config(model))
@@ -197,7 +253,8 @@ class _Loop:
         return self.task.objective(model, self.spec.regularization.label_smoothing)
 
     def restore(self) -> None:
-        """Copy the newest checkpoint into the engine, if there is one. Nothing unverified is read."""
+        """Copy the newest checkpoint into the engine, if there is one. Nothing unverified is
+        read."""
         if self.newest is None:
             return
         with self.run.hold(self.newest), CheckpointReader(self.run, self.newest) as reader:
@@ -211,7 +268,8 @@ class _Loop:
         self.progress.last_validation_step = state["validation_step"]
 
     def _restore_chain(self, saved: dict[str, Any] | None) -> None:
-        """Go on with the checkpoint's chain; anew where it has none, or is another run's, whose rows are not ours."""
+        """Go on with the checkpoint's chain; anew where it has none, or is another run's, whose
+        rows are not ours."""
         own = self.newest is not None and self.newest.path.startswith(f"{self.run.path}/")
         if saved and own:
             self.progress.chain_after, self.progress.chain = saved["after"], saved["digest"]
@@ -219,7 +277,8 @@ class _Loop:
             self.progress.chain_after = self.progress.step
 
     def follow(self, stream: RowStream, blocks: Iterable[pa.Table]) -> str:
-        """Do the work of the stream to its end, or until all ranks agree to stop. Returns how it ended."""
+        """Do the work of the stream to its end, or until all ranks agree to stop. Returns how it
+        ended."""
         ended = ""
         with closing(feed(stream, blocks, self.task, self.ranks)) as pieces:
             while not ended:
@@ -242,56 +301,85 @@ class _Loop:
     def _is_unvalidated(self, work: StepRows | ValidationRows | None, stream: RowStream) -> bool:
         """Whether a validation pass follows this piece, or goes on after it."""
         return (isinstance(work, StepRows) and stream.validates_after(work.step)) or (
-            isinstance(work, ValidationRows) and not work.is_last)
+            isinstance(work, ValidationRows) and not work.is_last
+        )
 
     def _train_step(self, rows: StepRows, begun: Any, data_wait: float) -> bool:
         """Agree on one optimiser update and queue it. Returns whether all ranks stop after it."""
         step, progress = rows.step, self.progress
         agreed = self._agree(rows)
-        rate = learning_rate(self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate)
+        rate = learning_rate(
+            self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate
+        )
         loss_sum, forwards = self._forward_backward(rows, agreed.num_targets)
         self.pulse.enter("step")
-        # Gradients are shared, losses are not: a bad one on one rank keeps all of them from the update.
+        # Gradients are shared, losses are not: a bad one on one rank keeps all of them from the
+        # update.
         total_loss = self.ranks.total(loss_sum)
         self.saver.hold_back()
         update = self.engine.step(rate, withhold=~torch.isfinite(total_loss))
-        numbers = Reading(torch.stack([loss_sum, total_loss, update.grad_norm, update.applied.double()]))
+        numbers = Reading(
+            torch.stack([loss_sum, total_loss, update.grad_norm, update.applied.double()])
+        )
         progress.step = step
         progress.chain = chain_digest(progress.chain, agreed.digest)
         progress.notice |= agreed.notice
         progress.save_due |= agreed.save or self._checkpoint_due(step) or progress.notice
         progress.tokens += agreed.num_tokens
         report = StepReport(
-            rank=self.ranks.rank, attempt=self.attempt, step=step, num_ranks=self.ranks.num_ranks,
-            num_targets=agreed.num_targets, learning_rate=rate, rows_digest=format_digest(agreed.digest),
-            tokens=progress.tokens, step_tokens=agreed.num_tokens, data_wait_seconds=data_wait)
-        self.queued.append(_Queued(report, rows.row_ids, numbers, begun, forwards, self.clock.mark()))
+            rank=self.ranks.rank,
+            attempt=self.attempt,
+            step=step,
+            num_ranks=self.ranks.num_ranks,
+            num_targets=agreed.num_targets,
+            learning_rate=rate,
+            rows_digest=format_digest(agreed.digest),
+            tokens=progress.tokens,
+            step_tokens=agreed.num_tokens,
+            data_wait_seconds=data_wait,
+        )
+        self.queued.append(
+            _Queued(report, rows.row_ids, numbers, begun, forwards, self.clock.mark())
+        )
         self._settle(self.most_queued)
         return agreed.stop
 
     def _agree(self, rows: StepRows) -> _Agreed:
-        """The one small agreement of a step: what the loss is divided by, what the batch was, what to do after it."""
+        """The one small agreement of a step: what the loss is divided by, what the batch was, what
+        to do after it."""
         self.pulse.enter("agree", rows.step)
-        targets, tokens, digest, stops, saves, notices = self.ranks.sum([
-            rows.num_targets, rows.num_tokens, row_digest(rows.row_ids), int(self.reporter.stop_requested()),
-            int(self._minutes_due()), int(self.reporter.notice_given())])
+        targets, tokens, digest, stops, saves, notices = self.ranks.sum(
+            [
+                rows.num_targets,
+                rows.num_tokens,
+                row_digest(rows.row_ids),
+                int(self.reporter.stop_requested()),
+                int(self._minutes_due()),
+                int(self.reporter.notice_given()),
+            ]
+        )
         return _Agreed(targets, tokens, digest, stops > 0, saves > 0, notices > 0)
 
-    def _forward_backward(self, rows: StepRows, all_targets: int) -> tuple[Tensor, list[tuple[Any, Any]]]:
-        """The gradients of one step. Returns this rank's summed loss (fp64, on the device), and marks around its
-        forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting one."""
+    def _forward_backward(
+        self, rows: StepRows, all_targets: int
+    ) -> tuple[Tensor, list[tuple[Any, Any]]]:
+        """The gradients of one step. Returns this rank's summed loss (fp64, on the device), and
+        marks around its forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting
+        one."""
         self.engine.train(True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         forwards = []
         for index, batch in enumerate(rows.batches):
-            # Dropout's randomness belongs to the place in the run, so there is no generator to save.
+            # Dropout's randomness belongs to the place in the run, so there is no generator to
+            # save.
             torch.manual_seed(make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index))
             self.pulse.enter("forward")
             on_device, begun = send(batch, self.ranks.device), self.clock.mark()
             terms, _ = self.engine(on_device)
             summed, _ = terms["loss"]
             forwards.append((begun, self.clock.mark()))
-            # DeepSpeed averages gradients over ranks; the sum over all targets wants their number instead.
+            # DeepSpeed averages gradients over ranks; the sum over all targets wants their number
+            # instead.
             mean = summed * (self.ranks.num_ranks / max(1, all_targets))
             self.pulse.enter("backward")
             self.engine.backward(mean, last=index == len(rows.batches) - 1)
@@ -299,7 +387,8 @@ class _Loop:
         return loss_sum, forwards
 
     def _settle(self, may_stay: int = 0) -> None:
-        """Read and report what became of the steps that were queued, but for the last `may_stay` of them.
+        """Read and report what became of the steps that were queued, but for the last `may_stay` of
+        them.
 
         All ranks do so at the same places. Raises BadNumbers and LossSpike.
         """
@@ -309,17 +398,26 @@ class _Loop:
             loss_sum, total_loss, norm, applied = queued.numbers.read()
             seconds = self.clock.seconds(queued.begun, queued.ended)
             report = replace(
-                queued.report, loss_sum=loss_sum, grad_norm=norm, applied=bool(applied), seconds=seconds,
-                forward_seconds=sum(self.clock.seconds(*forward) for forward in queued.forwards), time=time.time(),
-                memory_bytes=_memory_bytes(self.ranks.device))
+                queued.report,
+                loss_sum=loss_sum,
+                grad_norm=norm,
+                applied=bool(applied),
+                seconds=seconds,
+                forward_seconds=sum(self.clock.seconds(*forward) for forward in queued.forwards),
+                time=time.time(),
+                memory_bytes=_memory_bytes(self.ranks.device),
+            )
             self.reporter.send(report)
             self._measure_step(max(0.0, seconds - report.data_wait_seconds))
             self.pulse.is_warm = True
             mean_loss = total_loss / max(1, report.num_targets)
-            self._watch_numbers(report.step, mean_loss, applied=report.applied, row_ids=queued.row_ids)
+            self._watch_numbers(
+                report.step, mean_loss, applied=report.applied, row_ids=queued.row_ids
+            )
 
     def _measure_step(self, seconds: float) -> None:
-        """Once steps are measured, a collective of the model's that takes many times as long is a hang, and raises."""
+        """Once steps are measured, a collective of the model's that takes many times as long is a
+        hang, and raises."""
         if len(self.step_seconds) < _MEASURED_STEPS:
             self.step_seconds.append(seconds)
             if len(self.step_seconds) == _MEASURED_STEPS:
@@ -327,20 +425,28 @@ class _Loop:
                 self._bound_collectives(max(_LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS * slowest))
 
     def _bound_collectives(self, compute_seconds: float) -> None:
-        """Agreements wait for rows and storage too, and the model's collectives for nothing but computing: all ranks
-        have agreed on the step, or met before a part of a validation pass, when they come to those."""
-        self.ranks.bound(compute_seconds=compute_seconds, agree_seconds=agreement_seconds(self.spec.watchdog))
+        """Agreements wait for rows and storage too, and the model's collectives for nothing but
+        computing: all ranks have agreed on the step, or met before a part of a validation pass,
+        when they come to those."""
+        self.ranks.bound(
+            compute_seconds=compute_seconds, agree_seconds=agreement_seconds(self.spec.watchdog)
+        )
 
     def _watch_numbers(self, step: int, loss: float, *, applied: bool, row_ids: Ints) -> None:
-        """Record a step without an update, with its rows, and a loss that leaps. Raises BadNumbers and LossSpike."""
+        """Record a step without an update, with its rows, and a loss that leaps. Raises BadNumbers
+        and LossSpike."""
         if applied:
             if self.numbers.is_spike(loss):
                 self._meet_spike(step, loss)
             return
-        reason = "the gradient norm is not finite" if math.isfinite(loss) else "the loss is not finite"
+        reason = (
+            "the gradient norm is not finite" if math.isfinite(loss) else "the loss is not finite"
+        )
         rows = sorted(int(row) for part in self.ranks.gather(row_ids[row_ids >= 0]) for row in part)
         if self.ranks.rank == 0:
-            self.reporter.send(Event("step_skipped", self.attempt, step, {"reason": reason, "rows": rows}))
+            self.reporter.send(
+                Event("step_skipped", self.attempt, step, {"reason": reason, "rows": rows})
+            )
         if self.engine.loss_scale <= 1.0:  # a loss scale finds its level by overflowing
             self.numbers.skipped(step, reason, self.progress.saved_step)
 
@@ -350,7 +456,11 @@ class _Loop:
             self.reporter.send(Event("loss_spike", self.attempt, step, {"loss": loss}))
         if self.spec.numerics.spike == "rewind":
             self.saver.finish()
-            raise LossSpike(step, f"{text}; the run goes back to its checkpoint before that, and leaves those rows out")
+            raise LossSpike(
+                step,
+                f"{text}; the run goes back to its checkpoint before that, and leaves those rows "
+                "out",
+            )
 
     def _checkpoint_due(self, step: int) -> bool:
         every = self.spec.checkpoint.every_steps
@@ -358,12 +468,18 @@ class _Loop:
 
     def _minutes_due(self) -> bool:
         minutes = self.spec.checkpoint.every_minutes
-        return self.ranks.rank == 0 and minutes is not None and time.monotonic() - self.progress.saved_at > minutes * 60
+        return (
+            self.ranks.rank == 0
+            and minutes is not None
+            and time.monotonic() - self.progress.saved_at > minutes * 60
+        )
 
     def _validate(self, rows: ValidationRows) -> str:
         """One part of a validation pass. Returns how the run ended, if it did."""
         self.metrics = self.metrics or self.task.new_metrics()
-        if self.plan.zero_stage == 3:  # its forward passes gather weights: no rank may still wait for its rows
+        if (
+            self.plan.zero_stage == 3
+        ):  # its forward passes gather weights: no rank may still wait for its rows
             self.pulse.enter("agree")
             self.ranks.barrier()
         self.pulse.enter("validate")
@@ -384,20 +500,26 @@ class _Loop:
         values = self.task.new_metrics().merge(self.ranks.gather(metrics.state())).compute()
         progress, rule, held_out = self.progress, self.spec.validation, self.job.manifest.validation
         if self.spec.packs_rows and held_out is not None:
-            values["bits_per_byte"] = bits_per_byte(values["loss"], held_out.num_tokens, held_out.num_text_bytes)
+            values["bits_per_byte"] = bits_per_byte(
+                values["loss"], held_out.num_tokens, held_out.num_text_bytes
+            )
         progress.last_validation, progress.last_validation_step = values, step
         if self.ranks.rank == 0:
             self.reporter.send(ValidationReport(self.attempt, step, values))
         score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
         better = progress.best is None or score < progress.best
         progress.best = score if better else progress.best
-        progress.validations_without_better = 0 if better else progress.validations_without_better + 1
+        progress.validations_without_better = (
+            0 if better else progress.validations_without_better + 1
+        )
         return rule.patience is not None and progress.validations_without_better >= rule.patience
 
     def _save(self, *, last: bool = False) -> None:
-        """Begin a checkpoint of the current step; the last one, and one before the group ends, are waited for.
+        """Begin a checkpoint of the current step; the last one, and one before the group ends, are
+        waited for.
 
-        Raises GroupDissolved in the latter case, on every rank: steps past that checkpoint would only be done again.
+        Raises GroupDissolved in the latter case, on every rank: steps past that checkpoint would
+        only be done again.
         """
         progress, waits = self.progress, last or self.progress.notice
         self._settle()  # what is saved must be known to be sound
@@ -405,7 +527,11 @@ class _Loop:
         if progress.saved_step != progress.step:
             self.reporter.flush()  # no step is committed whose metrics could still be lost
             self._report_save(self.saver.begin(progress.step, self._metadata()))
-            progress.saved_step, progress.saved_at, progress.save_due = progress.step, time.monotonic(), False
+            progress.saved_step, progress.saved_at, progress.save_due = (
+                progress.step,
+                time.monotonic(),
+                False,
+            )
         if waits:
             outcome = self.saver.finish(last=last)
             self._report_save(outcome)
@@ -413,63 +539,87 @@ class _Loop:
             saved = outcome is None or not outcome.problem
             if self.ranks.rank == 0 and saved:
                 self.reporter.send(Event("saved_on_notice", self.attempt, progress.step))
-            raise GroupDissolved(f"the group was to end; step {progress.step} is {'' if saved else 'not '}saved")
+            raise GroupDissolved(
+                f"the group was to end; step {progress.step} is {'' if saved else 'not '}saved"
+            )
 
     def _report_save(self, outcome: Outcome | None) -> None:
         if outcome is None or self.ranks.rank != 0:
             return
-        told: dict[str, Any] = {"seconds": outcome.seconds, "blocked_seconds": outcome.blocked_seconds}
+        told: dict[str, Any] = {
+            "seconds": outcome.seconds,
+            "blocked_seconds": outcome.blocked_seconds,
+        }
         if outcome.problem:
             told["problem"] = outcome.problem
         kind = "checkpoint_failed" if outcome.problem else "checkpoint"
         self.reporter.send(Event(kind, self.attempt, outcome.step, told))
         if outcome.kept_for:
-            self.reporter.send(Event("retention_failed", self.attempt, outcome.step, {"problem": outcome.kept_for}))
+            self.reporter.send(
+                Event("retention_failed", self.attempt, outcome.step, {"problem": outcome.kept_for})
+            )
 
     def _metadata(self) -> dict[str, Any]:
         progress = self.progress
         shapes = {name: list(shape) for name, shape in self.engine.parameter_shapes.items()}
         shapes |= {name: list(buffer.shape) for name, buffer in self.engine.buffers().items()}
         return {
-            "step": progress.step, "optimizer_step": self.engine.num_updates, "tokens": progress.tokens,
-            "loss_scale": self.engine.loss_scale_state(), "fingerprint": self.spec.fingerprint(), "shapes": shapes,
-            "zero_stage": self.plan.zero_stage, "num_ranks": self.ranks.num_ranks, "best": progress.best,
-            "validations_without_better": progress.validations_without_better, "validation": progress.last_validation,
+            "step": progress.step,
+            "optimizer_step": self.engine.num_updates,
+            "tokens": progress.tokens,
+            "loss_scale": self.engine.loss_scale_state(),
+            "fingerprint": self.spec.fingerprint(),
+            "shapes": shapes,
+            "zero_stage": self.plan.zero_stage,
+            "num_ranks": self.ranks.num_ranks,
+            "best": progress.best,
+            "validations_without_better": progress.validations_without_better,
+            "validation": progress.last_validation,
             "validation_step": progress.last_validation_step,
             "rows_chain": {"after": progress.chain_after, "digest": progress.chain},
         }
 
 
 def verify_together(run: Run, reader: CheckpointReader, ranks: Ranks) -> None:
-    """Hash all files, each on one rank. What one finds wrong another one reads again, on another node if there is
-    one: a node with bad memory must not condemn what took days to compute.
+    """Hash all files, each on one rank. What one finds wrong another one reads again, on another
+    node if there is one: a node with bad memory must not condemn what took days to compute.
 
     Raises CheckpointDamaged, with the checkpoint set aside, or ReadsDiffer.
     """
-    mine = {index: f"{socket.gethostname()}, rank {ranks.rank}: {problem}"
-            for index in range(ranks.rank, reader.num_files, ranks.num_ranks)
-            for problem in reader.verify_files([index])}
+    mine = {
+        index: f"{socket.gethostname()}, rank {ranks.rank}: {problem}"
+        for index in range(ranks.rank, reader.num_files, ranks.num_ranks)
+        for problem in reader.verify_files([index])
+    }
     found = {index: problem for part in ranks.gather(mine) for index, problem in part.items()}
     if not found:
         return
     # Ranks count node by node, so the one half the group away is elsewhere wherever one is.
     others = {index: (index + max(1, ranks.num_ranks // 2)) % ranks.num_ranks for index in found}
-    again = [problem for index, other in sorted(others.items()) if other == ranks.rank
-             for problem in reader.verify_files([index])]
+    again = [
+        problem
+        for index, other in sorted(others.items())
+        if other == ranks.rank
+        for problem in reader.verify_files([index])
+    ]
     confirmed = [problem for part in ranks.gather(again) for problem in part]
     if not confirmed:
-        raise ReadsDiffer(f"{'; '.join(found.values())}; read again, by another rank if there is one, all is as it "
-                          f"was committed: memory, disk cache or network there is not to be trusted, and checkpoint "
-                          f"{reader.path} stays in use")
+        raise ReadsDiffer(
+            f"{'; '.join(found.values())}; read again, by another rank if there is one, all is as "
+            "it was committed: memory, disk cache or network there is not to be trusted, and "
+            f"checkpoint {reader.path} stays in use"
+        )
     if ranks.rank == 0:
         run.set_aside(reader.info, "; ".join(confirmed))
-    raise CheckpointDamaged(f"checkpoint {reader.path} is damaged: {'; '.join(confirmed)}; it was set aside, and the "
-                            "one before is used")
+    raise CheckpointDamaged(
+        f"checkpoint {reader.path} is damaged: {'; '.join(confirmed)}; it was set aside, and the "
+        "one before is used"
+    )
 
 
 def make_dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """64 bits from the place in a run, for whatever seed and however long a run: a sum of products would overflow, and
-    give neighbouring places the same randomness."""
+    """64 bits from the place in a run, for whatever seed and however long a run: a sum of products
+    would overflow, and give neighbouring places the same randomness."""
     place = struct.pack("<4Q", seed, step, rank, micro_batch)
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
 

@@ -1,4 +1,5 @@
-"""Bad numbers: losses that are not finite, and losses that leap; pure bookkeeping that every rank does alike.
+"""Bad numbers: losses that are not finite, and losses that leap; pure bookkeeping that every rank
+does alike.
 
 What is fed in is agreed by all ranks, so all of them decide the same. Nothing here touches a model.
 """
@@ -29,22 +30,28 @@ class Watch:
         """Count a step without an update. Raises BadNumbers after too many in a row."""
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._settings.max_skipped_steps:
-            raise BadNumbers(f"{self._skipped_in_a_row} steps in a row up to step {step} made no update: {reason}; the "
-                             f"last checkpoint, all finite, is of step {last_sound_step}")
+            raise BadNumbers(
+                f"{self._skipped_in_a_row} steps in a row up to step {step} made no update: "
+                f"{reason}; the last checkpoint, all finite, is of step {last_sound_step}"
+            )
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a finite loss lies far above the recent ones: `spike_sigmas` robust standard deviations.
+        """Whether a finite loss lies far above the recent ones: `spike_sigmas` robust standard
+        deviations.
 
-        The deviation is 1.4826 × the median distance from the median, at least 2 % of it: a loss that hardly moves
-        has no deviation to speak of.
+        The deviation is 1.4826 × the median distance from the median, at least 2 % of it: a loss
+        that hardly moves has no deviation to speak of.
         """
         self._skipped_in_a_row = 0
         recent = list(self._recent)
         if len(recent) >= FEWEST_STEPS and self._settings.spike != "off":
             middle = median(recent)
-            sigma = max(MAD_TO_SIGMA * median(abs(value - middle) for value in recent), 0.02 * abs(middle))
+            sigma = max(
+                MAD_TO_SIGMA * median(abs(value - middle) for value in recent), 0.02 * abs(middle)
+            )
             if loss > middle + self._settings.spike_sigmas * sigma:
-                return True  # and it does not enter the window: a second one is measured like the first
+                # It does not enter the window: a second one is measured like the first.
+                return True
         if math.isfinite(loss):
             self._recent.append(loss)
         return False

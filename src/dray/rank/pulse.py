@@ -1,7 +1,9 @@
-"""What a rank is doing right now, for those who watch it; and how to make it say where it stands when it hangs.
+"""What a rank is doing right now, for those who watch it; and how to make it say where it stands
+when it hangs.
 
-The loop says which phase it enters; nothing else here runs in its thread. Stack dumps are written by C code in the
-signal handler, so that a rank that holds the interpreter's lock for ever can still be seen into.
+The loop says which phase it enters; nothing else here runs in its thread. Stack dumps are written
+by C code in the signal handler, so that a rank that holds the interpreter's lock for ever can still
+be seen into.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from dray.runs.records import Beat
 
 STACK_SIGNAL = signal.SIGUSR1
 LONG_PHASES = frozenset({"start", "build", "restore", "save"})
-"""Phases in which a rank may say nothing for long without being stuck: libraries that build, allocate or pin gigabytes
-hold the interpreter's lock meanwhile, and no thread of Python's runs."""
+"""Phases in which a rank may say nothing for long without being stuck: libraries that build,
+allocate or pin gigabytes hold the interpreter's lock meanwhile, and no thread of Python's runs."""
 
 
 class Pulse:
     """One rank's present: phase, step, and since when.
 
-    Its first step is long too, since it compiles. A phase that may be silent is announced as it begins: once it
-    holds the lock it is too late to say so.
+    Its first step is long too, since it compiles. A phase that may be silent is announced as it
+    begins: once it holds the lock it is too late to say so.
     """
 
     def __init__(self, rank: int) -> None:
@@ -51,9 +53,20 @@ class Pulse:
     def beat(self, node_id: str = "", node: str = "") -> Beat:
         """The present; `node_id` and `node` (its address) are Ray's names of the node."""
         return Beat(
-            rank=self.rank, attempt=self.attempt, step=self.step, phase=self.phase, long=self.is_long,
-            seconds=time.monotonic() - self._since, pid=os.getpid(), host=socket.gethostname(),
-            stack_file=self.stack_file, log_file=_stderr_file(), time=time.time(), node_id=node_id, node=node)
+            rank=self.rank,
+            attempt=self.attempt,
+            step=self.step,
+            phase=self.phase,
+            long=self.is_long,
+            seconds=time.monotonic() - self._since,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            stack_file=self.stack_file,
+            log_file=_stderr_file(),
+            time=time.time(),
+            node_id=node_id,
+            node=node,
+        )
 
     def dump_stacks_on_signal(self) -> None:
         """From now on STACK_SIGNAL writes the stacks of all threads into a file of this machine."""

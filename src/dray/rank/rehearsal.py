@@ -1,9 +1,10 @@
 """How long a step takes on this machine: measured on thin copies of the model, and kept.
 
-Copies with one and with three blocks take a few steps through dray's own engine, in as many processes as the plan has
-ranks; what a block and what the rest costs follows from the two, and a model of any depth from these. The tables and
-matrices have their real sizes, the rows their real length, so that caches, threads, ZeRO's copies and the collectives
-count as they will. It reads no data, and needs no Ray. Reading what is kept imports no torch.
+Copies with one and with three blocks take a few steps through dray's own engine, in as many
+processes as the plan has ranks; what a block and what the rest costs follows from the two, and a
+model of any depth from these. The tables and matrices have their real sizes, the rows their real
+length, so that caches, threads, ZeRO's copies and the collectives count as they will. It reads no
+data, and needs no Ray. Reading what is kept imports no torch.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _LIBRARIES = ("torch", "deepspeed", "transformers")
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Seconds of a rank, for the whole model: of a micro batch's two passes, and of the last micro batch of a step with
-    what follows it, the reduction and the update."""
+    """Seconds of a rank, for the whole model: of a micro batch's two passes, and of the last micro
+    batch of a step with what follows it, the reduction and the update."""
 
     micro_seconds: float
     last_seconds: float
@@ -62,20 +63,32 @@ def find_rehearsal(spec: Spec, plan: Plan) -> Rehearsal | None:
 
 
 def rehearse(spec: Spec, plan: Plan) -> Rehearsal:
-    """Measure the plan's step on this machine, some 20 to 60 s, and keep it. Raises PlanError for ranks on GPUs."""
+    """Measure the plan's step on this machine, some 20 to 60 s, and keep it. Raises PlanError for
+    ranks on GPUs."""
     if plan.on_gpu:
-        raise PlanError("--measure", "the plan's workers run on GPUs", "a rehearsal measures this machine's CPUs",
-                        "the first steps of the run tell its speed")
+        raise PlanError(
+            "--measure",
+            "the plan's workers run on GPUs",
+            "a rehearsal measures this machine's CPUs",
+            "the first steps of the run tell its speed",
+        )
     import torch.multiprocessing
 
     spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="dray-rehearsal-") as folder:
         spawn(_run_rank, args=(spec, plan, folder), nprocs=plan.num_ranks)
-        ranks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("rank-*.json"))]
+        ranks = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(Path(folder).glob("rank-*.json"))
+        ]
     sizes = load_dimensions(spec)
-    slowest = [{name: max(rank[index][name] for rank in ranks) for name in ("micro", "last")}
-               for index in range(len(NUM_BLOCKS))]
-    found = Rehearsal(*(_extend([thin[name] for thin in slowest], sizes.layers) for name in ("micro", "last")))
+    slowest = [
+        {name: max(rank[index][name] for rank in ranks) for name in ("micro", "last")}
+        for index in range(len(NUM_BLOCKS))
+    ]
+    found = Rehearsal(
+        *(_extend([thin[name] for thin in slowest], sizes.layers) for name in ("micro", "last"))
+    )
     place = _place(spec, plan)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(asdict(found)), encoding="utf-8")
@@ -83,23 +96,33 @@ def rehearse(spec: Spec, plan: Plan) -> Rehearsal:
 
 
 def _extend(seconds: list[float], num_blocks: int) -> float:
-    """The straight line through the two thin copies, at the model's depth. A block costs no less than nothing."""
+    """The straight line through the two thin copies, at the model's depth. A block costs no less
+    than nothing."""
     (few, many), (short, long) = NUM_BLOCKS, seconds
     a_block = max(0.0, (long - short) / (many - few))
     return short + a_block * (num_blocks - few)
 
 
 def _place(spec: Spec, plan: Plan) -> Path:
-    """The file of what is kept: named by all that the time of a step depends on, the number of blocks aside."""
+    """The file of what is kept: named by all that the time of a step depends on, the number of
+    blocks aside."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     sizes = {name: value for name, value in vars(load_dimensions(spec)).items() if name != "layers"}
     known = {
         "machine": [platform.node(), _cpu_name(), plan.shape.cpus_per_node],
-        "libraries": [metadata.version(name) for name in _LIBRARIES], "sizes": repr(sizes), "task": spec.task,
-        "ranks": plan.num_ranks, "cpus": spec.resources.cpus_per_worker, "precision": plan.precision,
-        "micro_rows": plan.batch.micro_rows, "tokens": plan.row_tokens, "deepspeed": plan.deepspeed,
-        "compile": plan.compile, "checkpointing": plan.activation_checkpointing,
-        "dropout": spec.regularization.dropout, "accumulates": plan.batch.accumulation > 1,
+        "libraries": [metadata.version(name) for name in _LIBRARIES],
+        "sizes": repr(sizes),
+        "task": spec.task,
+        "ranks": plan.num_ranks,
+        "cpus": spec.resources.cpus_per_worker,
+        "precision": plan.precision,
+        "micro_rows": plan.batch.micro_rows,
+        "tokens": plan.row_tokens,
+        "deepspeed": plan.deepspeed,
+        "compile": plan.compile,
+        "checkpointing": plan.activation_checkpointing,
+        "dropout": spec.regularization.dropout,
+        "accumulates": plan.batch.accumulation > 1,
     }
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return cache / "dray" / "rehearsals" / f"{key}.json"
@@ -110,13 +133,20 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
 
 
 def _run_rank(rank: int, spec: Spec, plan: Plan, folder: str) -> None:
     """Measure the thin copies as one rank of the plan; leave the seconds in a file."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(plan.num_ranks), DS_ACCELERATOR="cpu",
-                      TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(plan.num_ranks),
+        DS_ACCELERATOR="cpu",
+        TOKENIZERS_PARALLELISM="false",
+    )
     import torch
     import torch.distributed as dist
 
@@ -127,11 +157,15 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=plan.num_ranks, store=store)
     ranks = build_ranks(torch.device("cpu"), timeout_seconds=600)
     sizes = load_dimensions(spec)
-    seconds = [_time_steps(_build_thin(spec, plan, ranks, sizes, num_blocks), spec, plan, ranks, sizes)
-               for num_blocks in NUM_BLOCKS]
+    seconds = [
+        _time_steps(_build_thin(spec, plan, ranks, sizes, num_blocks), spec, plan, ranks, sizes)
+        for num_blocks in NUM_BLOCKS
+    ]
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(seconds), encoding="utf-8")
     dist.barrier()
-    os._exit(0)  # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the process
+    # torch 2.13: a gloo thread that drops its last tensor while Python finalises aborts the
+    # process.
+    os._exit(0)
 
 
 def _build_thin(spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions, num_blocks: int) -> Engine:
@@ -139,18 +173,35 @@ def _build_thin(spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions, num_blo
     from dray.rank.engine import build_engine
 
     def build(constructing: Any, gathering: Any) -> Any:
-        model = build_model(spec, vocab_size=sizes.vocab, num_labels=sizes.num_labels, pad_token_id=0, eos_token_id=0,
-                            constructing=constructing, gathering=gathering, num_blocks=num_blocks)
+        model = build_model(
+            spec,
+            vocab_size=sizes.vocab,
+            num_labels=sizes.num_labels,
+            pad_token_id=0,
+            eos_token_id=0,
+            constructing=constructing,
+            gathering=gathering,
+            num_blocks=num_blocks,
+        )
         if plan.activation_checkpointing:
             enable_activation_checkpointing(model)
         return model
 
-    return build_engine(build, lambda model: parameter_groups(model, spec.optimizer.weight_decay), spec.optimizer, plan,
-                        ranks, make_objective=lambda model: _task(spec, sizes).objective(model))
+    return build_engine(
+        build,
+        lambda model: parameter_groups(model, spec.optimizer.weight_decay),
+        spec.optimizer,
+        plan,
+        ranks,
+        make_objective=lambda model: _task(spec, sizes).objective(model),
+    )
 
 
-def _time_steps(engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions) -> dict[str, float]:
-    """Median seconds of a micro batch before the last, where the plan has any, and of the last one with the update."""
+def _time_steps(
+    engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions
+) -> dict[str, float]:
+    """Median seconds of a micro batch before the last, where the plan has any, and of the last one
+    with the update."""
     task, table = _task(spec, sizes), _make_rows(spec, plan, sizes)
     engine.train(True)
     micro: list[float] = []
@@ -167,7 +218,10 @@ def _time_steps(engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, sizes: Dim
             if index == 0:
                 engine.step(1e-6)
             (micro if index else last).append(time.perf_counter() - begun)
-    return {"micro": statistics.median(micro[WARM_STEPS:] or [0.0]), "last": statistics.median(last[WARM_STEPS:])}
+    return {
+        "micro": statistics.median(micro[WARM_STEPS:] or [0.0]),
+        "last": statistics.median(last[WARM_STEPS:]),
+    }
 
 
 def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions) -> Any:
@@ -180,7 +234,11 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions) -> Any:
     rows, width = plan.batch.micro_rows, plan.row_tokens
     random = np.random.default_rng(0)
     ids = random.integers(0, sizes.vocab, (rows, width)).astype(np.uint32)
-    labels = None if spec.packs_rows else random.integers(0, max(1, sizes.num_labels), rows).astype(np.int32)
+    labels = (
+        None
+        if spec.packs_rows
+        else random.integers(0, max(1, sizes.num_labels), rows).astype(np.int32)
+    )
     schema = make_schema(width, "uint32", labelled=labels is not None)
     batch = make_batch(schema, ids, np.full(rows, width, np.int32), labels)
     return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(rows)))
@@ -189,4 +247,6 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions) -> Any:
 def _task(spec: Spec, sizes: Dimensions) -> Any:
     from dray.tasks import build_task
 
-    return build_task(spec, SimpleNamespace(pad_token_id=0, labels=tuple(map(str, range(sizes.num_labels)))))
+    return build_task(
+        spec, SimpleNamespace(pad_token_id=0, labels=tuple(map(str, range(sizes.num_labels))))
+    )

@@ -1,9 +1,11 @@
-"""Checkpoints written beside training: a step waits for the copy out of the model, and for nothing else.
+"""Checkpoints written beside training: a step waits for the copy out of the model, and for nothing
+else.
 
-Every rank copies what it owns to host memory (a GPU does so beside its next step, and only the update after that waits)
-and writes it in a thread; the ranks' threads agree over a process group of their own, and rank 0 commits. At most one
-save is in flight. A save that fails on any rank is given up by all, with the reason; training goes on from the step it
-has reached, until too many in a row have failed for too long.
+Every rank copies what it owns to host memory (a GPU does so beside its next step, and only the
+update after that waits) and writes it in a thread; the ranks' threads agree over a process group of
+their own, and rank 0 commits. At most one save is in flight. A save that fails on any rank is given
+up by all, with the reason; training goes on from the step it has reached, until too many in a row
+have failed for too long.
 """
 
 from __future__ import annotations
@@ -38,14 +40,23 @@ class Outcome:
     seconds: float
     blocked_seconds: float
     kept_for: str = ""
-    """Why older checkpoints could not be deleted, on rank 0: the save is as good as any other, the storage fills up."""
+    """Why older checkpoints could not be deleted, on rank 0: the save is as good as any other, the
+    storage fills up."""
 
 
 class Saver:
     """Saves one attempt's checkpoints. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, run: Run, attempt: int, spec: Spec, *, engine: Engine, ranks: Ranks,
-                 wait_stored: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        attempt: int,
+        spec: Spec,
+        *,
+        engine: Engine,
+        ranks: Ranks,
+        wait_stored: Callable[[], None],
+    ) -> None:
         self._run, self._attempt, self._spec, self._engine = run, attempt, spec, engine
         self._ranks, self._wait_stored = ranks.apart(agreement_seconds(spec.watchdog)), wait_stored
         self._stream = build_copy_stream(ranks.device)
@@ -55,7 +66,8 @@ class Saver:
         self._failed_in_a_row, self._failing_since = 0, 0.0
 
     def begin(self, step: int, metadata: dict[str, Any]) -> Outcome | None:
-        """Copy the state of this step and write it in the background. Returns the outcome of the save before.
+        """Copy the state of this step and write it in the background. Returns the outcome of the
+        save before.
 
         Raises SaveFailed as `finish` does.
         """
@@ -63,8 +75,12 @@ class Saver:
         begun = time.perf_counter()
         self._copy = HostCopy(self._owned(), self._stream)
         blocked = time.perf_counter() - begun
-        self._thread = threading.Thread(target=self._write, args=(step, metadata, self._copy, blocked), name="saver",
-                                        daemon=True)
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(step, metadata, self._copy, blocked),
+            name="saver",
+            daemon=True,
+        )
         self._thread.start()
         return before
 
@@ -77,8 +93,8 @@ class Saver:
     def finish(self, *, last: bool = False) -> Outcome | None:
         """Wait for the save in flight, if there is one, and return its outcome.
 
-        Raises SaveFailed when MAX_FAILED_IN_A_ROW have failed in more than OUTAGE_SECONDS, or this one and it is the
-        `last`.
+        Raises SaveFailed when MAX_FAILED_IN_A_ROW have failed in more than OUTAGE_SECONDS, or this
+        one and it is the `last`.
         """
         if self._thread is None:
             return None
@@ -93,15 +109,25 @@ class Saver:
         self._failed_in_a_row += 1
         too_long = time.monotonic() - self._failing_since > OUTAGE_SECONDS
         if last or (too_long and self._failed_in_a_row >= MAX_FAILED_IN_A_ROW):
-            count = f"{self._failed_in_a_row} saves in a row" if self._failed_in_a_row > 1 else "the save"
-            raise SaveFailed(f"{count} failed, the latest at step {outcome.step}: {outcome.problem}")
+            count = (
+                f"{self._failed_in_a_row} saves in a row"
+                if self._failed_in_a_row > 1
+                else "the save"
+            )
+            raise SaveFailed(
+                f"{count} failed, the latest at step {outcome.step}: {outcome.problem}"
+            )
         return outcome
 
     def _owned(self) -> dict[str, Tensor]:
-        """What this rank owns, by fragment key: live, but for buffers, which a forward pass may change."""
+        """What this rank owns, by fragment key: live, but for buffers, which a forward pass may
+        change."""
         tensors = {
-            make_fragment_key(fragment.parameter, state, fragment.start): view.detach().to(torch.float32)
-            for fragment in self._engine.fragments() for state, view in fragment.states.items()
+            make_fragment_key(fragment.parameter, state, fragment.start): view.detach().to(
+                torch.float32
+            )
+            for fragment in self._engine.fragments()
+            for state, view in fragment.states.items()
         }
         if self._ranks.rank == 0:
             for name, buffer in self._engine.buffers().items():
@@ -112,7 +138,9 @@ class Saver:
         begun, kept_for = time.perf_counter(), ""
         try:
             problem = self._commit(step, metadata, copy.finish())
-        except Exception as error:  # the group broke: another rank is gone, and training will find out too
+        except (
+            Exception
+        ) as error:  # the group broke: another rank is gone, and training will find out too
             problem = _describe(error)
         seconds = time.perf_counter() - begun + blocked
         if self._ranks.rank == 0 and not problem:
@@ -140,7 +168,8 @@ class Saver:
         return agreed
 
     def _delete_old(self) -> str:
-        """Apply the retention. Returns why it failed, if it did: on a bucket that lets nobody delete it always does."""
+        """Apply the retention. Returns why it failed, if it did: on a bucket that lets nobody
+        delete it always does."""
         keep, validation = self._spec.checkpoint, self._spec.validation
         try:
             apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)

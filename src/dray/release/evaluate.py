@@ -1,4 +1,5 @@
-"""Metrics of a run's checkpoint on its validation rows, or on other data prepared with the run's own tokeniser."""
+"""Metrics of a run's checkpoint on its validation rows, or on other data prepared with the run's
+own tokeniser."""
 
 from __future__ import annotations
 
@@ -26,12 +27,21 @@ LOGIT_BYTES = 512 * 1024 * 1024
 """Logits of a batch in fp32, at most; one row is the least that a batch can have."""
 
 
-def evaluate(storage: str, name: str, *, data: Sequence[str] | None = None, step: str | int | None = None,
-             address: str | None = None, verbose: bool = False) -> dict[str, Any]:
-    """Metrics by name, with `step` and `num_rows`; None for one that stands for nothing on these rows.
+def evaluate(
+    storage: str,
+    name: str,
+    *,
+    data: Sequence[str] | None = None,
+    step: str | int | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Metrics by name, with `step` and `num_rows`; None for one that stands for nothing on these
+    rows.
 
-    `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows. Other data may be any
-    slice, of one class alone, too. Raises UserError for data that cannot be evaluated.
+    `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
+    Other data may be any slice, of one class alone, too. Raises UserError for data that cannot be
+    evaluated.
     """
     trained = load_trained(storage, name, step)
     if data:
@@ -40,7 +50,9 @@ def evaluate(storage: str, name: str, *, data: Sequence[str] | None = None, step
     else:
         corpus, validation = Corpus(trained.corpus, trained.manifest), trained.manifest.validation
         if validation is None:
-            raise CorpusError(f"run {name!r}", "has no validation rows", way_out="name data with --data")
+            raise CorpusError(
+                f"run {name!r}", "has no validation rows", way_out="name data with --data"
+            )
         split = validation
     values = measure(trained, corpus, split)
     return {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows, **values}
@@ -48,13 +60,16 @@ def evaluate(storage: str, name: str, *, data: Sequence[str] | None = None, step
 
 @torch.no_grad()
 def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float | None]:
-    """The task's metrics of a model over all rows of a split, in this process, on the GPU where there is one."""
+    """The task's metrics of a model over all rows of a split, in this process, on the GPU where
+    there is one."""
     task = build_task(trained.spec, trained.manifest)
     metrics = task.new_metrics()
     device = trained.move_to_device()
     objective = task.objective(trained.model).eval()
     width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
-    num_rows = batch_rows(width, width * trained.manifest.vocab_size if trained.spec.packs_rows else 1)
+    num_rows = batch_rows(
+        width, width * trained.manifest.vocab_size if trained.spec.packs_rows else 1
+    )
     for start in range(0, split.num_rows, group):  # a group is read at once
         ids = np.arange(start, min(start + group, split.num_rows), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)
@@ -65,7 +80,9 @@ def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float |
             metrics.update(batch, output)
     values: dict[str, float | None] = {**metrics.compute()}
     if trained.spec.packs_rows:
-        values["bits_per_byte"] = bits_per_byte(float(values["loss"] or 0), split.num_tokens, split.num_text_bytes)
+        values["bits_per_byte"] = bits_per_byte(
+            float(values["loss"] or 0), split.num_tokens, split.num_text_bytes
+        )
     return values | dict.fromkeys(metrics.undefined())
 
 
@@ -74,7 +91,9 @@ def batch_rows(width: int, num_outputs: int) -> int:
     return max(1, min(MAX_BATCH_ROWS, BATCH_TOKENS // width, LOGIT_BYTES // (4 * num_outputs)))
 
 
-def _prepare_other(trained: Trained, data: Sequence[str], storage: str, address: str | None, verbose: bool) -> Corpus:
+def _prepare_other(
+    trained: Trained, data: Sequence[str], storage: str, address: str | None, verbose: bool
+) -> Corpus:
     """Rows of other documents: the run's own settings, but nothing deduplicated or held out."""
     from dray.cluster.connection import connect
     from dray.show.progress import Display
@@ -87,8 +106,9 @@ def _prepare_other(trained: Trained, data: Sequence[str], storage: str, address:
 
 @contextmanager
 def _said_of_data() -> Iterator[None]:
-    """Name `--data` in errors instead of the key that it stands for, which nobody has typed. A key is where the error
-    is, or what the error begins with; a path that reads like one is left alone."""
+    """Name `--data` in errors instead of the key that it stands for, which nobody has typed. A key
+    is where the error is, or what the error begins with; a path that reads like one is left
+    alone."""
     try:
         yield
     except UserError as error:
@@ -109,7 +129,11 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
     for text in data:
         value = _as_source(text)
         given = value.get("path")
-        paths = [path for path in (given if isinstance(given, list) else [given]) if isinstance(path, str)]
+        paths = [
+            path
+            for path in (given if isinstance(given, list) else [given])
+            if isinstance(path, str)
+        ]
         like = similar_source(spec, paths)
         sources.append(like.model_dump(mode="json", exclude={"path", "weight", "exclude"}) | value)
     tree = spec.model_dump(mode="json")
@@ -132,16 +156,20 @@ def _as_source(text: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     if not isinstance(value, str):
-        raise SpecError("--data", f"{text!r} is neither a path nor a mapping",
-                        way_out="e.g. '{path: test.tsv, header: false}'")
+        raise SpecError(
+            "--data",
+            f"{text!r} is neither a path nor a mapping",
+            way_out="e.g. '{path: test.tsv, header: false}'",
+        )
     return {"path": text}
 
 
 def similar_source(spec: Spec, paths: Sequence[str]) -> Source:
-    """The run's own source that tells how to read the paths: one that names them, one of their form, or the first.
+    """The run's own source that tells how to read the paths: one that names them, one of their
+    form, or the first.
 
-    Validation sources come first, as they are what is measured otherwise. A source of another form tells the columns
-    alone.
+    Validation sources come first, as they are what is measured otherwise. A source of another form
+    tells the columns alone.
     """
     validation = spec.data.validation if isinstance(spec.data.validation, tuple) else ()
     known = (*validation, *spec.data.train)
@@ -153,7 +181,11 @@ def similar_source(spec: Spec, paths: Sequence[str]) -> Source:
     for source in known:
         own = {suffix_form(path) for path in source.paths} - {""}
         # A suffix such as .txt says little beside a format that the source states.
-        fits = forms <= own | {source.format, "text"} if source.format != "auto" else not own or forms <= own
+        fits = (
+            forms <= own | {source.format, "text"}
+            if source.format != "auto"
+            else not own or forms <= own
+        )
         if fits:
             return source
     return known[0].model_copy(update={"format": "auto"})

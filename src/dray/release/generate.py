@@ -9,19 +9,36 @@ from dray.errors import SpecError
 from dray.release.trained import load_trained
 
 
-def generate(storage: str, name: str, prompts: Sequence[str], *, step: str | int | None = None, max_tokens: int = 64,
-             temperature: float = 0.8, top_p: float = 0.95, seed: int = 0,
-             say: Callable[[str], None] | None = None) -> list[str]:
-    """A continuation of each prompt: new text only. Temperature 0 takes the likeliest token each time.
+def generate(
+    storage: str,
+    name: str,
+    prompts: Sequence[str],
+    *,
+    step: str | int | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> list[str]:
+    """A continuation of each prompt: new text only. Temperature 0 takes the likeliest token each
+    time.
 
-    `say` is told where the model has no room for a whole prompt and all tokens. Raises UserError for a run that does
-    not generate, and for sampling settings out of range.
+    `say` is told where the model has no room for a whole prompt and all tokens. Raises UserError
+    for a run that does not generate, and for sampling settings out of range.
     """
     import torch
 
-    if max_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1 or not 0 <= seed < 2**63:
+    if (
+        max_tokens < 1
+        or not 0 <= temperature < math.inf
+        or not 0 < top_p <= 1
+        or not 0 <= seed < 2**63
+    ):
         settings = f"max_tokens {max_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}"
-        raise SpecError("generate", settings, "max_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, 0 ≤ seed < 2^63")
+        raise SpecError(
+            "generate", settings, "max_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, 0 ≤ seed < 2^63"
+        )
     for number, prompt in enumerate(prompts, 1):
         try:
             prompt.encode()
@@ -29,10 +46,16 @@ def generate(storage: str, name: str, prompts: Sequence[str], *, step: str | int
             raise SpecError(f"prompt {number}", "is no valid UTF-8", "a prompt is text") from error
     trained = load_trained(storage, name, step)
     if trained.spec.task != "causal_lm":
-        raise SpecError(f"run {name!r}", f"its task is {trained.spec.task}", "only causal_lm generates text")
+        raise SpecError(
+            f"run {name!r}", f"its task is {trained.spec.task}", "only causal_lm generates text"
+        )
     manifest, device = trained.manifest, trained.move_to_device()
     pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature
+        else {"do_sample": False}
+    )
     torch.manual_seed(seed)
     texts = []
     for number, prompt in enumerate(prompts, 1):
@@ -40,19 +63,29 @@ def generate(storage: str, name: str, prompts: Sequence[str], *, step: str | int
         ids = trained.encode(prompt) or [int(manifest.eos_token_id or 0)]
         kept, room = fit_prompt(len(ids), max_tokens, trained.longest_row)
         if say and (kept, room) != (len(ids), max_tokens):
-            say(f"prompt {number}: {len(ids):,} tokens and {max_tokens:,} new ones, but the model takes "
-                f"{trained.longest_row:,}; its last {kept:,} are continued by at most {room:,}")
+            say(
+                f"prompt {number}: {len(ids):,} tokens and {max_tokens:,} new ones, but the model "
+                f"takes {trained.longest_row:,}; its last {kept:,} are continued by at most "
+                f"{room:,}"
+            )
         given = torch.tensor([ids[-kept:]], device=device)
         with torch.no_grad():
-            out = trained.model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=room,
-                                         use_cache=True, pad_token_id=pad, eos_token_id=manifest.eos_token_id,
-                                         **sampling)
+            out = trained.model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=room,
+                use_cache=True,
+                pad_token_id=pad,
+                eos_token_id=manifest.eos_token_id,
+                **sampling,
+            )
         texts.append(trained.decode(out[0, kept:].tolist()))
     return texts
 
 
 def fit_prompt(num_tokens: int, max_tokens: int, longest: int | None) -> tuple[int, int]:
-    """How many of a prompt's last tokens are kept, and the new ones there is room for, in a row of `longest` tokens.
+    """How many of a prompt's last tokens are kept, and the new ones there is room for, in a row of
+    `longest` tokens.
 
     A long prompt gives way to the new tokens down to half of the row.
     """

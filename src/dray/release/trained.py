@@ -1,6 +1,8 @@
-"""A trained model read back from a run's checkpoint into one process, for evaluation, generation and export.
+"""A trained model read back from a run's checkpoint into one process, for evaluation, generation
+and export.
 
-Nothing is unpickled: the configuration comes from the run's spec, the weights from verified safetensors fragments.
+Nothing is unpickled: the configuration comes from the run's spec, the weights from verified
+safetensors fragments.
 """
 
 from __future__ import annotations
@@ -50,21 +52,32 @@ class Trained:
 
     @cached_property
     def dress(self) -> Dress:
-        """What training did to a text, for texts that are given to the model now: a prompt is not ended."""
+        """What training did to a text, for texts that are given to the model now: a prompt is not
+        ended."""
         packs, manifest = self.spec.packs_rows, self.manifest
         prefix, suffix = manifest.prefix, manifest.suffix
         if prefix is None or suffix is None:  # a corpus made before its manifest said so
             info = describe(read_tokenizer_files(self.tokenizer_folder), [], needs_end=packs)
             prefix, suffix = () if packs else info.prefix, info.suffix
         longest = self.longest_row if packs else None
-        return Dress(prefix, () if packs else suffix, manifest.pad_token_id, manifest.eos_token_id,
-                     self.spec.data.cleaning.normalize, longest or self.spec.data.sequence_tokens)
+        return Dress(
+            prefix,
+            () if packs else suffix,
+            manifest.pad_token_id,
+            manifest.eos_token_id,
+            self.spec.data.cleaning.normalize,
+            longest or self.spec.data.sequence_tokens,
+        )
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, as training gave them to the model."""
-        encoder = load_encoder(self.tokenizer_folder, "transformers" if self.manifest.encoder == "transformers"
-                               else "tokenizers")  # the reference, whose ids gigatoken's equal
-        ids, _ = encoder.encode(normalize(pa.array([text], pa.large_string()), self.dress.normalize))
+        encoder = load_encoder(
+            self.tokenizer_folder,
+            "transformers" if self.manifest.encoder == "transformers" else "tokenizers",
+        )  # the reference, whose ids gigatoken's equal
+        ids, _ = encoder.encode(
+            normalize(pa.array([text], pa.large_string()), self.dress.normalize)
+        )
         return [*self.dress.prefix, *ids.tolist(), *self.dress.suffix]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -72,10 +85,13 @@ class Trained:
         return str(load_decoder(self.tokenizer_folder).decode(list(ids), skip_special_tokens=True))
 
     def move_to_device(self) -> torch.device:
-        """Put the model on the GPU if there is one with room for it and its activations, and say where it is now."""
+        """Put the model on the GPU if there is one with room for it and its activations, and say
+        where it is now."""
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+            num_bytes = sum(
+                tensor.numel() * tensor.element_size() for tensor in self.model.parameters()
+            )
             free, _ = torch.cuda.mem_get_info()
             device = torch.device("cuda" if num_bytes * 5 // 4 < free else "cpu")
         self.model.to(device)
@@ -83,7 +99,8 @@ class Trained:
 
 
 def load_trained(storage: str, name: str, step: str | int | None = None) -> Trained:
-    """Load the model of a run at a step: a number, `best` by the run's validation metric, or None for the newest.
+    """Load the model of a run at a step: a number, `best` by the run's validation metric, or None
+    for the newest.
 
     Raises StoreError when there is no such run or checkpoint, or it is damaged.
     """
@@ -91,15 +108,24 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
     info = choose_checkpoint(run, step)
     spec, manifest, kept = run.spec(), load_run_manifest(run), run.model()
     model = build_model(
-        spec, vocab_size=manifest.vocab_size, num_labels=len(manifest.labels) or 2, labels=manifest.labels,
-        pad_token_id=manifest.pad_token_id, eos_token_id=manifest.eos_token_id, initial_weights=False,
+        spec,
+        vocab_size=manifest.vocab_size,
+        num_labels=len(manifest.labels) or 2,
+        labels=manifest.labels,
+        pad_token_id=manifest.pad_token_id,
+        eos_token_id=manifest.eos_token_id,
+        initial_weights=False,
         config=kept["config"] if kept else None,
     )
     with run.hold(info), CheckpointReader(run, info) as reader:
         problems = reader.verify_files(range(reader.num_files))
         if problems:
-            raise StoreError(info.path, "; ".join(problems), "a damaged checkpoint is never loaded",
-                             "try another --step")
+            raise StoreError(
+                info.path,
+                "; ".join(problems),
+                "a damaged checkpoint is never loaded",
+                "try another --step",
+            )
         _fill(model, reader)
     model.eval()
     return Trained(run, info, spec, run.corpus, manifest, model)
@@ -123,7 +149,9 @@ def choose_checkpoint(run: Run, step: str | int | None) -> CheckpointInfo:
             if str(info.step) == str(step):
                 return info
     steps = ", ".join(str(info.step) for info in found) or "none"
-    raise StoreError(f"run {run.name!r}", f"no sound checkpoint {step or ''}".strip(), f"steps with one: {steps}")
+    raise StoreError(
+        f"run {run.name!r}", f"no sound checkpoint {step or ''}".strip(), f"steps with one: {steps}"
+    )
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
-"""The run folder on any filesystem: layout, commit with checksums, retention, metrics rows, events, trackers.
+"""The run folder on any filesystem: layout, commit with checksums, retention, metrics rows, events,
+trackers.
 
-Every other part reaches storage through these names; nothing outside knows how a run folder looks inside.
+Every other part reaches storage through these names; nothing outside knows how a run folder looks
+inside.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What a checkpoint's manifest holds, and the proof that its fragments cover every tensor exactly once.
+"""What a checkpoint's manifest holds, and the proof that its fragments cover every tensor exactly
+once.
 
-A tensor that is dealt out in equal parts (rank r holds what begins at r · partition) is written down as that one
-number: under ZeRO-3 a list of all fragments would grow with ranks × tensors. A fragment that is missing, lies over
-another one or past a tensor's end is refused, by its name.
+A tensor that is dealt out in equal parts (rank r holds what begins at r · partition) is written
+down as that one number: under ZeRO-3 a list of all fragments would grow with ranks × tensors. A
+fragment that is missing, lies over another one or past a tensor's end is refused, by its name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ VERSION = 2
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 FLOAT_STATES = ("param", *OPTIMIZER_STATES)
 WHOLE_STATES = ("buffer", "extra")
-"""States of any dtype: the model's buffers, and whatever else the engine carries, such as generators' states."""
+"""States of any dtype: the model's buffers, and whatever else the engine carries, such as
+generators' states."""
 
 Ints = NDArray[np.int64]
 Key = tuple[str, str]
@@ -102,7 +104,8 @@ class Partition:
     size: int
 
     def pieces(self, key: Key, start: int, stop: int) -> Iterator[Piece]:
-        """The pieces that hold elements [start, stop), in order; at least one, whose dtype is the tensor's."""
+        """The pieces that hold elements [start, stop), in order; at least one, whose dtype is the
+        tensor's."""
         nearest = min(start, self.size - 1) // self.length
         for file in range(nearest, max(nearest + 1, -(-stop // self.length))):
             first = file * self.length
@@ -130,7 +133,8 @@ Places = dict[Key, Partition | Scattered]
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """All of a checkpoint but its tensors. `metadata["shapes"]` holds the shape of every tensor by name."""
+    """All of a checkpoint but its tensors. `metadata["shapes"]` holds the shape of every tensor by
+    name."""
 
     step: int
     attempt: int
@@ -144,7 +148,8 @@ class CheckpointManifest:
     @classmethod
     def make(cls, step: int, attempt: int, files: Sequence[RankFile], metadata: Mapping[str, Any], where: str
              ) -> CheckpointManifest:
-        """The manifest of what the ranks wrote. Raises StoreError unless it covers every tensor exactly once."""
+        """The manifest of what the ranks wrote. Raises StoreError unless it covers every tensor
+        exactly once."""
         places = make_places(files, metadata["shapes"], where)
         states: dict[tuple[str, int], list[str]] = {}
         others = []
@@ -158,8 +163,8 @@ class CheckpointManifest:
         return cls(step, attempt, tuple(files), dict(metadata), partitions, others)
 
     def places(self, where: str) -> Places:
-        """Where every tensor lies. Raises StoreError unless each is covered exactly once, as far as that was left open
-        when it was written down."""
+        """Where every tensor lies. Raises StoreError unless each is covered exactly once, as far as
+        that was left open when it was written down."""
         if any(file.fragments is not None for file in self.files):  # version 1
             return make_places(self.files, self.metadata["shapes"], where)
         places: Places = {}
@@ -167,7 +172,8 @@ class CheckpointManifest:
             for parameter, length, states in self.partitions:
                 size = make_size(self.metadata["shapes"][parameter])
                 if not 0 < length <= size or -(-size // length) > len(self.files):
-                    raise ValueError(f"{parameter}: {len(self.files)} parts of {length} are not its {size} elements")
+                    raise ValueError(f"{parameter}: {len(self.files)} parts of {length} are not "
+                                     f"its {size} elements")
                 places |= {(parameter, state): Partition(length, size) for state in states}
             columns = _Columns([(parameter, state) for parameter, state, *_ in self.others])
             for index, (_, _, *given) in enumerate(self.others):
@@ -184,7 +190,8 @@ class CheckpointManifest:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`metadata["validation"]`, unless `metadata["validation_step"]` says that it belongs to another step."""
+        """`metadata["validation"]`, unless `metadata["validation_step"]` says that it belongs to
+        another step."""
         if self.metadata.get("validation_step", self.step) != self.step:
             return {}
         return dict(self.metadata.get("validation") or {})
@@ -211,11 +218,13 @@ class CheckpointManifest:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint as found in storage. `path` lies in the run's filesystem; `problem` says why it is not verified.
+    """A checkpoint as found in storage. `path` lies in the run's filesystem; `problem` says why it
+    is not verified.
 
-    `verified`: the marker is there, the manifest has the hash in it, and every file is there with its size.
-    `committed`: the marker is there and no later attempt undid it; without, it may be one that is being written.
-    `set_aside`: an attempt found that its files are not what was committed; only a person deletes it.
+    `verified`: the marker is there, the manifest has the hash in it, and every file is there with
+    its size. `committed`: the marker is there and no later attempt undid it; without, it may be one
+    that is being written. `set_aside`: an attempt found that its files are not what was committed;
+    only a person deletes it.
     """
 
     step: int
@@ -232,8 +241,9 @@ class CheckpointInfo:
 def make_places(files: Sequence[RankFile], shapes: Mapping[str, Sequence[int]], where: str) -> Places:
     """Where every tensor lies, by (parameter, state), from what the ranks wrote.
 
-    Raises StoreError unless each tensor of `shapes` has its weights (or buffer, or extra) covered exactly once, and
-    each optimiser state is covered exactly once or, for frozen parameters, absent.
+    Raises StoreError unless each tensor of `shapes` has its weights (or buffer, or extra) covered
+    exactly once, and each optimiser state is covered exactly once or, for frozen parameters,
+    absent.
     """
     keys: dict[Key, int] = {}
     numbers: dict[int, Ints] = {}  # by the identity of a rank's keys, which most ranks share
@@ -273,7 +283,8 @@ class _Columns:
         keys, indices, starts, lengths = (np.concatenate(column) for column in self._columns)
         for name, _ in self._keys:
             if name not in shapes:
-                raise StoreError(where, f"{name}: no shape is given for it", "metadata['shapes'] names every tensor")
+                raise StoreError(where, f"{name}: no shape is given for it", "metadata['shapes'] "
+                                                                             "names every tensor")
         if np.any((indices < 0) | (indices >= len(files))):
             raise StoreError(where, "a fragment lies in a file that there is none of")
         sizes = np.array([make_size(shapes[name]) for name, _ in self._keys], dtype=np.int64)
@@ -297,10 +308,11 @@ class _Columns:
 
 
 def _find_gap(keys: Ints, starts: Ints, lengths: Ints, firsts: Ints, sizes: Ints) -> tuple[int, str] | None:
-    """The first fragment at fault and what is wrong, if anything: each must start where the one before it ended, the
-    first of a key at 0, and the last must end with its tensor.
+    """The first fragment at fault and what is wrong, if anything: each must start where the one
+    before it ended, the first of a key at 0, and the last must end with its tensor.
 
-    The fragments are sorted by key and start; `firsts`: where each key's begin; `sizes`: of each one's tensor.
+    The fragments are sorted by key and start; `firsts`: where each key's begin; `sizes`: of each
+    one's tensor.
     """
     if not len(keys):
         return None
@@ -308,11 +320,13 @@ def _find_gap(keys: Ints, starts: Ints, lengths: Ints, firsts: Ints, sizes: Ints
     due = np.concatenate(([0], ends[:-1]))
     due[firsts] = 0
     for at in np.flatnonzero(starts != due)[:1]:
-        return int(at), (f"elements {due[at]} to {starts[at] - 1} are missing" if starts[at] > due[at] else
+        return int(at), (f"elements {due[at]} to {starts[at] - 1} are "
+                         "missing" if starts[at] > due[at] else
                          f"elements from {starts[at]} on are written again")
     lasts = np.append(firsts[1:], len(keys)) - 1
     for at in lasts[ends[lasts] != sizes[lasts]][:1]:
-        return int(at), (f"elements {ends[at]} to {sizes[at] - 1} are missing" if ends[at] < sizes[at] else
+        return int(at), (f"elements {ends[at]} to {sizes[at] - 1} are "
+                         "missing" if ends[at] < sizes[at] else
                          f"has {ends[at]} elements, its shape only {sizes[at]}")
     return None
 
@@ -327,7 +341,8 @@ def _make_place(files: Ints, starts: Ints, lengths: Ints, size: int) -> Partitio
 def _check_all_there(places: Places, shapes: Mapping[str, Sequence[int]], where: str) -> None:
     for name in shapes:
         if not any((name, state) in places for state in ("param", *WHOLE_STATES)) and make_size(shapes[name]):
-            raise StoreError(where, f"{name}: no rank wrote it", "each tensor is written exactly once")
+            raise StoreError(where, f"{name}: no rank wrote it", "each tensor is written exactly "
+                                                                 "once")
 
 
 def make_size(shape: Sequence[int]) -> int:

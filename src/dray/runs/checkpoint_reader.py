@@ -1,8 +1,9 @@
-"""Finding checkpoints, proving them sound, and reading ranges of any tensor from any number of rank files.
+"""Finding checkpoints, proving them sound, and reading ranges of any tensor from any number of rank
+files.
 
-Only headers and byte ranges are read, on local disks and object stores alike; nothing is ever unpickled. Refuses what
-has no marker, a manifest of another hash, or a file of another size; `verify_files` checks every byte. A storage that
-is out of reach is an error, never damage.
+Only headers and byte ranges are read, on local disks and object stores alike; nothing is ever
+unpickled. Refuses what has no marker, a manifest of another hash, or a file of another size;
+`verify_files` checks every byte. A storage that is out of reach is an error, never damage.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def find_checkpoints(run: RunFolder) -> list[CheckpointInfo]:
 
 
 def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo:
-    """A checkpoint as it lies there; `verified` rests on marker, manifest and sizes, not on the files' bytes.
+    """A checkpoint as it lies there; `verified` rests on marker, manifest and sizes, not on the
+    files' bytes.
 
     Raises StorageFailed if the storage is out of reach: what cannot be looked at is not unsound.
     """
@@ -86,7 +88,8 @@ def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo
 
 def load_manifest(filesystem: pafs.FileSystem, path: str, sizes: Mapping[str, int] | None = None
                   ) -> CheckpointManifest:
-    """The manifest of a committed checkpoint. Raises StoreError unless marker, hash and all sizes are right."""
+    """The manifest of a committed checkpoint. Raises StoreError unless marker, hash and all sizes
+    are right."""
     sizes = list_files(filesystem, path) if sizes is None else sizes
     rule = "a checkpoint is used only if every file is there as it was committed"
     if MARKER_FILE not in sizes:
@@ -106,13 +109,15 @@ def load_manifest(filesystem: pafs.FileSystem, path: str, sizes: Mapping[str, in
         if file.file not in sizes:
             raise StoreError(path, f"{file.file} is missing", rule)
         if sizes[file.file] != file.num_bytes:
-            raise StoreError(path, f"{file.file} has {sizes[file.file]} bytes instead of {file.num_bytes}", rule)
+            raise StoreError(path, f"{file.file} has {sizes[file.file]} bytes instead of "
+                                   f"{file.num_bytes}", rule)
     return manifest
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of a rank file: safetensors dtype, number of elements, offset of its first byte in the file."""
+    """One tensor of a rank file: safetensors dtype, number of elements, offset of its first byte in
+    the file."""
 
     dtype: str
     length: int
@@ -120,8 +125,9 @@ class _Tensor:
 
 
 class _Blocks:
-    """Reads of remote files, in whole blocks, the last few of which are kept: most tensors are far smaller than what a
-    request costs, and a rank asks for neighbours one after the other. Large ranges go past the blocks."""
+    """Reads of remote files, in whole blocks, the last few of which are kept: most tensors are far
+    smaller than what a request costs, and a rank asks for neighbours one after the other. Large
+    ranges go past the blocks."""
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
@@ -145,11 +151,12 @@ class _Blocks:
 
 
 class CheckpointReader:
-    """Reads any range of any tensor of a committed checkpoint; only the bytes asked for leave the storage.
+    """Reads any range of any tensor of a committed checkpoint; only the bytes asked for leave the
+    storage.
 
-    Opening it checks marker, manifest, sizes and coverage. The files' bytes are checked by `verify_files`, to be split
-    over the reading ranks: rank r of R calls `verify_files(range(r, reader.num_files, R))`, and all agree.
-    Safe to use from several threads. Raises StoreError.
+    Opening it checks marker, manifest, sizes and coverage. The files' bytes are checked by
+    `verify_files`, to be split over the reading ranks: rank r of R calls `verify_files(range(r,
+    reader.num_files, R))`, and all agree. Safe to use from several threads. Raises StoreError.
     """
 
     def __init__(self, run: RunFolder, info: CheckpointInfo) -> None:
@@ -196,7 +203,8 @@ class CheckpointReader:
         return tuple(self._shapes[self._resolved(name)])
 
     def read(self, name: str, state: str = "param", start: int = 0, count: int | None = None) -> torch.Tensor:
-        """Elements `start` to `start + count` of a flattened tensor, 1-D on the CPU; by default all of them."""
+        """Elements `start` to `start + count` of a flattened tensor, 1-D on the CPU; by default all
+        of them."""
         import torch
 
         name = self._resolved(name)
@@ -206,7 +214,8 @@ class CheckpointReader:
         num_elements = math.prod(self._shapes[name])
         count = num_elements - start if count is None else count
         if start < 0 or count < 0 or start + count > num_elements:
-            raise StoreError(self.path, f"{name}|{state}: elements {start} to {start + count} of {num_elements}",
+            raise StoreError(self.path, f"{name}|{state}: elements {start} to {start + count} of "
+                                        f"{num_elements}",
                              "the range lies inside the tensor")
         pieces = place.pieces((name, state), start, start + count)
         first = next(pieces)
@@ -219,7 +228,8 @@ class CheckpointReader:
         return out
 
     def verify_files(self, indices: Iterable[int]) -> list[str]:
-        """What is wrong with the rank files of these indices: hashes them whole. An empty list is good news."""
+        """What is wrong with the rank files of these indices: hashes them whole. An empty list is
+        good news."""
         problems = (self._verify(self.manifest.files[index]) for index in indices)
         return [problem for problem in problems if problem]
 
@@ -234,7 +244,8 @@ class CheckpointReader:
             return f"{file.file} cannot be read: {make_damage(error)}"
         finally:
             stream.close()
-        return "" if digest.hexdigest() == file.sha256 else f"{file.file} has changed: its checksum is another"
+        return "" if digest.hexdigest() == file.sha256 else (f"{file.file} has changed: its "
+                                                             "checksum is another")
 
     def _resolved(self, name: str) -> str:
         name = self._tied.get(name, name)
@@ -281,7 +292,8 @@ class CheckpointReader:
 
 
 def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
-    """The tensors of a safetensors file of `num_bytes` bytes. Raises StoreError if the header does not fit the file."""
+    """The tensors of a safetensors file of `num_bytes` bytes. Raises StoreError if the header does
+    not fit the file."""
     start = cast(bytes, stream.read_at(min(HEADER_BYTES, num_bytes), 0))
     length = int.from_bytes(start[:8], "little")
     try:
@@ -305,8 +317,9 @@ def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """The outcome of checking every byte. The hashes cover the fp32 tensors as wholes, so they do not depend on the
-    number of ranks or the ZeRO stage; they are empty where the tensors cannot be read."""
+    """The outcome of checking every byte. The hashes cover the fp32 tensors as wholes, so they do
+    not depend on the number of ranks or the ZeRO stage; they are empty where the tensors cannot be
+    read."""
 
     step: int
     attempt: int
@@ -322,8 +335,9 @@ class CheckpointReport:
 
 
 def verify_checkpoint(run: RunFolder, info: CheckpointInfo) -> CheckpointReport:
-    """Check marker, manifest, coverage and every byte of every file, and hash the tensors. Finds damage instead of
-    raising; raises StorageFailed if the storage is out of reach. Retention spares the checkpoint meanwhile."""
+    """Check marker, manifest, coverage and every byte of every file, and hash the tensors. Finds
+    damage instead of raising; raises StorageFailed if the storage is out of reach. Retention spares
+    the checkpoint meanwhile."""
     try:
         with hold(run.filesystem, info.path), CheckpointReader(run, info) as reader:
             files = []
@@ -339,7 +353,8 @@ def verify_checkpoint(run: RunFolder, info: CheckpointInfo) -> CheckpointReport:
 
 
 def hash_weights(reader: CheckpointReader) -> str:
-    """SHA-256 over (name, shape, fp32 little-endian bytes) of all weights in the order of their names."""
+    """SHA-256 over (name, shape, fp32 little-endian bytes) of all weights in the order of their
+    names."""
     digest = hashlib.sha256()
     for name in reader.names("param"):
         digest.update(name.encode())
@@ -348,7 +363,8 @@ def hash_weights(reader: CheckpointReader) -> str:
 
 
 def hash_optimizer(reader: CheckpointReader) -> str:
-    """SHA-256 over (name, state, shape, fp32 bytes) of exp_avg and exp_avg_sq, in the order of the names."""
+    """SHA-256 over (name, state, shape, fp32 bytes) of exp_avg and exp_avg_sq, in the order of the
+    names."""
     digest = hashlib.sha256()
     for name in reader.names("param"):
         for state in OPTIMIZER_STATES:

@@ -1,7 +1,9 @@
-"""The commit of a checkpoint: every rank's file, then the manifest, then the marker, each synced before the next.
+"""The commit of a checkpoint: every rank's file, then the manifest, then the marker, each synced
+before the next.
 
-A rank writes its own file and nothing else; one of them commits. Nothing here waits for other ranks, so a save may run
-in a thread beside training. Refuses a tensor of the wrong form, fragments that do not cover, a stale attempt or driver.
+A rank writes its own file and nothing else; one of them commits. Nothing here waits for other
+ranks, so a save may run in a thread beside training. Refuses a tensor of the wrong form, fragments
+that do not cover, a stale attempt or driver.
 """
 
 from __future__ import annotations
@@ -59,20 +61,24 @@ class CheckpointWriter:
         self.path = f"{run.path}/{CHECKPOINTS}/{make_checkpoint_folder(step, attempt)}"
 
     def write_rank(self, rank: int, num_ranks: int, tensors: Mapping[str, torch.Tensor]) -> RankFile:
-        """Write one rank's fragments as a safetensors file; when this returns it is whole, and synced on a local disk.
+        """Write one rank's fragments as a safetensors file; when this returns it is whole, and
+        synced on a local disk.
 
-        `tensors`: fragment key (`make_fragment_key(parameter, state, start)`) → 1-D tensor on any device, fp32 for
-        param, exp_avg and exp_avg_sq, of any dtype for buffer and extra. Tensors are copied to the host one at a time.
-        If the storage fails for a moment the file is written again from the start: the tensors must not change before
-        this returns. Raises StoreError for a wrong tensor or a checkpoint already committed, StorageFailed.
+        `tensors`: fragment key (`make_fragment_key(parameter, state, start)`) → 1-D tensor on any
+        device, fp32 for param, exp_avg and exp_avg_sq, of any dtype for buffer and extra. Tensors
+        are copied to the host one at a time. If the storage fails for a moment the file is written
+        again from the start: the tensors must not change before this returns. Raises StoreError for
+        a wrong tensor or a checkpoint already committed, StorageFailed.
         """
         if sys.byteorder != "little":
-            raise StoreError(self.path, "this machine is big-endian", "safetensors files are little-endian")
+            raise StoreError(self.path, "this machine is big-endian", "safetensors files are "
+                                                                      "little-endian")
         name = make_rank_file(rank, num_ranks)
         ordered = dict(sorted(tensors.items()))
         fragments = tuple(_make_fragment(key, tensor) for key, tensor in ordered.items())
         if exists(self.filesystem, f"{self.path}/{MARKER_FILE}"):
-            raise StoreError(self.path, "is committed already", "a committed checkpoint is never written again")
+            raise StoreError(self.path, "is committed already", "a committed checkpoint is never "
+                                                                "written again")
         make_folder(self.filesystem, self.path)
 
         def produce(stream: Any) -> tuple[int, str]:
@@ -87,7 +93,8 @@ class CheckpointWriter:
         return RankFile(rank, name, num_bytes, sha256, Fragments.make(fragments))
 
     def commit(self, rank_files: Sequence[RankFile], metadata: Mapping[str, Any]) -> CheckpointInfo:
-        """Make the checkpoint exist: manifest first, the marker last. Called once, with the files of all ranks.
+        """Make the checkpoint exist: manifest first, the marker last. Called once, with the files
+        of all ranks.
 
         `metadata` needs `shapes` (name → shape of every parameter, buffer and extra). Known besides: `tied` (alias →
         name), `validation` (metric → value), `num_ranks`, `zero_stage`, `fingerprint`, `tokens`, `loss_scale` ….
@@ -96,7 +103,8 @@ class CheckpointWriter:
         """
         files = tuple(sorted(rank_files, key=lambda file: file.rank))
         if "shapes" not in metadata:
-            raise StoreError(self.path, "metadata has no shapes", "metadata['shapes'] names every tensor")
+            raise StoreError(self.path, "metadata has no shapes", "metadata['shapes'] names "
+                                                                  "every tensor")
         manifest = CheckpointManifest.make(self.step, self.attempt, files, metadata, self.path)
         content = manifest.to_bytes()
         self._check_files(files)
@@ -104,10 +112,12 @@ class CheckpointWriter:
         marker = {"manifest_sha256": make_sha256(content), "committed": datetime.now(UTC).isoformat(),
                   "nonce": uuid.uuid4().hex}
         committed = json.dumps(marker).encode()
-        # Last of all. Who takes over after this look finds the checkpoint, or starts before it and so undoes it.
+        # Last of all. Who takes over after this look finds the checkpoint, or starts before it and
+        # so undoes it.
         self._check_current()
         if not create_exclusive(self.filesystem, f"{self.path}/{MARKER_FILE}", committed):
-            raise StoreError(self.path, "is committed already", "a committed checkpoint is never written again")
+            raise StoreError(self.path, "is committed already", "a committed checkpoint is never "
+                                                                "written again")
         num_bytes = len(content) + len(committed) + sum(file.num_bytes for file in files)
         return CheckpointInfo(self.step, self.attempt, self.path, num_bytes, True, manifest.metrics)
 
@@ -119,7 +129,8 @@ class CheckpointWriter:
         found = list_files(self.filesystem, self.path)
         for file in files:
             if found.get(file.file) != file.num_bytes:
-                raise StoreError(f"{self.path}/{file.file}", f"{found.get(file.file, 'no')} bytes in storage",
+                raise StoreError(f"{self.path}/{file.file}", f"{found.get(file.file, 'no')} bytes "
+                                                             "in storage",
                                  f"{file.num_bytes} bytes were written")
 
     def _check_current(self) -> None:
@@ -133,7 +144,8 @@ class CheckpointWriter:
         mine = drivers.get(self.attempt, 0)
         driver, newest = max(((driver, number) for number, driver in drivers.items()), default=(mine, self.attempt))
         if (driver, newest) > (mine, self.attempt):
-            raise StoreError(self.path, f"attempt {self.attempt} is over: attempt {newest} has begun",
+            raise StoreError(self.path, f"attempt {self.attempt} is over: attempt {newest} has "
+                                        "begun",
                              "only the newest attempt commits")
         check_driver(self.filesystem, self.run_path, mine, self.path)
 
@@ -150,12 +162,14 @@ def _make_fragment(key: str, tensor: torch.Tensor) -> Fragment:
                          f"one of {', '.join(FLOAT_STATES + WHOLE_STATES)}")
     if tensor.dim() != 1 or (state in FLOAT_STATES and dtype != "float32") or dtype not in DTYPES:
         raise StoreError(f"tensor {key!r}", f"is {dtype} with shape {list(tensor.shape)}",
-                         "weights and optimiser states are 1-D fp32 pieces; buffers and extras 1-D of a common dtype")
+                         "weights and optimiser states are 1-D fp32 pieces; buffers and extras "
+                         "1-D of a common dtype")
     return Fragment(parameter, state, start, tensor.numel())
 
 
 def _file_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: length of the header, header, the tensors' bytes without gaps."""
+    """A safetensors file in pieces: length of the header, header, the tensors' bytes without
+    gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key, tensor in tensors.items():

@@ -1,7 +1,9 @@
-"""Rows as a typed table and back, exactly: what was logged as JSON is the same after it was compacted to Parquet.
+"""Rows as a typed table and back, exactly: what was logged as JSON is the same after it was
+compacted to Parquet.
 
-A column is typed where all its values are of one plain kind, and JSON text otherwise; keys that a row does not have are
-told from those that are null. What cannot be kept in columns is kept as JSON lines: nothing is changed or left out.
+A column is typed where all its values are of one plain kind, and JSON text otherwise; keys that a
+row does not have are told from those that are null. What cannot be kept in columns is kept as JSON
+lines: nothing is changed or left out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import pyarrow as pa
 from dray.errors import StoreError
 
 PART, SHAPE, LINE = "_part", "_shape", "_row"
-"""Columns beside the rows' own: which part a row stood in, which keys it has, and the row itself where that is text."""
+"""Columns beside the rows' own: which part a row stood in, which keys it has, and the row itself
+where that is text."""
 MAX_SHAPES = 64
 """Rows with more different sets of keys are kept as lines."""
 MAX_LOSSES = 16
@@ -30,7 +33,8 @@ Row = dict[str, Any]
 
 
 def make_parquet(rows: Sequence[Row], parts: Sequence[int]) -> bytes:
-    """The rows as a Parquet file, with a summary in its footer. Raises StoreError if it does not read back as the same.
+    """The rows as a Parquet file, with a summary in its footer. Raises StoreError if it does not
+    read back as the same.
 
     `parts`: the number of the part in which each row stood.
     """
@@ -43,13 +47,14 @@ def make_parquet(rows: Sequence[Row], parts: Sequence[int]) -> bytes:
     content = buffer.getvalue()
     if [(part, json.dumps(row)) for part, row in read_parquet(content)] != [
             (part, json.dumps(row)) for part, row in zip(parts, rows, strict=True)]:
-        raise StoreError("rows", "read back from Parquet as others than they were", "rows are never changed")
+        raise StoreError("rows", "read back from Parquet as others than they "
+                                 "were", "rows are never changed")
     return content
 
 
 def read_parquet(source: bytes | str, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
-    """(part, row) of a file's content or of a local file, a few thousand rows at a time; only the keys in `columns`
-    if given. Raises OSError, and StoreError for what is no such file."""
+    """(part, row) of a file's content or of a local file, a few thousand rows at a time; only the
+    keys in `columns` if given. Raises OSError, and StoreError for what is no such file."""
     import pyarrow.parquet as pq
 
     try:
@@ -75,8 +80,8 @@ def read_summary(file: Any) -> Row:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> Row:
-    """What a page about a run needs to know of some metrics rows; `ordered` says whether each step comes once, in
-    order. Empty for rows that are none of steps."""
+    """What a page about a run needs to know of some metrics rows; `ordered` says whether each step
+    comes once, in order. Empty for rows that are none of steps."""
     if not rows or not all(isinstance(row.get("step"), int) for row in rows):
         return {}
     steps = [row["step"] for row in rows]

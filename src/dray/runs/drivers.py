@@ -1,7 +1,8 @@
 """Who may drive a run: one driver at a time, each with a number that fences off those before it.
 
-A driver takes a run over by creating drivers/<number>.json, which nobody else can, and gives signs of life beside it.
-Refuses a second driver while the first lives: on the same machine its process tells, from elsewhere its signs of life.
+A driver takes a run over by creating drivers/<number>.json, which nobody else can, and gives signs
+of life beside it. Refuses a second driver while the first lives: on the same machine its process
+tells, from elsewhere its signs of life.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ DEAD_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 """How often one that waits for another driver looks again."""
 _held: set[str] = set()
-"""Nonces of the holds that this process has now: one that it could not write the end of has ended all the same."""
+"""Nonces of the holds that this process has now: one that it could not write the end of has ended
+all the same."""
 
 
 @dataclass(frozen=True)
 class Driver:
-    """A driver's hold on a run. `number` is the writer token: under a lower one than the newest nothing counts."""
+    """A driver's hold on a run. `number` is the writer token: under a lower one than the newest
+    nothing counts."""
 
     number: int
     nonce: str
@@ -49,7 +52,8 @@ def make_process() -> dict[str, Any]:
 
 
 def is_gone(process: Mapping[str, Any]) -> bool | None:
-    """Whether a process has ended; none where this machine cannot know, since it ran on another one."""
+    """Whether a process has ended; none where this machine cannot know, since it ran on another
+    one."""
     if not os.path.isdir("/proc/self") or process.get("host") != socket.gethostname():
         return None
     if process.get("machine", _machine()) != _machine():  # another container, or the machine was started anew
@@ -64,7 +68,8 @@ def newest_driver(filesystem: pafs.FileSystem, run_path: str) -> int:
 
 
 def load_driver(filesystem: pafs.FileSystem, run_path: str) -> dict[str, Any] | None:
-    """The newest driver's record: number, nonce, host, pid, started, machine, time, and `released` if it is."""
+    """The newest driver's record: number, nonce, host, pid, started, machine, time, and `released`
+    if it is."""
     folder, number = f"{run_path}/{DRIVERS}", newest_driver(filesystem, run_path)
     if not number:
         return None
@@ -76,7 +81,8 @@ def load_driver(filesystem: pafs.FileSystem, run_path: str) -> dict[str, Any] | 
 
 
 def take_over(filesystem: pafs.FileSystem, run_path: str, where: str, wait_seconds: float = 0.0) -> Driver:
-    """Become the run's driver. Raises StoreError while another one lives; one on another machine is waited for."""
+    """Become the run's driver. Raises StoreError while another one lives; one on another machine is
+    waited for."""
     folder, deadline = f"{run_path}/{DRIVERS}", time.monotonic() + wait_seconds
     while True:
         before = load_driver(filesystem, run_path)
@@ -125,7 +131,8 @@ def check_driver(filesystem: pafs.FileSystem, run_path: str, number: int, where:
 
 
 def is_alive(filesystem: pafs.FileSystem, run_path: str, record: Mapping[str, Any], at: float) -> bool:
-    """Whether a driver that may run on another machine counts as alive at a time (seconds since 1970)."""
+    """Whether a driver that may run on another machine counts as alive at a time (seconds since
+    1970)."""
     if "released" in record:
         return False
     gone = is_gone(record)
@@ -135,22 +142,26 @@ def is_alive(filesystem: pafs.FileSystem, run_path: str, record: Mapping[str, An
 
 
 def _check_gone(filesystem: pafs.FileSystem, folder: str, record: Mapping[str, Any], where: str) -> None:
-    """Raise StoreError unless a driver's process is known to have ended, or it was silent for long enough."""
+    """Raise StoreError unless a driver's process is known to have ended, or it was silent for long
+    enough."""
     gone = is_gone(record)
     if gone or (gone is False and record["pid"] == os.getpid() and record["nonce"] not in _held):
         return
-    who = f"driver {record['number']} (process {record['pid']} on {record['host']}, since {record['time']})"
+    who = (f"driver {record['number']} (process {record['pid']} on {record['host']}, since "
+          f"{record['time']})")
     if gone is not None:
         raise StoreError(where, f"{who} is at work on it", "one driver at a time",
                          f"wait for it, or stop it with `kill {record['pid']}`")
     silent = _storage_time(filesystem, folder) - _last_seen(filesystem, folder, int(record["number"]))
     if silent <= DEAD_SECONDS:
         raise StoreError(where, f"{who} is at work on it", "one driver at a time",
-                         f"wait for it or stop it there: {DEAD_SECONDS:.0f} s without a sign of life end its hold")
+                         f"wait for it or stop it there: {DEAD_SECONDS:.0f} s without a sign of "
+                         "life end its hold")
 
 
 def _last_seen(filesystem: pafs.FileSystem, folder: str, number: int) -> float:
-    """When the storage last saw a driver, by the storage's clock; by the driver's where the storage keeps no times."""
+    """When the storage last saw a driver, by the storage's clock; by the driver's where the storage
+    keeps no times."""
     return max(_written(filesystem, f"{folder}/{make_driver_file(number, suffix)}") for suffix in ("", "-beat"))
 
 
@@ -166,7 +177,8 @@ def _written(filesystem: pafs.FileSystem, path: str) -> float:
 
 
 def _storage_time(filesystem: pafs.FileSystem, folder: str) -> float:
-    """The time by the storage's clock: two machines' own clocks may differ by more than a driver's silence."""
+    """The time by the storage's clock: two machines' own clocks may differ by more than a driver's
+    silence."""
     path = f"{folder}/{TEMPORARY}clock-{uuid.uuid4().hex[:12]}"
     save_json(filesystem, path, {"time": now()}, durable=False)
     try:
@@ -176,7 +188,8 @@ def _storage_time(filesystem: pafs.FileSystem, folder: str) -> float:
 
 
 def _machine() -> str:
-    """The running system and its process numbers: two containers may share a host name, and a host may start anew."""
+    """The running system and its process numbers: two containers may share a host name, and a host
+    may start anew."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -185,7 +198,8 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """When a process started, in clock ticks since boot: tells it from a later one of the same number."""
+    """When a process started, in clock ticks since boot: tells it from a later one of the same
+    number."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stream:
             fields = stream.read().rpartition(")")[2].split()

@@ -1,8 +1,9 @@
-"""What a run keeps of its failures: one document a failed attempt, and each rank's last words, stacks and heartbeat.
+"""What a run keeps of its failures: one document a failed attempt, and each rank's last words,
+stacks and heartbeat.
 
-Ranks and the driver write, `dray.doctor` reads. Evidence is for people: what is damaged or missing is left out, and
-never stands in the way of a run or of its diagnosis. Texts are freed of secrets before they are kept: others may read
-the storage.
+Ranks and the driver write, `dray.doctor` reads. Evidence is for people: what is damaged or missing
+is left out, and never stands in the way of a run or of its diagnosis. Texts are freed of secrets
+before they are kept: others may read the storage.
 """
 
 from __future__ import annotations
@@ -50,21 +51,23 @@ def beat_path(run: RunFolder, attempt: int, rank: int) -> str:
     return f"{run.path}/{BEATS}/{make_rank_evidence(attempt, rank, 'json')}"
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------
 
 
 def save_failure(run: RunFolder, failure: Mapping[str, Any]) -> None:
-    """Keep what is known of a failed attempt (its number is `attempt`), replacing what was known before.
+    """Keep what is known of a failed attempt (its number is `attempt`), replacing what was known
+    before.
 
-    Fields that `dray.doctor` reads: step, detected_by, ranks (a list of `make_rank_failure`), nodes_lost, preempted,
-    host_memory; any other is kept.
+    Fields that `dray.doctor` reads: step, detected_by, ranks (a list of `make_rank_failure`),
+    nodes_lost, preempted, host_memory; any other is kept.
     """
     path = f"{run.path}/{FAILURES}/{make_failure_file(int(failure['attempt']))}"
     write_bytes(run.filesystem, path, make_json(redact_fields(failure), indent=1) + b"\n")
 
 
 def make_rank_failure(rank: int | None, error: BaseException | None = None, **fields: Any) -> dict[str, Any]:
-    """How one rank ended, as plain values: its error, freed of Ray's wrappers, and `fields` (node, pid, exit, time …).
+    """How one rank ended, as plain values: its error, freed of Ray's wrappers, and `fields` (node,
+    pid, exit, time …).
 
     `cause` is that of a RankError, none for others'. The driver's own failure has no rank.
     """
@@ -81,7 +84,8 @@ def make_rank_failure(rank: int | None, error: BaseException | None = None, **fi
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """The error inside Ray's wrappers: Train's around a worker's, and a task's around what its code raised."""
+    """The error inside Ray's wrappers: Train's around a worker's, and a task's around what its code
+    raised."""
     for _ in range(8):
         inner = next((found for name in _INNER if isinstance(found := getattr(error, name, None), BaseException)), None)
         if inner is None or inner is error:
@@ -109,7 +113,8 @@ def save_beat(run: RunFolder, attempt: int, rank: int, beat: Mapping[str, Any]) 
 
 
 def save_beats(run: RunFolder, attempt: int, beats: Mapping[int, Mapping[str, Any]]) -> None:
-    """Keep the last heartbeats of an attempt's ranks in one file: thousands of ranks end together."""
+    """Keep the last heartbeats of an attempt's ranks in one file: thousands of ranks end
+    together."""
     content = make_json({str(rank): redact_fields({"rank": rank, **beat}) for rank, beat in beats.items()})
     if beats:
         write_bytes(run.filesystem, _beats_path(run, attempt), content, durable=False)
@@ -126,7 +131,7 @@ def _beats_path(run: RunFolder, attempt: int) -> str:
     return f"{run.path}/{BEATS}/{make_failure_file(attempt)}"
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def load_failures(run: RunFolder) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
-"""The one history that the rows of all attempts make, read without holding it: in order, from its end, or in outline.
+"""The one history that the rows of all attempts make, read without holding it: in order, from its
+end, or in outline.
 
-What an attempt did past the start of a later one was undone, and is left out. Memory does not grow with the run.
+What an attempt did past the start of a later one was undone, and is left out. Memory does not grow
+with the run.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def iterate_history(log: RowLog, start_steps: Mapping[int, int], columns: Sequence[str] | None = None) -> Iterator[Row]:
     """One row a step, by step, one after another, with the keys in `columns` or all.
 
-    `start_steps`: attempt → the step it started from. Rows that were logged twice or out of order, which only a foreign
-    writer leaves, are put right in memory.
+    `start_steps`: attempt → the step it started from. Rows that were logged twice or out of order,
+    which only a foreign writer leaves, are put right in memory.
     """
     wanted = None if columns is None else list(dict.fromkeys(("step", "attempt", *columns)))
     last, in_order = -math.inf, True
@@ -74,7 +76,8 @@ def _rows_by_attempt(log: RowLog, start_steps: Mapping[int, int], columns: Seque
 
 
 def last_rows(log: RowLog, start_steps: Mapping[int, int], count: int | None = None, since: int = 0) -> list[Row]:
-    """The last `count` rows of the history, by step, and none of a step before `since`; read from its end."""
+    """The last `count` rows of the history, by step, and none of a step before `since`; read from
+    its end."""
     while True:
         try:
             return _last_rows(log, start_steps, count, since)
@@ -99,7 +102,8 @@ def _last_rows(log: RowLog, start_steps: Mapping[int, int], count: int | None, s
 
 
 def make_outline(log: RowLog, start_steps: Mapping[int, int]) -> Outline:
-    """The history in outline: of what was compacted only the footers are read, where they tell enough."""
+    """The history in outline: of what was compacted only the footers are read, where they tell
+    enough."""
     while True:
         try:
             return _make_outline(log, start_steps)

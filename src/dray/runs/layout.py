@@ -52,7 +52,8 @@ class RunFolder(Protocol):
 
 
 class Fragment(NamedTuple):
-    """A 1-D piece of a flattened tensor: `length` elements of a parameter's state from element `start` on."""
+    """A 1-D piece of a flattened tensor: `length` elements of a parameter's state from element
+    `start` on."""
 
     parameter: str
     state: str
@@ -70,9 +71,11 @@ def check_run_name(name: str) -> str:
 
 
 def make_checkpoint_folder(step: int, attempt: int) -> str:
-    """Folder of a checkpoint: unique to the attempt, so that a stale attempt never writes into a newer one's."""
+    """Folder of a checkpoint: unique to the attempt, so that a stale attempt never writes into a
+    newer one's."""
     if step < 0 or attempt < 1:
-        raise StoreError(f"checkpoint of step {step}, attempt {attempt}", "no such checkpoint can be",
+        raise StoreError(f"checkpoint of step {step}, attempt {attempt}", "no such checkpoint "
+                                                                          "can be",
                          "steps start at 0 and attempts at 1")
     return f"step-{step:08d}-a{attempt:04d}"
 
@@ -129,7 +132,8 @@ def parse_rank_evidence(name: str) -> tuple[int, int] | None:
 
 
 def make_driver_file(driver: int, suffix: str = "") -> str:
-    """File name of a driver's record; with `-beat` of its last sign of life, with `-end` of its end."""
+    """File name of a driver's record; with `-beat` of its last sign of life, with `-end` of its
+    end."""
     return f"{driver:04d}{suffix}.json"
 
 
@@ -148,5 +152,6 @@ def parse_fragment_key(key: str) -> tuple[str, str, int]:
     """(parameter, state, start) of a tensor's name. Raises StoreError."""
     parts = key.rsplit("|", 2)
     if len(parts) != 3 or not parts[0] or not parts[1] or not parts[2].isdecimal():
-        raise StoreError(f"tensor {key!r}", "not a fragment's name", "fragments are named parameter|state|start")
+        raise StoreError(f"tensor {key!r}", "not a fragment's name", "fragments are named "
+                                                                     "parameter|state|start")
     return parts[0], parts[1], int(parts[2])

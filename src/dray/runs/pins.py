@@ -1,6 +1,8 @@
-"""Pins: the checkpoints that must stay, because a fork started from them or somebody is reading them.
+"""Pins: the checkpoints that must stay, because a fork started from them or somebody is reading
+them.
 
-A fork's pin counts for as long as the fork exists; a reader's until it is done, its process is gone, or a day is over.
+A fork's pin counts for as long as the fork exists; a reader's until it is done, its process is
+gone, or a day is over.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ HOLD_HOURS, FORK_HOURS = 24, 1
 
 @contextmanager
 def hold(filesystem: pafs.FileSystem, checkpoint: str) -> Iterator[None]:
-    """Keep a checkpoint (its path) from being deleted while the block runs. Where nothing can be written, nothing is
-    held: whoever may only read cannot be waited for."""
+    """Keep a checkpoint (its path) from being deleted while the block runs. Where nothing can be
+    written, nothing is held: whoever may only read cannot be waited for."""
     run_path, _, name = checkpoint.rsplit("/", 2)
     path = f"{run_path}/{PINS}/{HOLD}{uuid.uuid4().hex[:12]}.json"
     try:
@@ -43,9 +45,11 @@ def hold(filesystem: pafs.FileSystem, checkpoint: str) -> Iterator[None]:
 
 
 def pinned_checkpoints(filesystem: pafs.FileSystem, run_path: str, storage: str) -> set[str]:
-    """Paths of the checkpoints that a run must keep; `storage` is the path of its storage with a slash at its end.
+    """Paths of the checkpoints that a run must keep; `storage` is the path of its storage with a
+    slash at its end.
 
-    Readers' pins that are over are cleared away. A fork that is not there yet may be just beginning.
+    Readers' pins that are over are cleared away. A fork that is not there yet may be just
+    beginning.
     """
     folder, pinned = f"{run_path}/{PINS}", set[str]()
     for name in list_files(filesystem, folder):

@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and whether what it had committed is still there.
 
-A run that has committed a step never begins again by itself: a node that reads wrongly, or a storage that lost files,
-must not undo weeks of training without anyone being asked.
+A run that has committed a step never begins again by itself: a node that reads wrongly, or a
+storage that lost files, must not undo weeks of training without anyone being asked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dray.runs.run import Run
 
 
 def find_resume_checkpoint(run: Run) -> CheckpointInfo | None:
-    """The newest sound checkpoint: a fork's origin's while it has committed none of its own, none in a new run.
+    """The newest sound checkpoint: a fork's origin's while it has committed none of its own, none
+    in a new run.
 
     Raises CheckpointsLost for a run that committed steps of which nothing sound is left.
     """
@@ -28,5 +29,6 @@ def find_resume_checkpoint(run: Run) -> CheckpointInfo | None:
     raise CheckpointsLost(
         f"run {run.name!r}", f"none of its checkpoints can be used: {'; '.join(told[:3])}{more}",
         "a run that has committed a step does not begin again by itself",
-        f"if a node or the storage was at fault, mend it and delete the file {REJECTED_FILE} in a checkpoint's folder, "
-        "which is then tried again; to begin again, give another name with --run")
+        f"if a node or the storage was at fault, mend it and delete the file {REJECTED_FILE} in a "
+        "checkpoint's folder, which is then tried again; to begin again, give another name with "
+        "--run")

@@ -1,8 +1,10 @@
-"""Which checkpoints are kept: the newest, the best by a metric, those that forks started from, those being read.
+"""Which checkpoints are kept: the newest, the best by a metric, those that forks started from,
+those being read.
 
-Says what it will delete and looks at the pins again before it does; deletes the marker before the files, so that a
-half-deleted checkpoint is never taken for one. Never deletes a sound checkpoint to keep an unsound one, nor one that
-was set aside: whether it is damaged, or the node that said so, is for a person to find out.
+Says what it will delete and looks at the pins again before it does; deletes the marker before the
+files, so that a half-deleted checkpoint is never taken for one. Never deletes a sound checkpoint to
+keep an unsound one, nor one that was set aside: whether it is damaged, or the node that said so, is
+for a person to find out.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = "loss") -> list[str]:
     """Delete what need not be kept; the paths deleted.
 
-    Kept: the newest `keep_last` sound checkpoints, the best `keep_best` by `metric` (lower is better for losses, higher
-    for the rest), every one that an existing fork started from, and every one that is held by a reader (`Run.hold`).
-    Besides, unsound ones older than the newest sound one go, but for those that were set aside. Call it from the
-    process that commits, between two saves.
+    Kept: the newest `keep_last` sound checkpoints, the best `keep_best` by `metric` (lower is
+    better for losses, higher for the rest), every one that an existing fork started from, and every
+    one that is held by a reader (`Run.hold`). Besides, unsound ones older than the newest sound one
+    go, but for those that were set aside. Call it from the process that commits, between two saves.
     """
     if keep_last < 1 or keep_best < 0:
-        raise ValueError(f"keep_last {keep_last}, keep_best {keep_best}: at least the newest checkpoint is kept")
+        raise ValueError(f"keep_last {keep_last}, keep_best {keep_best}: at least the newest "
+                         "checkpoint is kept")
     found = run.checkpoints(verified_only=False)
     sound = [info for info in found if info.verified]
     if not sound:
@@ -40,8 +43,8 @@ def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = 
 
 
 def _delete(run: Run, doomed: list[CheckpointInfo]) -> list[str]:
-    """Announce, look again, delete. A reader pins first and looks for the announcement afterwards: of the two, at least
-    one sees the other."""
+    """Announce, look again, delete. A reader pins first and looks for the announcement afterwards:
+    of the two, at least one sees the other."""
     for info in doomed:
         write_bytes(run.filesystem, f"{info.path}/{DELETING_FILE}", b"", durable=False)
     pinned = _pinned(run)
@@ -55,7 +58,8 @@ def _delete(run: Run, doomed: list[CheckpointInfo]) -> list[str]:
 
 
 def _best(run: Run, sound: list[CheckpointInfo], keep_best: int, metric: str) -> list[str]:
-    """Paths of the best checkpoints, by the validation row of their step or else by what they carry themselves."""
+    """Paths of the best checkpoints, by the validation row of their step or else by what they carry
+    themselves."""
     oldest = min((info.step for info in sound), default=0)
     rows = {row["step"]: row for row in run.validations(since=oldest)} if keep_best else {}
     sign = 1 if metric in LOWER_IS_BETTER else -1

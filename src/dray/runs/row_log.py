@@ -1,8 +1,9 @@
-"""Records as JSON: whole documents that are replaced, and append-only rows (JSONL) on any filesystem.
+"""Records as JSON: whole documents that are replaced, and append-only rows (JSONL) on any
+filesystem.
 
-On a local disk rows are appended and flushed, so that a killed process loses at most the line it was writing. Object
-stores cannot append: there rows go into parts, the last of which is rewritten until it is full. Full parts are
-compacted to Parquet.
+On a local disk rows are appended and flushed, so that a killed process loses at most the line it
+was writing. Object stores cannot append: there rows go into parts, the last of which is rewritten
+until it is full. Full parts are compacted to Parquet.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ PART_BYTES = 64 * 1024
 LOCAL_PART_BYTES = 8 * 1024 * 1024
 """The same on a disk, and what is compacted into one file: its rows are in memory for a moment."""
 COMPACT_PARTS, FEWEST_PARTS = LOCAL_PART_BYTES // PART_BYTES, 4
-"""So many closed parts on an object store are compacted; the fewer ones when nothing more is to come."""
+"""So many closed parts on an object store are compacted; the fewer ones when nothing more is to
+come."""
 MAX_COMPACTED_BYTES = 8 * LOCAL_PART_BYTES
 """A larger part, of an earlier version, stays as it is."""
 COMPACT_SECONDS = 10.0
@@ -92,7 +94,9 @@ def parse_json(content: bytes, path: str) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except ValueError as error:
-        raise StoreError(path, f"not JSON ({error})", "dray writes this file whole", "restore it or use another run"
+        raise StoreError(path, f"not JSON ({error})", "dray writes this file whole", "restore it "
+                                                                                     "or use "
+                                                                                     "another run"
                          ) from error
     if not isinstance(value, dict):
         raise StoreError(path, f"holds a {type(value).__name__}", "a JSON mapping is wanted")
@@ -100,7 +104,8 @@ def parse_json(content: bytes, path: str) -> dict[str, Any]:
 
 
 def run_together(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """What the calls return, in their order; several at once, with the caller's patience. Raises the first error."""
+    """What the calls return, in their order; several at once, with the caller's patience. Raises
+    the first error."""
     if len(calls) < FEWEST_TOGETHER:
         return [call() for call in calls]
     with ThreadPoolExecutor(TOGETHER) as pool:
@@ -113,7 +118,8 @@ def save_json(filesystem: pafs.FileSystem, path: str, value: Mapping[str, Any], 
 
 
 class RecordCache:
-    """The JSON records of a folder, of which a process reads each once: what lies there as it did is not read again.
+    """The JSON records of a folder, of which a process reads each once: what lies there as it did
+    is not read again.
 
     Shared by all objects of a process that are made for the same `place`.
     """
@@ -148,7 +154,8 @@ class RecordCache:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of rows: the parts `first` to `last` of what a writer has appended to a log of that name."""
+    """A file of rows: the parts `first` to `last` of what a writer has appended to a log of that
+    name."""
 
     name: str
     writer: str
@@ -165,9 +172,10 @@ class _File:
 class RowLog:
     """Append-only rows in one folder. One object belongs to one process; many may write at once.
 
-    Rows are JSON lines in parts. A part that is full is closed: nothing is appended to it any more. Closed parts become
-    one Parquet file, whose name says which parts it holds: where it is, they are not read, so that a process that dies
-    between writing it and deleting them loses and doubles nothing.
+    Rows are JSON lines in parts. A part that is full is closed: nothing is appended to it any more.
+    Closed parts become one Parquet file, whose name says which parts it holds: where it is, they
+    are not read, so that a process that dies between writing it and deleting them loses and doubles
+    nothing.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, folder: str) -> None:
@@ -176,10 +184,11 @@ class RowLog:
         self._parts: dict[str, tuple[int, bytes]] = {}
         self._compacted: dict[str, int] = {}
 
-    # ---- writing --------------------------------------------------------------------------------------------------
+    # ---- writing --------------------------------------------------------------------------------
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows to the log called `name` (the start of the file's name); they are stored when this returns."""
+        """Append rows to the log called `name` (the start of the file's name); they are stored when
+        this returns."""
         if not rows:
             return
         content = b"".join(make_json(row) + b"\n" for row in rows)
@@ -197,7 +206,8 @@ class RowLog:
         self._compact_when_due(name, COMPACT_PARTS)
 
     def _append_locally(self, name: str, content: bytes) -> None:
-        """Processes share parts: the one that finds a part full goes on with the next, and compacts."""
+        """Processes share parts: the one that finds a part full goes on with the next, and
+        compacts."""
         make_folder(self.filesystem, self.folder)
         number = self._parts[name][0] if name in self._parts else None
         while number is None or not append_line(f"{self.folder}/{self._file(name, number)}", content, LOCAL_PART_BYTES,
@@ -209,7 +219,8 @@ class RowLog:
         self._compact_when_due(name, 1)
 
     def _compact_when_due(self, name: str, fewest: int) -> None:
-        """Compact once so many parts have been closed. A storage that fails is no hindrance: the rows are stored."""
+        """Compact once so many parts have been closed. A storage that fails is no hindrance: the
+        rows are stored."""
         number = self._parts[name][0]
         if number - self._compacted.get(name, 0) < fewest:
             return
@@ -221,10 +232,11 @@ class RowLog:
             _log.warning("%s: rows of %s stay in parts for now (%s)", self.folder, name, first_line(error))
 
     def compact(self, name: str) -> None:
-        """Make Parquet files of the closed parts of a log, whoever wrote them, and delete the parts.
+        """Make Parquet files of the closed parts of a log, whoever wrote them, and delete the
+        parts.
 
-        Parts with a whole line that is no row stay as they are: what was in it may matter to somebody.
-        Raises StoreError.
+        Parts with a whole line that is no row stay as they are: what was in it may matter to
+        somebody. Raises StoreError.
         """
         for compact in [file for file in self._files(name) if file.is_compact]:
             left = self._left_behind(compact, name)
@@ -258,7 +270,8 @@ class RowLog:
         content = make_parquet(rows, parts)
         write_bytes(self.filesystem, path, content)
         if read_bytes(self.filesystem, path) != content:
-            raise StoreError(path, "is not what was written", "rows are deleted only where they lie elsewhere")
+            raise StoreError(path, "is not what was written", "rows are deleted only where they "
+                                                              "lie elsewhere")
         self._delete(files)
 
     def _delete(self, files: Sequence[_File]) -> None:
@@ -270,10 +283,11 @@ class RowLog:
             return f"{name}.jsonl"
         return f"{name}-{self._writer}-{number:06d}.jsonl"
 
-    # ---- reading --------------------------------------------------------------------------------------------------
+    # ---- reading --------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, file by file in the order of their names; lines that a killed writer left torn are left out."""
+        """All rows, file by file in the order of their names; lines that a killed writer left torn
+        are left out."""
         return list(self.iterate())
 
     def names(self) -> list[str]:
@@ -281,9 +295,11 @@ class RowLog:
         return list(dict.fromkeys(file.name for file in self._files()))
 
     def iterate(self, name: str | None = None, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """`rows`, of all logs or one, one after another: of a file only a few megabytes are in memory at a time.
+        """`rows`, of all logs or one, one after another: of a file only a few megabytes are in
+        memory at a time.
 
-        `columns`: the keys that are wanted. Rows that are compacted meanwhile are neither lost nor given twice.
+        `columns`: the keys that are wanted. Rows that are compacted meanwhile are neither lost nor
+        given twice.
         """
         done: dict[tuple[str, str], tuple[int, int]] = {}  # (last part, rows given of it)
         while True:
@@ -298,14 +314,14 @@ class RowLog:
                 continue  # it was compacted: the listing has what replaces it
 
     def newest_first(self, name: str) -> Iterator[list[dict[str, Any]]]:
-        """The rows of a log file by file, the newest first; for those who need only the end. May raise
-        FileNotFoundError where files are compacted meanwhile: begin again."""
+        """The rows of a log file by file, the newest first; for those who need only the end. May
+        raise FileNotFoundError where files are compacted meanwhile: begin again."""
         for file in reversed(self._files(name)):
             yield [row for _, row in self._after(file, (-1, 0), None)]
 
     def summaries(self, name: str) -> Iterator[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:
-        """Of each file of a log, in order: its summary (`compaction.summarize`; empty where only the rows tell), and a
-        call that reads its rows."""
+        """Of each file of a log, in order: its summary (`compaction.summarize`; empty where only
+        the rows tell), and a call that reads its rows."""
         done: dict[str, int] = {}
         for file in self._files(name):
             before = done.get(file.writer, -1)
@@ -325,7 +341,8 @@ class RowLog:
             return {}
 
     def _files(self, name: str | None = None) -> list[_File]:
-        """The files by name, writer and first part; of parts that a Parquet file holds only that."""
+        """The files by name, writer and first part; of parts that a Parquet file holds only
+        that."""
         kept: list[_File] = []
         for file in self._all_files(name):
             last = kept[-1] if kept and (kept[-1].name, kept[-1].writer) == (file.name, file.writer) else None
@@ -334,7 +351,8 @@ class RowLog:
         return kept
 
     def _all_files(self, name: str | None) -> list[_File]:
-        """Every file, also the parts that a process which died has left beside their Parquet file."""
+        """Every file, also the parts that a process which died has left beside their Parquet
+        file."""
         parsed = (_parse_file(*item) for item in list_files(self.filesystem, self.folder).items())
         return sorted((file for file in parsed if file is not None and name in (None, file.name)),
                       key=lambda file: (file.name, file.writer, file.first, -file.last, not file.is_compact))
@@ -372,10 +390,12 @@ class RowLog:
 
     def _read_compact(self, file: _File, path: str, columns: Sequence[str] | None
                       ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows of a Parquet file; of the parts themselves where it is damaged and they are there still."""
+        """The rows of a Parquet file; of the parts themselves where it is damaged and they are
+        there still."""
         given = 0
         try:
-            # Local files are read in pieces, those elsewhere as a whole: they are small, and a read can be repeated.
+            # Local files are read in pieces, those elsewhere as a whole: they are small, and a read
+            # can be repeated.
             source = path if is_local(self.filesystem) else read_bytes(self.filesystem, path)
             for part, row in read_parquet(source, columns):
                 given += 1
@@ -422,7 +442,8 @@ def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
 
 
 def make_limits(start_steps: Mapping[int, int]) -> dict[int, float]:
-    """Attempt → the last step of its that counts, infinite for the last attempt: what it did past that was undone.
+    """Attempt → the last step of its that counts, infinite for the last attempt: what it did past
+    that was undone.
 
     `start_steps`: attempt → the step it started from.
     """
@@ -435,7 +456,8 @@ def make_limits(start_steps: Mapping[int, int]) -> dict[int, float]:
 
 
 def make_history(rows: Iterable[Mapping[str, Any]], start_steps: Mapping[int, int]) -> list[dict[str, Any]]:
-    """One row a step, by step: what an attempt did past the start of a later attempt was undone, and is left out.
+    """One row a step, by step: what an attempt did past the start of a later attempt was undone,
+    and is left out.
 
     `start_steps`: attempt → the step it started from.
     """
@@ -448,8 +470,8 @@ def make_history(rows: Iterable[Mapping[str, Any]], start_steps: Mapping[int, in
 
 
 def write_table(rows: Callable[[], Iterator[Mapping[str, Any]]], stream: Any) -> None:
-    """Write rows as Parquet with the columns of `make_table`, some thousands at a time. `rows` is called twice: the
-    kinds of the values are found out first."""
+    """Write rows as Parquet with the columns of `make_table`, some thousands at a time. `rows` is
+    called twice: the kinds of the values are found out first."""
     import pyarrow.parquet as pq
 
     kinds: dict[str, set[type]] = {}
@@ -486,7 +508,8 @@ def _make_array(values: Sequence[Any], arrow_type: pa.DataType, *, as_json: bool
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """The rows as a table with every column that any row has; nested or mixed values become JSON text."""
+    """The rows as a table with every column that any row has; nested or mixed values become JSON
+    text."""
     columns: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]

@@ -1,7 +1,9 @@
-"""One run is one folder: its spec, plan, record, attempts, metrics, events and checkpoints, on any filesystem.
+"""One run is one folder: its spec, plan, record, attempts, metrics, events and checkpoints, on any
+filesystem.
 
-Refuses to go on with a run under a spec of another identity, and to change a duration once the learning rate depends
-on the old one. A `Run` holds no open files and may be pickled: the copy opens the folder anew.
+Refuses to go on with a run under a spec of another identity, and to change a duration once the
+learning rate depends on the old one. A `Run` holds no open files and may be pickled: the copy opens
+the folder anew.
 """
 
 from __future__ import annotations
@@ -115,14 +117,16 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({shown(self.uri)!r})"
 
-    # ---- places ---------------------------------------------------------------------------------------------------
+    # ---- places ---------------------------------------------------------------------------------
 
     def keep_path(self, path: str) -> str:
-        """A path of the run's filesystem as records keep it: below the storage, so that this may be moved."""
+        """A path of the run's filesystem as records keep it: below the storage, so that this may be
+        moved."""
         return path.removeprefix(f"{self._storage_path}/")
 
     def find_path(self, kept: str) -> str:
-        """The path that a record keeps, where the storage is now. Records of earlier versions hold it whole."""
+        """The path that a record keeps, where the storage is now. Records of earlier versions hold
+        it whole."""
         if not kept.startswith(f"{self._storage_path}/") and (below := _CHECKPOINT_BELOW.search(f"/{kept}")):
             return f"{self._storage_path}{below[0]}"
         return kept
@@ -147,7 +151,7 @@ class Run:
         storage = f"{shown(self.storage).rstrip('/')}/"
         return shown(place).removeprefix(storage) if shown(place).startswith(storage) else place
 
-    # ---- beginning ------------------------------------------------------------------------------------------------
+    # ---- beginning ------------------------------------------------------------------------------
 
     @staticmethod
     def check_storage(storage: str | os.PathLike[str]) -> None:
@@ -158,10 +162,12 @@ class Run:
     @classmethod
     def open_or_create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
                        corpus: str = "", corpus_key: str = "", fork: str | None = None) -> Run:
-        """Begin the run of that name or go on with it; with `fork`, begin (or go on with) a fork of it by that name.
+        """Begin the run of that name or go on with it; with `fork`, begin (or go on with) a fork of
+        it by that name.
 
-        `plan` is the plan as plain values. Raises StoreError, with nothing written, if the storage cannot be written,
-        the run there has another identity or is being driven already, or there is nothing to fork from.
+        `plan` is the plan as plain values. Raises StoreError, with nothing written, if the storage
+        cannot be written, the run there has another identity or is being driven already, or there
+        is nothing to fork from.
         """
         run = cls.find_begun(storage, name, fork)
         if run is not None:
@@ -173,39 +179,46 @@ class Run:
 
     @classmethod
     def find_begun(cls, storage: str | os.PathLike[str], name: str, fork: str | None = None) -> Run | None:
-        """The run of that name, or the fork of it by the name `fork`, if it has begun. Raises StoreError for names that
-        cannot be, a run that another driver drives, and a fork of another run."""
+        """The run of that name, or the fork of it by the name `fork`, if it has begun. Raises
+        StoreError for names that cannot be, a run that another driver drives, and a fork of another
+        run."""
         check_run_name(name)
         run = cls.find(storage, fork or name)
         if run is not None and fork and (run.origin() or {}).get("run") != name:
-            raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name")
+            raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork "
+                                                                                     "gets a new "
+                                                                                     "name")
         if run is not None:
             check_free(run.filesystem, run.path, f"run {run.name!r}")
         return run
 
     @classmethod
     def find_origin(cls, storage: str | os.PathLike[str], source: str) -> tuple[Run, CheckpointInfo]:
-        """The run that a fork is to start from, with its newest checkpoint. Raises StoreError if it has none."""
+        """The run that a fork is to start from, with its newest checkpoint. Raises StoreError if it
+        has none."""
         origin = cls.open(storage, source)
         info = origin.latest_checkpoint()
         if info is None:
             raise StoreError(f"run {source!r}", "has no sound checkpoint to fork from",
-                             way_out="train it to its first checkpoint, or start afresh under another name")
+                             way_out="train it to its first checkpoint, or start afresh under "
+                                     "another name")
         return origin, info
 
     @classmethod
     def create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
                corpus: str = "", corpus_key: str = "") -> Run:
-        """Begin a new run. Raises StoreError if the name is taken or the storage cannot be written."""
+        """Begin a new run. Raises StoreError if the name is taken or the storage cannot be
+        written."""
         return cls(os.fspath(storage), name)._begin(spec, plan, corpus, corpus_key)
 
     @classmethod
     def fork(cls, storage: str | os.PathLike[str], source: str, name: str, spec: Spec, plan: Mapping[str, Any], *,
              corpus: str = "", corpus_key: str = "") -> Run:
-        """Begin a new run from the newest checkpoint of another in the same storage, whatever its identity.
+        """Begin a new run from the newest checkpoint of another in the same storage, whatever its
+        identity.
 
-        The source's retention spares that checkpoint for as long as the fork exists. Raises StoreError if the source
-        has no sound checkpoint, or the name is taken.
+        The source's retention spares that checkpoint for as long as the fork exists. Raises
+        StoreError if the source has no sound checkpoint, or the name is taken.
         """
         (origin, info), run = cls.find_origin(storage, source), cls(os.fspath(storage), name)
         if cls._exists(storage, name):
@@ -228,7 +241,8 @@ class Run:
         run = cls.find(storage, name)
         if run is None:
             raise StoreError(f"run {name!r}", f"not found in {shown(absolute(storage))}",
-                             way_out="`dray runs` lists what is there; --storage names another place")
+                             way_out="`dray runs` lists what is there; --storage names another "
+                                     "place")
         return run
 
     @classmethod
@@ -243,11 +257,13 @@ class Run:
             return exists(run.filesystem, f"{run.path}/{RUN_FILE}")
         except (OSError, pa.ArrowException) as error:
             raise StoreError(shown(run.storage), f"cannot be read ({first_line(error)})",
-                             way_out="check the address, the credentials and the permissions") from error
+                             way_out="check the address, the credentials and the "
+                                     "permissions") from error
 
     def _begin(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str, *,
                origin: dict[str, Any] | None = None, left_out: Sequence[int] = ()) -> Run:
-        """Write the record, whose presence makes the folder a run: of two simultaneous beginners one wins."""
+        """Write the record, whose presence makes the folder a run: of two simultaneous beginners
+        one wins."""
         require_writable(self.filesystem, self.path, self.uri)
         record = {"name": self.name, "created": now(), "nonce": uuid.uuid4().hex, "status": "created", "reason": "",
                   "fingerprint": spec.fingerprint(), "identity": spec.identity(),
@@ -255,17 +271,21 @@ class Run:
                   **({"left_out": list(left_out)} if left_out else {})}
         if not create_exclusive(self.filesystem, f"{self.path}/{RUN_FILE}", make_json(record, indent=1)):
             raise StoreError(f"run {self.name!r}", f"exists already in {shown(self.storage)}",
-                             "a new run has a new name", "go on with it, or name another run with --run")
+                             "a new run has a new name", "go on with it, or name another run "
+                                                         "with --run")
         self._take_up(spec, plan, corpus, corpus_key)
         return self
 
     def _take_up(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str) -> None:
-        """Check the identity, then store spec and plan: their place may be new, and their duration longer."""
+        """Check the identity, then store spec and plan: their place may be new, and their duration
+        longer."""
         record = self.record()
         self.check_identity(spec)
         if record["corpus_key"] and corpus_key and record["corpus_key"] != corpus_key:
-            raise StoreError(f"run {self.name!r}", f"its corpus was {record['corpus_key']} and is {corpus_key} now",
-                             "a run keeps its rows: files were changed, added or removed since it began",
+            raise StoreError(f"run {self.name!r}", f"its corpus was {record['corpus_key']} and is "
+                                                   f"{corpus_key} now",
+                             "a run keeps its rows: files were changed, added or removed since it "
+                             "began",
                              "put them back, name another run with --run, or --fork NEW_NAME")
         self._check_decay(spec, plan)
         write_bytes(self.filesystem, f"{self.path}/{SPEC_FILE}", dump_spec(spec).encode())
@@ -275,19 +295,22 @@ class Run:
             self.update(corpus=place, corpus_key=corpus_key)
 
     def check_identity(self, spec: Spec) -> None:
-        """Raise StoreError, naming what differs, for a spec that is another run's. Where its inputs lie is no part of
-        what a run is; what they hold is, and whoever has them compares it (`moved_paths`)."""
+        """Raise StoreError, naming what differs, for a spec that is another run's. Where its inputs
+        lie is no part of what a run is; what they hold is, and whoever has them compares it
+        (`moved_paths`)."""
         differing = differing_paths(without_places(self.record()["identity"]), without_places(spec.identity()))
         if differing:
             rule = "a run keeps its identity"
             if spec.duration_is_identity and any(path.startswith("duration") for path in differing):
-                rule += f": the {spec.schedule.name} schedule without decay_steps ends with the duration"
+                rule += (f": the {spec.schedule.name} schedule without decay_steps ends with the "
+                        "duration")
             raise StoreError(f"run {self.name!r}", f"its spec differs in {', '.join(differing)}", rule,
-                             "undo the change, name another run with --run, or start from its newest checkpoint with "
-                             "--fork NEW_NAME")
+                             "undo the change, name another run with --run, or start from its "
+                             "newest checkpoint with --fork NEW_NAME")
 
     def moved_paths(self, spec: Spec) -> list[str]:
-        """The dotted paths of the inputs that lie elsewhere by this spec than by the one that the run began with."""
+        """The dotted paths of the inputs that lie elsewhere by this spec than by the one that the
+        run began with."""
         return differing_paths(self.record()["identity"], spec.identity())
 
     def _check_decay(self, spec: Spec, plan: Mapping[str, Any]) -> None:
@@ -300,14 +323,17 @@ class Run:
             return
         start = min(_decay_start(spec, old), _decay_start(spec, new))
         if newest.step > start:
-            raise StoreError(f"run {self.name!r}", f"duration changes from {old} to {new} steps at step {newest.step}",
-                             f"its learning rate decays from step {start} on, which a new duration would move",
+            raise StoreError(f"run {self.name!r}", f"duration changes from {old} to {new} steps "
+                                                   f"at step {newest.step}",
+                             f"its learning rate decays from step {start} on, which a new "
+                             "duration would move",
                              "keep the duration, or --fork NEW_NAME")
 
-    # ---- records --------------------------------------------------------------------------------------------------
+    # ---- records --------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """run.json: name, created, status, fingerprint, identity, corpus, and what `update` added."""
+        """run.json: name, created, status, fingerprint, identity, corpus, and what `update`
+        added."""
         # Records of earlier versions may hold URIs with credentials.
         return cast("dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{RUN_FILE}")))
 
@@ -321,14 +347,16 @@ class Run:
         try:
             return make_spec(read_yaml(read_bytes(self.filesystem, path).decode()), path)
         except (FileNotFoundError, UnicodeDecodeError, BadYaml, SpecError) as error:
-            raise StoreError(path, f"cannot be read ({error})", way_out="start the run again with its spec") from error
+            raise StoreError(path, f"cannot be read ({error})", way_out="start the run again "
+                                                                        "with its spec") from error
 
     def plan(self) -> dict[str, Any]:
         """The plan as last run, as plain values."""
         return load_json(self.filesystem, f"{self.path}/{PLAN_FILE}")
 
     def model(self) -> dict[str, Any] | None:
-        """What the run keeps of its model: `config`, and `pretrained` where it starts from a folder of weights."""
+        """What the run keeps of its model: `config`, and `pretrained` where it starts from a folder
+        of weights."""
         try:
             return load_json(self.filesystem, f"{self.path}/{MODEL_FILE}")
         except FileNotFoundError:
@@ -340,11 +368,13 @@ class Run:
 
     @property
     def corpus_copy(self) -> str:
-        """Where the run keeps the manifest and the tokeniser of its corpus (absolute path or URI)."""
+        """Where the run keeps the manifest and the tokeniser of its corpus (absolute path or
+        URI)."""
         return child(self.uri, CORPUS)
 
     def origin(self) -> dict[str, Any] | None:
-        """What a fork started from: run, step, attempt, checkpoint (path below the storage), fingerprint, differing."""
+        """What a fork started from: run, step, attempt, checkpoint (path below the storage),
+        fingerprint, differing."""
         return cast("dict[str, Any] | None", self.record().get("origin"))
 
     @property
@@ -366,8 +396,8 @@ class Run:
         return bool(gone)
 
     def set_status(self, status: str, reason: str = "", driver: Driver | None = None) -> None:
-        """Record the run's status; the process that says `running` is its driver. What a driver says that has been
-        replaced by a later one is not recorded."""
+        """Record the run's status; the process that says `running` is its driver. What a driver
+        says that has been replaced by a later one is not recorded."""
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is not one of {STATUSES}")
         if driver is not None and newest_driver(self.filesystem, self.path) > driver.number:
@@ -377,40 +407,43 @@ class Run:
             fields["driver"] = make_process()
         self.update(**fields)
 
-    # ---- drivers --------------------------------------------------------------------------------------------------
+    # ---- drivers --------------------------------------------------------------------------------
 
     def take_over(self, wait_seconds: float = 0.0) -> Driver:
-        """Become the run's one driver, before anything else is done to it; the token that `heartbeat` and `release`
-        want, and whose `number` goes to `begin_attempt`.
+        """Become the run's one driver, before anything else is done to it; the token that
+        `heartbeat` and `release` want, and whose `number` goes to `begin_attempt`.
 
-        Raises StoreError while another driver is alive: on this machine its process tells, elsewhere its signs of life
-        (`drivers.DEAD_SECONDS` without one end its hold). `wait_seconds`: how long to wait for a driver elsewhere to
-        end or to be found dead, as a driver that is restarted by a scheduler should. From then on the attempts of
-        earlier drivers commit nothing.
+        Raises StoreError while another driver is alive: on this machine its process tells,
+        elsewhere its signs of life (`drivers.DEAD_SECONDS` without one end its hold).
+        `wait_seconds`: how long to wait for a driver elsewhere to end or to be found dead, as a
+        driver that is restarted by a scheduler should. From then on the attempts of earlier drivers
+        commit nothing.
         """
         return take_over(self.filesystem, self.path, f"run {self.name!r}", wait_seconds)
 
     def heartbeat(self, driver: Driver) -> None:
-        """Give a sign of life, every `drivers.HEARTBEAT_SECONDS`: one listing and one small file. Raises StoreError if
-        another driver has taken the run over: this one must stop then."""
+        """Give a sign of life, every `drivers.HEARTBEAT_SECONDS`: one listing and one small file.
+        Raises StoreError if another driver has taken the run over: this one must stop then."""
         heartbeat(self.filesystem, self.path, driver, f"run {self.name!r}")
 
     def release(self, driver: Driver) -> None:
-        """Let the run go, after the last status was set: the next driver need not wait. Harmless if it is not ours."""
+        """Let the run go, after the last status was set: the next driver need not wait. Harmless if
+        it is not ours."""
         release(self.filesystem, self.path, driver)
 
     def driver(self) -> dict[str, Any] | None:
-        """Who took the run over last: number, host, pid, time, …, and `released` if it has let go; none if nobody."""
+        """Who took the run over last: number, host, pid, time, …, and `released` if it has let go;
+        none if nobody."""
         return load_driver(self.filesystem, self.path)
 
-    # ---- attempts -------------------------------------------------------------------------------------------------
+    # ---- attempts -------------------------------------------------------------------------------
 
     def begin_attempt(self, num_ranks: int, start_step: int, driver: int | None = None, **fields: Any) -> int:
         """Record one start of the worker group and return its number, which no other start gets.
 
-        `start_step`: the step of the checkpoint it starts from (0: none). What earlier attempts did past it is undone.
-        `driver`: the number of the driver that it belongs to; without, the newest one. Raises StoreError if a later
-        driver has taken the run over.
+        `start_step`: the step of the checkpoint it starts from (0: none). What earlier attempts did
+        past it is undone. `driver`: the number of the driver that it belongs to; without, the
+        newest one. Raises StoreError if a later driver has taken the run over.
         """
         folder, where = f"{self.path}/{ATTEMPTS}", f"run {self.name!r}"
         if driver is None:
@@ -424,7 +457,8 @@ class Run:
             if create_exclusive(self.filesystem, f"{folder}/{make_attempt_file(number)}", make_json(record)):
                 break
             number += 1
-        # Again, now that every later driver sees this attempt: so those of a later one have higher numbers.
+        # Again, now that every later driver sees this attempt: so those of a later one have higher
+        # numbers.
         check_driver(self.filesystem, self.path, driver, where)
         return number
 
@@ -434,15 +468,17 @@ class Run:
         save_json(self.filesystem, path, {"ended": now(), "status": status, "end_step": step, "reason": reason})
 
     def attempts(self) -> list[dict[str, Any]]:
-        """The attempts by number: attempt, num_ranks, start_step, started, …, and ended, status, end_step, reason."""
+        """The attempts by number: attempt, num_ranks, start_step, started, …, and ended, status,
+        end_step, reason."""
         found = self._attempts.load()
         numbers = sorted(number for number in map(parse_attempt_file, found) if number is not None)
         return [found[make_attempt_file(number)] | found.get(f"{number:04d}-end.json", {}) for number in numbers]
 
-    # ---- rows -----------------------------------------------------------------------------------------------------
+    # ---- rows -----------------------------------------------------------------------------------
 
     def log_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, each with `step` and `attempt`; those with `kind: validation` go to a log of their own.
+        """Append rows, each with `step` and `attempt`; those with `kind: validation` go to a log of
+        their own.
 
         They are stored when this returns: a killed process loses none of them.
         """
@@ -456,12 +492,13 @@ class Run:
             (self._validation if is_validation else self._metrics).append(name, group)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One row a step, by step: the history that leads to the newest state, without what was done and undone."""
+        """One row a step, by step: the history that leads to the newest state, without what was
+        done and undone."""
         return make_history(self._metrics.rows(), self._start_steps())
 
     def iterate_metrics(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Every metrics row as it was logged, also what was undone later or logged twice, one after another; with
-        `columns` only those keys of it."""
+        """Every metrics row as it was logged, also what was undone later or logged twice, one after
+        another; with `columns` only those keys of it."""
         return self._metrics.iterate(columns=columns)
 
     def iterate_history(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -477,12 +514,13 @@ class Run:
         return make_outline(self._metrics, self._start_steps())
 
     def validations(self, since: int = 0, count: int | None = None) -> list[dict[str, Any]]:
-        """One validation row a step, by step, of the same history; of steps from `since` on, and the last `count`."""
+        """One validation row a step, by step, of the same history; of steps from `since` on, and
+        the last `count`."""
         return last_rows(self._validation, self._start_steps(), count, since)
 
     def _start_steps(self) -> dict[int, int]:
-        """Attempt → the step it started from, without those that a driver recorded after its successor's: it saw so,
-        and they never ran."""
+        """Attempt → the step it started from, without those that a driver recorded after its
+        successor's: it saw so, and they never ran."""
         found, newest = dict[int, int](), 0
         for attempt in self.attempts():
             if attempt.get("driver", 0) >= newest:
@@ -508,12 +546,14 @@ class Run:
         """All events by time."""
         return sorted(self._events.rows(), key=lambda event: str(event.get("time", "")))
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    # ---- checkpoints ----------------------------------------------------------------------------
 
     def checkpoints(self, verified_only: bool = True) -> list[CheckpointInfo]:
-        """The run's own checkpoints by step; with `verified_only=False` also the unsound ones, each with its problem.
+        """The run's own checkpoints by step; with `verified_only=False` also the unsound ones, each
+        with its problem.
 
-        One that an attempt committed past the start of a later attempt is no part of the history, and unsound.
+        One that an attempt committed past the start of a later attempt is no part of the history,
+        and unsound.
         """
         start_steps = self._start_steps()
         found = []
@@ -535,13 +575,16 @@ class Run:
             return None
         info = inspect_checkpoint(self.filesystem, f"{self._storage_path}/{origin['checkpoint']}")
         if not info.verified:
-            raise StoreError(f"run {self.name!r}", f"the checkpoint it was forked from is unsound: {info.problem}",
-                             f"it starts from step {origin['step']} of run {origin['run']}", "fork again")
+            raise StoreError(f"run {self.name!r}", "the checkpoint it was forked from is "
+                                                   f"unsound: {info.problem}",
+                             f"it starts from step {origin['step']} of run "
+                             f"{origin['run']}", "fork again")
         return info
 
     def lost_steps(self) -> dict[int, str]:
-        """Steps of the history that this run committed, each with what is wrong with its checkpoint by now; for a run
-        that has no sound one of its own. A step that a later attempt undid, since it started before, is none of them.
+        """Steps of the history that this run committed, each with what is wrong with its checkpoint
+        by now; for a run that has no sound one of its own. A step that a later attempt undid, since
+        it started before, is none of them.
         """
         starts, base = self._start_steps(), int((self.origin() or {}).get("step", 0))
         found = {(number, start): "its files are gone" for number, start in starts.items() if start > base}
@@ -558,22 +601,27 @@ class Run:
 
     @contextmanager
     def hold(self, info: CheckpointInfo) -> Iterator[None]:
-        """Keep retention from deleting a checkpoint while the block reads it, in whichever run it lies.
+        """Keep retention from deleting a checkpoint while the block reads it, in whichever run it
+        lies.
 
-        Raises StoreError if a sound one was deleted before it could be held. Where nothing can be written nothing is
-        held, and the block runs all the same.
+        Raises StoreError if a sound one was deleted before it could be held. Where nothing can be
+        written nothing is held, and the block runs all the same.
         """
         with hold(self.filesystem, info.path):
             names = list_files(self.filesystem, info.path)
             if info.verified and (MARKER_FILE not in names or DELETING_FILE in names):
-                raise StoreError(f"run {self.name!r}", f"the checkpoint of step {info.step} was deleted meanwhile",
-                                 "retention keeps what is held before it looks", "try again, or choose a newer one")
+                raise StoreError(f"run {self.name!r}", f"the checkpoint of step {info.step} was "
+                                                       "deleted meanwhile",
+                                 "retention keeps what is held before it looks", "try again, or "
+                                                                                 "choose a newer "
+                                                                                 "one")
             yield
 
-    # ---- summary --------------------------------------------------------------------------------------------------
+    # ---- summary --------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
-        """What `dray show --json` prints: name, status, fingerprint, step, num_steps, attempts, train_loss, …"""
+        """What `dray show --json` prints: name, status, fingerprint, step, num_steps, attempts,
+        train_loss, …"""
         record, rows, validations = self.record(), self.last_metrics(50), self.validations(count=1)
         checkpoints = self.checkpoints(verified_only=False)
         sound = [info.step for info in checkpoints if info.verified]
@@ -597,8 +645,9 @@ class Run:
 
 
 def find_checkpoint(run: Run, step: int | None = None) -> CheckpointInfo:
-    """The checkpoint of a step, sound or not; by default the newest that was committed. For `dray verify`, which says
-    what is wrong with it. Raises StoreError, with the steps there are, if there is none."""
+    """The checkpoint of a step, sound or not; by default the newest that was committed. For `dray
+    verify`, which says what is wrong with it. Raises StoreError, with the steps there are, if there
+    is none."""
     found = run.checkpoints(verified_only=False)
     if step is None:
         chosen = [info for info in found if info.committed] or found
@@ -624,7 +673,8 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
     filesystem, path = open_filesystem(storage)
     with patience(PROBE_SECONDS):  # an address that is mistyped is found out here
         if is_file(filesystem, path):
-            raise StoreError(shown(absolute(storage)), "is a file", "the storage is a folder of runs")
+            raise StoreError(shown(absolute(storage)), "is a file", "the storage is a folder of "
+                                                                    "runs")
     names = (name for name in list_folders(filesystem, path) if re.fullmatch(RUN_NAME, name))
     runs = [Run(os.fspath(storage), name) for name in names
             if name not in RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{RUN_FILE}")]
@@ -632,8 +682,8 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
 
 
 def _inherit_left_out(origin: Run, spec: Spec, corpus_key: str) -> list[int]:
-    """The batches that a fork leaves out since its origin did, where both read the same order: without them it would
-    read batches again. In another order the numbers name other rows."""
+    """The batches that a fork leaves out since its origin did, where both read the same order:
+    without them it would read batches again. In another order the numbers name other rows."""
     record = origin.record()
     changed = {"seed", "batch.global_rows"} & set(differing_paths(record["identity"], spec.identity()))
     return [] if changed or record["corpus_key"] != corpus_key else list(record.get("left_out") or ())

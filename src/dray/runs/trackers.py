@@ -1,7 +1,8 @@
 """TensorBoard, MLflow and Weights & Biases beside the run's own rows, behind one small protocol.
 
-A tracker that is switched on but not installed is refused before the run begins. One that fails or hangs later is
-reported once as an event and never stops training: a thread feeds them, and what they cannot take is dropped.
+A tracker that is switched on but not installed is refused before the run begins. One that fails or
+hangs later is reported once as an event and never stops training: a thread feeds them, and what
+they cannot take is dropped.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Several trackers as one, fed by a thread. No method raises, and only `finish` waits, for a bounded time."""
+    """Several trackers as one, fed by a thread. No method raises, and only `finish` waits, for a
+    bounded time."""
 
     def __init__(self, run: Run, members: Mapping[str, Tracker], finish_seconds: float = FINISH_SECONDS) -> None:
         self._run, self._members, self._finish_seconds = run, dict(members), finish_seconds
@@ -55,7 +57,8 @@ class Trackers:
         self._threads: dict[str, threading.Thread] = {}
 
     def start(self, run_name: str, spec: Mapping[str, Any]) -> None:
-        """Start every member. Members are fed independently: one that hangs does not hold up the others."""
+        """Start every member. Members are fed independently: one that hangs does not hold up the
+        others."""
         for name, member in self._members.items():
             self._queues[name] = queue.Queue(MAX_WAITING)
             thread = threading.Thread(target=self._feed, args=(name, member), name=f"tracker-{name}", daemon=True)
@@ -64,13 +67,15 @@ class Trackers:
         self._put(lambda member: member.start(run_name, spec))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Pass on the numbers among the metrics; text and nested values stay in the run's own rows."""
+        """Pass on the numbers among the metrics; text and nested values stay in the run's own
+        rows."""
         numbers = {key: float(value) for key, value in metrics.items()
                    if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "time")}
         self._put(lambda member: member.log(step, numbers))
 
     def finish(self, status: str) -> None:
-        """Finish every member, whatever the others do, and wait for them for a bounded time in all."""
+        """Finish every member, whatever the others do, and wait for them for a bounded time in
+        all."""
         self._put(lambda member: member.finish(status))
         for waiting in self._queues.values():
             with suppress(queue.Full):  # a thread that does not make room is reported below
@@ -79,7 +84,8 @@ class Trackers:
         for name, thread in self._threads.items():
             thread.join(max(0.01, deadline - time.monotonic()))
             if thread.is_alive():
-                self._report(name, TimeoutError(f"did not finish within {self._finish_seconds:g} s"))
+                self._report(name, TimeoutError(f"did not finish within {self._finish_seconds:g} "
+                                                "s"))
         self._threads, self._queues = {}, {}
 
     def _put(self, call: Callable[[Tracker], None]) -> None:
@@ -108,8 +114,8 @@ class Trackers:
 
 
 def build_trackers(run: Run, spec: Spec, finish_seconds: float = FINISH_SECONDS) -> Trackers:
-    """The trackers that the spec switches on, started. Raises StoreError for one that is not installed or cannot
-    write where the run lies."""
+    """The trackers that the spec switches on, started. Raises StoreError for one that is not
+    installed or cannot write where the run lies."""
     check_trackers(spec, run.storage)
     tracking, members = spec.tracking, dict[str, Tracker]()
     if tracking.tensorboard:
@@ -124,7 +130,8 @@ def build_trackers(run: Run, spec: Spec, finish_seconds: float = FINISH_SECONDS)
 
 
 def check_trackers(spec: Spec, storage: str | os.PathLike[str]) -> None:
-    """Raise StoreError if a tracker is switched on whose library is missing, or that cannot write to the storage.
+    """Raise StoreError if a tracker is switched on whose library is missing, or that cannot write
+    to the storage.
 
     Imports nothing, so that it can be asked before anything else is done.
     """
@@ -145,7 +152,8 @@ def check_trackers(spec: Spec, storage: str | os.PathLike[str]) -> None:
 
 
 class TensorBoardTracker:
-    """Event files in trackers/tensorboard. On an object store they are written beside and copied there every minute."""
+    """Event files in trackers/tensorboard. On an object store they are written beside and copied
+    there every minute."""
 
     def __init__(self, run: Run) -> None:
         own = importlib.util.find_spec("tensorboard")
@@ -183,7 +191,8 @@ class TensorBoardTracker:
 
 
 class MlflowTracker:
-    """One MLflow run per dray run, in an SQLite store in trackers/ unless a tracking URI is given."""
+    """One MLflow run per dray run, in an SQLite store in trackers/ unless a tracking URI is
+    given."""
 
     def __init__(self, run: Run, uri: str | None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -222,7 +231,8 @@ class MlflowTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; online only if its key is in the environment, else files for `wandb sync` in trackers/."""
+    """Weights & Biases; online only if its key is in the environment, else files for `wandb sync`
+    in trackers/."""
 
     def __init__(self, run: Run, project: str) -> None:
         self._module = importlib.import_module("wandb")

@@ -25,7 +25,9 @@ class Display:
     """Shows steps, validations and remarks of one run."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        forgiving = cast(TextIO, Forgiving(stream or sys.stderr))  # a closed terminal must not end a run
+        forgiving = cast(
+            TextIO, Forgiving(stream or sys.stderr)
+        )  # a closed terminal must not end a run
         self._console = Console(file=forgiving, highlight=False, soft_wrap=True)
         self._live: Progress | None = None
         self._bar: TaskID | None = None
@@ -40,7 +42,9 @@ class Display:
             yield
             return
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
-        with Progress(*columns, console=self._console, transient=True, refresh_per_second=4) as self._live:
+        with Progress(
+            *columns, console=self._console, transient=True, refresh_per_second=4
+        ) as self._live:
             self._bar = self._live.add_task("starting …", total=num_steps, completed=done)
             yield
         self._live = None
@@ -67,8 +71,11 @@ class Display:
     def _line(self, row: Mapping[str, Any], now: float) -> str:
         step = int(row["step"])
         first_step, first_time = self._first or (step, now)
-        parts = [f"step {step}/{self._num_steps}", f"loss {format_loss(row['loss'])}",
-                 f"{row['tokens_per_second']:,.0f} tokens/s"]
+        parts = [
+            f"step {step}/{self._num_steps}",
+            f"loss {format_loss(row['loss'])}",
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+        ]
         if row.get("mfu") is not None:
             parts.append(f"MFU {row['mfu']:.0%}")
         if step > first_step:

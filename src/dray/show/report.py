@@ -32,19 +32,26 @@ def format_runs(summaries: Sequence[Mapping[str, Any]]) -> str:
     for summary in summaries:
         validation = summary["validation"].get("loss")
         table.add_row(
-            summary["name"], summary["status"], f"{summary['step']}/{summary['num_steps'] or '?'}",
-            _number(summary["train_loss"]), _number(validation), _number(summary["tokens_per_second"], ",.0f"),
-            ", ".join(str(item["step"]) for item in summary["checkpoints"] if item["verified"]) or "none",
+            summary["name"],
+            summary["status"],
+            f"{summary['step']}/{summary['num_steps'] or '?'}",
+            _number(summary["train_loss"]),
+            _number(validation),
+            _number(summary["tokens_per_second"], ",.0f"),
+            ", ".join(str(item["step"]) for item in summary["checkpoints"] if item["verified"])
+            or "none",
         )
     return _rendered(table)
 
 
 def format_summary(run: Run) -> str:
-    """One run: where it stands, its losses as a line, its validation, its attempts and checkpoints."""
+    """One run: where it stands, its losses as a line, its validation, its attempts and
+    checkpoints."""
     summary, outline = run.summary(), run.outline()
     validation = {k: v for k, v in summary["validation"].items() if k != "step"}
     lines = [
-        f"{summary['name']}  {summary['status']}  step {summary['step']}/{summary['num_steps'] or '?'}"
+        f"{summary['name']}  {summary['status']}  step "
+        f"{summary['step']}/{summary['num_steps'] or '?'}"
         f"  fingerprint {summary['fingerprint'][:12]}",
         f"  folder       {run.uri}",
     ]
@@ -55,8 +62,9 @@ def format_summary(run: Run) -> str:
         lines += [
             f"  train loss   {format_loss(outline.first_loss)} {sparkline(losses)} "
             f"{format_loss(summary['train_loss'])}",
-            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s; {outline.tokens or 0:,} tokens, "
-            f"{format_seconds(outline.seconds)} of steps; peak {format_bytes(outline.memory_bytes_max)} a rank",
+            f"  speed        {_number(summary['tokens_per_second'], ',.0f')} tokens/s; "
+            f"{outline.tokens or 0:,} tokens, {format_seconds(outline.seconds)} of steps; peak "
+            f"{format_bytes(outline.memory_bytes_max)} a rank",
         ]
     if validation:
         at = summary["validation"].get("step")
@@ -64,11 +72,16 @@ def format_summary(run: Run) -> str:
     compressors = run.record().get("compressors")
     if compressors and "bits_per_byte" in validation:
         others = ", ".join(f"{name} {value:.3f}" for name, value in compressors.items())
-        lines.append(f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}")
+        lines.append(
+            f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}"
+        )
     lines += _describe_data(run)
     for attempt in summary["attempts"]:
-        lines.append(f"  attempt {attempt['attempt']:<4} {attempt['num_ranks']} ranks from step {attempt['start_step']}"
-                     f"{', ' + attempt['status'] if attempt.get('status') else ''}")
+        lines.append(
+            f"  attempt {attempt['attempt']:<4} {attempt['num_ranks']} ranks from step "
+            f"{attempt['start_step']}"
+            f"{', ' + attempt['status'] if attempt.get('status') else ''}"
+        )
     for item in summary["checkpoints"]:
         state = "sound" if item["verified"] else f"unsound: {item['problem']}"
         lines.append(f"  checkpoint   step {item['step']}  {format_bytes(item['bytes'])}  {state}")
@@ -83,7 +96,11 @@ def load_account(run: Run) -> dict[str, Any] | None:
 
 def _describe_data(run: Run) -> list[str]:
     found = _find_account(run)
-    return [f"  {'data' if nth == 0 else '':<12} {line}" for nth, line in enumerate(describe(*found))] if found else []
+    return (
+        [f"  {'data' if nth == 0 else '':<12} {line}" for nth, line in enumerate(describe(*found))]
+        if found
+        else []
+    )
 
 
 def _find_account(run: Run) -> tuple[Manifest, tuple[SourceFile, ...]] | None:
@@ -97,9 +114,17 @@ def _find_account(run: Run) -> tuple[Manifest, tuple[SourceFile, ...]] | None:
 def format_diagnosis(diagnosis: Diagnosis) -> str:
     """Why a run ended as it did: class and cause, where, the evidence, and the way out."""
     lines = [f"{diagnosis.run}  {diagnosis.fault}: {diagnosis.cause}"]
-    place = [f"{name} {value}" for name, value in (
-        ("attempt", diagnosis.attempt), ("rank", diagnosis.rank), ("node", diagnosis.node or None),
-        ("process", diagnosis.pid), ("step", diagnosis.step)) if value is not None]
+    place = [
+        f"{name} {value}"
+        for name, value in (
+            ("attempt", diagnosis.attempt),
+            ("rank", diagnosis.rank),
+            ("node", diagnosis.node or None),
+            ("process", diagnosis.pid),
+            ("step", diagnosis.step),
+        )
+        if value is not None
+    ]
     if diagnosis.attempt is not None:
         lines.append(f"  where        {', '.join(place)}")
     for exhibit in diagnosis.exhibits:
@@ -108,8 +133,11 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     lines += [f"  meanwhile    {other}" for other in diagnosis.others[:MAX_OTHERS]]
     if len(diagnosis.others) > MAX_OTHERS:
         lines.append(f"  meanwhile    {len(diagnosis.others) - MAX_OTHERS} more ranks")
-    lines += [f"  before       attempt {past.attempt}: {past.fault}, {past.cause}" for past in diagnosis.history
-              if past.attempt != diagnosis.attempt]
+    lines += [
+        f"  before       attempt {past.attempt}: {past.fault}, {past.cause}"
+        for past in diagnosis.history
+        if past.attempt != diagnosis.attempt
+    ]
     lines += [f"  note         {note}" for note in diagnosis.notes]
     return "\n".join([*lines, f"  way out      {diagnosis.way_out}"])
 
@@ -117,11 +145,17 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
 def format_verification(report: CheckpointReport) -> str:
     """The outcome of `dray verify`."""
     lines = [f"step {report.step}  {'sound' if report.ok else 'DAMAGED'}  {report.path}"]
-    lines += [f"  {file['file']}  {format_bytes(file['bytes'])}  {'ok' if file['ok'] else file['problem']}"
-              for file in report.files]
+    lines += [
+        f"  {file['file']}  {format_bytes(file['bytes'])}  "
+        f"{'ok' if file['ok'] else file['problem']}"
+        for file in report.files
+    ]
     lines += [f"  {problem}" for problem in report.problems]
     if report.ok:
-        lines += [f"  weights    {report.weights_sha256}", f"  optimizer  {report.optimizer_sha256}"]
+        lines += [
+            f"  weights    {report.weights_sha256}",
+            f"  optimizer  {report.optimizer_sha256}",
+        ]
     return "\n".join(lines)
 
 
@@ -129,19 +163,31 @@ def format_ledger(report: LedgerReport) -> str:
     """The outcome of `dray verify --ledger`."""
     begun = f"; forked at step {report.start_step}" if report.start_step else ""
     lines = [
-        f"{report.run}  ledger {'sound' if report.ok else 'BROKEN'} up to step {report.committed_step}{begun}",
-        f"  steps      {report.steps:,} committed, {report.uncommitted_steps:,} past the checkpoint; "
-        f"{report.attempts:,} attempts, {report.redone_steps:,} steps done again",
-        f"  rows       {report.rows_used:,} used; {report.repeated:,} repeated, {report.skipped:,} skipped, "
-        f"{report.left_out:,} left out",
+        f"{report.run}  ledger {'sound' if report.ok else 'BROKEN'} up to step "
+        f"{report.committed_step}{begun}",
+        f"  steps      {report.steps:,} committed, {report.uncommitted_steps:,} past the "
+        f"checkpoint; {report.attempts:,} attempts, {report.redone_steps:,} steps done again",
+        f"  rows       {report.rows_used:,} used; {report.repeated:,} repeated, "
+        f"{report.skipped:,} skipped, {report.left_out:,} left out",
     ]
-    apart = ", ".join(f"{name} {count:,}" for name, count in report.epochs_by_source.items() if count != report.epochs)
+    apart = ", ".join(
+        f"{name} {count:,}"
+        for name, count in report.epochs_by_source.items()
+        if count != report.epochs
+    )
     lines.append(f"  epochs     {report.epochs:,} completed{f' ({apart})' if apart else ''}")
     if report.unlogged_steps:
-        lines.append(f"  unlogged   {report.unlogged_steps:,} steps without a metrics row, proven by the checkpoint")
+        lines.append(
+            f"  unlogged   {report.unlogged_steps:,} steps without a metrics row, proven by the "
+            "checkpoint"
+        )
     if report.left_out_batches:
         lines.append(f"  left out   batches {', '.join(map(str, report.left_out_batches))}")
-    lines += [f"  digest     {report.digest}"] if report.ok else [f"  {problem}" for problem in report.problems]
+    lines += (
+        [f"  digest     {report.digest}"]
+        if report.ok
+        else [f"  {problem}" for problem in report.problems]
+    )
     return "\n".join(lines)
 
 
@@ -151,7 +197,10 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     if not finite:
         return ""
     size = max(1, len(finite) / width)
-    bins = [finite[int(i * size): max(int(i * size) + 1, int((i + 1) * size))] for i in range(min(width, len(finite)))]
+    bins = [
+        finite[int(i * size) : max(int(i * size) + 1, int((i + 1) * size))]
+        for i in range(min(width, len(finite)))
+    ]
     means = [sum(part) / len(part) for part in bins]
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join(SPARK[min(7, int((value - low) / span * 8))] for value in means)

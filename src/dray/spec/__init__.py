@@ -1,11 +1,19 @@
 """The frozen spec.
 
-`sections.py` has its sections, `spec.py` the whole; `loading.py` reads and overrides it, `yaml_reading.py` reads the
-YAML that people write, `mistakes.py` says in a line what is wrong; `identity.py` compares two.
+`sections.py` has its sections, `spec.py` the whole; `loading.py` reads and overrides it,
+`yaml_reading.py` reads the YAML that people write, `mistakes.py` says in a line what is wrong;
+`identity.py` compares two.
 """
 
 from dray.spec.identity import differing_paths, without_places
-from dray.spec.loading import MAX_SPEC_BYTES, dump_spec, load_spec, load_text, make_spec, recipe_names
+from dray.spec.loading import (
+    MAX_SPEC_BYTES,
+    dump_spec,
+    load_spec,
+    load_text,
+    make_spec,
+    recipe_names,
+)
 from dray.spec.sections import (
     Cleaning,
     Duration,

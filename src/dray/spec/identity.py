@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def differing_paths(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_paths(
+    left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
     """Dotted paths at which two trees differ, in sorted order."""
     found: list[str] = []
     for key in sorted(set(left) | set(right)):
@@ -19,11 +21,17 @@ def differing_paths(left: Mapping[str, Any], right: Mapping[str, Any], prefix: s
 
 
 def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without the paths of its inputs. What lies there makes the run; where it lies does not."""
+    """An identity without the paths of its inputs. What lies there makes the run; where it lies
+    does not."""
     data = dict(identity["data"])
     for split in ("train", "validation"):
         if isinstance(data.get(split), (list, tuple)):
-            data[split] = [{key: value for key, value in source.items() if key != "path"} for source in data[split]]
-    placed = {name: {**identity[name], "path": identity[name].get("path") is not None}
-              for name in ("model", "tokenizer")}
+            data[split] = [
+                {key: value for key, value in source.items() if key != "path"}
+                for source in data[split]
+            ]
+    placed = {
+        name: {**identity[name], "path": identity[name].get("path") is not None}
+        for name in ("model", "tokenizer")
+    }
     return {**identity, "data": data, **placed}

@@ -27,17 +27,22 @@ _SPEC_FILE = "a spec is a UTF-8 text file"
 def recipe_names() -> list[str]:
     """Names of the packaged specs."""
     folder = resources.files("dray.recipes")
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(
+        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
+    )
 
 
 def load_text(spec: str) -> str:
-    """The YAML text of a spec file (or pipe) or of a recipe, by path or name. Raises SpecError if there is neither."""
+    """The YAML text of a spec file (or pipe) or of a recipe, by path or name. Raises SpecError if
+    there is neither."""
     try:
         mode = os.stat(spec).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return _load_recipe(spec)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte
-        raise SpecError(shown_words(spec), f"cannot be read ({_reason(error)})", _SPEC_FILE) from error
+        raise SpecError(
+            shown_words(spec), f"cannot be read ({_reason(error)})", _SPEC_FILE
+        ) from error
     if stat.S_ISDIR(mode):
         raise SpecError(spec, "is a folder", _SPEC_FILE, "name the file in it")
     try:
@@ -65,21 +70,29 @@ def _reason(error: Exception) -> str:
 
 
 def load_spec(spec: str | Path, overrides: Sequence[str] = ()) -> Spec:
-    """Load a spec file or recipe and apply `key=value` overrides of dotted paths. Raises SpecError."""
+    """Load a spec file or recipe and apply `key=value` overrides of dotted paths. Raises
+    SpecError."""
     where = str(spec)
     try:
         tree = read_yaml(load_text(where))
     except BadYaml as error:
         raise SpecError(where, str(error), "a spec is a YAML mapping") from error
-    return make_spec(_apply_overrides(tree, overrides) if isinstance(tree, dict) else tree, where, overrides)
+    return make_spec(
+        _apply_overrides(tree, overrides) if isinstance(tree, dict) else tree, where, overrides
+    )
 
 
 def make_spec(tree: Any, where: str = "spec", overrides: Sequence[str] = ()) -> Spec:
-    """Validate a tree of plain values. Raises SpecError that names the first offending dotted path, and `where` it was
-    given: there, or in one of the `overrides` that the tree has taken in already."""
+    """Validate a tree of plain values. Raises SpecError that names the first offending dotted path,
+    and `where` it was given: there, or in one of the `overrides` that the tree has taken in
+    already."""
     if not isinstance(tree, Mapping):
-        raise SpecError(where, f"holds a {type(tree).__name__}" if tree is not None else "is empty",
-                        "a spec is a YAML mapping of sections", "`dray init NAME` writes one to start from")
+        raise SpecError(
+            where,
+            f"holds a {type(tree).__name__}" if tree is not None else "is empty",
+            "a spec is a YAML mapping of sections",
+            "`dray init NAME` writes one to start from",
+        )
     try:
         return Spec.model_validate(dict(tree))
     except ValidationError as error:
@@ -88,7 +101,9 @@ def make_spec(tree: Any, where: str = "spec", overrides: Sequence[str] = ()) -> 
 
 def dump_spec(spec: Spec) -> str:
     """The spec as YAML, every default written out."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -96,22 +111,35 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
-            raise SpecError(shown_words(override), "not an override", "overrides read key.path=value",
-                            "e.g. batch.global_rows=64")
+            raise SpecError(
+                shown_words(override),
+                "not an override",
+                "overrides read key.path=value",
+                "e.g. batch.global_rows=64",
+            )
         try:
             value = read_yaml(text)
         except BadYaml as error:
-            raise SpecError(shown_words(override), f"the value cannot be used ({error})", "values are read as YAML",
-                            "quote it") from error
+            raise SpecError(
+                shown_words(override),
+                f"the value cannot be used ({error})",
+                "values are read as YAML",
+                "quote it",
+            ) from error
         *parents, last = key.split(".")
         node = tree
         for parent in parents:
             child = node.get(parent)
             node[parent] = dict(child) if isinstance(child, Mapping) else {}
             node = node[parent]
-        # The duration has one of three keys, model and tokenizer one of two: an override replaces its alternative.
+        # The duration has one of three keys, model and tokenizer one of two: an override replaces
+        # its alternative.
         for group in (("steps", "epochs", "tokens"), ("path", "architecture"), ("path", "train")):
-            if parents[-1:] in (["duration"], ["model"], ["tokenizer"]) and last in group and value is not None:
+            if (
+                parents[-1:] in (["duration"], ["model"], ["tokenizer"])
+                and last in group
+                and value is not None
+            ):
                 for other in group:
                     node.pop(other, None)
         node[last] = value

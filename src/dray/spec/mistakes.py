@@ -1,4 +1,5 @@
-"""A mistake in a spec as one line: where it was given, the dotted path, what was given, the rule, the way out."""
+"""A mistake in a spec as one line: where it was given, the dotted path, what was given, the rule,
+the way out."""
 
 from __future__ import annotations
 
@@ -30,19 +31,27 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> SpecError:
-    """The first of pydantic's findings as one line; `where`: the tree's origin, if no override brought the value."""
+    """The first of pydantic's findings as one line; `where`: the tree's origin, if no override
+    brought the value."""
     details = error.errors(include_url=False)
-    # Of a union's findings the deepest is about what the user wrote; unknown keys are clearest of all.
-    first = next((item for item in details if item["type"] in ("extra_forbidden", "invalid_key")), details[0])
+    # Of a union's findings the deepest is about what the user wrote; unknown keys are clearest of
+    # all.
+    first = next(
+        (item for item in details if item["type"] in ("extra_forbidden", "invalid_key")), details[0]
+    )
     # Among the parts of a place pydantic also names the members of unions that it tried.
     parts = [str(part) for part in first["loc"]]
     path = ".".join(part for part in parts if "[" not in part and not part[:1].isupper())
-    if path and any(f"{path}.".startswith(f"{override.partition('=')[0]}.") for override in overrides):
+    if path and any(
+        f"{path}.".startswith(f"{override.partition('=')[0]}.") for override in overrides
+    ):
         where = "the command line"
     if first["type"] == "extra_forbidden":
         return SpecError(where, f"unknown key {path}", way_out=_suggest(path))
     if first["type"] == "invalid_key":
-        return SpecError(where, f"the key {path} is a {type(first['loc'][-1]).__name__}", "keys are words")
+        return SpecError(
+            where, f"the key {path} is a {type(first['loc'][-1]).__name__}", "keys are words"
+        )
     if first["type"] == "missing":
         return SpecError(where, f"{path} is missing", "it has no default")
     message = redact(str(first["msg"]).removeprefix("Value error, "))
@@ -50,17 +59,24 @@ def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> S
         message = NAME_RULE
     if not path:
         return SpecError(where, message)
-    given = "" if isinstance(first["input"], (Mapping, BaseModel)) else f" = {shown_words(repr(first['input']))}"
+    given = (
+        ""
+        if isinstance(first["input"], (Mapping, BaseModel))
+        else f" = {shown_words(repr(first['input']))}"
+    )
     return SpecError(where, f"{path}{given}: {message[:1].lower()}{message[1:]}")
 
 
 def _suggest(unknown: str) -> str:
-    """What the person may have meant by a key: one of its section with a like name, else one of another section."""
+    """What the person may have meant by a key: one of its section with a like name, else one of
+    another section."""
     known = list(_known_keys(Spec)) + [f"data.train.{name}" for name in Source.model_fields]
     section, _, word = re.sub(r"\.\d+", "", unknown).rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     names = [key.rpartition(".")[2] for key in siblings]
-    near = difflib.get_close_matches(word, names or [key.rpartition(".")[2] for key in known], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(
+        word, names or [key.rpartition(".")[2] for key in known], n=1, cutoff=0.5
+    )
     if near and names:
         return f"did you mean {near[0]}?" if not section else f"did you mean {section}.{near[0]}?"
     elsewhere = near or [key for key in known if key.rpartition(".")[2] == word]

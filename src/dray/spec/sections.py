@@ -1,6 +1,7 @@
 """The sections of a spec: frozen, unknown keys refused, URIs without their credentials.
 
-A class is a section, a field with its sentence is a key. What is wrong in a section by itself is said here.
+A class is a section, a field with its sentence is a key. What is wrong in a section by itself is
+said here.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ Float = Annotated[float, BeforeValidator(_reject_boolean)]
 class Section(BaseModel):
     """What all sections share: frozen, unknown keys refused, URIs without their credentials."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False,
-                              defer_build=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        defer_build=True,
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _without_credentials(cls, given: Any) -> Any:
-        """Credentials in URIs never become part of a spec, which is written down and sent to trackers."""
+        """Credentials in URIs never become part of a spec, which is written down and sent to
+        trackers."""
         return take_in_all(given)
 
 
@@ -41,23 +48,26 @@ class Source(Section):
     """One source of documents: files of one form, with the columns to read."""
 
     path: str | tuple[str, ...]
-    """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme); `python:stdlib` is the
-    standard library's own sources. Relative paths start at the working directory."""
+    """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme);
+    `python:stdlib` is the standard library's own sources. Relative paths start at the working
+    directory."""
     format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines"] = "auto"
-    """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or `.zip`. `text`: a file is
-    a document; `lines`: a line is."""
+    """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or
+    `.zip`. `text`: a file is a document; `lines`: a line is."""
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     label: str | None = None
-    """The column that holds the label; tasks with labels need it. A label is a text, a number, or true or false; 1, "1"
-    and 1.0 are one label in every format."""
+    """The column that holds the label; tasks with labels need it. A label is a text, a number, or
+    true or false; 1, "1" and 1.0 are one label in every format."""
     header: bool = True
     """Whether the first line of csv and tsv files names the columns."""
     quoting: Literal["rfc4180", "none"] = "rfc4180"
-    """csv and tsv: a field that begins with a quote goes on to its closing quote, over delimiters and newlines
-    (`rfc4180`), or quotes are characters like others and a line is a record (`none`)."""
+    """csv and tsv: a field that begins with a quote goes on to its closing quote, over delimiters
+    and newlines (`rfc4180`), or quotes are characters like others and a line is a record
+    (`none`)."""
     weight: Annotated[Float, Field(gt=0)] | None = None
-    """Share of the rows drawn from this source, relative to the other weights; none: in proportion to its rows."""
+    """Share of the rows drawn from this source, relative to the other weights; none: in proportion
+    to its rows."""
     exclude: tuple[str, ...] = ()
     """Globs of paths to leave out."""
 
@@ -76,7 +86,8 @@ class Cleaning(Section):
     max_chars: Annotated[Int, Field(ge=1)] | None = None
     """Documents longer than this are dropped."""
     min_alphanumeric_share: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    """Least share of letters and digits (of any script) among the characters that are not white space."""
+    """Least share of letters and digits (of any script) among the characters that are not white
+    space."""
     max_repeated_line_share: Annotated[Float, Field(ge=0, le=1)] = 1.0
     """Greatest share of characters that lie in lines already seen in the same document."""
     deduplicate: Literal["exact", "none"] = "exact"
@@ -121,19 +132,22 @@ class Data(Section):
 
     train: Sources
     """The training documents: a path, a glob, a URI, a mapping with `path`, or a list of these."""
-    validation: Annotated[HeldOut | tuple[Source, ...] | None, BeforeValidator(_as_validation_data)] = None
+    validation: Annotated[
+        HeldOut | tuple[Source, ...] | None, BeforeValidator(_as_validation_data)
+    ] = None
     """`{share: 0.02}` of the training documents, or sources of their own."""
     sequence_tokens: Annotated[Int, Field(ge=2, le=1_048_576)] = 512
     """Tokens in a row."""
     cleaning: Cleaning = Cleaning()
     """What happens to a document's text before it is tokenised."""
     max_bad_share: Annotated[Float, Field(ge=0, le=1)] = 0.01
-    """Above this share of unreadable data, in records or in bytes, preparing stops and names the worst file. A file
-    that is cut short counts whole."""
+    """Above this share of unreadable data, in records or in bytes, preparing stops and names the
+    worst file. A file that is cut short counts whole."""
     max_record_bytes: Annotated[Int, Field(ge=1024)] = 16 * 1024 * 1024
     """A record (a line, or a file of format `text`) larger than this counts as unreadable."""
     shuffle_seed: Int = 0
-    """Seed of the one shuffle of the rows on disk; another training seed reuses the token shards."""
+    """Seed of the one shuffle of the rows on disk; another training seed reuses the token
+    shards."""
 
 
 class Tokenizer(Section):
@@ -161,7 +175,8 @@ class Model(Section):
     architecture: str | None = None
     """A transformers model type: llama, gpt2, bert, modernbert, …"""
     path: str | None = None
-    """A Hugging Face folder (config.json and safetensors) to start from, such as `dray export` writes."""
+    """A Hugging Face folder (config.json and safetensors) to start from, such as `dray export`
+    writes."""
     hidden_size: Annotated[Int, Field(ge=8)] | None = None
     """Width of the residual stream."""
     num_layers: Annotated[Int, Field(ge=1)] | None = None
@@ -171,7 +186,8 @@ class Model(Section):
     num_kv_heads: Annotated[Int, Field(ge=1)] | None = None
     """Number of key and value heads; none: as many as heads."""
     intermediate_size: Annotated[Int, Field(ge=8)] | None = None
-    """Width of the feed-forward block; none: 8/3 of the hidden size for gated blocks, 4 times it for the others."""
+    """Width of the feed-forward block; none: 8/3 of the hidden size for gated blocks, 4 times it
+    for the others."""
     vocab_size: Annotated[Int, Field(ge=2)] | None = None
     """Rows of the embedding; none: the tokeniser's vocabulary."""
     max_positions: Annotated[Int, Field(ge=2)] | None = None
@@ -179,8 +195,8 @@ class Model(Section):
     tie_embeddings: bool = True
     """Whether the output head shares the input embedding."""
     num_labels: Annotated[Int, Field(ge=2)] | None = None
-    """Number of classes; none: as many as the training documents have labels. Where these are numbers from 0 on, some
-    of them may be absent; else the two must agree."""
+    """Number of classes; none: as many as the training documents have labels. Where these are
+    numbers from 0 on, some of them may be absent; else the two must agree."""
     options: dict[str, str | int | float | bool | None] = {}
     """Further fields of the transformers configuration, by their own names."""
 
@@ -194,9 +210,13 @@ class Model(Section):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` is needed with `architecture`")
         if self.hidden_size % self.num_heads:  # type: ignore[operator]
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
         if self.num_heads % (self.num_kv_heads or self.num_heads):  # type: ignore[operator]
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
         return self
 
 
@@ -234,8 +254,8 @@ class Schedule(Section):
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
     decay_steps: Annotated[Int, Field(ge=1)] | None = None
-    """cosine, linear: the step at which the floor is reached (none: the last). wsd: length of the decay (none: a
-    tenth)."""
+    """cosine, linear: the step at which the floor is reached (none: the last). wsd: length of the
+    decay (none: a tenth)."""
     floor_share: Annotated[Float, Field(ge=0, le=1)] = 0.1
     """The final rate, as a share of the peak."""
 
@@ -243,11 +263,15 @@ class Schedule(Section):
         """Raise ValueError if a run of so many steps is too short for it."""
         if self.name == "wsd":
             if (self.decay_steps or 0) > num_steps:
-                raise ValueError(f"schedule.decay_steps = {self.decay_steps}: the run has {num_steps} steps, and the "
-                                 "decay lies within it")
+                raise ValueError(
+                    f"schedule.decay_steps = {self.decay_steps}: the run has {num_steps} steps, "
+                    "and the decay lies within it"
+                )
         elif self.warmup_steps > (self.decay_steps or num_steps):
-            raise ValueError(f"schedule.warmup_steps = {self.warmup_steps}: the schedule ends at step "
-                             f"{self.decay_steps or num_steps}, before the warm-up")
+            raise ValueError(
+                f"schedule.warmup_steps = {self.warmup_steps}: the schedule ends at step "
+                f"{self.decay_steps or num_steps}, before the warm-up"
+            )
 
 
 class Regularization(Section):
@@ -305,13 +329,15 @@ class Checkpoint(Section):
 
 
 class Numerics(Section):
-    """What happens to bad numbers. Place, not identity: what was left out is part of the run's record."""
+    """What happens to bad numbers. Place, not identity: what was left out is part of the run's
+    record."""
 
     max_skipped_steps: Annotated[Int, Field(ge=1)] = 8
-    """Steps in a row without an update, because a loss or gradient was not finite, after which the run stops."""
+    """Steps in a row without an update, because a loss or gradient was not finite, after which the
+    run stops."""
     spike: Literal["off", "warn", "rewind"] = "warn"
-    """A loss far above the recent ones: `warn` records it; `rewind` goes back to the checkpoint before and leaves the
-    rows of that step out."""
+    """A loss far above the recent ones: `warn` records it; `rewind` goes back to the checkpoint
+    before and leaves the rows of that step out."""
     spike_sigmas: Annotated[Float, Field(gt=1)] = 10.0
     """How far is far: robust standard deviations above the median of the last 64 steps."""
     max_rewinds: Annotated[Int, Field(ge=0)] = 5
@@ -319,12 +345,14 @@ class Numerics(Section):
 
 
 class Watchdog(Section):
-    """When a run counts as hung: stacks are dumped, the rank at fault is ended, and the run goes on."""
+    """When a run counts as hung: stacks are dumped, the rank at fault is ended, and the run goes
+    on."""
 
     silent_seconds: Annotated[Float, Field(ge=5)] = 15.0
     """A rank that gives no sign of life for so long is stopped or dead."""
     long_silence_seconds: Annotated[Float, Field(ge=5)] = 180.0
-    """The same while it builds, restores, saves or takes its first step: libraries may hold the interpreter then."""
+    """The same while it builds, restores, saves or takes its first step: libraries may hold the
+    interpreter then."""
     stuck_seconds: Annotated[Float, Field(ge=5)] = 120.0
     """No rank moves within a step for so long …"""
     stuck_steps: Annotated[Float, Field(ge=2)] = 30.0
@@ -376,13 +404,16 @@ class Zero(Section):
     stage: Literal[0, 1, 2, 3, "auto"] = "auto"
     """ZeRO stage; `auto`: the fastest that fits, by the estimate of the plan."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What lies in host memory: the optimiser states (stages 1 to 3), or these and the parameters (stage 3)."""
+    """What lies in host memory: the optimiser states (stages 1 to 3), or these and the parameters
+    (stage 3)."""
 
     @model_validator(mode="after")
     def _offload_needs_stage(self) -> Self:
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.stage != "auto" and self.stage < least:
-            raise ValueError(f"offload {self.offload} needs stage {least} or higher, not {self.stage}")
+            raise ValueError(
+                f"offload {self.offload} needs stage {least} or higher, not {self.stage}"
+            )
         return self
 
 

@@ -1,7 +1,8 @@
 """The whole spec, and what of it makes a run what it is.
 
-A spec says everything that changes the result of a run (its identity) and where it runs (its place). The fingerprint
-covers the identity alone. Nothing here reads the environment, and secrets have no field to go into.
+A spec says everything that changes the result of a run (its identity) and where it runs (its
+place). The fingerprint covers the identity alone. Nothing here reads the environment, and secrets
+have no field to go into.
 """
 
 from __future__ import annotations
@@ -92,10 +93,14 @@ class Spec(Section):
             validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
             for source in (*self.data.train, *validation):
                 if source.label is None:
-                    raise ValueError("data: task sequence_classification needs a `label` column in every source")
+                    raise ValueError(
+                        "data: task sequence_classification needs a `label` column in every source"
+                    )
         if self.validation.metric not in METRICS[self.task]:
-            raise ValueError(f"validation.metric = {self.validation.metric}: {self.task} has "
-                             f"{', '.join(METRICS[self.task])}")
+            raise ValueError(
+                f"validation.metric = {self.validation.metric}: {self.task} has "
+                f"{', '.join(METRICS[self.task])}"
+            )
         weighted = [source.weight is not None for source in self.data.train]
         if any(weighted) and not all(weighted):
             raise ValueError("data.train: give every source a weight, or none")
@@ -105,14 +110,17 @@ class Spec(Section):
 
     @property
     def packs_rows(self) -> bool:
-        """Whether documents are packed into full rows (language modelling) or kept one a row (labels)."""
+        """Whether documents are packed into full rows (language modelling) or kept one a row
+        (labels)."""
         return self.task == "causal_lm"
 
     @property
     def may_go_on_when_complete(self) -> bool:
-        """Whether a longer duration leaves the learning rate of all steps done as it was, the last ones' too."""
+        """Whether a longer duration leaves the learning rate of all steps done as it was, the last
+        ones' too."""
         return self.schedule.name == "constant" or (
-            self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is not None)
+            self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is not None
+        )
 
     @property
     def duration_is_identity(self) -> bool:
@@ -122,8 +130,20 @@ class Spec(Section):
     def identity(self) -> dict[str, Any]:
         """The part of the spec that changes the result."""
         dump = self.model_dump(mode="json")
-        keys = ("task", "data", "tokenizer", "model", "optimizer", "schedule", "regularization", "precision", "seed")
-        identity = {key: dump[key] for key in keys} | {"batch": {"global_rows": self.batch.global_rows}}
+        keys = (
+            "task",
+            "data",
+            "tokenizer",
+            "model",
+            "optimizer",
+            "schedule",
+            "regularization",
+            "precision",
+            "seed",
+        )
+        identity = {key: dump[key] for key in keys} | {
+            "batch": {"global_rows": self.batch.global_rows}
+        }
         if self.duration_is_identity:
             identity["duration"] = dump["duration"]
         return identity

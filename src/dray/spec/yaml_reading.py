@@ -1,7 +1,9 @@
-"""YAML as plain values. A key that stands twice is refused, where PyYAML keeps the last one in silence.
+"""YAML as plain values. A key that stands twice is refused, where PyYAML keeps the last one in
+silence.
 
-Refuses besides what only looks like a text of a person: values that unfold to more than MAX_VALUES by aliases, nest
-deeper than MAX_DEPTH, or hold characters that no file name and no file of text can hold.
+Refuses besides what only looks like a text of a person: values that unfold to more than MAX_VALUES
+by aliases, nest deeper than MAX_DEPTH, or hold characters that no file name and no file of text can
+hold.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ MAX_VALUES, MAX_DEPTH = 100_000, 50
 
 
 class BadYaml(ValueError):
-    """A text that is not YAML, or not such as a person writes. The message is one line, with the place."""
+    """A text that is not YAML, or not such as a person writes. The message is one line, with the
+    place."""
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which knows where a key stood before."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)  # before `<<` is resolved, which may bring keys that stand here too
+        node = super().compose_mapping_node(
+            anchor
+        )  # before `<<` is resolved, which may bring keys that stand here too
         seen: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -48,9 +53,12 @@ def read_yaml(text: str) -> Any:
         raise BadYaml(f"not YAML: nested deeper than {MAX_DEPTH} levels") from error
     except BadYaml:
         raise
-    # 2026-13-45 looks like a date and is none; PyYAML leaves what its constructors stumble over as it is.
+    # 2026-13-45 looks like a date and is none; PyYAML leaves what its constructors stumble over as
+    # it is.
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        raise BadYaml(f"not YAML: a value is not what its form says ({_first_line(error)})") from error
+        raise BadYaml(
+            f"not YAML: a value is not what its form says ({_first_line(error)})"
+        ) from error
     _check(tree, 0, [0])
     return tree
 
@@ -66,7 +74,9 @@ def _describe(error: yaml.YAMLError) -> str:
     place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
     position = getattr(error, "position", None)
-    return " ".join(f"{problem}{place}".split()) + (f" at character {position}" if position is not None else "")
+    return " ".join(f"{problem}{place}".split()) + (
+        f" at character {position}" if position is not None else ""
+    )
 
 
 def _check(value: Any, depth: int, count: list[int]) -> None:
@@ -83,5 +93,7 @@ def _check(value: Any, depth: int, count: list[int]) -> None:
     elif isinstance(value, (list, tuple, set)):
         for inner in value:
             _check(inner, depth + 1, count)
-    elif isinstance(value, str) and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+    elif isinstance(value, str) and any(
+        character == "\0" or "\ud800" <= character <= "\udfff" for character in value
+    ):
         raise BadYaml(f"the text {value[:40]!r} holds a character that no file name can hold")

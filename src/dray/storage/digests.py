@@ -1,8 +1,9 @@
-"""SHA-256 of local files, read by several threads and remembered, so that a file is hashed once and not at every start.
+"""SHA-256 of local files, read by several threads and remembered, so that a file is hashed once and
+not at every start.
 
-What is remembered lies in the user's cache, one small file for each folder of inputs, and holds only for a file whose
-inode, size and times are still the same. Without a cache that can be written everything is hashed again: it is never
-needed. Refuses files that change while they are read.
+What is remembered lies in the user's cache, one small file for each folder of inputs, and holds
+only for a file whose inode, size and times are still the same. Without a cache that can be written
+everything is hashed again: it is never needed. Refuses files that change while they are read.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ BLOCK_BYTES = 1024 * 1024
 MAX_THREADS = 16
 FILES_AT_ONCE = 4096
 SETTLED_SECONDS = 2.0
-"""A file written less than this ago may be written again within one tick of its clock: it is hashed, not remembered."""
+"""A file written less than this ago may be written again within one tick of its clock: it is
+hashed, not remembered."""
 MAX_TRIES = 3
 
 Stamp = tuple[int, int, int, int]
 """Inode, size, and the times of the last change of content and of the inode, in nanoseconds."""
 Attempt = Callable[[Callable[[], str], str], str]
-"""Runs the hashing of one file, named by its path: tries again where a network mount fails for the moment."""
+"""Runs the hashing of one file, named by its path: tries again where a network mount fails for the
+moment."""
 
 
 class FileChanges(OSError):
     """A file is written while it is read: it has no digest."""
 
 
-def digest_files(paths: Sequence[str], attempt: Attempt = lambda work, path: work()) -> dict[str, str]:
-    """Path → SHA-256 of the content, as 64 hexadecimal digits. Memory: a block a thread, and the digests.
+def digest_files(
+    paths: Sequence[str], attempt: Attempt = lambda work, path: work()
+) -> dict[str, str]:
+    """Path → SHA-256 of the content, as 64 hexadecimal digits. Memory: a block a thread, and the
+    digests.
 
     Raises FileNotFoundError and other OSErrors, FileChanges among them.
     """
@@ -47,7 +53,7 @@ def digest_files(paths: Sequence[str], attempt: Attempt = lambda work, path: wor
     with ThreadPoolExecutor(min(MAX_THREADS, 2 * (os.cpu_count() or 1))) as pool:
         try:
             for start in range(0, len(paths), FILES_AT_ONCE):
-                found.update(pool.map(look, paths[start:start + FILES_AT_ONCE]))
+                found.update(pool.map(look, paths[start : start + FILES_AT_ONCE]))
         finally:
             pool.shutdown(cancel_futures=True)
             memory.save()
@@ -55,8 +61,8 @@ def digest_files(paths: Sequence[str], attempt: Attempt = lambda work, path: wor
 
 
 def recall_digests(paths: Sequence[str], max_bytes: int = 0) -> dict[str, str]:
-    """Path → digest of those files whose digest is remembered, and of as many others as hold `max_bytes` in all. Files
-    that cannot be read are left out."""
+    """Path → digest of those files whose digest is remembered, and of as many others as hold
+    `max_bytes` in all. Files that cannot be read are left out."""
     memory = _Memory({os.path.dirname(path) for path in paths})
     found: dict[str, str] = {}
     for path in paths:
@@ -94,7 +100,8 @@ def _stamp(path: str) -> Stamp:
 
 
 class _Memory:
-    """What is remembered of the files in some folders. Who saves last wins: others' digests are found out again."""
+    """What is remembered of the files in some folders. Who saves last wins: others' digests are
+    found out again."""
 
     def __init__(self, folders: set[str]) -> None:
         self._place = cache_folder()
@@ -108,7 +115,8 @@ class _Memory:
         return str(kept[-1]) if isinstance(kept, list) and tuple(kept[:-1]) == stamp else ""
 
     def remember(self, path: str, stamp: Stamp, digest: str) -> None:
-        """Keep a digest, unless the file is so fresh that its times may not tell of the next change."""
+        """Keep a digest, unless the file is so fresh that its times may not tell of the next
+        change."""
         if time.time_ns() - max(stamp[2:]) > SETTLED_SECONDS * 1e9:
             folder, name = os.path.split(path)
             self._known[folder][name] = [*stamp, digest]
@@ -134,7 +142,9 @@ class _Memory:
             return {}
 
     def _file(self, folder: str) -> str:
-        return os.path.join(self._place, hashlib.sha256(folder.encode(errors="surrogateescape")).hexdigest()[:24])
+        return os.path.join(
+            self._place, hashlib.sha256(folder.encode(errors="surrogateescape")).hexdigest()[:24]
+        )
 
 
 def cache_folder() -> str:

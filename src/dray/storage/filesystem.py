@@ -1,8 +1,9 @@
-"""One way to reach any storage: local disk, S3, GCS and HDFS by pyarrow, every other scheme by fsspec.
+"""One way to reach any storage: local disk, S3, GCS and HDFS by pyarrow, every other scheme by
+fsspec.
 
-Files are written whole: on a local disk through a synced temporary file and a rename, on object stores by one put.
-Every operation waits for a storage that fails for the moment (`retrying`). Refuses: an unknown scheme, a place that is
-a file or cannot be written.
+Files are written whole: on a local disk through a synced temporary file and a rename, on object
+stores by one put. Every operation waits for a storage that fails for the moment (`retrying`).
+Refuses: an unknown scheme, a place that is a file or cannot be written.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from dray.storage.retrying import first_line, patience, retry
 ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs")
 TEMPORARY = ".tmp-"
 SDK_ATTEMPTS = 5
-"""How often the S3 library tries a request itself, within some seconds; GCS_SECONDS is the same for Google's."""
+"""How often the S3 library tries a request itself, within some seconds; GCS_SECONDS is the same for
+Google's."""
 GCS_SECONDS = 15
 PROBE_SECONDS = 10.0
-"""How long a first look at a storage place waits: a mistyped address is likelier there than an outage."""
+"""How long a first look at a storage place waits: a mistyped address is likelier there than an
+outage."""
 
 T = TypeVar("T")
 
@@ -42,22 +45,27 @@ def is_uri(place: str | os.PathLike[str]) -> bool:
 
 
 def absolute(place: str | os.PathLike[str]) -> str:
-    """The place as an absolute local path or a URI: it means the same in every process of the machine.
+    """The place as an absolute local path or a URI: it means the same in every process of the
+    machine.
 
-    A URI's credentials are split off here and stay in memory (`redaction.take_in`): what comes back may be kept.
+    A URI's credentials are split off here and stay in memory (`redaction.take_in`): what comes back
+    may be kept.
     """
     text = take_in(os.fspath(place))
     try:
         path = urlsplit(text).path
     except ValueError as error:
-        raise StoreError(text.partition("?")[0], f"is no URI ({error})", "storage is a path or a URI") from error
+        raise StoreError(
+            text.partition("?")[0], f"is no URI ({error})", "storage is a path or a URI"
+        ) from error
     if text.startswith("file://"):
         text = path
     return text if is_uri(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def child(place: str | os.PathLike[str], *names: str) -> str:
-    """The place below `place`, as an absolute path or URI; a URI's query (`?endpoint_override=…`) stays at its end."""
+    """The place below `place`, as an absolute path or URI; a URI's query (`?endpoint_override=…`)
+    stays at its end."""
     text = absolute(place)
     if not is_uri(text):
         return os.path.join(text, *names)
@@ -70,7 +78,8 @@ def child(place: str | os.PathLike[str], *names: str) -> str:
 def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a path or URI, and the path inside it (absolute, no trailing slash).
 
-    Nothing is read or written there. Raises StoreError for an unknown scheme, or one whose library is missing.
+    Nothing is read or written there. Raises StoreError for an unknown scheme, or one whose library
+    is missing.
     """
     place = absolute(uri)
     if not is_uri(place):
@@ -84,14 +93,18 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
         else:
             filesystem, path = _open_fsspec(restored(place))
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise StoreError(shown(place), f"cannot be opened ({first_line(error)})",
-                         "storage is a path or a URI (s3://, gs://, hdfs://, or a scheme known to fsspec)",
-                         "check the scheme, its query and that its library is installed") from error
+        raise StoreError(
+            shown(place),
+            f"cannot be opened ({first_line(error)})",
+            "storage is a path or a URI (s3://, gs://, hdfs://, or a scheme known to fsspec)",
+            "check the scheme, its query and that its library is installed",
+        ) from error
     return filesystem, path.rstrip("/") or path
 
 
 def share_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
-    """As `open_filesystem`, but opened once a process: an object store's connections are used again."""
+    """As `open_filesystem`, but opened once a process: an object store's connections are used
+    again."""
     return _share(restored(absolute(uri)))  # other credentials are another client
 
 
@@ -101,13 +114,15 @@ def _share(place: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _open_arrow(place: str) -> tuple[pafs.FileSystem, str]:
-    """By pyarrow, with its own retries cut short: left alone, Google's library goes on for a quarter of an hour."""
+    """By pyarrow, with its own retries cut short: left alone, Google's library goes on for a
+    quarter of an hour."""
     parts = urlsplit(place)
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in dict(parse_qsl(parts.query)):
         place += f"{'&' if parts.query else '?'}retry_limit_seconds={GCS_SECONDS}"
     filesystem, path = pafs.FileSystem.from_uri(place)
     if isinstance(filesystem, pafs.S3FileSystem):
-        # Rebuilt, since a URI says nothing of retries; and a small file opened late is one request instead of three.
+        # Rebuilt, since a URI says nothing of retries; and a small file opened late is one request
+        # instead of three.
         options = filesystem.__reduce__()[1][0] | {"allow_delayed_open": True}
         strategy = pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS)
         filesystem = pafs.S3FileSystem(**options, retry_strategy=strategy)
@@ -131,7 +146,8 @@ def shown(place: str | os.PathLike[str]) -> str:
 
 
 def is_local(filesystem: pafs.FileSystem) -> bool:
-    """Whether the files lie on a disk of this machine (or mounted there), with rename, links and fsync."""
+    """Whether the files lie on a disk of this machine (or mounted there), with rename, links and
+    fsync."""
     return isinstance(filesystem, pafs.LocalFileSystem)
 
 
@@ -151,7 +167,8 @@ def is_file(filesystem: pafs.FileSystem, path: str) -> bool:
 
 
 def modified(filesystem: pafs.FileSystem, path: str) -> float | None:
-    """When a file was last written, in seconds by the storage's clock; none if it is missing or nothing is known."""
+    """When a file was last written, in seconds by the storage's clock; none if it is missing or
+    nothing is known."""
     nanoseconds = _info(filesystem, path).mtime_ns
     return None if nanoseconds is None else nanoseconds / 1e9
 
@@ -162,6 +179,7 @@ def _info(filesystem: pafs.FileSystem, path: str) -> Any:
 
 def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
     """The whole file. Raises FileNotFoundError, and StorageFailed."""
+
     def read() -> bytes:
         with filesystem.open_input_file(path) as stream:
             return cast(bytes, stream.read())
@@ -170,8 +188,8 @@ def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
 
 
 class RangeReader:
-    """A file opened for reading ranges, from any number of threads. After a failure it is opened anew: the handle of a
-    network mount that went stale never recovers."""
+    """A file opened for reading ranges, from any number of threads. After a failure it is opened
+    anew: the handle of a network mount that went stale never recovers."""
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self._filesystem, self.path = filesystem, path
@@ -179,7 +197,9 @@ class RangeReader:
         self._lock = Lock()
 
     def read_at(self, num_bytes: int, offset: int) -> bytes:
-        """Up to `num_bytes` bytes; fewer only at the file's end. Raises FileNotFoundError, and StorageFailed."""
+        """Up to `num_bytes` bytes; fewer only at the file's end. Raises FileNotFoundError, and
+        StorageFailed."""
+
         def read() -> bytes:
             with self._lock:
                 stream = self._stream = self._stream or self._filesystem.open_input_file(self.path)
@@ -201,19 +221,32 @@ class RangeReader:
 
 
 def list_files(filesystem: pafs.FileSystem, folder: str) -> dict[str, int]:
-    """File name → size in bytes of the files directly in a folder; none where there is no folder."""
-    return {item.base_name: item.size for item in _entries(filesystem, folder) if item.type == pafs.FileType.File}
+    """File name → size in bytes of the files directly in a folder; none where there is no
+    folder."""
+    return {
+        item.base_name: item.size
+        for item in _entries(filesystem, folder)
+        if item.type == pafs.FileType.File
+    }
 
 
 def list_stamps(filesystem: pafs.FileSystem, folder: str) -> dict[str, tuple[int, int | None]]:
-    """File name → size and time of writing in nanoseconds, by the storage's clock; none where it keeps no times."""
-    return {item.base_name: (item.size, item.mtime_ns) for item in _entries(filesystem, folder)
-            if item.type == pafs.FileType.File}
+    """File name → size and time of writing in nanoseconds, by the storage's clock; none where it
+    keeps no times."""
+    return {
+        item.base_name: (item.size, item.mtime_ns)
+        for item in _entries(filesystem, folder)
+        if item.type == pafs.FileType.File
+    }
 
 
 def list_folders(filesystem: pafs.FileSystem, folder: str) -> list[str]:
     """Sorted names of the folders directly in a folder; none where there is no folder."""
-    return sorted(item.base_name for item in _entries(filesystem, folder) if item.type == pafs.FileType.Directory)
+    return sorted(
+        item.base_name
+        for item in _entries(filesystem, folder)
+        if item.type == pafs.FileType.Directory
+    )
 
 
 def _entries(filesystem: pafs.FileSystem, folder: str) -> list[Any]:
@@ -222,7 +255,8 @@ def _entries(filesystem: pafs.FileSystem, folder: str) -> list[Any]:
 
 
 def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
-    """Create a folder and its parents, synced. Object stores have no folders, and nothing is written there."""
+    """Create a folder and its parents, synced. Object stores have no folders, and nothing is
+    written there."""
     if is_local(filesystem):
         retry(lambda: _make_local_folder(path), path)
     elif not is_object_store(filesystem):
@@ -261,11 +295,13 @@ def sync(path: str) -> None:
 
 @contextmanager
 def open_whole(filesystem: pafs.FileSystem, path: str, durable: bool = True) -> Iterator[Any]:
-    """A stream to a file that appears under its name only when all of it is there, and synced if `durable`.
+    """A stream to a file that appears under its name only when all of it is there, and synced if
+    `durable`.
 
-    The folder must exist. After an exception inside, nothing is left under the name (on an object store it may show up
-    shortly before it is deleted: commit protocols there rest on a marker written last). One try: what the block has
-    written is gone after a failure, so only `write_whole`, which can call its producer again, waits for the storage.
+    The folder must exist. After an exception inside, nothing is left under the name (on an object
+    store it may show up shortly before it is deleted: commit protocols there rest on a marker
+    written last). One try: what the block has written is gone after a failure, so only
+    `write_whole`, which can call its producer again, waits for the storage.
     """
     target = path
     if is_local(filesystem):
@@ -286,19 +322,24 @@ def open_whole(filesystem: pafs.FileSystem, path: str, durable: bool = True) -> 
     except BaseException:
         with suppress(OSError):
             stream.close()
-        # A put that failed at its end put nothing: what is deleted then would be the file that was there before.
+        # A put that failed at its end put nothing: what is deleted then would be the file that was
+        # there before.
         if not (whole and is_object_store(filesystem)):
             with suppress(OSError):
                 filesystem.delete_file(target)
         raise
 
 
-def write_whole(filesystem: pafs.FileSystem, path: str, produce: Callable[[Any], T], durable: bool = True) -> T:
-    """Write a file as `open_whole` does with what `produce` writes into a stream; what `produce` returned.
+def write_whole(
+    filesystem: pafs.FileSystem, path: str, produce: Callable[[Any], T], durable: bool = True
+) -> T:
+    """Write a file as `open_whole` does with what `produce` writes into a stream; what `produce`
+    returned.
 
-    The folder must exist. While the storage fails `produce` is called again, each time with a new stream: it must be
-    able to start over, and give the same bytes. Raises StorageFailed.
+    The folder must exist. While the storage fails `produce` is called again, each time with a new
+    stream: it must be able to start over, and give the same bytes. Raises StorageFailed.
     """
+
     def write() -> T:
         with open_whole(filesystem, path, durable) as stream:
             return produce(stream)
@@ -306,16 +347,21 @@ def write_whole(filesystem: pafs.FileSystem, path: str, produce: Callable[[Any],
     return retry(write, path)
 
 
-def write_bytes(filesystem: pafs.FileSystem, path: str, content: bytes, durable: bool = True) -> None:
+def write_bytes(
+    filesystem: pafs.FileSystem, path: str, content: bytes, durable: bool = True
+) -> None:
     """Write a small file whole, replacing what is there; makes its folder. Raises StorageFailed."""
     make_folder(filesystem, path.rpartition("/")[0])
     write_whole(filesystem, path, lambda stream: stream.write(content), durable)
 
 
-def append_line(path: str, content: bytes, limit: int | None = None, *, create: bool = True) -> bool:
+def append_line(
+    path: str, content: bytes, limit: int | None = None, *, create: bool = True
+) -> bool:
     """Append whole lines to a local file, first cutting off a line that a killed writer left torn.
 
-    Returns False, with nothing done, if the file has `limit` bytes already, or is not there and need not be created.
+    Returns False, with nothing done, if the file has `limit` bytes already, or is not there and
+    need not be created.
     """
     return retry(lambda: _append_line(path, content, limit, create=create), path)
 
@@ -327,7 +373,9 @@ def _append_line(path: str, content: bytes, limit: int | None, *, create: bool) 
         if create:
             raise
         return False
-    with open(descriptor, "ab+", buffering=0) as stream:  # a buffer would be written again when the file is closed
+    with open(
+        descriptor, "ab+", buffering=0
+    ) as stream:  # a buffer would be written again when the file is closed
         fcntl.flock(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
         if (limit is not None and size >= limit) or not os.fstat(descriptor).st_nlink:
@@ -349,7 +397,8 @@ def _append_line(path: str, content: bytes, limit: int | None, *, create: bool) 
 
 
 def require_writable(filesystem: pafs.FileSystem, path: str, place: str) -> None:
-    """Raise StoreError unless files can be written below the path. Leaves nothing behind, not even the folder."""
+    """Raise StoreError unless files can be written below the path. Leaves nothing behind, not even
+    the folder."""
     rule = "the storage is a folder that dray can write to"
     try:
         if is_local(filesystem):
@@ -362,8 +411,12 @@ def require_writable(filesystem: pafs.FileSystem, path: str, place: str) -> None
             write_whole(filesystem, probe, lambda stream: stream.write(b"dray"))
             delete_file(filesystem, probe)
     except (OSError, pa.ArrowException) as error:
-        raise StoreError(shown(place), f"cannot be written ({first_line(error)})", rule,
-                         "give another place with --storage, or mend its permissions") from error
+        raise StoreError(
+            shown(place),
+            f"cannot be written ({first_line(error)})",
+            rule,
+            "give another place with --storage, or mend its permissions",
+        ) from error
 
 
 def _require_writable_folder(path: str) -> None:

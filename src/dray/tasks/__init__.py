@@ -1,4 +1,5 @@
-"""Tasks: what is learnt. One file a task; `task.py` says what each must offer, `build_task` finds it by name.
+"""Tasks: what is learnt. One file a task; `task.py` says what each must offer, `build_task` finds
+it by name.
 
 A new task is one new file here, a branch in `build_task` and a name in the spec.
 """
@@ -16,13 +17,14 @@ __all__ = ["IGNORED", "Batch", "Output", "Task", "TaskMetrics", "Terms", "TokenI
 
 
 def build_task(spec: Spec, corpus: TokenIds, width_multiple: int = 1) -> Task:
-    """The spec's task on a corpus, of which its manifest is enough. `width_multiple`: batches that are padded have a
-    multiple of so many columns (`Plan.width_multiple`)."""
+    """The spec's task on a corpus, of which its manifest is enough. `width_multiple`: batches that
+    are padded have a multiple of so many columns (`Plan.width_multiple`)."""
     if spec.task == "causal_lm":
         from dray.tasks.causal_lm import CausalLM
 
         return CausalLM()
     from dray.tasks.sequence_classification import SequenceClassification
 
-    return SequenceClassification(spec.model.num_labels or len(corpus.labels) or 2, corpus.pad_token_id,
-                                  width_multiple)
+    return SequenceClassification(
+        spec.model.num_labels or len(corpus.labels) or 2, corpus.pad_token_id, width_multiple
+    )

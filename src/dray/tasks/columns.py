@@ -20,7 +20,11 @@ def token_matrix(table: pa.Table) -> Tensor:
     column = table.column("input_ids")
     width = column.type.list_size
     parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk)]
-    flat = np.concatenate([part.astype(np.int64) for part in parts]) if parts else np.empty(0, dtype=np.int64)
+    flat = (
+        np.concatenate([part.astype(np.int64) for part in parts])
+        if parts
+        else np.empty(0, dtype=np.int64)
+    )
     return torch.from_numpy(flat).view(-1, width)
 
 
@@ -30,7 +34,8 @@ def integer_column(table: pa.Table, name: str) -> Tensor:
 
 
 def real_rows(table: pa.Table) -> Tensor:
-    """Which rows are rows of the corpus and not padding, as bool [rows]; all, if the table has no `row_id`."""
+    """Which rows are rows of the corpus and not padding, as bool [rows]; all, if the table has no
+    `row_id`."""
     if "row_id" not in table.column_names:
         return torch.ones(table.num_rows, dtype=torch.bool)
     return integer_column(table, "row_id") >= 0

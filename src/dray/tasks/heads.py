@@ -1,9 +1,10 @@
-"""How a language model makes its logits, found out by asking it: the fused loss takes the head's place only where that
-is known to change nothing.
+"""How a language model makes its logits, found out by asking it: the fused loss takes the head's
+place only where that is known to change nothing.
 
-The model's own forward pass is run once with numbers of ours in place of its body's and its head's. What comes out as
-logits tells what the architecture does to the head's product: nothing, a scale (Cohere, Granite) or a cap (Gemma 2).
-Everything else (transforms before the projection, as in BERT; heads that are no plain projection) is left to the model.
+The model's own forward pass is run once with numbers of ours in place of its body's and its head's.
+What comes out as logits tells what the architecture does to the head's product: nothing, a scale
+(Cohere, Granite) or a cap (Gemma 2). Everything else (transforms before the projection, as in BERT;
+heads that are no plain projection) is left to the model.
 """
 
 from __future__ import annotations
@@ -36,11 +37,16 @@ class Head:
 
 
 def find_head(model: Any) -> Head | None:
-    """A transformers language model's parts, if that is all there is to its logits; None: use its own logits."""
+    """A transformers language model's parts, if that is all there is to its logits; None: use its
+    own logits."""
     projection = model.get_output_embeddings()
     if type(projection) is not nn.Linear:
         return None
-    bodies = [body for body in dict.fromkeys((model.base_model, model.get_decoder())) if isinstance(body, nn.Module)]
+    bodies = [
+        body
+        for body in dict.fromkeys((model.base_model, model.get_decoder()))
+        if isinstance(body, nn.Module)
+    ]
     rules = ((body, _find_rule(model, body, projection)) for body in bodies if body is not model)
     return next((Head(body, projection, rule) for body, rule in rules if rule is not None), None)
 
@@ -63,13 +69,21 @@ def _find_rule(model: Any, body: nn.Module, projection: nn.Linear) -> LogitRule 
     try:
         with torch.no_grad(), _answering(body, answer_body), _answering(projection, answer_head):
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-    except Exception as error:  # any architecture's code runs here, and what lies between may be partitioned
+    except (
+        Exception
+    ) as error:  # any architecture's code runs here, and what lies between may be partitioned
         logger.info("%s: what it does to its logits is unknown (%s)", type(model).__name__, error)
         return None
     if len(read) != 1 or not _are_one(hidden, read[0]) or logits.shape != product.shape:
         return None
-    return next((rule for rule in _candidates(model.config, product, logits)
-                 if torch.allclose(rule.logits(product), logits.float(), rtol=1e-5, atol=1e-5)), None)
+    return next(
+        (
+            rule
+            for rule in _candidates(model.config, product, logits)
+            if torch.allclose(rule.logits(product), logits.float(), rtol=1e-5, atol=1e-5)
+        ),
+        None,
+    )
 
 
 class _Given:
@@ -96,8 +110,11 @@ def _answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
 
 
 def _are_one(given: Tensor, taken: Tensor) -> bool:
-    """Whether the head read what the body gave out, unchanged: the same memory, of the same shape."""
-    return given.shape == taken.shape and given._version == 0 and given.data_ptr() == taken.data_ptr()
+    """Whether the head read what the body gave out, unchanged: the same memory, of the same
+    shape."""
+    return (
+        given.shape == taken.shape and given._version == 0 and given.data_ptr() == taken.data_ptr()
+    )
 
 
 def _candidates(config: Any, product: Tensor, logits: Tensor) -> list[LogitRule]:

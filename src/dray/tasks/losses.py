@@ -1,8 +1,9 @@
-"""The summed cross entropy that the tasks share, with its softmax in fp32 whatever the precision of the logits.
+"""The summed cross entropy that the tasks share, with its softmax in fp32 whatever the precision of
+the logits.
 
-Log-probabilities of a large vocabulary are never held as a whole: rows are taken a chunk at a time, and the gradient of
-a chunk is made while its softmax is there, so that nothing of it is kept for the backward pass and nothing is computed
-twice. What fits into one chunk takes torch's own way.
+Log-probabilities of a large vocabulary are never held as a whole: rows are taken a chunk at a time,
+and the gradient of a chunk is made while its softmax is there, so that nothing of it is kept for
+the backward pass and nothing is computed twice. What fits into one chunk takes torch's own way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dray.tasks.task import IGNORED
 
 @dataclass(frozen=True)
 class LogitRule:
-    """How an architecture makes logits out of its head's product: times a scale, then squashed below a cap."""
+    """How an architecture makes logits out of its head's product: times a scale, then squashed
+    below a cap."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -41,7 +43,8 @@ class LogitRule:
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of `logits` [n, classes] against `labels` [n], summed over labels that are not IGNORED, in fp32.
+    """Cross entropy of `logits` [n, classes] against `labels` [n], summed over labels that are not
+    IGNORED, in fp32.
 
     The probability mass `label_smoothing` is spread over all classes.
     """
@@ -50,9 +53,17 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
     return _applied(_FromLogits, logits, labels, label_smoothing)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *,
-                         label_smoothing: float = 0.0, rule: LogitRule | None = None) -> Tensor:
-    """`summed_cross_entropy` of the logits `rule(hidden · weightᵀ + bias)`, of which there is never more than a chunk.
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    rule: LogitRule | None = None,
+) -> Tensor:
+    """`summed_cross_entropy` of the logits `rule(hidden · weightᵀ + bias)`, of which there is never
+    more than a chunk.
 
     `hidden` [n, width], `weight` [classes, width], `labels` [n].
     """
@@ -83,7 +94,8 @@ def _applied(function: Any, *arguments: Any) -> Tensor:
 
 
 def _whole(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Half-precision logits are widened inside the softmax: their copy in fp32 is not kept for the backward pass."""
+    """Half-precision logits are widened inside the softmax: their copy in fp32 is not kept for the
+    backward pass."""
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = F.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="sum")
     if not label_smoothing:
@@ -98,9 +110,15 @@ def _chunks(num_rows: int, num_classes: int, device: torch.device) -> Iterator[s
     return (slice(start, start + rows) for start in range(0, num_rows, rows))
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor, label_smoothing: float, *, wants_gradient: bool,
-                ) -> tuple[Tensor, Tensor | None]:
-    """The summed loss of some rows (fp64), and its gradient in the logits (fp32), which takes their softmax's place."""
+def _chunk_loss(
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    *,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of some rows (fp64), and its gradient in the logits (fp32), which takes their
+    softmax's place."""
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     counts = labels != IGNORED
     targets = labels.masked_fill(~counts, 0)[:, None]
@@ -119,7 +137,8 @@ def _chunk_loss(logits: Tensor, labels: Tensor, label_smoothing: float, *, wants
 
 
 class _FromLogits(torch.autograd.Function):
-    """The loss of logits that are there as a whole; what it keeps is their gradient, in their own precision."""
+    """The loss of logits that are there as a whole; what it keeps is their gradient, in their own
+    precision."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
@@ -127,7 +146,9 @@ class _FromLogits(torch.autograd.Function):
         gradient = torch.empty_like(logits) if wants else None
         loss = torch.zeros((), dtype=torch.float64, device=logits.device)
         for rows in _chunks(logits.shape[0], logits.shape[1], logits.device):
-            part, part_gradient = _chunk_loss(logits[rows], labels[rows], label_smoothing, wants_gradient=wants)
+            part, part_gradient = _chunk_loss(
+                logits[rows], labels[rows], label_smoothing, wants_gradient=wants
+            )
             loss += part
             if gradient is not None and part_gradient is not None:
                 gradient[rows] = part_gradient
@@ -143,21 +164,41 @@ class _FromLogits(torch.autograd.Function):
 class _FromHidden(torch.autograd.Function):
     """The loss of a projection, chunk by chunk; what it keeps are the gradients of its inputs.
 
-    The weight's gradient adds up in fp32: a sum of many chunks in half precision would lose the small ones.
+    The weight's gradient adds up in fp32: a sum of many chunks in half precision would lose the
+    small ones.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,  # noqa: PLR0917  # as autograd passes them
-                labels: Tensor, label_smoothing: float, rule: LogitRule) -> Tensor:
+    def forward(  # noqa: PLR0917 - as autograd passes them
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        label_smoothing: float,
+        rule: LogitRule,
+    ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         for_hidden = torch.empty_like(hidden) if wants_hidden else None
-        for_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        for_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if wants_bias else None
+        for_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if wants_weight
+            else None
+        )
+        for_bias = (
+            torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device)
+            if wants_bias
+            else None
+        )
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for rows in _chunks(hidden.shape[0], weight.shape[0], hidden.device):
             logits = rule.logits(F.linear(hidden[rows], weight, bias))
-            part, gradient = _chunk_loss(logits, labels[rows], label_smoothing,
-                                         wants_gradient=wants_hidden or wants_weight or wants_bias)
+            part, gradient = _chunk_loss(
+                logits,
+                labels[rows],
+                label_smoothing,
+                wants_gradient=wants_hidden or wants_weight or wants_bias,
+            )
             loss += part
             if gradient is None:
                 continue
@@ -174,9 +215,12 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second pass backward over the same loss is refused by autograd, as its tensors have changed.
-        scaled = [None if whole is None else whole.mul_(upstream.to(whole.dtype)).to(ctx.dtype)
-                  for whole in ctx.saved_tensors]
+        # In place: a second pass backward over the same loss is refused by autograd, as its tensors
+        # have changed.
+        scaled = [
+            None if whole is None else whole.mul_(upstream.to(whole.dtype)).to(ctx.dtype)
+            for whole in ctx.saved_tensors
+        ]
         return (*scaled, None, None, None)
 
 
@@ -189,17 +233,26 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _liger(hidden: Tensor, label_smoothing: float, rule: LogitRule) -> Any:
-    """Liger's fused linear cross entropy, on CUDA where it is installed (it needs Triton) and a gradient is wanted."""
+    """Liger's fused linear cross entropy, on CUDA where it is installed (it needs Triton) and a
+    gradient is wanted."""
     if hidden.device.type != "cuda" or not torch.is_grad_enabled():
         return None
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError:
         return None
-    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum",
-                                            softcap=rule.cap, accum_dtype=torch.float32)
+    return LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+        softcap=rule.cap,
+        accum_dtype=torch.float32,
+    )
 
 
 def rows_at_once(num_tokens: int, num_classes: int, device: torch.device) -> int:
-    """How many rows of `num_tokens` tokens may have their logits at the same time where nothing is learnt."""
-    return max(1, math.floor(16 * loss_chunk_bytes(device.type == "cuda") / (4 * num_tokens * num_classes)))
+    """How many rows of `num_tokens` tokens may have their logits at the same time where nothing is
+    learnt."""
+    return max(
+        1, math.floor(16 * loss_chunk_bytes(device.type == "cuda") / (4 * num_tokens * num_classes))
+    )

@@ -1,7 +1,8 @@
-"""One label a document: sentiment, topic, language. Rows are documents, padded to the longest of their batch.
+"""One label a document: sentiment, topic, language. Rows are documents, padded to the longest of
+their batch.
 
-The corpus keeps rows of like length together, so little of a batch is padding. The model pools as its architecture
-does: encoders their own way, decoders at the last token that is not padding.
+The corpus keeps rows of like length together, so little of a batch is padding. The model pools as
+its architecture does: encoders their own way, decoders at the last token that is not padding.
 """
 
 from __future__ import annotations
@@ -26,18 +27,24 @@ class SequenceClassification:
 
     name = "sequence_classification"
 
-    def __init__(self, num_labels: int = 2, pad_token_id: int | None = None, width_multiple: int = 1) -> None:
+    def __init__(
+        self, num_labels: int = 2, pad_token_id: int | None = None, width_multiple: int = 1
+    ) -> None:
         self.num_labels = num_labels
         self._width_multiple = width_multiple
         self._pad_token_id = pad_token_id
 
     def collate(self, table: pa.Table) -> Batch:
-        """`input_ids` and `attention_mask` [rows, width], `labels` [rows], all int64; padding rows are IGNORED."""
+        """`input_ids` and `attention_mask` [rows, width], `labels` [rows], all int64; padding rows
+        are IGNORED."""
         num_tokens, real = integer_column(table, "num_tokens"), real_rows(table)
         tokens = token_matrix(table)
         longest = int((num_tokens * real).max()) if table.num_rows else 0
-        width = min(tokens.shape[1], max(1, -(-longest // self._width_multiple)) * self._width_multiple)
-        # A row without any token to attend to would give NaN, also in the gradients of its neighbours.
+        width = min(
+            tokens.shape[1], max(1, -(-longest // self._width_multiple)) * self._width_multiple
+        )
+        # A row without any token to attend to would give NaN, also in the gradients of its
+        # neighbours.
         num_tokens = num_tokens.clamp(min=1)
         mask = torch.arange(width)[None, :] < num_tokens[:, None]
         input_ids = tokens[:, :width].contiguous()
@@ -65,7 +72,9 @@ class LabelLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
         smoothing = self.label_smoothing if self.training else 0.0
         loss = summed_cross_entropy(logits, batch["labels"], smoothing)
         terms: Terms = {"loss": (loss, (batch["labels"] != IGNORED).sum())}
@@ -90,7 +99,11 @@ class ClassificationMetrics:
         self._scores += output["scores"][real].tolist()
 
     def state(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "labels": list(self._labels), "scores": list(self._scores)}
+        return {
+            "losses": list(self._losses),
+            "labels": list(self._labels),
+            "scores": list(self._scores),
+        }
 
     def merge(self, states: Iterable[dict[str, Any]]) -> ClassificationMetrics:
         for state in states:
@@ -102,9 +115,9 @@ class ClassificationMetrics:
     def compute(self) -> dict[str, float]:
         """`loss`, `accuracy`, `precision`, `recall`, `f1`, `auc`, `num_targets`.
 
-        With two classes the middle four are those of class 1, with more the unweighted mean over the classes that the
-        documents or the guesses show (AUC: each class against the rest). `auc` is 0.5, what guessing gives, where the
-        documents do not show every class.
+        With two classes the middle four are those of class 1, with more the unweighted mean over
+        the classes that the documents or the guesses show (AUC: each class against the rest). `auc`
+        is 0.5, what guessing gives, where the documents do not show every class.
         """
         if not self._labels:
             names = ("loss", "accuracy", "precision", "recall", "f1", "auc", "num_targets")
@@ -113,17 +126,25 @@ class ClassificationMetrics:
 
         scores = torch.tensor(self._scores, dtype=torch.float64)
         guesses = scores.argmax(dim=-1).tolist()
-        kind: dict[str, Any] = {"average": "binary"} if self._num_labels == 2 else {"average": "macro"}
-        precision, recall, f1, _ = precision_recall_fscore_support(self._labels, guesses, zero_division=0.0, **kind)
+        kind: dict[str, Any] = (
+            {"average": "binary"} if self._num_labels == 2 else {"average": "macro"}
+        )
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            self._labels, guesses, zero_division=0.0, **kind
+        )
         return {
             "loss": math.fsum(self._losses) / len(self._labels),
             "accuracy": float(accuracy_score(self._labels, guesses)),
-            "precision": float(precision), "recall": float(recall), "f1": float(f1), "auc": self._auc(scores),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "auc": self._auc(scores),
             "num_targets": float(len(self._labels)),
         }
 
     def undefined(self) -> tuple[str, ...]:
-        """The AUC without every class; with two classes what asks for documents of class 1, where there are none."""
+        """The AUC without every class; with two classes what asks for documents of class 1, where
+        there are none."""
         seen = set(self._labels)
         if not seen:
             return ("loss", "accuracy", "precision", "recall", "f1", "auc")

@@ -1,8 +1,8 @@
 """What a task is: the one thing the training loop knows about what is being learnt.
 
-A task turns rows into a batch, puts a summed loss around a model, and turns outputs into metrics that add up over
-ranks. It owns no optimiser or process group, and never divides by a count: the loop divides by the targets of the
-global batch.
+A task turns rows into a batch, puts a summed loss around a model, and turns outputs into metrics
+that add up over ranks. It owns no optimiser or process group, and never divides by a count: the
+loop divides by the targets of the global batch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Task(Protocol):
     name: str
 
     def collate(self, table: pa.Table) -> Batch:
-        """Rows of a token shard with their `row_id` as tensors on the CPU. Rows with row_id < 0 get no targets."""
+        """Rows of a token shard with their `row_id` as tensors on the CPU. Rows with row_id < 0 get
+        no targets."""
 
     def num_targets(self, batch: Batch) -> int:
         """Number of terms in the batch's loss."""
@@ -66,8 +67,9 @@ class Task(Protocol):
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
         """The model with its loss inside, as `model`: what is wrapped, compiled and called.
 
-        `forward(batch)` gives the terms of the loss, each summed over the batch's targets (fp32) beside their number,
-        and what the metrics need where no gradient is wanted. Labels are smoothed in training alone.
+        `forward(batch)` gives the terms of the loss, each summed over the batch's targets (fp32)
+        beside their number, and what the metrics need where no gradient is wanted. Labels are
+        smoothed in training alone.
         """
 
     def new_metrics(self) -> TaskMetrics:

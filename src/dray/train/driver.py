@@ -1,6 +1,8 @@
-"""The head-node driver of training: prepare, plan, open the run, start the workers, aggregate what they report.
+"""The head-node driver of training: prepare, plan, open the run, start the workers, aggregate what
+they report.
 
-`train` runs on Ray; `train_locally` runs the same loop in this process alone. Both can be called again to resume.
+`train` runs on Ray; `train_locally` runs the same loop in this process alone. Both can be called
+again to resume.
 """
 
 from __future__ import annotations
@@ -67,15 +69,20 @@ def train(
 ) -> Ended:
     """Run `spec` on Ray, or resume it.
 
-    Raises UserError for what the caller can mend (nothing is written), RunFailed when the workers cannot go on, and
-    Interrupted when a person stopped it (its state is saved).
+    Raises UserError for what the caller can mend (nothing is written), RunFailed when the workers
+    cannot go on, and Interrupted when a person stopped it (its state is saved).
     """
     display = display or Display()
     start = look(spec, storage, run_name, fork)
     resources = spec.resources
     wanted = resources.max_workers * resources.cpus_per_worker + resources.reader_cpus
-    with connect(address, num_cpus=wanted, cpus_per_worker=resources.cpus_per_worker,
-                 gpus_per_worker=resources.gpus_per_worker, verbose=verbose) as connection:
+    with connect(
+        address,
+        num_cpus=wanted,
+        cpus_per_worker=resources.cpus_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        verbose=verbose,
+    ) as connection:
         if not connection.local:
             _check_nodes(absolute(storage), spec)
         begun = time.monotonic()
@@ -93,21 +100,35 @@ def train(
 
 
 def train_locally(
-    spec: Spec, *, storage: str = "./runs", run_name: str | None = None, corpus: Corpus | None = None,
-    shape: Shape | None = None, display: Display | None = None,
+    spec: Spec,
+    *,
+    storage: str = "./runs",
+    run_name: str | None = None,
+    corpus: Corpus | None = None,
+    shape: Shape | None = None,
+    display: Display | None = None,
 ) -> Ended:
-    """Run or resume `spec` in this process: one rank, no Ray. The corpus must have been prepared, or be given."""
+    """Run or resume `spec` in this process: one rank, no Ray. The corpus must have been prepared,
+    or be given."""
     display = display or Display()
     spec = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
 
     def prepared(spec: Spec) -> Corpus:
         found = find(spec, storage)
         if found is None:
-            raise RunFailed("the corpus is not prepared", "run `dray prepare` first; preparing needs Ray")
+            raise RunFailed(
+                "the corpus is not prepared", "run `dray prepare` first; preparing needs Ray"
+            )
         return found
 
-    run, job = open_run(look(spec, storage, run_name), shape or local_shape(), prepared, display.say, corpus=corpus,
-                        with_ray=False)
+    run, job = open_run(
+        look(spec, storage, run_name),
+        shape or local_shape(),
+        prepared,
+        display.say,
+        corpus=corpus,
+        with_ray=False,
+    )
     return _drive(run, job, display, LocalLauncher())
 
 
@@ -164,7 +185,10 @@ def _explain(run: Run, reason: str) -> str:
             diagnosis = diagnose(run, reason=reason)
             cause, text = str(diagnosis.fault), format_diagnosis(diagnosis)
         except Exception as problem:
-            cause, text = "unknown", f"no diagnosis could be made ({type(problem).__name__}: {problem})"
+            cause, text = (
+                "unknown",
+                f"no diagnosis could be made ({type(problem).__name__}: {problem})",
+            )
         with suppress(StorageFailed):
             run.log_event("failed", reason=reason, cause=cause)
     return text
@@ -172,7 +196,8 @@ def _explain(run: Run, reason: str) -> str:
 
 @contextmanager
 def _last_words(status: str) -> Iterator[None]:
-    """Where a run has failed its end is written down if that can be done soon: the failure itself is told anyway."""
+    """Where a run has failed its end is written down if that can be done soon: the failure itself
+    is told anyway."""
     if status != "failed":
         yield
         return
@@ -181,7 +206,8 @@ def _last_words(status: str) -> Iterator[None]:
 
 
 class _Heart:
-    """Gives the driver's signs of life; a driver that has been replaced by another is interrupted."""
+    """Gives the driver's signs of life; a driver that has been replaced by another is
+    interrupted."""
 
     def __init__(self, run: Run, driver: Driver) -> None:
         self._run, self._driver, self._ended = run, driver, threading.Event()
@@ -197,9 +223,13 @@ class _Heart:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
                 self._run.heartbeat(self._driver)
-            except OSError:  # StorageFailed too, which is a StoreError besides: the next beat may come through
+            except (
+                OSError
+            ):  # StorageFailed too, which is a StoreError besides: the next beat may come through
                 continue
-            except StoreError:  # taken over: what this driver's attempts do from now on does not count
+            except (
+                StoreError
+            ):  # taken over: what this driver's attempts do from now on does not count
                 os.kill(os.getpid(), signal.SIGINT)
                 return
 
@@ -209,13 +239,20 @@ def _what_would_go_on(spec: Spec) -> str:
     if spec.may_go_on_when_complete:
         return "a longer duration would go on"
     schedule = spec.schedule.name
-    hint = "" if schedule == "wsd" else ", and with schedule.decay_steps given from the start it would not"
-    return (f"its {schedule} schedule ends there{hint}: train on from its weights with another duration and "
-            "--fork NEW_NAME")
+    hint = (
+        ""
+        if schedule == "wsd"
+        else ", and with schedule.decay_steps given from the start it would not"
+    )
+    return (
+        f"its {schedule} schedule ends there{hint}: train on from its weights with another "
+        "duration and --fork NEW_NAME"
+    )
 
 
 def _check_nodes(storage: str, spec: Spec) -> None:
-    """Raise StorageNotShared if a node that may hold a rank sees another storage than this process does."""
+    """Raise StorageNotShared if a node that may hold a rank sees another storage than this process
+    does."""
     filesystem, path = open_filesystem(storage)
     if is_object_store(filesystem):
         return
@@ -227,7 +264,9 @@ def _check_nodes(storage: str, spec: Spec) -> None:
     write_whole(filesystem, token, lambda stream: stream.write(b"dray"), durable=False)
     try:
         sees = partial(_sees, storage, token)
-        blind = find_nodes_without(sees, spec.resources.cpus_per_worker, spec.resources.gpus_per_worker)
+        blind = find_nodes_without(
+            sees, spec.resources.cpus_per_worker, spec.resources.gpus_per_worker
+        )
     finally:
         delete_file(filesystem, token)
     if blind:

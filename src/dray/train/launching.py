@@ -1,5 +1,5 @@
-"""The ranks' loop, started on Ray Train's workers or in this process, and followed until it ends.
-"""
+"""The ranks' loop, started on Ray Train's workers or in this process, and followed until it
+ends."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from dray.train.recorder import DRAIN_SECONDS, OBJECT_DRAIN_SECONDS, Recorder
 MAILBOX_SECONDS = 60.0
 """How long the mailbox, which does next to nothing, may take to answer."""
 HEAD_SECONDS, HEAD_LOOK_SECONDS = 25.0, 5.0
-"""How long the head may be away, as it is where it is started again with its memory kept, and how often it is looked
-for."""
+"""How long the head may be away, as it is where it is started again with its memory kept, and how
+often it is looked for."""
 UNBEGUN_SECONDS = 2.0
-"""How long a run that is to stop waits for a sign of life of its ranks: with none of them there is nothing to save."""
+"""How long a run that is to stop waits for a sign of life of its ranks: with none of them there is
+nothing to save."""
 
 
 class LocalLauncher:
@@ -60,21 +61,32 @@ class LocalLauncher:
             def flush(self) -> None:
                 pass
 
-        device = torch.device("cuda" if torch.cuda.is_available() and job.spec.resources.gpus_per_worker else "cpu")
+        device = torch.device(
+            "cuda" if torch.cuda.is_available() and job.spec.resources.gpus_per_worker else "cpu"
+        )
         prepare_process(job.spec.resources.cpus_per_worker)
         join_alone(device)
         ranks = build_ranks(device, timeout_seconds=1800)
         attempt = make_attempt(job, begin_attempt(job, ranks.num_ranks))
         stream = make_stream(job, attempt)
-        recorder.ended = train_rank(job, ranks, attempt, Direct(), stream=stream, blocks=stream.blocks(ranks.rank),
-                                    pulse=Pulse(ranks.rank))
+        recorder.ended = train_rank(
+            job,
+            ranks,
+            attempt,
+            Direct(),
+            stream=stream,
+            blocks=stream.blocks(ranks.rank),
+            pulse=Pulse(ranks.rank),
+        )
         recorder.wait_stored()
 
 
 class RayLauncher:
-    """The ranks' loop on Ray Train workers, fed by Ray Data, reporting through an actor on the head node.
+    """The ranks' loop on Ray Train workers, fed by Ray Data, reporting through an actor on the head
+    node.
 
-    The actor is started at once: its node's fork server imports while the driver looks for the model and the rows.
+    The actor is started at once: its node's fork server imports while the driver looks for the
+    model and the rows.
     """
 
     def __init__(self, resources: Resources, *, is_local: bool) -> None:
@@ -126,17 +138,26 @@ class RayLauncher:
                         stopping_since = time.monotonic()
                         recorder.stop(wishes.numbers[0])
                         mailbox.request_stop.remote()
-                    if alive and not beats and recorder.ended is None and (
-                            time.monotonic() - stopping_since > UNBEGUN_SECONDS):
+                    if (
+                        alive
+                        and not beats
+                        and recorder.ended is None
+                        and (time.monotonic() - stopping_since > UNBEGUN_SECONDS)
+                    ):
                         recorder.ended = "interrupted"  # there are no ranks, and so nothing to save
                         end_workers(mailbox)
                         return
                     if not alive and (failure or recorder.is_stored):
                         break
                     thread.join(drain_seconds)
-        except ray.exceptions.RayError as error:  # the ranks report through it: without it they cannot be followed
-            lost = RunFailed("the head of the Ray cluster is gone" if head_is_gone() else
-                             f"the mailbox on the head was lost: {error}")
+        except (
+            ray.exceptions.RayError
+        ) as error:  # the ranks report through it: without it they cannot be followed
+            lost = RunFailed(
+                "the head of the Ray cluster is gone"
+                if head_is_gone()
+                else f"the mailbox on the head was lost: {error}"
+            )
             if not wishes:
                 raise lost from error
             recorder.give_up_saving(lost)
@@ -152,8 +173,9 @@ class RayLauncher:
 
 
 def _answer(asked: Any) -> Any:
-    """What the mailbox answers. Raises RayError when it takes too long, sooner where the head is gone: once that has
-    been asked in vain for a minute, Ray ends this process without a word of dray's."""
+    """What the mailbox answers. Raises RayError when it takes too long, sooner where the head is
+    gone: once that has been asked in vain for a minute, Ray ends this process without a word of
+    dray's."""
     import ray
 
     begun, head_seen = time.monotonic(), time.monotonic()
@@ -163,12 +185,18 @@ def _answer(asked: Any) -> Any:
         except ray.exceptions.GetTimeoutError:
             if not head_is_gone():
                 head_seen = time.monotonic()
-            if time.monotonic() - head_seen > HEAD_SECONDS or time.monotonic() - begun > MAILBOX_SECONDS:
+            if (
+                time.monotonic() - head_seen > HEAD_SECONDS
+                or time.monotonic() - begun > MAILBOX_SECONDS
+            ):
                 raise
 
 
-def _start_workers(job: Job, mailbox: Any, failure: list[BaseException], *, is_local: bool) -> threading.Thread:
-    """Start the worker group in a thread, which puts there what it ends with if that is an error."""
+def _start_workers(
+    job: Job, mailbox: Any, failure: list[BaseException], *, is_local: bool
+) -> threading.Thread:
+    """Start the worker group in a thread, which puts there what it ends with if that is an
+    error."""
     from dray.train.recovery import build_recovery
     from dray.train.worker import build_data_config, run_rank
 
@@ -178,10 +206,16 @@ def _start_workers(job: Job, mailbox: Any, failure: list[BaseException], *, is_l
         try:
             with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
                 run_workers(
-                    run_rank, {"job": job, "mailbox": mailbox}, datasets={"rows": job},
-                    data_config=build_data_config(), num_workers=resources.workers,
-                    cpus_per_worker=resources.cpus_per_worker, gpus_per_worker=resources.gpus_per_worker,
-                    recovery=build_recovery(job, mailbox), name=job.run_name, scratch=scratch,
+                    run_rank,
+                    {"job": job, "mailbox": mailbox},
+                    datasets={"rows": job},
+                    data_config=build_data_config(),
+                    num_workers=resources.workers,
+                    cpus_per_worker=resources.cpus_per_worker,
+                    gpus_per_worker=resources.gpus_per_worker,
+                    recovery=build_recovery(job, mailbox),
+                    name=job.run_name,
+                    scratch=scratch,
                     is_local=is_local,
                 )
         except BaseException as error:

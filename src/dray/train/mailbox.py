@@ -1,7 +1,7 @@
 """What stands between the ranks and their driver: records and heartbeats one way, wishes the other.
 
-An actor on the head node holds one (`posting.build_mailbox`). Nothing here grows with the number of ranks but what
-the driver takes away: a beat costs the same in a group of ten thousand.
+An actor on the head node holds one (`posting.build_mailbox`). Nothing here grows with the number of
+ranks but what the driver takes away: a beat costs the same in a group of ten thousand.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from dray.runs.records import Beat, Report
 Beats = dict[int, tuple[Beat, float]]
 """Rank → its last heartbeat, and the seconds since it arrived."""
 FEW_RANKS, LOOK_SECONDS = 64, 1.0
-"""Beats of more ranks than that are given to the driver once in so many seconds: a hang takes far longer to tell."""
+"""Beats of more ranks than that are given to the driver once in so many seconds: a hang takes far
+longer to tell."""
 RANKS_A_SECOND = 2000.0
-"""So many heartbeats and posts of all ranks an actor takes in a second without being busy with it."""
+"""So many heartbeats and posts of all ranks an actor takes in a second without being busy with
+it."""
 
 
 def pace(seconds: float, num_ranks: int) -> float:
-    """How often a rank of so many should speak, if `seconds` is what it would do in a small group: an actor takes some
-    thousand calls a second, whoever sends them."""
+    """How often a rank of so many should speak, if `seconds` is what it would do in a small group:
+    an actor takes some thousand calls a second, whoever sends them."""
     return max(seconds, num_ranks / RANKS_A_SECOND)
 
 
@@ -37,10 +39,11 @@ class Mailbox:
         self._received = self._stored = self._judged = self._num_left = self._attempt = 0
         self._looked_at = -LOOK_SECONDS
 
-    # ---- for the ranks --------------------------------------------------------------------------------------------
+    # ---- for the ranks --------------------------------------------------------------------------
 
     def put(self, records: list[Report]) -> tuple[bool, bool]:
-        """Take a rank's records. Returns whether it should stop, and whether its group is to be dissolved."""
+        """Take a rank's records. Returns whether it should stop, and whether its group is to be
+        dissolved."""
         self._records += records
         self._received += len(records)
         return self._stop, self._notice
@@ -70,7 +73,7 @@ class Mailbox:
         self._beats.pop(rank, None)
         self._num_left += 1
 
-    # ---- for the driver and for Ray Train's controller ------------------------------------------------------------
+    # ---- for the driver and for Ray Train's controller ------------------------------------------
 
     def evidence(self) -> tuple[list[dict[str, Any]], Beats]:
         """What failed ranks said since the last call, and the beats, which are forgotten."""
@@ -91,8 +94,8 @@ class Mailbox:
         return self._num_left
 
     def take(self, stored: int) -> tuple[list[Report], Beats]:
-        """The records since the last call, for the driver, who has stored so many of those before; and the beats, but
-        those of a large group not at every call."""
+        """The records since the last call, for the driver, who has stored so many of those before;
+        and the beats, but those of a large group not at every call."""
         self._stored = stored
         records, self._records = self._records, []
         if len(self._beats) > FEW_RANKS and time.monotonic() - self._looked_at < LOOK_SECONDS:

@@ -20,15 +20,18 @@ from dray.show.progress import Display
 from dray.storage.retrying import OUTAGE_SECONDS
 
 DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
-"""How often the ranks' records are taken and stored: object stores rewrite an object, and GCS takes one a second."""
+"""How often the ranks' records are taken and stored: object stores rewrite an object, and GCS takes
+one a second."""
 FEWEST_STEPS = 5
 
 
 class Recorder:
-    """Turns the ranks' records into the run's metrics: one row a step once every rank has reported it.
+    """Turns the ranks' records into the run's metrics: one row a step once every rank has reported
+    it.
 
-    While the storage takes nothing (a full disk, say) they are kept here and tried again, for OUTAGE_SECONDS. May be
-    used from several threads: without Ray the thread that saves waits here while training goes on.
+    While the storage takes nothing (a full disk, say) they are kept here and tried again, for
+    OUTAGE_SECONDS. May be used from several threads: without Ray the thread that saves waits here
+    while training goes on.
     """
 
     def __init__(self, run: Run, plan: Plan, trackers: Trackers, display: Display) -> None:
@@ -60,10 +63,14 @@ class Recorder:
     def stop(self, number: int) -> None:
         """Say that a signal has asked the run to stop."""
         self.stopped_by = number
-        self.say(f"{signal.Signals(number).name}: the run saves its state and stops; once more ends it without that")
+        self.say(
+            f"{signal.Signals(number).name}: the run saves its state and stops; once more ends it "
+            "without that"
+        )
 
     def give_up_saving(self, error: BaseException) -> None:
-        """What asked for the stop may end ranks, or Ray, too: what was committed before is the run's state."""
+        """What asked for the stop may end ranks, or Ray, too: what was committed before is the
+        run's state."""
         self.say(f"stopped before the newest steps were saved: {error}")
         self.ended = "interrupted"
 
@@ -72,8 +79,8 @@ class Recorder:
         self._display.say(text)
 
     def take(self, reports: Sequence[Report]) -> None:
-        """Take some reports, in the order in which each rank sent them. Raises StorageFailed once nothing could be
-        stored for too long."""
+        """Take some reports, in the order in which each rank sent them. Raises StorageFailed once
+        nothing could be stored for too long."""
         with self._lock:
             for report in reports:
                 self._take(report)
@@ -115,7 +122,9 @@ class Recorder:
         except StorageFailed as error:
             if self._failing_since is None:
                 self._failing_since = time.monotonic()
-                self._display.say(f"metrics are kept in memory for {OUTAGE_SECONDS:.0f} s at most: {error}")
+                self._display.say(
+                    f"metrics are kept in memory for {OUTAGE_SECONDS:.0f} s at most: {error}"
+                )
             if time.monotonic() - self._failing_since > OUTAGE_SECONDS:
                 raise
 
@@ -124,30 +133,48 @@ class Recorder:
             arrived = time.monotonic()  # the rows' own times are by the clocks of the ranks
             if self._newest and row["attempt"] > self._attempt:
                 seconds = arrived - self._newest_time
-                self._events.append(Event("recovered", row["attempt"], row["step"], {"seconds": seconds}))
-                self._display.say(f"step {row['step']} is new again, {seconds:.0f} s after step {self._newest}")
+                self._events.append(
+                    Event("recovered", row["attempt"], row["step"], {"seconds": seconds})
+                )
+                self._display.say(
+                    f"step {row['step']} is new again, {seconds:.0f} s after step {self._newest}"
+                )
             self._newest, self._newest_time, self._attempt = row["step"], arrived, row["attempt"]
         self._recent.append(row)
         self._tell_straggler(row)
-        self._trackers.log(row["step"], {k: v for k, v in row.items() if isinstance(v, (int, float))})
+        self._trackers.log(
+            row["step"], {k: v for k, v in row.items() if isinstance(v, (int, float))}
+        )
         self._display.step(row)
 
     def _tell_straggler(self, row: dict[str, Any]) -> None:
         """Say once an attempt that a rank is slow: the others wait for it at every step."""
-        slow = find_straggler([recent for recent in self._recent if recent["attempt"] == row["attempt"]])
+        slow = find_straggler(
+            [recent for recent in self._recent if recent["attempt"] == row["attempt"]]
+        )
         if slow is None or slow.rank is None or not self._is_new("slow", row["attempt"], slow.rank):
             return
-        self._events.append(Event("straggler", row["attempt"], row["step"], {"rank": slow.rank, "ratio": slow.ratio}))
-        self._display.say(f"rank {slow.rank} is slow: its forward passes take {slow.ratio:.1f} times as long as the "
-                          f"others', in {slow.num_steps} of the last steps; `dray doctor {self._run.name}` says more")
+        self._events.append(
+            Event(
+                "straggler", row["attempt"], row["step"], {"rank": slow.rank, "ratio": slow.ratio}
+            )
+        )
+        self._display.say(
+            f"rank {slow.rank} is slow: its forward passes take {slow.ratio:.1f} times as long as "
+            f"the others', in {slow.num_steps} of the last steps; `dray doctor {self._run.name}` "
+            "says more"
+        )
 
     def _tell_trouble(self, event: Event) -> None:
-        """Say what a person should know of a save that failed, and once an attempt that nothing can be deleted."""
+        """Say what a person should know of a save that failed, and once an attempt that nothing can
+        be deleted."""
         problem = event.fields.get("problem")
         if event.kind == "checkpoint_failed":
             self._display.say(f"step {event.step} could not be saved: {problem}")
         elif event.kind == "retention_failed" and self._is_new("retention", event.attempt):
-            self._display.say(f"older checkpoints cannot be deleted, so the storage fills up: {problem}")
+            self._display.say(
+                f"older checkpoints cannot be deleted, so the storage fills up: {problem}"
+            )
 
     def _is_new(self, *what: Any) -> bool:
         """Whether this has not been told yet."""
@@ -156,15 +183,18 @@ class Recorder:
         return new
 
     def _show_validation(self, report: ValidationReport) -> None:
-        self._trackers.log(report.step, {f"validation_{name}": value for name, value in report.values.items()})
+        self._trackers.log(
+            report.step, {f"validation_{name}": value for name, value in report.values.items()}
+        )
         self._display.validation(report.step, report.values)
 
 
 def make_metrics_row(reports: Sequence[StepReport], plan: Plan) -> dict[str, Any]:
     """One step's row from all ranks' reports.
 
-    `forward_seconds_skew` is (max − mean) / mean over the ranks' forward passes, in which none waits for another (below
-    ZeRO-3): whole steps end together, so their times do not tell a slow rank.
+    `forward_seconds_skew` is (max − mean) / mean over the ranks' forward passes, in which none
+    waits for another (below ZeRO-3): whole steps end together, so their times do not tell a slow
+    rank.
     """
     first = min(reports, key=lambda report: report.rank)
     slowest = max(reports, key=lambda report: report.forward_seconds)
@@ -173,22 +203,33 @@ def make_metrics_row(reports: Sequence[StepReport], plan: Plan) -> dict[str, Any
     per_second = first.step_tokens / seconds
     peak = (plan.peak_flops_per_rank or 0.0) * len(reports)
     return {
-        "step": first.step, "attempt": first.attempt, "num_ranks": first.num_ranks,
+        "step": first.step,
+        "attempt": first.attempt,
+        "num_ranks": first.num_ranks,
         "loss": _finite(sum(report.loss_sum for report in reports) / max(1, first.num_targets)),
-        "learning_rate": first.learning_rate, "grad_norm": _finite(first.grad_norm), "applied": first.applied,
+        "learning_rate": first.learning_rate,
+        "grad_norm": _finite(first.grad_norm),
+        "applied": first.applied,
         "tokens": first.tokens,
-        "seconds": seconds, "rows_digest": first.rows_digest, "num_targets": first.num_targets,
+        "seconds": seconds,
+        "rows_digest": first.rows_digest,
+        "num_targets": first.num_targets,
         "tokens_per_second": per_second,
         "mfu": per_second * plan.flops_per_token_loose / peak if peak else None,
         "mfu_strict": per_second * plan.flops_per_token_strict / peak if peak else None,
-        "step_seconds_mean": fmean(report.seconds for report in reports), "step_seconds_max": seconds,
-        "forward_seconds_mean": mean_forward, "forward_seconds_max": slowest.forward_seconds,
+        "step_seconds_mean": fmean(report.seconds for report in reports),
+        "step_seconds_max": seconds,
+        "forward_seconds_mean": mean_forward,
+        "forward_seconds_max": slowest.forward_seconds,
         "slowest_rank": slowest.rank,
-        "forward_seconds_skew": (slowest.forward_seconds - mean_forward) / mean_forward if mean_forward else 0.0,
+        "forward_seconds_skew": (slowest.forward_seconds - mean_forward) / mean_forward
+        if mean_forward
+        else 0.0,
         "data_wait_seconds_mean": fmean(report.data_wait_seconds for report in reports),
         "data_wait_seconds_max": max(report.data_wait_seconds for report in reports),
         "memory_bytes_mean": fmean(report.memory_bytes for report in reports),
-        "memory_bytes_max": max(report.memory_bytes for report in reports), "time": first.time,
+        "memory_bytes_max": max(report.memory_bytes for report in reports),
+        "time": first.time,
     }
 
 

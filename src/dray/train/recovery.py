@@ -1,4 +1,5 @@
-"""After a failure, seen from Ray Train's controller: keep the evidence, decide what comes next, end what hangs.
+"""After a failure, seen from Ray Train's controller: keep the evidence, decide what comes next, end
+what hangs.
 
 What is decided by is in `dray.doctor`: the causes of failures, and the budget of restarts.
 """
@@ -23,7 +24,15 @@ from dray.order import LeftOut
 from dray.rank.job import Attempt, Job, begin_attempt, make_attempt
 from dray.rank.pulse import STACK_SIGNAL
 from dray.runs import Run, find_resume_checkpoint
-from dray.runs.evidence import make_rank_failure, read_tail, save_beats, save_failure, save_log, save_stacks, unwrap
+from dray.runs.evidence import (
+    make_rank_failure,
+    read_tail,
+    save_beats,
+    save_failure,
+    save_log,
+    save_stacks,
+    unwrap,
+)
 from dray.runs.records import Beat
 from dray.runs.row_log import now, run_together
 from dray.train.mailbox import Beats, pace
@@ -35,8 +44,9 @@ GRACE_SECONDS = 1.0
 
 
 def build_recovery(job: Job, mailbox: Any) -> Any:
-    """What Ray Train's controller asks at every turn: it keeps the evidence of a failure, ends the run where that is
-    due, lets the ranks save before their group is resized, and bounds the wait for a group that cannot start."""
+    """What Ray Train's controller asks at every turn: it keeps the evidence of a failure, ends the
+    run where that is due, lets the ranks save before their group is resized, and bounds the wait
+    for a group that cannot start."""
     import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback
     from ray.train.v2._internal.execution.controller import state
@@ -54,9 +64,15 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
                 _dissolve(job, mailbox, current_state.scaling_decision.num_workers)
             elif isinstance(current_state, state.RunningState):
                 self._down_since = None
-            elif isinstance(current_state, state.RestartingState | state.ReschedulingState | state.InitializingState):
+            elif isinstance(
+                current_state,
+                state.RestartingState | state.ReschedulingState | state.InitializingState,
+            ):
                 if isinstance(previous_state, state.RunningState | state.PreemptingState):
-                    self._judge(current_state.training_failed_error, isinstance(previous_state, state.PreemptingState))
+                    self._judge(
+                        current_state.training_failed_error,
+                        isinstance(previous_state, state.PreemptingState),
+                    )
                 self._bound_wait()
                 if previous_state is current_state:  # an elastic group asks again at once
                     time.sleep(BEAT_EVERY_SECONDS)
@@ -72,14 +88,17 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
             self._down_since = self._down_since or time.monotonic()
             waited = time.monotonic() - self._down_since
             if waited > max_wait_seconds():
-                raise RunFailed(f"no group of {job.spec.resources.min_workers} workers could start for {waited:.0f} s: "
-                                "the cluster has no room for it")
+                raise RunFailed(
+                    f"no group of {job.spec.resources.min_workers} workers could start for "
+                    f"{waited:.0f} s: the cluster has no room for it"
+                )
 
     return Recovery()
 
 
 def _dissolve(job: Job, mailbox: Any, num_ranks: int) -> None:
-    """Before the group starts again with another number of ranks: let its ranks save and leave, but not for ever."""
+    """Before the group starts again with another number of ranks: let its ranks save and leave, but
+    not for ever."""
     import ray
 
     run = Run.open(job.storage, job.run_name)
@@ -89,24 +108,40 @@ def _dissolve(job: Job, mailbox: Any, num_ranks: int) -> None:
     while ray.get(mailbox.num_left.remote()) < attempt["num_ranks"] and time.monotonic() < deadline:
         time.sleep(SEND_EVERY_SECONDS)
     said, beats = ray.get(mailbox.evidence.remote())
-    step = max([*(int(item["step"]) for item in said), *(beat.step for beat, _ in beats.values())], default=0)
+    step = max(
+        [*(int(item["step"]) for item in said), *(beat.step for beat, _ in beats.values())],
+        default=0,
+    )
     newest = run.latest_checkpoint()
     run.end_attempt(attempt["attempt"], "resized", step)
-    run.log_event("resized", attempt=attempt["attempt"], step=step, saved_step=newest.step if newest else 0,
-                  num_ranks=attempt["num_ranks"], to_num_ranks=num_ranks)
+    run.log_event(
+        "resized",
+        attempt=attempt["attempt"],
+        step=step,
+        saved_step=newest.step if newest else 0,
+        num_ranks=attempt["num_ranks"],
+        to_num_ranks=num_ranks,
+    )
 
 
-def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseException], *, noticed: bool) -> Decision:
-    """Keep the evidence of a failed attempt and decide what comes after it. `noticed`: a node was to be taken away."""
+def _recover(
+    job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseException], *, noticed: bool
+) -> Decision:
+    """Keep the evidence of a failed attempt and decide what comes after it. `noticed`: a node was
+    to be taken away."""
     import ray
 
     run = Run.open(job.storage, job.run_name)
     attempt = make_attempt(job, _find_failed_attempt(run, job))
     deadline = time.monotonic() + GRACE_SECONDS
-    while ray.get(mailbox.num_left.remote()) < attempt.num_ranks - 1 and time.monotonic() < deadline:
+    while (
+        ray.get(mailbox.num_left.remote()) < attempt.num_ranks - 1 and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     said, beats = ray.get(mailbox.evidence.remote())
-    failure = _make_failure(run, attempt, [item for item in said if item["attempt"] == attempt.number], beats, errors)
+    failure = _make_failure(
+        run, attempt, [item for item in said if item["attempt"] == attempt.number], beats, errors
+    )
     failure["preempted"] |= noticed
     save_failure(run, failure)
     step, batch = failure["step"], attempt.plan.batch
@@ -114,8 +149,12 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
     if cause is Cause.SPIKE:
         cause = _leave_out(run, attempt, _find_spike(failure), job.spec.numerics.max_rewinds)
     committed = failure["committed_step"]
-    decision = budget.decide(cause, committed_step=committed, micro_rows=batch.micro_rows,
-                             rows_per_rank=batch.rows_per_rank)
+    decision = budget.decide(
+        cause,
+        committed_step=committed,
+        micro_rows=batch.micro_rows,
+        rows_per_rank=batch.rows_per_rank,
+    )
     if decision.retry:
         try:
             find_resume_checkpoint(run)
@@ -125,23 +164,36 @@ def _recover(job: Job, mailbox: Any, budget: Budget, errors: dict[int, BaseExcep
         before = SmallerBatch.from_record(run.record())
         run.update(**SmallerBatch.after(before, decision.micro_rows, committed).to_record())
     run.end_attempt(attempt.number, "failed", step, cause)
-    run.log_event("attempt_failed", attempt=attempt.number, step=step, cause=cause, retry=decision.retry,
-                  reason=decision.reason)
+    run.log_event(
+        "attempt_failed",
+        attempt=attempt.number,
+        step=step,
+        cause=cause,
+        retry=decision.retry,
+        reason=decision.reason,
+    )
     return decision
 
 
 def _find_failed_attempt(run: Run, job: Job) -> dict[str, Any]:
-    """The record of the attempt that failed. A group that failed before its rank 0 wrote it down gets its record now:
-    the newest one tells of an attempt that had ended before, be it failed, resized or complete."""
+    """The record of the attempt that failed. A group that failed before its rank 0 wrote it down
+    gets its record now: the newest one tells of an attempt that had ended before, be it failed,
+    resized or complete."""
     newest: dict[str, Any] = next(iter(run.attempts()[-1:]), {})
     if newest.get("driver") == job.driver and "status" not in newest:
         return newest
     return begin_attempt(job, job.plan.num_ranks)
 
 
-def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats: Beats,
-                  errors: dict[int, BaseException]) -> dict[str, Any]:
-    """The document of a failed attempt: what ranks said, what Ray says of the others, and who fell silent."""
+def _make_failure(
+    run: Run,
+    attempt: Attempt,
+    said: list[dict[str, Any]],
+    beats: Beats,
+    errors: dict[int, BaseException],
+) -> dict[str, Any]:
+    """The document of a failed attempt: what ranks said, what Ray says of the others, and who fell
+    silent."""
     found = {item["rank"]: item for item in said}
     lost = find_lost_nodes({beat.node_id for rank, (beat, _) in beats.items() if rank not in found})
     _keep_last_words(run, attempt.number, beats)
@@ -149,19 +201,34 @@ def _make_failure(run: Run, attempt: Attempt, said: list[dict[str, Any]], beats:
     for rank, (beat, age) in beats.items():
         if rank not in found and (rank in errors or beat.node_id in lost or age > silent):
             silence = {} if rank in errors else {"message": f"no sign of life for {age:.0f} s"}
-            found[rank] = make_rank_failure(rank, errors.get(rank), node=beat.node, pid=beat.pid, step=beat.step,
-                                            phase=beat.phase, time=beat.time, **silence)
+            found[rank] = make_rank_failure(
+                rank,
+                errors.get(rank),
+                node=beat.node,
+                pid=beat.pid,
+                step=beat.step,
+                phase=beat.phase,
+                time=beat.time,
+                **silence,
+            )
     for rank, error in errors.items():
         found.setdefault(rank, make_rank_failure(rank, error))
-    hung = any(event["kind"] == "hang" and event["attempt"] == attempt.number for event in run.events())
+    hung = any(
+        event["kind"] == "hang" and event["attempt"] == attempt.number for event in run.events()
+    )
     newest = run.latest_checkpoint()
     # Ranks of a group that was ended at its deadline have said nothing.
-    steps = [item.get("step") for item in found.values()] or [beat.step for beat, _ in beats.values()]
+    steps = [item.get("step") for item in found.values()] or [
+        beat.step for beat, _ in beats.values()
+    ]
     return {
-        "attempt": attempt.number, "time": now(), "committed_step": newest.step if newest else 0,
+        "attempt": attempt.number,
+        "time": now(),
+        "committed_step": newest.step if newest else 0,
         "step": max((int(step or 0) for step in steps), default=attempt.start_step),
         "detected_by": "hang" if hung else "exception" if said else "worker_exit",
-        "ranks": [found[rank] for rank in sorted(found)], "nodes_lost": lost,
+        "ranks": [found[rank] for rank in sorted(found)],
+        "nodes_lost": lost,
         "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
     }
 
@@ -184,7 +251,8 @@ def _find_spike(failure: dict[str, Any]) -> int:
 
 
 def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> Cause:
-    """Let no later attempt read the batch of this step. Returns the cause: too many spikes are bad numbers."""
+    """Let no later attempt read the batch of this step. Returns the cause: too many spikes are bad
+    numbers."""
     if len(attempt.left_out) >= max_rewinds:
         return Cause.NUMERICS
     run.update(left_out=list(LeftOut(attempt.left_out).with_steps(step, step).batches))
@@ -192,7 +260,8 @@ def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> Cause
 
 
 def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
-    """Keep every rank's stacks, then end those that hold up the others, so that the group starts again."""
+    """Keep every rank's stacks, then end those that hold up the others, so that the group starts
+    again."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -200,7 +269,11 @@ def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, STACK_SIGNAL)
         time.sleep(1.0)
-        return Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).exists() else ""
+        return (
+            Path(path).read_text(encoding="utf-8", errors="replace")
+            if path and Path(path).exists()
+            else ""
+        )
 
     def end(pid: int) -> None:
         with suppress(ProcessLookupError):
@@ -210,7 +283,10 @@ def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
         place = NodeAffinitySchedulingStrategy(beat.node_id, soft=False)
         return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
 
-    dumps = {rank: on_node(dump, beat).remote(beat.pid, beat.stack_file) for rank, (beat, _) in beats.items()}
+    dumps = {
+        rank: on_node(dump, beat).remote(beat.pid, beat.stack_file)
+        for rank, (beat, _) in beats.items()
+    }
     done, _ = ray.wait(list(dumps.values()), num_returns=len(dumps), timeout=30)
     stacks: dict[int, str] = {}
     for rank, ref in dumps.items():
@@ -219,5 +295,8 @@ def end_hang(run: Run, hang: Hang, beats: Beats) -> None:
     attempt = next(iter(beats.values()))[0].attempt
     run_together([partial(save_stacks, run, attempt, rank, text) for rank, text in stacks.items()])
     run.log_event("hang", attempt=attempt, ranks=list(hang.ranks), reason=hang.reason)
-    ray.wait([on_node(end, beats[rank][0]).remote(beats[rank][0].pid) for rank in hang.ranks],
-             num_returns=len(hang.ranks), timeout=30)
+    ray.wait(
+        [on_node(end, beats[rank][0]).remote(beats[rank][0].pid) for rank in hang.ranks],
+        num_returns=len(hang.ranks),
+        timeout=30,
+    )

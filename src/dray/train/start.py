@@ -1,8 +1,9 @@
 """From a spec and a storage to a run that can be driven: what begins here, and what goes on.
 
-All that needs neither data nor Ray is checked first (`look`), so that what must be refused is refused before anything
-is read or written. A run that has begun needs nothing but its storage: its rows, its tokeniser and its configuration
-are those that it keeps, and its weights those of its newest checkpoint.
+All that needs neither data nor Ray is checked first (`look`), so that what must be refused is
+refused before anything is read or written. A run that has begun needs nothing but its storage: its
+rows, its tokeniser and its configuration are those that it keeps, and its weights those of its
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -21,10 +22,27 @@ from dray.rank.job import Job, make_corpus_plan
 from dray.runs import Run, check_trackers, find_resume_checkpoint
 from dray.runs.layout import check_run_name
 from dray.spec import Spec, without_places
-from dray.storage.filesystem import absolute, child, exists, list_files, open_filesystem, read_bytes, shown, write_bytes
+from dray.storage.filesystem import (
+    absolute,
+    child,
+    exists,
+    list_files,
+    open_filesystem,
+    read_bytes,
+    shown,
+    write_bytes,
+)
 
-_SHAPING = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size",
-            "tie_embeddings")
+_SHAPING = (
+    "architecture",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_embeddings",
+)
 """What of a model decides the shapes of its weights."""
 Say = Callable[[str], None]
 Prepare = Callable[[Spec], Corpus]
@@ -51,14 +69,18 @@ class Start:
         """Whether the rows are those that the keeper has: a fork with other data gets its own."""
         if self.run is not None or self.keeper is None:
             return self.run is not None
-        before, now = without_places(self.keeper.record()["identity"]), without_places(self.spec.identity())
+        before, now = (
+            without_places(self.keeper.record()["identity"]),
+            without_places(self.spec.identity()),
+        )
         return all(before[key] == now[key] for key in ("task", "data", "tokenizer")) and not _moved(
-            self.keeper, self.spec, ("data", "tokenizer"))
+            self.keeper, self.spec, ("data", "tokenizer")
+        )
 
 
 def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None = None) -> Start:
-    """Find out what is wanted and whether it can be. Writes nothing; reads raw data only where the spec names other
-    paths than the run began with. Raises UserError."""
+    """Find out what is wanted and whether it can be. Writes nothing; reads raw data only where the
+    spec names other paths than the run began with. Raises UserError."""
     name = check_run_name(spec.name if run_name is None else run_name)
     if fork is not None:
         check_run_name(fork)
@@ -66,7 +88,9 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     check_trackers(spec, storage)
     run = Run.find_begun(storage, name, fork)
     keeper = run or (Run.find_origin(storage, name)[0] if fork else None)
-    if keeper is not None and spec.precision == "auto":  # a run that is resumed on other hardware computes as it began
+    if (
+        keeper is not None and spec.precision == "auto"
+    ):  # a run that is resumed on other hardware computes as it began
         spec = spec.model_copy(update={"precision": keeper.record()["identity"]["precision"]})
     if run is not None:
         run.check_identity(spec)
@@ -76,15 +100,24 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     return Start(spec, storage, name, fork, run, keeper)
 
 
-def open_run(start: Start, shape: Shape, prepared: Prepare, say: Say, *, corpus: Corpus | None = None,
-             with_ray: bool = True) -> tuple[Run, Job]:
-    """Begin the run or take it up, and describe it to the workers. Raises UserError; before the run's folder is made
-    nothing is written but the corpus."""
+def open_run(
+    start: Start,
+    shape: Shape,
+    prepared: Prepare,
+    say: Say,
+    *,
+    corpus: Corpus | None = None,
+    with_ray: bool = True,
+) -> tuple[Run, Job]:
+    """Begin the run or take it up, and describe it to the workers. Raises UserError; before the
+    run's folder is made nothing is written but the corpus."""
     spec = start.spec
     pretrained, config = _find_model(start)
     if not start.keeps_rows:  # what cannot run is refused before the corpus is read
         plan = make_plan(spec, shape, with_ray=with_ray, config=config)
-        spec = spec.model_copy(update={"precision": plan.precision} if spec.precision == "auto" else {})
+        spec = spec.model_copy(
+            update={"precision": plan.precision} if spec.precision == "auto" else {}
+        )
         if pretrained is not None or spec.model.options or not plan.parameters_exact:
             _check_model(spec, pretrained)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
@@ -93,16 +126,36 @@ def open_run(start: Start, shape: Shape, prepared: Prepare, say: Say, *, corpus:
         if start.run is not None and find_resume_checkpoint(start.run) is None:
             pretrained.check()
         pretrained = pretrained.pinned()
-    run = Run.open_or_create(start.storage, start.name, spec, plan.model_dump(mode="json"), corpus=corpus.folder,
-                             corpus_key=corpus.manifest.key, fork=start.fork)
-    if pretrained is not None and config is not None and (run.model() or {}).get("pretrained") != pretrained.to_json():
+    run = Run.open_or_create(
+        start.storage,
+        start.name,
+        spec,
+        plan.model_dump(mode="json"),
+        corpus=corpus.folder,
+        corpus_key=corpus.manifest.key,
+        fork=start.fork,
+    )
+    if (
+        pretrained is not None
+        and config is not None
+        and (run.model() or {}).get("pretrained") != pretrained.to_json()
+    ):
         run.keep_model(config, pretrained.to_json())
     _keep_corpus(run, corpus)
-    return run, Job(spec, plan, corpus.folder, corpus.manifest, run.storage, run.name, config, pretrained,
-                    run_nonce=str(run.record().get("nonce", "")))
+    return run, Job(
+        spec,
+        plan,
+        corpus.folder,
+        corpus.manifest,
+        run.storage,
+        run.name,
+        config,
+        pretrained,
+        run_nonce=str(run.record().get("nonce", "")),
+    )
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------
 
 
 def _find_corpus(start: Start, spec: Spec, prepared: Prepare, say: Say) -> Corpus:
@@ -121,16 +174,25 @@ def _find_corpus(start: Start, spec: Spec, prepared: Prepare, say: Say) -> Corpu
 
 
 def _make_corpus_again(keeper: Run, folder: str, spec: Spec, prepared: Prepare, say: Say) -> Corpus:
-    """A corpus that was deleted comes back row by row where the raw files still hold what they held."""
+    """A corpus that was deleted comes back row by row where the raw files still hold what they
+    held."""
     if not _holds_the_same(keeper, spec):
-        raise StoreError(f"run {keeper.name!r}", f"its corpus is gone from {shown(folder)}",
-                         "a run keeps the rows it began with", "put that folder back, or name another run with --run")
-    say(f"the corpus of {keeper.name} is gone from {shown(folder)}: it is prepared again from the same files")
+        raise StoreError(
+            f"run {keeper.name!r}",
+            f"its corpus is gone from {shown(folder)}",
+            "a run keeps the rows it began with",
+            "put that folder back, or name another run with --run",
+        )
+    say(
+        f"the corpus of {keeper.name} is gone from {shown(folder)}: it is prepared again from the "
+        "same files"
+    )
     return prepared(spec)
 
 
 def _keep_corpus(run: Run, corpus: Corpus) -> None:
-    """Keep in the run what a model must know of its corpus: the manifest, and the tokeniser before it."""
+    """Keep in the run what a model must know of its corpus: the manifest, and the tokeniser before
+    it."""
     filesystem, path = open_filesystem(run.corpus_copy)
     if exists(filesystem, f"{path}/{MANIFEST}"):
         return
@@ -140,7 +202,7 @@ def _keep_corpus(run: Run, corpus: Corpus) -> None:
     write_bytes(filesystem, f"{path}/{MANIFEST}", dump_manifest(corpus.manifest))
 
 
-# ---- inputs that lie elsewhere ---------------------------------------------------------------------------------------
+# ---- inputs that lie elsewhere -----------------------------------------------------------------
 
 
 def _moved(run: Run, spec: Spec, sections: tuple[str, ...]) -> list[str]:
@@ -148,23 +210,31 @@ def _moved(run: Run, spec: Spec, sections: tuple[str, ...]) -> list[str]:
 
 
 def _check_moved(run: Run, spec: Spec) -> None:
-    """Raise StoreError if the spec names other inputs than the run began with, and they hold something else."""
+    """Raise StoreError if the spec names other inputs than the run began with, and they hold
+    something else."""
     moved = _moved(run, spec, ("data", "tokenizer"))
     if moved and not _holds_the_same(run, spec):
         raise _other_inputs(run, moved)
     if _moved(run, spec, ("model",)):
         kept = (run.model() or {}).get("pretrained")
         began = kept["place"] if kept else run.record()["identity"]["model"]["path"]
-        place = find_pretrained(str(spec.model.path)).place if kept else absolute(str(spec.model.path))
-        if place != began and not (kept and find_pretrained(str(spec.model.path)).pinned().digest == kept["digest"]):
+        place = (
+            find_pretrained(str(spec.model.path)).place if kept else absolute(str(spec.model.path))
+        )
+        if place != began and not (
+            kept and find_pretrained(str(spec.model.path)).pinned().digest == kept["digest"]
+        ):
             raise _other_inputs(run, ["model.path"])
 
 
 def _other_inputs(run: Run, moved: list[str]) -> StoreError:
-    return StoreError(f"run {run.name!r}", f"its spec differs in {', '.join(moved)}",
-                      "a run keeps its identity, and what lies there is not what it began with",
-                      "undo the change, name another run with --run, or start from its newest checkpoint with "
-                      "--fork NEW_NAME")
+    return StoreError(
+        f"run {run.name!r}",
+        f"its spec differs in {', '.join(moved)}",
+        "a run keeps its identity, and what lies there is not what it began with",
+        "undo the change, name another run with --run, or start from its newest checkpoint with "
+        "--fork NEW_NAME",
+    )
 
 
 def _holds_the_same(run: Run, spec: Spec) -> bool:
@@ -175,16 +245,21 @@ def _holds_the_same(run: Run, spec: Spec) -> bool:
         return False
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------
 
 
 def _find_model(start: Start) -> tuple[Pretrained | None, Mapping[str, Any] | None]:
-    """Where the initial weights lie, and the configuration: as the keeper has them, else as found now."""
+    """Where the initial weights lie, and the configuration: as the keeper has them, else as found
+    now."""
     kept = start.keeper.model() if start.keeper is not None else None
     path = start.spec.model.path
     if path is None:
         return None, kept["config"] if kept and start.run is not None else None
-    if kept and kept["pretrained"] and (start.run is not None or kept["pretrained"]["path"] == path):
+    if (
+        kept
+        and kept["pretrained"]
+        and (start.run is not None or kept["pretrained"]["path"] == path)
+    ):
         return _at_its_new_place(Pretrained(**kept["pretrained"]), path), kept["config"]
     from dray.models.config import read_config
 
@@ -195,7 +270,8 @@ def _find_model(start: Start) -> tuple[Pretrained | None, Mapping[str, Any] | No
 
 
 def _at_its_new_place(kept: Pretrained, path: str) -> Pretrained:
-    """A folder that the spec names by another path holds the same (`_check_moved`), and is read there."""
+    """A folder that the spec names by another path holds the same (`_check_moved`), and is read
+    there."""
     if path in (kept.path, kept.place):
         return kept
     return Pretrained(path, find_pretrained(path).place, kept.digest)
@@ -204,16 +280,22 @@ def _at_its_new_place(kept: Pretrained, path: str) -> Pretrained:
 def _check_same_shape(origin: Run, spec: Spec) -> None:
     """Raise SpecError for a fork whose model cannot take the weights of its origin's checkpoint."""
     before, now = origin.record()["identity"]["model"], spec.identity()["model"]
-    if changed := [f"model.{name}" for name in _SHAPING
-                   if None not in (before.get(name), now.get(name)) and before[name] != now[name]]:
-        raise SpecError(f"--fork of {origin.name}", f"its spec differs in {', '.join(changed)}",
-                        "a fork goes on with the weights of its origin, which have another shape",
-                        "undo the change, or begin another run with --run")
+    if changed := [
+        f"model.{name}"
+        for name in _SHAPING
+        if None not in (before.get(name), now.get(name)) and before[name] != now[name]
+    ]:
+        raise SpecError(
+            f"--fork of {origin.name}",
+            f"its spec differs in {', '.join(changed)}",
+            "a fork goes on with the weights of its origin, which have another shape",
+            "undo the change, or begin another run with --run",
+        )
 
 
 def _check_model(spec: Spec, pretrained: Pretrained | None) -> None:
-    """Raise SpecError for a model that transformers does not know, that cannot take the spec's settings, or whose
-    folder's weights are not those of its configuration."""
+    """Raise SpecError for a model that transformers does not know, that cannot take the spec's
+    settings, or whose folder's weights are not those of its configuration."""
     from dray.models.build import check_builds
     from dray.models.config import make_config
     from dray.models.folder import check_folder

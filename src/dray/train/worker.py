@@ -1,6 +1,8 @@
-"""A rank on Ray: the loop of `dray.rank.loop` fed by Ray Data and reporting through an actor on the head node.
+"""A rank on Ray: the loop of `dray.rank.loop` fed by Ray Data and reporting through an actor on the
+head node.
 
-Ray imports this file in its controller and data processes too: torch is imported by the ranks alone.
+Ray imports this file in its controller and data processes too: torch is imported by the ranks
+alone.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ PREFETCH_BLOCKS = 2
 def preload() -> None:
     """Import what Ray's own helpers of training use, for the fork server; no torch.
 
-    Ray draws its ids from a generator that must not have been used before the fork, or all children draw the same ones;
-    and it draws one for every class of actors that is imported.
+    Ray draws its ids from a generator that must not have been used before the fork, or all children
+    draw the same ones; and it draws one for every class of actors that is imported.
     """
     import ray.actor
 
@@ -39,25 +41,40 @@ def preload() -> None:
             return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
 
     with mock.patch.object(ray.actor, "ActorClassID", ActorClassID):
-        for name in ("ray.data", "ray.train.v2._internal.execution.controller", "pyarrow.dataset", "pyarrow.fs",
-                     "ray.train.v2.api.data_parallel_trainer", "pyarrow.parquet"):
+        for name in (
+            "ray.data",
+            "ray.train.v2._internal.execution.controller",
+            "pyarrow.dataset",
+            "pyarrow.fs",
+            "ray.train.v2.api.data_parallel_trainer",
+            "pyarrow.parquet",
+        ):
             import_module(name)
 
 
 def build_data_config() -> Any:
-    """Ray Train's data configuration: the stream for the world size that came to be, from the attempt's own start."""
+    """Ray Train's data configuration: the stream for the world size that came to be, from the
+    attempt's own start."""
     import ray.data
     import ray.train
 
     class StreamConfig(ray.train.DataConfig):  # type: ignore[misc]
-        def configure(self, datasets: dict[str, Job], world_size: int, worker_handles: Any, worker_node_ids: Any,
-                      **kwargs: Any) -> list[dict[str, Any]]:
+        def configure(
+            self,
+            datasets: dict[str, Job],
+            world_size: int,
+            worker_handles: Any,
+            worker_node_ids: Any,
+            **kwargs: Any,
+        ) -> list[dict[str, Any]]:
             name, job = next(iter(datasets.items()))
             attempt = make_attempt(job, Run.open(job.storage, job.run_name).attempts()[-1])
             resources = job.spec.resources
-            # One process that reads is enough on a laptop; each costs two seconds of CPU to start. An elastic group may
-            # hold every CPU, and readers that ask for one would wait for ever.
-            num_cpus = 0.0 if isinstance(resources.workers, tuple) else min(1.0, resources.reader_cpus)
+            # One process that reads is enough on a laptop; each costs two seconds of CPU to start.
+            # An elastic group may hold every CPU, and readers that ask for one would wait for ever.
+            num_cpus = (
+                0.0 if isinstance(resources.workers, tuple) else min(1.0, resources.reader_cpus)
+            )
             dataset = build_dataset(make_stream(job, attempt), num_cpus=num_cpus)
             dataset.context.enable_progress_bars = False
             return [{name: split} for split in dataset.streaming_split(world_size, equal=True)]
@@ -105,9 +122,15 @@ def _train(job: Job, attempt: Attempt, reporter: Posting, pulse: Pulse, local_ra
     device = torch.device("cuda", local_rank) if job.plan.on_gpu else torch.device("cpu")
     if job.plan.on_gpu:
         torch.cuda.set_device(device)
-    ranks = group.join(device, rank=pulse.rank, num_ranks=attempt.num_ranks, local_rank=local_rank,
-                       host=ray.util.get_node_ip_address(), announce=broadcast_from_rank_zero,
-                       timeout_seconds=agreement_seconds(job.spec.watchdog))
+    ranks = group.join(
+        device,
+        rank=pulse.rank,
+        num_ranks=attempt.num_ranks,
+        local_rank=local_rank,
+        host=ray.util.get_node_ip_address(),
+        announce=broadcast_from_rank_zero,
+        timeout_seconds=agreement_seconds(job.spec.watchdog),
+    )
     how = train_rank(job, ranks, attempt, reporter, stream=stream, blocks=blocks, pulse=pulse)
     if pulse.rank == 0:
         reporter.send(Ended(how))
@@ -119,6 +142,12 @@ def _open_stream(stream: RowStream) -> Iterator[pa.Table]:
     """This rank's blocks. Ray Data starts at once, in the background."""
     import ray.train
 
-    open_shard = cache(lambda: ray.train.get_dataset_shard("rows"))  # in the background too: it waits for the split
-    return iterate_windows(stream, lambda: open_shard().iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS))
+    open_shard = cache(
+        lambda: ray.train.get_dataset_shard("rows")
+    )  # in the background too: it waits for the split
+    return iterate_windows(
+        stream,
+        lambda: open_shard().iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS
+        ),
+    )

@@ -1,12 +1,15 @@
-"""Faults at an exact place inside dray's own processes; on their PYTHONPATH, and asleep until a test names a fault.
+"""Faults at an exact place inside dray's own processes; on their PYTHONPATH, and asleep until a
+test names a fault.
 
 The file that DRAY_FAULT_FILE names holds, once a test has written it,
-`module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first call of that
-function in any process, the process does the action. The flag file is created with O_EXCL, so that of all processes and
-attempts just one does it, once. At the moment `late` the function returns False for PAUSE_SECONDS from the first time
-on that it had True to return; at the moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
+`module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first
+call of that function in any process, the process does the action. The flag file is created with
+O_EXCL, so that of all processes and attempts just one does it, once. At the moment `late` the
+function returns False for PAUSE_SECONDS from the first time on that it had True to return; at the
+moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
 
-A module is armed when it is loaded, or, in a fork of a process that had loaded it, when that begins.
+A module is armed when it is loaded, or, in a fork of a process that had loaded it, when that
+begins.
 """
 
 from __future__ import annotations
@@ -35,14 +38,16 @@ def _fail() -> None:
 
 
 def _deadlock() -> None:
-    """Lock a mutex twice, with the interpreter's lock held: no other thread of this process ever runs again."""
+    """Lock a mutex twice, with the interpreter's lock held: no other thread of this process ever
+    runs again."""
     library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
     library.pthread_mutex_lock(mutex)
     library.pthread_mutex_lock(mutex)
 
 
 def _hasten_clock() -> None:
-    """From now on this process' clock is an hour fast: a stand-in, since all processes of a machine share one."""
+    """From now on this process' clock is an hour fast: a stand-in, since all processes of a machine
+    share one."""
     original, hour = time.time, datetime.timedelta(hours=1)
 
     class Fast(datetime.datetime):
@@ -62,7 +67,13 @@ def _starve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (kilobytes * 1024 + 2**24, resource.RLIM_INFINITY))
 
 
-ACTIONS = {"kill": _kill, "fail": _fail, "deadlock": _deadlock, "hasten_clock": _hasten_clock, "starve": _starve}
+ACTIONS = {
+    "kill": _kill,
+    "fail": _fail,
+    "deadlock": _deadlock,
+    "hasten_clock": _hasten_clock,
+    "starve": _starve,
+}
 
 
 PAUSE_SECONDS = 3.0
@@ -104,7 +115,10 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str
         return result if time.monotonic() >= late_until else False
 
     faulty.armed_for = armed_for  # type: ignore[attr-defined]
-    for holder in [owner, *(other for path, other in list(sys.modules.items()) if path.startswith("dray."))]:
+    for holder in [
+        owner,
+        *(other for path, other in list(sys.modules.items()) if path.startswith("dray.")),
+    ]:
         if vars(holder).get(name) is original:  # other modules have imported it by name
             setattr(holder, name, faulty)
 
@@ -116,9 +130,12 @@ def _named_fault() -> list[str]:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Arms the module of the fault, if one is named by then, once it has been loaded by whoever finds it."""
+    """Arms the module of the fault, if one is named by then, once it has been loaded by whoever
+    finds it."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if not name.startswith("dray."):
             return None
         fault = _named_fault()
