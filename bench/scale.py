@@ -194,7 +194,7 @@ def count_opens(num_bytes: int) -> dict[str, int]:
     would be without files in between."""
     import numpy as np
 
-    from dray.corpus.parts import Chunk, CorpusSource, Job
+    from dray.corpus.parts import Chunk, CorpusSource, Preparation
     from dray.corpus.planning import Deal, Plans, choose_part_bytes, make_deals, plan_bundles
     from dray.corpus.prepare import PARTITION_BYTES
     from dray.corpus.sources import InputFile
@@ -208,7 +208,7 @@ def count_opens(num_bytes: int) -> dict[str, int]:
     rows = num_bytes // num_chunks // 4 // 2048  # four bytes of text a token
     partitions = -(-num_bytes // PARTITION_BYTES)
     bundle = plan_bundles(num_chunks, partitions, num_bytes // 3000)
-    job = Job(
+    job = Preparation(
         folder="/corpus",
         sources=(CorpusSource("text", "train", Source.model_validate({"path": "/data"}), ""),),
         cleaning=Cleaning(),

@@ -26,6 +26,8 @@ room both raises and catches stay in that room.
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import ClassVar
 
@@ -192,3 +194,22 @@ class Interrupted(DrayError):
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int]]:
         return type(self), (self.step, self.number)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, fit for a line of dray's, or the name of its type."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+@contextmanager
+def translated(make: Callable[[str], DrayError]) -> Iterator[None]:
+    """Turn foreign errors of the block into one of dray's, which `make` gives for their first line.
+
+    For calls into libraries that raise whatever their authors chose. dray's own errors pass.
+    """
+    try:
+        yield
+    except DrayError:
+        raise
+    except Exception as error:
+        raise make(first_line(error)) from error

@@ -38,7 +38,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_digests_are_those_of_the_content(tmp_path: Path) -> None:
-    contents = [b"", b"x", os.urandom(3 * digests.BLOCK_BYTES + 5)]
+    contents = [b"", b"x", os.urandom(3 * digests.HASHED_BYTES + 5)]
     paths = [
         write(tmp_path / "in" / str(number), content) for number, content in enumerate(contents)
     ]

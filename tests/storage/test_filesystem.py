@@ -124,7 +124,7 @@ def test_a_run_on_any_fsspec_filesystem() -> None:
 
 def test_blocks_of_remote_files(s3_storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges below, across and above the size of a block are the same bytes."""
-    monkeypatch.setattr("dray.runs.checkpoint_reader.BLOCK_BYTES", 64)
+    monkeypatch.setattr("dray.runs.checkpoint_reader.READ_BLOCK_BYTES", 64)
     monkeypatch.setattr("dray.runs.checkpoint_reader.KEPT_BLOCKS", 2)
     run = Run.create(s3_storage, "speeches", make_test_spec(), PLAN)
     info, whole = save(run, 1, num_ranks=3), make_whole(1)

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -158,7 +158,7 @@ def local_ray(**options: Any) -> Iterator[None]:
 
     folder = _make_folder()
     private = {} if _has_own_token() else {_TOKEN: secrets.token_hex(32)}
-    keep = False
+    keep = True
     try:
         with _environment(private):
             _start(folder, options)
@@ -166,11 +166,9 @@ def local_ray(**options: Any) -> Iterator[None]:
                 yield
             finally:
                 ray.shutdown()
-    except DrayError as error:
+        keep = False
+    except (DrayError, KeyboardInterrupt, GeneratorExit) as error:
         keep = isinstance(error, RunFailed)
-        raise
-    except Exception:
-        keep = True
         raise
     finally:
         if not keep:
@@ -250,9 +248,8 @@ def _without_orphans() -> Iterator[None]:
     import ray
 
     before = {process.pid for process in psutil.Process().children(recursive=True)}
-    try:
-        yield
-    except BaseException:
+
+    def end_orphans() -> None:
         ray.shutdown()
         orphans = [
             child for child in psutil.Process().children(recursive=True) if child.pid not in before
@@ -260,10 +257,13 @@ def _without_orphans() -> Iterator[None]:
         for process in orphans:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(
-            orphans, timeout=10
-        )  # they would write into their folder while it is removed
-        raise
+        # They would write into their folder while it is removed.
+        psutil.wait_procs(orphans, timeout=10)
+
+    with ExitStack() as on_failure:
+        on_failure.callback(end_orphans)
+        yield
+        on_failure.pop_all()
 
 
 def _has_own_token() -> bool:

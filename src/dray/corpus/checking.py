@@ -23,7 +23,7 @@ from dray.corpus.manifest import (
     SourceRows,
     Split,
 )
-from dray.corpus.parts import DROP_REASONS, SPLITS, Job, Part
+from dray.corpus.parts import DROP_REASONS, SPLITS, Part, Preparation
 from dray.corpus.planning import Deal
 from dray.corpus.reading import FileCounts
 from dray.errors import CorpusError
@@ -67,7 +67,7 @@ class Work:
         return sum(read[name] for read in self.reads)
 
 
-def check_reads(job: Job, work: Work, max_bad_share: float) -> None:
+def check_reads(job: Preparation, work: Work, max_bad_share: float) -> None:
     """Raises CorpusError for too many unreadable records, and for a source without documents."""
     check_bad_share(work.source_files(), max_bad_share)
     for index, source in enumerate(job.sources):
@@ -127,7 +127,7 @@ def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
     )
 
 
-def make_labels(job: Job, work: Work) -> tuple[str, ...]:
+def make_labels(job: Preparation, work: Work) -> tuple[str, ...]:
     """Names of the classes in the order of their ids; none for tasks without labels. Raises
     CorpusError."""
     if job.packs_rows:
@@ -136,7 +136,7 @@ def make_labels(job: Job, work: Work) -> tuple[str, ...]:
     return choose_labels(train, validation, num_labels=job.num_labels, known=job.known_labels)
 
 
-def _labels_read(split: str, job: Job, work: Work) -> Counter[str]:
+def _labels_read(split: str, job: Preparation, work: Work) -> Counter[str]:
     """Documents of each label in the sources of a split, before any is dropped as a duplicate."""
     found: Counter[str] = Counter()
     for part, read in zip(work.parts, work.reads, strict=True):
@@ -145,7 +145,7 @@ def _labels_read(split: str, job: Job, work: Work) -> Counter[str]:
     return found
 
 
-def check_width(job: Job) -> None:
+def check_width(job: Preparation) -> None:
     """Raises CorpusError for rows that what stands around a document fills."""
     around = len(job.info.prefix) + len(job.info.suffix)
     if job.sequence_tokens <= around:
@@ -157,7 +157,7 @@ def check_width(job: Job) -> None:
         )
 
 
-def check_packed(job: Job, work: Work) -> None:
+def check_packed(job: Preparation, work: Work) -> None:
     """Raises CorpusError for a source or a split that deduplication or holding out left empty."""
     for index, source in enumerate(job.sources):
         mine = [
@@ -195,7 +195,7 @@ def check_packed(job: Job, work: Work) -> None:
         _check_classes(job, work)
 
 
-def _check_classes(job: Job, work: Work) -> None:
+def _check_classes(job: Preparation, work: Work) -> None:
     """Raises CorpusError for a class of whose training documents none is left."""
     train = _documents_by_label("train", job, work.packed)
     lost = {
@@ -213,7 +213,7 @@ def _check_classes(job: Job, work: Work) -> None:
         )
 
 
-def _documents_by_label(split: str, job: Job, packed: Sequence[Record]) -> dict[str, int]:
+def _documents_by_label(split: str, job: Preparation, packed: Sequence[Record]) -> dict[str, int]:
     """Documents of each class in a split, classes without any included."""
     counts = [0] * len(job.labels)
     for record in packed:
@@ -228,7 +228,7 @@ def _documents_by_label(split: str, job: Job, packed: Sequence[Record]) -> dict[
     return dict(zip(job.labels, counts, strict=True))
 
 
-def make_manifest(key: str, job: Job, work: Work) -> Manifest:
+def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
     """The manifest of a finished corpus."""
     dropped = sum((Counter(read["dropped"]) for read in work.reads), Counter[str]())
     for record in work.duplicates:
@@ -269,7 +269,7 @@ def make_manifest(key: str, job: Job, work: Work) -> Manifest:
     )
 
 
-def _make_split(split: str, job: Job, work: Work) -> Split:
+def _make_split(split: str, job: Preparation, work: Work) -> Split:
     rows: list[SourceRows] = []
     for index, source in enumerate(job.sources):
         mine = [

@@ -134,7 +134,7 @@ class MixPlan:
 
 
 @dataclass(frozen=True)
-class Job:
+class Preparation:
     """What every task knows: settings, and what earlier stages found out."""
 
     folder: str
@@ -181,7 +181,7 @@ class Job:
         )
 
 
-def staged(job: Job, *names: str) -> tuple[pafs.FileSystem, str]:
+def staged(job: Preparation, *names: str) -> tuple[pafs.FileSystem, str]:
     """Filesystem and path of an intermediate file."""
     filesystem, path = share_filesystem(job.folder)
     return filesystem, "/".join((path, STAGING, job.work, *names))
@@ -191,7 +191,7 @@ def record_name(index: int) -> str:
     return f"{index:06d}.json"
 
 
-def load_record(job: Job, stage: str, index: int) -> dict[str, Any] | None:
+def load_record(job: Preparation, stage: str, index: int) -> dict[str, Any] | None:
     """The record of finished work; None if it has yet to be done."""
     try:
         return cast(dict[str, Any], json.loads(read_bytes(*staged(job, stage, record_name(index)))))
@@ -199,7 +199,9 @@ def load_record(job: Job, stage: str, index: int) -> dict[str, Any] | None:
         return None
 
 
-def _save_record(job: Job, stage: str, index: int, record: dict[str, Any]) -> dict[str, Any]:
+def _save_record(
+    job: Preparation, stage: str, index: int, record: dict[str, Any]
+) -> dict[str, Any]:
     write_bytes(
         *staged(job, stage, record_name(index)),
         json.dumps(record, sort_keys=True).encode(),
@@ -211,7 +213,7 @@ def _save_record(job: Job, stage: str, index: int, record: dict[str, Any]) -> di
 # --- cut ----------------------------------------------------------------------------------------
 
 
-def cut_quoted(job: Job, item: tuple[int, InputFile, Source, int]) -> dict[str, Any]:
+def cut_quoted(job: Preparation, item: tuple[int, InputFile, Source, int]) -> dict[str, Any]:
     """Where a large file with quoted fields may be cut into ranges of about a size. Returns its
     record."""
     index, file, source, size = item
@@ -259,7 +261,7 @@ def _joined(batches: Sequence[Documents]) -> Documents:
     )
 
 
-def read_part(job: Job, part: Part) -> dict[str, Any]:
+def read_part(job: Preparation, part: Part) -> dict[str, Any]:
     """Read, clean, hash and encode the documents of a part. Returns its record. Raises
     CorpusError."""
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
@@ -311,7 +313,7 @@ def read_part(job: Job, part: Part) -> dict[str, Any]:
 class _ChunkWriter:
     """Gathers encoded documents and writes a chunk whenever there are enough."""
 
-    def __init__(self, job: Job, part: int) -> None:
+    def __init__(self, job: Preparation, part: int) -> None:
         self._job, self._part = job, part
         self._encoder = load_encoder(child(job.folder, "tokenizer"), job.info.encoder)
         self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
@@ -412,7 +414,7 @@ def _read_batch(filesystem: pafs.FileSystem, path: str) -> pa.RecordBatch:
 # --- deduplicate --------------------------------------------------------------------------------
 
 
-def gather_hashes(job: Job, bundle: int) -> dict[str, Any]:
+def gather_hashes(job: Preparation, bundle: int) -> dict[str, Any]:
     """The hashes of a bundle of chunks in one file, by partition."""
     first = bundle * job.bundle_chunks
     parts: list[list[Records]] = [[] for _ in range(job.num_partitions)]
@@ -434,7 +436,7 @@ def _of_chunk(entries: Records, chunk: int) -> Records:
     return entries
 
 
-def _read_hashes(job: Job, partition: int) -> Records:
+def _read_hashes(job: Preparation, partition: int) -> Records:
     """What all chunks have in a hash partition, in the order of the chunks and of reading."""
     if job.bundle_chunks == 1:
         entries = [
@@ -459,7 +461,7 @@ def _read_hashes(job: Job, partition: int) -> Records:
     return np.concatenate(entries) if entries else np.empty(0, ENTRY)
 
 
-def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
+def find_duplicates(job: Preparation, partition: int) -> dict[str, Any]:
     """Of the documents of one hash partition with equal text, all but the first: by split, source,
     file and offset.
 
@@ -503,7 +505,7 @@ def find_duplicates(job: Job, partition: int) -> dict[str, Any]:
     )
 
 
-def spread_drops(job: Job, bundle: int) -> dict[str, Any]:
+def spread_drops(job: Preparation, bundle: int) -> dict[str, Any]:
     """What all partitions leave out of a bundle of chunks in one file, by chunk."""
     drops = np.concatenate(
         [
@@ -520,7 +522,7 @@ def spread_drops(job: Job, bundle: int) -> dict[str, Any]:
     return _save_record(job, "drops", bundle, {})
 
 
-def _kept(job: Job, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
+def _kept(job: Preparation, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
     keep = np.ones(num_documents, bool)
     if job.bundle_chunks > 1 and job.num_partitions:
         bundle, place = divmod(chunk, job.bundle_chunks)
@@ -544,7 +546,7 @@ def _kept(job: Job, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
 # --- pack ---------------------------------------------------------------------------------------
 
 
-def pack_chunk(job: Job, index: int) -> dict[str, Any]:
+def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
     """Turn the documents of a chunk into rows, in random order, apart for each split. Returns
     counts by split."""
     chunk = job.chunks[index]
@@ -585,7 +587,11 @@ def pack_chunk(job: Job, index: int) -> dict[str, Any]:
 
 
 def _write_sample(
-    job: Job, index: int, tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, chosen: Ints
+    job: Preparation,
+    index: int,
+    tokens: npt.NDArray[np.unsignedinteger],
+    lengths: Ints,
+    chosen: Ints,
 ) -> None:
     tokenizer = load_decoder(child(job.folder, "tokenizer"))
     text = decode_sample(tokenizer, tokens, lengths, chosen, SAMPLE_BYTES // len(job.chunks))
@@ -593,7 +599,7 @@ def _write_sample(
 
 
 def _make_rows(
-    job: Job,
+    job: Preparation,
     tokens: npt.NDArray[np.unsignedinteger],
     lengths: Ints,
     chosen: Ints,
@@ -629,7 +635,7 @@ def _write_rows(
 # --- merge --------------------------------------------------------------------------------------
 
 
-def mix_rows(job: Job, item: tuple[int, MixPlan]) -> dict[str, Any]:
+def mix_rows(job: Preparation, item: tuple[int, MixPlan]) -> dict[str, Any]:
     """Write the rows that a bundle of chunks sends to a group of shards, shard after shard."""
     index, plan = item
     shard_of = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in plan.counts])
@@ -639,7 +645,7 @@ def mix_rows(job: Job, item: tuple[int, MixPlan]) -> dict[str, Any]:
     return _save_record(job, "mixed", index, {})
 
 
-def merge_rows(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:
+def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     """Write one shard from its slices of the chunks, in a random order of its own. Returns the
     shard's record."""
     index, plan = item
@@ -659,7 +665,7 @@ def merge_rows(job: Job, item: tuple[int, ShardPlan]) -> dict[str, Any]:
 
 
 def _read_slices(
-    job: Job, slices: Sequence[Slice]
+    job: Preparation, slices: Sequence[Slice]
 ) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
     """Tokens, numbers of tokens and labels of rows, slice after slice."""
     num_rows = sum(piece.num_rows for piece in slices)

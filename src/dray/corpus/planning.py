@@ -21,7 +21,7 @@ from dray.corpus.bytes_in import DamagedFile, read_head
 from dray.corpus.containers import is_array
 from dray.corpus.packing import Ints
 from dray.corpus.parsing import LINE_FORMS, QUOTED_FORMS
-from dray.corpus.parts import SPLITS, Job, MixPlan, Part, ShardPlan, Slice
+from dray.corpus.parts import SPLITS, MixPlan, Part, Preparation, ShardPlan, Slice
 from dray.corpus.reading import Span
 from dray.corpus.sources import InputFile
 from dray.errors import StorageFailed
@@ -288,15 +288,15 @@ class Plans(Sequence[tuple[int, T]]):
 
 
 def plan_bundles(num_chunks: int, num_partitions: int, num_documents: int) -> int:
-    """How many chunks' hashes travel together (`Job.bundle_chunks`): √chunks where each by itself
-    would be too many reads, but never more documents than fit in memory."""
+    """How many chunks' hashes travel together (`Preparation.bundle_chunks`): √chunks where each by
+    itself would be too many reads, but never more documents than fit in memory."""
     if num_chunks * num_partitions <= DIRECT_READS:
         return 1
     documents_per_chunk = max(1, num_documents // num_chunks)
     return max(1, min(math.isqrt(num_chunks - 1) + 1, MAX_BUNDLE_DOCUMENTS // documents_per_chunk))
 
 
-def make_deals(job: Job, packed: Sequence[dict[str, Any]]) -> list[Deal]:
+def make_deals(job: Preparation, packed: Sequence[dict[str, Any]]) -> list[Deal]:
     """Which rows of which chunks each shard holds, for each split and source that has rows."""
     row_bytes = job.sequence_tokens * np.dtype(job.info.dtype).itemsize
     deals: list[Deal] = []
@@ -312,7 +312,9 @@ def make_deals(job: Job, packed: Sequence[dict[str, Any]]) -> list[Deal]:
     return deals
 
 
-def _deal(job: Job, split: str, source: int, counts: dict[int, int], row_bytes: int) -> Deal:
+def _deal(
+    job: Preparation, split: str, source: int, counts: dict[int, int], row_bytes: int
+) -> Deal:
     """How many rows of each chunk go to each shard is drawn without replacement from the places
     left in the shards (multivariate hypergeometric)."""
     total = sum(counts.values())

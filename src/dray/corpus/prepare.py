@@ -54,8 +54,8 @@ from dray.corpus.parts import (
     STAGING,
     Chunk,
     CorpusSource,
-    Job,
     Part,
+    Preparation,
     cut_quoted,
     find_duplicates,
     gather_hashes,
@@ -429,14 +429,14 @@ def _check_unchanged(inputs: _Inputs, work: Work) -> None:
             raise changed_meanwhile(file.path)
 
 
-def _samples(job: Job, num_chunks: int) -> list[bytes]:
+def _samples(job: Preparation, num_chunks: int) -> list[bytes]:
     """The held-out text that was put aside for measuring, chunk by chunk."""
     there = list_files(*staged(job, "packed"))
     names = (f"{index:06d}.text" for index in range(num_chunks))
     return [read_bytes(*staged(job, "packed", name)) for name in names if name in there]
 
 
-def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Job, Work]:
+def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Preparation, Work]:
     data = spec.data
     sources = tuple(
         replace(source, source=source.source.model_copy(update={"label": _label(spec, source)}))
@@ -446,7 +446,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Job,
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.
     compares = data.cleaning.deduplicate == "exact" or not (spec.packs_rows or inputs.labels)
-    job = Job(
+    job = Preparation(
         folder=folder,
         sources=sources,
         cleaning=data.cleaning,
@@ -478,7 +478,9 @@ def _name_of_work(inputs: _Inputs) -> str:
     return f"work-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
-def _make_tokenizer(spec: Spec, job: Job, parts: Sequence[Part], say: Progress) -> TokenizerInfo:
+def _make_tokenizer(
+    spec: Spec, job: Preparation, parts: Sequence[Part], say: Progress
+) -> TokenizerInfo:
     """The tokeniser in its folder and what is known of it, made in a Ray task."""
     path = staged(job, "tokenizer.json")
     if not exists(*path):
@@ -494,7 +496,7 @@ def _make_tokenizer(spec: Spec, job: Job, parts: Sequence[Part], say: Progress) 
     )
 
 
-def _write_quarantine(job: Job, parts: Sequence[Part]) -> None:
+def _write_quarantine(job: Preparation, parts: Sequence[Part]) -> None:
     """One file of all bad records, in reading order."""
     filesystem, path = share_filesystem(job.folder)
     there = list_files(*staged(job, "read"))

@@ -39,7 +39,7 @@ from dray.corpus.records import BadRecord, RecordParser, missing_column, repeate
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
 from dray.spec import Source
-from dray.storage.retrying import first_line, is_transient
+from dray.storage.retrying import first_safe_line, is_transient
 
 
 class InputOutage(TimeoutError):
@@ -165,7 +165,7 @@ class SpanReader:
         except (OSError, pa.ArrowException) as error:
             if is_transient(error):
                 raise InputOutage(
-                    f"{self.span.file.name} cannot be read ({first_line(error)})"
+                    f"{self.span.file.name} cannot be read ({first_safe_line(error)})"
                 ) from error
             raise CorpusError(
                 self.span.file.name, f"cannot be read ({error})", "inputs must be readable"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from dray.corpus.cleaning import clean, hash_texts, held_out
-from dray.corpus.parts import Job, Part, read_batches
+from dray.corpus.parts import Part, Preparation, read_batches
 from dray.corpus.reading import Span
 from dray.corpus.tokenizing import (
     CHECK_BYTES,
@@ -30,7 +30,7 @@ from dray.storage.filesystem import child, share_filesystem
 MIN_SPANS = 64
 
 
-def make_tokenizer(job: Job, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[str, Any]:
+def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[str, Any]:
     """Write the corpus's tokeniser folder; what is known of the tokeniser, as plain values. Raises
     CorpusError."""
     settings, parts = item
@@ -49,7 +49,7 @@ def make_tokenizer(job: Job, item: tuple[Tokenizer, tuple[Part, ...]]) -> dict[s
     return asdict(describe(files, spread, needs_end=job.packs_rows))
 
 
-def _sample(job: Job, parts: Sequence[Part], size: int) -> Iterator[str]:
+def _sample(job: Preparation, parts: Sequence[Part], size: int) -> Iterator[str]:
     """About `size` bytes of cleaned training documents."""
     spans = [
         (span, job.sources[part.source].source)
@@ -81,7 +81,7 @@ def _estimated_bytes(span: Span) -> int:
     return (span.stop or span.file.num_bytes) - span.start
 
 
-def _take(job: Job, span: Span, source: Source, size: float) -> Iterator[str]:
+def _take(job: Preparation, span: Span, source: Source, size: float) -> Iterator[str]:
     """Whole documents from the beginning of a span."""
     for batch in read_batches([span], source, job.max_record_bytes, lambda *found: None):
         texts = clean(batch.texts, None, job.cleaning).texts

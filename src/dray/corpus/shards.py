@@ -22,7 +22,7 @@ from pyarrow import fs as pafs
 from dray.corpus.manifest import Shard, SourceRows
 from dray.errors import CorpusError
 from dray.storage.filesystem import is_local, make_folder, write_whole
-from dray.storage.retrying import first_line, retry
+from dray.storage.retrying import first_safe_line, retry
 
 CHECKSUM = b"crc32"
 CACHED_BYTES = 64 * 1024 * 1024
@@ -174,7 +174,7 @@ class _Kept:
             except (pa.ArrowInvalid, FileNotFoundError) as error:
                 raise CorpusError(
                     path,
-                    f"cannot be read ({first_line(error)})",
+                    f"cannot be read ({first_safe_line(error)})",
                     "token shards stay as they were prepared for as long as runs use them",
                     f"delete {folder} and run `dray prepare`: the same shards come back",
                 ) from error

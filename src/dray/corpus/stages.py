@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dray.corpus.parts import Job, load_record, record_name, staged
+from dray.corpus.parts import Preparation, load_record, record_name, staged
 from dray.errors import UserError
 from dray.storage.filesystem import list_files, shown
 from dray.storage.retrying import retry
@@ -27,7 +27,7 @@ TASKS_AT_ONCE = 1024
 
 
 def _answer(
-    function: Callable[[Job, Any], Any], job: Job, index: int, item: Any
+    function: Callable[[Preparation, Any], Any], job: Preparation, index: int, item: Any
 ) -> tuple[int, bytes]:
     """A task's result or its UserError, pickled: an expected error crosses Ray without its
     wrapping.
@@ -48,7 +48,7 @@ def _unwrap(answer: bytes) -> Any:
     return result
 
 
-def run_task(job: Job, function: Callable[[Job, Any], Any], item: Any) -> Any:
+def run_task(job: Preparation, function: Callable[[Preparation, Any], Any], item: Any) -> Any:
     """`function(job, item)` in one Ray task, while Ray Data and a worker are brought up for the
     next stage."""
     import ray
@@ -59,7 +59,7 @@ def run_task(job: Job, function: Callable[[Job, Any], Any], item: Any) -> Any:
     return _unwrap(ray.get(answer)[1])
 
 
-def _warm_up(job: Job, item: None) -> dict[str, Any]:
+def _warm_up(job: Preparation, item: None) -> dict[str, Any]:
     """Imports what encoding needs."""
     with suppress(ImportError):
         import gigatoken  # noqa: F401
@@ -67,9 +67,9 @@ def _warm_up(job: Job, item: None) -> dict[str, Any]:
 
 
 def run_stage(
-    job: Job,
+    job: Preparation,
     stage: str,
-    function: Callable[[Job, Any], dict[str, Any]],
+    function: Callable[[Preparation, Any], dict[str, Any]],
     items: Sequence[Any],
     say: Progress,
 ) -> list[dict[str, Any]]:
@@ -107,7 +107,9 @@ def run_stage(
 
 
 def _run_tasks(
-    job: Job, function: Callable[[Job, Any], dict[str, Any]], tasks: Sequence[tuple[int, Any]]
+    job: Preparation,
+    function: Callable[[Preparation, Any], dict[str, Any]],
+    tasks: Sequence[tuple[int, Any]],
 ) -> Iterator[tuple[int, bytes]]:
     if not tasks:
         return

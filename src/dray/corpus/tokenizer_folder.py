@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dray.errors import CorpusError
+from dray.errors import CorpusError, translated
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -64,22 +64,16 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Any:
     Raises CorpusError."""
     from tokenizers import Tokenizer
 
-    try:
+    rule = "a file that the tokenizers library writes is wanted"
+    with translated(
+        lambda told: CorpusError(
+            "tokenizer.path", f"{TOKENIZER_JSON} cannot be loaded ({told})", rule
+        )
+    ):
         tokenizer = Tokenizer.from_str(files[TOKENIZER_JSON].decode())
-    except Exception as error:  # the library raises bare Exceptions
-        raise CorpusError(
-            "tokenizer.path",
-            f"{TOKENIZER_JSON} cannot be loaded ({first_line(error)})",
-            "a file that the tokenizers library writes is wanted",
-        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def first_line(error: BaseException) -> str:
-    """An error's text, cut to what one line can hold."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -112,16 +106,15 @@ def from_byte_level_files(files: Files, place: str) -> Files:
         for line in lines[lines[0].startswith("#version") :]
         if line.strip()
     ]
-    try:
+    rule = "every merge's parts and result are in the vocabulary"
+    with translated(
+        lambda told: CorpusError(
+            "tokenizer.path", f"{place}: vocab.json and merges.txt do not fit ({told})", rule
+        )
+    ):
         tokenizer = Tokenizer(
             models.BPE(vocab=vocab, merges=[(left, right) for left, right in pairs])
         )
-    except Exception as error:  # the library raises bare Exceptions
-        raise CorpusError(
-            "tokenizer.path",
-            f"{place}: vocab.json and merges.txt do not fit ({first_line(error)})",
-            "every merge's parts and result are in the vocabulary",
-        ) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)

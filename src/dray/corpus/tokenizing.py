@@ -31,13 +31,12 @@ from dray.corpus.tokenizer_folder import (
     Files,
     completed,
     dump_json,
-    first_line,
     from_byte_level_files,
     load_tokenizer,
     read_json,
     special_tokens,
 )
-from dray.errors import CorpusError
+from dray.errors import CorpusError, first_line
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, shown, write_bytes
 
 PAD = "<|pad|>"

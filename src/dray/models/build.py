@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dray.errors import SpecError
+from dray.errors import SpecError, translated
 from dray.models.config import TASK_CLASSES, auto_class, make_config
 from dray.models.folder import load_folder
 from dray.models.initialize import (
@@ -154,15 +154,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def check_builds(spec: Spec, config: Any) -> Any:
     """The model of a configuration on the meta device, where it holds nothing. Raises SpecError for
     a configuration that transformers takes and cannot build."""
-    try:
-        return _construct(config, spec.task, torch.device("meta"), torch.float32)
-    except Exception as error:  # each architecture raises its own
-        raise SpecError(
+    with translated(
+        lambda told: SpecError(
             "model.options" if spec.model.options else "model",
-            f"{config.model_type} cannot be built ({type(error).__name__}: {error})",
+            f"{config.model_type} cannot be built ({told})",
             "transformers must know each value",
             "see the configuration's own documentation",
-        ) from error
+        )
+    ):
+        return _construct(config, spec.task, torch.device("meta"), torch.float32)
 
 
 def _construct(

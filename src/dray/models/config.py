@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dray.errors import SpecError
+from dray.errors import SpecError, translated
 from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
 from dray.spec import Spec
@@ -121,15 +121,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     it. Raises SpecError."""
     from transformers import AutoConfig
 
-    try:
+    rule = "an architecture that transformers knows is wanted; remote code is never run"
+    with translated(
+        lambda told: SpecError("model.path", f"{folder}: config.json cannot be used ({told})", rule)
+    ):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # json's, transformers' and the system's
-        told = " ".join(str(error).split())  # of an unknown type transformers tells a page
-        raise SpecError(
-            "model.path",
-            f"{folder}: config.json cannot be used ({told[:200]})",
-            "an architecture that transformers knows is wanted; remote code is never run",
-        ) from error
     if getattr(config, "quantization_config", None):
         raise SpecError(
             "model.path", f"{folder} holds quantised weights", "training starts from full ones"
@@ -231,12 +227,12 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
 
 def _constructed(config_class: Any, fields: dict[str, Any]) -> Any:
     renamed = {config_class.attribute_map.get(name, name): value for name, value in fields.items()}
-    try:
+    with translated(
+        lambda told: SpecError(
+            "model", f"{config_class.model_type} refuses these settings ({told})"
+        )
+    ):
         return config_class(**renamed)
-    except Exception as error:  # transformers validates with classes of several packages
-        raise SpecError(
-            "model", f"{config_class.model_type} refuses these settings ({error})"
-        ) from error
 
 
 def _intermediate_name(config: Any) -> str | None:

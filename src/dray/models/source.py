@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dray.errors import SpecError
+from dray.errors import SpecError, translated
 from dray.storage.digests import digest_files
 
 HUB_SCHEME = "hf://"
@@ -91,14 +91,10 @@ def find_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = path.removeprefix(HUB_SCHEME).partition("@")
-    try:
+    with translated(lambda told: SpecError("model.path", f"{path} cannot be fetched ({told})")):
         return Path(
             snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED))
         )
-    except Exception as error:  # the hub's client raises its own, requests' and the system's
-        raise SpecError(
-            "model.path", f"{path} cannot be fetched ({type(error).__name__}: {error})"
-        ) from error
 
 
 def check_weights(folder: Path) -> None:

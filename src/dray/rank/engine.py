@@ -1,10 +1,8 @@
-"""The only file that knows DeepSpeed: build, forward, backward, step, and the model states as named
-fragments.
+"""DeepSpeed: build, forward, backward, step, and the model states as named fragments.
 
-A fragment is a 1-D run of one parameter's elements with its optimiser states: what a rank owns
-under its ZeRO stage. Fragments are live views, so that a checkpoint is a copy out of them and a
-restore a copy into them, whatever stage and number of ranks wrote it. DeepSpeed's own save and load
-are not used: they refuse another number of ranks and unpickle what they read.
+A checkpoint is a copy out of the fragments (`layouts.py`) and a restore a copy into them, whatever
+stage and number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another
+number of ranks and unpickle what they read. Only this file imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
 from dray.processes.imports import first_import
 from dray.rank.group import Ranks
+from dray.rank.layouts import OPTIMIZER_STATES, LiveFragment, choose_layout
 from dray.spec import Optimizer
 
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 _COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,18 +69,6 @@ class GuardedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """Elements [start, start + length) of a parameter: live 1-D views, one a state.
-
-    All are fp32, but for frozen parameters in half precision: those have no fp32 master.
-    """
-
-    parameter: str
-    start: int
-    states: dict[str, Tensor]
-
-
 ModelBuilder = Callable[[AbstractContextManager[Any], Gathering], torch.nn.Module]
 """Builds the model in a constructing context and sets parameters in a gathering one, both of which
 ZeRO-3 needs."""
@@ -102,11 +88,11 @@ class Engine:
         self._ranks = ranks
         self.stage = plan.zero_stage
         self._clip = plan.deepspeed.get("gradient_clipping") or None
-        # Without ZeRO and in fp32 DeepSpeed steps our optimiser as it is, and neither clips nor
-        # reports the norm.
-        self._plain = self.stage == 0 and plan.precision == "fp32"
         self._wrapper = deepspeed_engine.optimizer
-        self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
+        self._layout = choose_layout(
+            self._wrapper, module, ranks, stage=self.stage, precision=plan.precision
+        )
+        self._optimizer = self._layout.optimizer
         self._shapes = {
             name: tuple(getattr(p, "ds_shape", p.shape))
             for name, p in self.module.named_parameters()
@@ -176,7 +162,7 @@ class Engine:
             group["lr"] = learning_rate
         self._withhold, self._norm, self._withheld = withhold, None, None
         scale = self.loss_scale
-        if self._plain:
+        if not self._layout.measures_norm:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             # Summed in fp64 like ZeRO's: in fp32 the norm of a large tensor is off by 2e-4, and the
             # losses drift apart.
@@ -185,9 +171,7 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip or float("inf"), norm)
             self._norm = norm
         self._engine.step()
-        # DeepSpeed's norm is the scaled gradients' without ZeRO; ZeRO-3 divides it by the next
-        # step's scale.
-        norm = self._global_norm() / {0: scale, 3: scale / self.loss_scale}.get(self.stage, 1.0)
+        norm = self._layout.unscale_norm(self._global_norm(), scale, self.loss_scale)
         applied = torch.isfinite(norm)
         if withhold is not None:
             applied &= ~withhold
@@ -216,22 +200,9 @@ class Engine:
         )
         return torch.where(norm < 0, torch.nan, norm)
 
-    def fragments(self, *, whole_replicas: bool = False) -> Iterator[Fragment]:
-        """What this rank owns; over all ranks every element of every parameter exactly once.
-
-        Parameters that every rank holds whole are shared out equally, unless `whole_replicas`.
-        """
-        low_to_master = self._masters()
-        for name, parameter in self.module.named_parameters():
-            if hasattr(parameter, "ds_id"):
-                fragment = self._stage_3_fragment(name, parameter)
-            elif hasattr(parameter, "_hp_mapping"):
-                fragment = self._mapped_fragment(name, parameter)
-            else:
-                master = low_to_master.get(id(parameter), parameter)
-                fragment = self._replica_fragment(name, parameter, master, whole=whole_replicas)
-            if fragment is not None and fragment.states["param"].numel():
-                yield fragment
+    def fragments(self, *, whole_replicas: bool = False) -> Iterator[LiveFragment]:
+        """What this rank owns (`Layout.fragments`)."""
+        return self._layout.fragments(whole_replicas=whole_replicas)
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers by name. Rank 0's are saved, and every rank restores those."""
@@ -254,7 +225,7 @@ class Engine:
                 buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).reshape(buffer.shape))
             self._set_optimizer_step(optimizer_step)
             self._num_updates.fill_(optimizer_step)
-            self._refresh_low_precision()
+            self._layout.refresh()
             if self._loss_scaler is not None:
                 self._loss_scaler.cur_scale = loss_scale["scale"]
                 self._loss_scaler.cur_iter, self._loss_scaler.last_overflow_iter = (
@@ -262,73 +233,10 @@ class Engine:
                     -1,
                 )
 
-    def _masters(self) -> dict[int, Tensor]:
-        """Stage 0 in half precision: the fp32 copy of each parameter, by the parameter's id."""
-        wrapper = self._wrapper
-        if not hasattr(wrapper, "fp32_groups"):
-            return {}
-        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        return {
-            id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
-        }
-
-    def _replica_fragment(
-        self, name: str, parameter: Tensor, master: Tensor, *, whole: bool
-    ) -> Fragment:
-        """Stage 0, and frozen parameters below stage 3: every rank holds everything, and saves an
-        equal part of it."""
-        states = {"param": master.data.view(-1)}
-        if parameter.requires_grad:
-            held = self._optimizer.state[master]
-            states |= {state: held[state].view(-1) for state in OPTIMIZER_STATES}
-        share = master.numel() if whole else -(-master.numel() // self._ranks.num_ranks)
-        start = 0 if whole else min(master.numel(), self._ranks.rank * share)
-        return Fragment(
-            name, start, {state: view[start : start + share] for state, view in states.items()}
-        )
-
-    def _mapped_fragment(self, name: str, parameter: Any) -> Fragment | None:
-        """Stages 1 and 2: DeepSpeed maps each parameter to its place in this rank's flat fp32
-        partition."""
-        mapping = parameter._hp_mapping
-        if mapping is None:  # another rank's
-            return None
-        states = {"param": mapping.hp_fragment}
-        states |= {state: mapping.get_optim_state_fragment(state) for state in OPTIMIZER_STATES}
-        return Fragment(name, mapping.lp_fragment_address.start, states)
-
-    def _stage_3_fragment(self, name: str, parameter: Any) -> Fragment | None:
-        """Stage 3: rank r owns elements from r · partition on; the last partition is padded."""
-        wrapper = self._wrapper
-        if not parameter.requires_grad:
-            flat, offset, length = parameter.ds_tensor.data, 0, parameter.ds_tensor.ds_numel
-            held: dict[str, Tensor] = {}
-        else:
-            group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
-            flat = wrapper.fp32_partitioned_groups_flat[group]
-            held = {state: self._optimizer.state[flat][state] for state in OPTIMIZER_STATES}
-        start = self._ranks.rank * parameter.ds_tensor.ds_numel
-        length = max(0, min(length, parameter.ds_numel - start))
-        states = {"param": flat.data.narrow(0, offset, length)}
-        return Fragment(
-            name, start, states | {s: view.narrow(0, offset, length) for s, view in held.items()}
-        )
-
-    def _flat_groups(self) -> list[Tensor]:
-        """The fp32 tensors that the optimiser steps."""
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
     def _create_optimizer_states(self) -> None:
         """Adam's states exist from the first step on; a checkpoint of step 0 and a restore need
         them before."""
-        wrapper = self._wrapper
-        flats = (
-            getattr(wrapper, "fp32_partitioned_groups_flat", None)
-            or getattr(wrapper, "single_partition_of_fp32_groups", None)
-            or getattr(wrapper, "fp32_groups_flat_partition", None)
-            or self._flat_groups()
-        )
-        for flat in flats:
+        for flat in self._layout.flats():
             state = self._optimizer.state[flat]
             if "exp_avg" not in state:
                 device = (
@@ -339,29 +247,12 @@ class Engine:
                     state[name] = torch.zeros_like(flat, memory_format=torch.preserve_format)
         # Some of DeepSpeed's wrappers take a step with zero gradients to make the states.
         self._set_optimizer_step(0)
-        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
-            wrapper._lazy_init_hp_params_optimizer_state()
+        self._layout.link_states()
 
     def _set_optimizer_step(self, step: int) -> None:
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(float(step))
-
-    def _refresh_low_precision(self) -> None:
-        """Copy the fp32 masters into the weights that the forward pass uses."""
-        wrapper = self._wrapper
-        if hasattr(wrapper, "fp32_groups") and hasattr(wrapper, "fp16_groups"):
-            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-                for low, high in zip(lows, highs, strict=True):
-                    low.data.copy_(high.data)
-        if hasattr(wrapper, "update_lp_params"):
-            wrapper.update_lp_params()
-        if self.stage == 3:
-            for group in range(len(wrapper.fp32_partitioned_groups_flat)):
-                wrapper._reassign_or_swap_out_partitioned_parameters(group)
-            if wrapper.persistent_parameters:  # small ones stay gathered, and must be gathered anew
-                wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
     def _persists(self, name: str) -> bool:
         owner_name, _, leaf = name.rpartition(".")

@@ -14,7 +14,7 @@ from dray.errors import BadNumbers
 from dray.spec import Numerics
 
 WINDOW_STEPS = 64
-FEWEST_STEPS = 16
+FEWEST_RECENT_STEPS = 16
 MAD_TO_SIGMA = 1.4826  # of a normal distribution (Rousseeuw and Croux, 1993)
 
 
@@ -44,7 +44,7 @@ class Watch:
         """
         self._skipped_in_a_row = 0
         recent = list(self._recent)
-        if len(recent) >= FEWEST_STEPS and self._settings.spike != "off":
+        if len(recent) >= FEWEST_RECENT_STEPS and self._settings.spike != "off":
             middle = median(recent)
             sigma = max(
                 MAD_TO_SIGMA * median(abs(value - middle) for value in recent), 0.02 * abs(middle)

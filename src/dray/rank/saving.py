@@ -136,12 +136,8 @@ class Saver:
 
     def _write(self, step: int, metadata: dict[str, Any], copy: HostCopy, blocked: float) -> None:
         begun, kept_for = time.perf_counter(), ""
-        try:
-            problem = self._commit(step, metadata, copy.finish())
-        except (
-            Exception
-        ) as error:  # the group broke: another rank is gone, and training will find out too
-            problem = _describe(error)
+        # The group may break: another rank is gone, and training will find out too.
+        problem = _try(lambda: self._commit(step, metadata, copy.finish()))
         seconds = time.perf_counter() - begun + blocked
         if self._ranks.rank == 0 and not problem:
             kept_for = self._delete_old()
@@ -150,20 +146,22 @@ class Saver:
     def _commit(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         """Write, agree, commit. Returns what went wrong, the same on every rank."""
         ranks, writer = self._ranks, CheckpointWriter(self._run, step, self._attempt)
-        mine: RankFile | str
-        try:
-            mine = writer.write_rank(ranks.rank, ranks.num_ranks, tensors)
-        except Exception as error:
-            mine = f"rank {ranks.rank}: {_describe(error)}"
+        mine: list[RankFile] = []
+
+        def write() -> None:
+            mine.append(writer.write_rank(ranks.rank, ranks.num_ranks, tensors))
+
+        problem = _try(write)
         tensors.clear()
-        found = ranks.gather_to_first(mine)
+        found = ranks.gather_to_first(f"rank {ranks.rank}: {problem}" if problem else mine[0])
         problem = "; ".join(item for item in found or () if isinstance(item, str))
         if found is not None and not problem:
-            try:
+
+            def commit() -> None:
                 self._wait_stored()
                 writer.commit(found, metadata)
-            except Exception as error:
-                problem = _describe(error)
+
+            problem = _try(commit)
         agreed: str = ranks.broadcast(problem)
         return agreed
 
@@ -171,12 +169,17 @@ class Saver:
         """Apply the retention. Returns why it failed, if it did: on a bucket that lets nobody
         delete it always does."""
         keep, validation = self._spec.checkpoint, self._spec.validation
-        try:
+
+        def delete() -> None:
             apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)
-        except Exception as error:
-            return _describe(error)
-        return ""
+
+        return _try(delete)
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _try(work: Callable[[], str | None]) -> str:
+    """What went wrong, by the work's own words or by its error; empty if nothing did. A save that
+    fails must not end training, whatever it fails with."""
+    try:
+        return work() or ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
+from contextlib import ExitStack, closing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from threading import Lock
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     import torch
 
 HEADER_BYTES = 256 * 1024
-BLOCK_BYTES = 4 * 1024 * 1024
+READ_BLOCK_BYTES = 4 * 1024 * 1024
 KEPT_BLOCKS = 12
 MAX_HEADER_BYTES = 100_000_000
 _TORCH_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
@@ -134,16 +135,16 @@ class _Blocks:
         self._lock = Lock()
 
     def read_at(self, stream: Any, file: int, num_bytes: int, offset: int) -> bytes:
-        if num_bytes >= BLOCK_BYTES:
+        if num_bytes >= READ_BLOCK_BYTES:
             return cast(bytes, stream.read_at(num_bytes, offset))
-        first, last = offset // BLOCK_BYTES, (offset + num_bytes - 1) // BLOCK_BYTES
+        first, last = offset // READ_BLOCK_BYTES, (offset + num_bytes - 1) // READ_BLOCK_BYTES
         content = b"".join(self._block(stream, file, number) for number in range(first, last + 1))
-        return content[offset - first * BLOCK_BYTES :][:num_bytes]
+        return content[offset - first * READ_BLOCK_BYTES :][:num_bytes]
 
     def _block(self, stream: Any, file: int, number: int) -> bytes:
         with self._lock:
             if (file, number) not in self._blocks:
-                self._blocks[file, number] = stream.read_at(BLOCK_BYTES, number * BLOCK_BYTES)
+                self._blocks[file, number] = stream.read_at(READ_BLOCK_BYTES, number * READ_BLOCK_BYTES)
                 while len(self._blocks) > KEPT_BLOCKS:
                     self._blocks.popitem(last=False)
             self._blocks.move_to_end((file, number))
@@ -269,12 +270,11 @@ class CheckpointReader:
 
     def _open_file(self, file: RankFile) -> tuple[RangeReader, dict[str, _Tensor]]:
         where = f"{self.path}/{file.file}"
-        stream = RangeReader(self.filesystem, where)
-        try:
-            return stream, read_header(stream, file.num_bytes, where)
-        except BaseException:
-            stream.close()
-            raise
+        with ExitStack() as on_failure:
+            stream = on_failure.enter_context(closing(RangeReader(self.filesystem, where)))
+            header = read_header(stream, file.num_bytes, where)
+            on_failure.pop_all()
+        return stream, header
 
     def _read_into(self, out: torch.Tensor, piece: Piece, first: int) -> None:
         stream, tensor = self._find(piece)

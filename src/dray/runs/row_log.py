@@ -41,7 +41,7 @@ from dray.storage.filesystem import (
     read_bytes,
     write_bytes,
 )
-from dray.storage.retrying import first_line, patience, retry
+from dray.storage.retrying import first_safe_line, patience, retry
 
 PART_BYTES = 64 * 1024
 """From which size on a part on an object store is closed: it is rewritten at every append."""
@@ -229,7 +229,7 @@ class RowLog:
             with patience(COMPACT_SECONDS):
                 self.compact(name)
         except (OSError, StoreError) as error:
-            _log.warning("%s: rows of %s stay in parts for now (%s)", self.folder, name, first_line(error))
+            _log.warning("%s: rows of %s stay in parts for now (%s)", self.folder, name, first_safe_line(error))
 
     def compact(self, name: str) -> None:
         """Make Parquet files of the closed parts of a log, whoever wrote them, and delete the

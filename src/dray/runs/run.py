@@ -90,7 +90,7 @@ from dray.runs.row_log import (
     save_json,
     write_table,
 )
-from dray.storage.retrying import first_line, patience
+from dray.storage.retrying import first_safe_line, patience
 from dray.spec import BadYaml, read_yaml
 
 _CHECKPOINT_BELOW = re.compile(rf"/[^/]+/{CHECKPOINTS}/[^/]+/?$")
@@ -256,7 +256,7 @@ class Run:
         try:
             return exists(run.filesystem, f"{run.path}/{RUN_FILE}")
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(shown(run.storage), f"cannot be read ({first_line(error)})",
+            raise StoreError(shown(run.storage), f"cannot be read ({first_safe_line(error)})",
                              way_out="check the address, the credentials and the "
                                      "permissions") from error
 

@@ -220,7 +220,7 @@ class Model(Section):
         return self
 
 
-class Batch(Section):
+class BatchSize(Section):
     """How many rows an optimiser update sees, and how they are cut."""
 
     global_rows: Annotated[Int, Field(ge=1, le=2**31)] = 16
@@ -417,7 +417,7 @@ class Zero(Section):
         return self
 
 
-class Engine(Section):
+class Execution(Section):
     """How the same arithmetic is carried out. Place, not identity."""
 
     compile: bool | Literal["auto"] = "auto"

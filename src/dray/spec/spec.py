@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dray.spec.sections import (
-    Batch,
+    BatchSize,
     Checkpoint,
     Data,
     Duration,
-    Engine,
+    Execution,
     Int,
     Model,
     Numerics,
@@ -56,7 +56,7 @@ class Spec(Section):
     """The tokeniser."""
     model: Model
     """The model."""
-    batch: Batch = Batch()
+    batch: BatchSize = BatchSize()
     """The batch."""
     optimizer: Optimizer = Optimizer()
     """The optimiser."""
@@ -80,7 +80,7 @@ class Spec(Section):
     """Workers."""
     zero: Zero = Zero()
     """ZeRO."""
-    engine: Engine = Engine()
+    engine: Execution = Execution()
     """Compilation and activation checkpointing."""
     tracking: Tracking = Tracking()
     """Trackers."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from dray.errors import first_line
+
 MAX_VALUES, MAX_DEPTH = 100_000, 50
 
 
@@ -57,15 +59,10 @@ def read_yaml(text: str) -> Any:
     # it is.
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise BadYaml(
-            f"not YAML: a value is not what its form says ({_first_line(error)})"
+            f"not YAML: a value is not what its form says ({first_line(error)})"
         ) from error
     _check(tree, 0, [0])
     return tree
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type."""
-    return next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
 
 
 def _describe(error: yaml.YAMLError) -> str:

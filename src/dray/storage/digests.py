@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-BLOCK_BYTES = 1024 * 1024
+HASHED_BYTES = 1024 * 1024
 MAX_THREADS = 16
 FILES_AT_ONCE = 4096
 SETTLED_SECONDS = 2.0
@@ -86,7 +86,7 @@ def _digest_whole(path: str, memory: _Memory) -> str:
 
 
 def _digest(path: str) -> str:
-    found, block = hashlib.sha256(), bytearray(BLOCK_BYTES)
+    found, block = hashlib.sha256(), bytearray(HASHED_BYTES)
     view = memoryview(block)
     with open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(block):

@@ -12,7 +12,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from threading import Lock
 from typing import Any, TypeVar, cast
@@ -23,7 +23,7 @@ from pyarrow import fs as pafs
 
 from dray.errors import StoreError
 from dray.redaction import restored, take_in
-from dray.storage.retrying import first_line, patience, retry
+from dray.storage.retrying import first_safe_line, patience, retry
 
 ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs")
 TEMPORARY = ".tmp-"
@@ -95,7 +95,7 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
         raise StoreError(
             shown(place),
-            f"cannot be opened ({first_line(error)})",
+            f"cannot be opened ({first_safe_line(error)})",
             "storage is a path or a URI (s3://, gs://, hdfs://, or a scheme known to fsspec)",
             "check the scheme, its query and that its library is installed",
         ) from error
@@ -309,7 +309,18 @@ def open_whole(filesystem: pafs.FileSystem, path: str, durable: bool = True) -> 
         target = os.path.join(folder, f"{TEMPORARY}{name}-{uuid.uuid4().hex[:12]}")
     stream = filesystem.open_output_stream(target)
     whole = False
-    try:
+
+    def discard() -> None:
+        with suppress(OSError):
+            stream.close()
+        # A put that failed at its end put nothing: what is deleted then would be the file that was
+        # there before.
+        if not (whole and is_object_store(filesystem)):
+            with suppress(OSError):
+                filesystem.delete_file(target)
+
+    with ExitStack() as on_failure:
+        on_failure.callback(discard)
         yield stream
         whole = True
         stream.close()
@@ -319,15 +330,7 @@ def open_whole(filesystem: pafs.FileSystem, path: str, durable: bool = True) -> 
             os.rename(target, path)
             if durable:
                 sync(os.path.dirname(path))
-    except BaseException:
-        with suppress(OSError):
-            stream.close()
-        # A put that failed at its end put nothing: what is deleted then would be the file that was
-        # there before.
-        if not (whole and is_object_store(filesystem)):
-            with suppress(OSError):
-                filesystem.delete_file(target)
-        raise
+        on_failure.pop_all()
 
 
 def write_whole(
@@ -413,7 +416,7 @@ def require_writable(filesystem: pafs.FileSystem, path: str, place: str) -> None
     except (OSError, pa.ArrowException) as error:
         raise StoreError(
             shown(place),
-            f"cannot be written ({first_line(error)})",
+            f"cannot be written ({first_safe_line(error)})",
             rule,
             "give another place with --storage, or mend its permissions",
         ) from error

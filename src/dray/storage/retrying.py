@@ -181,7 +181,7 @@ def make_damage(error: StoreError | OSError) -> str:
     return error.what if isinstance(error, StoreError) else str(error)
 
 
-def first_line(error: BaseException) -> str:
+def first_safe_line(error: BaseException) -> str:
     """The beginning of an error's message, without secrets, fit to stand inside another one."""
     text = error.what if isinstance(error, StoreError) else str(error)
     return redact((text.strip() or type(error).__name__).splitlines()[0])[:200]
@@ -226,7 +226,7 @@ def _warner(where: str) -> Callable[[RetryCallState], None]:
         _log.warning(
             "%s: the storage fails (%s); tried again in %.1f s",
             where,
-            first_line(error or OSError()),
+            first_safe_line(error or OSError()),
             pause,
         )
 
@@ -236,7 +236,7 @@ def _warner(where: str) -> Callable[[RetryCallState], None]:
 def _explain(error: Exception, where: str, spent: float, patience_seconds: float) -> StorageFailed:
     number = getattr(error, "errno", None)
     number = number if isinstance(number, int) else None
-    what, text = first_line(error), _words(error).lower()
+    what, text = first_safe_line(error), _words(error).lower()
     go_on = "start it again: a run goes on from its newest checkpoint"
     if is_transient(error):
         return StorageFailed(

@@ -22,7 +22,7 @@ from dray.storage.retrying import OUTAGE_SECONDS
 DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
 """How often the ranks' records are taken and stored: object stores rewrite an object, and GCS takes
 one a second."""
-FEWEST_STEPS = 5
+USUAL_STEPS = 5
 
 
 class Recorder:
@@ -52,7 +52,7 @@ class Recorder:
     def step_seconds(self) -> float | None:
         """A usual step's duration, once a few are known."""
         seconds = [row["seconds"] for row in self._recent]
-        return median(seconds) if len(seconds) >= FEWEST_STEPS else None
+        return median(seconds) if len(seconds) >= USUAL_STEPS else None
 
     @property
     def is_stored(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
 from dray.corpus.prepare import Corpus, corpus_key, describe_changes
-from dray.errors import CorpusError, SpecError, StoreError
+from dray.errors import CorpusError, SpecError, StoreError, translated
 from dray.models.source import Pretrained, check_weights, find_pretrained
 from dray.plan import Shape, make_plan
 from dray.rank.job import Job, make_corpus_plan
@@ -305,10 +305,10 @@ def _check_model(spec: Spec, pretrained: Pretrained | None) -> None:
     if spec.tokenizer.path is not None and file.is_file():
         from tokenizers import Tokenizer
 
-        try:
+        with translated(
+            lambda told: SpecError("tokenizer.path", f"{file} cannot be loaded ({told})")
+        ):
             vocab_size = Tokenizer.from_file(str(file)).get_vocab_size()
-        except Exception as error:  # the library raises nothing narrower
-            raise SpecError("tokenizer.path", f"{file} cannot be loaded ({error})") from error
     config = make_config(spec, vocab_size=vocab_size)
     model = check_builds(spec, config)
     if pretrained is not None:
