@@ -79,11 +79,6 @@ class Plan(BaseModel):
     deepspeed: dict[str, Any]
     notes: list[str]
 
-    @property
-    def width_multiple(self) -> int:
-        """What the width of a padded batch is a multiple of."""
-        return WIDTH_MULTIPLE if self.on_gpu or self.compile else 1
-
 
 @dataclass(frozen=True)
 class _Setting:
@@ -210,7 +205,7 @@ def make_plan(
         on_gpu=on_gpu,
         with_ray=with_ray,
         elastic=elastic,
-        row_tokens=_row_tokens(spec, num_rows, num_tokens, on_gpu=on_gpu),
+        row_tokens=_row_tokens(spec, num_rows, num_tokens),
     )
     setting, reason = _choose(question, ranks)
     return _make(question, setting, reason, num_rows, num_tokens)
@@ -289,13 +284,13 @@ def _check_schedule(spec: Spec, num_steps: int) -> None:
         raise SpecError("the spec", str(error)) from error
 
 
-def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None, *, on_gpu: bool) -> int:
+def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None) -> int:
     """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to
-    its longest one and, on a GPU, to a multiple."""
+    its longest one and to a multiple."""
     width = spec.data.sequence_tokens
     if spec.packs_rows or not num_rows or not num_tokens:
         return width
-    return min(width, max(1, round(num_tokens / num_rows + (WIDTH_MULTIPLE / 2 if on_gpu else 1))))
+    return min(width, round(num_tokens / num_rows + WIDTH_MULTIPLE / 2))
 
 
 def with_measured_step(plan: Plan, seconds: float) -> Plan:

@@ -194,7 +194,7 @@ class _Loop:
         path = attempt.checkpoint and run.find_path(attempt.checkpoint)
         self.newest = inspect_checkpoint(run.filesystem, path) if path else None
         self.spec, self.plan = job.spec, attempt.plan
-        self.task: Task = build_task(job.spec, job.manifest, attempt.plan.width_multiple)
+        self.task: Task = build_task(job.spec, job.manifest)
         self.engine: Engine = build_engine(
             self._build_model,
             self._make_groups,

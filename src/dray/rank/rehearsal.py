@@ -200,13 +200,17 @@ def _build_thin(spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions, num_blo
 def _time_steps(
     engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions
 ) -> dict[str, float]:
-    """Median seconds of a micro batch before the last, where the plan has any, and of the last one
-    with the update."""
-    task, table = _task(spec, sizes), _make_rows(spec, plan, sizes)
+    """Seconds of a micro batch before the last, where the plan has any, and of the last one with
+    the update: medians, and their mean over the widths where batches differ in width."""
+    task, tables = (
+        _task(spec, sizes),
+        [_make_rows(spec, plan, sizes, width) for width in _widths(spec, plan)],
+    )
     engine.train(True)
-    micro: list[float] = []
-    last: list[float] = []
-    for _ in range(WARM_STEPS + NUM_STEPS):
+    found: dict[str, list[list[float]]] = {name: [[] for _ in tables] for name in ("micro", "last")}
+    for number in range(len(tables) * (WARM_STEPS + NUM_STEPS)):
+        nth = number % len(tables)
+        table = tables[nth]
         for index in reversed(range(min(2, plan.batch.accumulation))):
             ranks.barrier()
             begun = time.perf_counter()
@@ -217,21 +221,34 @@ def _time_steps(
             del loss, terms
             if index == 0:
                 engine.step(1e-6)
-            (micro if index else last).append(time.perf_counter() - begun)
+            found["micro" if index else "last"][nth].append(time.perf_counter() - begun)
     return {
-        "micro": statistics.median(micro[WARM_STEPS:] or [0.0]),
-        "last": statistics.median(last[WARM_STEPS:]),
+        name: statistics.fmean(
+            statistics.median(seconds[WARM_STEPS:] or [0.0]) for seconds in by_width
+        )
+        for name, by_width in found.items()
     }
 
 
-def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions) -> Any:
+def _widths(spec: Spec, plan: Plan) -> list[int]:
+    """The widths that batches have. Where they differ, a heap that fits one of them is faulted in
+    anew for the next."""
+    if spec.packs_rows:
+        return [plan.row_tokens]
+    return [
+        max(1, min(spec.data.sequence_tokens, round(share * plan.row_tokens)))
+        for share in (1.5, 0.5, 1.0)
+    ]
+
+
+def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
     """A micro batch of random rows as the corpus would give them, each of its full length."""
     import numpy as np
     import pyarrow as pa
 
     from dray.corpus.shards import make_batch, make_schema
 
-    rows, width = plan.batch.micro_rows, plan.row_tokens
+    rows = plan.batch.micro_rows
     random = np.random.default_rng(0)
     ids = random.integers(0, sizes.vocab, (rows, width)).astype(np.uint32)
     labels = (

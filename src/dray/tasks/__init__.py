@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "Batch", "Output", "Task", "TaskMetrics", "Terms", "TokenIds", "build_task"]
 
 
-def build_task(spec: Spec, corpus: TokenIds, width_multiple: int = 1) -> Task:
-    """The spec's task on a corpus, of which its manifest is enough. `width_multiple`: batches that
-    are padded have a multiple of so many columns (`Plan.width_multiple`)."""
+def build_task(spec: Spec, corpus: TokenIds) -> Task:
+    """The spec's task on a corpus, of which its manifest is enough."""
     if spec.task == "causal_lm":
         from dray.tasks.causal_lm import CausalLM
 
@@ -26,5 +25,5 @@ def build_task(spec: Spec, corpus: TokenIds, width_multiple: int = 1) -> Task:
     from dray.tasks.sequence_classification import SequenceClassification
 
     return SequenceClassification(
-        spec.model.num_labels or len(corpus.labels) or 2, corpus.pad_token_id, width_multiple
+        spec.model.num_labels or len(corpus.labels) or 2, corpus.pad_token_id
     )

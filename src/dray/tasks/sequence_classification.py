@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dray.plan.batch import WIDTH_MULTIPLE
 from dray.tasks.columns import integer_column, real_rows, token_matrix
 from dray.tasks.losses import summed_cross_entropy
 from dray.tasks.task import IGNORED, Batch, Output, TaskMetrics, Terms
@@ -27,11 +28,8 @@ class SequenceClassification:
 
     name = "sequence_classification"
 
-    def __init__(
-        self, num_labels: int = 2, pad_token_id: int | None = None, width_multiple: int = 1
-    ) -> None:
+    def __init__(self, num_labels: int = 2, pad_token_id: int | None = None) -> None:
         self.num_labels = num_labels
-        self._width_multiple = width_multiple
         self._pad_token_id = pad_token_id
 
     def collate(self, table: pa.Table) -> Batch:
@@ -40,9 +38,7 @@ class SequenceClassification:
         num_tokens, real = integer_column(table, "num_tokens"), real_rows(table)
         tokens = token_matrix(table)
         longest = int((num_tokens * real).max()) if table.num_rows else 0
-        width = min(
-            tokens.shape[1], max(1, -(-longest // self._width_multiple)) * self._width_multiple
-        )
+        width = min(tokens.shape[1], max(1, -(-longest // WIDTH_MULTIPLE)) * WIDTH_MULTIPLE)
         # A row without any token to attend to would give NaN, also in the gradients of its
         # neighbours.
         num_tokens = num_tokens.clamp(min=1)
