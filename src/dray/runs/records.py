@@ -1,0 +1,99 @@
+"""What travels from the ranks to the driver, as records instead of loose fields; pure, and safe to send.
+
+A rank says what it is doing (`Beat`), reports each step (`StepReport`) and each validation (`ValidationReport`), and
+tells what else happened (`Event`); the loop says at the end how it ended (`Ended`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's present. `seconds` have passed since its phase began; `long`: it may be silent for long now."""
+
+    rank: int
+    attempt: int
+    step: int
+    phase: str
+    long: bool
+    seconds: float
+    pid: int
+    host: str
+    stack_file: str = ""
+    log_file: str = ""
+    time: float = 0.0
+    node_id: str = ""
+    """Ray's name of the rank's node; empty without Ray."""
+    node: str = ""
+    """The node's address."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One rank's view of one optimiser update: what all agreed on before it, and what became of it."""
+
+    rank: int
+    attempt: int
+    step: int
+    num_ranks: int
+    num_targets: int
+    """Of the global batch."""
+    learning_rate: float
+    rows_digest: str
+    tokens: int
+    """That the run has trained on by then."""
+    step_tokens: int
+    data_wait_seconds: float
+    loss_sum: float = math.nan
+    """Over this rank's targets."""
+    grad_norm: float = math.nan
+    applied: bool = True
+    """Whether the update was made: not where a loss or gradient was not finite."""
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    time: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """The metrics of a validation pass, merged over the ranks."""
+
+    attempt: int
+    step: int
+    values: Mapping[str, float]
+
+    def to_row(self) -> dict[str, Any]:
+        """As the run's log of validations keeps it."""
+        return {"kind": "validation", "attempt": self.attempt, "step": self.step, **self.values}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened once, as the run's events keep it: its kind, and fields of its own."""
+
+    kind: str
+    attempt: int
+    step: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_row(self) -> dict[str, Any]:
+        return {"kind": self.kind, "attempt": self.attempt, "step": self.step, **self.fields}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the loop ended on rank 0: completed, early_stopped or interrupted."""
+
+    how: str
+
+
+Report = StepReport | ValidationReport | Event | Ended
