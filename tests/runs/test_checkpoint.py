@@ -15,11 +15,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from sharded_model import SHAPES, STATES, make_fragments, make_whole, save
 
 from dray.errors import StoreError
-from dray.runs import CheckpointReader, CheckpointWriter, Run, make_fragment_key, parse_fragment_key, verify_checkpoint
+from dray.runs import (
+    CheckpointReader,
+    CheckpointWriter,
+    Run,
+    make_fragment_key,
+    parse_fragment_key,
+    verify_checkpoint,
+)
 from dray.storage.filesystem import list_files
+from sharded_model import SHAPES, STATES, make_fragments, make_whole, save
 
 
 @pytest.mark.parametrize(("num_ranks", "flat"), [(1, True), (2, True), (3, False), (5, True)])
@@ -40,8 +47,15 @@ def test_round_trip(run: Run, num_ranks: int, flat: bool) -> None:
         assert reader.verify_files(range(num_ranks)) == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(sorted(SHAPES)), state=st.sampled_from(STATES), low=st.floats(0, 1), high=st.floats(0, 1))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(sorted(SHAPES)),
+    state=st.sampled_from(STATES),
+    low=st.floats(0, 1),
+    high=st.floats(0, 1),
+)
 def test_any_range(local_run: Run, name: str, state: str, low: float, high: float) -> None:
     info = local_run.latest_checkpoint() or save(local_run, 1, 4)
     size = math.prod(SHAPES[name])
@@ -63,7 +77,9 @@ def test_rank_files_are_plain_safetensors(local_run: Run) -> None:
 def test_hashes_do_not_depend_on_the_place(local_run: Run) -> None:
     reports = []
     for step, num_ranks, flat in ((1, 1, True), (2, 3, True), (3, 4, False)):
-        reports.append(verify_checkpoint(local_run, save(local_run, step, num_ranks, flat=flat, seed=0)))
+        reports.append(
+            verify_checkpoint(local_run, save(local_run, step, num_ranks, flat=flat, seed=0))
+        )
     other = verify_checkpoint(local_run, save(local_run, 4, 1, seed=1))
     assert all(report.ok for report in reports)
     assert len({report.weights_sha256 for report in reports}) == 1
@@ -72,7 +88,11 @@ def test_hashes_do_not_depend_on_the_place(local_run: Run) -> None:
     assert other.optimizer_sha256 != reports[0].optimizer_sha256
     digest = hashlib.sha256()
     for name in sorted(SHAPES):
-        digest.update(name.encode() + str(SHAPES[name]).encode() + make_whole(0)[name, "param"].numpy().tobytes())
+        digest.update(
+            name.encode()
+            + str(SHAPES[name]).encode()
+            + make_whole(0)[name, "param"].numpy().tobytes()
+        )
     assert reports[0].weights_sha256 == digest.hexdigest()
     tree = json.loads(json.dumps(reports[1].to_json()))
     assert {"step", "ok", "files", "weights_sha256", "optimizer_sha256"} <= tree.keys()
@@ -89,9 +109,17 @@ def test_buffers_extras_frozen_and_tied(run: Run) -> None:
         make_fragment_key("generator/0", "extra", 0): torch.get_rng_state(),
         make_fragment_key("empty", "buffer", 0): torch.empty(0),
     }
-    shapes = {"frozen": [2, 3], "positions": [5], "mask": [2], "half": [2, 2], "empty": [0],
-              "generator/0": list(torch.get_rng_state().shape)}
-    info = writer.commit([writer.write_rank(0, 1, tensors)], {"shapes": shapes, "tied": {"head": "frozen"}})
+    shapes = {
+        "frozen": [2, 3],
+        "positions": [5],
+        "mask": [2],
+        "half": [2, 2],
+        "empty": [0],
+        "generator/0": list(torch.get_rng_state().shape),
+    }
+    info = writer.commit(
+        [writer.write_rank(0, 1, tensors)], {"shapes": shapes, "tied": {"head": "frozen"}}
+    )
     with CheckpointReader(run, info) as reader:
         for key, tensor in tensors.items():
             name, state, _ = parse_fragment_key(key)
@@ -112,36 +140,51 @@ def test_buffers_extras_frozen_and_tied(run: Run) -> None:
     assert verify_checkpoint(run, info).ok
 
 
-@pytest.mark.parametrize(("key", "tensor", "what"), [
-    ("w|param|0", torch.zeros(2, 2), "shape"),
-    ("w|param|0", torch.zeros(2, dtype=torch.bfloat16), "bfloat16"),
-    ("w|momentum|0", torch.zeros(2), "unknown state"),
-    ("w|param", torch.zeros(2), "not a fragment's name"),
-    ("w|param|-1", torch.zeros(2), "not a fragment's name"),
-    ("w|buffer|0", torch.zeros(2, dtype=torch.complex64), "complex64"),
-])
-def test_wrong_tensors_are_refused(local_run: Run, key: str, tensor: torch.Tensor, what: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "tensor", "what"),
+    [
+        ("w|param|0", torch.zeros(2, 2), "shape"),
+        ("w|param|0", torch.zeros(2, dtype=torch.bfloat16), "bfloat16"),
+        ("w|momentum|0", torch.zeros(2), "unknown state"),
+        ("w|param", torch.zeros(2), "not a fragment's name"),
+        ("w|param|-1", torch.zeros(2), "not a fragment's name"),
+        ("w|buffer|0", torch.zeros(2, dtype=torch.complex64), "complex64"),
+    ],
+)
+def test_wrong_tensors_are_refused(
+    local_run: Run, key: str, tensor: torch.Tensor, what: str
+) -> None:
     with pytest.raises(StoreError, match=what):
         CheckpointWriter(local_run, 1, 1).write_rank(0, 1, {key: tensor})
     assert local_run.checkpoints(verified_only=False) == []
 
 
-@pytest.mark.parametrize(("pieces", "what"), [
-    ([{"w|param|0": 4}, {"w|param|6": 4}], r"w\|param: elements 4 to 5 are missing"),
-    ([{"w|param|0": 6}, {"w|param|5": 5}], r"w\|param: elements from 5 on are written again in "
-                                           r"rank-00001"),
-    ([{"w|param|0": 10}, {"w|param|0": 10}], "written again"),
-    ([{"w|param|0": 6}], "elements 6 to 9 are missing"),
-    ([{"w|param|0": 12}], "has 12 elements, its shape only 10"),
-    ([{"w|param|0": 10, "w|exp_avg|0": 5}], r"w\|exp_avg: elements 5 to 9 are missing"),
-    ([{"w|param|0": 10, "other|param|0": 5}], "other: no shape"),
-    ([{}], "w: no rank wrote it"),
-    ([{"w|exp_avg|0": 10}], "w: no rank wrote it"),
-])
+@pytest.mark.parametrize(
+    ("pieces", "what"),
+    [
+        ([{"w|param|0": 4}, {"w|param|6": 4}], r"w\|param: elements 4 to 5 are missing"),
+        (
+            [{"w|param|0": 6}, {"w|param|5": 5}],
+            r"w\|param: elements from 5 on are written again in "
+            r"rank-00001",
+        ),
+        ([{"w|param|0": 10}, {"w|param|0": 10}], "written again"),
+        ([{"w|param|0": 6}], "elements 6 to 9 are missing"),
+        ([{"w|param|0": 12}], "has 12 elements, its shape only 10"),
+        ([{"w|param|0": 10, "w|exp_avg|0": 5}], r"w\|exp_avg: elements 5 to 9 are missing"),
+        ([{"w|param|0": 10, "other|param|0": 5}], "other: no shape"),
+        ([{}], "w: no rank wrote it"),
+        ([{"w|exp_avg|0": 10}], "w: no rank wrote it"),
+    ],
+)
 def test_coverage(local_run: Run, pieces: list[dict[str, int]], what: str) -> None:
     writer = CheckpointWriter(local_run, 1, 1)
-    files = [writer.write_rank(rank, len(pieces), {key: torch.zeros(size) for key, size in tensors.items()})
-             for rank, tensors in enumerate(pieces)]
+    files = [
+        writer.write_rank(
+            rank, len(pieces), {key: torch.zeros(size) for key, size in tensors.items()}
+        )
+        for rank, tensors in enumerate(pieces)
+    ]
     with pytest.raises(StoreError, match=what):
         writer.commit(files, {"shapes": {"w": [10]}})
     assert local_run.latest_checkpoint() is None
@@ -188,8 +231,9 @@ def test_what_a_later_attempt_undid_is_not_read(local_run: Run) -> None:
     save(local_run, 20, attempt=1)
     local_run.begin_attempt(2, 10)
     assert [info.step for info in local_run.checkpoints()] == [10]
-    assert local_run.checkpoints(verified_only=False)[-1].problem == ("undone: attempt 2 started "
-                                                                      "before it")
+    assert local_run.checkpoints(verified_only=False)[-1].problem == (
+        "undone: attempt 2 started before it"
+    )
 
 
 def test_reader_states_travel(run: Run) -> None:
@@ -202,7 +246,10 @@ def test_memory_is_bounded_by_one_tensor(local_run: Run) -> None:
     """Verifying reads the whole checkpoint, but never holds more than a part of a tensor."""
     writer, num_tensors, size = CheckpointWriter(local_run, 1, 1), 12, 2_000_000
     tensors = {f"w{n}|param|0": torch.full((size,), float(n)) for n in range(num_tensors)}
-    info = writer.commit([writer.write_rank(0, 1, tensors)], {"shapes": {f"w{n}": [size] for n in range(num_tensors)}})
+    info = writer.commit(
+        [writer.write_rank(0, 1, tensors)],
+        {"shapes": {f"w{n}": [size] for n in range(num_tensors)}},
+    )
     del tensors
     tracemalloc.start()
     assert verify_checkpoint(local_run, info).ok

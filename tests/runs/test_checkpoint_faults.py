@@ -12,11 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sharded_model import SHAPES, save
 
 from dray.errors import StoreError
-from dray.runs import CheckpointInfo, CheckpointReader, Run, apply_retention, find_checkpoint, verify_checkpoint
+from dray.runs import (
+    CheckpointInfo,
+    CheckpointReader,
+    Run,
+    apply_retention,
+    find_checkpoint,
+    verify_checkpoint,
+)
 from dray.storage.filesystem import list_files, read_bytes, write_bytes
+from sharded_model import SHAPES, save
 
 RANK_FILE = "rank-00001-of-00002.safetensors"
 
@@ -32,18 +39,37 @@ def flip(content: bytes, at: int) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize(("name", "change", "problem"), [
-    (RANK_FILE, lambda content: content[:-1], "rank-00001-of-00002.safetensors has"),
-    (RANK_FILE, None, "rank-00001-of-00002.safetensors is missing"),
-    ("manifest.json", lambda content: flip(content, 40), "manifest.json is not the one that was "
-                                                         "committed"),
-    ("manifest.json", None, "manifest.json is missing"),
-    ("COMMITTED", None, "no marker COMMITTED"),
-    ("COMMITTED", lambda content: content[:20], "marker COMMITTED is unreadable"),
-    ("COMMITTED", lambda content: b"", "marker COMMITTED is unreadable"),
-    ("COMMITTED", lambda content: flip(content, content.index(b'": "') + 6), "is not the one "
-                                                                             "that was committed"),
-], ids=["short", "missing", "manifest-flipped", "no-manifest", "no-marker", "torn-marker", "empty-marker", "other"])
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        (RANK_FILE, lambda content: content[:-1], "rank-00001-of-00002.safetensors has"),
+        (RANK_FILE, None, "rank-00001-of-00002.safetensors is missing"),
+        (
+            "manifest.json",
+            lambda content: flip(content, 40),
+            "manifest.json is not the one that was committed",
+        ),
+        ("manifest.json", None, "manifest.json is missing"),
+        ("COMMITTED", None, "no marker COMMITTED"),
+        ("COMMITTED", lambda content: content[:20], "marker COMMITTED is unreadable"),
+        ("COMMITTED", lambda content: b"", "marker COMMITTED is unreadable"),
+        (
+            "COMMITTED",
+            lambda content: flip(content, content.index(b'": "') + 6),
+            "is not the one that was committed",
+        ),
+    ],
+    ids=[
+        "short",
+        "missing",
+        "manifest-flipped",
+        "no-manifest",
+        "no-marker",
+        "torn-marker",
+        "empty-marker",
+        "other",
+    ],
+)
 def test_damage_seen_without_reading_the_tensors(
     run: Run, name: str, change: Callable[[bytes], bytes] | None, problem: str
 ) -> None:
@@ -93,12 +119,14 @@ def test_the_checkpoint_to_verify(local_run: Run) -> None:
     (paths[20] / RANK_FILE).unlink()
     (paths[30] / "COMMITTED").unlink()
     assert find_checkpoint(local_run).step == 20
-    assert verify_checkpoint(local_run, find_checkpoint(local_run)).problems == [f"{RANK_FILE} is "
-                                                                                 "missing"]
+    assert verify_checkpoint(local_run, find_checkpoint(local_run)).problems == [
+        f"{RANK_FILE} is missing"
+    ]
     assert verify_checkpoint(local_run, find_checkpoint(local_run, 10)).ok
     assert "no marker" in verify_checkpoint(local_run, find_checkpoint(local_run, 30)).problems[0]
-    with pytest.raises(StoreError, match="has no checkpoint of step 15; steps with one: 10, 20, "
-                                         "30"):
+    with pytest.raises(
+        StoreError, match="has no checkpoint of step 15; steps with one: 10, 20, 30"
+    ):
         find_checkpoint(local_run, 15)
 
 
@@ -109,11 +137,19 @@ def test_file_gone_while_reading(local_run: Run) -> None:
     assert "cannot be read" in reader.verify_files([1])[0]
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"short", b"\xff" * 64, (5).to_bytes(8, "little") + b"{no}}",
-    (61).to_bytes(8, "little") + b'{"a|param|0":{"dtype":"F32","shape":[9],"data_offsets":[0,9]}}'[:61],
-    (2).to_bytes(8, "little") + b"[]", (10**17).to_bytes(8, "little") + b"{}",
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        b"\xff" * 64,
+        (5).to_bytes(8, "little") + b"{no}}",
+        (61).to_bytes(8, "little")
+        + b'{"a|param|0":{"dtype":"F32","shape":[9],"data_offsets":[0,9]}}'[:61],
+        (2).to_bytes(8, "little") + b"[]",
+        (10**17).to_bytes(8, "little") + b"{}",
+    ],
+)
 def test_header_that_is_none(local_run: Run, content: bytes) -> None:
     """A rank file of the right size whose header is nonsense never becomes a tensor."""
     info = save(local_run, 20)
@@ -131,9 +167,19 @@ def test_a_name_in_the_manifest_never_leaves_the_folder(local_run: Run) -> None:
     from dray.runs.checkpoint_manifest import make_sha256
 
     info = save(local_run, 20)
-    edit(local_run, info, "manifest.json", lambda content: content.replace(RANK_FILE.encode(), b"../../run.json"))
+    edit(
+        local_run,
+        info,
+        "manifest.json",
+        lambda content: content.replace(RANK_FILE.encode(), b"../../run.json"),
+    )
     content = read_bytes(local_run.filesystem, f"{info.path}/manifest.json")
-    edit(local_run, info, "COMMITTED", lambda _: json.dumps({"manifest_sha256": make_sha256(content)}).encode())
+    edit(
+        local_run,
+        info,
+        "COMMITTED",
+        lambda _: json.dumps({"manifest_sha256": make_sha256(content)}).encode(),
+    )
     with pytest.raises(StoreError, match="is not a rank file's name"):
         CheckpointReader(local_run, info)
 
@@ -161,8 +207,13 @@ print("committed", flush=True); sys.stdin.read()
 def kill_when(storage: str, stop_before: str, ready: Callable[[str], bool]) -> None:
     """Run a process that saves a checkpoint and kill it, with SIGKILL, once `ready` says so of its
     last line."""
-    child = subprocess.Popen([sys.executable, "-c", WRITE_AND_COMMIT, storage, stop_before], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        [sys.executable, "-c", WRITE_AND_COMMIT, storage, stop_before],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert child.stdout is not None
     assert child.stdin is not None
     line = child.stdout.readline().strip()
@@ -184,14 +235,24 @@ def test_kill_9(local_run: Run, stop_before: str) -> None:
     before = save(local_run, 10)
     folder = f"{local_run.path}/checkpoints/step-00000020-a0001"
     if stop_before == "file":  # in the middle of the bytes
-        kill_when(local_run.storage, stop_before,
-                  lambda _: any(size > 1_000_000 for size in list_files(local_run.filesystem, folder).values()))
+        kill_when(
+            local_run.storage,
+            stop_before,
+            lambda _: any(
+                size > 1_000_000 for size in list_files(local_run.filesystem, folder).values()
+            ),
+        )
         left = list_files(local_run.filesystem, folder)
         assert left
-        assert all(name.startswith(".tmp-") for name in left), ("no half file under a rank "
-                                                                "file's name")
+        assert all(name.startswith(".tmp-") for name in left), (
+            "no half file under a rank file's name"
+        )
     else:
-        last = {"manifest": "before the manifest", "marker": "before the marker", "end": "committed"}[stop_before]
+        last = {
+            "manifest": "before the manifest",
+            "marker": "before the marker",
+            "end": "committed",
+        }[stop_before]
         kill_when(local_run.storage, stop_before, lambda line: line == last)
     newest = local_run.latest_checkpoint()
     assert newest is not None

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharded_model import PLAN, make_test_spec
 
 from dray.errors import StoreError
 from dray.runs import Run
@@ -21,27 +20,50 @@ from dray.runs.compaction import make_parquet, read_parquet
 from dray.runs.row_log import RowLog, make_history
 from dray.show.report import format_summary
 from dray.storage.filesystem import is_local, list_files, open_filesystem, read_bytes, write_bytes
+from sharded_model import PLAN, make_test_spec
 
-VALUES = (st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=5)
-          | st.lists(st.integers(0, 9), max_size=2) | st.dictionaries(st.text(max_size=2), st.booleans(), max_size=2))
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(0, 9), max_size=2)
+    | st.dictionaries(st.text(max_size=2), st.booleans(), max_size=2)
+)
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(["a", "b", "c", "_part", "ü"]), VALUES, max_size=4), max_size=12))
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(["a", "b", "c", "_part", "ü"]), VALUES, max_size=4),
+        max_size=12,
+    )
+)
 @settings(deadline=None, max_examples=30)
 def test_any_rows_come_back_as_they_were(rows: list[dict[str, Any]]) -> None:
     plain = [json.loads(json.dumps(row)) for row in rows]
     parts = [index // 3 for index in range(len(rows))]
     content = make_parquet(plain, parts)
     assert [(part, json.dumps(row)) for part, row in read_parquet(content)] == [
-        (part, json.dumps(row)) for part, row in zip(parts, plain, strict=True)]
+        (part, json.dumps(row)) for part, row in zip(parts, plain, strict=True)
+    ]
     assert [json.dumps(row) for _, row in read_parquet(content, ("b", "ü"))] == [
-        json.dumps({key: row[key] for key in row if key in ("b", "ü")}) for row in plain]
+        json.dumps({key: row[key] for key in row if key in ("b", "ü")}) for row in plain
+    ]
 
 
 def row_of(step: int, attempt: int = 1) -> dict[str, Any]:
-    return {"step": step, "attempt": attempt, "loss": 1 / step, "seconds": 0.5, "tokens": step * 100,
-            "memory_bytes_max": 10**9 + step, "tokens_per_second": 200.0, "rows_digest": f"{step:016x}",
-            **({"late": [step]} if step % 7 == 0 else {})}
+    return {
+        "step": step,
+        "attempt": attempt,
+        "loss": 1 / step,
+        "seconds": 0.5,
+        "tokens": step * 100,
+        "memory_bytes_max": 10**9 + step,
+        "tokens_per_second": 200.0,
+        "rows_digest": f"{step:016x}",
+        **({"late": [step]} if step % 7 == 0 else {}),
+    }
 
 
 @pytest.fixture
@@ -68,29 +90,46 @@ def test_a_run_with_restarts(run: Run, small_parts: None) -> None:
     names = list_files(run.filesystem, f"{run.path}/metrics")
     assert sum(name.endswith(".parquet") for name in names) >= 3
     assert len(names) < 30
-    expected = make_history([row_of(step, attempt) for attempt, (start, stop) in enumerate(SPANS, 1)
-                             for step in range(start + 1, stop + 1)], {1: 0, 2: 30, 3: 55, 4: 45})
+    expected = make_history(
+        [
+            row_of(step, attempt)
+            for attempt, (start, stop) in enumerate(SPANS, 1)
+            for step in range(start + 1, stop + 1)
+        ],
+        {1: 0, 2: 30, 3: 55, 4: 45},
+    )
     assert run.metrics() == list(run.iterate_history()) == expected
     assert len(expected) == 80
     assert list(run.iterate_history(("loss",))) == [
-        {"step": row["step"], "attempt": row["attempt"], "loss": row["loss"]} for row in expected]
+        {"step": row["step"], "attempt": row["attempt"], "loss": row["loss"]} for row in expected
+    ]
     for count in (1, 20, 40, 1000):
         assert run.last_metrics(count) == expected[-count:]
     outline, summary = run.outline(), run.summary()
     assert outline.num_steps == 80
     assert outline.seconds == pytest.approx(40)
     assert (outline.tokens, outline.memory_bytes_max, outline.first_loss) == (8000, 10**9 + 80, 1.0)
-    assert (summary["step"], summary["train_loss"], summary["tokens_per_second"]) == (80, 1 / 80, 200.0)
+    assert (summary["step"], summary["train_loss"], summary["tokens_per_second"]) == (
+        80,
+        1 / 80,
+        200.0,
+    )
     assert "8,000 tokens" in format_summary(run)
-    assert pq.read_table(run.export_metrics_parquet(), filesystem=run.filesystem).equals(run.metrics_table())
-    assert len(list(run.iterate_metrics(("step", "rows_digest")))) == sum(stop - start for start, stop in SPANS)
+    assert pq.read_table(run.export_metrics_parquet(), filesystem=run.filesystem).equals(
+        run.metrics_table()
+    )
+    assert len(list(run.iterate_metrics(("step", "rows_digest")))) == sum(
+        stop - start for start, stop in SPANS
+    )
 
 
 def crash(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("where", "at"), [("write_bytes", 0), ("delete_file", 0), ("delete_file", 2)])
+@pytest.mark.parametrize(
+    ("where", "at"), [("write_bytes", 0), ("delete_file", 0), ("delete_file", 2)]
+)
 def test_a_process_that_dies_while_compacting(
     run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
@@ -125,19 +164,24 @@ def test_a_process_that_dies_while_compacting(
         log._metrics.compact("a0001")
     assert again.metrics() == [row_of(step) for step in range(1, done + 31)]
     files = list_files(run.filesystem, f"{run.path}/metrics")
-    assert sum(name.endswith(".jsonl") for name in files) <= 3, ("what a dead process left is "
-                                                                 "cleared away")
+    assert sum(name.endswith(".jsonl") for name in files) <= 3, (
+        "what a dead process left is cleared away"
+    )
 
 
-def test_two_compactors_at_once(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_compactors_at_once(
+    run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They see the same parts, or one more: rows are given once all the same."""
     monkeypatch.setattr("dray.runs.row_log.COMPACT_PARTS", 10**6)
     monkeypatch.setattr("dray.runs.row_log.RowLog._compact_when_due", lambda *_: None)
     log_steps(run, 1, 40)
     listed = [file for file in run._metrics._files("a0001") if not file.is_compact][:-1]
     others = [Run.open(run.storage, run.name)._metrics for _ in range(3)]
-    threads = [threading.Thread(target=log._compact_files, args=(listed[:stop],))
-               for log, stop in zip(others, (2, len(listed), 3), strict=True)]
+    threads = [
+        threading.Thread(target=log._compact_files, args=(listed[:stop],))
+        for log, stop in zip(others, (2, len(listed), 3), strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -148,10 +192,17 @@ def test_two_compactors_at_once(run: Run, small_parts: None, monkeypatch: pytest
     writer = listed[0].writer
     for name in list_files(filesystem, folder):
         filesystem.delete_file(f"{folder}/{name}")
+
     def write(first: int, last: int) -> None:
         parts = [part for part in range(first, last + 1) for _ in range(3)]
-        rows = [row_of(1 + 3 * part + index) for part in range(first, last + 1) for index in range(3)]
-        write_bytes(filesystem, f"{folder}/a0001-{writer}-{first:06d}-{last:06d}.parquet", make_parquet(rows, parts))
+        rows = [
+            row_of(1 + 3 * part + index) for part in range(first, last + 1) for index in range(3)
+        ]
+        write_bytes(
+            filesystem,
+            f"{folder}/a0001-{writer}-{first:06d}-{last:06d}.parquet",
+            make_parquet(rows, parts),
+        )
 
     for first, last in ((0, 4), (0, 2), (3, 8), (8, 8), (5, 7)):
         write(first, last)
@@ -159,7 +210,9 @@ def test_two_compactors_at_once(run: Run, small_parts: None, monkeypatch: pytest
     assert run.outline().num_steps == 27
 
 
-def test_reading_while_it_is_compacted(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_while_it_is_compacted(
+    run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reader that has come half way loses and doubles nothing when the parts before it go
     away."""
     monkeypatch.setattr("dray.runs.row_log.RowLog._compact_when_due", lambda *_: None)
@@ -176,12 +229,16 @@ def test_reading_while_it_is_compacted(run: Run, small_parts: None, monkeypatch:
         assert steps == list(range(1, 41))
 
 
-def test_a_damaged_parquet_file(run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_parquet_file(
+    run: Run, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the parts are there they are read; afterwards the damage is named, not passed over."""
     monkeypatch.setattr("dray.runs.row_log.RowLog._delete", lambda *_: None)
     log_steps(run, 1, 40)
     folder = f"{run.path}/metrics"
-    name = next(name for name in sorted(list_files(run.filesystem, folder)) if name.endswith(".parquet"))
+    name = next(
+        name for name in sorted(list_files(run.filesystem, folder)) if name.endswith(".parquet")
+    )
     content = read_bytes(run.filesystem, f"{folder}/{name}")
     for damaged in (content[: len(content) // 2], b"", content[:-20] + bytes(20)):
         write_bytes(run.filesystem, f"{folder}/{name}", damaged)
@@ -204,7 +261,9 @@ def test_a_part_with_a_damaged_line_stays(local_run: Run, small_parts: None) -> 
     assert [row["step"] for row in local_run.metrics()] == [1, 2, *range(4, 61)]
 
 
-def test_a_stale_appender_does_not_write_into_what_is_gone(local_run: Run, small_parts: None) -> None:
+def test_a_stale_appender_does_not_write_into_what_is_gone(
+    local_run: Run, small_parts: None
+) -> None:
     """Two processes append to one log; one of them sleeps while the other fills and compacts the
     part."""
     log = local_run._events
@@ -225,7 +284,9 @@ def test_attempts_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     run.attempts()
     reads: list[str] = []
     real = records.read_bytes
-    monkeypatch.setattr("dray.runs.row_log.read_bytes", lambda fs, path: reads.append(path) or real(fs, path))
+    monkeypatch.setattr(
+        "dray.runs.row_log.read_bytes", lambda fs, path: reads.append(path) or real(fs, path)
+    )
     assert len(Run.open(run.storage, run.name).attempts()) == 6
     assert reads == []
     number = run.begin_attempt(1, 9)

@@ -13,13 +13,13 @@ import uuid
 from pathlib import Path
 
 import pytest
-from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 from dray.errors import StoreError
 from dray.runs import CheckpointInfo, CheckpointWriter, Driver, Run
 from dray.runs.drivers import is_gone, make_process
 from dray.runs.row_log import load_json, save_json
 from dray.storage.filesystem import list_files, read_bytes, write_bytes
+from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 TAKE_OVER = """
 import sys
@@ -37,8 +37,12 @@ sys.stdin.read()
 
 
 def start(run: Run) -> subprocess.Popen[str]:
-    child = subprocess.Popen([sys.executable, "-c", TAKE_OVER, run.storage], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", TAKE_OVER, run.storage],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     return child
@@ -74,8 +78,11 @@ def test_one_after_the_other(run: Run) -> None:
     assert run.driver() is None
     first = run.take_over()
     assert first.number == 1
-    with pytest.raises(StoreError, match=rf"driver 1 \(process {os.getpid()} on .* is at work on "
-                                         r"it.*kill") as caught:
+    with pytest.raises(
+        StoreError,
+        match=rf"driver 1 \(process {os.getpid()} on .* is at work on "
+        r"it.*kill",
+    ) as caught:
         run.take_over()
     assert "\n" not in str(caught.value)
     run.heartbeat(first)
@@ -120,7 +127,9 @@ def test_a_stopped_process_is_alive(local_run: Run) -> None:
     assert local_run.take_over().number == 2
 
 
-def test_a_driver_elsewhere_lives_by_its_signs_of_life(local_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_elsewhere_lives_by_its_signs_of_life(
+    local_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = local_run.take_over()
     local_run.set_status("running")
     local_run.update(driver=local_run.record()["driver"] | {"host": "elsewhere"})
@@ -178,10 +187,16 @@ def test_on_a_filesystem_without_times() -> None:
     assert run.take_over().number == 2
 
 
-@pytest.mark.parametrize(("change", "gone"), [
-    ({}, False), ({"started": "1"}, True), ({"host": "elsewhere"}, None), ({"machine": "another boot"}, None),
-    ({"pid": 2**22 + 1}, True),
-])
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [
+        ({}, False),
+        ({"started": "1"}, True),
+        ({"host": "elsewhere"}, None),
+        ({"machine": "another boot"}, None),
+        ({"pid": 2**22 + 1}, True),
+    ],
+)
 def test_who_is_gone(change: dict[str, object], gone: bool | None) -> None:
     assert is_gone(make_process() | change) is gone
 
@@ -200,10 +215,14 @@ def test_a_process_that_nobody_has_waited_for_is_gone() -> None:
 # ---- fencing -----------------------------------------------------------------------------------
 
 
-def write_and_wait(run: Run, step: int, attempt: int) -> tuple[CheckpointWriter, list[object], dict[str, object]]:
+def write_and_wait(
+    run: Run, step: int, attempt: int
+) -> tuple[CheckpointWriter, list[object], dict[str, object]]:
     """A checkpoint all of whose files are written, and which is not committed yet."""
     writer, whole = CheckpointWriter(run, step, attempt), make_whole(step)
-    files: list[object] = [writer.write_rank(rank, 2, make_fragments(whole, rank, 2)) for rank in range(2)]
+    files: list[object] = [
+        writer.write_rank(rank, 2, make_fragments(whole, rank, 2)) for rank in range(2)
+    ]
     return writer, files, {"shapes": SHAPES, "step": step}
 
 
@@ -248,7 +267,9 @@ def test_what_a_stale_attempt_does_late_is_harmless(run: Run) -> None:
             super()._check_current()
             newest = run.latest_checkpoint()
             assert newest is not None
-            later.append(run.begin_attempt(2, newest.step, driver=take_over_from(run, first).number))
+            later.append(
+                run.begin_attempt(2, newest.step, driver=take_over_from(run, first).number)
+            )
 
     _, files, metadata = write_and_wait(run, 20, attempt)
     late = Overtaken(run, 20, attempt).commit(files, metadata)  # type: ignore[arg-type]
@@ -259,7 +280,9 @@ def test_what_a_stale_attempt_does_late_is_harmless(run: Run) -> None:
     run.set_status("failed", "late", driver=first)
     assert run.record()["status"] == "created", "what it says of the run is not recorded"
     assert [(row["step"], row["attempt"]) for row in run.metrics()] == [
-        *((step, 1) for step in range(1, 11)), *((step, 2) for step in range(11, 21))]
+        *((step, 1) for step in range(1, 11)),
+        *((step, 2) for step in range(11, 21)),
+    ]
     own = save(run, 20, attempt=later[0])
     assert run.latest_checkpoint() == own
     assert own.path != late.path
@@ -305,8 +328,12 @@ except Exception as error:
 def test_a_driver_that_wakes_up_after_it_was_replaced(local_run: Run) -> None:
     """A real process, stopped before its marker like a suspended machine, and set going again
     afterwards."""
-    child = subprocess.Popen([sys.executable, "-c", COMMIT_LATE, local_run.storage], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", COMMIT_LATE, local_run.storage],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert answer(child) == "written\n"
     os.kill(child.pid, signal.SIGSTOP)
     send_away(local_run, Driver(1, ""), seconds=70)

@@ -21,12 +21,19 @@ from dray.storage.filesystem import list_files, read_bytes, write_bytes
 
 
 def test_what_is_saved_is_read(run: Run) -> None:
-    assert (load_failures(run), load_log(run, 1, 0), load_stacks(run, 1), load_beats(run, 1)) == ([], [], {}, {})
+    assert (load_failures(run), load_log(run, 1, 0), load_stacks(run, 1), load_beats(run, 1)) == (
+        [],
+        [],
+        {},
+        {},
+    )
     save_log(run, 1, 1, "x" * (TAIL_BYTES + 5) + "\nlast words\n")
     save_log(run, 2, 1, "another attempt's")
     save_stacks(run, 1, 12345, "Thread 0x1 (most recent call first):\n")
     save_beat(run, 1, 1, {"step": 3, "phase": "data"})
-    save_failure(run, {"attempt": 1, "ranks": [make_rank_failure(1, exit="SIGKILL")], "more": {"kept": 1}})
+    save_failure(
+        run, {"attempt": 1, "ranks": [make_rank_failure(1, exit="SIGKILL")], "more": {"kept": 1}}
+    )
     save_failure(run, {"attempt": 12, "reason": "no cluster"})
     assert load_log(run, 1, 1)[-1] == "last words"
     assert len(load_log(run, 1, 1)[0]) < TAIL_BYTES
@@ -34,7 +41,11 @@ def test_what_is_saved_is_read(run: Run) -> None:
     assert list(load_stacks(run, 1)) == [12345]
     assert load_beats(run, 1) == {1: {"rank": 1, "step": 3, "phase": "data"}}
     first, second = load_failures(run)
-    assert (first["attempt"], first["more"], first["ranks"][0]["exit"]) == (1, {"kept": 1}, "SIGKILL")
+    assert (first["attempt"], first["more"], first["ranks"][0]["exit"]) == (
+        1,
+        {"kept": 1},
+        "SIGKILL",
+    )
     assert (second["attempt"], second["ranks"], second["reason"]) == (12, [], "no cluster")
 
 
@@ -43,7 +54,9 @@ def test_no_secret_is_kept(run: Run) -> None:
     save_log(run, 1, 0, f"AWS_SECRET_ACCESS_KEY={secret}\nlast words\n")
     save_stacks(run, 1, 0, f"s3://me:{secret}@bucket")
     save_beat(run, 1, 0, {"password": secret})
-    save_failure(run, {"attempt": 1, "ranks": [make_rank_failure(0, OSError(f"s3://b?secret_key={secret}"))]})
+    save_failure(
+        run, {"attempt": 1, "ranks": [make_rank_failure(0, OSError(f"s3://b?secret_key={secret}"))]}
+    )
     for folder in ("logs", "stacks", "beats", "failures"):
         (name,) = list_files(run.filesystem, f"{run.path}/{folder}")
         assert secret not in read_bytes(run.filesystem, f"{run.path}/{folder}/{name}").decode()
@@ -73,5 +86,10 @@ def test_an_error_is_freed_of_its_wrappers() -> None:
     assert unwrap(Wrapper(Wrapper(inner))) is inner
     assert str(unwrap(Wrapper(None))) == "outer"
     record = make_rank_failure(2, Wrapper(inner), node="a", step=7)
-    assert (record["error_type"], record["node"], record["step"], record["exit"]) == ("builtins.KeyError", "a", 7, None)
+    assert (record["error_type"], record["node"], record["step"], record["exit"]) == (
+        "builtins.KeyError",
+        "a",
+        7,
+        None,
+    )
     assert record["traceback"].startswith("KeyError")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from sharded_model import PLAN, make_test_spec, save
 
 from dray.errors import CheckpointsLost
 from dray.runs import Run, find_resume_checkpoint
 from dray.storage.filesystem import delete_folder
+from sharded_model import PLAN, make_test_spec, save
 
 
 def test_a_run_that_never_committed_begins(local_run: Run) -> None:
@@ -23,8 +23,11 @@ def test_a_run_does_not_begin_again_when_all_is_set_aside(run: Run) -> None:
     run.set_aside(newer, "a bit flipped")
     assert find_resume_checkpoint(run) == older
     run.set_aside(older, "another one")
-    with pytest.raises(CheckpointsLost, match=r"step 20: set aside: a bit flipped; step 10: "
-                                              r".*--run"):
+    with pytest.raises(
+        CheckpointsLost,
+        match=r"step 20: set aside: a bit flipped; step 10: "
+        r".*--run",
+    ):
         find_resume_checkpoint(run)
 
 

@@ -10,12 +10,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sharded_model import PLAN, make_test_spec, save
 
 from dray.errors import StoreError
-from dray.runs import CheckpointInfo, CheckpointReader, Run, apply_retention, verify_all, verify_checkpoint
+from dray.runs import (
+    CheckpointInfo,
+    CheckpointReader,
+    Run,
+    apply_retention,
+    verify_all,
+    verify_checkpoint,
+)
 from dray.runs.row_log import load_json, save_json
 from dray.storage.filesystem import list_files, list_folders
+from sharded_model import PLAN, make_test_spec, save
 
 
 def steps_of(run: Run) -> list[int]:
@@ -30,16 +37,22 @@ def test_keep_last(run: Run) -> None:
     assert steps_of(run) == [20, 30]
     assert all(verify_checkpoint(run, info).ok for info in run.checkpoints())
     assert apply_retention(run, keep_last=2) == []
-    assert list_folders(run.filesystem, f"{run.path}/checkpoints") == ["step-00000020-a0001", "step-00000030-a0001"]
+    assert list_folders(run.filesystem, f"{run.path}/checkpoints") == [
+        "step-00000020-a0001",
+        "step-00000030-a0001",
+    ]
 
 
-@pytest.mark.parametrize(("metric", "values", "kept"), [
-    ("loss", {10: 1.0, 20: 3.0, 30: 2.0, 40: 4.0}, [10, 30, 40]),
-    ("accuracy", {10: 0.1, 20: 0.9, 30: 0.2, 40: 0.3}, [20, 40]),
-    ("loss", {10: float("nan"), 20: 3.0, 30: 2.0, 40: 4.0}, [20, 30, 40]),
-    ("loss", {40: 4.0}, [40]),
-    ("perplexity", {10: 1.0, 20: 3.0}, [10, 20, 40]),
-])
+@pytest.mark.parametrize(
+    ("metric", "values", "kept"),
+    [
+        ("loss", {10: 1.0, 20: 3.0, 30: 2.0, 40: 4.0}, [10, 30, 40]),
+        ("accuracy", {10: 0.1, 20: 0.9, 30: 0.2, 40: 0.3}, [20, 40]),
+        ("loss", {10: float("nan"), 20: 3.0, 30: 2.0, 40: 4.0}, [20, 30, 40]),
+        ("loss", {40: 4.0}, [40]),
+        ("perplexity", {10: 1.0, 20: 3.0}, [10, 20, 40]),
+    ],
+)
 def test_keep_best(local_run: Run, metric: str, values: dict[int, float], kept: list[int]) -> None:
     for step in (10, 20, 30, 40):
         save(local_run, step, **({"validation": {metric: values[step]}} if step in values else {}))
@@ -53,7 +66,9 @@ def test_best_by_the_validation_rows(local_run: Run) -> None:
         # What a checkpoint carries may stem from an earlier validation; the row of its own step
         # counts.
         save(local_run, step, validation={"loss": 9.0}, validation_step=10)
-        local_run.log_metrics([{"kind": "validation", "step": step, "attempt": attempt, "loss": loss}])
+        local_run.log_metrics(
+            [{"kind": "validation", "step": step, "attempt": attempt, "loss": loss}]
+        )
     apply_retention(local_run, keep_last=1, keep_best=1)
     assert steps_of(local_run) == [20, 30]
 
@@ -72,7 +87,9 @@ def test_unsound_ones_go_only_when_a_newer_sound_one_is_there(local_run: Run) ->
     assert [info.step for info in local_run.checkpoints(verified_only=False)] == [10, 20, 40]
     save(local_run, 30)
     apply_retention(local_run, keep_last=1)
-    assert [info.step for info in local_run.checkpoints(verified_only=False)] == [30, 40], "40 may be in the writing"
+    assert [info.step for info in local_run.checkpoints(verified_only=False)] == [30, 40], (
+        "40 may be in the writing"
+    )
 
 
 def test_what_was_set_aside_is_never_deleted(local_run: Run) -> None:
@@ -125,8 +142,13 @@ def test_what_is_held_is_kept(run: Run) -> None:
         assert steps_of(run) == [10, 30]
         assert reader.verify_files([0, 1]) == []
     assert names_of_pins(run) == []
-    assert [path.rpartition("/")[2] for path in apply_retention(run, keep_last=1)] == ["step-00000010-a0001"]
-    with pytest.raises(StoreError, match="the checkpoint of step 10 was deleted meanwhile"), run.hold(first):
+    assert [path.rpartition("/")[2] for path in apply_retention(run, keep_last=1)] == [
+        "step-00000010-a0001"
+    ]
+    with (
+        pytest.raises(StoreError, match="the checkpoint of step 10 was deleted meanwhile"),
+        run.hold(first),
+    ):
         pytest.fail("it is gone")
     assert names_of_pins(run) == []
 
@@ -135,8 +157,12 @@ def test_a_reader_in_another_process(local_run: Run) -> None:
     """Its pin counts while it lives; killed, it holds nothing, and what it left is cleared away."""
     save(local_run, 10)
     save(local_run, 20)
-    reader = subprocess.Popen([sys.executable, "-c", HOLD, local_run.storage], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", HOLD, local_run.storage],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert reader.stdout is not None
     assert reader.stdout.readline() == "held\n"
     apply_retention(local_run, keep_last=1)
@@ -156,7 +182,11 @@ def test_a_reader_elsewhere_holds_for_a_day(run: Run, hours: int, kept: bool) ->
     with run.hold(run.checkpoints()[0]):
         path = f"{run.path}/pins/{names_of_pins(run)[0]}"
         time = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
-        save_json(run.filesystem, path, load_json(run.filesystem, path) | {"host": "elsewhere", "time": time})
+        save_json(
+            run.filesystem,
+            path,
+            load_json(run.filesystem, path) | {"host": "elsewhere", "time": time},
+        )
         apply_retention(run, keep_last=1)
         assert steps_of(run) == ([10, 20] if kept else [20])
 
@@ -172,7 +202,9 @@ def test_a_reader_that_comes_in_the_middle(local_run: Run, monkeypatch: pytest.M
         save(local_run, 20, attempt=turn)
         calls: list[int] = []
 
-        def come_in(run: Run, info: CheckpointInfo = first, turn: int = turn, calls: list[int] = calls) -> set[str]:
+        def come_in(
+            run: Run, info: CheckpointInfo = first, turn: int = turn, calls: list[int] = calls
+        ) -> set[str]:
             calls.append(1)
             if len(calls) == turn:
                 readers.append(run.hold(info))

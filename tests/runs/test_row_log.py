@@ -18,15 +18,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sharded_model import PLAN, make_test_spec, save
 
 from dray.runs import Run
 from dray.runs.row_log import PART_BYTES, RowLog, make_history, make_table
 from dray.storage.filesystem import is_local, list_files, open_filesystem
+from sharded_model import PLAN, make_test_spec, save
 
 
 def rows_of(attempt: int, first: int, last: int, **more: Any) -> list[dict[str, Any]]:
-    return [{"step": step, "attempt": attempt, "loss": step / 10, **more} for step in range(first, last + 1)]
+    return [
+        {"step": step, "attempt": attempt, "loss": step / 10, **more}
+        for step in range(first, last + 1)
+    ]
 
 
 def test_history_has_one_row_a_step(run: Run) -> None:
@@ -38,12 +41,27 @@ def test_history_has_one_row_a_step(run: Run) -> None:
     run.begin_attempt(1, 9)
     run.log_metrics(rows_of(3, 10, 10))
     assert [(row["step"], row["attempt"]) for row in run.metrics()] == [
-        (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 2), (7, 2), (8, 2), (9, 2), (10, 3)]
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 1),
+        (6, 2),
+        (7, 2),
+        (8, 2),
+        (9, 2),
+        (10, 3),
+    ]
 
 
 def test_validation_rows_are_apart(run: Run) -> None:
     attempt = run.begin_attempt(1, 0)
-    run.log_metrics([*rows_of(attempt, 1, 2), {"kind": "validation", "step": 2, "attempt": attempt, "loss": 1.5}])
+    run.log_metrics(
+        [
+            *rows_of(attempt, 1, 2),
+            {"kind": "validation", "step": 2, "attempt": attempt, "loss": 1.5},
+        ]
+    )
     assert [row["step"] for row in run.metrics()] == [1, 2]
     assert [row["loss"] for row in run.validations()] == [1.5]
     with pytest.raises(ValueError, match="needs step and attempt"):
@@ -74,7 +92,9 @@ def test_events(run: Run) -> None:
 
 
 def test_foreign_numbers(local_run: Run) -> None:
-    local_run.log_metrics([{"step": np.int64(1), "attempt": 1, "loss": torch.tensor(0.5), "grad_norm": float("nan")}])
+    local_run.log_metrics(
+        [{"step": np.int64(1), "attempt": 1, "loss": torch.tensor(0.5), "grad_norm": float("nan")}]
+    )
     row = local_run.metrics()[0]
     assert (row["step"], row["loss"]) == (1, 0.5)
     assert row["grad_norm"] != row["grad_norm"]
@@ -82,8 +102,9 @@ def test_foreign_numbers(local_run: Run) -> None:
         local_run.log_metrics([{"step": 2, "attempt": 1, "loss": object()}])
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 3, "att', b"{", b'{"step": 3, "attempt": '
-                                                             b'1}', b"x" * 200_000])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 3, "att', b"{", b'{"step": 3, "attempt": 1}', b"x" * 200_000]
+)
 def test_torn_line_is_ignored_and_repaired(local_run: Run, torn: bytes) -> None:
     local_run.log_metrics(rows_of(1, 1, 2))
     path = Path(local_run.path, "metrics", "a0001.jsonl")
@@ -117,13 +138,18 @@ while True:
 
 def test_kill_9_loses_no_stored_row(local_run: Run) -> None:
     for seconds in (0.02, 0.05, 0.11):
-        child = subprocess.Popen([sys.executable, "-c", LOG_FOR_EVER, local_run.storage], stdout=subprocess.PIPE,
-                                 text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", LOG_FOR_EVER, local_run.storage],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert child.stdout is not None
         child.stdout.readline()
         time.sleep(seconds)
         os.kill(child.pid, signal.SIGKILL)
-        said = [line for line in child.communicate()[0].splitlines(keepends=True) if line.endswith("\n")]
+        said = [
+            line for line in child.communicate()[0].splitlines(keepends=True) if line.endswith("\n")
+        ]
         assert len(local_run.metrics()) >= len(said) + 1
     local_run.log_metrics(rows_of(1, 1, 1))
     for line in Path(local_run.path, "metrics", "a0001.jsonl").read_text().splitlines():
@@ -140,7 +166,10 @@ for number in range(300):
 
 
 def test_many_writers_at_once(local_run: Run) -> None:
-    children = [subprocess.Popen([sys.executable, "-c", APPEND, local_run.storage, str(writer)]) for writer in range(3)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", APPEND, local_run.storage, str(writer)])
+        for writer in range(3)
+    ]
     assert [child.wait() for child in children] == [0, 0, 0]
     found = {(event["writer"], event["number"]) for event in local_run.events()}
     assert found == {(str(writer), number) for writer in range(3) for number in range(300)}
@@ -164,7 +193,9 @@ def test_parts_on_an_object_store(s3_storage: str) -> None:
 
 
 @pytest.mark.parametrize("read_bytes", [13, 97, 10**6])
-def test_rows_are_read_in_pieces_of_any_size(run: Run, monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
+def test_rows_are_read_in_pieces_of_any_size(
+    run: Run, monkeypatch: pytest.MonkeyPatch, read_bytes: int
+) -> None:
     monkeypatch.setattr("dray.runs.row_log.READ_BYTES", read_bytes)
     attempt = run.begin_attempt(1, 0)
     rows = [{"step": step, "attempt": attempt, "filler": "ä" * step} for step in range(1, 30)]
@@ -178,8 +209,12 @@ def test_rows_are_read_in_pieces_of_any_size(run: Run, monkeypatch: pytest.Monke
 def test_table_and_parquet(run: Run) -> None:
     attempt = run.begin_attempt(1, 0)
     assert run.metrics_table().num_rows == 0
-    run.log_metrics([{"step": 1, "attempt": attempt, "loss": 1, "where": {"a": 1}, "mixed": 1},
-                     {"step": 2, "attempt": attempt, "loss": 0.5, "late": "x", "mixed": "y"}])
+    run.log_metrics(
+        [
+            {"step": 1, "attempt": attempt, "loss": 1, "where": {"a": 1}, "mixed": 1},
+            {"step": 2, "attempt": attempt, "loss": 0.5, "late": "x", "mixed": "y"},
+        ]
+    )
     table = run.metrics_table()
     assert table.column_names == ["step", "attempt", "loss", "where", "mixed", "late"]
     assert table.column("loss").to_pylist() == [1.0, 0.5]
@@ -219,7 +254,11 @@ def test_falling_back_to_an_older_checkpoint_leaves_no_gap(local_run: Run, bad: 
     train(local_run, 23)
     train(local_run, 36)
     assert_one_row_a_step(local_run, 36)
-    assert [(info.step, info.attempt) for info in local_run.checkpoints()] == [(10, 1), (20, 2), (30, 3)]
+    assert [(info.step, info.attempt) for info in local_run.checkpoints()] == [
+        (10, 1),
+        (20, 2),
+        (30, 3),
+    ]
     for info in local_run.checkpoints():
         if info.step in bad:
             local_run.set_aside(info, "its checksum is another")
@@ -230,9 +269,14 @@ def test_falling_back_to_an_older_checkpoint_leaves_no_gap(local_run: Run, bad: 
     assert_one_row_a_step(local_run, 40)
     start = sound[-1] if sound else 0
     assert {row["attempt"] for row in local_run.metrics() if row["step"] > start} == {attempt}
-    assert [info.step for info in local_run.checkpoints()] == sound + [s for s in (10, 20, 30, 40) if s > start]
-    assert all("undone" in info.problem or "set aside" in info.problem
-               for info in local_run.checkpoints(verified_only=False) if not info.verified)
+    assert [info.step for info in local_run.checkpoints()] == sound + [
+        s for s in (10, 20, 30, 40) if s > start
+    ]
+    assert all(
+        "undone" in info.problem or "set aside" in info.problem
+        for info in local_run.checkpoints(verified_only=False)
+        if not info.verified
+    )
 
 
 def test_a_checkpoint_set_aside_after_others_were_made_from_it(local_run: Run) -> None:
@@ -261,8 +305,16 @@ def test_a_fork_falls_back_to_where_it_came_from(local_run: Run) -> None:
     assert [row["step"] for row in fork.metrics()] == list(range(11, 26))
 
 
-@given(st.lists(st.tuples(st.integers(1, 30), st.sets(st.integers(0, 5), max_size=3)), min_size=1, max_size=5))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 30), st.sets(st.integers(0, 5), max_size=3)),
+        min_size=1,
+        max_size=5,
+    )
+)
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_life_has_one_row_a_step(tmp_path: Path, life: list[tuple[int, set[int]]]) -> None:
     """Attempts of some steps, after each of which some of the sound checkpoints turn out bad."""
     run = Run.create(tmp_path, f"r{uuid.uuid4().hex}", make_test_spec(), PLAN)

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from sharded_model import PLAN, make_test_spec, save
 
 from dray.errors import StoreError
 from dray.runs import Run, list_runs
 from dray.spec import Spec
+from sharded_model import PLAN, make_test_spec, save
 
 
 def test_new_run(storage: str, spec: Spec) -> None:
@@ -25,7 +25,14 @@ def test_new_run(storage: str, spec: Spec) -> None:
     assert run.spec() == spec
     assert run.plan() == PLAN
     assert run.latest_checkpoint() is None
-    assert run.metrics() == run.validations() == run.events() == run.attempts() == run.checkpoints() == []
+    assert (
+        run.metrics()
+        == run.validations()
+        == run.events()
+        == run.attempts()
+        == run.checkpoints()
+        == []
+    )
     assert [found.name for found in list_runs(storage)] == ["speeches"]
     copy = pickle.loads(pickle.dumps(run))
     assert copy.record() == run.record()
@@ -46,8 +53,11 @@ def test_same_identity_goes_on(storage: str, run: Run, spec: Spec) -> None:
 
 def test_other_identity_is_refused(storage: str, run: Run) -> None:
     other = make_test_spec(optimizer={"learning_rate": 2e-3}, seed=7, duration={"steps": 60})
-    with pytest.raises(StoreError, match=r"duration\.steps, optimizer\.learning_rate, "
-                                         r"seed.*--fork NEW_NAME") as caught:
+    with pytest.raises(
+        StoreError,
+        match=r"duration\.steps, optimizer\.learning_rate, "
+        r"seed.*--fork NEW_NAME",
+    ) as caught:
         Run.open_or_create(storage, "speeches", other, PLAN)
     assert "\n" not in str(caught.value)
     assert run.spec().seed == 0
@@ -62,12 +72,23 @@ def test_duration_may_grow(local_run: Run, tmp_path: Path) -> None:
     assert again.spec().duration.steps == 90
 
 
-@pytest.mark.parametrize(("committed", "new_steps", "refused"), [
-    (44, 90, False), (45, 90, False), (46, 90, True), (50, 90, True), (46, 50, False), (40, 42, True),
-    (None, 20, False),
-])
-def test_wsd_keeps_its_decay(tmp_path: Path, committed: int | None, new_steps: int, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("committed", "new_steps", "refused"),
+    [
+        (44, 90, False),
+        (45, 90, False),
+        (46, 90, True),
+        (50, 90, True),
+        (46, 50, False),
+        (40, 42, True),
+        (None, 20, False),
+    ],
+)
+def test_wsd_keeps_its_decay(
+    tmp_path: Path, committed: int | None, new_steps: int, refused: bool
+) -> None:
     """Of 50 steps the last 5 decay: once a checkpoint lies past step 45, the duration is spent."""
+
     def begin(steps: int) -> Run:
         spec = make_test_spec(schedule={"name": "wsd"}, duration={"steps": steps})
         return Run.open_or_create(tmp_path, "stable", spec, {"num_steps": steps})
@@ -91,7 +112,11 @@ def test_fork(storage: str, run: Run, spec: Spec) -> None:
     fork = Run.open_or_create(storage, "speeches", other, PLAN, fork="faster")
     origin = fork.origin()
     assert origin is not None
-    assert (origin["run"], origin["step"], origin["differing"]) == ("speeches", 20, ["optimizer.learning_rate"])
+    assert (origin["run"], origin["step"], origin["differing"]) == (
+        "speeches",
+        20,
+        ["optimizer.learning_rate"],
+    )
     assert fork.latest_checkpoint() == info
     assert fork.checkpoints() == []
     again = Run.open_or_create(storage, "speeches", other, PLAN, fork="faster")
@@ -115,7 +140,9 @@ def test_fork_of_a_fork(tmp_path: Path, spec: Spec) -> None:
         third.latest_checkpoint()
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\n", "-a", "a b", "corpora", "x" * 101, "a\0b", "~"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "a\n", "-a", "a b", "corpora", "x" * 101, "a\0b", "~"]
+)
 def test_names_that_are_no_folders(tmp_path: Path, spec: Spec, name: str) -> None:
     with pytest.raises(StoreError, match=r"^run "):
         Run.create(tmp_path / "runs", name, spec, PLAN)
@@ -178,8 +205,12 @@ def test_status(local_run: Run) -> None:
         assert local_run.record()["reason"] == "because"
     with pytest.raises(ValueError, match="'dead' is not one of"):
         local_run.set_status("dead")
-    driver = subprocess.Popen([sys.executable, "-c", SET_RUNNING, local_run.storage], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SET_RUNNING, local_run.storage],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert driver.stdout is not None
     assert driver.stdout.readline() == "running\n"
     assert local_run.status == "running"
@@ -201,8 +232,15 @@ print(*[run.begin_attempt(1, 0) for _ in range(25)])
 
 
 def test_attempts_of_several_processes_at_once(local_run: Run) -> None:
-    children = [subprocess.Popen([sys.executable, "-c", BEGIN_ATTEMPTS, local_run.storage], stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEGIN_ATTEMPTS, local_run.storage],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
     for child in children:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -213,7 +251,9 @@ def test_attempts_of_several_processes_at_once(local_run: Run) -> None:
     numbers = [int(number) for child in children for number in child.communicate()[0].split()]
     assert sorted(numbers) == list(range(1, 101))
     assert [attempt["attempt"] for attempt in local_run.attempts()] == list(range(1, 101))
-    assert not [name for name in os.listdir(f"{local_run.path}/attempts") if name.startswith(".tmp-")]
+    assert not [
+        name for name in os.listdir(f"{local_run.path}/attempts") if name.startswith(".tmp-")
+    ]
 
 
 def test_attempts(run: Run) -> None:
@@ -221,7 +261,12 @@ def test_attempts(run: Run) -> None:
     run.end_attempt(1, "failed", 12, "worker killed")
     assert run.begin_attempt(4, 10) == 2
     first, second = run.attempts()
-    assert (first["num_ranks"], first["node"], first["status"], first["end_step"]) == (2, "a", "failed", 12)
+    assert (first["num_ranks"], first["node"], first["status"], first["end_step"]) == (
+        2,
+        "a",
+        "failed",
+        12,
+    )
     assert (second["num_ranks"], second["start_step"]) == (4, 10)
     assert "status" not in second
 
@@ -231,21 +276,50 @@ def test_summary(storage: str, run: Run) -> None:
     assert run.summary()["train_loss"] is None
     run.set_status("running")
     attempt = run.begin_attempt(2, 0)
-    run.log_metrics([{"step": step, "attempt": attempt, "loss": 5.0 - step / 10, "tokens_per_second": 100.0 * step}
-                     for step in range(1, 6)])
-    run.log_metrics([{"kind": "validation", "step": 5, "attempt": attempt, "loss": 4.0, "accuracy": 0.5}])
+    run.log_metrics(
+        [
+            {
+                "step": step,
+                "attempt": attempt,
+                "loss": 5.0 - step / 10,
+                "tokens_per_second": 100.0 * step,
+            }
+            for step in range(1, 6)
+        ]
+    )
+    run.log_metrics(
+        [{"kind": "validation", "step": 5, "attempt": attempt, "loss": 4.0, "accuracy": 0.5}]
+    )
     info = save(run, 5)
     Run.open(storage, "speeches").set_status("completed")
     summary = json.loads(json.dumps(run.summary()))
-    assert {"name", "status", "fingerprint", "step", "num_steps", "attempts", "train_loss", "validation",
-            "tokens_per_second", "checkpoints"} <= summary.keys()
+    assert {
+        "name",
+        "status",
+        "fingerprint",
+        "step",
+        "num_steps",
+        "attempts",
+        "train_loss",
+        "validation",
+        "tokens_per_second",
+        "checkpoints",
+    } <= summary.keys()
     assert (summary["name"], summary["status"]) == ("speeches", "completed")
     assert (summary["step"], summary["num_steps"]) == (5, 50)
     assert (summary["train_loss"], summary["tokens_per_second"]) == (4.5, 300.0)
     assert summary["validation"] == {"step": 5, "loss": 4.0, "accuracy": 0.5}
     assert [attempt["num_ranks"] for attempt in summary["attempts"]] == [2]
-    assert summary["checkpoints"] == [{"step": 5, "attempt": 1, "path": info.path, "verified": True,
-                                       "bytes": info.num_bytes, "problem": ""}]
+    assert summary["checkpoints"] == [
+        {
+            "step": 5,
+            "attempt": 1,
+            "path": info.path,
+            "verified": True,
+            "bytes": info.num_bytes,
+            "problem": "",
+        }
+    ]
 
 
 def test_runs_are_listed_by_age(storage: str, spec: Spec) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sharded_model import PLAN, make_test_spec
 
 from dray.errors import StoreError
 from dray.runs import Run, Trackers, build_trackers, check_trackers
 from dray.storage.filesystem import list_files
+from sharded_model import PLAN, make_test_spec
 
 
 class Recording:
@@ -39,13 +39,19 @@ class Recording:
 
 
 def failures(run: Run) -> list[tuple[str, str]]:
-    return [(event["tracker"], event["error"]) for event in run.events() if event["kind"] == "tracker_failed"]
+    return [
+        (event["tracker"], event["error"])
+        for event in run.events()
+        if event["kind"] == "tracker_failed"
+    ]
 
 
 def follow(trackers: Trackers, num_steps: int = 5) -> None:
     trackers.start("speeches", {})
     for step in range(1, num_steps + 1):
-        trackers.log(step, {"step": step, "loss": 1.0 / step, "rows_digest": "ab", "ok": True, "tokens": 7})
+        trackers.log(
+            step, {"step": step, "loss": 1.0 / step, "rows_digest": "ab", "ok": True, "tokens": 7}
+        )
     trackers.finish("completed")
 
 
@@ -76,7 +82,9 @@ def test_a_hanging_tracker_holds_nothing_up(local_run: Run) -> None:
 
     good = Recording()
     begun = time.monotonic()
-    follow(Trackers(local_run, {"hanging": Hanging(), "good": good}, finish_seconds=0.5), num_steps=20)
+    follow(
+        Trackers(local_run, {"hanging": Hanging(), "good": good}, finish_seconds=0.5), num_steps=20
+    )
     assert time.monotonic() - begun < 5
     assert good.calls[-1] == ("finish", "completed")
     assert failures(local_run) == [("hanging", "TimeoutError: did not finish within 0.5 s")]
@@ -107,7 +115,10 @@ def test_tensorboard(storage: str) -> None:
         events = EventAccumulator(f"{run.path}/trackers/tensorboard")
         events.Reload()
         assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-            (1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+            (1, 1.0),
+            (2, 0.5),
+            (3, pytest.approx(1 / 3)),
+        ]
 
 
 def test_mlflow(tmp_path: Path) -> None:
@@ -132,7 +143,11 @@ def test_mlflow(tmp_path: Path) -> None:
     assert found.info.status == "FINISHED"
     assert found.data.params["model.hidden_size"] == "64"
     history = client.get_metric_history(found.info.run_id, "loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert [(metric.step, metric.value) for metric in history] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+    ]
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +173,9 @@ def test_mlflow_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(failures(run)) == 1
 
 
-def test_what_cannot_be_is_refused_beforehand(s3_storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused_beforehand(
+    s3_storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(StoreError, match="needs a local disk; give a tracking URI"):
         check_trackers(make_test_spec(tracking={"mlflow": True}), s3_storage)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -7,17 +7,22 @@ inside.
 
 from __future__ import annotations
 
+from dray.runs.checkpoint_manifest import CheckpointInfo, RankFile
+from dray.runs.checkpoint_reader import (
+    CheckpointReader,
+    CheckpointReport,
+    inspect_checkpoint,
+    verify_checkpoint,
+)
 from dray.runs.commit import CheckpointWriter
 from dray.runs.drivers import Driver
-from dray.storage.filesystem import open_filesystem
 from dray.runs.layout import Fragment, make_fragment_key, parse_fragment_key
-from dray.runs.checkpoint_manifest import CheckpointInfo, RankFile
-from dray.runs.checkpoint_reader import CheckpointReader, CheckpointReport, inspect_checkpoint, verify_checkpoint
-from dray.runs.row_log import make_limits
 from dray.runs.resuming import find_resume_checkpoint
 from dray.runs.retention import LOWER_IS_BETTER, apply_retention
+from dray.runs.row_log import make_limits
 from dray.runs.run import Run, find_checkpoint, list_runs, verify_all
 from dray.runs.trackers import Tracker, Trackers, build_trackers, check_trackers
+from dray.storage.filesystem import open_filesystem
 
 __all__ = [
     "LOWER_IS_BETTER",

@@ -46,9 +46,11 @@ class Fragments:
 
     @classmethod
     def make(cls, fragments: Sequence[Fragment]) -> Fragments:
-        return cls(tuple((fragment.parameter, fragment.state) for fragment in fragments),
-                   np.array([fragment.start for fragment in fragments], dtype=np.int64),
-                   np.array([fragment.length for fragment in fragments], dtype=np.int64))
+        return cls(
+            tuple((fragment.parameter, fragment.state) for fragment in fragments),
+            np.array([fragment.start for fragment in fragments], dtype=np.int64),
+            np.array([fragment.length for fragment in fragments], dtype=np.int64),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = zlib.compress(json.dumps(self.keys, separators=(",", ":")).encode(), 1)
@@ -56,13 +58,19 @@ class Fragments:
 
 
 def _make_fragments(names: bytes, starts: bytes, lengths: bytes) -> Fragments:
-    return Fragments(_make_keys(names), np.frombuffer(starts, dtype=np.int64), np.frombuffer(lengths, dtype=np.int64))
+    return Fragments(
+        _make_keys(names),
+        np.frombuffer(starts, dtype=np.int64),
+        np.frombuffer(lengths, dtype=np.int64),
+    )
 
 
 @lru_cache(maxsize=4)
 def _make_keys(names: bytes) -> tuple[Key, ...]:
     """Most ranks hold parts of the same tensors: their keys become one object."""
-    return tuple((str(parameter), str(state)) for parameter, state in json.loads(zlib.decompress(names)))
+    return tuple(
+        (str(parameter), str(state)) for parameter, state in json.loads(zlib.decompress(names))
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,12 @@ class RankFile:
     """None where it was read from a manifest that says in a shorter way where everything lies."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"rank": self.rank, "file": self.file, "bytes": self.num_bytes, "sha256": self.sha256}
+        return {
+            "rank": self.rank,
+            "file": self.file,
+            "bytes": self.num_bytes,
+            "sha256": self.sha256,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RankFile:
@@ -85,8 +98,12 @@ class RankFile:
             raise ValueError(f"{value['file']!r} is not a rank file's name")
         fragments = None
         if "fragments" in value:
-            fragments = Fragments.make([Fragment(str(p), str(s), int(a), int(n)) for p, s, a, n in value["fragments"]])
-        return cls(int(value["rank"]), value["file"], int(value["bytes"]), value["sha256"], fragments)
+            fragments = Fragments.make(
+                [Fragment(str(p), str(s), int(a), int(n)) for p, s, a, n in value["fragments"]]
+            )
+        return cls(
+            int(value["rank"]), value["file"], int(value["bytes"]), value["sha256"], fragments
+        )
 
 
 class Piece(NamedTuple):
@@ -125,7 +142,9 @@ class Scattered:
         first = max(0, int(np.searchsorted(self.starts, start, side="right")) - 1)
         last = max(first + 1, int(np.searchsorted(self.starts, stop, side="left")))
         for at in range(first, last):
-            yield Piece(int(self.files[at]), Fragment(*key, int(self.starts[at]), int(self.lengths[at])))
+            yield Piece(
+                int(self.files[at]), Fragment(*key, int(self.starts[at]), int(self.lengths[at]))
+            )
 
 
 Places = dict[Key, Partition | Scattered]
@@ -146,8 +165,14 @@ class CheckpointManifest:
     """[parameter, state, [file …], [start …], [length …]] of everything else."""
 
     @classmethod
-    def make(cls, step: int, attempt: int, files: Sequence[RankFile], metadata: Mapping[str, Any], where: str
-             ) -> CheckpointManifest:
+    def make(
+        cls,
+        step: int,
+        attempt: int,
+        files: Sequence[RankFile],
+        metadata: Mapping[str, Any],
+        where: str,
+    ) -> CheckpointManifest:
         """The manifest of what the ranks wrote. Raises StoreError unless it covers every tensor
         exactly once."""
         places = make_places(files, metadata["shapes"], where)
@@ -157,8 +182,13 @@ class CheckpointManifest:
             if isinstance(place, Partition):
                 states.setdefault((parameter, place.length), []).append(state)
             else:
-                others.append([parameter, state, *(column.tolist() for column in
-                                                   (place.files, place.starts, place.lengths))])
+                others.append(
+                    [
+                        parameter,
+                        state,
+                        *(column.tolist() for column in (place.files, place.starts, place.lengths)),
+                    ]
+                )
         partitions = [[parameter, length, found] for (parameter, length), found in states.items()]
         return cls(step, attempt, tuple(files), dict(metadata), partitions, others)
 
@@ -172,12 +202,17 @@ class CheckpointManifest:
             for parameter, length, states in self.partitions:
                 size = make_size(self.metadata["shapes"][parameter])
                 if not 0 < length <= size or -(-size // length) > len(self.files):
-                    raise ValueError(f"{parameter}: {len(self.files)} parts of {length} are not "
-                                     f"its {size} elements")
+                    raise ValueError(
+                        f"{parameter}: {len(self.files)} parts of {length} are not "
+                        f"its {size} elements"
+                    )
                 places |= {(parameter, state): Partition(length, size) for state in states}
             columns = _Columns([(parameter, state) for parameter, state, *_ in self.others])
             for index, (_, _, *given) in enumerate(self.others):
-                columns.add(np.full(len(given[0]), index), *(np.array(column, dtype=np.int64) for column in given))
+                columns.add(
+                    np.full(len(given[0]), index),
+                    *(np.array(column, dtype=np.int64) for column in given),
+                )
         except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise StoreError(where, f"not a checkpoint's manifest ({error!r})") from error
         places |= columns.places(self.metadata["shapes"], where, self.files)
@@ -197,9 +232,15 @@ class CheckpointManifest:
         return dict(self.metadata.get("validation") or {})
 
     def to_bytes(self) -> bytes:
-        tree = {"version": VERSION, "step": self.step, "attempt": self.attempt, "metadata": self.metadata,
-                "files": [file.to_json() for file in self.files], "partitions": self.partitions,
-                "others": self.others}
+        tree = {
+            "version": VERSION,
+            "step": self.step,
+            "attempt": self.attempt,
+            "metadata": self.metadata,
+            "files": [file.to_json() for file in self.files],
+            "partitions": self.partitions,
+            "others": self.others,
+        }
         return json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
 
     @classmethod
@@ -210,8 +251,17 @@ class CheckpointManifest:
             if tree["version"] > VERSION:
                 raise ValueError(f"version {tree['version']} is newer than this dray's {VERSION}")
             files = tuple(RankFile.from_json(value) for value in tree["files"])
-            partitions, others = ((), ()) if tree["version"] == 1 else (tree["partitions"], tree["others"])
-            return cls(int(tree["step"]), int(tree["attempt"]), files, dict(tree["metadata"]), partitions, others)
+            partitions, others = (
+                ((), ()) if tree["version"] == 1 else (tree["partitions"], tree["others"])
+            )
+            return cls(
+                int(tree["step"]),
+                int(tree["attempt"]),
+                files,
+                dict(tree["metadata"]),
+                partitions,
+                others,
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(where, f"not a checkpoint's manifest ({error!r})") from error
 
@@ -238,7 +288,9 @@ class CheckpointInfo:
     set_aside: bool = False
 
 
-def make_places(files: Sequence[RankFile], shapes: Mapping[str, Sequence[int]], where: str) -> Places:
+def make_places(
+    files: Sequence[RankFile], shapes: Mapping[str, Sequence[int]], where: str
+) -> Places:
     """Where every tensor lies, by (parameter, state), from what the ranks wrote.
 
     Raises StoreError unless each tensor of `shapes` has its weights (or buffer, or extra) covered
@@ -251,12 +303,17 @@ def make_places(files: Sequence[RankFile], shapes: Mapping[str, Sequence[int]], 
         assert file.fragments is not None
         if id(file.fragments.keys) not in numbers:
             numbers[id(file.fragments.keys)] = np.array(
-                [keys.setdefault(key, len(keys)) for key in file.fragments.keys], dtype=np.int64)
+                [keys.setdefault(key, len(keys)) for key in file.fragments.keys], dtype=np.int64
+            )
     columns = _Columns(list(keys))
     for index, file in enumerate(files):
         if file.fragments is not None and len(file.fragments.keys):
-            columns.add(numbers[id(file.fragments.keys)], np.full(len(file.fragments.keys), index),
-                        file.fragments.starts, file.fragments.lengths)
+            columns.add(
+                numbers[id(file.fragments.keys)],
+                np.full(len(file.fragments.keys), index),
+                file.fragments.starts,
+                file.fragments.lengths,
+            )
     places = columns.places(shapes, where, files)
     _check_all_there(places, shapes, where)
     return places
@@ -276,15 +333,20 @@ class _Columns:
         for column, values in zip(self._columns, (keys, files, starts, lengths), strict=True):
             column.append(values)
 
-    def places(self, shapes: Mapping[str, Sequence[int]], where: str, files: Sequence[RankFile]) -> Places:
+    def places(
+        self, shapes: Mapping[str, Sequence[int]], where: str, files: Sequence[RankFile]
+    ) -> Places:
         """Where each key lies. Raises StoreError unless each is covered exactly once."""
         if not self._columns[0]:
             return {}
         keys, indices, starts, lengths = (np.concatenate(column) for column in self._columns)
         for name, _ in self._keys:
             if name not in shapes:
-                raise StoreError(where, f"{name}: no shape is given for it", "metadata['shapes'] "
-                                                                             "names every tensor")
+                raise StoreError(
+                    where,
+                    f"{name}: no shape is given for it",
+                    "metadata['shapes'] names every tensor",
+                )
         if np.any((indices < 0) | (indices >= len(files))):
             raise StoreError(where, "a fragment lies in a file that there is none of")
         sizes = np.array([make_size(shapes[name]) for name, _ in self._keys], dtype=np.int64)
@@ -297,8 +359,11 @@ class _Columns:
         if wrong is not None:
             at, what = wrong
             where_else = f" in {files[indices[at]].file}" if what.endswith("again") else ""
-            raise StoreError(where, f"{'|'.join(self._keys[keys[at]])}: {what}{where_else}",
-                             "each element is written by exactly one rank")
+            raise StoreError(
+                where,
+                f"{'|'.join(self._keys[keys[at]])}: {what}{where_else}",
+                "each element is written by exactly one rank",
+            )
         found: Places = {}
         for first, last in zip(firsts, [*firsts[1:], len(keys)], strict=True):
             number = int(keys[first])
@@ -307,7 +372,9 @@ class _Columns:
         return found
 
 
-def _find_gap(keys: Ints, starts: Ints, lengths: Ints, firsts: Ints, sizes: Ints) -> tuple[int, str] | None:
+def _find_gap(
+    keys: Ints, starts: Ints, lengths: Ints, firsts: Ints, sizes: Ints
+) -> tuple[int, str] | None:
     """The first fragment at fault and what is wrong, if anything: each must start where the one
     before it ended, the first of a key at 0, and the last must end with its tensor.
 
@@ -320,29 +387,44 @@ def _find_gap(keys: Ints, starts: Ints, lengths: Ints, firsts: Ints, sizes: Ints
     due = np.concatenate(([0], ends[:-1]))
     due[firsts] = 0
     for at in np.flatnonzero(starts != due)[:1]:
-        return int(at), (f"elements {due[at]} to {starts[at] - 1} are "
-                         "missing" if starts[at] > due[at] else
-                         f"elements from {starts[at]} on are written again")
+        return int(at), (
+            f"elements {due[at]} to {starts[at] - 1} are missing"
+            if starts[at] > due[at]
+            else f"elements from {starts[at]} on are written again"
+        )
     lasts = np.append(firsts[1:], len(keys)) - 1
     for at in lasts[ends[lasts] != sizes[lasts]][:1]:
-        return int(at), (f"elements {ends[at]} to {sizes[at] - 1} are "
-                         "missing" if ends[at] < sizes[at] else
-                         f"has {ends[at]} elements, its shape only {sizes[at]}")
+        return int(at), (
+            f"elements {ends[at]} to {sizes[at] - 1} are missing"
+            if ends[at] < sizes[at]
+            else f"has {ends[at]} elements, its shape only {sizes[at]}"
+        )
     return None
 
 
 def _make_place(files: Ints, starts: Ints, lengths: Ints, size: int) -> Partition | Scattered:
     """The shortest way to say where the parts of a tensor lie, which cover it."""
     length = int(lengths[0])
-    even = size > 0 and np.array_equal(files, np.arange(len(files))) and bool(np.all(lengths[:-1] == length))
-    return Partition(length, size) if even and lengths[-1] <= length else Scattered(files, starts, lengths)
+    even = (
+        size > 0
+        and np.array_equal(files, np.arange(len(files)))
+        and bool(np.all(lengths[:-1] == length))
+    )
+    return (
+        Partition(length, size)
+        if even and lengths[-1] <= length
+        else Scattered(files, starts, lengths)
+    )
 
 
 def _check_all_there(places: Places, shapes: Mapping[str, Sequence[int]], where: str) -> None:
     for name in shapes:
-        if not any((name, state) in places for state in ("param", *WHOLE_STATES)) and make_size(shapes[name]):
-            raise StoreError(where, f"{name}: no rank wrote it", "each tensor is written exactly "
-                                                                 "once")
+        if not any((name, state) in places for state in ("param", *WHOLE_STATES)) and make_size(
+            shapes[name]
+        ):
+            raise StoreError(
+                where, f"{name}: no rank wrote it", "each tensor is written exactly once"
+            )
 
 
 def make_size(shape: Sequence[int]) -> int:

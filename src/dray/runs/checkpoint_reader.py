@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from contextlib import ExitStack, closing
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -22,8 +22,15 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.errors import StoreError
+from dray.runs.checkpoint_manifest import (
+    OPTIMIZER_STATES,
+    CheckpointInfo,
+    CheckpointManifest,
+    Piece,
+    RankFile,
+    make_sha256,
+)
 from dray.runs.commit import CHUNK_BYTES, DTYPES, tensor_bytes
-from dray.storage.filesystem import RangeReader, is_local, list_files, list_folders, read_bytes
 from dray.runs.layout import (
     CHECKPOINTS,
     DELETING_FILE,
@@ -34,15 +41,8 @@ from dray.runs.layout import (
     make_fragment_key,
     parse_checkpoint_folder,
 )
-from dray.runs.checkpoint_manifest import (
-    OPTIMIZER_STATES,
-    CheckpointInfo,
-    CheckpointManifest,
-    Piece,
-    RankFile,
-    make_sha256,
-)
 from dray.runs.pins import hold
+from dray.storage.filesystem import RangeReader, is_local, list_files, list_folders, read_bytes
 from dray.storage.retrying import make_damage
 
 if TYPE_CHECKING:
@@ -53,7 +53,18 @@ READ_BLOCK_BYTES = 4 * 1024 * 1024
 KEPT_BLOCKS = 12
 MAX_HEADER_BYTES = 100_000_000
 _TORCH_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 def find_checkpoints(run: RunFolder) -> list[CheckpointInfo]:
@@ -74,7 +85,9 @@ def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo
     if parsed is None:
         raise StoreError(path, "not a checkpoint's folder")
     sizes = list_files(filesystem, path)
-    info = CheckpointInfo(*parsed, path, sum(sizes.values()), verified=False, committed=MARKER_FILE in sizes)
+    info = CheckpointInfo(
+        *parsed, path, sum(sizes.values()), verified=False, committed=MARKER_FILE in sizes
+    )
     try:
         if REJECTED_FILE in sizes:
             reason = read_bytes(filesystem, f"{path}/{REJECTED_FILE}").decode(errors="replace")
@@ -87,8 +100,9 @@ def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo
     return replace(info, verified=True, metrics=manifest.metrics)
 
 
-def load_manifest(filesystem: pafs.FileSystem, path: str, sizes: Mapping[str, int] | None = None
-                  ) -> CheckpointManifest:
+def load_manifest(
+    filesystem: pafs.FileSystem, path: str, sizes: Mapping[str, int] | None = None
+) -> CheckpointManifest:
     """The manifest of a committed checkpoint. Raises StoreError unless marker, hash and all sizes
     are right."""
     sizes = list_files(filesystem, path) if sizes is None else sizes
@@ -110,8 +124,9 @@ def load_manifest(filesystem: pafs.FileSystem, path: str, sizes: Mapping[str, in
         if file.file not in sizes:
             raise StoreError(path, f"{file.file} is missing", rule)
         if sizes[file.file] != file.num_bytes:
-            raise StoreError(path, f"{file.file} has {sizes[file.file]} bytes instead of "
-                                   f"{file.num_bytes}", rule)
+            raise StoreError(
+                path, f"{file.file} has {sizes[file.file]} bytes instead of {file.num_bytes}", rule
+            )
     return manifest
 
 
@@ -144,7 +159,9 @@ class _Blocks:
     def _block(self, stream: Any, file: int, number: int) -> bytes:
         with self._lock:
             if (file, number) not in self._blocks:
-                self._blocks[file, number] = stream.read_at(READ_BLOCK_BYTES, number * READ_BLOCK_BYTES)
+                self._blocks[file, number] = stream.read_at(
+                    READ_BLOCK_BYTES, number * READ_BLOCK_BYTES
+                )
                 while len(self._blocks) > KEPT_BLOCKS:
                     self._blocks.popitem(last=False)
             self._blocks.move_to_end((file, number))
@@ -203,7 +220,9 @@ class CheckpointReader:
         """Shape of a tensor; tied names have the shape of what they share."""
         return tuple(self._shapes[self._resolved(name)])
 
-    def read(self, name: str, state: str = "param", start: int = 0, count: int | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, state: str = "param", start: int = 0, count: int | None = None
+    ) -> torch.Tensor:
         """Elements `start` to `start + count` of a flattened tensor, 1-D on the CPU; by default all
         of them."""
         import torch
@@ -215,9 +234,11 @@ class CheckpointReader:
         num_elements = math.prod(self._shapes[name])
         count = num_elements - start if count is None else count
         if start < 0 or count < 0 or start + count > num_elements:
-            raise StoreError(self.path, f"{name}|{state}: elements {start} to {start + count} of "
-                                        f"{num_elements}",
-                             "the range lies inside the tensor")
+            raise StoreError(
+                self.path,
+                f"{name}|{state}: elements {start} to {start + count} of {num_elements}",
+                "the range lies inside the tensor",
+            )
         pieces = place.pieces((name, state), start, start + count)
         first = next(pieces)
         out = torch.empty(count, dtype=getattr(torch, _TORCH_DTYPES[self._find(first)[1].dtype]))
@@ -225,7 +246,9 @@ class CheckpointReader:
             begin = max(start, piece.fragment.start)
             end = min(start + count, piece.fragment.start + piece.fragment.length)
             if begin < end:
-                self._read_into(out[begin - start : end - start], piece, begin - piece.fragment.start)
+                self._read_into(
+                    out[begin - start : end - start], piece, begin - piece.fragment.start
+                )
         return out
 
     def verify_files(self, indices: Iterable[int]) -> list[str]:
@@ -245,8 +268,11 @@ class CheckpointReader:
             return f"{file.file} cannot be read: {make_damage(error)}"
         finally:
             stream.close()
-        return "" if digest.hexdigest() == file.sha256 else (f"{file.file} has changed: its "
-                                                             "checksum is another")
+        return (
+            ""
+            if digest.hexdigest() == file.sha256
+            else (f"{file.file} has changed: its checksum is another")
+        )
 
     def _resolved(self, name: str) -> str:
         name = self._tied.get(name, name)
@@ -287,7 +313,9 @@ class CheckpointReader:
             else:
                 content = self._blocks.read_at(stream, piece.file, wanted, offset + at)
             if len(content) != wanted:
-                raise StoreError(f"{self.path}/{self.manifest.files[piece.file].file}", "ends too early")
+                raise StoreError(
+                    f"{self.path}/{self.manifest.files[piece.file].file}", "ends too early"
+                )
             view[at : at + wanted] = content
 
 
@@ -307,7 +335,10 @@ def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
         tensors: dict[str, _Tensor] = {}
         for key, value in header.items():
             (begin, end), count = value["data_offsets"], math.prod(value["shape"])
-            if not 0 <= begin <= end <= num_bytes - 8 - length or end - begin != count * _DTYPE_BYTES[value["dtype"]]:
+            if (
+                not 0 <= begin <= end <= num_bytes - 8 - length
+                or end - begin != count * _DTYPE_BYTES[value["dtype"]]
+            ):
                 raise ValueError(f"{key} does not fit")
             tensors[key] = _Tensor(value["dtype"], count, 8 + length + begin)
         return tensors
@@ -343,13 +374,22 @@ def verify_checkpoint(run: RunFolder, info: CheckpointInfo) -> CheckpointReport:
             files = []
             for index, file in enumerate(reader.manifest.files):
                 problems = reader.verify_files([index])
-                files.append({"file": file.file, "bytes": file.num_bytes, "sha256": file.sha256, "ok": not problems,
-                              "problem": "; ".join(problems)})
+                files.append(
+                    {
+                        "file": file.file,
+                        "bytes": file.num_bytes,
+                        "sha256": file.sha256,
+                        "ok": not problems,
+                        "problem": "; ".join(problems),
+                    }
+                )
             problems = [str(file["problem"]) for file in files if not file["ok"]]
             hashes = ("", "") if problems else (hash_weights(reader), hash_optimizer(reader))
     except (StoreError, OSError) as error:
         return CheckpointReport(info.step, info.attempt, info.path, False, [], [make_damage(error)])
-    return CheckpointReport(info.step, info.attempt, info.path, not problems, files, problems, *hashes)
+    return CheckpointReport(
+        info.step, info.attempt, info.path, not problems, files, problems, *hashes
+    )
 
 
 def hash_weights(reader: CheckpointReader) -> str:
@@ -379,4 +419,6 @@ def _update(digest: Any, reader: CheckpointReader, name: str, state: str) -> Non
     digest.update(str(list(shape)).encode())
     num_elements, step = math.prod(shape), CHUNK_BYTES // 4
     for start in range(0, num_elements, step):
-        digest.update(tensor_bytes(reader.read(name, state, start, min(step, num_elements - start))))
+        digest.update(
+            tensor_bytes(reader.read(name, state, start, min(step, num_elements - start)))
+        )

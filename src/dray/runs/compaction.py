@@ -25,7 +25,13 @@ where that is text."""
 MAX_SHAPES = 64
 """Rows with more different sets of keys are kept as lines."""
 MAX_LOSSES = 16
-_TYPES = {int: pa.int64(), float: pa.float64(), bool: pa.bool_(), str: pa.string(), type(None): pa.null()}
+_TYPES = {
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    str: pa.string(),
+    type(None): pa.null(),
+}
 _AS_JSON = {b"dray": b"json"}
 _SHAPES, _SUMMARY = b"dray.shapes", b"dray.summary"
 
@@ -46,13 +52,17 @@ def make_parquet(rows: Sequence[Row], parts: Sequence[int]) -> bytes:
     pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
     content = buffer.getvalue()
     if [(part, json.dumps(row)) for part, row in read_parquet(content)] != [
-            (part, json.dumps(row)) for part, row in zip(parts, rows, strict=True)]:
-        raise StoreError("rows", "read back from Parquet as others than they "
-                                 "were", "rows are never changed")
+        (part, json.dumps(row)) for part, row in zip(parts, rows, strict=True)
+    ]:
+        raise StoreError(
+            "rows", "read back from Parquet as others than they were", "rows are never changed"
+        )
     return content
 
 
-def read_parquet(source: bytes | str, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
+def read_parquet(
+    source: bytes | str, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, Row]]:
     """(part, row) of a file's content or of a local file, a few thousand rows at a time; only the
     keys in `columns` if given. Raises OSError, and StoreError for what is no such file."""
     import pyarrow.parquet as pq
@@ -67,7 +77,9 @@ def read_parquet(source: bytes | str, columns: Sequence[str] | None = None) -> I
                 yield from _rows_of(batch, schema, columns)
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
         where = source if isinstance(source, str) else "rows"
-        raise StoreError(where, f"not a file of rows ({error})", "dray writes this file whole") from error
+        raise StoreError(
+            where, f"not a file of rows ({error})", "dray writes this file whole"
+        ) from error
 
 
 def read_summary(file: Any) -> Row:
@@ -88,11 +100,15 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Row:
     size = -(-len(rows) // MAX_LOSSES)
     chunks = [[row.get("loss") for row in rows[at : at + size]] for at in range(0, len(rows), size)]
     return {
-        "rows": len(rows), "first_step": min(steps), "last_step": max(steps),
+        "rows": len(rows),
+        "first_step": min(steps),
+        "last_step": max(steps),
         "ordered": all(a < b for a, b in pairwise(steps)),
-        "seconds": sum(_number(row, "seconds") for row in rows), "tokens": rows[-1].get("tokens"),
+        "seconds": sum(_number(row, "seconds") for row in rows),
+        "tokens": rows[-1].get("tokens"),
         "memory_bytes_max": max(_number(row, "memory_bytes_max") for row in rows),
-        "first_loss": rows[0].get("loss"), "losses": [_mean(chunk) for chunk in chunks],
+        "first_loss": rows[0].get("loss"),
+        "losses": [_mean(chunk) for chunk in chunks],
     }
 
 
@@ -111,8 +127,10 @@ def _make_columns(rows: Sequence[Row], parts: Sequence[int]) -> pa.Table:
     numbers = [shapes.setdefault(tuple(row), len(shapes)) for row in rows]
     names = dict.fromkeys(name for shape in shapes for name in shape)
     if len(shapes) <= MAX_SHAPES and not names.keys() & {PART, SHAPE, LINE}:
-        fields, arrays = [pa.field(PART, pa.int32()), pa.field(SHAPE, pa.int32())], [
-            pa.array(parts, pa.int32()), pa.array(numbers, pa.int32())]
+        fields, arrays = (
+            [pa.field(PART, pa.int32()), pa.field(SHAPE, pa.int32())],
+            [pa.array(parts, pa.int32()), pa.array(numbers, pa.int32())],
+        )
         try:
             for name in names:
                 field, array = _make_column(name, [row.get(name) for row in rows])
@@ -134,7 +152,9 @@ def _make_column(name: str, values: Sequence[Any]) -> tuple[pa.Field, pa.Array]:
     return pa.field(name, pa.string(), metadata=_AS_JSON), pa.array(texts, pa.string())
 
 
-def _rows_of(batch: pa.RecordBatch, schema: pa.Schema, columns: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
+def _rows_of(
+    batch: pa.RecordBatch, schema: pa.Schema, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Row]]:
     parts = batch.column(PART).to_pylist()
     if LINE in schema.names:
         for part, line in zip(parts, batch.column(LINE).to_pylist(), strict=True):
@@ -145,8 +165,14 @@ def _rows_of(batch: pa.RecordBatch, schema: pa.Schema, columns: Sequence[str] | 
     for name in batch.schema.names:
         if name not in (PART, SHAPE):
             values = batch.column(name).to_pylist()
-            as_json = schema.field(name).metadata == _AS_JSON or (schema.field(name).metadata or {}).get(b"dray")
-            found[name] = [None if v is None else json.loads(v) for v in values] if as_json else values
-    shapes = [[key for key in shape if key in found] for shape in json.loads(schema.metadata[_SHAPES])]
+            as_json = schema.field(name).metadata == _AS_JSON or (
+                schema.field(name).metadata or {}
+            ).get(b"dray")
+            found[name] = (
+                [None if v is None else json.loads(v) for v in values] if as_json else values
+            )
+    shapes = [
+        [key for key in shape if key in found] for shape in json.loads(schema.metadata[_SHAPES])
+    ]
     for index, (part, shape) in enumerate(zip(parts, batch.column(SHAPE).to_pylist(), strict=True)):
         yield part, {key: found[key][index] for key in shapes[shape]}

@@ -20,10 +20,10 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from dray.errors import StoreError
-from dray.storage.exclusive import create_exclusive
-from dray.storage.filesystem import TEMPORARY, delete_file, list_files, modified
 from dray.runs.layout import DRIVERS, make_driver_file, parse_driver_file
 from dray.runs.row_log import load_json, make_json, now, save_json
+from dray.storage.exclusive import create_exclusive
+from dray.storage.filesystem import TEMPORARY, delete_file, list_files, modified
 
 HEARTBEAT_SECONDS = 15.0
 """How often a driver should give a sign of life."""
@@ -47,8 +47,12 @@ class Driver:
 
 def make_process() -> dict[str, Any]:
     """This process, so that others can tell whether it still runs: host, pid, started, machine."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()),
-            "machine": _machine()}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+        "machine": _machine(),
+    }
 
 
 def is_gone(process: Mapping[str, Any]) -> bool | None:
@@ -56,7 +60,9 @@ def is_gone(process: Mapping[str, Any]) -> bool | None:
     one."""
     if not os.path.isdir("/proc/self") or process.get("host") != socket.gethostname():
         return None
-    if process.get("machine", _machine()) != _machine():  # another container, or the machine was started anew
+    if (
+        process.get("machine", _machine()) != _machine()
+    ):  # another container, or the machine was started anew
         return None
     return _process_start(int(process["pid"])) != process.get("started")
 
@@ -80,7 +86,9 @@ def load_driver(filesystem: pafs.FileSystem, run_path: str) -> dict[str, Any] | 
         return record
 
 
-def take_over(filesystem: pafs.FileSystem, run_path: str, where: str, wait_seconds: float = 0.0) -> Driver:
+def take_over(
+    filesystem: pafs.FileSystem, run_path: str, where: str, wait_seconds: float = 0.0
+) -> Driver:
     """Become the run's driver. Raises StoreError while another one lives; one on another machine is
     waited for."""
     folder, deadline = f"{run_path}/{DRIVERS}", time.monotonic() + wait_seconds
@@ -112,25 +120,39 @@ def check_free(filesystem: pafs.FileSystem, run_path: str, where: str) -> None:
 def heartbeat(filesystem: pafs.FileSystem, run_path: str, driver: Driver, where: str) -> None:
     """Give a sign of life: two requests. Raises StoreError if the run has been taken over."""
     check_driver(filesystem, run_path, driver.number, where)
-    save_json(filesystem, f"{run_path}/{DRIVERS}/{make_driver_file(driver.number, '-beat')}",
-              {"nonce": driver.nonce, "time": now()}, durable=False)
+    save_json(
+        filesystem,
+        f"{run_path}/{DRIVERS}/{make_driver_file(driver.number, '-beat')}",
+        {"nonce": driver.nonce, "time": now()},
+        durable=False,
+    )
 
 
 def release(filesystem: pafs.FileSystem, run_path: str, driver: Driver) -> None:
     """Let the next driver take over at once."""
     _held.discard(driver.nonce)
-    save_json(filesystem, f"{run_path}/{DRIVERS}/{make_driver_file(driver.number, '-end')}", {"released": now()})
+    save_json(
+        filesystem,
+        f"{run_path}/{DRIVERS}/{make_driver_file(driver.number, '-end')}",
+        {"released": now()},
+    )
 
 
 def check_driver(filesystem: pafs.FileSystem, run_path: str, number: int, where: str) -> None:
     """Raise StoreError if a later driver than this one has taken the run over."""
     newest = newest_driver(filesystem, run_path)
     if newest > number:
-        raise StoreError(where, f"driver {number} is over: driver {newest} has taken the run over",
-                         "one driver at a time", "leave the run to it, or stop it and start again")
+        raise StoreError(
+            where,
+            f"driver {number} is over: driver {newest} has taken the run over",
+            "one driver at a time",
+            "leave the run to it, or stop it and start again",
+        )
 
 
-def is_alive(filesystem: pafs.FileSystem, run_path: str, record: Mapping[str, Any], at: float) -> bool:
+def is_alive(
+    filesystem: pafs.FileSystem, run_path: str, record: Mapping[str, Any], at: float
+) -> bool:
     """Whether a driver that may run on another machine counts as alive at a time (seconds since
     1970)."""
     if "released" in record:
@@ -138,31 +160,50 @@ def is_alive(filesystem: pafs.FileSystem, run_path: str, record: Mapping[str, An
     gone = is_gone(record)
     if gone is not None:
         return not gone
-    return at - _last_seen(filesystem, f"{run_path}/{DRIVERS}", int(record["number"])) <= DEAD_SECONDS
+    return (
+        at - _last_seen(filesystem, f"{run_path}/{DRIVERS}", int(record["number"])) <= DEAD_SECONDS
+    )
 
 
-def _check_gone(filesystem: pafs.FileSystem, folder: str, record: Mapping[str, Any], where: str) -> None:
+def _check_gone(
+    filesystem: pafs.FileSystem, folder: str, record: Mapping[str, Any], where: str
+) -> None:
     """Raise StoreError unless a driver's process is known to have ended, or it was silent for long
     enough."""
     gone = is_gone(record)
     if gone or (gone is False and record["pid"] == os.getpid() and record["nonce"] not in _held):
         return
-    who = (f"driver {record['number']} (process {record['pid']} on {record['host']}, since "
-          f"{record['time']})")
+    who = (
+        f"driver {record['number']} (process {record['pid']} on {record['host']}, since "
+        f"{record['time']})"
+    )
     if gone is not None:
-        raise StoreError(where, f"{who} is at work on it", "one driver at a time",
-                         f"wait for it, or stop it with `kill {record['pid']}`")
-    silent = _storage_time(filesystem, folder) - _last_seen(filesystem, folder, int(record["number"]))
+        raise StoreError(
+            where,
+            f"{who} is at work on it",
+            "one driver at a time",
+            f"wait for it, or stop it with `kill {record['pid']}`",
+        )
+    silent = _storage_time(filesystem, folder) - _last_seen(
+        filesystem, folder, int(record["number"])
+    )
     if silent <= DEAD_SECONDS:
-        raise StoreError(where, f"{who} is at work on it", "one driver at a time",
-                         f"wait for it or stop it there: {DEAD_SECONDS:.0f} s without a sign of "
-                         "life end its hold")
+        raise StoreError(
+            where,
+            f"{who} is at work on it",
+            "one driver at a time",
+            f"wait for it or stop it there: {DEAD_SECONDS:.0f} s without a sign of "
+            "life end its hold",
+        )
 
 
 def _last_seen(filesystem: pafs.FileSystem, folder: str, number: int) -> float:
     """When the storage last saw a driver, by the storage's clock; by the driver's where the storage
     keeps no times."""
-    return max(_written(filesystem, f"{folder}/{make_driver_file(number, suffix)}") for suffix in ("", "-beat"))
+    return max(
+        _written(filesystem, f"{folder}/{make_driver_file(number, suffix)}")
+        for suffix in ("", "-beat")
+    )
 
 
 def _written(filesystem: pafs.FileSystem, path: str) -> float:

@@ -17,7 +17,6 @@ from pyarrow import fs as pafs
 
 from dray.errors import RankError, StoreError
 from dray.redaction import redact, redact_fields
-from dray.storage.filesystem import list_files, write_bytes
 from dray.runs.layout import (
     BEATS,
     FAILURES,
@@ -30,6 +29,7 @@ from dray.runs.layout import (
     parse_rank_evidence,
 )
 from dray.runs.row_log import load_json, make_json
+from dray.storage.filesystem import list_files, write_bytes
 
 TAIL_BYTES = 64 * 1024
 _INNER = ("health_check_failure", "controller_failure", "_base_exc", "cause")
@@ -65,21 +65,36 @@ def save_failure(run: RunFolder, failure: Mapping[str, Any]) -> None:
     write_bytes(run.filesystem, path, make_json(redact_fields(failure), indent=1) + b"\n")
 
 
-def make_rank_failure(rank: int | None, error: BaseException | None = None, **fields: Any) -> dict[str, Any]:
+def make_rank_failure(
+    rank: int | None, error: BaseException | None = None, **fields: Any
+) -> dict[str, Any]:
     """How one rank ended, as plain values: its error, freed of Ray's wrappers, and `fields` (node,
     pid, exit, time …).
 
     `cause` is that of a RankError, none for others'. The driver's own failure has no rank.
     """
-    record: dict[str, Any] = {"rank": rank, "node": None, "pid": None, "error_type": "", "message": "",
-                              "traceback": "", "exit": None, "time": None, "step": None, "cause": None}
+    record: dict[str, Any] = {
+        "rank": rank,
+        "node": None,
+        "pid": None,
+        "error_type": "",
+        "message": "",
+        "traceback": "",
+        "exit": None,
+        "time": None,
+        "step": None,
+        "cause": None,
+    }
     if error is not None:
         inner = unwrap(error)
         text = "".join(traceback.format_exception(inner))
         told = getattr(error, "traceback_str", None) or getattr(error, "_traceback_str", None)
-        record |= {"error_type": f"{type(inner).__module__}.{type(inner).__qualname__}", "message": str(inner),
-                   "traceback": str(told or text)[-TAIL_BYTES:],
-                   "cause": str(inner.cause) if isinstance(inner, RankError) else None}
+        record |= {
+            "error_type": f"{type(inner).__module__}.{type(inner).__qualname__}",
+            "message": str(inner),
+            "traceback": str(told or text)[-TAIL_BYTES:],
+            "cause": str(inner.cause) if isinstance(inner, RankError) else None,
+        }
     return record | fields
 
 
@@ -87,7 +102,14 @@ def unwrap(error: BaseException) -> BaseException:
     """The error inside Ray's wrappers: Train's around a worker's, and a task's around what its code
     raised."""
     for _ in range(8):
-        inner = next((found for name in _INNER if isinstance(found := getattr(error, name, None), BaseException)), None)
+        inner = next(
+            (
+                found
+                for name in _INNER
+                if isinstance(found := getattr(error, name, None), BaseException)
+            ),
+            None,
+        )
         if inner is None or inner is error:
             break
         error = inner
@@ -97,13 +119,18 @@ def unwrap(error: BaseException) -> BaseException:
 def save_log(run: RunFolder, attempt: int, rank: int, content: str) -> None:
     """Keep the last TAIL_BYTES of what a rank printed."""
     # A little more is redacted than is kept, so that no secret loses its name at the cut.
-    tail = redact(content[-2 * TAIL_BYTES:]).encode(errors="replace")[-TAIL_BYTES:]
+    tail = redact(content[-2 * TAIL_BYTES :]).encode(errors="replace")[-TAIL_BYTES:]
     write_bytes(run.filesystem, log_path(run, attempt, rank), tail, durable=False)
 
 
 def save_stacks(run: RunFolder, attempt: int, rank: int, text: str) -> None:
     """Keep the stacks of all threads of a rank, as `faulthandler` writes them."""
-    write_bytes(run.filesystem, stack_path(run, attempt, rank), redact(text).encode(errors="replace"), durable=False)
+    write_bytes(
+        run.filesystem,
+        stack_path(run, attempt, rank),
+        redact(text).encode(errors="replace"),
+        durable=False,
+    )
 
 
 def save_beat(run: RunFolder, attempt: int, rank: int, beat: Mapping[str, Any]) -> None:
@@ -115,7 +142,9 @@ def save_beat(run: RunFolder, attempt: int, rank: int, beat: Mapping[str, Any]) 
 def save_beats(run: RunFolder, attempt: int, beats: Mapping[int, Mapping[str, Any]]) -> None:
     """Keep the last heartbeats of an attempt's ranks in one file: thousands of ranks end
     together."""
-    content = make_json({str(rank): redact_fields({"rank": rank, **beat}) for rank, beat in beats.items()})
+    content = make_json(
+        {str(rank): redact_fields({"rank": rank, **beat}) for rank, beat in beats.items()}
+    )
     if beats:
         write_bytes(run.filesystem, _beats_path(run, attempt), content, durable=False)
 
@@ -154,17 +183,24 @@ def load_log(run: RunFolder, attempt: int, rank: int, max_lines: int = 40) -> li
 
 def load_stacks(run: RunFolder, attempt: int) -> dict[int, str]:
     """Rank → the stacks that were kept of it."""
-    return {rank: _read_tail(run.filesystem, stack_path(run, attempt, rank))
-            for rank in _ranks(run, STACKS, attempt)}
+    return {
+        rank: _read_tail(run.filesystem, stack_path(run, attempt, rank))
+        for rank in _ranks(run, STACKS, attempt)
+    }
 
 
 def load_beats(run: RunFolder, attempt: int) -> dict[int, dict[str, Any]]:
     """Rank → its last heartbeat."""
     together = _read_json(run.filesystem, _beats_path(run, attempt)) or {}
     beats: dict[int, Any] = {
-        int(rank): beat for rank, beat in together.items() if rank.isdecimal() and isinstance(beat, dict)}
-    beats |= {rank: _read_json(run.filesystem, beat_path(run, attempt, rank))
-             for rank in _ranks(run, BEATS, attempt)}
+        int(rank): beat
+        for rank, beat in together.items()
+        if rank.isdecimal() and isinstance(beat, dict)
+    }
+    beats |= {
+        rank: _read_json(run.filesystem, beat_path(run, attempt, rank))
+        for rank in _ranks(run, BEATS, attempt)
+    }
     return {rank: beats[rank] for rank in sorted(beats) if beats[rank] is not None}
 
 

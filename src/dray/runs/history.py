@@ -53,7 +53,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(finite) / len(finite) if finite else None
 
 
-def iterate_history(log: RowLog, start_steps: Mapping[int, int], columns: Sequence[str] | None = None) -> Iterator[Row]:
+def iterate_history(
+    log: RowLog, start_steps: Mapping[int, int], columns: Sequence[str] | None = None
+) -> Iterator[Row]:
     """One row a step, by step, one after another, with the keys in `columns` or all.
 
     `start_steps`: attempt → the step it started from. Rows that were logged twice or out of order,
@@ -67,7 +69,9 @@ def iterate_history(log: RowLog, start_steps: Mapping[int, int], columns: Sequen
     yield from rows if in_order else make_history(rows, start_steps)
 
 
-def _rows_by_attempt(log: RowLog, start_steps: Mapping[int, int], columns: Sequence[str] | None) -> Iterator[Row]:
+def _rows_by_attempt(
+    log: RowLog, start_steps: Mapping[int, int], columns: Sequence[str] | None
+) -> Iterator[Row]:
     limits = make_limits(start_steps)
     for _, name in sorted((_attempt_of(name), name) for name in log.names()):
         for row in log.iterate(name, columns):
@@ -75,7 +79,9 @@ def _rows_by_attempt(log: RowLog, start_steps: Mapping[int, int], columns: Seque
                 yield row
 
 
-def last_rows(log: RowLog, start_steps: Mapping[int, int], count: int | None = None, since: int = 0) -> list[Row]:
+def last_rows(
+    log: RowLog, start_steps: Mapping[int, int], count: int | None = None, since: int = 0
+) -> list[Row]:
     """The last `count` rows of the history, by step, and none of a step before `since`; read from
     its end."""
     while True:
@@ -85,7 +91,9 @@ def last_rows(log: RowLog, start_steps: Mapping[int, int], count: int | None = N
             continue  # it was compacted meanwhile
 
 
-def _last_rows(log: RowLog, start_steps: Mapping[int, int], count: int | None, since: int) -> list[Row]:
+def _last_rows(
+    log: RowLog, start_steps: Mapping[int, int], count: int | None, since: int
+) -> list[Row]:
     limits, found = make_limits(start_steps), dict[int, Row]()
     for attempt, name in sorted(((_attempt_of(name), name) for name in log.names()), reverse=True):
         for rows in log.newest_first(name):
@@ -93,7 +101,9 @@ def _last_rows(log: RowLog, start_steps: Mapping[int, int], count: int | None, s
                 if since <= row["step"] <= limits.get(row["attempt"], math.inf):
                     found.setdefault(int(row["step"]), row)
             # What is older is of lower steps, but for rows that a later attempt logged again.
-            if (count is not None and len(found) >= count) or (rows and min(row["step"] for row in rows) < since):
+            if (count is not None and len(found) >= count) or (
+                rows and min(row["step"] for row in rows) < since
+            ):
                 break
         if (count is not None and len(found) >= count) or start_steps.get(attempt, since) < since:
             break
@@ -116,7 +126,11 @@ def _make_outline(log: RowLog, start_steps: Mapping[int, int]) -> Outline:
     for attempt, name in sorted((_attempt_of(name), name) for name in log.names()):
         limit = limits.get(attempt, math.inf)
         for summary, read in log.summaries(name):
-            if not (summary.get("ordered") and summary["first_step"] > last and summary["last_step"] <= limit):
+            if not (
+                summary.get("ordered")
+                and summary["first_step"] > last
+                and summary["last_step"] <= limit
+            ):
                 found = {int(row["step"]): row for row in read() if last < row["step"] <= limit}
                 rows = [found[step] for step in sorted(found)]
                 summary = summarize(rows)

@@ -1,13 +1,13 @@
 """Every name inside a run folder, and the checks that names pass before they become paths.
 
-    <storage>/<run>/  spec.yaml  plan.json  run.json  model.json  metrics.parquet
-        corpus/manifest.json, tokenizer/      what a model must know of its corpus, without the rows
-        attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
-        checkpoints/step-00000020-a0001/      rank-00000-of-00002.safetensors …, manifest.json, COMMITTED
-        pins/<fork>.json, _hold-….json        trackers/
-        drivers/0001.json, 0001-beat.json, 0001-end.json
-        failures/a0001.json                   what is known of a failed attempt
-        logs/a0001-r00000.log  stacks/a0001-r00000.txt  beats/a0001-r00000.json
+<storage>/<run>/  spec.yaml  plan.json  run.json  model.json  metrics.parquet
+    corpus/manifest.json, tokenizer/      what a model must know of its corpus, without the rows
+    attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
+    checkpoints/step-00000020-a0001/      rank-*-of-*.safetensors, manifest.json, COMMITTED
+    pins/<fork>.json, _hold-….json        trackers/
+    drivers/0001.json, 0001-beat.json, 0001-end.json
+    failures/a0001.json                   what is known of a failed attempt
+    logs/a0001-r00000.log  stacks/a0001-r00000.txt  beats/a0001-r00000.json
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def check_run_name(name: str) -> str:
     if not re.fullmatch(RUN_NAME.rstrip("$"), name):
         raise StoreError(f"run {name!r}", "not a name for a run", NAME_RULE)
     if name in RESERVED_NAMES:
-        raise StoreError(f"run {name!r}", "the name is taken by dray itself", way_out="choose another with --run")
+        raise StoreError(
+            f"run {name!r}", "the name is taken by dray itself", way_out="choose another with --run"
+        )
     return name
 
 
@@ -74,9 +76,11 @@ def make_checkpoint_folder(step: int, attempt: int) -> str:
     """Folder of a checkpoint: unique to the attempt, so that a stale attempt never writes into a
     newer one's."""
     if step < 0 or attempt < 1:
-        raise StoreError(f"checkpoint of step {step}, attempt {attempt}", "no such checkpoint "
-                                                                          "can be",
-                         "steps start at 0 and attempts at 1")
+        raise StoreError(
+            f"checkpoint of step {step}, attempt {attempt}",
+            "no such checkpoint can be",
+            "steps start at 0 and attempts at 1",
+        )
     return f"step-{step:08d}-a{attempt:04d}"
 
 
@@ -152,6 +156,7 @@ def parse_fragment_key(key: str) -> tuple[str, str, int]:
     """(parameter, state, start) of a tensor's name. Raises StoreError."""
     parts = key.rsplit("|", 2)
     if len(parts) != 3 or not parts[0] or not parts[1] or not parts[2].isdecimal():
-        raise StoreError(f"tensor {key!r}", "not a fragment's name", "fragments are named "
-                                                                     "parameter|state|start")
+        raise StoreError(
+            f"tensor {key!r}", "not a fragment's name", "fragments are named parameter|state|start"
+        )
     return parts[0], parts[1], int(parts[2])

@@ -16,9 +16,9 @@ from pyarrow import fs as pafs
 
 from dray.errors import StorageFailed
 from dray.runs.drivers import is_gone, make_process
-from dray.storage.filesystem import delete_file, exists, list_files
 from dray.runs.layout import CHECKPOINTS, PINS, RUN_FILE
 from dray.runs.row_log import load_json, now, save_json
+from dray.storage.filesystem import delete_file, exists, list_files
 
 HOLD = "_hold-"
 """How the names of readers' pins begin; no run's name, and so no fork's pin, begins so."""
@@ -33,7 +33,9 @@ def hold(filesystem: pafs.FileSystem, checkpoint: str) -> Iterator[None]:
     run_path, _, name = checkpoint.rsplit("/", 2)
     path = f"{run_path}/{PINS}/{HOLD}{uuid.uuid4().hex[:12]}.json"
     try:
-        save_json(filesystem, path, {"folder": name, "time": now(), **make_process()}, durable=False)
+        save_json(
+            filesystem, path, {"folder": name, "time": now(), **make_process()}, durable=False
+        )
         held = True
     except StorageFailed:
         held = False
@@ -58,7 +60,9 @@ def pinned_checkpoints(filesystem: pafs.FileSystem, run_path: str, storage: str)
         except FileNotFoundError:  # its reader is done
             continue
         if not name.startswith(HOLD):
-            if _is_younger(pin["pinned"], FORK_HOURS) or exists(filesystem, f"{storage}{pin['run']}/{RUN_FILE}"):
+            if _is_younger(pin["pinned"], FORK_HOURS) or exists(
+                filesystem, f"{storage}{pin['run']}/{RUN_FILE}"
+            ):
                 pinned.add(f"{storage}{pin['checkpoint']}")
         elif not is_gone(pin) and _is_younger(pin["time"], HOLD_HOURS):
             pinned.add(f"{run_path}/{CHECKPOINTS}/{pin['folder']}")

@@ -1,7 +1,9 @@
-"""What travels from the ranks to the driver, as records instead of loose fields; pure, and safe to send.
+"""What travels from the ranks to the driver, as records instead of loose fields; pure, and safe to
+send.
 
-A rank says what it is doing (`Beat`), reports each step (`StepReport`) and each validation (`ValidationReport`), and
-tells what else happened (`Event`); the loop says at the end how it ended (`Ended`).
+A rank says what it is doing (`Beat`), reports each step (`StepReport`) and each validation
+(`ValidationReport`), and tells what else happened (`Event`); the loop says at the end how it ended
+(`Ended`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's present. `seconds` have passed since its phase began; `long`: it may be silent for long now."""
+    """A rank's present. `seconds` have passed since its phase began; `long`: it may be silent for
+    long now."""
 
     rank: int
     attempt: int
@@ -38,7 +41,8 @@ class Beat:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One rank's view of one optimiser update: what all agreed on before it, and what became of it."""
+    """One rank's view of one optimiser update: what all agreed on before it, and what became of
+    it."""
 
     rank: int
     attempt: int
@@ -78,7 +82,8 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened once, as the run's events keep it: its kind, and fields of its own."""
+    """Something that happened once, as the run's events keep it: its kind, and fields of its
+    own."""
 
     kind: str
     attempt: int

@@ -7,8 +7,8 @@ storage that lost files, must not undo weeks of training without anyone being as
 from __future__ import annotations
 
 from dray.errors import CheckpointsLost
-from dray.runs.layout import REJECTED_FILE
 from dray.runs.checkpoint_manifest import CheckpointInfo
+from dray.runs.layout import REJECTED_FILE
 from dray.runs.run import Run
 
 
@@ -27,8 +27,10 @@ def find_resume_checkpoint(run: Run) -> CheckpointInfo | None:
     told = [f"step {step}: {problem}" for step, problem in sorted(lost.items(), reverse=True)]
     more = f" and {len(told) - 3} more" if len(told) > 3 else ""
     raise CheckpointsLost(
-        f"run {run.name!r}", f"none of its checkpoints can be used: {'; '.join(told[:3])}{more}",
+        f"run {run.name!r}",
+        f"none of its checkpoints can be used: {'; '.join(told[:3])}{more}",
         "a run that has committed a step does not begin again by itself",
         f"if a node or the storage was at fault, mend it and delete the file {REJECTED_FILE} in a "
         "checkpoint's folder, which is then tried again; to begin again, give another name with "
-        "--run")
+        "--run",
+    )

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 
-from dray.storage.filesystem import delete_file, delete_folder, write_bytes
-from dray.runs.layout import DELETING_FILE, MARKER_FILE
 from dray.runs.checkpoint_manifest import CheckpointInfo
+from dray.runs.layout import DELETING_FILE, MARKER_FILE
 from dray.runs.pins import pinned_checkpoints
 from dray.runs.run import Run
+from dray.storage.filesystem import delete_file, delete_folder, write_bytes
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
-def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = "loss") -> list[str]:
+def apply_retention(
+    run: Run, keep_last: int, keep_best: int = 0, metric: str = "loss"
+) -> list[str]:
     """Delete what need not be kept; the paths deleted.
 
     Kept: the newest `keep_last` sound checkpoints, the best `keep_best` by `metric` (lower is
@@ -29,16 +31,26 @@ def apply_retention(run: Run, keep_last: int, keep_best: int = 0, metric: str = 
     go, but for those that were set aside. Call it from the process that commits, between two saves.
     """
     if keep_last < 1 or keep_best < 0:
-        raise ValueError(f"keep_last {keep_last}, keep_best {keep_best}: at least the newest "
-                         "checkpoint is kept")
+        raise ValueError(
+            f"keep_last {keep_last}, keep_best {keep_best}: at least the newest checkpoint is kept"
+        )
     found = run.checkpoints(verified_only=False)
     sound = [info for info in found if info.verified]
     if not sound:
         return []
     newest = max((info.attempt, info.step) for info in sound)
-    kept = {info.path for info in sound[-keep_last:]} | set(_best(run, sound, keep_best, metric)) | _pinned(run)
-    doomed = [info for info in found if info.path not in kept and not info.set_aside
-              and (info.verified or (info.attempt, info.step) < newest)]
+    kept = (
+        {info.path for info in sound[-keep_last:]}
+        | set(_best(run, sound, keep_best, metric))
+        | _pinned(run)
+    )
+    doomed = [
+        info
+        for info in found
+        if info.path not in kept
+        and not info.set_aside
+        and (info.verified or (info.attempt, info.step) < newest)
+    ]
     return _delete(run, doomed) if doomed else []
 
 

@@ -94,10 +94,12 @@ def parse_json(content: bytes, path: str) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except ValueError as error:
-        raise StoreError(path, f"not JSON ({error})", "dray writes this file whole", "restore it "
-                                                                                     "or use "
-                                                                                     "another run"
-                         ) from error
+        raise StoreError(
+            path,
+            f"not JSON ({error})",
+            "dray writes this file whole",
+            "restore it or use another run",
+        ) from error
     if not isinstance(value, dict):
         raise StoreError(path, f"holds a {type(value).__name__}", "a JSON mapping is wanted")
     return value
@@ -109,10 +111,14 @@ def run_together(calls: Sequence[Callable[[], T]]) -> list[T]:
     if len(calls) < FEWEST_TOGETHER:
         return [call() for call in calls]
     with ThreadPoolExecutor(TOGETHER) as pool:
-        return list(pool.map(lambda pair: pair[0].run(pair[1]), [(copy_context(), call) for call in calls]))
+        return list(
+            pool.map(lambda pair: pair[0].run(pair[1]), [(copy_context(), call) for call in calls])
+        )
 
 
-def save_json(filesystem: pafs.FileSystem, path: str, value: Mapping[str, Any], durable: bool = True) -> None:
+def save_json(
+    filesystem: pafs.FileSystem, path: str, value: Mapping[str, Any], durable: bool = True
+) -> None:
     """Write a JSON mapping whole, replacing what is there."""
     write_bytes(filesystem, path, make_json(value, indent=1) + b"\n", durable)
 
@@ -124,7 +130,9 @@ class RecordCache:
     Shared by all objects of a process that are made for the same `place`.
     """
 
-    _kept: ClassVar[OrderedDict[str, dict[str, tuple[tuple[int, int | None], bytes]]]] = OrderedDict()
+    _kept: ClassVar[OrderedDict[str, dict[str, tuple[tuple[int, int | None], bytes]]]] = (
+        OrderedDict()
+    )
     _lock: ClassVar[Lock] = Lock()
 
     def __init__(self, place: str, filesystem: pafs.FileSystem, folder: str) -> None:
@@ -132,24 +140,38 @@ class RecordCache:
 
     def load(self) -> dict[str, dict[str, Any]]:
         """File name → record: one listing, and a read of each record that is new or has changed."""
-        stamps = {name: stamp for name, stamp in list_stamps(self.filesystem, self.folder).items()
-                  if name.endswith(".json") and not name.startswith(TEMPORARY)}
+        stamps = {
+            name: stamp
+            for name, stamp in list_stamps(self.filesystem, self.folder).items()
+            if name.endswith(".json") and not name.startswith(TEMPORARY)
+        }
         with self._lock:
             before = self._kept.get(self._key, {})
-        kept = {name: before[name] for name, stamp in stamps.items()
-                if stamp[1] is not None and name in before and before[name][0] == stamp}
+        kept = {
+            name: before[name]
+            for name, stamp in stamps.items()
+            if stamp[1] is not None and name in before and before[name][0] == stamp
+        }
         new = sorted(stamps.keys() - kept.keys())
-        kept |= {name: (stamps[name], content) for name, content in zip(new, self._read(new), strict=True)}
+        kept |= {
+            name: (stamps[name], content)
+            for name, content in zip(new, self._read(new), strict=True)
+        }
         with self._lock:
             self._kept[self._key] = kept
             self._kept.move_to_end(self._key)
             while len(self._kept) > KEPT_FOLDERS:
                 self._kept.popitem(last=False)
-        return {name: parse_json(content, f"{self.folder}/{name}") for name, (_, content) in kept.items()}
+        return {
+            name: parse_json(content, f"{self.folder}/{name}")
+            for name, (_, content) in kept.items()
+        }
 
     def _read(self, names: Sequence[str]) -> list[bytes]:
         """The files' contents; many at once, since each waits for an answer."""
-        return run_together([partial(read_bytes, self.filesystem, f"{self.folder}/{name}") for name in names])
+        return run_together(
+            [partial(read_bytes, self.filesystem, f"{self.folder}/{name}") for name in names]
+        )
 
 
 @dataclass(frozen=True)
@@ -196,7 +218,10 @@ class RowLog:
             self._append_locally(name, content)
             return
         for other in [found for found, (_, kept) in self._parts.items() if found != name and kept]:
-            self._parts[other] = self._parts[other][0] + 1, b""  # an attempt is over: its last part is closed
+            self._parts[other] = (
+                self._parts[other][0] + 1,
+                b"",
+            )  # an attempt is over: its last part is closed
             self._compact_when_due(other, FEWEST_PARTS)
         number, before = self._parts.get(name, (0, b""))
         if len(before) > PART_BYTES:
@@ -210,11 +235,22 @@ class RowLog:
         compacts."""
         make_folder(self.filesystem, self.folder)
         number = self._parts[name][0] if name in self._parts else None
-        while number is None or not append_line(f"{self.folder}/{self._file(name, number)}", content, LOCAL_PART_BYTES,
-                                                create=number != self._parts.get(name, (None,))[0]):
+        while number is None or not append_line(
+            f"{self.folder}/{self._file(name, number)}",
+            content,
+            LOCAL_PART_BYTES,
+            create=number != self._parts.get(name, (None,))[0],
+        ):
             self._parts.pop(name, None)
-            number = max((file.last + 1 if file.is_compact or file.num_bytes >= LOCAL_PART_BYTES else file.last
-                          for file in self._files(name)), default=0)
+            number = max(
+                (
+                    file.last + 1
+                    if file.is_compact or file.num_bytes >= LOCAL_PART_BYTES
+                    else file.last
+                    for file in self._files(name)
+                ),
+                default=0,
+            )
         self._parts[name] = number, b""
         self._compact_when_due(name, 1)
 
@@ -229,7 +265,12 @@ class RowLog:
             with patience(COMPACT_SECONDS):
                 self.compact(name)
         except (OSError, StoreError) as error:
-            _log.warning("%s: rows of %s stay in parts for now (%s)", self.folder, name, first_safe_line(error))
+            _log.warning(
+                "%s: rows of %s stay in parts for now (%s)",
+                self.folder,
+                name,
+                first_safe_line(error),
+            )
 
     def compact(self, name: str) -> None:
         """Make Parquet files of the closed parts of a log, whoever wrote them, and delete the
@@ -240,16 +281,34 @@ class RowLog:
         """
         for compact in [file for file in self._files(name) if file.is_compact]:
             left = self._left_behind(compact, name)
-            if len(left) == compact.last - compact.first + 1:  # whoever wrote it did not come to look at it
+            if (
+                len(left) == compact.last - compact.first + 1
+            ):  # whoever wrote it did not come to look at it
                 self._compact_files(left)
             else:
                 self._delete(left)
         files = [file for file in self._files(name) if not file.is_compact]
         for writer in {file.writer for file in files}:
-            own = sorted((file for file in files if file.writer == writer), key=lambda file: file.first)
-            newest = self._parts[name][0] if writer == self._writer and name in self._parts else own[-1].first
-            for batch in _batches([file for file in own if file.num_bytes <= MAX_COMPACTED_BYTES and (
-                    file.num_bytes >= LOCAL_PART_BYTES if writer == SHARED else file.first < newest)]):
+            own = sorted(
+                (file for file in files if file.writer == writer), key=lambda file: file.first
+            )
+            newest = (
+                self._parts[name][0]
+                if writer == self._writer and name in self._parts
+                else own[-1].first
+            )
+            for batch in _batches(
+                [
+                    file
+                    for file in own
+                    if file.num_bytes <= MAX_COMPACTED_BYTES
+                    and (
+                        file.num_bytes >= LOCAL_PART_BYTES
+                        if writer == SHARED
+                        else file.first < newest
+                    )
+                ]
+            ):
                 self._compact_files(batch)
 
     def _compact_files(self, files: Sequence[_File]) -> None:
@@ -266,12 +325,15 @@ class RowLog:
         except FileNotFoundError:  # another process was faster
             return
         first, last = files[0], files[-1]
-        path = f"{self.folder}/{first.name}-{first.writer}-{first.first:06d}-{last.last:06d}.parquet"
+        path = (
+            f"{self.folder}/{first.name}-{first.writer}-{first.first:06d}-{last.last:06d}.parquet"
+        )
         content = make_parquet(rows, parts)
         write_bytes(self.filesystem, path, content)
         if read_bytes(self.filesystem, path) != content:
-            raise StoreError(path, "is not what was written", "rows are deleted only where they "
-                                                              "lie elsewhere")
+            raise StoreError(
+                path, "is not what was written", "rows are deleted only where they lie elsewhere"
+            )
         self._delete(files)
 
     def _delete(self, files: Sequence[_File]) -> None:
@@ -294,7 +356,9 @@ class RowLog:
         """The logs that there are, in the order of their names."""
         return list(dict.fromkeys(file.name for file in self._files()))
 
-    def iterate(self, name: str | None = None, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    def iterate(
+        self, name: str | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """`rows`, of all logs or one, one after another: of a file only a few megabytes are in
         memory at a time.
 
@@ -305,9 +369,14 @@ class RowLog:
         while True:
             try:
                 for file in self._files(name):
-                    for part, row in self._after(file, done.get((file.name, file.writer), (-1, 0)), columns):
+                    for part, row in self._after(
+                        file, done.get((file.name, file.writer), (-1, 0)), columns
+                    ):
                         before = done.get((file.name, file.writer), (-1, 0))
-                        done[file.name, file.writer] = part, before[1] + 1 if part == before[0] else 1
+                        done[file.name, file.writer] = (
+                            part,
+                            before[1] + 1 if part == before[0] else 1,
+                        )
                         yield row
                 return
             except FileNotFoundError:
@@ -319,7 +388,9 @@ class RowLog:
         for file in reversed(self._files(name)):
             yield [row for _, row in self._after(file, (-1, 0), None)]
 
-    def summaries(self, name: str) -> Iterator[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:
+    def summaries(
+        self, name: str
+    ) -> Iterator[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:
         """Of each file of a log, in order: its summary (`compaction.summarize`; empty where only
         the rows tell), and a call that reads its rows."""
         done: dict[str, int] = {}
@@ -327,8 +398,12 @@ class RowLog:
             before = done.get(file.writer, -1)
             done[file.writer] = max(before, file.last)
             summary = self._summary(file) if file.is_compact and file.first > before else {}
-            yield summary, lambda file=file, before=before: [  # type: ignore[misc]
-                row for part, row in self._read(file, None) if part > before]
+            yield (
+                summary,
+                lambda file=file, before=before: [  # type: ignore[misc]
+                    row for part, row in self._read(file, None) if part > before
+                ],
+            )
 
     def _summary(self, file: _File) -> dict[str, Any]:
         def read() -> dict[str, Any]:
@@ -345,7 +420,11 @@ class RowLog:
         that."""
         kept: list[_File] = []
         for file in self._all_files(name):
-            last = kept[-1] if kept and (kept[-1].name, kept[-1].writer) == (file.name, file.writer) else None
+            last = (
+                kept[-1]
+                if kept and (kept[-1].name, kept[-1].writer) == (file.name, file.writer)
+                else None
+            )
             if last is None or file.last > last.last:
                 kept.append(file)
         return kept
@@ -354,16 +433,25 @@ class RowLog:
         """Every file, also the parts that a process which died has left beside their Parquet
         file."""
         parsed = (_parse_file(*item) for item in list_files(self.filesystem, self.folder).items())
-        return sorted((file for file in parsed if file is not None and name in (None, file.name)),
-                      key=lambda file: (file.name, file.writer, file.first, -file.last, not file.is_compact))
+        return sorted(
+            (file for file in parsed if file is not None and name in (None, file.name)),
+            key=lambda file: (file.name, file.writer, file.first, -file.last, not file.is_compact),
+        )
 
     def _left_behind(self, file: _File, name: str) -> list[_File]:
         """The parts of a log that lie there although they are in a Parquet file."""
-        return [part for part in self._all_files(name) if not part.is_compact and part.writer == file.writer
-                and file.first <= part.first and part.last <= file.last]
+        return [
+            part
+            for part in self._all_files(name)
+            if not part.is_compact
+            and part.writer == file.writer
+            and file.first <= part.first
+            and part.last <= file.last
+        ]
 
-    def _after(self, file: _File, done: tuple[int, int], columns: Sequence[str] | None
-               ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _after(
+        self, file: _File, done: tuple[int, int], columns: Sequence[str] | None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows of a file that come after so many rows of the part `done`."""
         last, given = done
         if file.last < last:
@@ -374,7 +462,9 @@ class RowLog:
             elif part >= last:
                 yield part, row
 
-    def _read(self, file: _File, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read(
+        self, file: _File, columns: Sequence[str] | None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         path = f"{self.folder}/{file.file}"
         if file.is_compact:
             yield from self._read_compact(file, path, columns)
@@ -384,12 +474,17 @@ class RowLog:
             while content := reader.read_at(READ_BYTES, offset):
                 lines, newline, rest = content.rpartition(b"\n")
                 for row in _parsed(torn + lines + newline if newline else b""):
-                    yield file.first, row if columns is None else {key: row[key] for key in row if key in columns}
+                    yield (
+                        file.first,
+                        row
+                        if columns is None
+                        else {key: row[key] for key in row if key in columns},
+                    )
                 torn, offset = rest if newline else torn + rest, offset + len(content)
 
-
-    def _read_compact(self, file: _File, path: str, columns: Sequence[str] | None
-                      ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_compact(
+        self, file: _File, path: str, columns: Sequence[str] | None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows of a Parquet file; of the parts themselves where it is damaged and they are
         there still."""
         given = 0
@@ -405,7 +500,9 @@ class RowLog:
             if len(parts) != file.last - file.first + 1:
                 raise
             _log.warning("%s is damaged; the parts it was made from are read", path)
-            for number, found in enumerate(row for part in parts for row in self._read(part, columns)):
+            for number, found in enumerate(
+                row for part in parts for row in self._read(part, columns)
+            ):
                 if number >= given:
                     yield found
 
@@ -423,7 +520,9 @@ def _batches(files: Sequence[_File]) -> Iterator[list[_File]]:
     """Runs of parts without a gap, of a few megabytes each."""
     batch: list[_File] = []
     for file in files:
-        if batch and (file.first != batch[-1].last + 1 or sum(f.num_bytes for f in batch) >= LOCAL_PART_BYTES):
+        if batch and (
+            file.first != batch[-1].last + 1 or sum(f.num_bytes for f in batch) >= LOCAL_PART_BYTES
+        ):
             yield batch
             batch = []
         batch.append(file)
@@ -455,7 +554,9 @@ def make_limits(start_steps: Mapping[int, int]) -> dict[int, float]:
     return limits
 
 
-def make_history(rows: Iterable[Mapping[str, Any]], start_steps: Mapping[int, int]) -> list[dict[str, Any]]:
+def make_history(
+    rows: Iterable[Mapping[str, Any]], start_steps: Mapping[int, int]
+) -> list[dict[str, Any]]:
     """One row a step, by step: what an attempt did past the start of a later attempt was undone,
     and is left out.
 
@@ -482,9 +583,19 @@ def write_table(rows: Callable[[], Iterator[Mapping[str, Any]]], stream: Any) ->
     with pq.ParquetWriter(stream, schema) as writer:
         remaining = rows()
         while chunk := list(islice(remaining, WRITE_ROWS)):
-            writer.write_table(pa.table([_make_array([row.get(field.name) for row in chunk], field.type,
-                                                     as_json=not _is_plain(kinds[field.name] - {type(None)}))
-                                         for field in schema], schema=schema))
+            writer.write_table(
+                pa.table(
+                    [
+                        _make_array(
+                            [row.get(field.name) for row in chunk],
+                            field.type,
+                            as_json=not _is_plain(kinds[field.name] - {type(None)}),
+                        )
+                        for field in schema
+                    ],
+                    schema=schema,
+                )
+            )
 
 
 def _is_plain(kinds: set[type]) -> bool:
@@ -520,5 +631,7 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
                 raise pa.ArrowInvalid("nested")
             columns[name] = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            columns[name] = pa.array([None if value is None else json.dumps(value) for value in values])
+            columns[name] = pa.array(
+                [None if value is None else json.dumps(value) for value in values]
+            )
     return pa.table(columns)

@@ -22,7 +22,13 @@ import pyarrow as pa
 
 from dray.errors import SpecError, StoreError
 from dray.redaction import redact, redact_fields, take_in_all
-from dray.spec import RUN_NAME, Spec, differing_paths, dump_spec, make_spec, without_places
+from dray.runs.checkpoint_manifest import CheckpointInfo
+from dray.runs.checkpoint_reader import (
+    CheckpointReport,
+    find_checkpoints,
+    inspect_checkpoint,
+    verify_checkpoint,
+)
 from dray.runs.drivers import (
     Driver,
     check_driver,
@@ -35,23 +41,6 @@ from dray.runs.drivers import (
     newest_driver,
     release,
     take_over,
-)
-from dray.storage.exclusive import create_exclusive
-from dray.storage.filesystem import (
-    PROBE_SECONDS,
-    absolute,
-    child,
-    exists,
-    is_file,
-    is_uri,
-    list_files,
-    list_folders,
-    open_filesystem,
-    read_bytes,
-    require_writable,
-    shown,
-    write_bytes,
-    write_whole,
 )
 from dray.runs.history import Outline, iterate_history, last_rows, make_outline
 from dray.runs.layout import (
@@ -76,9 +65,7 @@ from dray.runs.layout import (
     make_attempt_file,
     parse_attempt_file,
 )
-from dray.runs.checkpoint_manifest import CheckpointInfo
 from dray.runs.pins import hold
-from dray.runs.checkpoint_reader import CheckpointReport, find_checkpoints, inspect_checkpoint, verify_checkpoint
 from dray.runs.row_log import (
     RecordCache,
     RowLog,
@@ -90,8 +77,34 @@ from dray.runs.row_log import (
     save_json,
     write_table,
 )
+from dray.spec import (
+    RUN_NAME,
+    BadYaml,
+    Spec,
+    differing_paths,
+    dump_spec,
+    make_spec,
+    read_yaml,
+    without_places,
+)
+from dray.storage.exclusive import create_exclusive
+from dray.storage.filesystem import (
+    PROBE_SECONDS,
+    absolute,
+    child,
+    exists,
+    is_file,
+    is_uri,
+    list_files,
+    list_folders,
+    open_filesystem,
+    read_bytes,
+    require_writable,
+    shown,
+    write_bytes,
+    write_whole,
+)
 from dray.storage.retrying import first_safe_line, patience
-from dray.spec import BadYaml, read_yaml
 
 _CHECKPOINT_BELOW = re.compile(rf"/[^/]+/{CHECKPOINTS}/[^/]+/?$")
 
@@ -127,7 +140,9 @@ class Run:
     def find_path(self, kept: str) -> str:
         """The path that a record keeps, where the storage is now. Records of earlier versions hold
         it whole."""
-        if not kept.startswith(f"{self._storage_path}/") and (below := _CHECKPOINT_BELOW.search(f"/{kept}")):
+        if not kept.startswith(f"{self._storage_path}/") and (
+            below := _CHECKPOINT_BELOW.search(f"/{kept}")
+        ):
             return f"{self._storage_path}{below[0]}"
         return kept
 
@@ -141,7 +156,9 @@ class Run:
         kept, key = record.get("corpus") or "", record.get("corpus_key")
         if not kept or not (is_uri(kept) or os.path.isabs(kept)):
             return kept and child(self.storage, *kept.split("/"))
-        if key and not exists(*open_filesystem(kept)):  # an earlier version's record of a storage that was moved
+        if key and not exists(
+            *open_filesystem(kept)
+        ):  # an earlier version's record of a storage that was moved
             moved = child(self.storage, CORPORA, key)
             return moved if exists(*open_filesystem(moved)) else kept
         return kept
@@ -160,8 +177,17 @@ class Run:
         require_writable(filesystem, path, absolute(storage))
 
     @classmethod
-    def open_or_create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
-                       corpus: str = "", corpus_key: str = "", fork: str | None = None) -> Run:
+    def open_or_create(
+        cls,
+        storage: str | os.PathLike[str],
+        name: str,
+        spec: Spec,
+        plan: Mapping[str, Any],
+        *,
+        corpus: str = "",
+        corpus_key: str = "",
+        fork: str | None = None,
+    ) -> Run:
         """Begin the run of that name or go on with it; with `fork`, begin (or go on with) a fork of
         it by that name.
 
@@ -178,42 +204,65 @@ class Run:
         return cls.create(storage, name, spec, plan, corpus=corpus, corpus_key=corpus_key)
 
     @classmethod
-    def find_begun(cls, storage: str | os.PathLike[str], name: str, fork: str | None = None) -> Run | None:
+    def find_begun(
+        cls, storage: str | os.PathLike[str], name: str, fork: str | None = None
+    ) -> Run | None:
         """The run of that name, or the fork of it by the name `fork`, if it has begun. Raises
         StoreError for names that cannot be, a run that another driver drives, and a fork of another
         run."""
         check_run_name(name)
         run = cls.find(storage, fork or name)
         if run is not None and fork and (run.origin() or {}).get("run") != name:
-            raise StoreError(f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork "
-                                                                                     "gets a new "
-                                                                                     "name")
+            raise StoreError(
+                f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name"
+            )
         if run is not None:
             check_free(run.filesystem, run.path, f"run {run.name!r}")
         return run
 
     @classmethod
-    def find_origin(cls, storage: str | os.PathLike[str], source: str) -> tuple[Run, CheckpointInfo]:
+    def find_origin(
+        cls, storage: str | os.PathLike[str], source: str
+    ) -> tuple[Run, CheckpointInfo]:
         """The run that a fork is to start from, with its newest checkpoint. Raises StoreError if it
         has none."""
         origin = cls.open(storage, source)
         info = origin.latest_checkpoint()
         if info is None:
-            raise StoreError(f"run {source!r}", "has no sound checkpoint to fork from",
-                             way_out="train it to its first checkpoint, or start afresh under "
-                                     "another name")
+            raise StoreError(
+                f"run {source!r}",
+                "has no sound checkpoint to fork from",
+                way_out="train it to its first checkpoint, or start afresh under another name",
+            )
         return origin, info
 
     @classmethod
-    def create(cls, storage: str | os.PathLike[str], name: str, spec: Spec, plan: Mapping[str, Any], *,
-               corpus: str = "", corpus_key: str = "") -> Run:
+    def create(
+        cls,
+        storage: str | os.PathLike[str],
+        name: str,
+        spec: Spec,
+        plan: Mapping[str, Any],
+        *,
+        corpus: str = "",
+        corpus_key: str = "",
+    ) -> Run:
         """Begin a new run. Raises StoreError if the name is taken or the storage cannot be
         written."""
         return cls(os.fspath(storage), name)._begin(spec, plan, corpus, corpus_key)
 
     @classmethod
-    def fork(cls, storage: str | os.PathLike[str], source: str, name: str, spec: Spec, plan: Mapping[str, Any], *,
-             corpus: str = "", corpus_key: str = "") -> Run:
+    def fork(
+        cls,
+        storage: str | os.PathLike[str],
+        source: str,
+        name: str,
+        spec: Spec,
+        plan: Mapping[str, Any],
+        *,
+        corpus: str = "",
+        corpus_key: str = "",
+    ) -> Run:
         """Begin a new run from the newest checkpoint of another in the same storage, whatever its
         identity.
 
@@ -229,20 +278,35 @@ class Run:
         pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
         save_json(run.filesystem, f"{run._storage_path}/{pinned}/{PINS}/{name}.json", pin)
         if not inspect_checkpoint(run.filesystem, info.path).verified:
-            raise StoreError(f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again")
-        return run._begin(spec, plan, corpus, corpus_key, left_out=_inherit_left_out(origin, spec, corpus_key), origin={
-            "run": source, "step": info.step, "attempt": info.attempt, "checkpoint": checkpoint,
-            "fingerprint": origin.fingerprint,
-            "differing": differing_paths(origin.record()["identity"], spec.identity())})
+            raise StoreError(
+                f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again"
+            )
+        return run._begin(
+            spec,
+            plan,
+            corpus,
+            corpus_key,
+            left_out=_inherit_left_out(origin, spec, corpus_key),
+            origin={
+                "run": source,
+                "step": info.step,
+                "attempt": info.attempt,
+                "checkpoint": checkpoint,
+                "fingerprint": origin.fingerprint,
+                "differing": differing_paths(origin.record()["identity"], spec.identity()),
+            },
+        )
 
     @classmethod
     def open(cls, storage: str | os.PathLike[str], name: str) -> Run:
         """The run of that name. Raises StoreError if there is none."""
         run = cls.find(storage, name)
         if run is None:
-            raise StoreError(f"run {name!r}", f"not found in {shown(absolute(storage))}",
-                             way_out="`dray runs` lists what is there; --storage names another "
-                                     "place")
+            raise StoreError(
+                f"run {name!r}",
+                f"not found in {shown(absolute(storage))}",
+                way_out="`dray runs` lists what is there; --storage names another place",
+            )
         return run
 
     @classmethod
@@ -256,23 +320,47 @@ class Run:
         try:
             return exists(run.filesystem, f"{run.path}/{RUN_FILE}")
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(shown(run.storage), f"cannot be read ({first_safe_line(error)})",
-                             way_out="check the address, the credentials and the "
-                                     "permissions") from error
+            raise StoreError(
+                shown(run.storage),
+                f"cannot be read ({first_safe_line(error)})",
+                way_out="check the address, the credentials and the permissions",
+            ) from error
 
-    def _begin(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str, *,
-               origin: dict[str, Any] | None = None, left_out: Sequence[int] = ()) -> Run:
+    def _begin(
+        self,
+        spec: Spec,
+        plan: Mapping[str, Any],
+        corpus: str,
+        corpus_key: str,
+        *,
+        origin: dict[str, Any] | None = None,
+        left_out: Sequence[int] = (),
+    ) -> Run:
         """Write the record, whose presence makes the folder a run: of two simultaneous beginners
         one wins."""
         require_writable(self.filesystem, self.path, self.uri)
-        record = {"name": self.name, "created": now(), "nonce": uuid.uuid4().hex, "status": "created", "reason": "",
-                  "fingerprint": spec.fingerprint(), "identity": spec.identity(),
-                  "corpus": self._keep_place(corpus), "corpus_key": corpus_key, "origin": origin,
-                  **({"left_out": list(left_out)} if left_out else {})}
-        if not create_exclusive(self.filesystem, f"{self.path}/{RUN_FILE}", make_json(record, indent=1)):
-            raise StoreError(f"run {self.name!r}", f"exists already in {shown(self.storage)}",
-                             "a new run has a new name", "go on with it, or name another run "
-                                                         "with --run")
+        record = {
+            "name": self.name,
+            "created": now(),
+            "nonce": uuid.uuid4().hex,
+            "status": "created",
+            "reason": "",
+            "fingerprint": spec.fingerprint(),
+            "identity": spec.identity(),
+            "corpus": self._keep_place(corpus),
+            "corpus_key": corpus_key,
+            "origin": origin,
+            **({"left_out": list(left_out)} if left_out else {}),
+        }
+        if not create_exclusive(
+            self.filesystem, f"{self.path}/{RUN_FILE}", make_json(record, indent=1)
+        ):
+            raise StoreError(
+                f"run {self.name!r}",
+                f"exists already in {shown(self.storage)}",
+                "a new run has a new name",
+                "go on with it, or name another run with --run",
+            )
         self._take_up(spec, plan, corpus, corpus_key)
         return self
 
@@ -282,11 +370,12 @@ class Run:
         record = self.record()
         self.check_identity(spec)
         if record["corpus_key"] and corpus_key and record["corpus_key"] != corpus_key:
-            raise StoreError(f"run {self.name!r}", f"its corpus was {record['corpus_key']} and is "
-                                                   f"{corpus_key} now",
-                             "a run keeps its rows: files were changed, added or removed since it "
-                             "began",
-                             "put them back, name another run with --run, or --fork NEW_NAME")
+            raise StoreError(
+                f"run {self.name!r}",
+                f"its corpus was {record['corpus_key']} and is {corpus_key} now",
+                "a run keeps its rows: files were changed, added or removed since it began",
+                "put them back, name another run with --run, or --fork NEW_NAME",
+            )
         self._check_decay(spec, plan)
         write_bytes(self.filesystem, f"{self.path}/{SPEC_FILE}", dump_spec(spec).encode())
         save_json(self.filesystem, f"{self.path}/{PLAN_FILE}", plan)
@@ -298,15 +387,23 @@ class Run:
         """Raise StoreError, naming what differs, for a spec that is another run's. Where its inputs
         lie is no part of what a run is; what they hold is, and whoever has them compares it
         (`moved_paths`)."""
-        differing = differing_paths(without_places(self.record()["identity"]), without_places(spec.identity()))
+        differing = differing_paths(
+            without_places(self.record()["identity"]), without_places(spec.identity())
+        )
         if differing:
             rule = "a run keeps its identity"
             if spec.duration_is_identity and any(path.startswith("duration") for path in differing):
-                rule += (f": the {spec.schedule.name} schedule without decay_steps ends with the "
-                        "duration")
-            raise StoreError(f"run {self.name!r}", f"its spec differs in {', '.join(differing)}", rule,
-                             "undo the change, name another run with --run, or start from its "
-                             "newest checkpoint with --fork NEW_NAME")
+                rule += (
+                    f": the {spec.schedule.name} schedule without decay_steps ends with the "
+                    "duration"
+                )
+            raise StoreError(
+                f"run {self.name!r}",
+                f"its spec differs in {', '.join(differing)}",
+                rule,
+                "undo the change, name another run with --run, or start from its "
+                "newest checkpoint with --fork NEW_NAME",
+            )
 
     def moved_paths(self, spec: Spec) -> list[str]:
         """The dotted paths of the inputs that lie elsewhere by this spec than by the one that the
@@ -323,11 +420,12 @@ class Run:
             return
         start = min(_decay_start(spec, old), _decay_start(spec, new))
         if newest.step > start:
-            raise StoreError(f"run {self.name!r}", f"duration changes from {old} to {new} steps "
-                                                   f"at step {newest.step}",
-                             f"its learning rate decays from step {start} on, which a new "
-                             "duration would move",
-                             "keep the duration, or --fork NEW_NAME")
+            raise StoreError(
+                f"run {self.name!r}",
+                f"duration changes from {old} to {new} steps at step {newest.step}",
+                f"its learning rate decays from step {start} on, which a new duration would move",
+                "keep the duration, or --fork NEW_NAME",
+            )
 
     # ---- records --------------------------------------------------------------------------------
 
@@ -335,7 +433,9 @@ class Run:
         """run.json: name, created, status, fingerprint, identity, corpus, and what `update`
         added."""
         # Records of earlier versions may hold URIs with credentials.
-        return cast("dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{RUN_FILE}")))
+        return cast(
+            "dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{RUN_FILE}"))
+        )
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json. One process at a time: the driver."""
@@ -347,8 +447,9 @@ class Run:
         try:
             return make_spec(read_yaml(read_bytes(self.filesystem, path).decode()), path)
         except (FileNotFoundError, UnicodeDecodeError, BadYaml, SpecError) as error:
-            raise StoreError(path, f"cannot be read ({error})", way_out="start the run again "
-                                                                        "with its spec") from error
+            raise StoreError(
+                path, f"cannot be read ({error})", way_out="start the run again with its spec"
+            ) from error
 
     def plan(self) -> dict[str, Any]:
         """The plan as last run, as plain values."""
@@ -362,9 +463,15 @@ class Run:
         except FileNotFoundError:
             return None
 
-    def keep_model(self, config: Mapping[str, Any], pretrained: Mapping[str, Any] | None = None) -> None:
+    def keep_model(
+        self, config: Mapping[str, Any], pretrained: Mapping[str, Any] | None = None
+    ) -> None:
         """Keep the model's configuration, and where its initial weights lie."""
-        save_json(self.filesystem, f"{self.path}/{MODEL_FILE}", {"config": config, "pretrained": pretrained})
+        save_json(
+            self.filesystem,
+            f"{self.path}/{MODEL_FILE}",
+            {"config": config, "pretrained": pretrained},
+        )
 
     @property
     def corpus_copy(self) -> str:
@@ -391,7 +498,9 @@ class Run:
 
     def _driver_is_gone(self, process: Mapping[str, Any]) -> bool:
         gone = is_gone(process)
-        if gone is None and (newest := self.driver()) is not None:  # on another machine: signs of life tell
+        if (
+            gone is None and (newest := self.driver()) is not None
+        ):  # on another machine: signs of life tell
             return not is_alive(self.filesystem, self.path, newest, time.time())
         return bool(gone)
 
@@ -438,7 +547,9 @@ class Run:
 
     # ---- attempts -------------------------------------------------------------------------------
 
-    def begin_attempt(self, num_ranks: int, start_step: int, driver: int | None = None, **fields: Any) -> int:
+    def begin_attempt(
+        self, num_ranks: int, start_step: int, driver: int | None = None, **fields: Any
+    ) -> int:
         """Record one start of the worker group and return its number, which no other start gets.
 
         `start_step`: the step of the checkpoint it starts from (0: none). What earlier attempts did
@@ -452,9 +563,18 @@ class Run:
         numbers = map(parse_attempt_file, list_files(self.filesystem, folder))
         number = max((found for found in numbers if found is not None), default=0) + 1
         while True:
-            record = {"attempt": number, "num_ranks": num_ranks, "start_step": start_step, "started": now(),
-                      "driver": driver, "nonce": uuid.uuid4().hex, **fields}
-            if create_exclusive(self.filesystem, f"{folder}/{make_attempt_file(number)}", make_json(record)):
+            record = {
+                "attempt": number,
+                "num_ranks": num_ranks,
+                "start_step": start_step,
+                "started": now(),
+                "driver": driver,
+                "nonce": uuid.uuid4().hex,
+                **fields,
+            }
+            if create_exclusive(
+                self.filesystem, f"{folder}/{make_attempt_file(number)}", make_json(record)
+            ):
                 break
             number += 1
         # Again, now that every later driver sees this attempt: so those of a later one have higher
@@ -465,14 +585,21 @@ class Run:
     def end_attempt(self, attempt: int, status: str, step: int, reason: str = "") -> None:
         """Record how an attempt ended, at which step. One that was killed has no such record."""
         path = f"{self.path}/{ATTEMPTS}/{attempt:04d}-end.json"
-        save_json(self.filesystem, path, {"ended": now(), "status": status, "end_step": step, "reason": reason})
+        save_json(
+            self.filesystem,
+            path,
+            {"ended": now(), "status": status, "end_step": step, "reason": reason},
+        )
 
     def attempts(self) -> list[dict[str, Any]]:
         """The attempts by number: attempt, num_ranks, start_step, started, …, and ended, status,
         end_step, reason."""
         found = self._attempts.load()
         numbers = sorted(number for number in map(parse_attempt_file, found) if number is not None)
-        return [found[make_attempt_file(number)] | found.get(f"{number:04d}-end.json", {}) for number in numbers]
+        return [
+            found[make_attempt_file(number)] | found.get(f"{number:04d}-end.json", {})
+            for number in numbers
+        ]
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -558,7 +685,11 @@ class Run:
         start_steps = self._start_steps()
         found = []
         for info in find_checkpoints(self):
-            later = [number for number, start in start_steps.items() if number > info.attempt and start < info.step]
+            later = [
+                number
+                for number, start in start_steps.items()
+                if number > info.attempt and start < info.step
+            ]
             if later and info.verified:
                 problem = f"undone: attempt {min(later)} started before it"
                 info = replace(info, verified=False, committed=False, problem=problem)
@@ -575,10 +706,12 @@ class Run:
             return None
         info = inspect_checkpoint(self.filesystem, f"{self._storage_path}/{origin['checkpoint']}")
         if not info.verified:
-            raise StoreError(f"run {self.name!r}", "the checkpoint it was forked from is "
-                                                   f"unsound: {info.problem}",
-                             f"it starts from step {origin['step']} of run "
-                             f"{origin['run']}", "fork again")
+            raise StoreError(
+                f"run {self.name!r}",
+                f"the checkpoint it was forked from is unsound: {info.problem}",
+                f"it starts from step {origin['step']} of run {origin['run']}",
+                "fork again",
+            )
         return info
 
     def lost_steps(self) -> dict[int, str]:
@@ -587,12 +720,26 @@ class Run:
         it started before, is none of them.
         """
         starts, base = self._start_steps(), int((self.origin() or {}).get("step", 0))
-        found = {(number, start): "its files are gone" for number, start in starts.items() if start > base}
-        found |= {(int(event["attempt"]), int(event["step"])): "its files are gone" for event in self.events()
-                  if event["kind"] == "checkpoint"}
-        found |= {(info.attempt, info.step): info.problem for info in find_checkpoints(self) if info.committed}
-        return {step: problem for (attempt, step), problem in found.items()
-                if not any(number > attempt and start < step for number, start in starts.items())}
+        found = {
+            (number, start): "its files are gone"
+            for number, start in starts.items()
+            if start > base
+        }
+        found |= {
+            (int(event["attempt"]), int(event["step"])): "its files are gone"
+            for event in self.events()
+            if event["kind"] == "checkpoint"
+        }
+        found |= {
+            (info.attempt, info.step): info.problem
+            for info in find_checkpoints(self)
+            if info.committed
+        }
+        return {
+            step: problem
+            for (attempt, step), problem in found.items()
+            if not any(number > attempt and start < step for number, start in starts.items())
+        }
 
     def set_aside(self, info: CheckpointInfo, reason: str) -> None:
         """Mark a checkpoint as unsound, with the reason: from now on the one before it is used."""
@@ -610,11 +757,12 @@ class Run:
         with hold(self.filesystem, info.path):
             names = list_files(self.filesystem, info.path)
             if info.verified and (MARKER_FILE not in names or DELETING_FILE in names):
-                raise StoreError(f"run {self.name!r}", f"the checkpoint of step {info.step} was "
-                                                       "deleted meanwhile",
-                                 "retention keeps what is held before it looks", "try again, or "
-                                                                                 "choose a newer "
-                                                                                 "one")
+                raise StoreError(
+                    f"run {self.name!r}",
+                    f"the checkpoint of step {info.step} was deleted meanwhile",
+                    "retention keeps what is held before it looks",
+                    "try again, or choose a newer one",
+                )
             yield
 
     # ---- summary --------------------------------------------------------------------------------
@@ -628,19 +776,36 @@ class Run:
         has_plan = exists(self.filesystem, f"{self.path}/{PLAN_FILE}")
         rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
         return {
-            **{key: record.get(key) for key in ("name", "reason", "created", "fingerprint", "origin")},
+            **{
+                key: record.get(key)
+                for key in ("name", "reason", "created", "fingerprint", "origin")
+            },
             "corpus": self.corpus,
             "status": self.status,
             "step": max([int(row["step"]) for row in rows[-1:]] + sound[-1:], default=0),
             "num_steps": self.plan().get("num_steps") if has_plan else None,
-            "attempts": [{key: value for key, value in attempt.items() if key != "nonce"}
-                         for attempt in self.attempts()],
+            "attempts": [
+                {key: value for key, value in attempt.items() if key != "nonce"}
+                for attempt in self.attempts()
+            ],
             "train_loss": rows[-1].get("loss") if rows else None,
-            "validation": {key: value for key, value in (validations[-1] if validations else {}).items()
-                           if key not in ("kind", "attempt", "time")},
+            "validation": {
+                key: value
+                for key, value in (validations[-1] if validations else {}).items()
+                if key not in ("kind", "attempt", "time")
+            },
             "tokens_per_second": float(median(rates)) if rates else None,
-            "checkpoints": [{"step": info.step, "attempt": info.attempt, "path": info.path, "verified": info.verified,
-                             "bytes": info.num_bytes, "problem": info.problem} for info in checkpoints],
+            "checkpoints": [
+                {
+                    "step": info.step,
+                    "attempt": info.attempt,
+                    "path": info.path,
+                    "verified": info.verified,
+                    "bytes": info.num_bytes,
+                    "problem": info.problem,
+                }
+                for info in checkpoints
+            ],
         }
 
 
@@ -658,14 +823,21 @@ def find_checkpoint(run: Run, step: int | None = None) -> CheckpointInfo:
         chosen = [info for info in same if info.committed] or same
     if not chosen:
         steps = ", ".join(str(info.step) for info in found) or "none"
-        raise StoreError(f"run {run.name!r}", "has no checkpoint" + (f" of step {step}" if step is not None else ""),
-                         way_out=f"steps with one: {steps}")
+        raise StoreError(
+            f"run {run.name!r}",
+            "has no checkpoint" + (f" of step {step}" if step is not None else ""),
+            way_out=f"steps with one: {steps}",
+        )
     return chosen[-1]
 
 
 def verify_all(run: Run) -> list[CheckpointReport]:
     """Check every byte of every committed checkpoint of a run, by step."""
-    return [verify_checkpoint(run, info) for info in run.checkpoints(verified_only=False) if info.committed]
+    return [
+        verify_checkpoint(run, info)
+        for info in run.checkpoints(verified_only=False)
+        if info.committed
+    ]
 
 
 def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
@@ -673,11 +845,15 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
     filesystem, path = open_filesystem(storage)
     with patience(PROBE_SECONDS):  # an address that is mistyped is found out here
         if is_file(filesystem, path):
-            raise StoreError(shown(absolute(storage)), "is a file", "the storage is a folder of "
-                                                                    "runs")
+            raise StoreError(
+                shown(absolute(storage)), "is a file", "the storage is a folder of runs"
+            )
     names = (name for name in list_folders(filesystem, path) if re.fullmatch(RUN_NAME, name))
-    runs = [Run(os.fspath(storage), name) for name in names
-            if name not in RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{RUN_FILE}")]
+    runs = [
+        Run(os.fspath(storage), name)
+        for name in names
+        if name not in RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{RUN_FILE}")
+    ]
     return sorted(runs, key=lambda run: str(run.record().get("created")))
 
 
@@ -685,8 +861,12 @@ def _inherit_left_out(origin: Run, spec: Spec, corpus_key: str) -> list[int]:
     """The batches that a fork leaves out since its origin did, where both read the same order:
     without them it would read batches again. In another order the numbers name other rows."""
     record = origin.record()
-    changed = {"seed", "batch.global_rows"} & set(differing_paths(record["identity"], spec.identity()))
-    return [] if changed or record["corpus_key"] != corpus_key else list(record.get("left_out") or ())
+    changed = {"seed", "batch.global_rows"} & set(
+        differing_paths(record["identity"], spec.identity())
+    )
+    return (
+        [] if changed or record["corpus_key"] != corpus_key else list(record.get("left_out") or ())
+    )
 
 
 def _decay_start(spec: Spec, num_steps: int) -> int:

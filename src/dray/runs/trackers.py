@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 from dray.errors import StoreError
 from dray.redaction import redact, restored
-from dray.spec import Spec
-from dray.storage.filesystem import is_local, make_folder, open_filesystem, shown, write_bytes
 from dray.runs.layout import TRACKERS
 from dray.runs.run import Run
+from dray.spec import Spec
+from dray.storage.filesystem import is_local, make_folder, open_filesystem, shown, write_bytes
 
 MAX_WAITING = 10_000
 MAX_FAILURES = 3
@@ -49,7 +49,9 @@ class Trackers:
     """Several trackers as one, fed by a thread. No method raises, and only `finish` waits, for a
     bounded time."""
 
-    def __init__(self, run: Run, members: Mapping[str, Tracker], finish_seconds: float = FINISH_SECONDS) -> None:
+    def __init__(
+        self, run: Run, members: Mapping[str, Tracker], finish_seconds: float = FINISH_SECONDS
+    ) -> None:
         self._run, self._members, self._finish_seconds = run, dict(members), finish_seconds
         self._failures = dict.fromkeys(members, 0)
         self._reported: set[str] = set()
@@ -61,7 +63,9 @@ class Trackers:
         others."""
         for name, member in self._members.items():
             self._queues[name] = queue.Queue(MAX_WAITING)
-            thread = threading.Thread(target=self._feed, args=(name, member), name=f"tracker-{name}", daemon=True)
+            thread = threading.Thread(
+                target=self._feed, args=(name, member), name=f"tracker-{name}", daemon=True
+            )
             self._threads[name] = thread
             thread.start()
         self._put(lambda member: member.start(run_name, spec))
@@ -69,8 +73,13 @@ class Trackers:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Pass on the numbers among the metrics; text and nested values stay in the run's own
         rows."""
-        numbers = {key: float(value) for key, value in metrics.items()
-                   if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "time")}
+        numbers = {
+            key: float(value)
+            for key, value in metrics.items()
+            if isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and key not in ("step", "time")
+        }
         self._put(lambda member: member.log(step, numbers))
 
     def finish(self, status: str) -> None:
@@ -84,8 +93,9 @@ class Trackers:
         for name, thread in self._threads.items():
             thread.join(max(0.01, deadline - time.monotonic()))
             if thread.is_alive():
-                self._report(name, TimeoutError(f"did not finish within {self._finish_seconds:g} "
-                                                "s"))
+                self._report(
+                    name, TimeoutError(f"did not finish within {self._finish_seconds:g} s")
+                )
         self._threads, self._queues = {}, {}
 
     def _put(self, call: Callable[[Tracker], None]) -> None:
@@ -110,7 +120,11 @@ class Trackers:
     def _report(self, name: str, error: Exception) -> None:
         if name not in self._reported:
             self._reported.add(name)
-            self._run.log_event("tracker_failed", tracker=name, error=redact(f"{type(error).__name__}: {error}")[:500])
+            self._run.log_event(
+                "tracker_failed",
+                tracker=name,
+                error=redact(f"{type(error).__name__}: {error}")[:500],
+            )
 
 
 def build_trackers(run: Run, spec: Spec, finish_seconds: float = FINISH_SECONDS) -> Trackers:
@@ -136,19 +150,29 @@ def check_trackers(spec: Spec, storage: str | os.PathLike[str]) -> None:
     Imports nothing, so that it can be asked before anything else is done.
     """
     tracking = spec.tracking
-    wanted = {"tensorboard": [["tensorboard", "tensorboardX"]] if tracking.tensorboard else [],
-              "mlflow": [["mlflow"], ["sqlalchemy"], ["alembic"]][: 3 if tracking.mlflow is True else 1]
-              if tracking.mlflow else [],
-              "wandb": [["wandb"]] if tracking.wandb else []}
+    wanted = {
+        "tensorboard": [["tensorboard", "tensorboardX"]] if tracking.tensorboard else [],
+        "mlflow": [["mlflow"], ["sqlalchemy"], ["alembic"]][: 3 if tracking.mlflow is True else 1]
+        if tracking.mlflow
+        else [],
+        "wandb": [["wandb"]] if tracking.wandb else [],
+    }
     for tracker, modules in wanted.items():
         for either in modules:
             if not any(importlib.util.find_spec(module) for module in either):
-                raise StoreError(f"tracking.{tracker}", f"{either[0]} is not installed",
-                                 "a tracker's library is needed",
-                                 "pip install 'dray[track]', or switch the tracker off")
+                raise StoreError(
+                    f"tracking.{tracker}",
+                    f"{either[0]} is not installed",
+                    "a tracker's library is needed",
+                    "pip install 'dray[track]', or switch the tracker off",
+                )
     if tracking.mlflow is True and not is_local(open_filesystem(storage)[0]):
-        raise StoreError("tracking.mlflow", f"the storage is {shown(storage)}",
-                         "MLflow's own SQLite store needs a local disk", "give a tracking URI")
+        raise StoreError(
+            "tracking.mlflow",
+            f"the storage is {shown(storage)}",
+            "MLflow's own SQLite store needs a local disk",
+            "give a tracking URI",
+        )
 
 
 class TensorBoardTracker:
@@ -157,9 +181,15 @@ class TensorBoardTracker:
 
     def __init__(self, run: Run) -> None:
         own = importlib.util.find_spec("tensorboard")
-        self._module: Any = importlib.import_module("torch.utils.tensorboard" if own else "tensorboardX")
+        self._module: Any = importlib.import_module(
+            "torch.utils.tensorboard" if own else "tensorboardX"
+        )
         self._run, self._target = run, f"{run.path}/{TRACKERS}/tensorboard"
-        self._folder = self._target if is_local(run.filesystem) else tempfile.mkdtemp(prefix="dray-tensorboard-")
+        self._folder = (
+            self._target
+            if is_local(run.filesystem)
+            else tempfile.mkdtemp(prefix="dray-tensorboard-")
+        )
         self._writer: Any = None
         self._uploaded = time.monotonic()
 
@@ -204,7 +234,9 @@ class MlflowTracker:
     def start(self, run_name: str, spec: Mapping[str, Any]) -> None:
         if self._uri is None:
             make_folder(self._run.filesystem, self._folder)
-        client = self._client = self._module.MlflowClient(restored(self._uri or "") or f"sqlite:///{self._folder}/mlflow.db")
+        client = self._client = self._module.MlflowClient(
+            restored(self._uri or "") or f"sqlite:///{self._folder}/mlflow.db"
+        )
         known = client.get_experiment_by_name("dray")
         place = None if self._uri else f"{self._folder}/artifacts"
         experiment = known.experiment_id if known else client.create_experiment("dray", place)
@@ -214,7 +246,9 @@ class MlflowTracker:
             self._id = found[0].info.run_id
             client.update_run(self._id, status="RUNNING")
             return
-        self._id = client.create_run(experiment, tags={"dray_run": tag}, run_name=run_name).info.run_id
+        self._id = client.create_run(
+            experiment, tags={"dray_run": tag}, run_name=run_name
+        ).info.run_id
         for name, value in _flat(spec).items():
             client.log_param(self._id, name, str(value)[:500])
 
@@ -222,7 +256,9 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         time_ms = int(time.time() * 1000)
-        self._client.log_batch(self._id, [Metric(name, value, time_ms, step) for name, value in metrics.items()])
+        self._client.log_batch(
+            self._id, [Metric(name, value, time_ms, step) for name, value in metrics.items()]
+        )
 
     def finish(self, status: str) -> None:
         if self._client is not None and self._id:
@@ -243,11 +279,20 @@ class WandbTracker:
 
     def start(self, run_name: str, spec: Mapping[str, Any]) -> None:
         os.makedirs(self._folder, exist_ok=True)
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = os.environ.get("WANDB_MODE") or (
+            "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        )
         settings = self._module.Settings(console="off", silent=True)
         self._live = self._module.init(
-            project=self._project, name=run_name, config=dict(spec), dir=self._folder, mode=mode, settings=settings,
-            id=f"{self._run.fingerprint[:8]}-{run_name}"[:64], resume="allow")
+            project=self._project,
+            name=run_name,
+            config=dict(spec),
+            dir=self._folder,
+            mode=mode,
+            settings=settings,
+            id=f"{self._run.fingerprint[:8]}-{run_name}"[:64],
+            resume="allow",
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._live.log(dict(metrics), step=step)
