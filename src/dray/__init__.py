@@ -19,8 +19,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_spec": "dray.spec.spec",
-    "make_spec": "dray.spec.spec",
+    "load_spec": "dray.spec",
+    "make_spec": "dray.spec",
     "local_shape": "dray.plan",
     "parse_shape": "dray.plan",
     "make_plan": "dray.plan",

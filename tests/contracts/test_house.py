@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import dray
+
 SOURCE = Path(__file__).parents[2] / "src" / "dray"
 
 LEVELS = {
@@ -157,6 +159,11 @@ def test_a_module_that_is_named_in_a_string_is_there():
             )
             is_room = folder.parent == SOURCE and folder.is_dir()
             assert is_room or place in NAMED_IN_STRINGS, f"{path} names {node.value}"
+
+
+def test_every_public_name_is_there():
+    for name in dray.__all__:
+        assert getattr(dray, name) is not None
 
 
 def test_every_error_of_dray_is_in_one_file():
