@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dray.plan import MemoryPlan, Plan, local_shape, make_plan
+from dray.plan.memory import MEMORY_TERMS
 from dray.runs import Run
 from dray.spec import Spec, make_spec
 
@@ -145,21 +146,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         memory: MemoryPlan = row["memory"]
-        terms = [
-            getattr(memory, term)
-            for term in (
-                "parameters",
-                "gradients",
-                "optimizer",
-                "activations",
-                "logits",
-                "buffers",
-                "checkpoint",
-                "framework",
-                "allocator",
-                "total",
-            )
-        ]
+        terms = [getattr(memory, term) for term in (*MEMORY_TERMS, "total")]
         cells = [f"{value / 1e6:,.0f}" for value in (*terms, row["measured"])]
         cells.append(f"{memory.total / row['measured']:.2f}")
         lines.append(f"| {row['model']} | {row['stage']} | {' | '.join(cells)} |")

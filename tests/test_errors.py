@@ -18,6 +18,7 @@ from dray.errors import (
     SpecError,
     StorageFailed,
     first_line,
+    one_line,
     translated,
 )
 
@@ -55,8 +56,8 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
 
 
 def test_a_foreign_error_becomes_ours_and_ours_pass() -> None:
-    def make(told: str) -> CorpusError:
-        return CorpusError("tokenizer.path", f"cannot be loaded ({told})")
+    def make(error: Exception) -> CorpusError:
+        return CorpusError("tokenizer.path", f"cannot be loaded ({first_line(error)})")
 
     told = r"cannot be loaded \(no such thing\)"
     with pytest.raises(CorpusError, match=told) as caught, translated(make):
@@ -69,8 +70,13 @@ def test_a_foreign_error_becomes_ours_and_ours_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
-    [(ValueError("a\nb"), "a"), (ValueError(), "ValueError"), (OSError("x" * 300), "x" * 200)],
+    ("error", "first", "whole"),
+    [
+        (ValueError("a\nb"), "a", "a b"),
+        (ValueError("\n  a\n b"), "a", "a b"),
+        (ValueError(), "ValueError", "ValueError"),
+        (OSError("x" * 500), "x" * 200, "x" * 400),
+    ],
 )
-def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
-    assert first_line(error) == line
+def test_an_error_fit_for_a_line(error: Exception, first: str, whole: str) -> None:
+    assert (first_line(error), one_line(error)) == (first, whole)

@@ -5,6 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+SUMMARY_KEYS = {
+    "name",
+    "status",
+    "fingerprint",
+    "step",
+    "num_steps",
+    "attempts",
+    "train_loss",
+    "validation",
+    "tokens_per_second",
+    "checkpoints",
+}
+"""What `dray show --json` has at least: scripts outside the project depend on it."""
+
 
 def tiny_tree(corpus: Path, **sections: Any) -> dict[str, Any]:
     """A spec, as plain values, that trains in seconds; sections override it."""

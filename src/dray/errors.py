@@ -197,13 +197,18 @@ class Interrupted(DrayError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, fit for a line of dray's, or the name of its type."""
-    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+    """The first line of an error's message, or the name of its type; at most 200 characters."""
+    return next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """An error's whole message on one line, or the name of its type; at most 400 characters."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 @contextmanager
-def translated(make: Callable[[str], DrayError]) -> Iterator[None]:
-    """Turn foreign errors of the block into one of dray's, which `make` gives for their first line.
+def translated(make: Callable[[Exception], DrayError]) -> Iterator[None]:
+    """Turn foreign errors of the block into those of dray's that `make` gives for them.
 
     For calls into libraries that raise whatever their authors chose. dray's own errors pass.
     """
@@ -212,4 +217,4 @@ def translated(make: Callable[[str], DrayError]) -> Iterator[None]:
     except DrayError:
         raise
     except Exception as error:
-        raise make(first_line(error)) from error
+        raise make(error) from error

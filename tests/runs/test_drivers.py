@@ -19,6 +19,7 @@ from dray.runs import CheckpointInfo, CheckpointWriter, Driver, Run
 from dray.runs.drivers import is_gone, make_process
 from dray.runs.row_log import load_json, save_json
 from dray.storage.filesystem import list_files, read_bytes, write_bytes
+from races import go, start
 from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 TAKE_OVER = """
@@ -34,24 +35,6 @@ except StoreError as error:
     print("refused", error, flush=True)
 sys.stdin.read()
 """
-
-
-def start(run: Run) -> subprocess.Popen[str]:
-    child = subprocess.Popen(
-        [sys.executable, "-c", TAKE_OVER, run.storage],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    return child
-
-
-def go(child: subprocess.Popen[str]) -> None:
-    assert child.stdin is not None
-    child.stdin.write("go\n")
-    child.stdin.flush()
 
 
 def answer(child: subprocess.Popen[str]) -> str:
@@ -103,7 +86,7 @@ def test_one_after_the_other(run: Run) -> None:
 
 
 def test_of_several_at_once_one_wins(run: Run) -> None:
-    children = [start(run) for _ in range(4)]
+    children = [start(TAKE_OVER, run.storage) for _ in range(4)]
     for child in children:
         go(child)
     answers = [answer(child) for child in children]
@@ -117,7 +100,7 @@ def test_of_several_at_once_one_wins(run: Run) -> None:
 
 
 def test_a_stopped_process_is_alive(local_run: Run) -> None:
-    child = start(local_run)
+    child = start(TAKE_OVER, local_run.storage)
     go(child)
     assert answer(child) == "won 1\n"
     os.kill(child.pid, signal.SIGSTOP)

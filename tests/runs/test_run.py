@@ -15,7 +15,9 @@ import pytest
 from dray.errors import StoreError
 from dray.runs import Run, list_runs
 from dray.spec import Spec
+from races import race
 from sharded_model import PLAN, make_test_spec, save
+from tiny import SUMMARY_KEYS
 
 
 def test_new_run(storage: str, spec: Spec) -> None:
@@ -232,23 +234,8 @@ print(*[run.begin_attempt(1, 0) for _ in range(25)])
 
 
 def test_attempts_of_several_processes_at_once(local_run: Run) -> None:
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", BEGIN_ATTEMPTS, local_run.storage],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    numbers = [int(number) for child in children for number in child.communicate()[0].split()]
+    told = race(BEGIN_ATTEMPTS, *[(local_run.storage,)] * 4)
+    numbers = [int(number) for said in told for number in said.split()]
     assert sorted(numbers) == list(range(1, 101))
     assert [attempt["attempt"] for attempt in local_run.attempts()] == list(range(1, 101))
     assert not [
@@ -293,18 +280,7 @@ def test_summary(storage: str, run: Run) -> None:
     info = save(run, 5)
     Run.open(storage, "speeches").set_status("completed")
     summary = json.loads(json.dumps(run.summary()))
-    assert {
-        "name",
-        "status",
-        "fingerprint",
-        "step",
-        "num_steps",
-        "attempts",
-        "train_loss",
-        "validation",
-        "tokens_per_second",
-        "checkpoints",
-    } <= summary.keys()
+    assert summary.keys() >= SUMMARY_KEYS
     assert (summary["name"], summary["status"]) == ("speeches", "completed")
     assert (summary["step"], summary["num_steps"]) == (5, 50)
     assert (summary["train_loss"], summary["tokens_per_second"]) == (4.5, 300.0)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import http.server
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from dray.storage.exclusive import _build_store, _s3_settings, create_exclusive
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, write_bytes
 from dray.storage.retrying import patience
 from failing_proxy import FailingProxy, Fault
+from races import race
 from sharded_model import PLAN, SHAPES, make_fragments, make_test_spec, make_whole, save
 
 RACE = """
@@ -41,27 +40,12 @@ def test_exactly_one_of_several_processes(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str
 ) -> None:
     storage = str(tmp_path) if kind == "disk" else request.getfixturevalue("failing_storage")
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACE, storage, str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(4)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    winners = {child: child.communicate()[0].split() for child in children}
-    assert sorted(int(number) for won in winners.values() for number in won) == list(range(15))
+    told = race(RACE, *((storage, str(number)) for number in range(4)))
+    winners = [said.split() for said in told]
+    assert sorted(int(number) for won in winners for number in won) == list(range(15))
     filesystem, path = open_filesystem(storage)
-    for writer, child in enumerate(children):
-        for number in winners[child]:
+    for writer, won in enumerate(winners):
+        for number in won:
             assert read_bytes(filesystem, f"{path}/race/{number}") == f"{writer}-{number}".encode()
 
 

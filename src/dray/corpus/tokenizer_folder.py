@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dray.errors import CorpusError, translated
+from dray.errors import CorpusError, first_line, translated
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -66,8 +66,8 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Any:
 
     rule = "a file that the tokenizers library writes is wanted"
     with translated(
-        lambda told: CorpusError(
-            "tokenizer.path", f"{TOKENIZER_JSON} cannot be loaded ({told})", rule
+        lambda error: CorpusError(
+            "tokenizer.path", f"{TOKENIZER_JSON} cannot be loaded ({first_line(error)})", rule
         )
     ):
         tokenizer = Tokenizer.from_str(files[TOKENIZER_JSON].decode())
@@ -108,8 +108,10 @@ def from_byte_level_files(files: Files, place: str) -> Files:
     ]
     rule = "every merge's parts and result are in the vocabulary"
     with translated(
-        lambda told: CorpusError(
-            "tokenizer.path", f"{place}: vocab.json and merges.txt do not fit ({told})", rule
+        lambda error: CorpusError(
+            "tokenizer.path",
+            f"{place}: vocab.json and merges.txt do not fit ({first_line(error)})",
+            rule,
         )
     ):
         tokenizer = Tokenizer(

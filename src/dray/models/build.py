@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dray.errors import SpecError, translated
+from dray.errors import SpecError, one_line, translated
 from dray.models.config import TASK_CLASSES, auto_class, make_config
 from dray.models.folder import load_folder
 from dray.models.initialize import (
@@ -155,9 +155,9 @@ def check_builds(spec: Spec, config: Any) -> Any:
     """The model of a configuration on the meta device, where it holds nothing. Raises SpecError for
     a configuration that transformers takes and cannot build."""
     with translated(
-        lambda told: SpecError(
+        lambda error: SpecError(
             "model.options" if spec.model.options else "model",
-            f"{config.model_type} cannot be built ({told})",
+            f"{config.model_type} cannot be built ({type(error).__name__}: {one_line(error)})",
             "transformers must know each value",
             "see the configuration's own documentation",
         )

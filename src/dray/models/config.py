@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dray.errors import SpecError, translated
+from dray.errors import SpecError, first_line, one_line, translated
 from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
 from dray.spec import Spec
@@ -123,7 +123,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     rule = "an architecture that transformers knows is wanted; remote code is never run"
     with translated(
-        lambda told: SpecError("model.path", f"{folder}: config.json cannot be used ({told})", rule)
+        lambda error: SpecError(
+            "model.path", f"{folder}: config.json cannot be used ({first_line(error)})", rule
+        )
     ):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None):
@@ -226,13 +228,18 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
 
 
 def _constructed(config_class: Any, fields: dict[str, Any]) -> Any:
-    renamed = {config_class.attribute_map.get(name, name): value for name, value in fields.items()}
+    renamed = {_stored_name(config_class, name): value for name, value in fields.items()}
     with translated(
-        lambda told: SpecError(
-            "model", f"{config_class.model_type} refuses these settings ({told})"
+        lambda error: SpecError(
+            "model", f"{config_class.model_type} refuses these settings ({one_line(error)})"
         )
     ):
         return config_class(**renamed)
+
+
+def _stored_name(config: Any, name: str) -> str:
+    """The configuration's own name of a field: some architectures have another than the usual."""
+    return str(config.attribute_map.get(name, name))
 
 
 def _intermediate_name(config: Any) -> str | None:
@@ -297,11 +304,11 @@ def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
     known = [name for name in default.to_dict() if not name.startswith("_")] + list(
         default.attribute_map
     )
-    own = {default.attribute_map.get(name, name): key for name, key in _OWN_KEYS.items()}
+    own = {_stored_name(default, name): key for name, key in _OWN_KEYS.items()}
     if (wide := _intermediate_name(default)) is not None:
-        own[default.attribute_map.get(wide, wide)] = "model.intermediate_size"
+        own[_stored_name(default, wide)] = "model.intermediate_size"
     if spec.model.path is not None:  # a folder's rotary positions may be told to go on
-        own.pop(default.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        del own[_stored_name(default, "max_position_embeddings")]
     for name in spec.model.options:
         if not hasattr(default, name):
             raise SpecError(
@@ -309,7 +316,7 @@ def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
                 f"no field of {type(default).__name__}",
                 way_out=_nearest(name, known),
             )
-        if key := own.get(default.attribute_map.get(name, name)):
+        if key := own.get(_stored_name(default, name)):
             raise SpecError(
                 f"model.options.{name}",
                 f"{key} is the same",

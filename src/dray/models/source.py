@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dray.errors import SpecError, translated
+from dray.errors import SpecError, one_line, translated
 from dray.storage.digests import digest_files
 
 HUB_SCHEME = "hf://"
@@ -91,7 +91,11 @@ def find_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = path.removeprefix(HUB_SCHEME).partition("@")
-    with translated(lambda told: SpecError("model.path", f"{path} cannot be fetched ({told})")):
+    with translated(
+        lambda error: SpecError(
+            "model.path", f"{path} cannot be fetched ({type(error).__name__}: {one_line(error)})"
+        )
+    ):
         return Path(
             snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED))
         )

@@ -46,6 +46,20 @@ def loss_chunk_bytes(on_gpu: bool) -> int:
     return GPU_LOSS_CHUNK if on_gpu else CPU_LOSS_CHUNK
 
 
+MEMORY_TERMS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "buffers",
+    "checkpoint",
+    "framework",
+    "allocator",
+)
+"""The parts of a MemoryPlan's total."""
+
+
 class MemoryPlan(BaseModel):
     """Bytes of one rank at its peak, by term, and of a node's host."""
 

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import re
 
+from dray.plan.memory import MEMORY_TERMS
 from dray.plan.plan import Plan
-
-_TERMS = (
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "buffers",
-    "checkpoint",
-    "framework",
-    "allocator",
-)
 
 
 def format_plan(plan: Plan) -> str:
@@ -119,7 +108,7 @@ def _model(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     memory, limit = plan.memory, plan.memory_limit_bytes
     lines = [f"memory of a rank at its peak ({memory.peak})"]
-    lines += [_row(term, format_bytes(getattr(memory, term))) for term in _TERMS]
+    lines += [_row(term, format_bytes(getattr(memory, term))) for term in MEMORY_TERMS]
     room = "limit unknown" if limit is None else f"of {format_bytes(limit)}: fits"
     lines.append(_row("total", format_bytes(memory.total), room))
     other = (

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from dray.errors import SaveFailed
 from dray.rank.device import HostCopy, build_copy_stream
 from dray.rank.engine import Engine
 from dray.rank.group import Ranks
-from dray.runs import CheckpointWriter, RankFile, Run, apply_retention, make_fragment_key
+from dray.runs import CheckpointWriter, Run, apply_retention, make_fragment_key
 from dray.spec import Spec
 from dray.storage.retrying import OUTAGE_SECONDS
+
+T = TypeVar("T")
 
 MAX_FAILED_IN_A_ROW = 3
 
@@ -137,7 +139,8 @@ class Saver:
     def _write(self, step: int, metadata: dict[str, Any], copy: HostCopy, blocked: float) -> None:
         begun, kept_for = time.perf_counter(), ""
         # The group may break: another rank is gone, and training will find out too.
-        problem = _try(lambda: self._commit(step, metadata, copy.finish()))
+        agreed, broken = _try(lambda: self._commit(step, metadata, copy.finish()))
+        problem = broken or agreed or ""
         seconds = time.perf_counter() - begun + blocked
         if self._ranks.rank == 0 and not problem:
             kept_for = self._delete_old()
@@ -146,22 +149,14 @@ class Saver:
     def _commit(self, step: int, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         """Write, agree, commit. Returns what went wrong, the same on every rank."""
         ranks, writer = self._ranks, CheckpointWriter(self._run, step, self._attempt)
-        mine: list[RankFile] = []
-
-        def write() -> None:
-            mine.append(writer.write_rank(ranks.rank, ranks.num_ranks, tensors))
-
-        problem = _try(write)
+        mine, problem = _try(lambda: writer.write_rank(ranks.rank, ranks.num_ranks, tensors))
         tensors.clear()
-        found = ranks.gather_to_first(f"rank {ranks.rank}: {problem}" if problem else mine[0])
+        found = ranks.gather_to_first(f"rank {ranks.rank}: {problem}" if problem else mine)
         problem = "; ".join(item for item in found or () if isinstance(item, str))
         if found is not None and not problem:
-
-            def commit() -> None:
-                self._wait_stored()
-                writer.commit(found, metadata)
-
-            problem = _try(commit)
+            _, problem = _try(self._wait_stored)
+            if not problem:
+                _, problem = _try(lambda: writer.commit(found, metadata))
         agreed: str = ranks.broadcast(problem)
         return agreed
 
@@ -169,17 +164,16 @@ class Saver:
         """Apply the retention. Returns why it failed, if it did: on a bucket that lets nobody
         delete it always does."""
         keep, validation = self._spec.checkpoint, self._spec.validation
+        _, problem = _try(
+            lambda: apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)
+        )
+        return problem
 
-        def delete() -> None:
-            apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)
 
-        return _try(delete)
-
-
-def _try(work: Callable[[], str | None]) -> str:
-    """What went wrong, by the work's own words or by its error; empty if nothing did. A save that
-    fails must not end training, whatever it fails with."""
+def _try(work: Callable[[], T]) -> tuple[T | None, str]:
+    """What the work gives and nothing, or nothing and what went wrong: a save that fails must not
+    end training, whatever it fails with."""
     try:
-        return work() or ""
+        return work(), ""
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {error}"

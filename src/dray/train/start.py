@@ -15,7 +15,7 @@ from typing import Any
 
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
 from dray.corpus.prepare import Corpus, corpus_key, describe_changes
-from dray.errors import CorpusError, SpecError, StoreError, translated
+from dray.errors import CorpusError, SpecError, StoreError, one_line, translated
 from dray.models.source import Pretrained, check_weights, find_pretrained
 from dray.plan import Shape, make_plan
 from dray.rank.job import Job, make_corpus_plan
@@ -306,7 +306,9 @@ def _check_model(spec: Spec, pretrained: Pretrained | None) -> None:
         from tokenizers import Tokenizer
 
         with translated(
-            lambda told: SpecError("tokenizer.path", f"{file} cannot be loaded ({told})")
+            lambda error: SpecError(
+                "tokenizer.path", f"{file} cannot be loaded ({one_line(error)})"
+            )
         ):
             vocab_size = Tokenizer.from_file(str(file)).get_vocab_size()
     config = make_config(spec, vocab_size=vocab_size)
