@@ -21,6 +21,7 @@ import torch.distributed as dist
 from dray.models.build import build_model, parameter_groups
 from dray.plan import Plan, local_shape, make_plan
 from dray.processes.heap import prepare_process
+from dray.rank.device import pin, send
 from dray.rank.engine import Engine, build_engine
 from dray.rank.group import Ranks, build_ranks
 from dray.spec import Spec, make_spec
@@ -72,8 +73,9 @@ def train_steps(
     shape = (plan.batch.micro_rows, spec.data.sequence_tokens)
     engine.train(True)
     for step in range(1, num_steps + 1):
-        ids = torch.randint(0, spec.tokenizer.vocab_size, shape, generator=random).to(ranks.device)
-        terms, _ = engine({"input_ids": ids, "labels": ids})
+        ids = torch.randint(0, spec.tokenizer.vocab_size, shape, generator=random)
+        batch = send(pin({"input_ids": ids, "labels": ids}, ranks.device), ranks.device)
+        terms, _ = engine(batch)
         loss, _ = terms["loss"]
         engine.backward(loss / ids.numel(), last=True)
         engine.step(1e-4)

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from bench.gpu.one import SHAPES
@@ -46,6 +47,9 @@ def main() -> int:
         )
         slowest = max(slowest, time.monotonic() - begun)
         failed += row is None
+        if row is not None and options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         if row is None:
             print(f"| {shape} | {stage} | {mode} | {problem} | | | | | |", flush=True)
         elif options.profile:
@@ -98,6 +102,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--smallest", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add each case's figures to it")
     options = parser.parse_args()
     unknown = (
         (set(options.shapes) - set(known))

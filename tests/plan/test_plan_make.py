@@ -348,6 +348,21 @@ def test_compilation_is_chosen_where_it_pays() -> None:
     assert make_plan(spec_of(engine={"compile": True}), LAPTOP).compile
 
 
+def test_compiled_models_keep_less_and_zero_3_is_not_compiled() -> None:
+    h100 = parse_shape("1x2xH100")
+    sections = {"resources": {"workers": 2, "gpus_per_worker": 1}, "duration": {"steps": 10**6}}
+    plans = {
+        stage: make_plan(spec_of(**sections, zero={"stage": stage}), h100) for stage in (1, 2, 3)
+    }
+    assert [plan.compile for plan in plans.values()] == [True, True, False]
+    eager = make_plan(spec_of(**sections, zero={"stage": 1}, engine={"compile": False}), h100)
+    assert plans[1].memory.activations < eager.memory.activations
+    assert plans[1].step_seconds < eager.step_seconds
+    asked = make_plan(spec_of(**sections, zero={"stage": 3}, engine={"compile": True}), h100)
+    assert asked.compile
+    assert any("ZeRO 3's hooks" in note for note in asked.notes)
+
+
 def test_notes_name_what_is_odd() -> None:
     def notes(spec: Spec, shape: Shape) -> str:
         return " ".join(make_plan(spec, shape).notes)

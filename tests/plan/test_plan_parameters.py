@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from dray.errors import SpecError
+from dray.models.build import compile_model, one_document_a_row
 from dray.plan.activations import layer_bytes_per_token
 from dray.plan.architectures import is_gated
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
@@ -275,9 +276,12 @@ def test_positions_must_hold_a_row() -> None:
         load_dimensions(spec_of("llama", max_positions=64))
 
 
-def kept_bytes_per_token(spec: Spec, dtype: torch.dtype) -> float:
+def kept_bytes_per_token(spec: Spec, dtype: torch.dtype, *, compiled: bool = False) -> float:
     """What autograd really saves in the forward pass, parameters left out, each storage once."""
     model = built(spec, "cpu").to(dtype).train()
+    if compiled:  # cut as Inductor cuts it, without the minute that its code takes
+        torch.compiler.reset()
+        compile_model(model, "aot_eager_decomp_partition")
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
     alive: list[torch.Tensor] = []
@@ -292,7 +296,7 @@ def kept_bytes_per_token(spec: Spec, dtype: torch.dtype) -> float:
     inputs = {"input_ids": ids}
     if spec.task != "causal_lm":
         inputs["attention_mask"] = (torch.arange(96) < 80).long().expand(2, -1).contiguous()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with one_document_a_row(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         model(**inputs)
     return sum(sizes.values()) / ids.numel()
 
@@ -308,6 +312,18 @@ def test_kept_activations_are_what_autograd_saves(architecture: str, dtype: torc
     planned = layer_bytes_per_token(
         load_dimensions(spec_of(architecture, task), 512), width, 0.0, 96, on_gpu=False
     )
+    assert planned == pytest.approx(three - two, rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "bert", "modernbert"])
+def test_kept_activations_of_compiled_blocks_are_what_autograd_saves(architecture: str) -> None:
+    task = "causal_lm" if architecture in CAUSAL else "sequence_classification"
+    two, three = (
+        kept_bytes_per_token(spec_of(architecture, task, layers=n), torch.bfloat16, compiled=True)
+        for n in (2, 3)
+    )
+    sizes = load_dimensions(spec_of(architecture, task), 512)
+    planned = layer_bytes_per_token(sizes, 2, 0.0, 96, on_gpu=False, compiled=True)
     assert planned == pytest.approx(three - two, rel=0.02)
 
 

@@ -141,14 +141,15 @@ def test_building_takes_the_compute_types_size_and_a_few_tensors(host: RankHost)
 
 def run_compiled(ranks: Ranks) -> tuple[list[float], list[float], dict[str, int]]:
     """Losses eager and compiled; what Dynamo counted."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
+    import dray.rank.engine
     import dray.tasks.losses
 
     dray.tasks.losses.loss_chunk_bytes = lambda on_gpu: 4 * VOCAB * 50  # three chunks
     # Dynamo captures and guards as ever; only the minute that Inductor takes for its code is left
     # out.
-    DeepSpeedEngine.compile = functools.partialmethod(DeepSpeedEngine.compile, backend="aot_eager")
+    dray.rank.engine.compile_model = functools.partial(
+        dray.rank.engine.compile_model, backend="aot_eager"
+    )
     eager = train(build(*make_case(1, "fp32"), ranks), 3)
     compiled = train(build(*make_case(1, "fp32", compiled=True), ranks), 3)
     from torch._dynamo.utils import counters
@@ -198,3 +199,34 @@ def test_the_update_in_a_few_kernels_is_deepspeeds(host: RankHost) -> None:
     assert mine == pytest.approx(theirs, rel=2e-3)
     assert my_norms == pytest.approx(their_norms, rel=2e-2)
     assert my_norms[0] == pytest.approx(their_norms[0], rel=1e-5)
+
+
+def train_both_ways(ranks: Ranks, stage: int, precision: str) -> list[list[float]]:
+    """Losses and norms by DeepSpeed's own measuring and by ours, and by ours with a gradient that
+    is not finite at the second step."""
+    from dray.rank.layouts import measure_and_clip_queued
+
+    found = []
+    for ours, broken in ((False, False), (True, False), (True, True)):
+        engine = build(*make_case(stage, precision), ranks)
+        if ours:
+            measure_and_clip_queued(engine._wrapper)
+        norms: list[float] = []
+        losses = train(engine, 2, norms)
+        if broken:
+            ids = torch.ones((4, 32), dtype=torch.int64)
+            terms, _ = engine({"input_ids": ids, "labels": ids})
+            engine.backward(terms["loss"][0] * float("inf"), last=True)
+            assert not engine.step(1e-2).applied
+        found.append([*losses, *train(engine, 2, norms), *norms])
+    return found
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_what_a_gpu_measures_and_clips_by_is_what_deepspeed_does(
+    host: RankHost, stage: int, precision: str
+) -> None:
+    """The functions a GPU's ranks take in DeepSpeed's place, on CPUs, where both can run."""
+    for theirs, ours, broken in host.run(train_both_ways, 2, stage, precision):
+        assert ours == pytest.approx(theirs, rel=1e-5 if precision == "fp32" else 1e-3)
+        assert broken == ours  # a step that was withheld has changed nothing

@@ -86,6 +86,21 @@ def test_the_loss_of_logits_takes_them_in_chunks(smoothing: float) -> None:
     assert float(summed_cross_entropy(logits, torch.full((ROWS,), IGNORED)).detach()) == 0.0
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_widened_vocabulary_changes_nothing(smoothing: float) -> None:
+    """What a GPU's chunks do, on a CPU: columns without a class take no part, and get no
+    gradient."""
+    product = torch.randn(ROWS, CLASSES + 5, generator=torch.Generator().manual_seed(0))
+    arguments = (some_labels(), smoothing, LogitRule(scale=0.3, cap=5.0), CLASSES, True)
+    wide_loss, wide = losses._chunk_loss(product, *arguments)
+    loss, exact = losses._chunk_loss(product[:, :CLASSES].contiguous(), *arguments)
+    assert wide_loss == loss
+    assert wide is not None
+    assert exact is not None
+    assert torch.equal(wide[:, :CLASSES], exact)
+    assert not wide[:, CLASSES:].any()
+
+
 @pytest.mark.usefixtures("_three_rows_a_chunk")
 def test_half_precision_is_as_near_to_fp32_as_its_inputs() -> None:
     generator = torch.Generator().manual_seed(0)

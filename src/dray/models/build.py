@@ -9,8 +9,8 @@ of the other stages none in fp32 besides.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -113,6 +113,45 @@ def _make_thin(config: Any, num_blocks: int) -> None:
 def enable_activation_checkpointing(model: Any) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers that a model repeats, each of which transformers can checkpoint by itself; none
+    where an architecture has no such layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[nn.Module] = []
+    inner: set[nn.Module] = set()
+    for module in model.modules():  # outer ones first
+        if isinstance(module, GradientCheckpointingLayer) and module not in inner:
+            found.append(module)
+            inner.update(module.modules())
+    return found
+
+
+def compile_model(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the blocks, each by itself: they are alike, so the code of the first serves all, and
+    a model of any depth is compiled in the time of one block. A model without blocks is compiled
+    whole."""
+    for part in find_blocks(model) or [model]:
+        part.compile(backend=backend)
+
+
+@contextmanager
+def one_document_a_row() -> Iterator[None]:
+    """Within this, transformers does not look whether positions begin anew within a row.
+
+    Ours never do. It asks the device for that in each forward pass, and in a compiled model, which
+    cannot ask, it makes a mask of every square of attention.
+    """
+    from transformers import masking_utils
+
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
 
 
 def num_parameters(model: nn.Module) -> int:

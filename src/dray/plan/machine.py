@@ -64,7 +64,7 @@ def local_shape() -> Shape:
         accelerator=make_accelerator(cards) if cards else None,
         cpu_bf16=amx or avx512_bf16,
         cpu_amx=amx,
-        has_compiler=_has_compiler(),
+        has_compiler=has_compiler(),
         cpu_core_fp32_flops=115e9 if avx512 else 78e9,
         cpu_core_bf16_flops=850e9 if amx else 230e9 if avx512_bf16 else None,
         oversubscribe=True,
@@ -160,7 +160,7 @@ def _read_card(nvml: Any, handle: Any) -> Card:
     )
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
     """Whether torch.compile would find a compiler: $CXX, else the usual ones."""
     return any(
         shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++", "c++")

@@ -26,19 +26,20 @@ from dray.plan.zero_config import Buckets, grad_accumulation_bytes, overlaps
 # what the first steps touch of them. Fitted to peaks: of plain processes that import these 520 to
 # 600 MB, and of forks under Ray, which have ray.train and ray.data besides, 420 to 620.
 CPU_FRAMEWORK_BYTES = 530_000_000
-# CUDA context, cuBLAS and NCCL buffers: as commonly reported, not measured here.
-GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_000_000_000, 700_000_000
+# CUDA context, cuBLAS and the NCCL of one rank, measured on an H200; what more ranks take of NCCL
+# is as commonly reported.
+GPU_FRAMEWORK_BYTES, NCCL_BYTES = 1_800_000_000, 700_000_000
 GPU_HOST_PROCESS_BYTES = 4_000_000_000
-# Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs:
-# assumed, and a share of all that comes and goes.
-CPU_SLACK, GPU_SLACK = 0.45, 0.08
+# Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs: of
+# all that comes and goes, measured with segments that can grow (`processes/heap.py`).
+CPU_SLACK, GPU_SLACK = 0.45, 0.02
 # Of a checkpoint, a parameter: fp32 weights and AdamW's two moments.
 CHECKPOINT_BYTES = 12
 READER_BYTES = 1_500_000_000
 # Bytes of fp32 logits that the loss holds at a time. On a CPU a chunk should stay near the caches
 # (4 to 16 MB were equally fast, the whole of a step slower by a quarter); a GPU's matrix product
-# wants thousands of rows.
-CPU_LOSS_CHUNK, GPU_LOSS_CHUNK = 16_000_000, 256_000_000
+# wants thousands of rows (bench/gpu/loss_arms.py).
+CPU_LOSS_CHUNK, GPU_LOSS_CHUNK = 16_000_000, 1_000_000_000
 
 
 def loss_chunk_bytes(on_gpu: bool) -> int:
@@ -108,6 +109,7 @@ class Load:
     with_ray: bool
     row_tokens: int
     """Of a row on average, padding included. Times go by this, peaks by `sequence_tokens`."""
+    compiled: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -186,13 +188,20 @@ def logits_bytes(load: Load) -> int:
     chunk_tokens = max(1, loss_chunk_bytes(load.on_gpu) // (4 * vocab))
     if load.tokens <= chunk_tokens:
         return load.tokens * vocab * (8 + element)
-    chunk = chunk_tokens * vocab * (4 + (element if load.precision == "fp32" else 2 * element))
+    softmax = 0 if load.on_gpu else 4  # there the gradient is made in one pass over the logits
+    once = element if load.precision == "fp32" and not load.on_gpu else 2 * element
+    chunk = chunk_tokens * vocab * (softmax + once)
     return chunk + 4 * vocab * hidden + load.tokens * hidden * element
 
 
 def _activation_bytes(load: Load) -> int:
     one_block = layer_bytes_per_token(
-        load.sizes, load.element_bytes, load.dropout, load.sequence_tokens, on_gpu=load.on_gpu
+        load.sizes,
+        load.element_bytes,
+        load.dropout,
+        load.sequence_tokens,
+        on_gpu=load.on_gpu,
+        compiled=load.compiled and load.on_gpu,
     )
     if load.checkpointing:
         inputs = load.sizes.layers * checkpoint_bytes_per_token(load.sizes, load.element_bytes)

@@ -89,6 +89,8 @@ class _Setting:
     micro_rows: int
     checkpointing: bool
     offload: str
+    compiled: bool = False
+    """Whether it was found that compiling pays. What fits is chosen as if it did not."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class _Question:
             on_gpu=self.on_gpu,
             with_ray=self.with_ray,
             row_tokens=self.row_tokens,
+            compiled=setting.compiled,
         )
 
     def peak_flops(self, num_ranks: int) -> float | None:
@@ -231,8 +234,11 @@ def _make(
     strict = flops_per_token_strict(sizes, count, width)
     a_step = question.step_seconds(setting)
     compiles = _resolve_compile(
-        question, None if num_steps is None or a_step is None else num_steps * a_step
+        question, setting, None if num_steps is None or a_step is None else num_steps * a_step
     )
+    if compiles:
+        setting = replace(setting, compiled=True)
+        a_step = question.step_seconds(setting)
     return Plan(
         shape=shape,
         num_ranks=setting.num_ranks,
@@ -551,9 +557,9 @@ def _smaller(question: _Question, setting: _Setting) -> str:
     )
 
 
-def _resolve_compile(question: _Question, seconds: float | None) -> bool:
-    """Where compilation was measured to win (CPU: bf16 on AMX) or is known to (GPU), if the run is
-    long enough.
+def _resolve_compile(question: _Question, setting: _Setting, seconds: float | None) -> bool:
+    """Where compilation was measured to win (CPU: bf16 on AMX; GPU: below ZeRO 3, whose hooks cut
+    a model into pieces), if the run is long enough.
 
     Raises PlanError where it is asked for and cannot be.
     """
@@ -568,7 +574,7 @@ def _resolve_compile(question: _Question, seconds: float | None) -> bool:
     if wanted != "auto":
         return wanted
     wins = shape.has_compiler and (
-        question.on_gpu or (question.precision == "bf16" and shape.cpu_amx)
+        (question.on_gpu and setting.stage < 3) or (question.precision == "bf16" and shape.cpu_amx)
     )
     return wins and seconds is not None and seconds >= COMPILE_PAYS * COMPILE_SECONDS
 
@@ -616,6 +622,11 @@ def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator
         and (question.on_gpu or shape.cpu_amx)
     ):
         yield "not compiled: there is no C++ compiler here (g++); compiled it would be faster"
+    if spec.engine.compile is True and setting.stage == 3:
+        yield (
+            "ZeRO 3's hooks cut a model into pieces before it is compiled: on a GPU no other stage "
+            "was as slow"
+        )
     if question.precision == "fp16":
         yield "fp16 needs loss scaling, and skips steps that overflow"
     if question.precision == "bf16" and setting.stage < 2 and batch.accumulation > 1:

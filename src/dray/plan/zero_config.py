@@ -64,7 +64,8 @@ def make_deepspeed_config(
         "zero_optimization": _zero_section(stage, offload, buckets, on_gpu=on_gpu),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": precision == "bf16"},
+        # A norm that is not finite is the guarded optimiser's business, which asks on the device.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "fp16": {
             "enabled": precision == "fp16",
             "loss_scale": 0,

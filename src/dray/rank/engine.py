@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dray.models.build import compile_model
 from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
 from dray.processes.imports import first_import
@@ -305,7 +306,7 @@ def build_engine(
     if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
         wrapper.step = functools.partial(_step_at_once, wrapper)
     if plan.compile:
-        deepspeed_engine.compile()
+        compile_model(model)
     return Engine(deepspeed_engine, model, plan, ranks)
 
 

@@ -7,13 +7,15 @@ parameter's elements with its optimiser states, as live views.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from dray.rank.device import is_queued
 from dray.rank.group import Ranks
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
@@ -118,6 +120,11 @@ class PartitionedLayout(Layout):
 
     measures_norm = True
 
+    def __init__(self, wrapper: Any, module: torch.nn.Module, ranks: Ranks) -> None:
+        super().__init__(wrapper, module, ranks)
+        if is_queued(ranks.device) and not getattr(wrapper, "cpu_offload", True):
+            measure_and_clip_queued(wrapper)
+
     def flats(self) -> list[Tensor]:
         for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if found := getattr(self.wrapper, name, None):
@@ -143,6 +150,37 @@ class PartitionedLayout(Layout):
         states = {"param": mapping.hp_fragment}
         states |= {state: mapping.get_optim_state_fragment(state) for state in OPTIMIZER_STATES}
         return LiveFragment(name, mapping.lp_fragment_address.start, states)
+
+
+def measure_and_clip_queued(wrapper: Any) -> None:
+    """Let ZeRO 1 and 2 measure and clip gradients without asking the device, in a few kernels.
+
+    DeepSpeed waits for the device six times a step there, and takes each tensor's norm by itself,
+    in fp64. A norm that is not finite stays so: the guarded optimiser makes no update then.
+    """
+
+    def norm(norm_type: float = 2) -> Tensor:
+        squares = [
+            torch.stack(torch._foreach_norm(gradients, norm_type, torch.float32)).double().square()
+            for group in wrapper.averaged_gradients.values()
+            if (gradients := [g for g in group if not getattr(g, "_zero_padding", False)])
+        ]
+        zero = torch.zeros(1, dtype=torch.float64, device=wrapper.device)
+        total = torch.cat([zero, *squares]).sum()
+        dist.all_reduce(total, group=wrapper.dp_process_group)
+        return total.sqrt().float()
+
+    def clip(groups: Sequence[Any], total_norm: Tensor) -> None:
+        scale: Any = wrapper.loss_scale
+        if wrapper.clip_grad > 0.0:
+            excess = (total_norm / wrapper.loss_scale + 1e-6) / wrapper.clip_grad
+            scale = excess.clamp(min=1.0) * wrapper.loss_scale
+        elif scale == 1.0:
+            return
+        for gradient in groups:
+            gradient.mul_(1.0 / scale)
+
+    wrapper.scaled_global_norm, wrapper.unscale_and_clip_grads = norm, clip
 
 
 class Stage3Layout(Layout):

@@ -34,6 +34,7 @@ from dray.models.build import (
     build_model,
     enable_activation_checkpointing,
     import_transformers,
+    one_document_a_row,
     parameter_groups,
 )
 from dray.models.config import make_kept_config
@@ -162,7 +163,8 @@ def train_rank(
             {"rank": ranks.rank, "num_ranks": ranks.num_ranks},
         )
     )
-    ended = loop.follow(stream, blocks)
+    with one_document_a_row():
+        ended = loop.follow(stream, blocks)
     if ranks.rank == 0:
         run.end_attempt(attempt.number, ended, loop.progress.step)
     reporter.flush()

@@ -4,21 +4,30 @@ the logits.
 Log-probabilities of a large vocabulary are never held as a whole: rows are taken a chunk at a time,
 and the gradient of a chunk is made while its softmax is there, so that nothing of it is kept for
 the backward pass and nothing is computed twice. What fits into one chunk takes torch's own way.
+
+On a GPU a chunk's softmax and gradient are compiled into kernels that read and write its logits in
+their own precision, and a vocabulary is widened to a multiple that the matrix units take:
+docs/benchmarks.md compares that with Liger's fused loss.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
 
+from dray.plan.machine import has_compiler
 from dray.plan.memory import loss_chunk_bytes
 from dray.tasks.task import IGNORED
+
+_CLASSES_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,9 @@ class LogitRule:
         if self.cap is not None:
             gradient.mul_(1.0 - (logits.float() / self.cap).square_())
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+_AS_IT_IS = LogitRule()
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -70,12 +82,6 @@ def linear_cross_entropy(
     rule = rule or LogitRule()
     if hidden.shape[0] * weight.shape[0] * 4 <= loss_chunk_bytes(hidden.device.type == "cuda"):
         return _whole(rule.logits(F.linear(hidden, weight, bias)), labels, label_smoothing)
-    fused = _liger(hidden, label_smoothing, rule)
-    if fused is not None:
-        # Liger knows no scale; of a product it is as well a scale of one factor.
-        scaled = hidden if rule.scale == 1.0 else hidden * rule.scale
-        loss: Tensor = fused(weight, scaled, labels, None if bias is None else bias * rule.scale)
-        return loss
     return _applied(_FromHidden, hidden, weight, bias, labels, label_smoothing, rule)
 
 
@@ -105,25 +111,28 @@ def _whole(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _chunks(num_rows: int, num_classes: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose fp32 logits stay within the bound."""
-    rows = max(1, loss_chunk_bytes(device.type == "cuda") // (4 * num_classes))
+    """Slices of rows whose fp32 logits stay within the bound; even ones, since each size is
+    compiled by itself."""
+    most = max(1, loss_chunk_bytes(device.type == "cuda") // (4 * num_classes))
+    rows = max(1, -(-num_rows // -(-num_rows // most)))
     return (slice(start, start + rows) for start in range(0, num_rows, rows))
 
 
-def _chunk_loss(
-    logits: Tensor,
+def _chunk_loss(  # noqa: PLR0917 - as a compiled function takes them
+    product: Tensor,
     labels: Tensor,
     label_smoothing: float,
-    *,
+    rule: LogitRule,
+    num_classes: int,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The summed loss of some rows (fp64), and its gradient in the logits (fp32), which takes their
-    softmax's place."""
+    """The summed loss of some rows (fp64), and its gradient in the product (in its precision; zero
+    in columns beyond the classes)."""
+    logits = rule.logits(product[:, :num_classes])
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     counts = labels != IGNORED
     targets = labels.masked_fill(~counts, 0)[:, None]
-    hits = log_probabilities.gather(1, targets)[:, 0]
-    losses = -hits
+    losses = -log_probabilities.gather(1, targets)[:, 0]
     if label_smoothing:
         losses = (1.0 - label_smoothing) * losses - label_smoothing * log_probabilities.mean(dim=-1)
     loss = (losses * counts).sum(dtype=torch.float64)
@@ -131,9 +140,40 @@ def _chunk_loss(
         return loss, None
     gradient = log_probabilities.exp_()
     if label_smoothing:
-        gradient.sub_(label_smoothing / logits.shape[-1])
-    gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, label_smoothing - 1.0))
-    return loss, gradient.mul_(counts[:, None])
+        gradient.sub_(label_smoothing / num_classes)
+    if product.is_cuda:  # compiled: one pass, where a scatter would write the whole once more
+        hit = torch.arange(num_classes, device=product.device) == targets
+        gradient = torch.where(hit, gradient + (label_smoothing - 1.0), gradient)
+    else:
+        gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, label_smoothing - 1.0))
+    gradient = rule.through(gradient.mul_(counts[:, None]), logits).to(product.dtype)
+    missing = product.shape[1] - num_classes
+    return loss, F.pad(gradient, (0, missing)) if missing else gradient
+
+
+def _chunk_loss_on(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`_chunk_loss`, compiled for a GPU; within a model that is compiled it is part of that."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return _chunk_loss
+    return _compiled_chunk_loss()
+
+
+@functools.cache
+def _compiled_chunk_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Left as it is where there is nothing that compiles: slower, and no less right."""
+    if not (has_compiler() and has_triton()):
+        return _chunk_loss
+    compiled: Callable[..., tuple[Tensor, Tensor | None]] = torch.compile(_chunk_loss)
+    return compiled
+
+
+def _widened(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The projection with zeros for classes that there are not, so that matrix units can take it:
+    on an H200 the loss of GPT-2's 50,257 tokens takes three times as long without."""
+    missing = -weight.shape[0] % _CLASSES_MULTIPLE
+    if not (missing and weight.is_cuda):
+        return weight, bias
+    return F.pad(weight, (0, 0, 0, missing)), None if bias is None else F.pad(bias, (0, missing))
 
 
 class _FromLogits(torch.autograd.Function):
@@ -146,8 +186,8 @@ class _FromLogits(torch.autograd.Function):
         gradient = torch.empty_like(logits) if wants else None
         loss = torch.zeros((), dtype=torch.float64, device=logits.device)
         for rows in _chunks(logits.shape[0], logits.shape[1], logits.device):
-            part, part_gradient = _chunk_loss(
-                logits[rows], labels[rows], label_smoothing, wants_gradient=wants
+            part, part_gradient = _chunk_loss_on(logits.device)(
+                logits[rows], labels[rows], label_smoothing, _AS_IT_IS, logits.shape[1], wants
             )
             loss += part
             if gradient is not None and part_gradient is not None:
@@ -178,37 +218,35 @@ class _FromHidden(torch.autograd.Function):
         label_smoothing: float,
         rule: LogitRule,
     ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias = wants = ctx.needs_input_grad[:3]
+        num_classes = weight.shape[0]
+        wide, wide_bias = _widened(weight, bias)
         for_hidden = torch.empty_like(hidden) if wants_hidden else None
-        for_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if wants_weight
-            else None
-        )
+        for_weight = torch.zeros_like(wide, dtype=torch.float32) if wants_weight else None
         for_bias = (
-            torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device)
-            if wants_bias
+            torch.zeros_like(wide_bias, dtype=torch.float32)
+            if wants_bias and wide_bias is not None
             else None
         )
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows in _chunks(hidden.shape[0], weight.shape[0], hidden.device):
-            logits = rule.logits(F.linear(hidden[rows], weight, bias))
-            part, gradient = _chunk_loss(
-                logits,
-                labels[rows],
-                label_smoothing,
-                wants_gradient=wants_hidden or wants_weight or wants_bias,
+        for rows in _chunks(hidden.shape[0], num_classes, hidden.device):
+            product = F.linear(hidden[rows], wide, wide_bias)
+            part, gradient = _chunk_loss_on(hidden.device)(
+                product, labels[rows], label_smoothing, rule, num_classes, any(wants)
             )
             loss += part
             if gradient is None:
                 continue
-            gradient = rule.through(gradient, logits).to(hidden.dtype)
             if for_hidden is not None:
-                torch.mm(gradient, weight, out=for_hidden[rows])
+                torch.mm(gradient, wide, out=for_hidden[rows])
             if for_weight is not None:
                 _add_product(for_weight, gradient.t(), hidden[rows])
             if for_bias is not None:
                 for_bias += gradient.sum(dim=0, dtype=torch.float32)
+            del product, gradient  # or they would be there beside the next chunk's
+        for_weight, for_bias = (
+            None if whole is None else whole[:num_classes] for whole in (for_weight, for_bias)
+        )
         ctx.save_for_backward(for_hidden, for_weight, for_bias)
         ctx.dtype = weight.dtype
         return loss.float()
@@ -228,26 +266,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total (fp32) += left · right."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)
-
-
-def _liger(hidden: Tensor, label_smoothing: float, rule: LogitRule) -> Any:
-    """Liger's fused linear cross entropy, on CUDA where it is installed (it needs Triton) and a
-    gradient is wanted."""
-    if hidden.device.type != "cuda" or not torch.is_grad_enabled():
-        return None
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-        softcap=rule.cap,
-        accum_dtype=torch.float32,
-    )
 
 
 def rows_at_once(num_tokens: int, num_classes: int, device: torch.device) -> int:

@@ -61,8 +61,9 @@ class LocalLauncher:
             def flush(self) -> None:
                 pass
 
-        device = torch.device(
-            "cuda" if torch.cuda.is_available() and job.spec.resources.gpus_per_worker else "cpu"
+        on_gpu = torch.cuda.is_available() and job.spec.resources.gpus_per_worker
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
         prepare_process(job.spec.resources.cpus_per_worker)
         join_alone(device)
