@@ -28,12 +28,6 @@ class BatchPlan(BaseModel):
     padded_rows: int
 
 
-WIDTH_MULTIPLE = 8
-"""Padded batches have a multiple of so many columns: a GPU's matrix units want it, a compiled model
-sees fewer shapes, and a CPU's heap fewer sizes. Of MiniLM's steps on SST-2 it cost nothing that
-could be measured, and a fifth of the memory was saved that grows with the number of widths."""
-
-
 def make_batch(global_rows: int, num_ranks: int, micro_rows: int, *, elastic: bool) -> BatchPlan:
     """Cut a global batch. Raises PlanError where a fixed group cannot divide it, naming what
     would."""

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dray.errors import PlanError, SpecError
-from dray.plan.batch import WIDTH_MULTIPLE, BatchPlan, make_batch, micro_candidates, num_steps_of
+from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
 from dray.plan.memory import CHECKPOINT_BYTES, Load, MemoryPlan, make_memory
@@ -292,11 +292,11 @@ def _check_schedule(spec: Spec, num_steps: int) -> None:
 
 def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None) -> int:
     """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to
-    its longest one and to a multiple."""
+    its longest one: a token more than their mean."""
     width = spec.data.sequence_tokens
     if spec.packs_rows or not num_rows or not num_tokens:
         return width
-    return min(width, round(num_tokens / num_rows + WIDTH_MULTIPLE / 2))
+    return min(width, max(1, round(num_tokens / num_rows + 1)))
 
 
 def with_measured_step(plan: Plan, seconds: float) -> Plan:

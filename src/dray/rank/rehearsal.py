@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from dray.errors import PlanError
 from dray.plan import Dimensions, Plan, load_dimensions
-from dray.plan.batch import WIDTH_MULTIPLE
 from dray.processes.heap import prepare_process
 from dray.spec import Spec
 
@@ -236,8 +235,8 @@ def _widths(spec: Spec, plan: Plan) -> list[int]:
     anew for the next."""
     if spec.packs_rows:
         return [plan.row_tokens]
-    widths = (share * plan.row_tokens / WIDTH_MULTIPLE for share in (1.5, 0.5, 1.0))
-    return [min(spec.data.sequence_tokens, max(1, round(w)) * WIDTH_MULTIPLE) for w in widths]
+    widths = (round(share * plan.row_tokens) for share in (1.5, 0.5, 1.0))
+    return [min(spec.data.sequence_tokens, max(1, width)) for width in widths]
 
 
 def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:

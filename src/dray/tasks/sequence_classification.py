@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dray.plan.batch import WIDTH_MULTIPLE
 from dray.tasks.columns import integer_column, real_rows, token_matrix
 from dray.tasks.losses import summed_cross_entropy
 from dray.tasks.task import IGNORED, Batch, Output, TaskMetrics, Terms
@@ -38,7 +37,7 @@ class SequenceClassification:
         num_tokens, real = integer_column(table, "num_tokens"), real_rows(table)
         tokens = token_matrix(table)
         longest = int((num_tokens * real).max()) if table.num_rows else 0
-        width = min(tokens.shape[1], max(1, -(-longest // WIDTH_MULTIPLE)) * WIDTH_MULTIPLE)
+        width = max(1, min(tokens.shape[1], longest))
         # A row without any token to attend to would give NaN, also in the gradients of its
         # neighbours.
         num_tokens = num_tokens.clamp(min=1)
