@@ -1,4 +1,4 @@
-"""What must hold on a GPU and cannot be seen without one: `python -m bench.gpu.checks [CHECK …]`.
+"""What must hold on a GPU and cannot be seen without one: `bench/gpu/run.sh --checks [CHECK …]`.
 
 Each check runs dray's own path and says what it found; the command ends with 1 if one of them does
 not hold. On a machine without a GPU the same checks run on the CPU, which shows that they run.
@@ -286,7 +286,7 @@ def _caller() -> str:
     frames = [
         frame
         for frame in traceback.extract_stack()
-        if "/torch/" not in frame.filename
+        if "/site-packages/torch/" not in frame.filename
         and "checks.py" not in frame.filename
         and "warnings.py" not in frame.filename
     ]

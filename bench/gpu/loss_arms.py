@@ -1,4 +1,4 @@
-"""Ways to the loss of a language model's head, timed side by side: `python -m bench.gpu.loss_arms`.
+"""Ways to the loss of a language model's head, timed side by side: `bench/gpu/run.sh --losses`.
 
 Milliseconds of forward and backward, and the peak beside the inputs, for the heads of GPT-2 124M
 and a Llama of 1B parameters in bf16: Liger's fused loss, where it is installed, also with the

@@ -38,3 +38,8 @@ def test_it_profiles_and_says_what_time_did_not_allow():
     assert "left out for want of time: tiny 0 eager, tiny 3 eager" in run(
         "--smallest", "--stages", "0,3", "--minutes", "-1"
     )
+
+
+def test_its_checks_hold_on_this_cpu_too():
+    told = run("--checks", "shape", "loss", "saves").splitlines()
+    assert [line.split(" (")[0] for line in told] == ["shape holds", "loss holds", "saves holds"]
