@@ -216,7 +216,7 @@ def count_opens(num_bytes: int) -> dict[str, int]:
         sequence_tokens=2048,
         group_rows=256,
         shuffle_seed=0,
-        packs_rows=True,
+        packs=True,
         share=0.0,
         chunk_bytes=part_bytes * 3 // 2,
         num_partitions=partitions,

@@ -340,7 +340,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
     """With the counts of the corpus, if steps or times go by them, and it is prepared in a local
     storage and its inputs are at hand."""
-    if (spec.packs_rows and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
+    if (spec.task.packs and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
         return None
     from dray.corpus.prepare import recall
     from dray.rank.job import make_corpus_plan

@@ -144,7 +144,8 @@ class Preparation:
     sequence_tokens: int
     group_rows: int
     shuffle_seed: int
-    packs_rows: bool
+    packs: bool
+    """Whether documents are packed into full rows, or kept one a row."""
     share: float
     """Share of the documents held out for validation; 0: none."""
     chunk_bytes: int
@@ -330,7 +331,7 @@ class _ChunkWriter:
             return
         ids, lengths = self._encoder.encode(texts)
         info = self._job.info
-        if self._job.packs_rows:
+        if self._job.packs:
             tokens, lengths = surround(ids, lengths, info.prefix, info.suffix, info.dtype)
         else:
             tokens = ids.astype(info.dtype)
@@ -564,7 +565,7 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
         chosen = np.flatnonzero(wanted)
         if len(chosen):
             rows, labels = _make_rows(job, tokens, lengths, chosen, documents)
-            if split == "validation" and job.packs_rows:
+            if split == "validation" and job.packs:
                 _write_sample(job, index, tokens, lengths, chosen)
             order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
             _write_rows(
@@ -609,7 +610,7 @@ def _make_rows(
     if len(chosen) < len(lengths):
         starts = np.cumsum(lengths) - lengths
         tokens, lengths = gather(tokens, starts[chosen], lengths[chosen]), lengths[chosen]
-    if job.packs_rows:
+    if job.packs:
         return pack(tokens, lengths, job.sequence_tokens, info.filler), None
     rows = one_a_row(
         tokens, lengths, job.sequence_tokens, info.filler, prefix=info.prefix, suffix=info.suffix
@@ -652,9 +653,9 @@ def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
     tokens, num_tokens, labels = _read_slices(job, plan.slices)
     order = rng.permutation(len(num_tokens))
-    if not job.packs_rows:
+    if not job.packs:
         order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
-    schema = make_schema(job.sequence_tokens, job.info.dtype, not job.packs_rows)
+    schema = make_schema(job.sequence_tokens, job.info.dtype, not job.packs)
     rows = make_batch(
         schema, tokens[order], num_tokens[order], None if labels is None else labels[order]
     )
@@ -671,7 +672,7 @@ def _read_slices(
     num_rows = sum(piece.num_rows for piece in slices)
     kind = np.dtype(job.info.dtype)
     tokens = np.empty((num_rows, job.sequence_tokens), kind)
-    extra = np.empty((1 if job.packs_rows else 2, num_rows), np.int32)
+    extra = np.empty((1 if job.packs else 2, num_rows), np.int32)
     width = job.sequence_tokens * kind.itemsize
     done = 0
     for piece in slices:
@@ -684,4 +685,4 @@ def _read_slices(
                 data = file.read_at(count * 4, total * width + (nth * total + piece.start) * 4)
                 column[done : done + count] = np.frombuffer(data, np.int32)
         done += count
-    return tokens, extra[0], None if job.packs_rows else extra[1]
+    return tokens, extra[0], None if job.packs else extra[1]

@@ -222,12 +222,12 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         }
     settings = {
         "version": ROWS_VERSION,
-        "packs_rows": spec.packs_rows,
+        "packs_rows": spec.task.packs,
         "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
         "share": _share(spec),
         "tokenizer": tokenizer,
         "labels": inputs.labels,
-        "num_labels": None if spec.packs_rows else spec.model.num_labels,
+        "num_labels": None if spec.task.packs else spec.model.num_labels,
         "sources": [
             {
                 "split": source.split,
@@ -249,7 +249,7 @@ def _share(spec: Spec) -> float:
 
 
 def _label(spec: Spec, source: CorpusSource) -> str | None:
-    return None if spec.packs_rows else source.source.label
+    return None if spec.task.packs else source.source.label
 
 
 def find(spec: Spec, storage: str) -> Corpus | None:
@@ -445,16 +445,16 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
     part_bytes = choose_part_bytes(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.
-    compares = data.cleaning.deduplicate == "exact" or not (spec.packs_rows or inputs.labels)
+    compares = data.cleaning.deduplicate == "exact" or not (spec.task.packs or inputs.labels)
     job = Preparation(
         folder=folder,
         sources=sources,
         cleaning=data.cleaning,
         max_record_bytes=data.max_record_bytes,
         sequence_tokens=data.sequence_tokens,
-        group_rows=GROUP_ROWS if spec.packs_rows else LABELLED_GROUP_ROWS,
+        group_rows=GROUP_ROWS if spec.task.packs else LABELLED_GROUP_ROWS,
         shuffle_seed=data.shuffle_seed,
-        packs_rows=spec.packs_rows,
+        packs=spec.task.packs,
         share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
         num_partitions=-(-total // PARTITION_BYTES) if compares else 0,

@@ -46,7 +46,7 @@ def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -
     files = read_tokenizer_files(child(job.folder, "tokenizer"))
     # Every n-th document, so that the check sees the whole spread of the sample.
     spread = texts[:: max(1, sum(map(len, texts)) // CHECK_BYTES)]
-    return asdict(describe(files, spread, needs_end=job.packs_rows))
+    return asdict(describe(files, spread, needs_end=job.packs))
 
 
 def _sample(job: Preparation, parts: Sequence[Part], size: int) -> Iterator[str]:

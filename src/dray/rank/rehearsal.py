@@ -112,7 +112,7 @@ def _place(spec: Spec, plan: Plan) -> Path:
         "machine": [platform.node(), _cpu_name(), plan.shape.cpus_per_node],
         "libraries": [metadata.version(name) for name in _LIBRARIES],
         "sizes": repr(sizes),
-        "task": spec.task,
+        "task": spec.task.name,
         "ranks": plan.num_ranks,
         "cpus": spec.resources.cpus_per_worker,
         "precision": plan.precision,
@@ -233,7 +233,7 @@ def _time_steps(
 def _widths(spec: Spec, plan: Plan) -> list[int]:
     """The widths that batches have. Where they differ, a heap that fits one of them is faulted in
     anew for the next."""
-    if spec.packs_rows:
+    if spec.task.packs:
         return [plan.row_tokens]
     widths = (round(share * plan.row_tokens) for share in (1.5, 0.5, 1.0))
     return [min(spec.data.sequence_tokens, max(1, width)) for width in widths]
@@ -251,7 +251,7 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
     ids = random.integers(0, sizes.vocab, (rows, width)).astype(np.uint32)
     labels = (
         None
-        if spec.packs_rows
+        if spec.task.packs
         else random.integers(0, max(1, sizes.num_labels), rows).astype(np.int32)
     )
     schema = make_schema(width, "uint32", labelled=labels is not None)
@@ -260,8 +260,5 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
 
 
 def _task(spec: Spec, sizes: Dimensions) -> Any:
-    from dray.tasks import build_task
-
-    return build_task(
-        spec, SimpleNamespace(pad_token_id=0, labels=tuple(map(str, range(sizes.num_labels))))
-    )
+    labels = tuple(map(str, range(sizes.num_labels)))
+    return spec.task.on(SimpleNamespace(pad_token_id=0, labels=labels), spec.model.num_labels)

@@ -19,8 +19,6 @@ from dray.corpus.stream import read_rows
 from dray.errors import CorpusError, SpecError, UserError
 from dray.release.trained import Trained, load_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
-from dray.tasks import build_task
-from dray.tasks.causal_lm import bits_per_byte
 
 MAX_BATCH_ROWS, BATCH_TOKENS = 32, 32_768
 LOGIT_BYTES = 512 * 1024 * 1024
@@ -62,14 +60,14 @@ def evaluate(
 def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float | None]:
     """The task's metrics of a model over all rows of a split, in this process, on the GPU where
     there is one."""
-    task = build_task(trained.spec, trained.manifest)
+    spec = trained.spec
+    task = spec.task.on(trained.manifest, spec.model.num_labels)
     metrics = task.new_metrics()
     device = trained.move_to_device()
     objective = task.objective(trained.model).eval()
     width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
-    num_rows = batch_rows(
-        width, width * trained.manifest.vocab_size if trained.spec.packs_rows else 1
-    )
+    outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels
+    num_rows = batch_rows(width, outputs * (width if task.head.each == "token" else 1))
     for start in range(0, split.num_rows, group):  # a group is read at once
         ids = np.arange(start, min(start + group, split.num_rows), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)
@@ -78,11 +76,7 @@ def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float |
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
             _, output = objective(batch)
             metrics.update(batch, output)
-    values: dict[str, float | None] = {**metrics.compute()}
-    if trained.spec.packs_rows:
-        values["bits_per_byte"] = bits_per_byte(
-            float(values["loss"] or 0), split.num_tokens, split.num_text_bytes
-        )
+    values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}
     return values | dict.fromkeys(metrics.undefined())
 
 

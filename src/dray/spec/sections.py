@@ -71,6 +71,11 @@ class Source(Section):
     exclude: tuple[str, ...] = ()
     """Globs of paths to leave out."""
 
+    def column(self, field: str) -> str | None:
+        """The column that holds a field of the task's records; None: the source has none."""
+        named: str | None = getattr(self, field, None)
+        return named
+
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path

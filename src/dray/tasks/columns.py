@@ -39,3 +39,18 @@ def real_rows(table: pa.Table) -> Tensor:
     if "row_id" not in table.column_names:
         return torch.ones(table.num_rows, dtype=torch.bool)
     return integer_column(table, "row_id") >= 0
+
+
+def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of rows with a document each, as int64 [rows, width]: as
+    wide as the longest row that is none of padding."""
+    num_tokens, real = integer_column(table, "num_tokens"), real_rows(table)
+    tokens = token_matrix(table)
+    longest = int((num_tokens * real).max()) if table.num_rows else 0
+    width = max(1, min(tokens.shape[1], longest))
+    # A row without any token to attend to would give NaN, also in the gradients of its neighbours.
+    mask = torch.arange(width)[None, :] < num_tokens.clamp(min=1)[:, None]
+    input_ids = tokens[:, :width].contiguous()
+    if pad_token_id is not None:
+        input_ids = input_ids.masked_fill(~mask, pad_token_id)
+    return {"input_ids": input_ids, "attention_mask": mask.long()}

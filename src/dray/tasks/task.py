@@ -7,8 +7,12 @@ loop divides by the targets of the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from dray.spec import Direction, Field, Head, NoSettings
+from dray.spec.sections import Section
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +27,7 @@ Terms = dict[str, tuple["Tensor", "Tensor"]]
 """Named parts of a loss: the sum over a batch's targets, and their number."""
 
 
-class TokenIds(Protocol):
+class Corpus(Protocol):
     """What a task needs to know of a corpus; its manifest has it."""
 
     @property
@@ -31,6 +35,17 @@ class TokenIds(Protocol):
 
     @property
     def labels(self) -> Sequence[str]: ...
+
+
+class Held(Protocol):
+    """What metrics may need to know of the rows that were measured; a split of a manifest has
+    it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_text_bytes(self) -> int: ...
 
 
 class TaskMetrics(Protocol):
@@ -52,17 +67,52 @@ class TaskMetrics(Protocol):
         """Names of those whose value stands for nothing on the rows seen."""
 
 
-class Task(Protocol):
-    """One file a task."""
+class Task:
+    """One file a task: what a spec must know of it as attributes of the class, what is done with
+    rows and models as methods. It imports torch where it is used, since a spec and a plan load it.
+
+    `settings` are its own keys in the spec. `on(…)` gives it the corpus that it is learnt from.
+    """
 
     name: str
+    Settings: type[Section] = NoSettings
+    fields: Mapping[str, Field]
+    metrics: Mapping[str, Direction]
+    packs = False
+    generates = False
+    head: Head
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = self.Settings() if settings is None else settings
+        self.labels: tuple[str, ...] = ()
+        """Names of the classes in the order of their ids."""
+        self.num_labels = 2
+        self.pad_token_id: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def on(self, corpus: Corpus, num_labels: int | None = None) -> Self:
+        """The task on a corpus, with as many classes as a spec wants or else the corpus has."""
+        bound = copy.copy(self)
+        bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
+        bound.num_labels = num_labels or len(corpus.labels) or 2
+        return bound
 
     def collate(self, table: pa.Table) -> Batch:
         """Rows of a token shard with their `row_id` as tensors on the CPU. Rows with row_id < 0 get
         no targets."""
+        raise NotImplementedError
 
     def num_targets(self, batch: Batch) -> int:
         """Number of terms in the batch's loss."""
+        return int((batch["labels"] != IGNORED).sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
         """The model with its loss inside, as `model`: what is wrapped, compiled and called.
@@ -71,6 +121,12 @@ class Task(Protocol):
         beside their number, and what the metrics need where no gradient is wanted. Labels are
         smoothed in training alone.
         """
+        raise NotImplementedError
 
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""
+        raise NotImplementedError
+
+    def complete(self, values: Mapping[str, float], held: Held) -> dict[str, float]:
+        """The metrics of a whole validation, with those that need to know of its rows."""
+        return dict(values)
