@@ -130,7 +130,7 @@ def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
 def make_labels(job: Preparation, work: Work) -> tuple[str, ...]:
     """Names of the classes in the order of their ids; none for tasks without labels. Raises
     CorpusError."""
-    if job.packs:
+    if not job.task.has_classes:
         return ()
     train, validation = (_labels_read(split, job, work) for split in SPLITS)
     return choose_labels(train, validation, num_labels=job.num_labels, known=job.known_labels)
@@ -191,7 +191,7 @@ def check_packed(job: Preparation, work: Work) -> None:
             "validation needs at least one document",
             way_out,
         )
-    if not job.packs and not job.known_labels:
+    if job.task.has_classes and not job.known_labels:
         _check_classes(job, work)
 
 

@@ -23,24 +23,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from dray.corpus.cleaning import Hashes, clean, hash_texts, held_out
 from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.contents import check_unchanged
-from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
+from dray.corpus.packing import Aligned, Ints, Rows, gather, one_a_row, order_by_length, pack
 from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
 from dray.corpus.sections import Records, read_section, read_sections, write_sections
-from dray.corpus.shards import make_batch, make_schema, write_shard
+from dray.corpus.shards import Stored, make_batch, stored_columns, write_shard
 from dray.corpus.sources import InputFile
-from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
+from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder
 from dray.spec import Cleaning, Source
 from dray.storage.filesystem import (
     child,
@@ -57,7 +58,8 @@ BATCH_BYTES = 4 * 1024 * 1024
 WINDOW_GROUPS = 64
 MAX_QUARANTINED = 10_000
 """Bad records of one part that are listed one by one; all are counted."""
-Counts = npt.NDArray[np.int32]
+NAMES = b"names"
+"""Where a chunk's documents say which names their numbers stand for."""
 SPLITS = ("train", "validation")
 DROP_REASONS = ("duplicate", "in_validation")
 ENTRY = np.dtype(
@@ -144,8 +146,8 @@ class Preparation:
     sequence_tokens: int
     group_rows: int
     shuffle_seed: int
-    packs: bool
-    """Whether documents are packed into full rows, or kept one a row."""
+    task: Any
+    """What is learnt of the rows, and how documents become some (`dray.tasks`)."""
     share: float
     """Share of the documents held out for validation; 0: none."""
     chunk_bytes: int
@@ -164,6 +166,16 @@ class Preparation:
     work: str = "work"
     """Folder of the intermediate files: another one for inputs of other names, which the records
     tell of."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether documents are packed into full rows, or kept one a row."""
+        return bool(self.task.packs)
+
+    @property
+    def columns(self) -> list[Stored]:
+        """The columns of the rows, once the classes are known."""
+        return stored_columns(self.task, self.sequence_tokens, self.info.dtype, len(self.labels))
 
     @property
     def num_bundles(self) -> int:
@@ -311,40 +323,77 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
     )
 
 
+class _Tools:
+    """What a task encodes the documents of a part with."""
+
+    def __init__(self, job: Preparation) -> None:
+        info = job.info
+        self.prefix, self.suffix, self.row_tokens = info.prefix, info.suffix, job.sequence_tokens
+        self.dtype = info.dtype
+        self._encoder = load_encoder(child(job.folder, "tokenizer"), info.encoder)
+        self.names: dict[str, int] = {}
+        """Numbers of the names met so far."""
+        self.counts: Counter[str] = Counter()
+
+    def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
+        return self._encoder.encode(texts)
+
+    def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
+        """Numbers of names, which are counted; -1 for null."""
+        encoded = names.dictionary_encode()
+        met = encoded.dictionary.to_pylist()
+        own = [self.names.setdefault(name, len(self.names)) for name in met]
+        places = encoded.indices.fill_null(len(own)).to_numpy()
+        found: npt.NDArray[np.int32] = np.array([*own, -1], np.int32)[places]
+        for name, count in zip(met, np.bincount(places, minlength=len(met)), strict=False):
+            self.counts[name] += int(count)
+        return found
+
+
 class _ChunkWriter:
     """Gathers encoded documents and writes a chunk whenever there are enough."""
 
     def __init__(self, job: Preparation, part: int) -> None:
         self._job, self._part = job, part
-        self._encoder = load_encoder(child(job.folder, "tokenizer"), job.info.encoder)
+        self._tools = _Tools(job)
         self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
-        self._columns: list[tuple[Ints, Ints, Hashes, Hashes]] = []
-        self._labels: list[pa.Array] = []
+        self._columns: dict[str, list[Any]] = {}
         self._text_bytes = 0
         self.chunks: list[str] = []
         self.num_documents = 0
-        self.labels: Counter[str] = Counter()
 
-    def add(self, texts: pa.Array, labels: pa.Array | None) -> None:
+    @property
+    def labels(self) -> Counter[str]:
+        """How often each class was met."""
+        return self._tools.counts
+
+    def add(self, texts: pa.Array, targets: pa.Array | None) -> None:
         """Encode a batch of cleaned documents."""
         if not len(texts):
             return
-        ids, lengths = self._encoder.encode(texts)
-        info = self._job.info
-        if self._job.packs:
-            tokens, lengths = surround(ids, lengths, info.prefix, info.suffix, info.dtype)
-        else:
-            tokens = ids.astype(info.dtype)
+        encoded = self._job.task.encode(texts, targets, self._tools)
         bounds = np.frombuffer(texts.buffers()[1], np.int64)[
             texts.offset : texts.offset + len(texts) + 1
         ]
-        self._tokens.append(tokens)
-        self._columns.append((lengths, np.diff(bounds), *hash_texts(texts)))
-        if labels is not None:
-            self._labels.append(labels)
-            self.labels.update(
-                {item["values"]: item["counts"] for item in labels.value_counts().to_pylist()}
-            )
+        high, low = hash_texts(texts)
+        columns = {"num_bytes": np.diff(bounds), "high": high, "low": low}
+        if targets is not None:
+            columns["class"] = hash_texts(targets.cast(pa.large_string()))[1]
+        if encoded.records is not None:
+            columns = {name: values[encoded.records] for name, values in columns.items()}
+        lost = (
+            np.zeros(len(encoded.lengths), np.int64)
+            if encoded.num_lost is None
+            else encoded.num_lost
+        )
+        self._tokens.append(encoded.tokens)
+        for name, values in {
+            "num_tokens": encoded.lengths,
+            "num_lost": lost,
+            **columns,
+            **encoded.columns,
+        }.items():
+            self._columns.setdefault(name, []).append(values)
         self._text_bytes += int(bounds[-1] - bounds[0])
         if self._text_bytes >= self._job.chunk_bytes:
             self.close()
@@ -354,34 +403,39 @@ class _ChunkWriter:
         if not self._columns:
             return
         name = f"{self._part:06d}-{len(self.chunks):04d}"
-        lengths, text_bytes, high, low = (
-            np.concatenate(column) for column in zip(*self._columns, strict=True)
-        )
         filesystem, path = staged(self._job, "read", name)
         make_folder(filesystem, path.rpartition("/")[0])
-        with open_whole(filesystem, f"{path}.tokens", durable=False) as stream:
-            for tokens in self._tokens:
-                stream.write(tokens.tobytes())
-        columns = {
-            "num_tokens": pa.array(lengths, pa.int64()),
-            "num_bytes": pa.array(text_bytes, pa.int64()),
-            "low": pa.array(low),
-        }
-        if self._labels:
-            columns["label"] = pa.concat_arrays(self._labels)
-        _write_batch(filesystem, f"{path}.documents", pa.record_batch(columns))
+        _write_arrays(filesystem, f"{path}.tokens", self._tokens)
+        for column in self._job.task.columns:
+            if column.each == "token":
+                _write_arrays(filesystem, f"{path}.{column.name}", self._columns.pop(column.name))
+        columns = {name: _join(parts) for name, parts in self._columns.items()}
+        high, low, classes = columns.pop("high"), columns["low"], columns.pop("class", None)
+        batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+        names = json.dumps(list(self._tools.names)).encode()
+        batch = batch.replace_schema_metadata({NAMES: names})
+        _write_batch(filesystem, f"{path}.documents", batch)
         if self._job.num_partitions:
-            classes = (
-                hash_texts(columns["label"].cast(pa.large_string()))[1] if self._labels else None
-            )
             write_sections(
                 filesystem,
                 f"{path}.hashes",
                 _partition(high, low, classes, self._job.num_partitions),
             )
         self.chunks.append(name)
-        self.num_documents += len(lengths)
-        self._tokens, self._columns, self._labels, self._text_bytes = [], [], [], 0
+        self.num_documents += len(high)
+        self._tokens, self._columns, self._text_bytes = [], {}, 0
+
+
+def _write_arrays(
+    filesystem: pafs.FileSystem, path: str, arrays: Sequence[npt.NDArray[Any]]
+) -> None:
+    with open_whole(filesystem, path, durable=False) as stream:
+        for array in arrays:
+            stream.write(np.ascontiguousarray(array).data.cast("B"))
+
+
+def _join(parts: Sequence[Any]) -> Any:
+    return pa.concat_arrays(parts) if isinstance(parts[0], pa.Array) else np.concatenate(parts)
 
 
 def _partition(
@@ -547,90 +601,166 @@ def _kept(job: Preparation, chunk: int, num_documents: int) -> npt.NDArray[np.bo
 # --- pack ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """The documents of a chunk, or some of them."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    lengths: Ints
+    aligned: Aligned
+    """What goes along with the tokens."""
+    columns: pa.RecordBatch
+    """What documents have one each of."""
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = self.columns.column(name).to_numpy()
+        return found
+
+    def take(self, chosen: Ints) -> _Encoded:
+        """Some of the documents."""
+        if len(chosen) == len(self.lengths):
+            return self
+        starts, lengths = (np.cumsum(self.lengths) - self.lengths)[chosen], self.lengths[chosen]
+        return _Encoded(
+            gather(self.tokens, starts, lengths),
+            lengths,
+            {n: (gather(v, starts, lengths), pad) for n, (v, pad) in self.aligned.items()},
+            self.columns.take(pa.array(chosen)),
+        )
+
+
+def _load_documents(job: Preparation, chunk: Chunk) -> _Encoded:
+    filesystem, path = staged(job, "read", chunk.name)
+
+    def read(name: str, kind: str) -> npt.NDArray[Any]:
+        return np.frombuffer(read_bytes(filesystem, f"{path}.{name}"), kind)
+
+    columns = _read_batch(filesystem, f"{path}.documents")
+    classes = _class_ids(job, columns)
+    aligned = {}
+    for column in job.task.columns:
+        if column.each == "token":
+            values = read(column.name, column.dtype)
+            aligned[column.name] = (
+                _renumber(values, classes) if column.names else values,
+                column.pad,
+            )
+    tokens = read("tokens", job.info.dtype)
+    return _Encoded(tokens, columns.column("num_tokens").to_numpy(), aligned, columns)
+
+
 def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
     """Turn the documents of a chunk into rows, in random order, apart for each split. Returns
     counts by split."""
     chunk = job.chunks[index]
-    filesystem, path = staged(job, "read", chunk.name)
-    documents = _read_batch(filesystem, f"{path}.documents")
-    tokens = np.frombuffer(read_bytes(filesystem, f"{path}.tokens"), job.info.dtype)
-    lengths = documents.column("num_tokens").to_numpy()
-    keep = _kept(job, index, len(lengths))
+    documents = _load_documents(job, chunk)
+    keep = _kept(job, index, len(documents.lengths))
     own = job.sources[chunk.source].split
-    held = np.full(len(lengths), own == "validation")
+    held = np.full(len(documents.lengths), own == "validation")
     if job.share and own == "train":
-        held = held_out(documents.column("low").to_numpy(), job.share)
+        held = held_out(documents["low"], job.share)
     record: dict[str, Any] = {}
     for split, wanted in zip(SPLITS, (keep & ~held, keep & held), strict=True):
         chosen = np.flatnonzero(wanted)
         if len(chosen):
-            rows, labels = _make_rows(job, tokens, lengths, chosen, documents)
+            mine = documents.take(chosen)
             if split == "validation" and job.packs:
-                _write_sample(job, index, tokens, lengths, chosen)
+                _write_sample(job, index, mine)
+            rows, values = _make_rows(job, mine)
             order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
             _write_rows(
                 *staged(job, "packed", f"{index:06d}.{split}"),
-                (rows.tokens, rows.num_tokens, labels),
+                [values[column.name] for column in job.columns],
                 order,
             )
+            lost = mine["num_lost"]
             record[split] = {
                 "num_rows": len(order),
                 "num_documents": len(chosen),
                 "num_tokens": int(rows.num_tokens.sum()),
-                "num_text_bytes": int(documents.column("num_bytes").to_numpy()[chosen].sum()),
+                "num_text_bytes": int(mine["num_bytes"].sum()),
                 "num_cut_documents": rows.num_cut_documents,
-                "num_truncated_documents": rows.num_truncated_documents,
-                "num_truncated_tokens": rows.num_truncated_tokens,
+                "num_truncated_documents": rows.num_truncated_documents + int((lost > 0).sum()),
+                "num_truncated_tokens": rows.num_truncated_tokens + int(lost.sum()),
             }
-            if labels is not None:
-                record[split]["by_label"] = np.bincount(labels, minlength=len(job.labels)).tolist()
+            if job.labels:
+                record[split]["by_label"] = _count_classes(job, values)
     return _save_record(job, "packed", index, record)
 
 
-def _write_sample(
-    job: Preparation,
-    index: int,
-    tokens: npt.NDArray[np.unsignedinteger],
-    lengths: Ints,
-    chosen: Ints,
-) -> None:
+def _count_classes(job: Preparation, values: Mapping[str, npt.NDArray[Any]]) -> list[int]:
+    """How often each class is there."""
+    counts = np.zeros(len(job.labels), np.int64)
+    for column in job.task.columns:
+        found = values[column.name]
+        if column.hot:
+            counts += found.sum(axis=0, dtype=np.int64)
+        elif column.names:
+            counts += np.bincount(found[found >= 0].reshape(-1), minlength=len(counts))
+    return [int(count) for count in counts]
+
+
+def _write_sample(job: Preparation, index: int, documents: _Encoded) -> None:
     tokenizer = load_decoder(child(job.folder, "tokenizer"))
-    text = decode_sample(tokenizer, tokens, lengths, chosen, SAMPLE_BYTES // len(job.chunks))
+    text = decode_sample(
+        tokenizer,
+        documents.tokens,
+        documents.lengths,
+        np.arange(len(documents.lengths)),
+        SAMPLE_BYTES // len(job.chunks),
+    )
     write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
 
 
-def _make_rows(
-    job: Preparation,
-    tokens: npt.NDArray[np.unsignedinteger],
-    lengths: Ints,
-    chosen: Ints,
-    documents: pa.RecordBatch,
-) -> tuple[Rows, npt.NDArray[np.int32] | None]:
-    info = job.info
-    if len(chosen) < len(lengths):
-        starts = np.cumsum(lengths) - lengths
-        tokens, lengths = gather(tokens, starts[chosen], lengths[chosen]), lengths[chosen]
+def _make_rows(job: Preparation, documents: _Encoded) -> tuple[Rows, dict[str, npt.NDArray[Any]]]:
+    """Documents as rows, and the columns of these by name."""
+    info, width = job.info, job.sequence_tokens
+    tokens, lengths, aligned = documents.tokens, documents.lengths, documents.aligned
     if job.packs:
-        return pack(tokens, lengths, job.sequence_tokens, info.filler), None
-    rows = one_a_row(
-        tokens, lengths, job.sequence_tokens, info.filler, prefix=info.prefix, suffix=info.suffix
-    )
+        rows = pack(tokens, lengths, width, info.filler, aligned)
+    else:
+        around = {"prefix": info.prefix, "suffix": info.suffix}
+        rows = one_a_row(tokens, lengths, width, info.filler, aligned=aligned, **around)
+    values = {"input_ids": rows.tokens, "num_tokens": rows.num_tokens, **rows.aligned}
+    classes = _class_ids(job, documents.columns)
+    for column in job.task.columns:
+        if column.each == "row":
+            found = documents.columns.column(column.name)
+            values[column.name] = _row_values(column, found, classes, len(job.labels))
+    return rows, values
+
+
+def _class_ids(job: Preparation, documents: pa.RecordBatch) -> npt.NDArray[np.int32]:
+    """The id of the class that each number of a chunk stands for, and what is no class last."""
     ids = {label: index for index, label in enumerate(job.labels)}
-    encoded = documents.column("label").dictionary_encode()
-    lookup = np.array([ids[label] for label in encoded.dictionary.to_pylist()], np.int32)
-    return rows, lookup[encoded.indices.to_numpy()][chosen]
+    names = json.loads((documents.schema.metadata or {}).get(NAMES, b"[]"))
+    return np.array([ids.get(name, -1) for name in names] + [-1], np.int32)
+
+
+def _renumber(numbers: npt.NDArray[Any], classes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Class ids of numbers; negative ones stay as they are."""
+    return np.where(numbers < 0, numbers, classes[np.maximum(numbers, -1)])
+
+
+def _row_values(
+    column: Any, found: pa.Array, classes: npt.NDArray[np.int32], num_labels: int
+) -> npt.NDArray[Any]:
+    if not column.hot:
+        values = found.to_numpy(zero_copy_only=False).astype(column.dtype)
+        return _renumber(values, classes) if column.names else values
+    hot = np.zeros((len(found), num_labels), column.dtype)
+    lengths = pc.list_value_length(found).to_numpy(zero_copy_only=False)
+    numbers = found.flatten().to_numpy(zero_copy_only=False)
+    hot[np.repeat(np.arange(len(found)), lengths), classes[numbers]] = 1
+    return hot
 
 
 def _write_rows(
-    filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.NDArray[Any] | None], order: Ints
+    filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.NDArray[Any]], order: Ints
 ) -> None:
-    """Rows, then their numbers of tokens, then their labels, as plain bytes: a slice of each is one
-    range."""
+    """One column of the rows after the other, as plain bytes: a slice of each is one range."""
     make_folder(filesystem, path.rpartition("/")[0])
-    with open_whole(filesystem, path, durable=False) as stream:
-        for column in columns:
-            if column is not None:
-                stream.write(np.ascontiguousarray(column[order]).data.cast("B"))
+    _write_arrays(filesystem, path, [column[order] for column in columns])
 
 
 # --- merge --------------------------------------------------------------------------------------
@@ -641,7 +771,9 @@ def mix_rows(job: Preparation, item: tuple[int, MixPlan]) -> dict[str, Any]:
     index, plan = item
     shard_of = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in plan.counts])
     _write_rows(
-        *staged(job, plan.file), _read_slices(job, plan.slices), np.argsort(shard_of, kind="stable")
+        *staged(job, plan.file),
+        list(_read_slices(job, plan.slices).values()),
+        np.argsort(shard_of, kind="stable"),
     )
     return _save_record(job, "mixed", index, {})
 
@@ -651,38 +783,34 @@ def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     shard's record."""
     index, plan = item
     rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
-    tokens, num_tokens, labels = _read_slices(job, plan.slices)
+    values = _read_slices(job, plan.slices)
+    num_tokens = values["num_tokens"]
     order = rng.permutation(len(num_tokens))
     if not job.packs:
         order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
-    schema = make_schema(job.sequence_tokens, job.info.dtype, not job.packs)
-    rows = make_batch(
-        schema, tokens[order], num_tokens[order], None if labels is None else labels[order]
-    )
-    del tokens
+    for name in list(values):
+        values[name] = values.pop(name)[order]  # one at a time: a shard is there twice for none
     file = f"{plan.split}/{plan.source:03d}-{plan.index:06d}.arrow"
+    rows = make_batch(job.columns, values)
     shard = write_shard(*share_filesystem(job.folder), file, rows, job.group_rows)
     return _save_record(job, "shards", index, shard.model_dump())
 
 
-def _read_slices(
-    job: Preparation, slices: Sequence[Slice]
-) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
-    """Tokens, numbers of tokens and labels of rows, slice after slice."""
+def _read_slices(job: Preparation, slices: Sequence[Slice]) -> dict[str, npt.NDArray[Any]]:
+    """The columns of rows by name, slice after slice."""
     num_rows = sum(piece.num_rows for piece in slices)
-    kind = np.dtype(job.info.dtype)
-    tokens = np.empty((num_rows, job.sequence_tokens), kind)
-    extra = np.empty((1 if job.packs else 2, num_rows), np.int32)
-    width = job.sequence_tokens * kind.itemsize
+    columns = job.columns
+    values = {column.name: np.empty((num_rows, *column.shape), column.dtype) for column in columns}
     done = 0
     for piece in slices:
         filesystem, path = staged(job, piece.file)
-        count, total = piece.num_rows, piece.rows_in_file
+        begin = 0
         with filesystem.open_input_file(path) as file:
-            data = file.read_at(count * width, piece.start * width)
-            tokens[done : done + count] = np.frombuffer(data, kind).reshape(count, -1)
-            for nth, column in enumerate(extra):
-                data = file.read_at(count * 4, total * width + (nth * total + piece.start) * 4)
-                column[done : done + count] = np.frombuffer(data, np.int32)
-        done += count
-    return tokens, extra[0], None if job.packs else extra[1]
+            for column in columns:
+                size = column.row_bytes
+                data = file.read_at(piece.num_rows * size, begin + piece.start * size)
+                found = np.frombuffer(data, column.dtype).reshape(piece.num_rows, *column.shape)
+                values[column.name][done : done + piece.num_rows] = found
+                begin += piece.rows_in_file * size
+        done += piece.num_rows
+    return values

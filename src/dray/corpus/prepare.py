@@ -454,7 +454,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
         sequence_tokens=data.sequence_tokens,
         group_rows=GROUP_ROWS if spec.task.packs else LABELLED_GROUP_ROWS,
         shuffle_seed=data.shuffle_seed,
-        packs=spec.task.packs,
+        task=spec.task,
         share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
         num_partitions=-(-total // PARTITION_BYTES) if compares else 0,

@@ -506,25 +506,3 @@ def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:
         if np.array_equal(lengths, our_lengths) and np.array_equal(ids, ours)
         else "tokenizers"
     )
-
-
-def surround(
-    ids: npt.NDArray[np.uint32],
-    lengths: Ints,
-    prefix: Sequence[int],
-    suffix: Sequence[int],
-    dtype: str,
-) -> tuple[Tokens, Ints]:
-    """The documents' ids with `prefix` before and `suffix` after each, in the given type."""
-    stops = np.cumsum(lengths + len(prefix) + len(suffix))
-    starts = stops - lengths - len(prefix) - len(suffix)
-    out = np.empty(len(ids) + len(lengths) * (len(prefix) + len(suffix)), dtype)
-    inside = np.ones(len(out), bool)
-    places = [starts + nth for nth in range(len(prefix))] + [
-        stops - nth for nth in range(len(suffix), 0, -1)
-    ]
-    for place, token in zip(places, (*prefix, *suffix), strict=True):
-        inside[place] = False
-        out[place] = token
-    out[inside] = ids
-    return out, lengths + len(prefix) + len(suffix)

@@ -244,18 +244,19 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    from dray.corpus.shards import make_batch, make_schema
+    from dray.corpus.shards import make_batch, stored_columns
 
-    rows = plan.batch.micro_rows
-    random = np.random.default_rng(0)
-    ids = random.integers(0, sizes.vocab, (rows, width)).astype(np.uint32)
-    labels = (
-        None
-        if spec.task.packs
-        else random.integers(0, max(1, sizes.num_labels), rows).astype(np.int32)
-    )
-    schema = make_schema(width, "uint32", labelled=labels is not None)
-    batch = make_batch(schema, ids, np.full(rows, width, np.int32), labels)
+    rows, random = plan.batch.micro_rows, np.random.default_rng(0)
+    columns = stored_columns(spec.task, width, "uint32", sizes.num_labels)
+    most = {"input_ids": sizes.vocab, **dict.fromkeys(("num_tokens",), 1)}
+    values = {
+        column.name: random.integers(
+            0, most.get(column.name, max(1, sizes.num_labels)), (rows, *column.shape)
+        ).astype(column.dtype)
+        for column in columns
+    }
+    values["num_tokens"][:] = width
+    batch = make_batch(columns, values)
     return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(rows)))
 
 

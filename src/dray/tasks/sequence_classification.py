@@ -8,14 +8,18 @@ its architecture does: encoders their own way, decoders at the last token that i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dray.spec import Direction, Field, Head
+from dray.tasks.rows import Column
 from dray.tasks.task import IGNORED, Batch, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import nn
+
+    from dray.tasks.rows import Encoded, Tools
 
 
 class SequenceClassification(Task):
@@ -31,12 +35,17 @@ class SequenceClassification(Task):
         "f1": "higher",
         "auc": "higher",
     }
+    columns = (Column("label", names=True),)
     head = Head(
         "AutoModelForSequenceClassification",
         over="labels",
         each="row",
         problem_type="single_label_classification",
     )
+
+    def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
+        encoded = super().encode(texts, targets, tools)
+        return replace(encoded, columns={"label": tools.number(targets)})
 
     def collate(self, table: pa.Table) -> Batch:
         """`input_ids` and `attention_mask` [rows, width], `labels` [rows], all int64; padding rows

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dray.spec import Direction, Field, Head, NoSettings
 from dray.spec.sections import Section
+from dray.tasks.rows import Column
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor, nn
+
+    from dray.tasks.rows import Encoded, Tools
 
 IGNORED = -100
 """The label of a position without a target."""
@@ -78,6 +81,8 @@ class Task:
     Settings: type[Section] = NoSettings
     fields: Mapping[str, Field]
     metrics: Mapping[str, Direction]
+    columns: tuple[Column, ...] = ()
+    """What rows hold besides their tokens."""
     packs = False
     generates = False
     head: Head
@@ -98,12 +103,24 @@ class Task:
     def __repr__(self) -> str:
         return self.name
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether its rows have numbers of classes, which the corpus finds in the documents."""
+        return any(column.names or column.hot for column in self.columns)
+
     def on(self, corpus: Corpus, num_labels: int | None = None) -> Self:
         """The task on a corpus, with as many classes as a spec wants or else the corpus has."""
         bound = copy.copy(self)
         bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
         bound.num_labels = num_labels or len(corpus.labels) or 2
         return bound
+
+    def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
+        """Cleaned documents as tokens and the task's columns: packed ones with what stands around
+        them, others without."""
+        from dray.tasks.encoding import encode_texts
+
+        return encode_texts(texts, tools, surrounded=self.packs)
 
     def collate(self, table: pa.Table) -> Batch:
         """Rows of a token shard with their `row_id` as tensors on the CPU. Rows with row_id < 0 get
