@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 
@@ -168,3 +169,22 @@ def test_a_uri_without_an_authority_keeps_its_slashes() -> None:
     assert child("s3://bucket/runs?scheme=http", "one") == "s3://bucket/runs/one?scheme=http"
     assert shown("s3://user:secret@bucket/runs?token=x") == "s3://bucket/runs"
     assert shown("hdfs:///data") == "hdfs:///data"
+
+
+def test_a_folder_that_comes_and_goes_meanwhile_holds_nothing(tmp_path: Path) -> None:
+    """Arrow looks a second time where it finds no folder, and fails if there is one by then."""
+    folder, done = tmp_path / "folder", threading.Event()
+
+    def flicker() -> None:
+        while not done.is_set():
+            folder.mkdir()
+            folder.rmdir()
+
+    thread = threading.Thread(target=flicker)
+    thread.start()
+    try:
+        for _ in range(20_000):  # some hundred are enough
+            assert list_files(pafs.LocalFileSystem(), str(folder)) == {}
+    finally:
+        done.set()
+        thread.join()

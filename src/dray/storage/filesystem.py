@@ -251,7 +251,10 @@ def list_folders(filesystem: pafs.FileSystem, folder: str) -> list[str]:
 
 def _entries(filesystem: pafs.FileSystem, folder: str) -> list[Any]:
     selector = pafs.FileSelector(folder, allow_not_found=True)
-    return cast("list[Any]", retry(lambda: filesystem.get_file_info(selector), folder))
+    try:
+        return cast("list[Any]", retry(lambda: filesystem.get_file_info(selector), folder))
+    except FileNotFoundError:  # Arrow looks twice, and it was made in between
+        return []
 
 
 def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
