@@ -38,11 +38,12 @@ from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.contents import check_unchanged
 from dray.corpus.packing import Aligned, Ints, Rows, gather, one_a_row, order_by_length, pack
 from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
+from dray.corpus.records import PLAIN
 from dray.corpus.sections import Records, read_section, read_sections, write_sections
 from dray.corpus.shards import Stored, make_batch, stored_columns, write_shard
 from dray.corpus.sources import InputFile
 from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder
-from dray.spec import Cleaning, Source
+from dray.spec import Cleaning, Field, Source
 from dray.storage.filesystem import (
     child,
     make_folder,
@@ -231,7 +232,10 @@ def cut_quoted(job: Preparation, item: tuple[int, InputFile, Source, int]) -> di
     record."""
     index, file, source, size = item
     return _save_record(
-        job, "cuts", index, {"bounds": find_bounds(file, source, job.max_record_bytes, size)}
+        job,
+        "cuts",
+        index,
+        {"bounds": find_bounds(file, source, job.max_record_bytes, size, job.task.fields)},
     )
 
 
@@ -243,6 +247,7 @@ def read_batches(
     source: Source,
     max_record_bytes: int,
     tally: Callable[[SpanReader, Documents | None], None],
+    fields: Mapping[str, Field] = PLAIN,
 ) -> Iterator[Documents]:
     """The documents of spans in batches of some megabytes, whether they come from one file or from
     a thousand.
@@ -252,7 +257,7 @@ def read_batches(
     pending: list[Documents] = []
     size = 0
     for span in spans:
-        reader = SpanReader(span, source, max_record_bytes)
+        reader = SpanReader(span, source, max_record_bytes, fields)
         for documents in reader.read():
             tally(reader, documents)
             if len(documents.texts):
@@ -292,7 +297,11 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
     writer = _ChunkWriter(job, part.index)
     dropped: Counter[str] = Counter()
     for batch in read_batches(
-        part.spans, job.sources[part.source].source, job.max_record_bytes, tally
+        part.spans,
+        job.sources[part.source].source,
+        job.max_record_bytes,
+        tally,
+        job.task.fields,
     ):
         cleaned = clean(batch.texts, batch.labels, job.cleaning)
         dropped += cleaned.dropped

@@ -226,6 +226,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
         "share": _share(spec),
         "tokenizer": tokenizer,
+        **({"task": spec.task.row_settings} if spec.task.row_settings else {}),
         "labels": inputs.labels,
         "num_labels": None if spec.task.packs else spec.model.num_labels,
         "sources": [
@@ -236,6 +237,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
                 "label": _label(spec, source),
                 "header": source.source.header,
                 "quoting": source.source.quoting,
+                **({"columns": source.source.columns} if source.source.columns else {}),
                 "files": [(file.digest, file.form, file.compression) for file in files],
             }
             for source, files in zip(inputs.sources, inputs.files, strict=True)
@@ -249,7 +251,7 @@ def _share(spec: Spec) -> float:
 
 
 def _label(spec: Spec, source: CorpusSource) -> str | None:
-    return None if spec.task.packs else source.source.label
+    return source.source.label if "label" in spec.task.fields else None
 
 
 def find(spec: Spec, storage: str) -> Corpus | None:
@@ -438,10 +440,7 @@ def _samples(job: Preparation, num_chunks: int) -> list[bytes]:
 
 def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Preparation, Work]:
     data = spec.data
-    sources = tuple(
-        replace(source, source=source.source.model_copy(update={"label": _label(spec, source)}))
-        for source in inputs.sources
-    )
+    sources = inputs.sources
     part_bytes = choose_part_bytes(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.

@@ -83,7 +83,9 @@ def _estimated_bytes(span: Span) -> int:
 
 def _take(job: Preparation, span: Span, source: Source, size: float) -> Iterator[str]:
     """Whole documents from the beginning of a span."""
-    for batch in read_batches([span], source, job.max_record_bytes, lambda *found: None):
+    for batch in read_batches(
+        [span], source, job.max_record_bytes, lambda *found: None, job.task.fields
+    ):
         texts = clean(batch.texts, None, job.cleaning).texts
         if job.share:
             texts = texts.filter(pa.array(~held_out(hash_texts(texts)[1], job.share)))

@@ -87,8 +87,14 @@ class Spec(Section):
     def _consistent(self) -> Self:
         validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
         for source in (*self.data.train, *validation):
-            for name, wanted in self.task.fields.items():
-                if wanted.wanted and source.column(name) is None:
+            for name in source.columns:
+                if name not in self.task.fields:
+                    raise ValueError(
+                        f"data: columns.{name}: {self.task.name} reads "
+                        f"{', '.join(self.task.fields)}"
+                    )
+            for name, field in self.task.fields.items():
+                if field.wanted and field.column_in(source, name, source.format) is None:
                     raise ValueError(
                         f"data: task {self.task.name} needs a `{name}` column in every source"
                     )

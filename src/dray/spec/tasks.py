@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, PlainSerializer, ValidationError
 
-from dray.spec.sections import Section
+from dray.spec.sections import Section, Source
 
 GROUP = "dray.tasks"
 Direction = Literal["lower", "higher"]
@@ -27,10 +27,23 @@ Direction = Literal["lower", "higher"]
 class Field:
     """Something that a task reads of every record; a source says in which column it is."""
 
-    kind: Literal["text", "label"]
-    """`text` is cleaned, hashed and encoded; `label` names the class of a document."""
+    kind: Literal["text", "words", "label", "labels", "number", "tags"]
+    """Texts are cleaned, hashed and encoded: one, or a list of `words`. A `label` names the class
+    of a document, `labels` those that it has, a `number` measures it, `tags` are those of its
+    words."""
     wanted: bool = True
     """Whether every source must have it."""
+    column: str | None = None
+    """Where it is, unless a source says otherwise."""
+    place: int | None = None
+    """Which column of lines of words it is, unless a source says otherwise."""
+
+    def column_in(self, source: Source, name: str, form: str = "") -> str | None:
+        """The column of a source that holds the field of that name; None: there is none."""
+        given: str | None = source.columns.get(name) or getattr(source, name, None)
+        if given is None and form == "conll" and self.place is not None:
+            return str(self.place)
+        return given or self.column
 
 
 @dataclass(frozen=True)

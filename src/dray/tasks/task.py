@@ -104,6 +104,12 @@ class Task:
         return self.name
 
     @property
+    def row_settings(self) -> dict[str, Any]:
+        """What makes its rows other than those of tasks with the same columns: part of a corpus'
+        key."""
+        return {}
+
+    @property
     def has_classes(self) -> bool:
         """Whether its rows have numbers of classes, which the corpus finds in the documents."""
         return any(column.names or column.hot for column in self.columns)
