@@ -75,7 +75,8 @@ def test_build_task_finds_it() -> None:
             "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
         }
     )
-    assert spec.task.on(SimpleNamespace(pad_token_id=1, labels=())).name == "causal_lm"
+    corpus = SimpleNamespace(pad_token_id=1, labels=(), mask_token_id=None, vocab_size=9)
+    assert spec.task.on(corpus).name == "causal_lm"
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

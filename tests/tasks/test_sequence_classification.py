@@ -25,8 +25,11 @@ WIDTH, VOCAB, PAD = 32, 50, 1
 
 
 def classifier(num_labels: int) -> SequenceClassification:
-    corpus = SimpleNamespace(pad_token_id=PAD, labels=tuple(map(str, range(num_labels))))
-    return SequenceClassification().on(corpus)
+    return SequenceClassification().on(corpus_of(*map(str, range(num_labels))))
+
+
+def corpus_of(*labels: str) -> SimpleNamespace:
+    return SimpleNamespace(pad_token_id=PAD, labels=labels, mask_token_id=None, vocab_size=VOCAB)
 
 
 def rows(num_tokens: list[int], labels: list[int], row_ids: list[int] | None = None) -> pa.Table:
@@ -85,7 +88,7 @@ def loss_of(
 
 
 def test_a_task_on_a_corpus_counts_its_labels() -> None:
-    corpus = SimpleNamespace(pad_token_id=PAD, labels=("a", "b", "c"))
+    corpus = corpus_of("a", "b", "c")
     task = spec_of("bert").task.on(corpus)
     assert isinstance(task, SequenceClassification)
     assert task.num_labels == 3

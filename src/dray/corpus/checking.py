@@ -252,6 +252,8 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         encoder=job.info.encoder,
         prefix=job.info.prefix,
         suffix=job.info.suffix,
+        middle=job.info.middle,
+        mask_token_id=job.info.mask_token_id,
         labels=job.labels,
         train=train,
         validation=validation if validation.num_rows else None,

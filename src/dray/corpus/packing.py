@@ -9,7 +9,7 @@ one-document rows is counted.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,9 +130,10 @@ def one_a_row(
     prefix: tuple[int, ...],
     suffix: tuple[int, ...],
     aligned: Aligned | None = None,
+    extended: Collection[str] = (),
 ) -> Rows:
     """A document a row between `prefix` and `suffix`; the end of a longer document is cut off and
-    counted."""
+    counted. What is `extended` has its last value at the suffix, too."""
     room = capacity - len(prefix) - len(suffix)
     kept = np.minimum(lengths, room)
     starts = np.cumsum(lengths) - lengths
@@ -147,6 +148,10 @@ def one_a_row(
         inner = _fill(gather(values, starts, kept), kept.astype(np.int32), capacity, pad)
         along[name] = np.full((len(lengths), capacity), pad, values.dtype)
         along[name][:, len(prefix) :] = inner[:, : capacity - len(prefix)]
+        ends = len(prefix) + kept
+        for index in range(len(suffix) if name in extended else 0):
+            every = np.arange(len(rows))
+            along[name][every, ends + index] = along[name][every, np.maximum(ends - 1, 0)]
     return Rows(
         rows,
         (kept + len(prefix) + len(suffix)).astype(np.int32),

@@ -25,6 +25,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -38,11 +39,18 @@ from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.contents import check_unchanged
 from dray.corpus.packing import Aligned, Ints, Rows, gather, one_a_row, order_by_length, pack
 from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
-from dray.corpus.records import PLAIN
+from dray.corpus.records import PLAIN, Wanted
 from dray.corpus.sections import Records, read_section, read_sections, write_sections
 from dray.corpus.shards import Stored, make_batch, stored_columns, write_shard
 from dray.corpus.sources import InputFile
-from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder
+from dray.corpus.tokenizing import (
+    TokenizerInfo,
+    find_word_starts,
+    load_decoder,
+    load_encoder,
+    read_tokenizer_files,
+)
+from dray.errors import CorpusError
 from dray.spec import Cleaning, Field, Source
 from dray.storage.filesystem import (
     child,
@@ -59,6 +67,8 @@ BATCH_BYTES = 4 * 1024 * 1024
 WINDOW_GROUPS = 64
 MAX_QUARANTINED = 10_000
 """Bad records of one part that are listed one by one; all are counted."""
+DOCUMENT = "document"
+"""The column that says which document of the corpus a row is of, if the task has it."""
 NAMES = b"names"
 """Where a chunk's documents say which names their numbers stand for."""
 SPLITS = ("train", "validation")
@@ -172,6 +182,10 @@ class Preparation:
     def packs(self) -> bool:
         """Whether documents are packed into full rows, or kept one a row."""
         return bool(self.task.packs)
+
+    def wanted(self, source: Source) -> Wanted:
+        """The columns of a source that make documents."""
+        return Wanted.of(source, self.task.fields, source.format)
 
     @property
     def columns(self) -> list[Stored]:
@@ -337,8 +351,9 @@ class _Tools:
 
     def __init__(self, job: Preparation) -> None:
         info = job.info
-        self.prefix, self.suffix, self.row_tokens = info.prefix, info.suffix, job.sequence_tokens
-        self.dtype = info.dtype
+        self.prefix, self.middle, self.suffix = info.prefix, info.middle, info.suffix
+        self.row_tokens, self.dtype = job.sequence_tokens, info.dtype
+        self._folder, self._vocab_size = child(job.folder, "tokenizer"), info.vocab_size
         self._encoder = load_encoder(child(job.folder, "tokenizer"), info.encoder)
         self.names: dict[str, int] = {}
         """Numbers of the names met so far."""
@@ -346,6 +361,22 @@ class _Tools:
 
     def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
         return self._encoder.encode(texts)
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        tokenizer = load_decoder(self._folder)
+        if not hasattr(tokenizer, "encode_batch"):  # transformers' slow ones know no places
+            raise CorpusError(
+                "tokenizer.path",
+                "the tokeniser does not tell which word a token is of",
+                "tokens of words need a tokenizer.json",
+                "convert the tokeniser to a fast one",
+            )
+        found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(item.ids, [start for start, _ in item.offsets]) for item in found]
+
+    @cached_property
+    def word_starts(self) -> npt.NDArray[np.uint8]:
+        return find_word_starts(read_tokenizer_files(self._folder), self._vocab_size)
 
     def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
         """Numbers of names, which are counted; -1 for null."""
@@ -367,7 +398,7 @@ class _ChunkWriter:
         self._tools = _Tools(job)
         self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
         self._columns: dict[str, list[Any]] = {}
-        self._text_bytes = 0
+        self._text_bytes = self._num_records = 0
         self.chunks: list[str] = []
         self.num_documents = 0
 
@@ -388,8 +419,11 @@ class _ChunkWriter:
         columns = {"num_bytes": np.diff(bounds), "high": high, "low": low}
         if targets is not None:
             columns["class"] = hash_texts(targets.cast(pa.large_string()))[1]
+        columns["record"] = self._num_records + np.arange(len(texts))
+        self._num_records += len(texts)
         if encoded.records is not None:
             columns = {name: values[encoded.records] for name, values in columns.items()}
+            columns["num_bytes"][_further(columns["record"])] = 0
         lost = (
             np.zeros(len(encoded.lengths), np.int64)
             if encoded.num_lost is None
@@ -428,11 +462,18 @@ class _ChunkWriter:
             write_sections(
                 filesystem,
                 f"{path}.hashes",
-                _partition(high, low, classes, self._job.num_partitions),
+                _partition(high, low, classes, columns["record"], self._job.num_partitions),
             )
         self.chunks.append(name)
         self.num_documents += len(high)
         self._tokens, self._columns, self._text_bytes = [], {}, 0
+
+
+def _further(records: Ints) -> npt.NDArray[np.bool_]:
+    """Which documents are not the first that came of their record."""
+    further = np.zeros(len(records), bool)
+    further[1:] = records[1:] == records[:-1]
+    return further
 
 
 def _write_arrays(
@@ -448,12 +489,19 @@ def _join(parts: Sequence[Any]) -> Any:
 
 
 def _partition(
-    high: Hashes, low: Hashes, classes: Hashes | None, num_partitions: int
+    high: Hashes,
+    low: Hashes,
+    classes: Hashes | None,
+    records: Ints,
+    num_partitions: int,
 ) -> list[Records]:
     """Hashes and places of the documents of each partition, in reading order; hashes of labels
-    where there are any. The chunk is filled in by the reader."""
+    where there are any. Of what came of one record the first stands for all. The chunk is filled in
+    by the reader."""
     place = (high % np.uint64(num_partitions)).astype(np.int64)
+    place[_further(records)] = num_partitions
     order = np.argsort(place, kind="stable")
+    order = order[: int((place < num_partitions).sum())]
     entries = np.zeros(len(order), ENTRY)
     entries["high"], entries["low"], entries["document"] = high[order], low[order], order
     if classes is not None:
@@ -663,7 +711,9 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
     counts by split."""
     chunk = job.chunks[index]
     documents = _load_documents(job, chunk)
+    further = _further(documents["record"])
     keep = _kept(job, index, len(documents.lengths))
+    keep = keep[np.maximum.accumulate(np.where(further, 0, np.arange(len(keep))))]
     own = job.sources[chunk.source].split
     held = np.full(len(documents.lengths), own == "validation")
     if job.share and own == "train":
@@ -675,7 +725,7 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
             mine = documents.take(chosen)
             if split == "validation" and job.packs:
                 _write_sample(job, index, mine)
-            rows, values = _make_rows(job, mine)
+            rows, values = _make_rows(job, index, mine)
             order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
             _write_rows(
                 *staged(job, "packed", f"{index:06d}.{split}"),
@@ -685,7 +735,7 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
             lost = mine["num_lost"]
             record[split] = {
                 "num_rows": len(order),
-                "num_documents": len(chosen),
+                "num_documents": int((~further[chosen]).sum()),
                 "num_tokens": int(rows.num_tokens.sum()),
                 "num_text_bytes": int(mine["num_bytes"].sum()),
                 "num_cut_documents": rows.num_cut_documents,
@@ -721,7 +771,9 @@ def _write_sample(job: Preparation, index: int, documents: _Encoded) -> None:
     write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
 
 
-def _make_rows(job: Preparation, documents: _Encoded) -> tuple[Rows, dict[str, npt.NDArray[Any]]]:
+def _make_rows(
+    job: Preparation, index: int, documents: _Encoded
+) -> tuple[Rows, dict[str, npt.NDArray[Any]]]:
     """Documents as rows, and the columns of these by name."""
     info, width = job.info, job.sequence_tokens
     tokens, lengths, aligned = documents.tokens, documents.lengths, documents.aligned
@@ -729,11 +781,16 @@ def _make_rows(job: Preparation, documents: _Encoded) -> tuple[Rows, dict[str, n
         rows = pack(tokens, lengths, width, info.filler, aligned)
     else:
         around = {"prefix": info.prefix, "suffix": info.suffix}
-        rows = one_a_row(tokens, lengths, width, info.filler, aligned=aligned, **around)
+        extended = [column.name for column in job.task.columns if column.extends]
+        rows = one_a_row(
+            tokens, lengths, width, info.filler, aligned=aligned, extended=extended, **around
+        )
     values = {"input_ids": rows.tokens, "num_tokens": rows.num_tokens, **rows.aligned}
     classes = _class_ids(job, documents.columns)
     for column in job.task.columns:
-        if column.each == "row":
+        if column.name == DOCUMENT:
+            values[DOCUMENT] = (index << 32) + documents["record"]
+        elif column.each == "row":
             found = documents.columns.column(column.name)
             values[column.name] = _row_values(column, found, classes, len(job.labels))
     return rows, values

@@ -110,7 +110,7 @@ MIN_CHUNK_BYTES = 48 * 1024 * 1024
 LOOK_BYTES = 64 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
 CLAIMS = "claims"
-WORK_VERSION = 2
+WORK_VERSION = 3
 """Raised when intermediate files have another form: what an older dray left half done is not used
 then."""
 
@@ -490,9 +490,16 @@ def _make_tokenizer(
         made = run_task(job, make_tokenizer, (settings, tuple(parts)))
         write_bytes(*path, json.dumps(made).encode(), durable=False)
     tree = json.loads(read_bytes(*path))
-    return TokenizerInfo(
-        **{**tree, "prefix": tuple(tree["prefix"]), "suffix": tuple(tree["suffix"])}
-    )
+    around = {name: tuple(tree[name]) for name in ("prefix", "middle", "suffix")}
+    info = TokenizerInfo(**{**tree, **around})
+    if spec.task.masks and info.mask_token_id is None:
+        raise CorpusError(
+            "tokenizer.path",
+            "the tokeniser has no mask token",
+            f"{spec.task.name} puts one where a token is to be guessed",
+            "name it as mask_token in tokenizer_config.json, or train one: {train: byte_bpe}",
+        )
+    return info
 
 
 def _write_quarantine(job: Preparation, parts: Sequence[Part]) -> None:

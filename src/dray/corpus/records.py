@@ -15,10 +15,9 @@ from dray.corpus.bytes_in import Blocks
 from dray.corpus.labels import label_name, label_names
 from dray.errors import CorpusError
 from dray.spec import Field, Source
+from dray.tasks.rows import SEPARATOR
 
 MAX_EXACT = 2.0**53
-SEPARATOR = "\x1f"
-"""Between the parts of a text or a target that has several."""
 TEXT_KINDS = ("text", "words")
 PLAIN = {"text": Field("text"), "label": Field("label", wanted=False)}
 """The fields of a text with or without a class."""

@@ -281,7 +281,7 @@ class _Loop:
         """Do the work of the stream to its end, or until all ranks agree to stop. Returns how it
         ended."""
         ended = ""
-        with closing(feed(stream, blocks, self.task, self.ranks)) as pieces:
+        with closing(feed(stream, blocks, self.task, self.ranks, self.spec.seed)) as pieces:
             while not ended:
                 self.pulse.enter("data")
                 begun, waiting_since = self.clock.mark(), time.perf_counter()

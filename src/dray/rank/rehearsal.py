@@ -262,4 +262,5 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
 
 def _task(spec: Spec, sizes: Dimensions) -> Any:
     labels = tuple(map(str, range(sizes.num_labels)))
-    return spec.task.on(SimpleNamespace(pad_token_id=0, labels=labels), spec.model.num_labels)
+    corpus = SimpleNamespace(pad_token_id=0, labels=labels, mask_token_id=1, vocab_size=sizes.vocab)
+    return spec.task.on(corpus, spec.model.num_labels)

@@ -19,6 +19,7 @@ from dray.corpus.stream import read_rows
 from dray.errors import CorpusError, SpecError, UserError
 from dray.release.trained import Trained, load_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
+from dray.tasks import draw_of
 
 MAX_BATCH_ROWS, BATCH_TOKENS = 32, 32_768
 LOGIT_BYTES = 512 * 1024 * 1024
@@ -72,7 +73,7 @@ def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float |
         ids = np.arange(start, min(start + group, split.num_rows), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)
         for first in range(0, rows.num_rows, num_rows):
-            batch = task.collate(rows.slice(first, num_rows))
+            batch = task.collate(rows.slice(first, num_rows), draw_of(spec.seed, 0))
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
             _, output = objective(batch)
             metrics.update(batch, output)

@@ -5,6 +5,26 @@ Tasks share losses around models (`objectives.py`, on `losses.py` and `heads.py`
 (`metrics.py`) and the way from columns to tensors (`columns.py`).
 """
 
-from dray.tasks.task import IGNORED, Batch, Corpus, Held, Output, Task, TaskMetrics, Terms
+from dray.tasks.task import (
+    IGNORED,
+    Batch,
+    Corpus,
+    Held,
+    Output,
+    Task,
+    TaskMetrics,
+    Terms,
+    draw_of,
+)
 
-__all__ = ["IGNORED", "Batch", "Corpus", "Held", "Output", "Task", "TaskMetrics", "Terms"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Corpus",
+    "Held",
+    "Output",
+    "Task",
+    "TaskMetrics",
+    "Terms",
+    "draw_of",
+]

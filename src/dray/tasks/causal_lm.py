@@ -34,7 +34,7 @@ class CausalLM(Task):
     generates = True
     head = Head("AutoModelForCausalLM", over="vocabulary", each="token", looks_ahead=False)
 
-    def collate(self, table: pa.Table) -> Batch:
+    def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids` and `labels`, int64 [rows, sequence_tokens]; labels[:, t] is the token at t +
         1, or IGNORED.
 

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def token_matrix(table: pa.Table) -> Tensor:
-    """`input_ids`, a fixed-size list of unsigned integers, as int64 [rows, sequence_tokens]."""
-    column = table.column("input_ids")
+    """`input_ids` as int64 [rows, sequence_tokens]."""
+    return matrix(table, "input_ids")
+
+
+def matrix(table: pa.Table, name: str) -> Tensor:
+    """A column of fixed-size lists of integers as int64 [rows, width]."""
+    column = table.column(name)
     width = column.type.list_size
     parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk)]
     flat = (
@@ -33,6 +38,11 @@ def integer_column(table: pa.Table, name: str) -> Tensor:
     return torch.from_numpy(table.column(name).to_numpy().astype(np.int64))
 
 
+def number_column(table: pa.Table, name: str) -> Tensor:
+    """A column of numbers as fp32 [rows]."""
+    return torch.from_numpy(table.column(name).to_numpy().astype(np.float32))
+
+
 def real_rows(table: pa.Table) -> Tensor:
     """Which rows are rows of the corpus and not padding, as bool [rows]; all, if the table has no
     `row_id`."""
@@ -42,8 +52,9 @@ def real_rows(table: pa.Table) -> Tensor:
 
 
 def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` of rows with a document each, as int64 [rows, width]: as
-    wide as the longest row that is none of padding."""
+    """`input_ids` and `attention_mask` of rows with a document each, and `token_type_ids` where
+    they have segments, as int64 [rows, width]: as wide as the longest row that is none of
+    padding."""
     num_tokens, real = integer_column(table, "num_tokens"), real_rows(table)
     tokens = token_matrix(table)
     longest = int((num_tokens * real).max()) if table.num_rows else 0
@@ -53,4 +64,7 @@ def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor
     input_ids = tokens[:, :width].contiguous()
     if pad_token_id is not None:
         input_ids = input_ids.masked_fill(~mask, pad_token_id)
-    return {"input_ids": input_ids, "attention_mask": mask.long()}
+    batch = {"input_ids": input_ids, "attention_mask": mask.long()}
+    if "segment" in table.column_names:
+        batch["token_type_ids"] = matrix(table, "segment")[:, :width].contiguous()
+    return batch

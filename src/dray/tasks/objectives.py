@@ -6,9 +6,11 @@ need. Labels are smoothed in training alone.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dray.tasks.heads import find_head
@@ -100,20 +102,73 @@ def _name_of(model: nn.Module, part: nn.Module) -> str:
 
 
 class LabelLoss(nn.Module):
-    """A classifier and the summed cross entropy of its labels."""
+    """A model that gives logits for each row, or for each token, and the summed cross entropy of
+    the labels. `scores`: whether metrics get the softmax, or how many labels are likeliest."""
+
+    def __init__(self, model: Any, label_smoothing: float = 0.0, *, scores: bool = True) -> None:
+        super().__init__()
+        self.model, self.label_smoothing, self.scores = model, label_smoothing, scores
+        self.takes_segments = _takes_segments(model)
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        logits = self.model(**_inputs(batch, self.takes_segments)).logits
+        smoothing = self.label_smoothing if self.training else 0.0
+        labels = batch["labels"].flatten()
+        loss = summed_cross_entropy(logits.flatten(0, -2), labels, smoothing)
+        terms: Terms = {"loss": (loss, (labels != IGNORED).sum())}
+        if torch.is_grad_enabled():
+            return terms, {}
+        if self.scores:
+            return terms, {"loss_sum": loss, "scores": torch.softmax(logits.float(), dim=-1)}
+        num_correct = (logits.argmax(dim=-1) == batch["labels"]).sum()
+        return terms, {"loss_sum": loss, "num_correct": num_correct}
+
+
+class ManyLabelsLoss(nn.Module):
+    """A classifier of rows with any number of labels each: the binary cross entropy of each label,
+    of which a row counts the mean. Smoothing draws targets towards a half."""
 
     def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
-        self.label_smoothing = label_smoothing
+        self.model, self.label_smoothing = model, label_smoothing
+        self.takes_segments = _takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
-        logits = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
-        smoothing = self.label_smoothing if self.training else 0.0
-        loss = summed_cross_entropy(logits, batch["labels"], smoothing)
-        terms: Terms = {"loss": (loss, (batch["labels"] != IGNORED).sum())}
+        logits = self.model(**_inputs(batch, self.takes_segments)).logits.float()
+        real = batch["labels"][:, 0] != IGNORED
+        targets = batch["labels"].clamp(min=0).float()
+        if self.training and self.label_smoothing:
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=-1)
+        loss = (losses * real).sum()
+        terms: Terms = {"loss": (loss, real.sum())}
         if torch.is_grad_enabled():
             return terms, {}
-        return terms, {"loss_sum": loss, "scores": torch.softmax(logits.float(), dim=-1)}
+        return terms, {"loss_sum": loss, "scores": torch.sigmoid(logits)}
+
+
+class NumberLoss(nn.Module):
+    """A model of one number a row, and the summed squared error."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.takes_segments = model, _takes_segments(model)
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        found = self.model(**_inputs(batch, self.takes_segments)).logits.float()[:, 0]
+        real = batch["labels"].isfinite()
+        errors = torch.where(real, found - batch["labels"].nan_to_num(), 0.0)
+        loss = errors.square().sum()
+        terms: Terms = {"loss": (loss, real.sum())}
+        return terms, {} if torch.is_grad_enabled() else {"loss_sum": loss, "numbers": found}
+
+
+def _takes_segments(model: Any) -> bool:
+    """Whether a model tells the two texts of a row apart by their segments."""
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return takes and getattr(model.config, "type_vocab_size", 1) > 1
+
+
+def _inputs(batch: Batch, takes_segments: bool) -> Batch:
+    names = ("input_ids", "attention_mask", *(["token_type_ids"] if takes_segments else []))
+    return {name: batch[name] for name in names if name in batch}

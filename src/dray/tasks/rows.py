@@ -7,7 +7,7 @@ the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -32,6 +32,12 @@ class Column:
     """Whether a document has a list of classes, which becomes a 1 or 0 for each of them."""
     pad: int = 0
     """What stands where there is no token of the document's text."""
+    extends: bool = False
+    """Whether what ends a document has the value of its last token."""
+
+
+SEPARATOR = "\x1f"
+"""Between the parts of a text or a target that has several."""
 
 
 class Tools(Protocol):
@@ -39,6 +45,8 @@ class Tools(Protocol):
 
     prefix: tuple[int, ...]
     """Ids before each document."""
+    middle: tuple[int, ...]
+    """Ids between two texts of one."""
     suffix: tuple[int, ...]
     """Ids after each document."""
     row_tokens: int
@@ -49,8 +57,13 @@ class Tools(Protocol):
     def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Ids of texts end to end, without any around them, and the number of each text's."""
 
-    def encode_words(self, texts: pa.Array) -> list[tuple[list[int], list[int]]]:
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Ids of each text, and where in it each begins (characters)."""
+
+    @property
+    def word_starts(self) -> npt.NDArray[np.uint8]:
+        """By id: 1 where a token begins a word, 0 where it goes on with one, 2 where it is
+        special."""
 
     def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
         """Numbers of names; -1 for null."""

@@ -8,6 +8,8 @@ loop divides by the targets of the global batch.
 from __future__ import annotations
 
 import copy
+import hashlib
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -30,6 +32,12 @@ Terms = dict[str, tuple["Tensor", "Tensor"]]
 """Named parts of a loss: the sum over a batch's targets, and their number."""
 
 
+def draw_of(seed: int, step: int) -> int:
+    """What tasks draw by at a step; a validation is drawn by as step 0, always the same."""
+    digest = hashlib.blake2b(struct.pack("<2Q", seed, step), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 class Corpus(Protocol):
     """What a task needs to know of a corpus; its manifest has it."""
 
@@ -38,6 +46,12 @@ class Corpus(Protocol):
 
     @property
     def labels(self) -> Sequence[str]: ...
+
+    @property
+    def mask_token_id(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 class Held(Protocol):
@@ -85,14 +99,18 @@ class Task:
     """What rows hold besides their tokens."""
     packs = False
     generates = False
+    masks = False
+    """Whether it needs a token that stands for one that is to be guessed."""
     head: Head
 
     def __init__(self, settings: Any = None) -> None:
-        self.settings = self.Settings() if settings is None else settings
+        self.settings: Any = self.Settings() if settings is None else settings
         self.labels: tuple[str, ...] = ()
         """Names of the classes in the order of their ids."""
         self.num_labels = 2
         self.pad_token_id: int | None = None
+        self.mask_token_id: int | None = None
+        self.vocab_size = 0
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -118,6 +136,7 @@ class Task:
         """The task on a corpus, with as many classes as a spec wants or else the corpus has."""
         bound = copy.copy(self)
         bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
+        bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
         bound.num_labels = num_labels or len(corpus.labels) or 2
         return bound
 
@@ -128,9 +147,13 @@ class Task:
 
         return encode_texts(texts, tools, surrounded=self.packs)
 
-    def collate(self, table: pa.Table) -> Batch:
+    def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """Rows of a token shard with their `row_id` as tensors on the CPU. Rows with row_id < 0 get
-        no targets."""
+        no targets.
+
+        `draw` belongs to the step and the seed: what is drawn for a row depends on that and on its
+        id alone, so that a resumed run draws the same.
+        """
         raise NotImplementedError
 
     def num_targets(self, batch: Batch) -> int:
@@ -149,6 +172,11 @@ class Task:
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""
         raise NotImplementedError
+
+    def report(self, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
+        """Rows of a table that tells more than the metrics do, by what they are of."""
+        found: dict[str, dict[str, float]] = getattr(metrics, "report", dict)()
+        return found
 
     def complete(self, values: Mapping[str, float], held: Held) -> dict[str, float]:
         """The metrics of a whole validation, with those that need to know of its rows."""
