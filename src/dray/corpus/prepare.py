@@ -222,11 +222,10 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         }
     settings = {
         "version": ROWS_VERSION,
-        "packs_rows": spec.task.packs,
+        **spec.task.row_settings,
         "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
         "share": _share(spec),
         "tokenizer": tokenizer,
-        **({"task": spec.task.row_settings} if spec.task.row_settings else {}),
         "labels": inputs.labels,
         "num_labels": None if spec.task.packs else spec.model.num_labels,
         "sources": [

@@ -27,7 +27,7 @@ from dray.spec.sections import (
     Watchdog,
 )
 from dray.spec.spec import NAME_RULE, RUN_NAME, Spec
-from dray.spec.tasks import Direction, Field, Head, NoSettings, find_task, task_names
+from dray.spec.tasks import Direction, Field, Head, NoSettings, default_task, find_task, task_names
 from dray.spec.yaml_reading import BadYaml, read_yaml
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "Spec",
     "Tokenizer",
     "Watchdog",
+    "default_task",
     "differing_paths",
     "dump_spec",
     "find_task",

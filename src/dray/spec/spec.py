@@ -44,7 +44,7 @@ class Spec(Section):
 
     name: Annotated[str, Field(pattern=RUN_NAME)]
     """Default name of the run: letters, digits, `.`, `_` and `-`."""
-    task: Annotated[TaskChoice, Field(default="causal_lm", validate_default=True)]
+    task: Annotated[TaskChoice, Field(default=None, validate_default=True)]
     """What is learnt: the name of a task, or a mapping with its `name` and its settings."""
     data: Data
     """The corpus."""

@@ -75,6 +75,7 @@ class TaskKind(Protocol):
     fields: Mapping[str, Field]
     metrics: Mapping[str, Direction]
     """What a validation measures."""
+    is_default: bool
     packs: bool
     """Whether documents are packed into full rows, or kept one a row."""
     generates: bool
@@ -100,14 +101,20 @@ def find_task(name: str) -> Any:
     return _known()[name].load()
 
 
+@cache
+def default_task() -> str:
+    """The name of the task that a spec means which names none."""
+    return next(name for name in task_names() if find_task(name).is_default)
+
+
 def make_task(value: Any) -> Any:
     """The task that a spec names: a name, or a mapping with `name` and the task's settings. Raises
     ValueError."""
     if isinstance(value, Mapping):
         settings = dict(value)
         name = settings.pop("name", None)
-    elif isinstance(value, str):
-        name, settings = value, {}
+    elif value is None or isinstance(value, str):
+        name, settings = value or default_task(), {}
     else:
         return value  # a task already
     if name not in _known():

@@ -5,8 +5,8 @@ Tasks share losses around models (`objectives.py`, on `losses.py` and `heads.py`
 (`metrics.py`) and the way from columns to tensors (`columns.py`).
 """
 
+from dray.tasks.rows import IGNORED
 from dray.tasks.task import (
-    IGNORED,
     Batch,
     Corpus,
     Held,

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dray.spec import Direction, Field, Head
-from dray.tasks.task import IGNORED, Batch, Held, Task, TaskMetrics
+from dray.tasks.rows import IGNORED
+from dray.tasks.task import Batch, Held, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,8 +31,7 @@ class CausalLM(Task):
         "accuracy": "higher",
         "bits_per_byte": "lower",
     }
-    packs = True
-    generates = True
+    is_default = packs = generates = True
     head = Head("AutoModelForCausalLM", over="vocabulary", each="token", looks_ahead=False)
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:

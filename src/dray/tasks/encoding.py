@@ -11,8 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dray.tasks.rows import SEPARATOR, Encoded, Tools
-from dray.tasks.task import IGNORED
+from dray.tasks.rows import IGNORED, SEPARATOR, Encoded, Tools
 
 
 def encode_texts(texts: pa.Array, tools: Tools, *, surrounded: bool) -> Encoded:

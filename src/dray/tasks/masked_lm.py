@@ -15,8 +15,8 @@ from pydantic import Field as Key
 
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Float, Section
-from dray.tasks.rows import Column
-from dray.tasks.task import IGNORED, Batch, Task, TaskMetrics
+from dray.tasks.rows import IGNORED, Column
+from dray.tasks.task import Batch, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +53,7 @@ class MaskedLM(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {"name": self.name}
+        return {**super().row_settings, "task": self.name}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         encoded = super().encode(texts, targets, tools)
@@ -76,7 +76,8 @@ class MaskedLM(Task):
         chosen, fates, others = (np.empty((num_rows, width)) for _ in range(3))
         for row in range(num_rows):
             place = row if ids is None else int(ids[row])
-            random = np.random.Generator(np.random.Philox(key=[draw, place % 2**64]))
+            key = np.array([draw, place % 2**64], np.uint64)
+            random = np.random.Generator(np.random.Philox(key=key))
             chosen[row], fates[row], others[row] = random.random((3, width))
         drawn = torch.from_numpy(chosen)
         if self.settings.whole_words:  # a word goes by what its first token drew

@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dray.tasks.task import IGNORED, Batch, Output
+from dray.tasks.rows import IGNORED
+from dray.tasks.task import Batch, Output
 
 
 class TokenMetrics:

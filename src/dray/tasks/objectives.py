@@ -21,7 +21,8 @@ from dray.tasks.losses import (
     rows_at_once,
     summed_cross_entropy,
 )
-from dray.tasks.task import IGNORED, Batch, Output, Terms
+from dray.tasks.rows import IGNORED
+from dray.tasks.task import Batch, Output, Terms
 
 
 class NextTokenLoss(nn.Module):

@@ -54,7 +54,7 @@ class Regression(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {"name": self.name, "pairs": self.settings.pairs}
+        return {**super().row_settings, "task": self.name, "pairs": self.settings.pairs}
 
     def on(self, corpus: Any, num_labels: int | None = None) -> Regression:
         bound = super().on(corpus, num_labels)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+IGNORED = -100
+"""The label of a position without a target."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of rows, of numbers."""

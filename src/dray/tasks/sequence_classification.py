@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Section
-from dray.tasks.rows import Column
-from dray.tasks.task import IGNORED, Batch, Task, TaskMetrics
+from dray.tasks.rows import IGNORED, Column
+from dray.tasks.task import Batch, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,8 +64,7 @@ class SequenceClassification(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.settings.model_dump(exclude_defaults=True)
-        return found
+        return {**super().row_settings, **self.settings.model_dump(exclude_defaults=True)}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.encoding import encode_texts_or_pairs, number_lists, with_columns

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dray.spec import Direction, Field, Head, NoSettings
 from dray.spec.sections import Section
-from dray.tasks.rows import Column
+from dray.tasks.rows import IGNORED, Column
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor, nn
 
     from dray.tasks.rows import Encoded, Tools
-
-IGNORED = -100
-"""The label of a position without a target."""
 
 Batch = dict[str, "Tensor"]
 Output = dict[str, "Tensor"]
@@ -97,6 +94,8 @@ class Task:
     metrics: Mapping[str, Direction]
     columns: tuple[Column, ...] = ()
     """What rows hold besides their tokens."""
+    is_default = False
+    """Whether a spec that names no task means this one."""
     packs = False
     generates = False
     masks = False
@@ -123,9 +122,8 @@ class Task:
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """What makes its rows other than those of tasks with the same columns: part of a corpus'
-        key."""
-        return {}
+        """What of the task decides over its rows: a part of a corpus' key."""
+        return {"packs_rows": self.packs}
 
     @property
     def has_classes(self) -> bool:

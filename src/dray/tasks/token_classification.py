@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Section
-from dray.tasks.rows import SEPARATOR, Column
-from dray.tasks.task import IGNORED, Batch, Task, TaskMetrics
+from dray.tasks.rows import IGNORED, SEPARATOR, Column
+from dray.tasks.task import Batch, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +57,7 @@ class TokenClassification(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {"name": self.name}
+        return {**super().row_settings, "task": self.name}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.encoding import encode_tagged_words
