@@ -187,6 +187,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cluster(evaluate)
     _add_json(evaluate)
 
+    predict = _add_run(commands, "predict", _predict, "what a checkpoint tells of each record")
+    predict.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SOURCE",
+        help="a path, or a YAML mapping like a spec's data source; targets are not needed",
+    )
+    predict.add_argument(
+        "--out", dest="file", help="the file to write; must not exist (default: standard output)"
+    )
+    _add_step(predict)
+
     generate = _add_run(commands, "generate", _generate, "text from a checkpoint")
     generate.add_argument(
         "--prompt", action="append", required=True, help="may be given several times"
@@ -401,6 +414,23 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.out.say_json(ended.run.summary())
     else:
         arguments.out.say(format_summary(ended.run))
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from dray.release.predict import Counts, predict, write_records
+    from dray.show.progress import Display
+
+    storage, name = _locate(arguments)
+    counts = Counts()
+    found = predict(storage, name, arguments.data, step=arguments.step, counts=counts)
+    if arguments.file is None:
+        for record in found:
+            arguments.out.say_record(record)
+    else:
+        write_records(found, arguments.file)
+    bad = f", {counts.num_bad:,} could not be read" if counts.num_bad else ""
+    Display().say(f"{counts.num_predicted:,} records predicted{bad}")
     return 0
 
 

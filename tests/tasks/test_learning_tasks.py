@@ -13,6 +13,7 @@ import pytest
 from dray.corpus.prepare import prepare
 from dray.release.evaluate import evaluate
 from dray.release.export import export
+from dray.release.predict import predict
 from dray.runs import Run
 from dray.spec import make_spec
 from dray.train import train_locally
@@ -108,5 +109,29 @@ def test_a_task_is_learnt_taken_up_again_evaluated_and_exported(tmp_path: Path, 
     for key, value in measured.items():
         if key in found and isinstance(value, float):
             assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    if name != "masked_lm":
+        check_predictions(storage, folder, name)
     export(storage, "whole", str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def check_predictions(storage: str, folder: Path, name: str) -> None:
+    """In the order of the records, of which one cannot be read, and mostly right."""
+    text = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    (folder / "some.jsonl").write_text("\n".join([*text[:20], "{", *text[20:]]), encoding="utf-8")
+    found = list(predict(storage, "whole", [str(folder / "some.jsonl")]))
+    (bad,) = [record for record in found if "error" in record]
+    assert bad["error"].startswith("broken JSON")
+    assert Path(bad["file"]).name == "some.jsonl"
+    told = [record for record in found if "error" not in record]
+    given = records(name)[:40]
+    wanted = {"regression": "number", "many": "names", "token_classification": "tags"}[name]
+    key = "tokens" if name == "token_classification" else "text"
+    assert [record[key] for record in told] == [record[key] for record in given]
+    right = [
+        abs(one["prediction"] - other[wanted]) < 1
+        if name == "regression"
+        else sorted(one["prediction"]) == sorted(other[wanted])
+        for one, other in zip(told, given, strict=True)
+    ]
+    assert sum(right) >= 30

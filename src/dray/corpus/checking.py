@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dray.corpus.account import weigh_bad
+from dray.corpus.duplicates import DROP_REASONS
 from dray.corpus.labels import choose_labels, named
 from dray.corpus.manifest import (
     VERSION,
@@ -23,7 +24,7 @@ from dray.corpus.manifest import (
     SourceRows,
     Split,
 )
-from dray.corpus.parts import DROP_REASONS, SPLITS, Part, Preparation
+from dray.corpus.parts import SPLITS, Part, Preparation
 from dray.corpus.planning import Deal
 from dray.corpus.reading import FileCounts
 from dray.errors import CorpusError

@@ -34,8 +34,10 @@ from dray.corpus.checking import (
     make_labels,
     make_manifest,
 )
+from dray.corpus.chunks import cut_quoted, read_part
 from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
+from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
 from dray.corpus.listing import Leavings
 from dray.corpus.manifest import (
     MANIFEST,
@@ -50,22 +52,7 @@ from dray.corpus.manifest import (
     load_manifest,
     load_source_files,
 )
-from dray.corpus.parts import (
-    STAGING,
-    Chunk,
-    CorpusSource,
-    Part,
-    Preparation,
-    cut_quoted,
-    find_duplicates,
-    gather_hashes,
-    merge_rows,
-    mix_rows,
-    pack_chunk,
-    read_part,
-    spread_drops,
-    staged,
-)
+from dray.corpus.parts import STAGING, Chunk, CorpusSource, Part, Preparation, staged
 from dray.corpus.planning import (
     Deal,
     Plans,
@@ -75,6 +62,7 @@ from dray.corpus.planning import (
     make_parts,
     plan_bundles,
 )
+from dray.corpus.rows import merge_rows, mix_rows, pack_chunk
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task

@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dray.corpus.chunks import read_batches
 from dray.corpus.cleaning import clean, hash_texts, held_out
-from dray.corpus.parts import Part, Preparation, read_batches
+from dray.corpus.parts import Part, Preparation
 from dray.corpus.reading import Span
 from dray.corpus.tokenizing import (
     CHECK_BYTES,

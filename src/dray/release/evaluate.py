@@ -93,14 +93,14 @@ def _prepare_other(
     from dray.cluster.connection import connect
     from dray.show.progress import Display
 
-    with _said_of_data():
+    with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
-    with connect(address, num_cpus=1, verbose=verbose), _said_of_data():
+    with connect(address, num_cpus=1, verbose=verbose), said_of_data():
         return prepare(spec, storage, Display().say, trained.manifest.labels)
 
 
 @contextmanager
-def _said_of_data() -> Iterator[None]:
+def said_of_data() -> Iterator[None]:
     """Name `--data` in errors instead of the key that it stands for, which nobody has typed. A key
     is where the error is, or what the error begins with; a path that reads like one is left
     alone."""

@@ -63,8 +63,8 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
     room = tools.row_tokens - len(tools.prefix) - len(tools.suffix)
     sentences = [text.split(SEPARATOR) for text in texts.to_pylist()]
     names = [] if targets is None else [text.split(SEPARATOR) for text in targets.to_pylist()]
-    flat = [name for tags in names for name in tags]
-    numbers = tools.number(pa.array(flat, pa.string()))
+    flat = [name for tags in names for name in tags] or [""] * sum(map(len, sentences))
+    numbers = tools.number(pa.array(flat, pa.string())) if names else np.zeros(len(flat), np.int32)
     goes_on = np.array([name[:1] in ("I", "E") and name[1:2] == "-" for name in flat], bool)
     tokens: list[int] = []
     tags: list[int] = []
@@ -81,10 +81,9 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
         begins[1:] = word_of[1:] != word_of[:-1]
         own = np.full(len(ids), IGNORED, np.int32)
         inside = np.zeros(len(ids), bool)
-        if names:
-            own[begins] = numbers[done + word_of[begins]]
-            inside[begins] = goes_on[done + word_of[begins]]
-            done += len(words)
+        own[begins] = numbers[done + word_of[begins]]
+        inside[begins] = goes_on[done + word_of[begins]]
+        done += len(words)
         for nth, (start, stop) in enumerate(_windows(begins, inside, room)):
             tokens += ids[start:stop]
             tags += own[start:stop].tolist()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Section
 from dray.tasks.rows import Column
-from dray.tasks.task import Batch, Task, TaskMetrics
+from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +31,7 @@ class Regression(Task):
         source names."""
 
     name = "regression"
+    predicts = True
     metrics: Mapping[str, Direction] = {
         "loss": "lower",
         "mse": "lower",
@@ -65,7 +66,8 @@ class Regression(Task):
         from dray.tasks.encoding import encode_texts_or_pairs, with_columns
 
         encoded = encode_texts_or_pairs(texts, tools, pairs=self.settings.pairs)
-        assert targets is not None
+        if targets is None:
+            return encoded
         return with_columns(encoded, label=targets.cast("float64").to_numpy())
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
@@ -83,6 +85,9 @@ class Regression(Task):
         from dray.tasks.objectives import NumberLoss
 
         return NumberLoss(model)
+
+    def predictions(self, batch: Batch, output: Output) -> list[Any]:
+        return [{"prediction": number} for number in output["numbers"].tolist()]
 
     def new_metrics(self) -> TaskMetrics:
         from dray.tasks.metrics import NumberMetrics

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Section
 from dray.tasks.rows import IGNORED, Column
-from dray.tasks.task import Batch, Task, TaskMetrics
+from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +39,7 @@ class SequenceClassification(Task):
         source names."""
 
     name = "sequence_classification"
+    predicts = True
     metrics: Mapping[str, Direction] = {
         "loss": "lower",
         "accuracy": "higher",
@@ -70,6 +71,8 @@ class SequenceClassification(Task):
         from dray.tasks.encoding import encode_texts_or_pairs, number_lists, with_columns
 
         encoded = encode_texts_or_pairs(texts, tools, pairs=self.settings.pairs)
+        if targets is None:
+            return encoded
         many = self.settings.labels == "many"
         numbers = number_lists(targets, tools) if many else tools.number(targets)
         return with_columns(encoded, label=numbers)
@@ -96,6 +99,15 @@ class SequenceClassification(Task):
         if self.settings.labels == "many":
             return ManyLabelsLoss(model, label_smoothing)
         return LabelLoss(model, label_smoothing)
+
+    def predictions(self, batch: Batch, output: Output) -> list[Any]:
+        many, found = self.settings.labels == "many", []
+        for row in output["scores"].tolist():
+            scores = dict(zip(self.labels, row, strict=True))
+            likely = [label for label, score in scores.items() if score > 0.5]
+            best = max(scores, key=lambda label: scores[label])
+            found.append({"prediction": likely if many else best, "scores": scores})
+        return found
 
     def new_metrics(self) -> TaskMetrics:
         from dray.tasks.metrics import ClassificationMetrics, ManyLabelsMetrics

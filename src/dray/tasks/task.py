@@ -98,6 +98,8 @@ class Task:
     """Whether a spec that names no task means this one."""
     packs = False
     generates = False
+    predicts = False
+    """Whether its models tell something of each document."""
     masks = False
     """Whether it needs a token that stands for one that is to be guessed."""
     head: Head
@@ -170,6 +172,16 @@ class Task:
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""
         raise NotImplementedError
+
+    def predictions(self, batch: Batch, output: Output) -> list[Any]:
+        """What the model tells of each row of a batch."""
+        raise NotImplementedError
+
+    def join_predictions(self, pieces: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is told of a record, from that of its rows in their order: `prediction`, and what
+        goes with it."""
+        (only,) = pieces
+        return dict(only)
 
     def report(self, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
         """Rows of a table that tells more than the metrics do, by what they are of."""

@@ -7,13 +7,13 @@ in further rows, cut before a word at which no entity goes on; metrics put it to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Section
 from dray.tasks.rows import IGNORED, SEPARATOR, Column
-from dray.tasks.task import Batch, Task, TaskMetrics
+from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,7 @@ class TokenClassification(Task):
         parts of speech."""
 
     name = "token_classification"
+    predicts = True
     fields: Mapping[str, Field] = {
         "tokens": Field("words", column="tokens", place=0),
         "tags": Field("tags", column="tags", place=-1),
@@ -82,6 +83,19 @@ class TokenClassification(Task):
         from dray.tasks.objectives import LabelLoss
 
         return LabelLoss(model, label_smoothing)
+
+    def predictions(self, batch: Batch, output: Output) -> list[Any]:
+        guesses = output["scores"].argmax(dim=-1).cpu()
+        return [
+            [self.labels[tag] for tag in guess[labels != IGNORED].tolist()]
+            for guess, labels in zip(guesses, batch["labels"], strict=True)
+        ]
+
+    def join_predictions(self, pieces: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """A tag for each word; none begins at one that is nothing to the tokeniser."""
+        tags = [tag for piece in pieces for tag in piece]
+        missing = len(given["tokens"]) - len(tags)
+        return {"prediction": tags, **({"num_untold": missing} if missing else {})}
 
     def new_metrics(self) -> TaskMetrics:
         from dray.tasks.metrics import EntityMetrics
