@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -438,6 +438,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from dray.release.evaluate import evaluate
 
     storage, name = _locate(arguments)
+    report: dict[str, dict[str, float]] = {}
     result = evaluate(
         storage,
         name,
@@ -445,6 +446,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         step=arguments.step,
         address=arguments.address,
         verbose=arguments.verbose,
+        report=report,
     )
     if arguments.json:
         arguments.out.say_json(result)
@@ -458,7 +460,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             for key, value in result.items()
         }
         arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
+        if report:
+            arguments.out.say(_table(report))
     return 0
+
+
+def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Rows of numbers by name, under the names of the columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'':<20} " + " ".join(f"{column:>10}" for column in columns)]
+    for name, values in rows.items():
+        shown = (
+            f"{value:>10.4f}" if isinstance(value, float) else f"{value:>10,}"
+            for value in values.values()
+        )
+        lines.append(f"{name:<20} " + " ".join(shown))
+    return "\n".join(lines)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

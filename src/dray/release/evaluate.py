@@ -34,9 +34,10 @@ def evaluate(
     step: str | int | None = None,
     address: str | None = None,
     verbose: bool = False,
+    report: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Metrics by name, with `step` and `num_rows`; None for one that stands for nothing on these
-    rows.
+    rows. `report` gets what the task tells besides, by what it is of.
 
     `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
     Other data may be any slice, of one class alone, too. Raises UserError for data that cannot be
@@ -53,12 +54,17 @@ def evaluate(
                 f"run {name!r}", "has no validation rows", way_out="name data with --data"
             )
         split = validation
-    values = measure(trained, corpus, split)
+    values = measure(trained, corpus, split, report)
     return {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows, **values}
 
 
 @torch.no_grad()
-def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float | None]:
+def measure(
+    trained: Trained,
+    corpus: Corpus,
+    split: Split,
+    report: dict[str, dict[str, float]] | None = None,
+) -> dict[str, float | None]:
     """The task's metrics of a model over all rows of a split, in this process, on the GPU where
     there is one."""
     spec = trained.spec
@@ -77,6 +83,8 @@ def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float |
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
             _, output = objective(batch)
             metrics.update(batch, output)
+    if report is not None:
+        report.update(task.report(metrics))
     values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}
     return values | dict.fromkeys(metrics.undefined())
 
