@@ -200,6 +200,7 @@ def count_opens(num_bytes: int) -> dict[str, int]:
     from dray.corpus.sources import InputFile
     from dray.corpus.tokenizing import TokenizerInfo
     from dray.spec import Cleaning, Source
+    from dray.tasks.causal_lm import CausalLM
 
     part_bytes = choose_part_bytes(
         [[InputFile("/data", "/data/all.jsonl", num_bytes, "", "jsonl", "")]]
@@ -216,7 +217,7 @@ def count_opens(num_bytes: int) -> dict[str, int]:
         sequence_tokens=2048,
         group_rows=256,
         shuffle_seed=0,
-        packs_rows=True,
+        task=CausalLM(),
         share=0.0,
         chunk_bytes=part_bytes * 3 // 2,
         num_partitions=partitions,

@@ -19,7 +19,8 @@ from dray.corpus.manifest import (
     dump_manifest,
 )
 from dray.corpus.prepare import Corpus
-from dray.corpus.shards import make_batch, make_schema, write_shard
+from dray.corpus.shards import make_batch, stored_columns, write_shard
+from dray.tasks.causal_lm import CausalLM
 
 
 def build_random_corpus(
@@ -79,10 +80,7 @@ def build_random_corpus(
 
 def _write(folder: Path, file: str, num_rows: int, tokens: int, group_rows: int) -> Shard:
     ids = np.random.default_rng(num_rows).integers(0, 512, (num_rows, tokens)).astype("uint16")
-    rows = make_batch(
-        make_schema(tokens, "uint16", labelled=False),
-        ids,
-        np.full(num_rows, tokens, np.int32),
-        None,
-    )
+    counts = np.full(num_rows, tokens, np.int32)
+    columns = stored_columns(CausalLM(), tokens, "uint16")
+    rows = make_batch(columns, {"input_ids": ids, "num_tokens": counts})
     return write_shard(pafs.LocalFileSystem(), str(folder), file, rows, group_rows)

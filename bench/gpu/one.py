@@ -22,7 +22,7 @@ from pyarrow import fs as pafs
 from bench.engines import build, train_steps
 from dray.corpus.manifest import VERSION, Manifest, Packing, SourceRows, Split
 from dray.corpus.prepare import Corpus
-from dray.corpus.shards import make_batch, make_schema, write_shard
+from dray.corpus.shards import make_batch, stored_columns, write_shard
 from dray.models.build import one_document_a_row
 from dray.plan import Shape, local_shape, make_plan
 from dray.rank.group import build_ranks, join_alone
@@ -77,9 +77,11 @@ def build_corpus(folder: str, spec: Spec, num_rows: int) -> Corpus:
     """Random tokens as token shards."""
     width, vocab = spec.data.sequence_tokens, spec.tokenizer.vocab_size
     dtype = "uint16" if vocab <= 65536 else "uint32"
-    schema = make_schema(width, dtype, labelled=False)
     tokens = np.random.default_rng(0).integers(0, vocab, (num_rows, width)).astype(dtype)
-    rows = make_batch(schema, tokens, np.full(num_rows, width, np.int32), None)
+    columns = stored_columns(spec.task, width, dtype)
+    rows = make_batch(
+        columns, {"input_ids": tokens, "num_tokens": np.full(num_rows, width, np.int32)}
+    )
     shard = write_shard(pafs.LocalFileSystem(), folder, "train/random.arrow", rows, 256)
     source = SourceRows(
         name="random",

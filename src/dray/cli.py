@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -187,6 +187,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cluster(evaluate)
     _add_json(evaluate)
 
+    predict = _add_run(commands, "predict", _predict, "what a checkpoint tells of each record")
+    predict.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SOURCE",
+        help="a path, or a YAML mapping like a spec's data source; targets are not needed",
+    )
+    predict.add_argument(
+        "--out", dest="file", help="the file to write; must not exist (default: standard output)"
+    )
+    _add_step(predict)
+
     generate = _add_run(commands, "generate", _generate, "text from a checkpoint")
     generate.add_argument(
         "--prompt", action="append", required=True, help="may be given several times"
@@ -340,7 +353,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
     """With the counts of the corpus, if steps or times go by them, and it is prepared in a local
     storage and its inputs are at hand."""
-    if (spec.packs_rows and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
+    if (spec.task.packs and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
         return None
     from dray.corpus.prepare import recall
     from dray.rank.job import make_corpus_plan
@@ -404,10 +417,28 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(arguments: argparse.Namespace) -> int:
+    from dray.release.predict import Counts, predict, write_records
+    from dray.show.progress import Display
+
+    storage, name = _locate(arguments)
+    counts = Counts()
+    found = predict(storage, name, arguments.data, step=arguments.step, counts=counts)
+    if arguments.file is None:
+        for record in found:
+            arguments.out.say_record(record)
+    else:
+        write_records(found, arguments.file)
+    bad = f", {counts.num_bad:,} could not be read" if counts.num_bad else ""
+    Display().say(f"{counts.num_predicted:,} records predicted{bad}")
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dray.release.evaluate import evaluate
 
     storage, name = _locate(arguments)
+    report: dict[str, dict[str, float]] = {}
     result = evaluate(
         storage,
         name,
@@ -415,6 +446,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         step=arguments.step,
         address=arguments.address,
         verbose=arguments.verbose,
+        report=report,
     )
     if arguments.json:
         arguments.out.say_json(result)
@@ -428,7 +460,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             for key, value in result.items()
         }
         arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
+        if report:
+            arguments.out.say(_table(report))
     return 0
+
+
+def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Rows of numbers by name, under the names of the columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'':<20} " + " ".join(f"{column:>10}" for column in columns)]
+    for name, values in rows.items():
+        shown = (
+            f"{value:>10.4f}" if isinstance(value, float) else f"{value:>10,}"
+            for value in values.values()
+        )
+        lines.append(f"{name:<20} " + " ".join(shown))
+    return "\n".join(lines)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from dray.corpus.delimited import Delimited, record_blocks, split_fields
 from dray.corpus.reading import Bad, Span, SpanReader, find_bounds
-from dray.corpus.records import BadRecord
+from dray.corpus.records import BadRecord, Wanted
 from dray.corpus.sources import find_files
 from dray.errors import CorpusError
 from dray.spec import Source
 
+WANTED = Wanted((("text", "0", "text"),))
 LIMIT = 1 << 20
 
 
@@ -43,7 +44,7 @@ def cut(
     data: bytes, size: int, limit: int = LIMIT, fields: int = 2
 ) -> tuple[list[bytes], list[tuple[int, int]]]:
     """Records and losses of data that arrives in pieces of a size."""
-    parser = Delimited(",", True, False, [], fields, 0, None)
+    parser = Delimited(",", True, False, [], fields, WANTED, {"0": 0})
     chunks: Iterator[bytes] = (data[start : start + size] for start in range(0, len(data), size))
     records: list[bytes] = []
     lost: list[tuple[int, int]] = []
@@ -104,7 +105,7 @@ def test_pieces_of_any_size_give_the_same(data: list[bytes], size: int, limit: i
 )
 @settings(max_examples=100, deadline=None)
 def test_blocks_and_records_parse_alike(data: list[bytes]) -> None:
-    parser = Delimited(",", True, False, ["0", "1"], 2, 0, None)
+    parser = Delimited(",", True, False, ["0", "1"], 2, WANTED, {"0": 0})
     for _, block, _ in record_blocks(iter([b"".join(data)]), LIMIT, ",", 2):
         at_once = parser.parse_block(block)
         if at_once is not None:

@@ -22,6 +22,7 @@ from dray.corpus import bytes_in
 from dray.corpus.bytes_in import line_blocks
 from dray.corpus.parsing import make_parser
 from dray.corpus.reading import Bad, Span, SpanReader
+from dray.corpus.records import PLAIN, Wanted
 from dray.corpus.sources import InputFile, find_files
 from dray.errors import CorpusError
 from dray.spec import Source
@@ -278,7 +279,9 @@ def test_spans_give_every_line_exactly_once(tmp_path: Path, data: st.DataObject)
 def test_blocks_and_lines_parse_alike(records: list[dict[str, Any]]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     data = b"".join(line.encode("utf-8", "surrogatepass") + b"\n" for line in lines)
-    parser = make_parser(InputFile("", "", 0, "", "jsonl", ""), Source(path="x"))
+    parser = make_parser(
+        InputFile("", "", 0, "", "jsonl", ""), Source(path="x"), Wanted.of(Source(path="x"), PLAIN)
+    )
     at_once = parser.parse_block(data) if records else None
     if at_once is not None:
         assert at_once[0].to_pylist() == [
@@ -299,7 +302,7 @@ def test_csv_blocks_and_lines_parse_alike(
     path = tmp_path_factory.getbasetemp() / "alike.csv"
     path.write_text("text,other\n" + "".join(",".join(row) + "\n" for row in quoted))
     source = Source(path=str(path))
-    parser = make_parser(find_files(source, "s")[0], source)
+    parser = make_parser(find_files(source, "s")[0], source, Wanted.of(source, PLAIN))
     lines = [",".join(row) for row in quoted]
     at_once = parser.parse_block("".join(line + "\n" for line in lines).encode())
     assert at_once is not None

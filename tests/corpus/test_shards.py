@@ -25,8 +25,10 @@ from dray.corpus.manifest import (
     load_manifest,
     load_source_files,
 )
-from dray.corpus.shards import make_batch, make_schema, read_groups, write_shard
+from dray.corpus.shards import make_batch, read_groups, stored_columns, write_shard
 from dray.errors import CorpusError
+from dray.tasks.causal_lm import CausalLM
+from dray.tasks.sequence_classification import SequenceClassification
 
 GROUP = 4
 WIDTH = 6
@@ -36,10 +38,13 @@ def make_rows(first: int, num_rows: int, labelled: bool = False) -> pa.RecordBat
     tokens = np.repeat(np.arange(first, first + num_rows, dtype=np.uint16), WIDTH).reshape(
         -1, WIDTH
     )
-    labels = np.arange(num_rows, dtype=np.int32) if labelled else None
-    return make_batch(
-        make_schema(WIDTH, "uint16", labelled), tokens, np.full(num_rows, 3, np.int32), labels
-    )
+    task = SequenceClassification() if labelled else CausalLM()
+    values = {
+        "input_ids": tokens,
+        "num_tokens": np.full(num_rows, 3, np.int32),
+        "label": np.arange(num_rows, dtype=np.int32),
+    }
+    return make_batch(stored_columns(task, WIDTH, "uint16"), values)
 
 
 def make_source(num_rows: int, *shards: Shard) -> SourceRows:
@@ -72,10 +77,8 @@ def test_groups_in_the_order_asked_for(tmp_path: Path, source: SourceRows, kind:
     table = read_groups(filesystem, folder, source, [3, 0, 4, 0], GROUP)
     rows = [row[0] for row in table.column("input_ids").to_pylist()]
     assert rows == [12, 13, 14, 15, 0, 1, 2, 3, 16, 17, 0, 1, 2, 3]
-    assert (
-        table.schema.field("input_ids").type
-        == make_schema(WIDTH, "uint16", False).field("input_ids").type
-    )
+    ids = table.schema.field("input_ids").type
+    assert (ids.list_size, ids.value_type) == (WIDTH, pa.uint16())
 
 
 def test_a_shard_says_its_size_and_digest_and_is_the_same_every_time(
@@ -110,7 +113,10 @@ def test_a_flipped_bit_is_noticed_where_it_is_read(tmp_path: Path, column: str) 
         np.arange(72, dtype=np.uint16).reshape(12, WIDTH),
         np.arange(100, 112, dtype=np.int32),
     )
-    rows = make_batch(make_schema(WIDTH, "uint16", True), tokens, counts, counts + 100)
+    rows = make_batch(
+        stored_columns(SequenceClassification(), WIDTH, "uint16"),
+        {"input_ids": tokens, "num_tokens": counts, "label": counts + 100},
+    )
     source = make_source(
         12, write_shard(pafs.LocalFileSystem(), str(tmp_path), "0.arrow", rows, GROUP)
     )

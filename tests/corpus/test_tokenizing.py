@@ -24,10 +24,10 @@ from dray.corpus.tokenizing import (
     describe,
     read_tokenizer_files,
     save_trained,
-    surround,
     train_byte_bpe,
 )
 from dray.errors import CorpusError
+from dray.tasks.encoding import surround
 
 LOCAL = pafs.LocalFileSystem()
 TEXT = Path(json.__file__).read_text()

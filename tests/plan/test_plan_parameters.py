@@ -56,7 +56,11 @@ def built(spec: Spec, device: str) -> Any:
     from dray.models.config import make_config
 
     config = make_config(spec, vocab_size=512, num_labels=3, pad_token_id=1, eos_token_id=0)
-    auto = AutoModelForCausalLM if spec.task == "causal_lm" else AutoModelForSequenceClassification
+    auto = (
+        AutoModelForCausalLM
+        if spec.task.name == "causal_lm"
+        else AutoModelForSequenceClassification
+    )
     with torch.device(device):
         return auto.from_config(config)
 
@@ -294,7 +298,7 @@ def kept_bytes_per_token(spec: Spec, dtype: torch.dtype, *, compiled: bool = Fal
 
     ids = torch.randint(3, 512, (2, 96))
     inputs = {"input_ids": ids}
-    if spec.task != "causal_lm":
+    if spec.task.name != "causal_lm":
         inputs["attention_mask"] = (torch.arange(96) < 80).long().expand(2, -1).contiguous()
     with one_document_a_row(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         model(**inputs)

@@ -12,7 +12,7 @@ from dray.errors import UserError
 from dray.release.evaluate import batch_rows, make_evaluation_spec
 from dray.release.generate import fit_prompt
 from dray.spec import Source, make_spec
-from dray.tasks.sequence_classification import SequenceClassification
+from dray.tasks.metrics import ClassificationMetrics
 
 LINES = {"path": "lines.txt", "format": "lines"}
 CSV = {
@@ -110,7 +110,7 @@ def test_a_prompt_is_fitted(
 def metrics_of(
     labels: list[int], guesses: list[int], num_labels: int
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-    metrics = SequenceClassification(num_labels).new_metrics()
+    metrics = ClassificationMetrics(num_labels)
     scores = torch.nn.functional.one_hot(torch.tensor(guesses), num_labels).float()
     metrics.update(
         {"labels": torch.tensor(labels)}, {"scores": scores, "loss_sum": torch.tensor(1.0)}

@@ -56,7 +56,9 @@ def test_keep_last(run: Run) -> None:
 def test_keep_best(local_run: Run, metric: str, values: dict[int, float], kept: list[int]) -> None:
     for step in (10, 20, 30, 40):
         save(local_run, step, **({"validation": {metric: values[step]}} if step in values else {}))
-    apply_retention(local_run, keep_last=1, keep_best=2, metric=metric)
+    apply_retention(
+        local_run, keep_last=1, keep_best=2, metric=metric, sign=-1 if metric == "accuracy" else 1
+    )
     assert steps_of(local_run) == kept
 
 

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dray.spec import make_spec
-from dray.tasks import IGNORED, build_task
-from dray.tasks.causal_lm import CausalLM, bits_per_byte
+from dray.tasks import IGNORED
+from dray.tasks.causal_lm import CausalLM
 from dray.tasks.losses import summed_cross_entropy
+from dray.tasks.metrics import bits_per_byte
 
 WIDTH, VOCAB = 8, 11
 
@@ -74,7 +75,8 @@ def test_build_task_finds_it() -> None:
             "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
         }
     )
-    assert build_task(spec, SimpleNamespace(pad_token_id=1, labels=())).name == "causal_lm"
+    corpus = SimpleNamespace(pad_token_id=1, labels=(), mask_token_id=None, vocab_size=9)
+    assert spec.task.on(corpus).name == "causal_lm"
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

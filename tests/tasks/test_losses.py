@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from dray.tasks import IGNORED, losses
-from dray.tasks.causal_lm import CausalLM, NextTokenLoss
+from dray.tasks.causal_lm import CausalLM
 from dray.tasks.heads import find_head
 from dray.tasks.losses import LogitRule, linear_cross_entropy, summed_cross_entropy
+from dray.tasks.objectives import NextTokenLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from small_models import VOCAB, small_model, small_spec, some_ids

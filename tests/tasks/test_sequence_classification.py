@@ -17,11 +17,19 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from dray.models.build import build_model, parameter_groups
 from dray.spec import Spec, make_spec
-from dray.tasks import IGNORED, build_task
+from dray.tasks import IGNORED
 from dray.tasks.sequence_classification import SequenceClassification
 
 SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 WIDTH, VOCAB, PAD = 32, 50, 1
+
+
+def classifier(num_labels: int) -> SequenceClassification:
+    return SequenceClassification().on(corpus_of(*map(str, range(num_labels))))
+
+
+def corpus_of(*labels: str) -> SimpleNamespace:
+    return SimpleNamespace(pad_token_id=PAD, labels=labels, mask_token_id=None, vocab_size=VOCAB)
 
 
 def rows(num_tokens: list[int], labels: list[int], row_ids: list[int] | None = None) -> pa.Table:
@@ -70,7 +78,7 @@ def loss_of(
     model: Any, batch: Any, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The summed loss and the outputs, with the count checked; smoothed as in training."""
-    task = SequenceClassification(2, PAD)
+    task = classifier(2)
     objective = task.objective(model, label_smoothing)
     objective.training = label_smoothing > 0  # of the objective alone: dropout stays as it is
     terms, output = objective(batch)
@@ -79,15 +87,17 @@ def loss_of(
     return loss, output
 
 
-def test_build_task_counts_the_labels() -> None:
-    task = build_task(spec_of("bert"), SimpleNamespace(pad_token_id=PAD, labels=("a", "b", "c")))
+def test_a_task_on_a_corpus_counts_its_labels() -> None:
+    corpus = corpus_of("a", "b", "c")
+    task = spec_of("bert").task.on(corpus)
     assert isinstance(task, SequenceClassification)
     assert task.num_labels == 3
+    assert spec_of("bert").task.on(corpus, 5).num_labels == 5
 
 
 @pytest.mark.parametrize(("longest", "width"), [(1, 1), (8, 8), (9, 9), (30, 30), (32, 32), (0, 1)])
 def test_batches_are_as_wide_as_their_longest_row(longest: int, width: int) -> None:
-    batch = SequenceClassification(2, PAD).collate(rows([longest, min(longest, 3)], [0, 1]))
+    batch = classifier(2).collate(rows([longest, min(longest, 3)], [0, 1]))
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, width)
     assert batch["attention_mask"].sum(dim=1).tolist() == [max(1, longest), max(1, min(longest, 3))]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
@@ -95,7 +105,7 @@ def test_batches_are_as_wide_as_their_longest_row(longest: int, width: int) -> N
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "gpt2", "modernbert"])
 def test_padding_rows_change_neither_loss_nor_gradients(architecture: str) -> None:
-    task, model = SequenceClassification(2, PAD), model_of(architecture)
+    task, model = classifier(2), model_of(architecture)
     gradients = []
     for table in (rows([9, 5], [0, 1]), rows([9, 5, 0, 7], [0, 1, 0, 1], row_ids=[0, 1, -1, -1])):
         batch = task.collate(table)
@@ -114,7 +124,7 @@ def test_padding_rows_change_neither_loss_nor_gradients(architecture: str) -> No
 
 
 def test_losses_of_micro_batches_of_other_widths_add_up() -> None:
-    task, model = SequenceClassification(2, PAD), model_of("bert").eval()
+    task, model = classifier(2), model_of("bert").eval()
     table = rows([3, 30, 12, 6], [0, 1, 1, 0])
     whole = loss_of(model, task.collate(table), 0.1)[0]
     parts = sum(loss_of(model, task.collate(table.slice(at, 1)), 0.1)[0] for at in range(4))
@@ -131,7 +141,7 @@ def outputs(
 
 
 def test_binary_metrics_are_those_of_class_one() -> None:
-    metrics = SequenceClassification(2, PAD).new_metrics()
+    metrics = classifier(2).new_metrics()
     metrics.update(
         *outputs(
             [[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3], [0.5, 0.5]], [0, 1, 0, 1, IGNORED]
@@ -152,7 +162,7 @@ def test_binary_metrics_are_those_of_class_one() -> None:
 
 
 def test_metrics_merge_over_ranks_in_any_order() -> None:
-    task = SequenceClassification(3, PAD)
+    task = classifier(3)
     generator = torch.Generator().manual_seed(0)
     scores, labels = torch.rand(30, 3, generator=generator).softmax(-1), torch.arange(30) % 3
     states = []
@@ -169,7 +179,7 @@ def test_metrics_merge_over_ranks_in_any_order() -> None:
 
 
 def test_metrics_without_a_class_or_without_documents_are_numbers() -> None:
-    metrics = SequenceClassification(2, PAD).new_metrics()
+    metrics = classifier(2).new_metrics()
     assert metrics.compute()["accuracy"] == 0.0
     metrics.update(*outputs([[0.9, 0.1], [0.8, 0.2]], [0, 0]))
     assert (metrics.compute()["auc"], metrics.compute()["f1"], metrics.compute()["accuracy"]) == (
@@ -203,7 +213,7 @@ def sst2_rows(name: str, limit: int) -> tuple[pa.Table, int]:
 
 @pytest.mark.skipif(not SST2.is_dir(), reason="needs ../shared/data/sst2")
 def test_a_small_model_learns_sentiment() -> None:
-    task = SequenceClassification(2, PAD)
+    task = classifier(2)
     (train, size), (dev, _) = sst2_rows("train.tsv.gz", 4000), sst2_rows("dev.tsv", 872)
     spec = spec_of("bert", regularization={"dropout": 0.2})
     model = build_model(spec, vocab_size=size, pad_token_id=PAD, eos_token_id=0).train()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dray.corpus.account import weigh_bad
+from dray.corpus.duplicates import DROP_REASONS
 from dray.corpus.labels import choose_labels, named
 from dray.corpus.manifest import (
     VERSION,
@@ -23,7 +24,7 @@ from dray.corpus.manifest import (
     SourceRows,
     Split,
 )
-from dray.corpus.parts import DROP_REASONS, SPLITS, Part, Preparation
+from dray.corpus.parts import SPLITS, Part, Preparation
 from dray.corpus.planning import Deal
 from dray.corpus.reading import FileCounts
 from dray.errors import CorpusError
@@ -130,7 +131,7 @@ def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
 def make_labels(job: Preparation, work: Work) -> tuple[str, ...]:
     """Names of the classes in the order of their ids; none for tasks without labels. Raises
     CorpusError."""
-    if job.packs_rows:
+    if not job.task.has_classes:
         return ()
     train, validation = (_labels_read(split, job, work) for split in SPLITS)
     return choose_labels(train, validation, num_labels=job.num_labels, known=job.known_labels)
@@ -191,7 +192,7 @@ def check_packed(job: Preparation, work: Work) -> None:
             "validation needs at least one document",
             way_out,
         )
-    if not job.packs_rows and not job.known_labels:
+    if job.task.has_classes and not job.known_labels:
         _check_classes(job, work)
 
 
@@ -252,6 +253,8 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         encoder=job.info.encoder,
         prefix=job.info.prefix,
         suffix=job.info.suffix,
+        middle=job.info.middle,
+        mask_token_id=job.info.mask_token_id,
         labels=job.labels,
         train=train,
         validation=validation if validation.num_rows else None,

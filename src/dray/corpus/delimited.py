@@ -21,9 +21,9 @@ import pyarrow as pa
 from dray.corpus.bytes_in import Blocks, DamagedFile, Lost, line_blocks, read_head, too_long
 from dray.corpus.records import (
     BadRecord,
+    Wanted,
     missing_column,
     named_column,
-    parse_label,
     repeated_column,
     whole_column,
 )
@@ -255,8 +255,9 @@ class Delimited:
     skips_first_record: bool
     columns: list[str]
     num_columns: int
-    text: int
-    label: int | None
+    wanted: Wanted
+    places: dict[str, int]
+    """Of the wanted columns."""
 
     def cut(self, chunks: Iterator[bytes], limit: int) -> Blocks:
         """Blocks of whole records."""
@@ -304,11 +305,11 @@ class Delimited:
         """Texts and labels at once; None if anything is odd."""
         import pyarrow.csv as pacsv
 
-        num_records = self._count(data)
+        num_records = self._count(data) if self.wanted.is_plain else None
         if num_records is None:
             return None
         names = [str(index) for index in range(self.num_columns)]
-        wanted = [self.text] if self.label is None else [self.text, self.label]
+        wanted = [self.places[column] for column in self.wanted.columns]
         try:
             table = pacsv.read_csv(
                 pa.BufferReader(data),
@@ -330,8 +331,8 @@ class Delimited:
             return None
         if table.num_rows != num_records:
             return None
-        texts = whole_column(table[names[self.text]], pa.large_string())
-        labels = named_column(table[names[self.label]]) if self.label is not None else None
+        texts = whole_column(table[names[wanted[0]]], pa.large_string())
+        labels = named_column(table[names[wanted[-1]]]) if self.wanted.target else None
         if texts is None or (labels is not None and labels.null_count):
             return None
         return texts, labels
@@ -360,12 +361,10 @@ class Delimited:
         fields = split_fields(line.removesuffix("\r"), self.delimiter, self.quoted)
         if len(fields) != self.num_columns:
             raise BadRecord(f"{len(fields)} fields instead of {self.num_columns}")
-        if self.label is None:
-            return fields[self.text], ""
-        return fields[self.text], parse_label(fields[self.label])
+        return self.wanted.read({column: fields[place] for column, place in self.places.items()})
 
 
-def make_delimited(file: InputFile, source: Source) -> Delimited:
+def make_delimited(file: InputFile, source: Source, wanted: Wanted) -> Delimited:
     """A parser for the columns that the file's first record shows. Raises CorpusError if one is
     missing."""
     delimiter, quoted = DELIMITERS[file.form], source.quoting != "none"
@@ -382,22 +381,14 @@ def make_delimited(file: InputFile, source: Source) -> Delimited:
         ) from error
     columns = fields if source.header else [str(index) for index in range(len(fields))]
     places = {name: index for index, name in reversed(list(enumerate(columns)))}
-    if not source.header or source.text.isdigit():
+    if not source.header or wanted.text_column.isdigit():
         places = {str(index): index for index in range(len(columns))} | places
-    wanted = [source.text] if source.label is None else [source.text, source.label]
-    if fields and any(name not in places for name in wanted):
-        raise missing_column(file.name, source, columns)
-    for name in wanted:
+    if fields and any(name not in places for name in wanted.columns):
+        raise missing_column(file.name, wanted, columns)
+    for name in wanted.columns:
         if columns.count(name) > 1:
             raise repeated_column(file.name, name)
     if not fields:  # an empty file has no records to parse
-        return Delimited(delimiter, quoted, source.header, columns, 0, 0, None)
-    return Delimited(
-        delimiter,
-        quoted,
-        source.header,
-        columns,
-        len(fields),
-        places[source.text],
-        None if source.label is None else places[source.label],
-    )
+        return Delimited(delimiter, quoted, source.header, columns, 0, wanted, {})
+    own = {name: places[name] for name in wanted.columns}
+    return Delimited(delimiter, quoted, source.header, columns, len(fields), wanted, own)

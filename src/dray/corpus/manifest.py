@@ -158,6 +158,10 @@ class Manifest(_Record):
     `suffix`."""
     suffix: tuple[int, ...] | None = None
     """Ids that stand after each document."""
+    middle: tuple[int, ...] = ()
+    """Ids that stand between two texts of one document."""
+    mask_token_id: int | None = None
+    """What stands where a token is to be guessed."""
     labels: tuple[str, ...]
     """Names of the classes in the order of their ids; empty for tasks without labels."""
     train: Split

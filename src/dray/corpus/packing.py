@@ -9,7 +9,9 @@ one-document rows is counted.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,8 @@ class Rows:
     """[num_rows, sequence_tokens]"""
     num_tokens: npt.NDArray[np.int32]
     """[num_rows]: tokens before the padding."""
+    aligned: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """[num_rows, sequence_tokens] each: what goes along with the tokens."""
     num_cut_documents: int = 0
     num_truncated_documents: int = 0
     num_truncated_tokens: int = 0
@@ -76,8 +80,16 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
     return rows_of_piece, num_rows
 
 
+Aligned = Mapping[str, tuple[npt.NDArray[Any], int]]
+"""By name: a value for each token, end to end, and what stands where there is no token."""
+
+
 def pack(
-    tokens: npt.NDArray[np.unsignedinteger], lengths: Ints, capacity: int, pad_token_id: int
+    tokens: npt.NDArray[np.unsignedinteger],
+    lengths: Ints,
+    capacity: int,
+    pad_token_id: int,
+    aligned: Aligned | None = None,
 ) -> Rows:
     """Documents (`tokens` end to end, `lengths` each) in as few rows as best-fit finds."""
     full, rest = lengths // capacity, lengths % capacity
@@ -96,10 +108,15 @@ def pack(
     num_tokens = np.bincount(row_of_piece, weights=piece_lengths, minlength=num_rows).astype(
         np.int32
     )
-    gathered = gather(tokens, piece_starts[order], piece_lengths[order])
+    starts, lengths_of_pieces = piece_starts[order], piece_lengths[order]
+    along = {
+        name: _fill(gather(values, starts, lengths_of_pieces), num_tokens, capacity, pad)
+        for name, (values, pad) in (aligned or {}).items()
+    }
     return Rows(
-        _fill(gathered, num_tokens, capacity, pad_token_id),
+        _fill(gather(tokens, starts, lengths_of_pieces), num_tokens, capacity, pad_token_id),
         num_tokens,
+        along,
         num_cut_documents=int((lengths > capacity).sum()),
     )
 
@@ -112,9 +129,11 @@ def one_a_row(
     *,
     prefix: tuple[int, ...],
     suffix: tuple[int, ...],
+    aligned: Aligned | None = None,
+    extended: Collection[str] = (),
 ) -> Rows:
     """A document a row between `prefix` and `suffix`; the end of a longer document is cut off and
-    counted."""
+    counted. What is `extended` has its last value at the suffix, too."""
     room = capacity - len(prefix) - len(suffix)
     kept = np.minimum(lengths, room)
     starts = np.cumsum(lengths) - lengths
@@ -124,17 +143,25 @@ def one_a_row(
     rows[:, len(prefix) :] = content[:, : capacity - len(prefix)]
     for index, token in enumerate(suffix):
         rows[np.arange(len(rows)), len(prefix) + kept + index] = token
+    along = {}
+    for name, (values, pad) in (aligned or {}).items():
+        inner = _fill(gather(values, starts, kept), kept.astype(np.int32), capacity, pad)
+        along[name] = np.full((len(lengths), capacity), pad, values.dtype)
+        along[name][:, len(prefix) :] = inner[:, : capacity - len(prefix)]
+        ends = len(prefix) + kept
+        for index in range(len(suffix) if name in extended else 0):
+            every = np.arange(len(rows))
+            along[name][every, ends + index] = along[name][every, np.maximum(ends - 1, 0)]
     return Rows(
         rows,
         (kept + len(prefix) + len(suffix)).astype(np.int32),
+        along,
         num_truncated_documents=int((lengths > room).sum()),
         num_truncated_tokens=int((lengths - kept).sum()),
     )
 
 
-def gather(
-    tokens: npt.NDArray[np.unsignedinteger], starts: Ints, lengths: Ints
-) -> npt.NDArray[np.unsignedinteger]:
+def gather(tokens: npt.NDArray[Any], starts: Ints, lengths: Ints) -> npt.NDArray[Any]:
     """The pieces of `tokens` end to end."""
     if not len(starts):
         return tokens[:0]
@@ -143,16 +170,16 @@ def gather(
         return np.concatenate([tokens[start:stop] for start, stop in bounds])
     ends = np.cumsum(lengths)
     indices = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-    gathered: npt.NDArray[np.unsignedinteger] = tokens.take(indices)
+    gathered: npt.NDArray[Any] = tokens.take(indices)
     return gathered
 
 
 def _fill(
-    tokens: npt.NDArray[np.unsignedinteger],
+    tokens: npt.NDArray[Any],
     num_tokens: npt.NDArray[np.int32],
     capacity: int,
     pad_token_id: int,
-) -> npt.NDArray[np.unsignedinteger]:
+) -> npt.NDArray[Any]:
     """Tokens end to end as a padded matrix."""
     rows = np.full((len(num_tokens), capacity), pad_token_id, tokens.dtype)
     rows[np.arange(capacity, dtype=np.int32) < num_tokens[:, None]] = tokens

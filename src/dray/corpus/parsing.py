@@ -15,20 +15,24 @@ import pyarrow.compute as pc
 
 from dray.corpus.bytes_in import Blocks, line_blocks
 from dray.corpus.delimited import make_delimited
-from dray.corpus.records import BadRecord, RecordParser, named_column, parse_label, whole_column
+from dray.corpus.records import BadRecord, RecordParser, Wanted, named_column, whole_column
 from dray.corpus.sources import InputFile
+from dray.corpus.words import WordLines
 from dray.spec import Source
 
 LINE_FORMS = ("jsonl", "csv", "tsv", "lines")
 QUOTED_FORMS = ("csv", "tsv")
 
 
-def make_parser(file: InputFile, source: Source) -> RecordParser:
+def make_parser(file: InputFile, source: Source, wanted: Wanted) -> RecordParser:
+    """What parses the records of a file. Raises CorpusError for one without a wanted column."""
     if file.form == "jsonl":
-        return _JsonLines(source.text, source.label)
+        return _JsonLines(wanted)
     if file.form == "lines":
         return _Lines()
-    return make_delimited(file, source)
+    if file.form == "conll":
+        return WordLines(wanted)
+    return make_delimited(file, source, wanted)
 
 
 class _ByLine:
@@ -67,15 +71,18 @@ class _Lines(_ByLine):
 class _JsonLines(_ByLine):
     """A JSON object a line."""
 
-    def __init__(self, text: str, label: str | None) -> None:
+    def __init__(self, wanted: Wanted) -> None:
         super().__init__()
-        self._text, self._label = text, label
+        self._wanted = wanted
+        self._text, self._label = wanted.text_column, wanted.target_column
         self._label_types = (
-            [pa.string(), pa.int64(), pa.bool_(), pa.float64()] if label is not None else [None]
+            [pa.string(), pa.int64(), pa.bool_(), pa.float64()]
+            if self._label is not None
+            else [None]
         )
 
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
-        if b"\\u0000" in data or not data:
+        if b"\\u0000" in data or not data or not self._wanted.is_plain:
             return None
         num_lines = data.count(b"\n") + (data[-1:] != b"\n")
         for label_type in list(self._label_types):
@@ -105,21 +112,12 @@ class _JsonLines(_ByLine):
             raise BadRecord("not a JSON object")
         if len(self.columns) < 100:
             self.columns += [name for name in record if name not in self.columns]
-        for name in (self._text, self._label):
-            if name is not None and name not in record:
+        for name in self._wanted.columns:
+            if name not in record:
                 raise BadRecord(f"no column {name!r}")
             if name in record.repeated:
                 raise BadRecord(f"{name!r} is given twice")
-        text = record[self._text]
-        if not isinstance(text, str):
-            raise BadRecord(f"{self._text!r} is not a string")
-        if "\0" in text:
-            raise BadRecord("null byte")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecord("lone surrogate") from error
-        return text, "" if self._label is None else parse_label(record[self._label])
+        return self._wanted.read(record)
 
 
 class _Record(dict[str, Any]):

@@ -1,4 +1,4 @@
-"""The pieces of work that preparing a corpus is cut into, each a pure function of files to files.
+"""What the pieces of work that preparing a corpus is cut into share, and what they are.
 
     cut_quoted        a large csv   → where records begin, for ranges that are read apart
     read_part         input files   → chunks: token ids, document lengths, hashes; quarantine
@@ -8,6 +8,9 @@
     pack_chunk        chunk         → rows in random order
     mix_rows          rows of a bundle of chunks → those that go to a group of shards
     merge_rows        slices of all chunks' rows → one token shard
+
+The first two are in `chunks.py`, the next three in `duplicates.py`, the last three in `rows.py`;
+each is a pure function of files to files.
 
 Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to
 shards. Of a large corpus that would be millions of small reads, so it goes there in two steps, by
@@ -22,8 +25,7 @@ how often, or when it was stopped.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,19 +34,14 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from dray.corpus.cleaning import Hashes, clean, hash_texts, held_out
-from dray.corpus.compression import SAMPLE_BYTES, decode_sample
-from dray.corpus.contents import check_unchanged
-from dray.corpus.packing import Ints, Rows, gather, one_a_row, order_by_length, pack
-from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
-from dray.corpus.sections import Records, read_section, read_sections, write_sections
-from dray.corpus.shards import make_batch, make_schema, write_shard
-from dray.corpus.sources import InputFile
-from dray.corpus.tokenizing import TokenizerInfo, load_decoder, load_encoder, surround
+from dray.corpus.reading import Span
+from dray.corpus.records import Wanted
+from dray.corpus.shards import Stored, stored_columns
+from dray.corpus.tokenizing import (
+    TokenizerInfo,
+)
 from dray.spec import Cleaning, Source
 from dray.storage.filesystem import (
-    child,
-    make_folder,
     open_whole,
     read_bytes,
     share_filesystem,
@@ -52,26 +49,9 @@ from dray.storage.filesystem import (
 )
 
 STAGING = ".staging"
-BATCH_BYTES = 4 * 1024 * 1024
-"""Text that is cleaned and encoded at once."""
-WINDOW_GROUPS = 64
-MAX_QUARANTINED = 10_000
-"""Bad records of one part that are listed one by one; all are counted."""
-Counts = npt.NDArray[np.int32]
+NAMES = b"names"
+"""Where a chunk's documents say which names their numbers stand for."""
 SPLITS = ("train", "validation")
-DROP_REASONS = ("duplicate", "in_validation")
-ENTRY = np.dtype(
-    [
-        ("high", np.uint64),
-        ("low", np.uint64),
-        ("class", np.uint64),
-        ("chunk", np.int32),
-        ("document", np.int32),
-    ]
-)
-"""A document's hash, its label's (0: none) and its place."""
-DROP = np.dtype([("chunk", np.int32), ("document", np.int32)])
-"""A document that is left out."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +124,8 @@ class Preparation:
     sequence_tokens: int
     group_rows: int
     shuffle_seed: int
-    packs_rows: bool
+    task: Any
+    """What is learnt of the rows, and how documents become some (`dray.tasks`)."""
     share: float
     """Share of the documents held out for validation; 0: none."""
     chunk_bytes: int
@@ -163,6 +144,20 @@ class Preparation:
     work: str = "work"
     """Folder of the intermediate files: another one for inputs of other names, which the records
     tell of."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether documents are packed into full rows, or kept one a row."""
+        return bool(self.task.packs)
+
+    def wanted(self, source: Source) -> Wanted:
+        """The columns of a source that make documents."""
+        return Wanted.of(source, self.task.fields, source.format)
+
+    @property
+    def columns(self) -> list[Stored]:
+        """The columns of the rows, once the classes are known."""
+        return stored_columns(self.task, self.sequence_tokens, self.info.dtype, len(self.labels))
 
     @property
     def num_bundles(self) -> int:
@@ -199,9 +194,7 @@ def load_record(job: Preparation, stage: str, index: int) -> dict[str, Any] | No
         return None
 
 
-def _save_record(
-    job: Preparation, stage: str, index: int, record: dict[str, Any]
-) -> dict[str, Any]:
+def save_record(job: Preparation, stage: str, index: int, record: dict[str, Any]) -> dict[str, Any]:
     write_bytes(
         *staged(job, stage, record_name(index)),
         json.dumps(record, sort_keys=True).encode(),
@@ -210,195 +203,15 @@ def _save_record(
     return record
 
 
-# --- cut ----------------------------------------------------------------------------------------
+def write_arrays(
+    filesystem: pafs.FileSystem, path: str, arrays: Sequence[npt.NDArray[Any]]
+) -> None:
+    with open_whole(filesystem, path, durable=False) as stream:
+        for array in arrays:
+            stream.write(np.ascontiguousarray(array).data.cast("B"))
 
 
-def cut_quoted(job: Preparation, item: tuple[int, InputFile, Source, int]) -> dict[str, Any]:
-    """Where a large file with quoted fields may be cut into ranges of about a size. Returns its
-    record."""
-    index, file, source, size = item
-    return _save_record(
-        job, "cuts", index, {"bounds": find_bounds(file, source, job.max_record_bytes, size)}
-    )
-
-
-# --- read ---------------------------------------------------------------------------------------
-
-
-def read_batches(
-    spans: Sequence[Span],
-    source: Source,
-    max_record_bytes: int,
-    tally: Callable[[SpanReader, Documents | None], None],
-) -> Iterator[Documents]:
-    """The documents of spans in batches of some megabytes, whether they come from one file or from
-    a thousand.
-
-    `tally` is told of what each span gave, and at its end of its reader alone.
-    """
-    pending: list[Documents] = []
-    size = 0
-    for span in spans:
-        reader = SpanReader(span, source, max_record_bytes)
-        for documents in reader.read():
-            tally(reader, documents)
-            if len(documents.texts):
-                pending.append(documents)
-                size += documents.texts.nbytes
-            if size >= BATCH_BYTES:
-                yield _joined(pending)
-                pending, size = [], 0
-        tally(reader, None)
-    if pending:
-        yield _joined(pending)
-
-
-def _joined(batches: Sequence[Documents]) -> Documents:
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    return Documents(
-        pa.concat_arrays([batch.texts for batch in batches]),
-        pa.concat_arrays(labels) if labels else None,
-    )
-
-
-def read_part(job: Preparation, part: Part) -> dict[str, Any]:
-    """Read, clean, hash and encode the documents of a part. Returns its record. Raises
-    CorpusError."""
-    check_unchanged(dict.fromkeys(span.file for span in part.spans))
-    files: dict[str, FileCounts] = {}
-    quarantine: list[Bad] = []
-
-    def tally(reader: SpanReader, documents: Documents | None) -> None:
-        counts = files.setdefault(reader.span.file.name, FileCounts(reader.span.file.form))
-        if documents is None:
-            counts.note, counts.sha256 = counts.note or reader.note, counts.sha256 or reader.sha256
-        else:
-            counts.add(documents)
-            quarantine.extend(documents.bad[: MAX_QUARANTINED - len(quarantine)])
-
-    writer = _ChunkWriter(job, part.index)
-    dropped: Counter[str] = Counter()
-    for batch in read_batches(
-        part.spans, job.sources[part.source].source, job.max_record_bytes, tally
-    ):
-        cleaned = clean(batch.texts, batch.labels, job.cleaning)
-        dropped += cleaned.dropped
-        writer.add(cleaned.texts, cleaned.labels)
-    writer.close()
-    check_unchanged(dict.fromkeys(span.file for span in part.spans))
-    lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
-    if lines:
-        write_bytes(
-            *staged(job, "read", f"{part.index:06d}.quarantine.jsonl"),
-            "".join(lines).encode(),
-            durable=False,
-        )
-    num_bad = sum(counts.num_bad for counts in files.values())
-    return _save_record(
-        job,
-        "read",
-        part.index,
-        {
-            "files": {name: vars(counts) for name, counts in files.items()},
-            "dropped": dict(dropped),
-            "num_bad": num_bad,
-            "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
-            "chunks": writer.chunks,
-            "num_chunk_documents": writer.num_documents,
-            "labels": dict(sorted(writer.labels.items())),
-        },
-    )
-
-
-class _ChunkWriter:
-    """Gathers encoded documents and writes a chunk whenever there are enough."""
-
-    def __init__(self, job: Preparation, part: int) -> None:
-        self._job, self._part = job, part
-        self._encoder = load_encoder(child(job.folder, "tokenizer"), job.info.encoder)
-        self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
-        self._columns: list[tuple[Ints, Ints, Hashes, Hashes]] = []
-        self._labels: list[pa.Array] = []
-        self._text_bytes = 0
-        self.chunks: list[str] = []
-        self.num_documents = 0
-        self.labels: Counter[str] = Counter()
-
-    def add(self, texts: pa.Array, labels: pa.Array | None) -> None:
-        """Encode a batch of cleaned documents."""
-        if not len(texts):
-            return
-        ids, lengths = self._encoder.encode(texts)
-        info = self._job.info
-        if self._job.packs_rows:
-            tokens, lengths = surround(ids, lengths, info.prefix, info.suffix, info.dtype)
-        else:
-            tokens = ids.astype(info.dtype)
-        bounds = np.frombuffer(texts.buffers()[1], np.int64)[
-            texts.offset : texts.offset + len(texts) + 1
-        ]
-        self._tokens.append(tokens)
-        self._columns.append((lengths, np.diff(bounds), *hash_texts(texts)))
-        if labels is not None:
-            self._labels.append(labels)
-            self.labels.update(
-                {item["values"]: item["counts"] for item in labels.value_counts().to_pylist()}
-            )
-        self._text_bytes += int(bounds[-1] - bounds[0])
-        if self._text_bytes >= self._job.chunk_bytes:
-            self.close()
-
-    def close(self) -> None:
-        """Write what has been gathered as a chunk."""
-        if not self._columns:
-            return
-        name = f"{self._part:06d}-{len(self.chunks):04d}"
-        lengths, text_bytes, high, low = (
-            np.concatenate(column) for column in zip(*self._columns, strict=True)
-        )
-        filesystem, path = staged(self._job, "read", name)
-        make_folder(filesystem, path.rpartition("/")[0])
-        with open_whole(filesystem, f"{path}.tokens", durable=False) as stream:
-            for tokens in self._tokens:
-                stream.write(tokens.tobytes())
-        columns = {
-            "num_tokens": pa.array(lengths, pa.int64()),
-            "num_bytes": pa.array(text_bytes, pa.int64()),
-            "low": pa.array(low),
-        }
-        if self._labels:
-            columns["label"] = pa.concat_arrays(self._labels)
-        _write_batch(filesystem, f"{path}.documents", pa.record_batch(columns))
-        if self._job.num_partitions:
-            classes = (
-                hash_texts(columns["label"].cast(pa.large_string()))[1] if self._labels else None
-            )
-            write_sections(
-                filesystem,
-                f"{path}.hashes",
-                _partition(high, low, classes, self._job.num_partitions),
-            )
-        self.chunks.append(name)
-        self.num_documents += len(lengths)
-        self._tokens, self._columns, self._labels, self._text_bytes = [], [], [], 0
-
-
-def _partition(
-    high: Hashes, low: Hashes, classes: Hashes | None, num_partitions: int
-) -> list[Records]:
-    """Hashes and places of the documents of each partition, in reading order; hashes of labels
-    where there are any. The chunk is filled in by the reader."""
-    place = (high % np.uint64(num_partitions)).astype(np.int64)
-    order = np.argsort(place, kind="stable")
-    entries = np.zeros(len(order), ENTRY)
-    entries["high"], entries["low"], entries["document"] = high[order], low[order], order
-    if classes is not None:
-        entries["class"] = classes[order]
-    bounds = np.searchsorted(place[order], np.arange(1, num_partitions))
-    return np.split(entries, bounds.tolist())
-
-
-def _write_batch(filesystem: pafs.FileSystem, path: str, batch: pa.RecordBatch) -> None:
+def write_batch(filesystem: pafs.FileSystem, path: str, batch: pa.RecordBatch) -> None:
     with (
         open_whole(filesystem, path, durable=False) as stream,
         pa.ipc.new_file(stream, batch.schema) as writer,
@@ -406,282 +219,6 @@ def _write_batch(filesystem: pafs.FileSystem, path: str, batch: pa.RecordBatch) 
         writer.write_batch(batch)
 
 
-def _read_batch(filesystem: pafs.FileSystem, path: str) -> pa.RecordBatch:
+def read_batch(filesystem: pafs.FileSystem, path: str) -> pa.RecordBatch:
     with filesystem.open_input_file(path) as file:
         return pa.ipc.open_file(file).get_batch(0)
-
-
-# --- deduplicate --------------------------------------------------------------------------------
-
-
-def gather_hashes(job: Preparation, bundle: int) -> dict[str, Any]:
-    """The hashes of a bundle of chunks in one file, by partition."""
-    first = bundle * job.bundle_chunks
-    parts: list[list[Records]] = [[] for _ in range(job.num_partitions)]
-    for index, chunk in enumerate(job.chunks[first : first + job.bundle_chunks], first):
-        sections = read_sections(
-            *staged(job, "read", f"{chunk.name}.hashes"), job.num_partitions, ENTRY
-        )
-        for part, section in zip(parts, sections, strict=True):
-            part.append(_of_chunk(section, index))
-    write_sections(
-        *staged(job, "hashes", f"{bundle:06d}.hashes"), [np.concatenate(part) for part in parts]
-    )
-    return _save_record(job, "hashes", bundle, {})
-
-
-def _of_chunk(entries: Records, chunk: int) -> Records:
-    entries = entries.copy()
-    entries["chunk"] = chunk
-    return entries
-
-
-def _read_hashes(job: Preparation, partition: int) -> Records:
-    """What all chunks have in a hash partition, in the order of the chunks and of reading."""
-    if job.bundle_chunks == 1:
-        entries = [
-            _of_chunk(
-                read_section(
-                    *staged(job, "read", f"{chunk.name}.hashes"),
-                    partition,
-                    job.num_partitions,
-                    ENTRY,
-                ),
-                index,
-            )
-            for index, chunk in enumerate(job.chunks)
-        ]
-    else:
-        entries = [
-            read_section(
-                *staged(job, "hashes", f"{bundle:06d}.hashes"), partition, job.num_partitions, ENTRY
-            )
-            for bundle in range(job.num_bundles)
-        ]
-    return np.concatenate(entries) if entries else np.empty(0, ENTRY)
-
-
-def find_duplicates(job: Preparation, partition: int) -> dict[str, Any]:
-    """Of the documents of one hash partition with equal text, all but the first: by split, source,
-    file and offset.
-
-    Validation sources come first: a training document that equals one of theirs is left out of
-    training. Those whose label is not the first one's are counted.
-    """
-    held = np.array([job.sources[chunk.source].split == "validation" for chunk in job.chunks], bool)
-    entries = _read_hashes(job, partition)
-    if held.any():
-        entries = entries[np.argsort(~held[entries["chunk"]], kind="stable")]
-    order = np.lexsort((entries["low"], entries["high"]))
-    high, low = entries["high"][order], entries["low"][order]
-    again = np.zeros(len(order), bool)
-    again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    first = (
-        order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))]
-        if len(order)
-        else order
-    )
-    lost, kept = entries[order[again]], entries[first[again]]
-    contradicting = int((lost["class"] != kept["class"]).sum())
-    if job.cleaning.deduplicate == "none":  # looked for contradictions only
-        lost, kept = lost[:0], kept[:0]
-    leaked = held[kept["chunk"]] & ~held[lost["chunk"]]
-    drops = np.empty(len(lost), DROP)
-    drops["chunk"], drops["document"] = lost["chunk"], lost["document"]
-    drops = drops[np.argsort(drops["chunk"], kind="stable")]
-    bounds = np.searchsorted(drops["chunk"], np.arange(1, job.num_bundles) * job.bundle_chunks)
-    write_sections(
-        *staged(job, "duplicates", f"{partition:06d}.drops"), np.split(drops, bounds.tolist())
-    )
-    return _save_record(
-        job,
-        "duplicates",
-        partition,
-        {
-            "duplicate": int((~leaked).sum()),
-            "in_validation": int(leaked.sum()),
-            "contradicting": contradicting,
-        },
-    )
-
-
-def spread_drops(job: Preparation, bundle: int) -> dict[str, Any]:
-    """What all partitions leave out of a bundle of chunks in one file, by chunk."""
-    drops = np.concatenate(
-        [
-            read_section(
-                *staged(job, "duplicates", f"{partition:06d}.drops"), bundle, job.num_bundles, DROP
-            )
-            for partition in range(job.num_partitions)
-        ]
-    )
-    drops = drops[np.argsort(drops["chunk"], kind="stable")]
-    chunks = bundle * job.bundle_chunks + np.arange(1, job.bundle_chunks)
-    bounds = np.searchsorted(drops["chunk"], chunks)
-    write_sections(*staged(job, "drops", f"{bundle:06d}.drops"), np.split(drops, bounds.tolist()))
-    return _save_record(job, "drops", bundle, {})
-
-
-def _kept(job: Preparation, chunk: int, num_documents: int) -> npt.NDArray[np.bool_]:
-    keep = np.ones(num_documents, bool)
-    if job.bundle_chunks > 1 and job.num_partitions:
-        bundle, place = divmod(chunk, job.bundle_chunks)
-        found = [
-            read_section(
-                *staged(job, "drops", f"{bundle:06d}.drops"), place, job.bundle_chunks, DROP
-            )
-        ]
-    else:
-        found = [
-            read_section(
-                *staged(job, "duplicates", f"{partition:06d}.drops"), chunk, job.num_bundles, DROP
-            )
-            for partition in range(job.num_partitions)
-        ]
-    for drops in found:
-        keep[drops["document"]] = False
-    return keep
-
-
-# --- pack ---------------------------------------------------------------------------------------
-
-
-def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
-    """Turn the documents of a chunk into rows, in random order, apart for each split. Returns
-    counts by split."""
-    chunk = job.chunks[index]
-    filesystem, path = staged(job, "read", chunk.name)
-    documents = _read_batch(filesystem, f"{path}.documents")
-    tokens = np.frombuffer(read_bytes(filesystem, f"{path}.tokens"), job.info.dtype)
-    lengths = documents.column("num_tokens").to_numpy()
-    keep = _kept(job, index, len(lengths))
-    own = job.sources[chunk.source].split
-    held = np.full(len(lengths), own == "validation")
-    if job.share and own == "train":
-        held = held_out(documents.column("low").to_numpy(), job.share)
-    record: dict[str, Any] = {}
-    for split, wanted in zip(SPLITS, (keep & ~held, keep & held), strict=True):
-        chosen = np.flatnonzero(wanted)
-        if len(chosen):
-            rows, labels = _make_rows(job, tokens, lengths, chosen, documents)
-            if split == "validation" and job.packs_rows:
-                _write_sample(job, index, tokens, lengths, chosen)
-            order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
-            _write_rows(
-                *staged(job, "packed", f"{index:06d}.{split}"),
-                (rows.tokens, rows.num_tokens, labels),
-                order,
-            )
-            record[split] = {
-                "num_rows": len(order),
-                "num_documents": len(chosen),
-                "num_tokens": int(rows.num_tokens.sum()),
-                "num_text_bytes": int(documents.column("num_bytes").to_numpy()[chosen].sum()),
-                "num_cut_documents": rows.num_cut_documents,
-                "num_truncated_documents": rows.num_truncated_documents,
-                "num_truncated_tokens": rows.num_truncated_tokens,
-            }
-            if labels is not None:
-                record[split]["by_label"] = np.bincount(labels, minlength=len(job.labels)).tolist()
-    return _save_record(job, "packed", index, record)
-
-
-def _write_sample(
-    job: Preparation,
-    index: int,
-    tokens: npt.NDArray[np.unsignedinteger],
-    lengths: Ints,
-    chosen: Ints,
-) -> None:
-    tokenizer = load_decoder(child(job.folder, "tokenizer"))
-    text = decode_sample(tokenizer, tokens, lengths, chosen, SAMPLE_BYTES // len(job.chunks))
-    write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
-
-
-def _make_rows(
-    job: Preparation,
-    tokens: npt.NDArray[np.unsignedinteger],
-    lengths: Ints,
-    chosen: Ints,
-    documents: pa.RecordBatch,
-) -> tuple[Rows, npt.NDArray[np.int32] | None]:
-    info = job.info
-    if len(chosen) < len(lengths):
-        starts = np.cumsum(lengths) - lengths
-        tokens, lengths = gather(tokens, starts[chosen], lengths[chosen]), lengths[chosen]
-    if job.packs_rows:
-        return pack(tokens, lengths, job.sequence_tokens, info.filler), None
-    rows = one_a_row(
-        tokens, lengths, job.sequence_tokens, info.filler, prefix=info.prefix, suffix=info.suffix
-    )
-    ids = {label: index for index, label in enumerate(job.labels)}
-    encoded = documents.column("label").dictionary_encode()
-    lookup = np.array([ids[label] for label in encoded.dictionary.to_pylist()], np.int32)
-    return rows, lookup[encoded.indices.to_numpy()][chosen]
-
-
-def _write_rows(
-    filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.NDArray[Any] | None], order: Ints
-) -> None:
-    """Rows, then their numbers of tokens, then their labels, as plain bytes: a slice of each is one
-    range."""
-    make_folder(filesystem, path.rpartition("/")[0])
-    with open_whole(filesystem, path, durable=False) as stream:
-        for column in columns:
-            if column is not None:
-                stream.write(np.ascontiguousarray(column[order]).data.cast("B"))
-
-
-# --- merge --------------------------------------------------------------------------------------
-
-
-def mix_rows(job: Preparation, item: tuple[int, MixPlan]) -> dict[str, Any]:
-    """Write the rows that a bundle of chunks sends to a group of shards, shard after shard."""
-    index, plan = item
-    shard_of = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in plan.counts])
-    _write_rows(
-        *staged(job, plan.file), _read_slices(job, plan.slices), np.argsort(shard_of, kind="stable")
-    )
-    return _save_record(job, "mixed", index, {})
-
-
-def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
-    """Write one shard from its slices of the chunks, in a random order of its own. Returns the
-    shard's record."""
-    index, plan = item
-    rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
-    tokens, num_tokens, labels = _read_slices(job, plan.slices)
-    order = rng.permutation(len(num_tokens))
-    if not job.packs_rows:
-        order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
-    schema = make_schema(job.sequence_tokens, job.info.dtype, not job.packs_rows)
-    rows = make_batch(
-        schema, tokens[order], num_tokens[order], None if labels is None else labels[order]
-    )
-    del tokens
-    file = f"{plan.split}/{plan.source:03d}-{plan.index:06d}.arrow"
-    shard = write_shard(*share_filesystem(job.folder), file, rows, job.group_rows)
-    return _save_record(job, "shards", index, shard.model_dump())
-
-
-def _read_slices(
-    job: Preparation, slices: Sequence[Slice]
-) -> tuple[npt.NDArray[Any], Counts, Counts | None]:
-    """Tokens, numbers of tokens and labels of rows, slice after slice."""
-    num_rows = sum(piece.num_rows for piece in slices)
-    kind = np.dtype(job.info.dtype)
-    tokens = np.empty((num_rows, job.sequence_tokens), kind)
-    extra = np.empty((1 if job.packs_rows else 2, num_rows), np.int32)
-    width = job.sequence_tokens * kind.itemsize
-    done = 0
-    for piece in slices:
-        filesystem, path = staged(job, piece.file)
-        count, total = piece.num_rows, piece.rows_in_file
-        with filesystem.open_input_file(path) as file:
-            data = file.read_at(count * width, piece.start * width)
-            tokens[done : done + count] = np.frombuffer(data, kind).reshape(count, -1)
-            for nth, column in enumerate(extra):
-                data = file.read_at(count * 4, total * width + (nth * total + piece.start) * 4)
-                column[done : done + count] = np.frombuffer(data, np.int32)
-        done += count
-    return tokens, extra[0], None if job.packs_rows else extra[1]

@@ -34,8 +34,10 @@ from dray.corpus.checking import (
     make_labels,
     make_manifest,
 )
+from dray.corpus.chunks import cut_quoted, read_part
 from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
+from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
 from dray.corpus.listing import Leavings
 from dray.corpus.manifest import (
     MANIFEST,
@@ -50,22 +52,7 @@ from dray.corpus.manifest import (
     load_manifest,
     load_source_files,
 )
-from dray.corpus.parts import (
-    STAGING,
-    Chunk,
-    CorpusSource,
-    Part,
-    Preparation,
-    cut_quoted,
-    find_duplicates,
-    gather_hashes,
-    merge_rows,
-    mix_rows,
-    pack_chunk,
-    read_part,
-    spread_drops,
-    staged,
-)
+from dray.corpus.parts import STAGING, Chunk, CorpusSource, Part, Preparation, staged
 from dray.corpus.planning import (
     Deal,
     Plans,
@@ -75,6 +62,7 @@ from dray.corpus.planning import (
     make_parts,
     plan_bundles,
 )
+from dray.corpus.rows import merge_rows, mix_rows, pack_chunk
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
@@ -110,7 +98,7 @@ MIN_CHUNK_BYTES = 48 * 1024 * 1024
 LOOK_BYTES = 64 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
 CLAIMS = "claims"
-WORK_VERSION = 2
+WORK_VERSION = 3
 """Raised when intermediate files have another form: what an older dray left half done is not used
 then."""
 
@@ -222,12 +210,12 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         }
     settings = {
         "version": ROWS_VERSION,
-        "packs_rows": spec.packs_rows,
+        **spec.task.row_settings,
         "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
         "share": _share(spec),
         "tokenizer": tokenizer,
         "labels": inputs.labels,
-        "num_labels": None if spec.packs_rows else spec.model.num_labels,
+        "num_labels": None if spec.task.packs else spec.model.num_labels,
         "sources": [
             {
                 "split": source.split,
@@ -236,6 +224,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
                 "label": _label(spec, source),
                 "header": source.source.header,
                 "quoting": source.source.quoting,
+                **({"columns": source.source.columns} if source.source.columns else {}),
                 "files": [(file.digest, file.form, file.compression) for file in files],
             }
             for source, files in zip(inputs.sources, inputs.files, strict=True)
@@ -249,7 +238,7 @@ def _share(spec: Spec) -> float:
 
 
 def _label(spec: Spec, source: CorpusSource) -> str | None:
-    return None if spec.packs_rows else source.source.label
+    return source.source.label if "label" in spec.task.fields else None
 
 
 def find(spec: Spec, storage: str) -> Corpus | None:
@@ -438,23 +427,20 @@ def _samples(job: Preparation, num_chunks: int) -> list[bytes]:
 
 def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Preparation, Work]:
     data = spec.data
-    sources = tuple(
-        replace(source, source=source.source.model_copy(update={"label": _label(spec, source)}))
-        for source in inputs.sources
-    )
+    sources = inputs.sources
     part_bytes = choose_part_bytes(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.
-    compares = data.cleaning.deduplicate == "exact" or not (spec.packs_rows or inputs.labels)
+    compares = data.cleaning.deduplicate == "exact" or not (spec.task.packs or inputs.labels)
     job = Preparation(
         folder=folder,
         sources=sources,
         cleaning=data.cleaning,
         max_record_bytes=data.max_record_bytes,
         sequence_tokens=data.sequence_tokens,
-        group_rows=GROUP_ROWS if spec.packs_rows else LABELLED_GROUP_ROWS,
+        group_rows=GROUP_ROWS if spec.task.packs else LABELLED_GROUP_ROWS,
         shuffle_seed=data.shuffle_seed,
-        packs_rows=spec.packs_rows,
+        task=spec.task,
         share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
         num_partitions=-(-total // PARTITION_BYTES) if compares else 0,
@@ -491,9 +477,16 @@ def _make_tokenizer(
         made = run_task(job, make_tokenizer, (settings, tuple(parts)))
         write_bytes(*path, json.dumps(made).encode(), durable=False)
     tree = json.loads(read_bytes(*path))
-    return TokenizerInfo(
-        **{**tree, "prefix": tuple(tree["prefix"]), "suffix": tuple(tree["suffix"])}
-    )
+    around = {name: tuple(tree[name]) for name in ("prefix", "middle", "suffix")}
+    info = TokenizerInfo(**{**tree, **around})
+    if spec.task.masks and info.mask_token_id is None:
+        raise CorpusError(
+            "tokenizer.path",
+            "the tokeniser has no mask token",
+            f"{spec.task.name} puts one where a token is to be guessed",
+            "name it as mask_token in tokenizer_config.json, or train one: {train: byte_bpe}",
+        )
+    return info
 
 
 def _write_quarantine(job: Preparation, parts: Sequence[Part]) -> None:

@@ -9,8 +9,9 @@ naming those there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any
 
 import pyarrow as pa
@@ -35,10 +36,17 @@ from dray.corpus.containers import (
 )
 from dray.corpus.labels import RULE, label_names
 from dray.corpus.parsing import make_parser
-from dray.corpus.records import BadRecord, RecordParser, missing_column, repeated_column
+from dray.corpus.records import (
+    PLAIN,
+    BadRecord,
+    RecordParser,
+    Wanted,
+    missing_column,
+    repeated_column,
+)
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
-from dray.spec import Source
+from dray.spec import Field, Source
 from dray.storage.retrying import first_safe_line, is_transient
 
 
@@ -85,7 +93,7 @@ class Documents:
 
     texts: pa.Array
     labels: pa.Array | None
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[Bad] = dataclass_field(default_factory=list)
     num_bytes: int = 0
     """Bytes of content that they were read from, bad records included."""
 
@@ -138,6 +146,8 @@ class SpanReader:
     span: Span
     source: Source
     max_record_bytes: int
+    fields: Mapping[str, Field] = dataclass_field(default_factory=lambda: PLAIN)
+    """What the task reads."""
     sha256: str = ""
     note: str = ""
 
@@ -145,16 +155,26 @@ class SpanReader:
         """Documents in blocks of some megabytes. Raises CorpusError for a missing column or an
         unreadable file, and InputOutage."""
         form = self.span.file.form
-        if form in ("text", "lines") and self.source.label is not None:
+        wanted = self.wanted
+        if form in ("text", "lines") and (wanted.target is not None or not wanted.is_plain):
+            other = (wanted.target or wanted.texts[-1])[0]
             raise CorpusError(
                 self.span.file.name,
-                f"format {form} has no label column",
-                "labels come from a column of jsonl, csv, tsv or parquet",
+                f"format {form} has no {other} column",
+                f"{'labels' if other == 'label' else other} come from a column of jsonl, csv, tsv "
+                "or parquet",
                 "set the source's format",
+            )
+        if form == "conll" and not all(_is_number(column) for column in wanted.columns):
+            raise CorpusError(
+                self.span.file.name,
+                f"columns of words have numbers, not names such as {wanted.columns[0]!r}",
+                "0 is the first, -1 the last",
+                "set `columns` of the source, or another format",
             )
         try:
             if form == "parquet":
-                yield from _read_parquet(self.span, self.source, self.max_record_bytes)
+                yield from _read_parquet(self.span, wanted, self.max_record_bytes)
             elif self.span.is_whole:
                 yield from self._read_whole()
             else:
@@ -170,6 +190,11 @@ class SpanReader:
             raise CorpusError(
                 self.span.file.name, f"cannot be read ({error})", "inputs must be readable"
             ) from error
+
+    @property
+    def wanted(self) -> Wanted:
+        """The columns that make its documents."""
+        return Wanted.of(self.source, self.fields, self.span.file.form)
 
     def _read_whole(self) -> Iterator[Documents]:
         file = self.span.file
@@ -194,7 +219,7 @@ class SpanReader:
                 yield from self._read_records(content.offset, chunks)
         except DamagedFile as error:
             size = file.num_bytes if error.num_bytes is None else error.num_bytes
-            yield _damaged(file, self.source, 0, size, str(error))
+            yield _damaged(file, self.wanted, 0, size, str(error))
 
     def _read_text(self, chunks: Iterator[bytes]) -> Iterator[Documents]:
         """The whole file as one document."""
@@ -223,7 +248,7 @@ class SpanReader:
             yield Documents(_strings([data.decode()]), None, [], size)
 
     def _read_records(self, base: int, chunks: Iterator[bytes]) -> Iterator[Documents]:
-        parser = make_parser(self.span.file, self.source)
+        parser = make_parser(self.span.file, self.source, self.wanted)
         name = self.span.file.name
         skip = self.span.start == 0 and parser.skips_first_record
         num_found, num_missing = 0, 0
@@ -239,7 +264,7 @@ class SpanReader:
             num_missing += sum(item.reason.startswith("no column") for item in documents.bad)
             yield documents
         if num_missing and not num_found:
-            raise missing_column(name, self.source, parser.columns)
+            raise missing_column(name, self.wanted, parser.columns)
 
     def _parse(self, parser: RecordParser, data: bytes, offset: int) -> Documents:
         """A block of whole records: at once if nothing in it is odd, else one by one."""
@@ -260,7 +285,7 @@ class SpanReader:
                 bad.append(Bad(self.span.file.name, offset, len(record), str(error)))
             offset += len(record) + 1
         return Documents(
-            _strings(texts), pa.array(labels, pa.string()) if self.source.label else None, bad
+            _strings(texts), pa.array(labels, pa.string()) if self.wanted.target else None, bad
         )
 
 
@@ -269,23 +294,30 @@ def _bad(name: str, base: int, lost: Lost) -> Bad:
 
 
 def _damaged(
-    file: InputFile, source: Source, offset: int, num_bytes: int, reason: str
+    file: InputFile, wanted: Wanted, offset: int, num_bytes: int, reason: str
 ) -> Documents:
     """No documents of a file that is no use from `offset` on."""
     return Documents(
         _strings([]),
-        _no_labels(source),
+        _no_targets(wanted),
         [Bad(file.name, offset, num_bytes, reason, ends_file=True)],
     )
 
 
-def find_bounds(file: InputFile, source: Source, max_record_bytes: int, size: int) -> list[int]:
+def find_bounds(
+    file: InputFile,
+    source: Source,
+    max_record_bytes: int,
+    size: int,
+    fields: Mapping[str, Field] = PLAIN,
+) -> list[int]:
     """Offsets about `size` bytes apart where records of a plain file begin, by one pass over its
     quotes."""
     base, chunks = range_chunks(file, 0, None)
     bounds: list[int] = []
     last = 0
-    for offset, data, _ in make_parser(file, source).cut(chunks, max_record_bytes):
+    parser = make_parser(file, source, Wanted.of(source, fields, file.form))
+    for offset, data, _ in parser.cut(chunks, max_record_bytes):
         end = base + offset + len(data)
         if data and end - last >= size and file.num_bytes - end > size // 2:
             bounds.append(end)
@@ -328,11 +360,15 @@ def _strings(texts: Sequence[str]) -> pa.Array:
     return pa.array(texts, pa.large_string())
 
 
-def _no_labels(source: Source) -> pa.Array | None:
-    return pa.array([], pa.string()) if source.label else None
+def _no_targets(wanted: Wanted) -> pa.Array | None:
+    return pa.array([], pa.string()) if wanted.target else None
 
 
-def _read_parquet(span: Span, source: Source, limit: int) -> Iterator[Documents]:
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdigit()
+
+
+def _read_parquet(span: Span, wanted: Wanted, limit: int) -> Iterator[Documents]:
     """Row group by row group: a damaged one costs itself."""
     import pyarrow.parquet as pq
 
@@ -344,13 +380,13 @@ def _read_parquet(span: Span, source: Source, limit: int) -> Iterator[Documents]
             _raise_if_unreadable(error)
             stream.seek(0)
             yield _damaged(
-                span.file, source, 0, *_explain_parquet(stream.read(HEAD_BYTES), span.file, error)
+                span.file, wanted, 0, *_explain_parquet(stream.read(HEAD_BYTES), span.file, error)
             )
             return
-        _check_columns(file.schema_arrow, name, source)
+        _check_columns(file.schema_arrow, name, wanted)
         row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
         for group in range(span.start, file.num_row_groups if span.stop is None else span.stop):
-            yield from _read_group(file, group, row, name=name, source=source, limit=limit)
+            yield from _read_group(file, group, row, name=name, wanted=wanted, limit=limit)
             row += file.metadata.row_group(group).num_rows
 
 
@@ -379,15 +415,16 @@ def _explain_parquet(head: bytes, file: InputFile, error: Exception) -> tuple[in
 
 
 def _read_group(
-    file: Any, group: int, row: int, *, name: str, source: Source, limit: int
+    file: Any, group: int, row: int, *, name: str, wanted: Wanted, limit: int
 ) -> Iterator[Documents]:
     """The documents of a row group from row number `row` on."""
-    columns = [source.text] if source.label is None else [source.text, source.label]
+    columns = list(wanted.columns)
     metadata = file.metadata.row_group(group)
     read = 0
     try:
         for batch in file.iter_batches(1024, [group], columns, use_threads=False):
-            yield _parquet_documents(batch, name, row + read, source, limit)
+            make = _parquet_documents if wanted.is_plain else _parquet_records
+            yield make(batch, name, row + read, wanted, limit)
             read += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         _raise_if_unreadable(error)
@@ -395,28 +432,27 @@ def _read_group(
         size = metadata.total_byte_size * left // max(1, metadata.num_rows)
         reason = f"damaged parquet, row group {group} ({error})"[:200]
         yield Documents(
-            _strings([]), _no_labels(source), [Bad(name, row + read, size, reason, left)], size
+            _strings([]), _no_targets(wanted), [Bad(name, row + read, size, reason, left)], size
         )
 
 
-def _check_columns(schema: pa.Schema, name: str, source: Source) -> None:
+def _check_columns(schema: pa.Schema, name: str, wanted: Wanted) -> None:
     """Raises CorpusError for columns that are missing, there twice, or of another kind than text
     and labels."""
-    for column in (source.text, source.label):
-        if column is not None and column not in schema.names:
-            raise missing_column(name, source, schema.names)
-        if column is not None and schema.names.count(column) > 1:
+    for column in wanted.columns:
+        if column not in schema.names:
+            raise missing_column(name, wanted, schema.names)
+        if schema.names.count(column) > 1:
             raise repeated_column(name, column)
-    if not _holds(schema, source.text, (*STRINGS, pa.types.is_binary, pa.types.is_large_binary)):
-        raise CorpusError(
-            name,
-            f"the text column {source.text!r} holds {schema.field(source.text).type}",
-            "a text column holds strings",
-        )
-    if source.label is not None and pa.types.is_nested(schema.field(source.label).type):
-        raise CorpusError(
-            name, f"the label column {source.label!r} holds {schema.field(source.label).type}", RULE
-        )
+    strings = (*STRINGS, pa.types.is_binary, pa.types.is_large_binary)
+    for field, column, kind in wanted.parts:
+        held = schema.field(column).type
+        if kind == "text" and not _holds(schema, column, strings):
+            raise CorpusError(
+                name, f"the {field} column {column!r} holds {held}", "a text column holds strings"
+            )
+        if kind == "label" and pa.types.is_nested(held):
+            raise CorpusError(name, f"the {field} column {column!r} holds {held}", RULE)
 
 
 STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -430,14 +466,15 @@ def _holds(schema: pa.Schema, column: str, kinds: Sequence[Callable[[pa.DataType
 
 
 def _parquet_documents(
-    batch: pa.RecordBatch, name: str, row: int, source: Source, limit: int
+    batch: pa.RecordBatch, name: str, row: int, wanted: Wanted, limit: int
 ) -> Documents:
-    raw = batch.column(source.text).cast(pa.large_binary())
+    raw = batch.column(wanted.text_column).cast(pa.large_binary())
     lengths = pc.binary_length(raw)
-    labels = None if source.label is None else batch.column(source.label)
+    target = wanted.target_column
+    labels = None if target is None else batch.column(target)
     odd = pc.greater(lengths, limit)
     checks: list[tuple[pa.Array, Callable[[int], str]]] = [
-        (pc.is_null(raw), lambda i: f"{source.text!r} is null"),
+        (pc.is_null(raw), lambda i: f"{wanted.text_column!r} is null"),
         (pc.fill_null(odd, False), lambda i: too_long(limit)),
     ]
     if labels is not None:
@@ -458,6 +495,30 @@ def _parquet_documents(
         Bad(name, row + i, lengths[i].as_py() or 0, reason) for i, reason in sorted(reasons.items())
     ]
     return Documents(raw.cast(pa.large_string()), labels, bad, pc.sum(lengths).as_py() or 0)
+
+
+def _parquet_records(
+    batch: pa.RecordBatch, name: str, row: int, wanted: Wanted, limit: int
+) -> Documents:
+    """One by one: what texts and targets are made of is no single column of strings."""
+    texts: list[str] = []
+    targets: list[str] = []
+    bad: list[Bad] = []
+    size = 0
+    for nth, record in enumerate(batch.to_pylist()):
+        try:
+            text, target = wanted.read(record)
+            num_bytes = len(text.encode())
+            size += num_bytes
+            if num_bytes > limit:
+                raise BadRecord(too_long(limit))
+            texts.append(text)
+            targets.append(target)
+        except BadRecord as error:
+            bad.append(Bad(name, row + nth, 0, str(error)))
+    return Documents(
+        _strings(texts), pa.array(targets, pa.string()) if wanted.target else None, bad, size
+    )
 
 
 def _clean_text(raw: pa.Array) -> bool:

@@ -3,7 +3,9 @@ cannot read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -12,9 +14,13 @@ import pyarrow.compute as pc
 from dray.corpus.bytes_in import Blocks
 from dray.corpus.labels import label_name, label_names
 from dray.errors import CorpusError
-from dray.spec import Source
+from dray.spec import Field, Source
+from dray.tasks.rows import SEPARATOR
 
 MAX_EXACT = 2.0**53
+TEXT_KINDS = ("text", "words")
+PLAIN = {"text": Field("text"), "label": Field("label", wanted=False)}
+"""The fields of a text with or without a class."""
 
 
 class BadRecord(Exception):
@@ -44,18 +50,136 @@ class RecordParser(Protocol):
         """Text and label of one record. Raises BadRecord."""
 
 
-def missing_column(where: str, source: Source, columns: Sequence[str]) -> CorpusError:
-    """The error for a file without the text or the label column."""
-    wanted = [
-        name for name in (source.text, source.label) if name is not None and name not in columns
-    ]
-    kind = "text" if source.text in wanted else "label"
+@dataclass(frozen=True)
+class Wanted:
+    """The columns of a source that make a document's text and its target, and how they do.
+
+    A document is one text and, for most tasks, one target, both as strings whatever the columns
+    hold: several texts and lists are joined with SEPARATOR, numbers written out.
+    """
+
+    texts: tuple[tuple[str, str, str], ...]
+    """(field, column, kind) of each."""
+    target: tuple[str, str, str] | None = None
+
+    @classmethod
+    def of(cls, source: Source, fields: Mapping[str, Field], form: str = "") -> Wanted:
+        """What a task's fields are in a source of files of a form."""
+        found = {
+            name: (name, column, field.kind)
+            for name, field in fields.items()
+            if (column := field.column_in(source, name, form)) is not None
+        }
+        texts = [part for part in found.values() if part[2] in TEXT_KINDS]
+        targets = [part for part in found.values() if part[2] not in TEXT_KINDS]
+        return cls(tuple(texts), targets[0] if targets else None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one text, with or without the name of a class."""
+        return [part[2] for part in self.texts] == ["text"] and (
+            self.target is None or self.target[2] == "label"
+        )
+
+    @property
+    def text_column(self) -> str:
+        return self.texts[0][1]
+
+    @property
+    def target_column(self) -> str | None:
+        return None if self.target is None else self.target[1]
+
+    @property
+    def parts(self) -> tuple[tuple[str, str, str], ...]:
+        return self.texts if self.target is None else (*self.texts, self.target)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column for _, column, _ in self.parts))
+
+    def read(self, values: Mapping[str, Any]) -> tuple[str, str]:
+        """Text and target of a record's values by column. Raises BadRecord."""
+        texts = [_READERS[kind](column, values[column]) for _, column, kind in self.texts]
+        if len(texts) > 1 and any(SEPARATOR in text for text in texts):
+            raise BadRecord("an ASCII unit separator in a text")
+        target = (
+            ""
+            if self.target is None
+            else _READERS[self.target[2]](self.target[1], values[self.target[1]])
+        )
+        if self.target is not None and self.target[2] == "tags":
+            num_words, num_tags = (text.count(SEPARATOR) + 1 for text in (texts[0], target))
+            if num_words != num_tags:
+                raise BadRecord(f"{num_tags} tags for {num_words} tokens")
+        return SEPARATOR.join(texts), target
+
+
+def read_text(column: str, value: Any) -> str:
+    """A text. Raises BadRecord."""
+    if not isinstance(value, str):
+        raise BadRecord(f"{column!r} is not a string")
+    if "\0" in value:
+        raise BadRecord("null byte")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord("lone surrogate") from error
+    return value
+
+
+def _read_list(column: str, value: Any) -> str:
+    """A list of texts that are not empty, joined."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise BadRecord(f"{column!r} is not a list")
+    texts = [read_text(column, item).strip() for item in value]
+    if not texts:
+        raise BadRecord(f"{column!r} is empty")
+    if not all(texts) or any(SEPARATOR in text for text in texts):
+        raise BadRecord(f"an empty text in {column!r}")
+    return SEPARATOR.join(texts)
+
+
+def _read_label(column: str, value: Any) -> str:
+    return parse_label(value)
+
+
+def _read_labels(column: str, value: Any) -> str:
+    """A list of class names, or a text of some between commas; there may be none."""
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        given = [given]
+    names = {parse_label(item) for item in given if item not in ("", None)}
+    return SEPARATOR.join(sorted(names))
+
+
+def _read_number(column: str, value: Any) -> str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise BadRecord(f"{column!r} is no number") from error
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise BadRecord(f"{column!r} is no number")
+    return repr(number)
+
+
+_READERS: dict[str, Callable[[str, Any], str]] = {
+    "text": read_text,
+    "words": _read_list,
+    "tags": _read_list,
+    "label": _read_label,
+    "labels": _read_labels,
+    "number": _read_number,
+}
+
+
+def missing_column(where: str, wanted: Wanted, columns: Sequence[str]) -> CorpusError:
+    """The error for a file without one of the columns."""
+    missing = [part for part in wanted.parts if part[1] not in columns]
+    field, column, _ = (missing or wanted.parts)[0]
     known = f"columns: {', '.join(columns)}" if columns else "it has no columns"
+    key = field if field in ("text", "label") else f"columns.{field}"
     return CorpusError(
-        where,
-        f"no {kind} column {(wanted or [source.text])[0]!r}",
-        known,
-        f"set `{kind}` of the source to one of them",
+        where, f"no {field} column {column!r}", known, f"set `{key}` of the source to one of them"
     )
 
 

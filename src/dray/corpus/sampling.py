@@ -12,9 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from dray.corpus.chunks import read_batches
 from dray.corpus.cleaning import clean, hash_texts, held_out
-from dray.corpus.parts import Part, Preparation, read_batches
+from dray.corpus.parts import Part, Preparation
 from dray.corpus.reading import Span
 from dray.corpus.tokenizing import (
     CHECK_BYTES,
@@ -26,6 +28,7 @@ from dray.corpus.tokenizing import (
 )
 from dray.spec import Source, Tokenizer
 from dray.storage.filesystem import child, share_filesystem
+from dray.tasks.rows import SEPARATOR
 
 MIN_SPANS = 64
 
@@ -41,12 +44,14 @@ def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -
     if settings.path is not None:
         copy_tokenizer(settings.path, filesystem, f"{path}/tokenizer")
     else:
-        trained = train_byte_bpe([text.encode() for text in texts], settings.vocab_size)
+        trained = train_byte_bpe(
+            [text.encode() for text in texts], settings.vocab_size, masks=job.task.masks
+        )
         save_trained(filesystem, f"{path}/tokenizer", trained)
     files = read_tokenizer_files(child(job.folder, "tokenizer"))
     # Every n-th document, so that the check sees the whole spread of the sample.
     spread = texts[:: max(1, sum(map(len, texts)) // CHECK_BYTES)]
-    return asdict(describe(files, spread, needs_end=job.packs_rows))
+    return asdict(describe(files, spread, needs_end=job.packs))
 
 
 def _sample(job: Preparation, parts: Sequence[Part], size: int) -> Iterator[str]:
@@ -83,8 +88,12 @@ def _estimated_bytes(span: Span) -> int:
 
 def _take(job: Preparation, span: Span, source: Source, size: float) -> Iterator[str]:
     """Whole documents from the beginning of a span."""
-    for batch in read_batches([span], source, job.max_record_bytes, lambda *found: None):
+    for batch in read_batches(
+        [span], source, job.max_record_bytes, lambda *found: None, job.task.fields
+    ):
         texts = clean(batch.texts, None, job.cleaning).texts
+        if not job.wanted(source).is_plain:  # what stands between several texts is no text
+            texts = pc.replace_substring(texts, SEPARATOR, " ")
         if job.share:
             texts = texts.filter(pa.array(~held_out(hash_texts(texts)[1], job.share)))
         for text in texts:

@@ -11,7 +11,8 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,32 +33,47 @@ CACHED_SHARDS = 32
 """Shards that a process keeps open."""
 
 
-def make_schema(sequence_tokens: int, dtype: str, labelled: bool) -> pa.Schema:
-    """The columns of a shard; `dtype` of the ids is uint16 or uint32."""
-    ids = pa.list_(
-        pa.field("item", pa.from_numpy_dtype(np.dtype(dtype)), nullable=False), sequence_tokens
-    )
-    fields = [
-        pa.field("input_ids", ids, nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-    ]
-    return pa.schema(fields + ([pa.field("label", pa.int32(), nullable=False)] if labelled else []))
+@dataclass(frozen=True)
+class Stored:
+    """A column of rows as it is stored: numbers, one or `width` of them a row."""
+
+    name: str
+    dtype: str
+    width: int | None = None
+    """None: one number a row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return () if self.width is None else (self.width,)
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * (self.width or 1)
 
 
-def make_batch(
-    schema: pa.Schema,
-    tokens: npt.NDArray[np.unsignedinteger],
-    num_tokens: npt.NDArray[np.int32],
-    labels: npt.NDArray[np.int32] | None,
-) -> pa.RecordBatch:
-    """Rows as a record batch; tokens: [num_rows, sequence_tokens]. Nothing is copied."""
-    ids = pa.FixedSizeListArray.from_arrays(
-        pa.array(tokens.reshape(-1)), type=schema.field("input_ids").type
-    )
-    columns = [ids, pa.array(num_tokens, pa.int32())]
-    return pa.record_batch(
-        columns + ([pa.array(labels, pa.int32())] if labels is not None else []), schema=schema
-    )
+def stored_columns(
+    task: Any, sequence_tokens: int, dtype: str, num_labels: int = 0
+) -> list[Stored]:
+    """The columns of a task's rows; `dtype` of the ids is uint16 or uint32."""
+    found = [Stored("input_ids", dtype, sequence_tokens), Stored("num_tokens", "int32")]
+    for column in task.columns:
+        width = sequence_tokens if column.each == "token" else None
+        found.append(Stored(column.name, column.dtype, num_labels if column.hot else width))
+    return found
+
+
+def make_batch(columns: Sequence[Stored], values: Mapping[str, npt.NDArray[Any]]) -> pa.RecordBatch:
+    """Rows as a record batch, from arrays [num_rows, …] by name. Nothing is copied."""
+    fields, arrays = [], []
+    for column in columns:
+        kind = pa.from_numpy_dtype(np.dtype(column.dtype))
+        array = pa.array(values[column.name].reshape(-1), kind)
+        if column.width is not None:
+            kind = pa.list_(pa.field("item", kind, nullable=False), column.width)
+            array = pa.FixedSizeListArray.from_arrays(array, type=kind)
+        fields.append(pa.field(column.name, kind, nullable=False))
+        arrays.append(array)
+    return pa.record_batch(arrays, schema=pa.schema(fields))
 
 
 class _Measured:

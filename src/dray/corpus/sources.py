@@ -37,6 +37,7 @@ FORMS = {
     "csv": "csv",
     "tsv": "tsv",
     "parquet": "parquet",
+    **dict.fromkeys(("conll", "conllu", "bio", "iob", "iob2", "iobes"), "conll"),
     **dict.fromkeys(TEXT_SUFFIXES.split(), "text"),
 }
 """Suffix → form of the file."""

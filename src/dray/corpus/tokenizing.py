@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -39,7 +39,7 @@ from dray.corpus.tokenizer_folder import (
 from dray.errors import CorpusError, first_line
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, shown, write_bytes
 
-PAD = "<|pad|>"
+PAD, MASK = "<|pad|>", "<|mask|>"
 VOCABULARY_FILES = (
     TOKENIZER_JSON,
     "vocab.json",
@@ -103,6 +103,10 @@ class TokenizerInfo:
     suffix: tuple[int, ...]
     """Ids after each document: the end of a packed one, else what the tokeniser puts there, or the
     end."""
+    middle: tuple[int, ...] = ()
+    """Ids between two texts of one document."""
+    mask_token_id: int | None = None
+    """What stands in a token's place where it is to be guessed."""
 
     @property
     def filler(self) -> int:
@@ -117,24 +121,25 @@ class TokenizerInfo:
 # --- making the folder --------------------------------------------------------------------------
 
 
-def train_byte_bpe(texts: Sequence[bytes], vocab_size: int) -> str:
+def train_byte_bpe(texts: Sequence[bytes], vocab_size: int, *, masks: bool = False) -> str:
     """A byte-level BPE tokeniser (GPT-2's splitting) as tokenizer.json; the same texts give the
     same bytes.
 
-    Ids: end of text, pad, the 256 bytes, then the merges in order of their making. Texts hold no
-    null byte.
+    Ids: end of text, pad, a mask if `masks`, the 256 bytes, then the merges in order of their
+    making. Texts hold no null byte.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _train_merges(texts, vocab_size)
-    names = [END_OF_TEXT, PAD, *alphabet, *(left + right for left, right in merges)]
+    special = [END_OF_TEXT, PAD, MASK][: 3 if masks else 2]
+    merges = _train_merges(texts, vocab_size - masks)
+    names = [*special, *alphabet, *(left + right for left, right in merges)]
     vocab = {name: index for index, name in enumerate(dict.fromkeys(names))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens([END_OF_TEXT, PAD])
+    tokenizer.add_special_tokens(special)
     return str(tokenizer.to_str(pretty=True))
 
 
@@ -199,6 +204,7 @@ def save_trained(filesystem: pafs.FileSystem, folder: str, tokenizer_json: str) 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
         "pad_token": PAD,
+        **({"mask_token": MASK} if MASK in json.loads(tokenizer_json)["model"]["vocab"] else {}),
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
@@ -445,9 +451,51 @@ def describe(files: dict[str, bytes], sample: Sequence[str], needs_end: bool) ->
             )
         if not suffix and end is not None and TOKENIZER_JSON in files:
             suffix = (end,)
+    mask = special.get("mask_token")
     return TokenizerInfo(
-        max(names.values()) + 1, pad, end, _choose_encoder(files, sample), prefix, suffix
+        max(names.values()) + 1,
+        pad,
+        end,
+        _choose_encoder(files, sample),
+        prefix,
+        suffix,
+        _find_middle(tokenizer, prefix, suffix),
+        None if mask is None else names.get(mask),
     )
+
+
+def _find_middle(
+    tokenizer: Any, prefix: tuple[int, ...], suffix: tuple[int, ...]
+) -> tuple[int, ...]:
+    """What the tokeniser puts between two texts; where it puts nothing, what ends one."""
+    first, second = (_encode_one(tokenizer, text, False) for text in ("word", "other"))
+    encoded = tokenizer.encode("word", "other", add_special_tokens=True)
+    both = list(getattr(encoded, "ids", encoded))
+    own = _encode_one(tokenizer, "word", True)
+    tail = own[own.index(first[0]) + len(first) :] if first and first[0] in own else []
+    inner = both[len(prefix) + len(first) : len(both) - len(second) - len(tail)]
+    return tuple(inner) or suffix
+
+
+def find_word_starts(files: Mapping[str, bytes], vocab_size: int) -> npt.NDArray[np.uint8]:
+    """By token: 1 where it begins a word, 0 where it goes on with one, 2 where it is special.
+
+    Byte-level and SentencePiece tokens begin a word with a space of theirs, WordPiece's unless they
+    begin with `##`.
+    """
+    tokenizer = _load_fast(dict(files)) if TOKENIZER_JSON in files else _load_slow(dict(files))
+    names = tokenizer.get_vocab()
+    special = set(special_tokens(files).values()) | {END_OF_TEXT, PAD, MASK}
+    hyphened = any(name.startswith("##") for name in names)
+    starts = np.ones(vocab_size, np.uint8)
+    for name, index in names.items():
+        if name in special:
+            starts[index] = 2
+        elif hyphened:
+            starts[index] = not name.startswith("##")
+        else:
+            starts[index] = name.startswith(("Ġ", "▁", "Ċ", "ĉ"))
+    return starts
 
 
 def _encode_one(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -506,25 +554,3 @@ def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:
         if np.array_equal(lengths, our_lengths) and np.array_equal(ids, ours)
         else "tokenizers"
     )
-
-
-def surround(
-    ids: npt.NDArray[np.uint32],
-    lengths: Ints,
-    prefix: Sequence[int],
-    suffix: Sequence[int],
-    dtype: str,
-) -> tuple[Tokens, Ints]:
-    """The documents' ids with `prefix` before and `suffix` after each, in the given type."""
-    stops = np.cumsum(lengths + len(prefix) + len(suffix))
-    starts = stops - lengths - len(prefix) - len(suffix)
-    out = np.empty(len(ids) + len(lengths) * (len(prefix) + len(suffix)), dtype)
-    inside = np.ones(len(out), bool)
-    places = [starts + nth for nth in range(len(prefix))] + [
-        stops - nth for nth in range(len(suffix), 0, -1)
-    ]
-    for place, token in zip(places, (*prefix, *suffix), strict=True):
-        inside[place] = False
-        out[place] = token
-    out[inside] = ids
-    return out, lengths + len(prefix) + len(suffix)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dray.errors import SpecError, one_line, translated
-from dray.models.config import TASK_CLASSES, auto_class, make_config
+from dray.models.config import auto_class, make_config
 from dray.models.folder import load_folder
 from dray.models.initialize import (
     Gathering,
@@ -28,7 +28,7 @@ from dray.models.initialize import (
 )
 from dray.models.source import Pretrained, find_folder
 from dray.processes.imports import first_import
-from dray.spec import Spec
+from dray.spec import Head, Spec
 
 logger = logging.getLogger("dray.models")
 
@@ -40,8 +40,7 @@ def import_transformers() -> None:
         # import it by itself.
         for name in ("transformers.initialization", "transformers.modeling_utils"):
             import_module(name)
-        for task in TASK_CLASSES:
-            auto_class(task)
+        import_module("transformers.models.auto.modeling_auto")
 
 
 def _leanly() -> AbstractContextManager[None]:
@@ -88,7 +87,7 @@ def build_model(
         )
         if num_blocks is not None:
             _make_thin(made, num_blocks)
-        model = _construct(made, spec.task, constructing or nullcontext(), dtype)
+        model = _construct(made, spec.task.head, constructing or nullcontext(), dtype)
     if not initial_weights:
         model.tie_weights()
         restore_rotary_buffers(model)
@@ -201,13 +200,13 @@ def check_builds(spec: Spec, config: Any) -> Any:
             "see the configuration's own documentation",
         )
     ):
-        return _construct(config, spec.task, torch.device("meta"), torch.float32)
+        return _construct(config, spec.task.head, torch.device("meta"), torch.float32)
 
 
 def _construct(
-    config: Any, task: str, constructing: AbstractContextManager[Any], dtype: torch.dtype
+    config: Any, head: Head, constructing: AbstractContextManager[Any], dtype: torch.dtype
 ) -> Any:
     from transformers.initialization import no_init_weights
 
     with torch.random.fork_rng(devices=[]), no_init_weights(), constructing:
-        return auto_class(task).from_config(config, dtype=dtype, trust_remote_code=False)
+        return auto_class(head).from_config(config, dtype=dtype, trust_remote_code=False)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dray.errors import SpecError, first_line, one_line, translated
 from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
-from dray.spec import Spec
+from dray.spec import Head, Spec
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,10 +52,6 @@ _SET_HERE = (
     "torch_dtype",
 )
 """Fields that follow from the task, the labels and the precision."""
-TASK_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-}
 
 
 def make_config(
@@ -84,36 +80,36 @@ def make_config(
         )
     if pad_token_id is None and config.model_type in OFFSET_POSITIONS:
         pad_token_id = eos_token_id if spec.model.path is None else config.pad_token_id
-    _set_token_ids(config, spec.task, pad_token_id, eos_token_id)
-    if spec.task == "causal_lm":
-        if hasattr(config, "is_decoder"):
-            config.is_decoder = True  # BERT and its kin look both ways unless told
-    else:
+    head = spec.task.head
+    _set_token_ids(config, head, pad_token_id, eos_token_id)
+    if hasattr(config, "is_decoder") and not head.looks_ahead:
+        config.is_decoder = True  # BERT and its kin look both ways unless told
+    if head.over == "labels":
         config.num_labels = spec.model.num_labels or num_labels
-        config.problem_type = "single_label_classification"
+        config.problem_type = head.problem_type
         if len(labels) == config.num_labels:
             config.id2label = {index: str(label) for index, label in enumerate(labels)}
             config.label2id = {str(label): index for index, label in enumerate(labels)}
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    model_class = auto_class(spec.task)._model_mapping.get(type(config), None)
+    model_class = auto_class(head)._model_mapping.get(type(config), None)
     if model_class is None:
         raise SpecError(
             "model",
-            f"{config.model_type} has no {spec.task} model",
+            f"{config.model_type} has no {spec.task.name} model",
             "the architecture must serve the task",
-            _nearest(config.model_type, _names_for(spec.task)),
+            _nearest(config.model_type, _names_for(spec.task.head)),
         )
     classes = model_class if isinstance(model_class, (list, tuple)) else (model_class,)
     config.architectures = [classes[0].__name__]
     return config
 
 
-def auto_class(task: str) -> Any:
-    """The transformers class that builds a task's models."""
+def auto_class(head: Head) -> Any:
+    """The transformers class that builds models with a head."""
     import transformers
 
-    return getattr(transformers, TASK_CLASSES[task])
+    return getattr(transformers, head.auto_class)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
     from transformers import CONFIG_MAPPING
 
-    model, known = spec.model, _names_for(spec.task)
+    model, known = spec.model, _names_for(spec.task.head)
     if model.architecture not in CONFIG_MAPPING:
         raise SpecError(
             "model.architecture",
@@ -277,7 +273,7 @@ def _token_id_fields(config: Any) -> list[str]:
 
 
 def _set_token_ids(
-    config: Any, task: str, pad_token_id: int | None, eos_token_id: int | None
+    config: Any, head: Head, pad_token_id: int | None, eos_token_id: int | None
 ) -> None:
     """The tokeniser's ids; ids of tokens that it has no word for are left out, where a
     configuration allows."""
@@ -286,7 +282,7 @@ def _set_token_ids(
         "pad_token_id": pad_token_id,
     }
     if (
-        task == "causal_lm"
+        head.over == "vocabulary"
         and pad_token_id == eos_token_id
         and config.model_type not in OFFSET_POSITIONS
     ):
@@ -424,15 +420,9 @@ def _read_vocabulary(folder: Path) -> Any:
     ]
 
 
-def _names_for(task: str) -> list[str]:
-    from transformers.models.auto import modeling_auto
-
-    names: Iterable[str] = (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        if task == "causal_lm"
-        else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    )
-    return sorted(names)
+def _names_for(head: Head) -> list[str]:
+    """The architectures that transformers has such a head for."""
+    return sorted(auto_class(head)._model_mapping._model_mapping)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_to
     12·L·d·T."""
     square = 6.0 if sizes.causal else 12.0
     # A classifier's head sees one token of a row: nothing, next to the others.
-    head = count.head if sizes.task == "causal_lm" else 0
+    head = count.head if sizes.head.each == "token" else 0
     return (
         6.0 * (count.body + head)
         + square * sizes.layers * sizes.heads * sizes.head_dim * sequence_tokens

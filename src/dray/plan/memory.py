@@ -182,8 +182,10 @@ def logits_bytes(load: Load) -> int:
     """In the loss: a chunk's logits, their softmax in fp32 and its gradient, beside the gradients
     of hidden states and head, which are made with it. What fits into a chunk takes torch's own way,
     which holds all of it three times."""
-    if load.sizes.task != "causal_lm":
-        return load.micro_rows * load.sizes.num_labels * 12
+    head = load.sizes.head
+    if head.over == "labels":
+        each = load.tokens if head.each == "token" else load.micro_rows
+        return each * load.sizes.num_labels * 12
     vocab, hidden, element = load.sizes.vocab, load.sizes.hidden, load.element_bytes
     chunk_tokens = max(1, loss_chunk_bytes(load.on_gpu) // (4 * vocab))
     if load.tokens <= chunk_tokens:

@@ -21,7 +21,7 @@ from dray.plan.architectures import (
     is_gated,
     position_rows,
 )
-from dray.spec import Spec
+from dray.spec import Head, Spec
 
 ROTARY_GATED = ("llama", "mistral", "qwen2")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "vit")
@@ -46,7 +46,7 @@ class Dimensions:
     """What decides a model's size; `exact` is False where the architecture is not known here."""
 
     architecture: str
-    task: str
+    head: Head
     hidden: int
     layers: int
     heads: int
@@ -64,7 +64,7 @@ class Dimensions:
     @property
     def causal(self) -> bool:
         """Whether a token attends only to those before it."""
-        return self.task == "causal_lm" or self.architecture not in ENCODERS
+        return not self.head.looks_ahead or self.architecture not in ENCODERS
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def load_dimensions(
     )
     return Dimensions(
         architecture=architecture,
-        task=spec.task,
+        head=spec.task.head,
         hidden=hidden,
         layers=int(model.num_layers or 0),
         heads=heads,
@@ -166,7 +166,7 @@ def count_parameters(sizes: Dimensions) -> ParameterCount:
     layer = _layer(sizes)
     body = tables + extra + sizes.layers * layer + _end_of_body(sizes)
     head, tail = _head(sizes)
-    if sizes.task == "causal_lm":
+    if sizes.head.over == "vocabulary":
         total = body + tail + (0 if sizes.tied else vocab * hidden)
         head = vocab * hidden
     else:
@@ -178,7 +178,7 @@ def count_parameters(sizes: Dimensions) -> ParameterCount:
         hidden * sizes.intermediate * (2 if sizes.architecture == "modernbert" else 1),
         3 * hidden * hidden,
     )
-    owned_head = 0 if sizes.task == "causal_lm" and sizes.tied else head
+    owned_head = 0 if sizes.head.over == "vocabulary" and sizes.tied else head
     return ParameterCount(
         total=total,
         embedding=tables,
@@ -256,7 +256,7 @@ def _head(sizes: Dimensions) -> tuple[int, int]:
     For language models the projection itself is counted by the caller.
     """
     hidden, labels, name = sizes.hidden, sizes.num_labels, sizes.architecture
-    if sizes.task == "causal_lm":
+    if sizes.head.over == "vocabulary":
         if name in ("bert", "roberta"):
             return 0, hidden * hidden + 3 * hidden + sizes.vocab
         if name in ("distilbert", "modernbert"):
@@ -316,7 +316,7 @@ def _folder_dimensions(
     )
     return Dimensions(
         architecture=architecture,
-        task=spec.task,
+        head=spec.task.head,
         hidden=hidden,
         layers=found["num_layers"],
         heads=heads,

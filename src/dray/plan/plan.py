@@ -294,7 +294,7 @@ def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None) -> int
     """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to
     its longest one: a token more than their mean."""
     width = spec.data.sequence_tokens
-    if spec.packs_rows or not num_rows or not num_tokens:
+    if spec.task.packs or not num_rows or not num_tokens:
         return width
     return min(width, max(1, round(num_tokens / num_rows + 1)))
 

@@ -83,11 +83,18 @@ class Results:
 
     def say_json(self, document: Any) -> None:
         """Print the result as one JSON document, in ASCII where the stream takes nothing else."""
-        text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+        self._say_json(document, indent=2)
+
+    def say_record(self, record: Any) -> None:
+        """Print one of many results as a line of JSON."""
+        self._say_json(record, indent=None)
+
+    def _say_json(self, document: Any, indent: int | None) -> None:
+        text = json.dumps(document, indent=indent, ensure_ascii=False, default=str)
         try:
             text.encode(self.stream.encoding or "utf-8")
         except UnicodeEncodeError:
-            text = json.dumps(document, indent=2, default=str)
+            text = json.dumps(document, indent=indent, default=str)
         self.say(text)
 
     def finish(self) -> None:

@@ -20,7 +20,7 @@ from dray.corpus.stream import RowStream, check_rows
 from dray.order import Ints
 from dray.rank.device import pin
 from dray.rank.group import Ranks
-from dray.tasks import Batch, Task
+from dray.tasks import Batch, Task, draw_of
 
 READY_PIECES = 2
 CLOSED_SECONDS = 0.2
@@ -52,27 +52,31 @@ class ValidationRows:
 
 
 def feed(
-    stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
+    stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks, seed: int = 0
 ) -> Generator[StepRows | ValidationRows]:
-    """What a rank has to do, in order; closing it ends the thread. Raises what reading raises."""
-    return run_ahead(_make_pieces(stream, blocks, task, ranks))
+    """What a rank has to do, in order; closing it ends the thread. Raises what reading raises.
+
+    `seed`: of what tasks draw for their rows.
+    """
+    return run_ahead(_make_pieces(stream, blocks, task, ranks, seed))
 
 
 def _make_pieces(
-    stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks
+    stream: RowStream, blocks: Iterable[pa.Table], task: Task, ranks: Ranks, seed: int
 ) -> Iterator[StepRows | ValidationRows]:
-    def collate(rows: pa.Table) -> Iterator[Batch]:
+    def collate(rows: pa.Table, step: int) -> Iterator[Batch]:
+        draw = draw_of(seed, step)
         for at in range(0, rows.num_rows, stream.micro_rows):
-            yield pin(task.collate(rows.slice(at, stream.micro_rows)), ranks.device)
+            yield pin(task.collate(rows.slice(at, stream.micro_rows), draw), ranks.device)
 
     for segment, block in check_rows(stream, blocks, ranks.rank):
         if segment.kind == "validation":
             is_last = segment.stop_row >= stream.num_validation_rows
-            yield ValidationRows(segment.first, run_ahead(collate(block)), is_last)
+            yield ValidationRows(segment.first, run_ahead(collate(block, 0)), is_last)
             continue
         for step in range(segment.first, segment.last + 1):
             rows = block.slice((step - segment.first) * stream.rows_per_rank, stream.rows_per_rank)
-            batches, row_ids = list(collate(rows)), rows.column("row_id").to_numpy()
+            batches, row_ids = list(collate(rows, step)), rows.column("row_id").to_numpy()
             tokens = rows.column("num_tokens").to_numpy()[row_ids >= 0].sum()
             yield StepRows(
                 step,

@@ -50,10 +50,9 @@ from dray.rank.numerics import Watch
 from dray.rank.pulse import Pulse
 from dray.rank.saving import Outcome, Saver
 from dray.rank.schedule import learning_rate
-from dray.runs import LOWER_IS_BETTER, CheckpointReader, Run, inspect_checkpoint
+from dray.runs import CheckpointReader, Run, inspect_checkpoint
 from dray.runs.records import Event, Report, StepReport, ValidationReport
-from dray.tasks import Task, TaskMetrics, build_task
-from dray.tasks.causal_lm import bits_per_byte
+from dray.tasks import Task, TaskMetrics
 
 _MEASURED_STEPS = 6  # the first of them is not typical
 _LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50  # of a collective, once steps are measured
@@ -196,7 +195,7 @@ class _Loop:
         path = attempt.checkpoint and run.find_path(attempt.checkpoint)
         self.newest = inspect_checkpoint(run.filesystem, path) if path else None
         self.spec, self.plan = job.spec, attempt.plan
-        self.task: Task = build_task(job.spec, job.manifest)
+        self.task: Task = job.spec.task.on(job.manifest, job.spec.model.num_labels)
         self.engine: Engine = build_engine(
             self._build_model,
             self._make_groups,
@@ -282,7 +281,7 @@ class _Loop:
         """Do the work of the stream to its end, or until all ranks agree to stop. Returns how it
         ended."""
         ended = ""
-        with closing(feed(stream, blocks, self.task, self.ranks)) as pieces:
+        with closing(feed(stream, blocks, self.task, self.ranks, self.spec.seed)) as pieces:
             while not ended:
                 self.pulse.enter("data")
                 begun, waiting_since = self.clock.mark(), time.perf_counter()
@@ -501,14 +500,12 @@ class _Loop:
         """Merge the ranks' metrics and report them. Returns whether patience has run out."""
         values = self.task.new_metrics().merge(self.ranks.gather(metrics.state())).compute()
         progress, rule, held_out = self.progress, self.spec.validation, self.job.manifest.validation
-        if self.spec.packs_rows and held_out is not None:
-            values["bits_per_byte"] = bits_per_byte(
-                values["loss"], held_out.num_tokens, held_out.num_text_bytes
-            )
+        if held_out is not None:
+            values = self.task.complete(values, held_out)
         progress.last_validation, progress.last_validation_step = values, step
         if self.ranks.rank == 0:
             self.reporter.send(ValidationReport(self.attempt, step, values))
-        score = values[rule.metric] * (1 if rule.metric in LOWER_IS_BETTER else -1)
+        score = values[rule.metric] * self.spec.metric_sign
         better = progress.best is None or score < progress.best
         progress.best = score if better else progress.best
         progress.validations_without_better = (

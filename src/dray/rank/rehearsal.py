@@ -112,7 +112,7 @@ def _place(spec: Spec, plan: Plan) -> Path:
         "machine": [platform.node(), _cpu_name(), plan.shape.cpus_per_node],
         "libraries": [metadata.version(name) for name in _LIBRARIES],
         "sizes": repr(sizes),
-        "task": spec.task,
+        "task": spec.task.name,
         "ranks": plan.num_ranks,
         "cpus": spec.resources.cpus_per_worker,
         "precision": plan.precision,
@@ -233,7 +233,7 @@ def _time_steps(
 def _widths(spec: Spec, plan: Plan) -> list[int]:
     """The widths that batches have. Where they differ, a heap that fits one of them is faulted in
     anew for the next."""
-    if spec.packs_rows:
+    if spec.task.packs:
         return [plan.row_tokens]
     widths = (round(share * plan.row_tokens) for share in (1.5, 0.5, 1.0))
     return [min(spec.data.sequence_tokens, max(1, width)) for width in widths]
@@ -244,24 +244,23 @@ def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    from dray.corpus.shards import make_batch, make_schema
+    from dray.corpus.shards import make_batch, stored_columns
 
-    rows = plan.batch.micro_rows
-    random = np.random.default_rng(0)
-    ids = random.integers(0, sizes.vocab, (rows, width)).astype(np.uint32)
-    labels = (
-        None
-        if spec.packs_rows
-        else random.integers(0, max(1, sizes.num_labels), rows).astype(np.int32)
-    )
-    schema = make_schema(width, "uint32", labelled=labels is not None)
-    batch = make_batch(schema, ids, np.full(rows, width, np.int32), labels)
+    rows, random = plan.batch.micro_rows, np.random.default_rng(0)
+    columns = stored_columns(spec.task, width, "uint32", sizes.num_labels)
+    most = {"input_ids": sizes.vocab, **dict.fromkeys(("num_tokens",), 1)}
+    values = {
+        column.name: random.integers(
+            0, most.get(column.name, max(1, sizes.num_labels)), (rows, *column.shape)
+        ).astype(column.dtype)
+        for column in columns
+    }
+    values["num_tokens"][:] = width
+    batch = make_batch(columns, values)
     return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(rows)))
 
 
 def _task(spec: Spec, sizes: Dimensions) -> Any:
-    from dray.tasks import build_task
-
-    return build_task(
-        spec, SimpleNamespace(pad_token_id=0, labels=tuple(map(str, range(sizes.num_labels))))
-    )
+    labels = tuple(map(str, range(sizes.num_labels)))
+    corpus = SimpleNamespace(pad_token_id=0, labels=labels, mask_token_id=1, vocab_size=sizes.vocab)
+    return spec.task.on(corpus, spec.model.num_labels)

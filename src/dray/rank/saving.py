@@ -163,9 +163,15 @@ class Saver:
     def _delete_old(self) -> str:
         """Apply the retention. Returns why it failed, if it did: on a bucket that lets nobody
         delete it always does."""
-        keep, validation = self._spec.checkpoint, self._spec.validation
+        keep = self._spec.checkpoint
         _, problem = _try(
-            lambda: apply_retention(self._run, keep.keep_last, keep.keep_best, validation.metric)
+            lambda: apply_retention(
+                self._run,
+                keep.keep_last,
+                keep.keep_best,
+                self._spec.validation.metric,
+                sign=self._spec.metric_sign,
+            )
         )
         return problem
 

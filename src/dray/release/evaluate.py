@@ -19,8 +19,7 @@ from dray.corpus.stream import read_rows
 from dray.errors import CorpusError, SpecError, UserError
 from dray.release.trained import Trained, load_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
-from dray.tasks import build_task
-from dray.tasks.causal_lm import bits_per_byte
+from dray.tasks import draw_of
 
 MAX_BATCH_ROWS, BATCH_TOKENS = 32, 32_768
 LOGIT_BYTES = 512 * 1024 * 1024
@@ -35,9 +34,10 @@ def evaluate(
     step: str | int | None = None,
     address: str | None = None,
     verbose: bool = False,
+    report: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Metrics by name, with `step` and `num_rows`; None for one that stands for nothing on these
-    rows.
+    rows. `report` gets what the task tells besides, by what it is of.
 
     `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
     Other data may be any slice, of one class alone, too. Raises UserError for data that cannot be
@@ -54,35 +54,38 @@ def evaluate(
                 f"run {name!r}", "has no validation rows", way_out="name data with --data"
             )
         split = validation
-    values = measure(trained, corpus, split)
+    values = measure(trained, corpus, split, report)
     return {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows, **values}
 
 
 @torch.no_grad()
-def measure(trained: Trained, corpus: Corpus, split: Split) -> dict[str, float | None]:
+def measure(
+    trained: Trained,
+    corpus: Corpus,
+    split: Split,
+    report: dict[str, dict[str, float]] | None = None,
+) -> dict[str, float | None]:
     """The task's metrics of a model over all rows of a split, in this process, on the GPU where
     there is one."""
-    task = build_task(trained.spec, trained.manifest)
+    spec = trained.spec
+    task = spec.task.on(trained.manifest, spec.model.num_labels)
     metrics = task.new_metrics()
     device = trained.move_to_device()
     objective = task.objective(trained.model).eval()
     width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
-    num_rows = batch_rows(
-        width, width * trained.manifest.vocab_size if trained.spec.packs_rows else 1
-    )
+    outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels
+    num_rows = batch_rows(width, outputs * (width if task.head.each == "token" else 1))
     for start in range(0, split.num_rows, group):  # a group is read at once
         ids = np.arange(start, min(start + group, split.num_rows), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)
         for first in range(0, rows.num_rows, num_rows):
-            batch = task.collate(rows.slice(first, num_rows))
+            batch = task.collate(rows.slice(first, num_rows), draw_of(spec.seed, 0))
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
             _, output = objective(batch)
             metrics.update(batch, output)
-    values: dict[str, float | None] = {**metrics.compute()}
-    if trained.spec.packs_rows:
-        values["bits_per_byte"] = bits_per_byte(
-            float(values["loss"] or 0), split.num_tokens, split.num_text_bytes
-        )
+    if report is not None:
+        report.update(task.report(metrics))
+    values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}
     return values | dict.fromkeys(metrics.undefined())
 
 
@@ -98,14 +101,14 @@ def _prepare_other(
     from dray.cluster.connection import connect
     from dray.show.progress import Display
 
-    with _said_of_data():
+    with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
-    with connect(address, num_cpus=1, verbose=verbose), _said_of_data():
+    with connect(address, num_cpus=1, verbose=verbose), said_of_data():
         return prepare(spec, storage, Display().say, trained.manifest.labels)
 
 
 @contextmanager
-def _said_of_data() -> Iterator[None]:
+def said_of_data() -> Iterator[None]:
     """Name `--data` in errors instead of the key that it stands for, which nobody has typed. A key
     is where the error is, or what the error begins with; a path that reads like one is left
     alone."""

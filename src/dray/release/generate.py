@@ -45,9 +45,11 @@ def generate(
         except UnicodeEncodeError as error:
             raise SpecError(f"prompt {number}", "is no valid UTF-8", "a prompt is text") from error
     trained = load_trained(storage, name, step)
-    if trained.spec.task != "causal_lm":
+    if not trained.spec.task.generates:
         raise SpecError(
-            f"run {name!r}", f"its task is {trained.spec.task}", "only causal_lm generates text"
+            f"run {name!r}",
+            f"its task is {trained.spec.task.name}",
+            "only language models write text",
         )
     manifest, device = trained.manifest, trained.move_to_device()
     pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id

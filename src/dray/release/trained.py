@@ -22,7 +22,7 @@ from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_to
 from dray.errors import StoreError
 from dray.models.build import build_model
 from dray.models.config import longest_row
-from dray.runs import LOWER_IS_BETTER, CheckpointInfo, CheckpointReader, Run
+from dray.runs import CheckpointInfo, CheckpointReader, Run
 from dray.spec import Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
 
@@ -54,7 +54,7 @@ class Trained:
     def dress(self) -> Dress:
         """What training did to a text, for texts that are given to the model now: a prompt is not
         ended."""
-        packs, manifest = self.spec.packs_rows, self.manifest
+        packs, manifest = self.spec.task.packs, self.manifest
         prefix, suffix = manifest.prefix, manifest.suffix
         if prefix is None or suffix is None:  # a corpus made before its manifest said so
             info = describe(read_tokenizer_files(self.tokenizer_folder), [], needs_end=packs)
@@ -139,9 +139,9 @@ def choose_checkpoint(run: Run, step: str | int | None) -> CheckpointInfo:
         if newest is not None:
             return newest
     elif step == "best":
-        metric = run.spec().validation.metric
+        spec = run.spec()
+        metric, sign = spec.validation.metric, spec.metric_sign
         scored = [info for info in found if metric in info.metrics]
-        sign = 1 if metric in LOWER_IS_BETTER else -1
         if scored:
             return min(scored, key=lambda info: sign * info.metrics[metric])
     else:

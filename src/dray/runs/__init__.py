@@ -18,14 +18,13 @@ from dray.runs.commit import CheckpointWriter
 from dray.runs.drivers import Driver
 from dray.runs.layout import Fragment, make_fragment_key, parse_fragment_key
 from dray.runs.resuming import find_resume_checkpoint
-from dray.runs.retention import LOWER_IS_BETTER, apply_retention
+from dray.runs.retention import apply_retention
 from dray.runs.row_log import make_limits
 from dray.runs.run import Run, find_checkpoint, list_runs, verify_all
 from dray.runs.trackers import Tracker, Trackers, build_trackers, check_trackers
 from dray.storage.filesystem import open_filesystem
 
 __all__ = [
-    "LOWER_IS_BETTER",
     "CheckpointInfo",
     "CheckpointReader",
     "CheckpointReport",

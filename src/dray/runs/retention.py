@@ -17,18 +17,17 @@ from dray.runs.pins import pinned_checkpoints
 from dray.runs.run import Run
 from dray.storage.filesystem import delete_file, delete_folder, write_bytes
 
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
-
 
 def apply_retention(
-    run: Run, keep_last: int, keep_best: int = 0, metric: str = "loss"
+    run: Run, keep_last: int, keep_best: int = 0, metric: str = "loss", *, sign: int = 1
 ) -> list[str]:
     """Delete what need not be kept; the paths deleted.
 
-    Kept: the newest `keep_last` sound checkpoints, the best `keep_best` by `metric` (lower is
-    better for losses, higher for the rest), every one that an existing fork started from, and every
-    one that is held by a reader (`Run.hold`). Besides, unsound ones older than the newest sound one
-    go, but for those that were set aside. Call it from the process that commits, between two saves.
+    Kept: the newest `keep_last` sound checkpoints, the best `keep_best` by `sign` times
+    `metric` (1: lower is better, -1: higher is), every one that an existing fork started from, and
+    every one that is held by a reader (`Run.hold`). Besides, unsound ones older than the newest
+    sound one go, but for those that were set aside. Call it from the process that commits, between
+    two saves.
     """
     if keep_last < 1 or keep_best < 0:
         raise ValueError(
@@ -41,7 +40,7 @@ def apply_retention(
     newest = max((info.attempt, info.step) for info in sound)
     kept = (
         {info.path for info in sound[-keep_last:]}
-        | set(_best(run, sound, keep_best, metric))
+        | set(_best(run, sound, keep_best, metric, sign))
         | _pinned(run)
     )
     doomed = [
@@ -69,12 +68,13 @@ def _delete(run: Run, doomed: list[CheckpointInfo]) -> list[str]:
     return [info.path for info in doomed if info.path not in pinned]
 
 
-def _best(run: Run, sound: list[CheckpointInfo], keep_best: int, metric: str) -> list[str]:
+def _best(
+    run: Run, sound: list[CheckpointInfo], keep_best: int, metric: str, sign: int
+) -> list[str]:
     """Paths of the best checkpoints, by the validation row of their step or else by what they carry
     themselves."""
     oldest = min((info.step for info in sound), default=0)
     rows = {row["step"]: row for row in run.validations(since=oldest)} if keep_best else {}
-    sign = 1 if metric in LOWER_IS_BETTER else -1
     ranked = []
     for info in sound:
         value = rows.get(info.step, info.metrics).get(metric)

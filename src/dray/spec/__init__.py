@@ -27,6 +27,7 @@ from dray.spec.sections import (
     Watchdog,
 )
 from dray.spec.spec import NAME_RULE, RUN_NAME, Spec
+from dray.spec.tasks import Direction, Field, Head, NoSettings, default_task, find_task, task_names
 from dray.spec.yaml_reading import BadYaml, read_yaml
 
 __all__ = [
@@ -35,8 +36,12 @@ __all__ = [
     "RUN_NAME",
     "BadYaml",
     "Cleaning",
+    "Direction",
     "Duration",
+    "Field",
+    "Head",
     "HeldOut",
+    "NoSettings",
     "Numerics",
     "Optimizer",
     "Resources",
@@ -45,12 +50,15 @@ __all__ = [
     "Spec",
     "Tokenizer",
     "Watchdog",
+    "default_task",
     "differing_paths",
     "dump_spec",
+    "find_task",
     "load_spec",
     "load_text",
     "make_spec",
     "read_yaml",
     "recipe_names",
+    "task_names",
     "without_places",
 ]

@@ -51,14 +51,18 @@ class Source(Section):
     """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme);
     `python:stdlib` is the standard library's own sources. Relative paths start at the working
     directory."""
-    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines", "conll"] = "auto"
     """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or
-    `.zip`. `text`: a file is a document; `lines`: a line is."""
+    `.zip`. `text`: a file is a document; `lines`: a line is; `conll`: a line is a word with what
+    belongs to it, between tabs or spaces, and blank lines stand between sentences."""
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     label: str | None = None
     """The column that holds the label; tasks with labels need it. A label is a text, a number, or
     true or false; 1, "1" and 1.0 are one label in every format."""
+    columns: Annotated[dict[str, str], Field(exclude_if=lambda given: not given)] = {}
+    """The columns of the task's other fields by field: `{text_pair: hypothesis}`; of lines of
+    words their numbers from 0, or from -1 back."""
     header: bool = True
     """Whether the first line of csv and tsv files names the columns."""
     quoting: Literal["rfc4180", "none"] = "rfc4180"

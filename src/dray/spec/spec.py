@@ -33,12 +33,8 @@ from dray.spec.sections import (
     Watchdog,
     Zero,
 )
+from dray.spec.tasks import TaskChoice
 
-METRICS = {
-    "causal_lm": ("loss", "perplexity", "accuracy", "bits_per_byte"),
-    "sequence_classification": ("loss", "accuracy", "precision", "recall", "f1", "auc"),
-}
-"""What a validation measures, by task."""
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 NAME_RULE = "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit"
 
@@ -48,8 +44,8 @@ class Spec(Section):
 
     name: Annotated[str, Field(pattern=RUN_NAME)]
     """Default name of the run: letters, digits, `.`, `_` and `-`."""
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """What is learnt."""
+    task: Annotated[TaskChoice, Field(default=None, validate_default=True)]
+    """What is learnt: the name of a task, or a mapping with its `name` and its settings."""
     data: Data
     """The corpus."""
     tokenizer: Tokenizer = Tokenizer(train="byte_bpe")
@@ -89,17 +85,23 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.task == "sequence_classification":
-            validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
-            for source in (*self.data.train, *validation):
-                if source.label is None:
+        validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
+        for source in (*self.data.train, *validation):
+            for name in source.columns:
+                if name not in self.task.fields:
                     raise ValueError(
-                        "data: task sequence_classification needs a `label` column in every source"
+                        f"data: columns.{name}: {self.task.name} reads "
+                        f"{', '.join(self.task.fields)}"
                     )
-        if self.validation.metric not in METRICS[self.task]:
+            for name, field in self.task.fields.items():
+                if field.wanted and field.column_in(source, name, source.format) is None:
+                    raise ValueError(
+                        f"data: task {self.task.name} needs a `{name}` column in every source"
+                    )
+        if self.validation.metric not in self.task.metrics:
             raise ValueError(
-                f"validation.metric = {self.validation.metric}: {self.task} has "
-                f"{', '.join(METRICS[self.task])}"
+                f"validation.metric = {self.validation.metric}: {self.task.name} has "
+                f"{', '.join(self.task.metrics)}"
             )
         weighted = [source.weight is not None for source in self.data.train]
         if any(weighted) and not all(weighted):
@@ -109,10 +111,9 @@ class Spec(Section):
         return self
 
     @property
-    def packs_rows(self) -> bool:
-        """Whether documents are packed into full rows (language modelling) or kept one a row
-        (labels)."""
-        return self.task == "causal_lm"
+    def metric_sign(self) -> int:
+        """1 where a lower value of the metric that ranks checkpoints is better, else -1."""
+        return 1 if self.task.metrics[self.validation.metric] == "lower" else -1
 
     @property
     def may_go_on_when_complete(self) -> bool:

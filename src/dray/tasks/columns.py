@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def token_matrix(table: pa.Table) -> Tensor:
-    """`input_ids`, a fixed-size list of unsigned integers, as int64 [rows, sequence_tokens]."""
-    column = table.column("input_ids")
+    """`input_ids` as int64 [rows, sequence_tokens]."""
+    return matrix(table, "input_ids")
+
+
+def matrix(table: pa.Table, name: str) -> Tensor:
+    """A column of fixed-size lists of integers as int64 [rows, width]."""
+    column = table.column(name)
     width = column.type.list_size
     parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk)]
     flat = (
@@ -33,9 +38,33 @@ def integer_column(table: pa.Table, name: str) -> Tensor:
     return torch.from_numpy(table.column(name).to_numpy().astype(np.int64))
 
 
+def number_column(table: pa.Table, name: str) -> Tensor:
+    """A column of numbers as fp32 [rows]."""
+    return torch.from_numpy(table.column(name).to_numpy().astype(np.float32))
+
+
 def real_rows(table: pa.Table) -> Tensor:
     """Which rows are rows of the corpus and not padding, as bool [rows]; all, if the table has no
     `row_id`."""
     if "row_id" not in table.column_names:
         return torch.ones(table.num_rows, dtype=torch.bool)
     return integer_column(table, "row_id") >= 0
+
+
+def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of rows with a document each, and `token_type_ids` where
+    they have segments, as int64 [rows, width]: as wide as the longest row that is none of
+    padding."""
+    num_tokens, real = integer_column(table, "num_tokens"), real_rows(table)
+    tokens = token_matrix(table)
+    longest = int((num_tokens * real).max()) if table.num_rows else 0
+    width = max(1, min(tokens.shape[1], longest))
+    # A row without any token to attend to would give NaN, also in the gradients of its neighbours.
+    mask = torch.arange(width)[None, :] < num_tokens.clamp(min=1)[:, None]
+    input_ids = tokens[:, :width].contiguous()
+    if pad_token_id is not None:
+        input_ids = input_ids.masked_fill(~mask, pad_token_id)
+    batch = {"input_ids": input_ids, "attention_mask": mask.long()}
+    if "segment" in table.column_names:
+        batch["token_type_ids"] = matrix(table, "segment")[:, :width].contiguous()
+    return batch

@@ -25,7 +25,7 @@ from torch.utils._triton import has_triton
 
 from dray.plan.machine import has_compiler
 from dray.plan.memory import loss_chunk_bytes
-from dray.tasks.task import IGNORED
+from dray.tasks.rows import IGNORED
 
 _CLASSES_MULTIPLE = 64
 

@@ -7,15 +7,21 @@ loop divides by the targets of the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import copy
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from dray.spec import Direction, Field, Head, NoSettings
+from dray.spec.sections import Section
+from dray.tasks.rows import IGNORED, Column
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor, nn
 
-IGNORED = -100
-"""The label of a position without a target."""
+    from dray.tasks.rows import Encoded, Tools
 
 Batch = dict[str, "Tensor"]
 Output = dict[str, "Tensor"]
@@ -23,7 +29,13 @@ Terms = dict[str, tuple["Tensor", "Tensor"]]
 """Named parts of a loss: the sum over a batch's targets, and their number."""
 
 
-class TokenIds(Protocol):
+def draw_of(seed: int, step: int) -> int:
+    """What tasks draw by at a step; a validation is drawn by as step 0, always the same."""
+    digest = hashlib.blake2b(struct.pack("<2Q", seed, step), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class Corpus(Protocol):
     """What a task needs to know of a corpus; its manifest has it."""
 
     @property
@@ -31,6 +43,23 @@ class TokenIds(Protocol):
 
     @property
     def labels(self) -> Sequence[str]: ...
+
+    @property
+    def mask_token_id(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Held(Protocol):
+    """What metrics may need to know of the rows that were measured; a split of a manifest has
+    it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_text_bytes(self) -> int: ...
 
 
 class TaskMetrics(Protocol):
@@ -52,17 +81,84 @@ class TaskMetrics(Protocol):
         """Names of those whose value stands for nothing on the rows seen."""
 
 
-class Task(Protocol):
-    """One file a task."""
+class Task:
+    """One file a task: what a spec must know of it as attributes of the class, what is done with
+    rows and models as methods. It imports torch where it is used, since a spec and a plan load it.
+
+    `settings` are its own keys in the spec. `on(…)` gives it the corpus that it is learnt from.
+    """
 
     name: str
+    Settings: type[Section] = NoSettings
+    fields: Mapping[str, Field]
+    metrics: Mapping[str, Direction]
+    columns: tuple[Column, ...] = ()
+    """What rows hold besides their tokens."""
+    is_default = False
+    """Whether a spec that names no task means this one."""
+    packs = False
+    generates = False
+    predicts = False
+    """Whether its models tell something of each document."""
+    masks = False
+    """Whether it needs a token that stands for one that is to be guessed."""
+    head: Head
 
-    def collate(self, table: pa.Table) -> Batch:
+    def __init__(self, settings: Any = None) -> None:
+        self.settings: Any = self.Settings() if settings is None else settings
+        self.labels: tuple[str, ...] = ()
+        """Names of the classes in the order of their ids."""
+        self.num_labels = 2
+        self.pad_token_id: int | None = None
+        self.mask_token_id: int | None = None
+        self.vocab_size = 0
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        """What of the task decides over its rows: a part of a corpus' key."""
+        return {"packs_rows": self.packs}
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its rows have numbers of classes, which the corpus finds in the documents."""
+        return any(column.names or column.hot for column in self.columns)
+
+    def on(self, corpus: Corpus, num_labels: int | None = None) -> Self:
+        """The task on a corpus, with as many classes as a spec wants or else the corpus has."""
+        bound = copy.copy(self)
+        bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
+        bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
+        bound.num_labels = num_labels or len(corpus.labels) or 2
+        return bound
+
+    def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
+        """Cleaned documents as tokens and the task's columns: packed ones with what stands around
+        them, others without."""
+        from dray.tasks.encoding import encode_texts
+
+        return encode_texts(texts, tools, surrounded=self.packs)
+
+    def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """Rows of a token shard with their `row_id` as tensors on the CPU. Rows with row_id < 0 get
-        no targets."""
+        no targets.
+
+        `draw` belongs to the step and the seed: what is drawn for a row depends on that and on its
+        id alone, so that a resumed run draws the same.
+        """
+        raise NotImplementedError
 
     def num_targets(self, batch: Batch) -> int:
         """Number of terms in the batch's loss."""
+        return int((batch["labels"] != IGNORED).sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
         """The model with its loss inside, as `model`: what is wrapped, compiled and called.
@@ -71,6 +167,27 @@ class Task(Protocol):
         beside their number, and what the metrics need where no gradient is wanted. Labels are
         smoothed in training alone.
         """
+        raise NotImplementedError
 
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""
+        raise NotImplementedError
+
+    def predictions(self, batch: Batch, output: Output) -> list[Any]:
+        """What the model tells of each row of a batch."""
+        raise NotImplementedError
+
+    def join_predictions(self, pieces: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is told of a record, from that of its rows in their order: `prediction`, and what
+        goes with it."""
+        (only,) = pieces
+        return dict(only)
+
+    def report(self, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
+        """Rows of a table that tells more than the metrics do, by what they are of."""
+        found: dict[str, dict[str, float]] = getattr(metrics, "report", dict)()
+        return found
+
+    def complete(self, values: Mapping[str, float], held: Held) -> dict[str, float]:
+        """The metrics of a whole validation, with those that need to know of its rows."""
+        return dict(values)

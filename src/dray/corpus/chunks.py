@@ -1,0 +1,282 @@
+"""From spans of files to chunks of encoded documents, with what could not be read set aside.
+
+A chunk is its documents' tokens end to end, what its task gives them besides, and hashes by which
+equal ones are found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dray.corpus.cleaning import clean, hash_texts
+from dray.corpus.contents import check_unchanged
+from dray.corpus.duplicates import further_pieces, partition_hashes
+from dray.corpus.packing import Ints
+from dray.corpus.parts import (
+    NAMES,
+    Part,
+    Preparation,
+    save_record,
+    staged,
+    write_arrays,
+    write_batch,
+)
+from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
+from dray.corpus.records import PLAIN
+from dray.corpus.sections import write_sections
+from dray.corpus.sources import InputFile
+from dray.corpus.tokenizing import (
+    TokenizerInfo,
+    find_word_starts,
+    load_decoder,
+    load_encoder,
+    read_tokenizer_files,
+)
+from dray.errors import CorpusError
+from dray.spec import Field, Source
+from dray.storage.filesystem import (
+    child,
+    make_folder,
+    write_bytes,
+)
+
+BATCH_BYTES = 4 * 1024 * 1024
+"""Text that is cleaned and encoded at once."""
+MAX_QUARANTINED = 10_000
+"""Bad records of one part that are listed one by one; all are counted."""
+
+
+def cut_quoted(job: Preparation, item: tuple[int, InputFile, Source, int]) -> dict[str, Any]:
+    """Where a large file with quoted fields may be cut into ranges of about a size. Returns its
+    record."""
+    index, file, source, size = item
+    return save_record(
+        job,
+        "cuts",
+        index,
+        {"bounds": find_bounds(file, source, job.max_record_bytes, size, job.task.fields)},
+    )
+
+
+def read_batches(
+    spans: Sequence[Span],
+    source: Source,
+    max_record_bytes: int,
+    tally: Callable[[SpanReader, Documents | None], None],
+    fields: Mapping[str, Field] = PLAIN,
+) -> Iterator[Documents]:
+    """The documents of spans in batches of some megabytes, whether they come from one file or from
+    a thousand.
+
+    `tally` is told of what each span gave, and at its end of its reader alone.
+    """
+    pending: list[Documents] = []
+    size = 0
+    for span in spans:
+        reader = SpanReader(span, source, max_record_bytes, fields)
+        for documents in reader.read():
+            tally(reader, documents)
+            if len(documents.texts):
+                pending.append(documents)
+                size += documents.texts.nbytes
+            if size >= BATCH_BYTES:
+                yield _joined(pending)
+                pending, size = [], 0
+        tally(reader, None)
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(batches: Sequence[Documents]) -> Documents:
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return Documents(
+        pa.concat_arrays([batch.texts for batch in batches]),
+        pa.concat_arrays(labels) if labels else None,
+    )
+
+
+def read_part(job: Preparation, part: Part) -> dict[str, Any]:
+    """Read, clean, hash and encode the documents of a part. Returns its record. Raises
+    CorpusError."""
+    check_unchanged(dict.fromkeys(span.file for span in part.spans))
+    files: dict[str, FileCounts] = {}
+    quarantine: list[Bad] = []
+
+    def tally(reader: SpanReader, documents: Documents | None) -> None:
+        counts = files.setdefault(reader.span.file.name, FileCounts(reader.span.file.form))
+        if documents is None:
+            counts.note, counts.sha256 = counts.note or reader.note, counts.sha256 or reader.sha256
+        else:
+            counts.add(documents)
+            quarantine.extend(documents.bad[: MAX_QUARANTINED - len(quarantine)])
+
+    writer = _ChunkWriter(job, part.index)
+    dropped: Counter[str] = Counter()
+    for batch in read_batches(
+        part.spans,
+        job.sources[part.source].source,
+        job.max_record_bytes,
+        tally,
+        job.task.fields,
+    ):
+        cleaned = clean(batch.texts, batch.labels, job.cleaning)
+        dropped += cleaned.dropped
+        writer.add(cleaned.texts, cleaned.labels)
+    writer.close()
+    check_unchanged(dict.fromkeys(span.file for span in part.spans))
+    lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
+    if lines:
+        write_bytes(
+            *staged(job, "read", f"{part.index:06d}.quarantine.jsonl"),
+            "".join(lines).encode(),
+            durable=False,
+        )
+    num_bad = sum(counts.num_bad for counts in files.values())
+    return save_record(
+        job,
+        "read",
+        part.index,
+        {
+            "files": {name: vars(counts) for name, counts in files.items()},
+            "dropped": dict(dropped),
+            "num_bad": num_bad,
+            "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
+            "chunks": writer.chunks,
+            "num_chunk_documents": writer.num_documents,
+            "labels": dict(sorted(writer.labels.items())),
+        },
+    )
+
+
+class Tools:
+    """What a task encodes documents with, by the tokeniser in a folder."""
+
+    def __init__(self, folder: str, info: TokenizerInfo, row_tokens: int) -> None:
+        self.prefix, self.middle, self.suffix = info.prefix, info.middle, info.suffix
+        self.row_tokens, self.dtype = row_tokens, info.dtype
+        self._folder, self._vocab_size = folder, info.vocab_size
+        self._encoder = load_encoder(folder, info.encoder)
+        self.names: dict[str, int] = {}
+        """Numbers of the names met so far."""
+        self.counts: Counter[str] = Counter()
+
+    def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
+        return self._encoder.encode(texts)
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        tokenizer = load_decoder(self._folder)
+        if not hasattr(tokenizer, "encode_batch"):  # transformers' slow ones know no places
+            raise CorpusError(
+                "tokenizer.path",
+                "the tokeniser does not tell which word a token is of",
+                "tokens of words need a tokenizer.json",
+                "convert the tokeniser to a fast one",
+            )
+        found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(item.ids, [start for start, _ in item.offsets]) for item in found]
+
+    @cached_property
+    def word_starts(self) -> npt.NDArray[np.uint8]:
+        return find_word_starts(read_tokenizer_files(self._folder), self._vocab_size)
+
+    def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
+        """Numbers of names, which are counted; -1 for null."""
+        encoded = names.dictionary_encode()
+        met = encoded.dictionary.to_pylist()
+        own = [self.names.setdefault(name, len(self.names)) for name in met]
+        places = encoded.indices.fill_null(len(own)).to_numpy()
+        found: npt.NDArray[np.int32] = np.array([*own, -1], np.int32)[places]
+        for name, count in zip(met, np.bincount(places, minlength=len(met)), strict=False):
+            self.counts[name] += int(count)
+        return found
+
+
+class _ChunkWriter:
+    """Gathers encoded documents and writes a chunk whenever there are enough."""
+
+    def __init__(self, job: Preparation, part: int) -> None:
+        self._job, self._part = job, part
+        self._tools = Tools(child(job.folder, "tokenizer"), job.info, job.sequence_tokens)
+        self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
+        self._columns: dict[str, list[Any]] = {}
+        self._text_bytes = self._num_records = 0
+        self.chunks: list[str] = []
+        self.num_documents = 0
+
+    @property
+    def labels(self) -> Counter[str]:
+        """How often each class was met."""
+        return self._tools.counts
+
+    def add(self, texts: pa.Array, targets: pa.Array | None) -> None:
+        """Encode a batch of cleaned documents."""
+        if not len(texts):
+            return
+        encoded = self._job.task.encode(texts, targets, self._tools)
+        bounds = np.frombuffer(texts.buffers()[1], np.int64)[
+            texts.offset : texts.offset + len(texts) + 1
+        ]
+        high, low = hash_texts(texts)
+        columns = {"num_bytes": np.diff(bounds), "high": high, "low": low}
+        if targets is not None:
+            columns["class"] = hash_texts(targets.cast(pa.large_string()))[1]
+        columns["record"] = self._num_records + np.arange(len(texts))
+        self._num_records += len(texts)
+        if encoded.records is not None:
+            columns = {name: values[encoded.records] for name, values in columns.items()}
+            columns["num_bytes"][further_pieces(columns["record"])] = 0
+        lost = (
+            np.zeros(len(encoded.lengths), np.int64)
+            if encoded.num_lost is None
+            else encoded.num_lost
+        )
+        self._tokens.append(encoded.tokens)
+        for name, values in {
+            "num_tokens": encoded.lengths,
+            "num_lost": lost,
+            **columns,
+            **encoded.columns,
+        }.items():
+            self._columns.setdefault(name, []).append(values)
+        self._text_bytes += int(bounds[-1] - bounds[0])
+        if self._text_bytes >= self._job.chunk_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been gathered as a chunk."""
+        if not self._columns:
+            return
+        name = f"{self._part:06d}-{len(self.chunks):04d}"
+        filesystem, path = staged(self._job, "read", name)
+        make_folder(filesystem, path.rpartition("/")[0])
+        write_arrays(filesystem, f"{path}.tokens", self._tokens)
+        for column in self._job.task.columns:
+            if column.each == "token":
+                write_arrays(filesystem, f"{path}.{column.name}", self._columns.pop(column.name))
+        columns = {name: _join(parts) for name, parts in self._columns.items()}
+        high, low, classes = columns.pop("high"), columns["low"], columns.pop("class", None)
+        batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+        names = json.dumps(list(self._tools.names)).encode()
+        batch = batch.replace_schema_metadata({NAMES: names})
+        write_batch(filesystem, f"{path}.documents", batch)
+        if self._job.num_partitions:
+            write_sections(
+                filesystem,
+                f"{path}.hashes",
+                partition_hashes(high, low, classes, columns["record"], self._job.num_partitions),
+            )
+        self.chunks.append(name)
+        self.num_documents += len(high)
+        self._tokens, self._columns, self._text_bytes = [], {}, 0
+
+
+def _join(parts: Sequence[Any]) -> Any:
+    return pa.concat_arrays(parts) if isinstance(parts[0], pa.Array) else np.concatenate(parts)

@@ -1,0 +1,189 @@
+"""Predictions for the records of files, in their order, beside what was read of them.
+
+Records are read as the run's own source of their form is, targets aside; a text is normalised and
+encoded as in training, and none is filtered or left out as a duplicate. What cannot be read has a
+line of its own that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dray.corpus.chunks import Tools
+from dray.corpus.cleaning import normalize
+from dray.corpus.manifest import Manifest
+from dray.corpus.packing import Aligned, one_a_row
+from dray.corpus.prepare import list_inputs
+from dray.corpus.reading import Span, SpanReader
+from dray.corpus.records import TEXT_KINDS
+from dray.corpus.shards import make_batch, stored_columns
+from dray.corpus.tokenizing import TokenizerInfo
+from dray.errors import SpecError, StoreError
+from dray.release.evaluate import batch_rows, make_evaluation_spec, said_of_data
+from dray.release.trained import Trained, load_trained
+from dray.spec import Source
+from dray.tasks.rows import SEPARATOR, Encoded
+
+
+@dataclass
+class Counts:
+    """What became of the records."""
+
+    num_predicted: int = 0
+    num_bad: int = 0
+
+
+def predict(
+    storage: str,
+    name: str,
+    data: Sequence[str],
+    *,
+    step: str | int | None = None,
+    counts: Counts | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A mapping for each record: its fields, and `prediction` with what goes with it (`scores`);
+    or `file`, `offset` and `error` for one that cannot be read.
+
+    `data`: paths, or YAML mappings like a spec's data source. Raises StoreError as `load_trained`
+    does, SpecError for a task without predictions, CorpusError for data that is not there.
+    """
+    counts = counts or Counts()
+    trained = load_trained(storage, name, step)
+    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    if not task.predicts:
+        way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
+        raise SpecError(f"run {name!r}", f"its task is {task.name}", "it predicts nothing", way)
+    with said_of_data():
+        spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
+        inputs = list_inputs(spec)
+    predictor = _Predictor(trained, task)
+    fields = {name: field for name, field in task.fields.items() if field.kind in TEXT_KINDS}
+    for source, files in zip(inputs.sources, inputs.files, strict=True):
+        for file in files:
+            reader = SpanReader(Span(file), source.source, spec.data.max_record_bytes, fields)
+            for documents in reader.read():
+                for record in predictor.records(documents.texts, fields, source.source):
+                    counts.num_predicted += 1
+                    yield record
+                for bad in documents.bad:
+                    counts.num_bad += 1
+                    yield {"file": bad.file, "offset": bad.offset, "error": bad.reason}
+
+
+def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
+    """Write records as lines of JSON into a new file; it is there once it is whole. Raises
+    StoreError if it exists or cannot be written."""
+    if os.path.lexists(path):
+        raise StoreError(path, "is there already", "predictions go to a new file", "name another")
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.rename(partial, path)
+    except OSError as error:
+        raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            os.remove(partial)
+
+
+class _Predictor:
+    """A model that predicts texts a block at a time."""
+
+    def __init__(self, trained: Trained, task: Any) -> None:
+        self.trained, self.task = trained, task
+        self.device = trained.move_to_device()
+        self.objective = task.objective(trained.model).eval()
+        self.info = _tokenizer_info(trained)
+        self.tools = Tools(trained.tokenizer_folder, self.info, trained.manifest.sequence_tokens)
+
+    def records(self, texts: pa.Array, fields: Any, source: Source) -> Iterator[dict[str, Any]]:
+        """Predictions of a block of texts, in their order."""
+        if not len(texts):
+            return
+        normal = normalize(texts, self.trained.spec.data.cleaning.normalize)
+        encoded = self.task.encode(normal, None, self.tools)
+        records = np.arange(len(texts)) if encoded.records is None else encoded.records
+        found: list[list[Any]] = [[] for _ in range(len(texts))]
+        for place, prediction in self._predict(encoded):
+            found[int(records[place])].append((place, prediction))
+        for text, pieces in zip(texts.to_pylist(), found, strict=True):
+            values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
+            given = _given(text, fields)
+            yield {**given, **self.task.join_predictions(values, given)}
+
+    @torch.no_grad()
+    def _predict(self, encoded: Encoded) -> Iterator[tuple[int, Any]]:
+        """The place and the prediction of each document, those of like length together."""
+        manifest = self.trained.manifest
+        table = self._rows(encoded)
+        width = manifest.sequence_tokens
+        outputs = self.task.num_labels * (width if self.task.head.each == "token" else 1)
+        size = batch_rows(width, outputs)
+        order = np.argsort(table.column("num_tokens").to_numpy(), kind="stable")
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            batch = self.task.collate(table.take(pa.array(places)))
+            on_device = {key: tensor.to(self.device) for key, tensor in batch.items()}
+            _, output = self.objective(on_device)
+            yield from zip(places.tolist(), self.task.predictions(batch, output), strict=True)
+
+    def _rows(self, encoded: Encoded) -> pa.Table:
+        manifest, task = self.trained.manifest, self.task
+        aligned: Aligned = {
+            column.name: (np.asarray(encoded.columns[column.name]), column.pad)
+            for column in task.columns
+            if column.each == "token"
+        }
+        rows = one_a_row(
+            encoded.tokens,
+            encoded.lengths,
+            manifest.sequence_tokens,
+            self.info.filler,
+            prefix=self.info.prefix,
+            suffix=self.info.suffix,
+            aligned=aligned,
+            extended=[column.name for column in task.columns if column.extends],
+        )
+        columns = stored_columns(
+            task, manifest.sequence_tokens, self.info.dtype, len(manifest.labels)
+        )
+        values = {"input_ids": rows.tokens, "num_tokens": rows.num_tokens, **rows.aligned}
+        for column in columns:
+            if column.name not in values:  # a target, or a place in a corpus
+                values[column.name] = np.zeros((len(rows.tokens), *column.shape), column.dtype)
+        return pa.Table.from_batches([make_batch(columns, values)])
+
+
+def _tokenizer_info(trained: Trained) -> TokenizerInfo:
+    manifest: Manifest = trained.manifest
+    dress = trained.dress
+    return TokenizerInfo(
+        manifest.vocab_size,
+        manifest.pad_token_id,
+        manifest.eos_token_id,
+        "transformers" if manifest.encoder == "transformers" else "tokenizers",
+        dress.prefix,
+        dress.suffix,
+        manifest.middle,
+        manifest.mask_token_id,
+    )
+
+
+def _given(text: str, fields: Any) -> dict[str, Any]:
+    """The fields of a record as they were read."""
+    names = list(fields)
+    if fields[names[0]].kind == "words":
+        return {names[0]: text.split(SEPARATOR)}
+    parts = text.split(SEPARATOR) if len(names) > 1 else [text]
+    return dict(zip(names, parts, strict=True))

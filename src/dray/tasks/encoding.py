@@ -1,0 +1,151 @@
+"""From documents to tokens, as tasks share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dray.tasks.rows import IGNORED, SEPARATOR, Encoded, Tools
+
+
+def encode_texts(texts: pa.Array, tools: Tools, *, surrounded: bool) -> Encoded:
+    """Texts as the tokeniser's ids; `surrounded`: with what stands around a document."""
+    ids, lengths = tools.encode(texts)
+    if not surrounded:
+        return Encoded(ids.astype(tools.dtype), lengths)
+    return Encoded(*surround(ids, lengths, tools.prefix, tools.suffix, tools.dtype))
+
+
+def encode_texts_or_pairs(texts: pa.Array, tools: Tools, *, pairs: bool) -> Encoded:
+    """Documents of one text, or of two with what stands between them: then `segment` says which of
+    them a token is of. Of two that are too long the longer one is cut."""
+    if not pairs:
+        return encode_texts(texts, tools, surrounded=False)
+    parts = pc.split_pattern(texts, SEPARATOR)
+    (first, firsts), (second, seconds) = (
+        tools.encode(pc.list_element(parts, place).cast(pa.large_string())) for place in (0, 1)
+    )
+    middle = np.array(tools.middle, first.dtype)
+    room = max(0, tools.row_tokens - len(tools.prefix) - len(middle) - len(tools.suffix))
+    half = room // 2
+    kept = np.minimum(firsts, np.maximum(room - seconds, half))
+    kept_second = np.minimum(seconds, room - kept)
+    lengths = kept + len(middle) + kept_second
+    tokens = np.empty(int(lengths.sum()), tools.dtype)
+    segment = np.zeros(len(tokens), np.uint8)
+    starts = np.cumsum(lengths) - lengths
+    at, at_second = np.cumsum(firsts) - firsts, np.cumsum(seconds) - seconds
+    for row, start in enumerate(starts.tolist()):
+        behind = start + int(kept[row])
+        ahead = behind + len(middle)
+        tokens[start:behind] = first[at[row] : at[row] + kept[row]]
+        tokens[behind:ahead] = middle
+        stop = ahead + int(kept_second[row])
+        tokens[ahead:stop] = second[at_second[row] : at_second[row] + kept_second[row]]
+        segment[ahead:stop] = 1
+    lost = firsts + seconds - kept - kept_second
+    return Encoded(tokens, lengths, {"segment": segment}, num_lost=lost)
+
+
+def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
+    """Documents that are joined words, with joined tags: `tag` numbers the tag at a word's first
+    token and is IGNORED at others, `window` counts the rows of one document.
+
+    Words stand between spaces, as in a text; one of which no token begins (it is nothing to the
+    tokeniser) has no tag, and the guess for it is as good as lost: such are rare marks.
+    """
+    room = tools.row_tokens - len(tools.prefix) - len(tools.suffix)
+    sentences = [text.split(SEPARATOR) for text in texts.to_pylist()]
+    names = [] if targets is None else [text.split(SEPARATOR) for text in targets.to_pylist()]
+    flat = [name for tags in names for name in tags] or [""] * sum(map(len, sentences))
+    numbers = tools.number(pa.array(flat, pa.string())) if names else np.zeros(len(flat), np.int32)
+    goes_on = np.array([name[:1] in ("I", "E") and name[1:2] == "-" for name in flat], bool)
+    tokens: list[int] = []
+    tags: list[int] = []
+    lengths, records, windows = [], [], []
+    done = 0
+    joined = [" ".join(words) for words in sentences]
+    encoded = zip(sentences, joined, tools.encode_words(joined), strict=True)
+    for record, (words, text, (ids, places)) in enumerate(encoded):
+        starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
+        # A token may begin with the space before its word.
+        own_places = [place + (text[place : place + 1] == " ") for place in places]
+        word_of = np.searchsorted(starts, np.array(own_places, np.int64), side="right") - 1
+        begins = np.ones(len(ids), bool)
+        begins[1:] = word_of[1:] != word_of[:-1]
+        own = np.full(len(ids), IGNORED, np.int32)
+        inside = np.zeros(len(ids), bool)
+        own[begins] = numbers[done + word_of[begins]]
+        inside[begins] = goes_on[done + word_of[begins]]
+        done += len(words)
+        for nth, (start, stop) in enumerate(_windows(begins, inside, room)):
+            tokens += ids[start:stop]
+            tags += own[start:stop].tolist()
+            lengths.append(stop - start)
+            records.append(record)
+            windows.append(nth)
+    return Encoded(
+        np.array(tokens, tools.dtype),
+        np.array(lengths, np.int64),
+        {"tag": np.array(tags, np.int32), "window": np.array(windows, np.int32)},
+        records=np.array(records, np.int64),
+    )
+
+
+def _windows(
+    begins: npt.NDArray[np.bool_], inside: npt.NDArray[np.bool_], room: int
+) -> Iterator[tuple[int, int]]:
+    """Pieces of at most `room` tokens: cut before a word at which no entity goes on, else before
+    any word, else anywhere."""
+    start, size = 0, len(begins)
+    while size - start > room:
+        places = np.arange(start + room, start + room // 2, -1)
+        good = places[begins[places] & ~inside[places]]
+        fair = places[begins[places]]
+        stop = int((good if len(good) else fair if len(fair) else places)[0])
+        yield start, stop
+        start = stop
+    yield start, size
+
+
+def number_lists(names: pa.Array, tools: Tools) -> pa.Array:
+    """Numbers of the names in joined lists, as lists."""
+    parts = pc.split_pattern(names, SEPARATOR)
+    values = parts.flatten()
+    numbers = tools.number(values.filter(pc.not_equal(values, "")))
+    lengths = [len([name for name in item if name]) for item in parts.to_pylist()]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(numbers, pa.int32()))
+
+
+def with_columns(encoded: Encoded, **columns: Any) -> Encoded:
+    """The same documents with further columns."""
+    return replace(encoded, columns={**encoded.columns, **columns})
+
+
+def surround(
+    ids: npt.NDArray[np.uint32],
+    lengths: npt.NDArray[np.int64],
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    dtype: str,
+) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
+    """The documents' ids with `prefix` before and `suffix` after each, in the given type."""
+    stops = np.cumsum(lengths + len(prefix) + len(suffix))
+    starts = stops - lengths - len(prefix) - len(suffix)
+    out = np.empty(len(ids) + len(lengths) * (len(prefix) + len(suffix)), dtype)
+    inside = np.ones(len(out), bool)
+    places = [starts + nth for nth in range(len(prefix))] + [
+        stops - nth for nth in range(len(suffix), 0, -1)
+    ]
+    for place, token in zip(places, (*prefix, *suffix), strict=True):
+        inside[place] = False
+        out[place] = token
+    out[inside] = ids
+    return out, lengths + len(prefix) + len(suffix)

@@ -1,0 +1,107 @@
+"""Masked language modelling on packed rows: some tokens are hidden, and guessed from both sides.
+
+Which ones is drawn for each row at each step from the seed, the step and the row's id, so that a
+row is hidden otherwise every time it comes, and a resumed run hides the same. Of hidden tokens four
+in five become the mask, one in ten another token, and one in ten stays (Devlin et al., 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field as Key
+
+from dray.spec import Direction, Field, Head
+from dray.spec.sections import Float, Section
+from dray.tasks.rows import IGNORED, Column
+from dray.tasks.task import Batch, Task, TaskMetrics
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import nn
+
+    from dray.tasks.rows import Encoded, Tools
+
+SPECIAL = 2
+"""Of the column `starts`: no word's token."""
+
+
+class MaskedLM(Task):
+    """Prediction of hidden tokens."""
+
+    class Settings(Section):
+        """What is hidden."""
+
+        share: Annotated[Float, Key(gt=0, lt=1)] = 0.15
+        """Share of the words, or tokens, that are hidden."""
+        whole_words: bool = True
+        """Whether all tokens of a word are hidden together."""
+
+    name = "masked_lm"
+    fields: Mapping[str, Field] = {"text": Field("text")}
+    metrics: Mapping[str, Direction] = {
+        "loss": "lower",
+        "pseudo_perplexity": "lower",
+        "accuracy": "higher",
+    }
+    columns = (Column("starts", dtype="uint8", each="token", pad=SPECIAL),)
+    packs = True
+    masks = True
+    head = Head("AutoModelForMaskedLM", over="vocabulary", each="token")
+
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        return {**super().row_settings, "task": self.name}
+
+    def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
+        encoded = super().encode(texts, targets, tools)
+        return replace(encoded, columns={"starts": tools.word_starts[encoded.tokens]})
+
+    def collate(self, table: pa.Table, draw: int = 0) -> Batch:
+        """`input_ids` with what is hidden, `labels` with what it was (else IGNORED), and
+        `attention_mask`: int64 [rows, sequence_tokens]."""
+        import numpy as np
+        import torch
+
+        from dray.tasks.columns import integer_column, matrix, real_rows, token_matrix
+
+        tokens, starts = token_matrix(table), matrix(table, "starts")
+        num_rows, width = tokens.shape
+        num_tokens = integer_column(table, "num_tokens")
+        inside = torch.arange(width)[None, :] < num_tokens.clamp(min=1)[:, None]
+        may_hide = inside & (starts != SPECIAL) & real_rows(table)[:, None]
+        ids = integer_column(table, "row_id") if "row_id" in table.column_names else None
+        chosen, fates, others = (np.empty((num_rows, width)) for _ in range(3))
+        for row in range(num_rows):
+            place = row if ids is None else int(ids[row])
+            key = np.array([draw, place % 2**64], np.uint64)
+            random = np.random.Generator(np.random.Philox(key=key))
+            chosen[row], fates[row], others[row] = random.random((3, width))
+        drawn = torch.from_numpy(chosen)
+        if self.settings.whole_words:  # a word goes by what its first token drew
+            begins = (starts == 1) | ~may_hide
+            begins[:, 0] = True
+            first = torch.where(begins, torch.arange(width), 0).cummax(dim=1).values
+            drawn = drawn.gather(1, first)
+        hidden = may_hide & (drawn < self.settings.share)
+        lonely = may_hide.any(dim=1) & ~hidden.any(dim=1)  # a row without a target teaches nothing
+        lowest = torch.where(may_hide, drawn, 2.0).argmin(dim=1)
+        hidden[lonely, lowest[lonely]] = True
+        fate = torch.from_numpy(fates)
+        other = (torch.from_numpy(others) * self.vocab_size).long()
+        shown = torch.where(hidden & (fate < 0.8), int(self.mask_token_id or 0), tokens)
+        shown = torch.where(hidden & (fate >= 0.9), other, shown)
+        labels = torch.where(hidden, tokens, IGNORED)
+        return {"input_ids": shown, "attention_mask": inside.long(), "labels": labels}
+
+    def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
+        from dray.tasks.objectives import LabelLoss
+
+        return LabelLoss(model, label_smoothing, scores=False)
+
+    def new_metrics(self) -> TaskMetrics:
+        from dray.tasks.metrics import TokenMetrics
+
+        return TokenMetrics("pseudo_perplexity")

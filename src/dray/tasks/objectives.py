@@ -1,0 +1,175 @@
+"""Losses around models, which tasks share: what is wrapped, compiled and called.
+
+`forward(batch)` gives `{"loss": (sum, count)}` and, where no gradient is wanted, what the metrics
+need. Labels are smoothed in training alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dray.tasks.heads import find_head
+from dray.tasks.losses import (
+    LogitRule,
+    count_correct,
+    linear_cross_entropy,
+    rows_at_once,
+    summed_cross_entropy,
+)
+from dray.tasks.rows import IGNORED
+from dray.tasks.task import Batch, Output, Terms
+
+
+class NextTokenLoss(nn.Module):
+    """A language model and the summed cross entropy of its tokens, of which only a chunk has its
+    logits at a time."""
+
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+        head = find_head(model)
+        self.body_name = "" if head is None else _name_of(model, head.body)
+        self.projection = None if head is None else ProjectionLoss(head.projection, head.rule)
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        smoothing = self.label_smoothing if self.training else 0.0
+        if self.projection is not None:
+            hidden = self.model.get_submodule(self.body_name)(input_ids=batch["input_ids"])[0]
+            loss, correct = self.projection(
+                hidden.flatten(0, 1), batch["labels"].flatten(), smoothing
+            )
+        elif torch.is_grad_enabled():
+            loss, correct = self._from_logits(batch["input_ids"], batch["labels"], smoothing)
+        else:
+            loss, correct = self._by_rows(batch, smoothing)
+        count = (batch["labels"] != IGNORED).sum()
+        return {"loss": (loss, count)}, {} if correct is None else {
+            "loss_sum": loss,
+            "num_correct": correct,
+        }
+
+    def _from_logits(
+        self, input_ids: Tensor, labels: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor | None]:
+        logits = self.model(input_ids=input_ids).logits
+        loss = summed_cross_entropy(logits.flatten(0, 1), labels.flatten(), smoothing)
+        # Logits kept for metrics would outlive the backward pass.
+        return loss, None if torch.is_grad_enabled() else (logits.argmax(dim=-1) == labels).sum()
+
+    def _by_rows(self, batch: Batch, smoothing: float) -> tuple[Tensor, Tensor | None]:
+        """As above, a few rows at a time, so that the logits of a whole batch need no room."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        rows = rows_at_once(
+            ids.shape[1], self.model.config.get_text_config().vocab_size, ids.device
+        )
+        parts = [
+            self._from_logits(ids[at : at + rows], labels[at : at + rows], smoothing)
+            for at in range(0, len(ids), rows)
+        ]
+        losses, corrects = zip(*parts, strict=True)
+        return torch.stack(losses).sum(), torch.stack(corrects).sum()
+
+
+class ProjectionLoss(nn.Module):
+    """The loss of a language model's head, with the head's own parameters: called as a module, so
+    that ZeRO-3, which gathers a module's parameters while it runs, finds it."""
+
+    def __init__(self, projection: nn.Linear, rule: LogitRule) -> None:
+        super().__init__()
+        self.weight, self.bias, self.rule = projection.weight, projection.bias, rule
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """The summed loss, and where no gradient is wanted the number of labels that are
+        likeliest."""
+        loss = linear_cross_entropy(
+            hidden, self.weight, self.bias, labels, label_smoothing=label_smoothing, rule=self.rule
+        )
+        return loss, None if torch.is_grad_enabled() else count_correct(
+            hidden, self.weight, self.bias, labels
+        )
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[part]
+
+
+class LabelLoss(nn.Module):
+    """A model that gives logits for each row, or for each token, and the summed cross entropy of
+    the labels. `scores`: whether metrics get the softmax, or how many labels are likeliest."""
+
+    def __init__(self, model: Any, label_smoothing: float = 0.0, *, scores: bool = True) -> None:
+        super().__init__()
+        self.model, self.label_smoothing, self.scores = model, label_smoothing, scores
+        self.takes_segments = _takes_segments(model)
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        logits = self.model(**_inputs(batch, self.takes_segments)).logits
+        smoothing = self.label_smoothing if self.training else 0.0
+        labels = batch["labels"].flatten()
+        loss = summed_cross_entropy(logits.flatten(0, -2), labels, smoothing)
+        terms: Terms = {"loss": (loss, (labels != IGNORED).sum())}
+        if torch.is_grad_enabled():
+            return terms, {}
+        if self.scores:
+            return terms, {"loss_sum": loss, "scores": torch.softmax(logits.float(), dim=-1)}
+        num_correct = (logits.argmax(dim=-1) == batch["labels"]).sum()
+        return terms, {"loss_sum": loss, "num_correct": num_correct}
+
+
+class ManyLabelsLoss(nn.Module):
+    """A classifier of rows with any number of labels each: the binary cross entropy of each label,
+    of which a row counts the mean. Smoothing draws targets towards a half."""
+
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+        self.takes_segments = _takes_segments(model)
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        logits = self.model(**_inputs(batch, self.takes_segments)).logits.float()
+        real = batch["labels"][:, 0] != IGNORED
+        targets = batch["labels"].clamp(min=0).float()
+        if self.training and self.label_smoothing:
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=-1)
+        loss = (losses * real).sum()
+        terms: Terms = {"loss": (loss, real.sum())}
+        if torch.is_grad_enabled():
+            return terms, {}
+        return terms, {"loss_sum": loss, "scores": torch.sigmoid(logits)}
+
+
+class NumberLoss(nn.Module):
+    """A model of one number a row, and the summed squared error."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.takes_segments = model, _takes_segments(model)
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        found = self.model(**_inputs(batch, self.takes_segments)).logits.float()[:, 0]
+        real = batch["labels"].isfinite()
+        errors = torch.where(real, found - batch["labels"].nan_to_num(), 0.0)
+        loss = errors.square().sum()
+        terms: Terms = {"loss": (loss, real.sum())}
+        return terms, {} if torch.is_grad_enabled() else {"loss_sum": loss, "numbers": found}
+
+
+def _takes_segments(model: Any) -> bool:
+    """Whether a model tells the two texts of a row apart by their segments."""
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return takes and getattr(model.config, "type_vocab_size", 1) > 1
+
+
+def _inputs(batch: Batch, takes_segments: bool) -> Batch:
+    names = ("input_ids", "attention_mask", *(["token_type_ids"] if takes_segments else []))
+    return {name: batch[name] for name in names if name in batch}

@@ -1,0 +1,89 @@
+"""What a row of a corpus holds besides its tokens, and what a task makes of documents.
+
+A row is `input_ids` [sequence_tokens], `num_tokens`, and the columns that its task names: numbers
+for each of its tokens, or some for the row. Packing cuts and pads what belongs to tokens as it does
+the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
+
+IGNORED = -100
+"""The label of a position without a target."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of rows, of numbers."""
+
+    name: str
+    dtype: str = "int32"
+    each: Literal["row", "token"] = "row"
+    """What has a value of its own."""
+    names: bool = False
+    """Whether values number names of classes: then they are numbers of `Tools.number` until all
+    documents are read, and those of the sorted classes in the rows; negative ones stay."""
+    hot: bool = False
+    """Whether a document has a list of classes, which becomes a 1 or 0 for each of them."""
+    pad: int = 0
+    """What stands where there is no token of the document's text."""
+    extends: bool = False
+    """Whether what ends a document has the value of its last token."""
+
+
+SEPARATOR = "\x1f"
+"""Between the parts of a text or a target that has several."""
+
+
+class Tools(Protocol):
+    """What a task encodes documents with."""
+
+    prefix: tuple[int, ...]
+    """Ids before each document."""
+    middle: tuple[int, ...]
+    """Ids between two texts of one."""
+    suffix: tuple[int, ...]
+    """Ids after each document."""
+    row_tokens: int
+    """Tokens that a row has room for."""
+    dtype: str
+    """Of ids."""
+
+    def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids of texts end to end, without any around them, and the number of each text's."""
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Ids of each text, and where in it each begins (characters)."""
+
+    @property
+    def word_starts(self) -> npt.NDArray[np.uint8]:
+        """By id: 1 where a token begins a word, 0 where it goes on with one, 2 where it is
+        special."""
+
+    def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
+        """Numbers of names; -1 for null."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as a task encodes them. A record may become several, or none."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    """End to end."""
+    lengths: npt.NDArray[np.int64]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """By name: for tokens end to end, for documents one each; of a hot column a ListArray of
+    numbers."""
+    records: npt.NDArray[np.int64] | None = None
+    """The record of each document, where it is not the one at its place."""
+    num_lost: npt.NDArray[np.int64] | None = None
+    """Tokens of each document that its row had no room for."""
