@@ -115,6 +115,9 @@ def test_a_task_is_learnt_taken_up_again_evaluated_and_exported(tmp_path: Path, 
     if name != "masked_lm":
         check_predictions(storage, folder, name)
     export(storage, "whole", str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    if name == "regression":
+        assert (config["problem_type"], list(config["id2label"])) == ("regression", ["0"])
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -99,7 +99,7 @@ def load_dimensions(
     that is too small.
     """
     model = spec.model
-    labels = model.num_labels or num_labels or 2
+    labels = spec.task.num_outputs or model.num_labels or num_labels or 2
     if model.path is not None:
         return _folder_dimensions(spec, vocab_size, labels, config or _load_config(model.path))
     architecture, hidden, heads = (

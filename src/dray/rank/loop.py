@@ -231,7 +231,7 @@ class _Loop:
         model: torch.nn.Module = build_model(
             self.spec,
             vocab_size=manifest.vocab_size,
-            num_labels=len(manifest.labels) or 2,
+            num_labels=self.task.num_labels,
             labels=manifest.labels,
             pad_token_id=manifest.pad_token_id,
             eos_token_id=manifest.eos_token_id,

@@ -110,7 +110,7 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
     model = build_model(
         spec,
         vocab_size=manifest.vocab_size,
-        num_labels=len(manifest.labels) or 2,
+        num_labels=spec.task.on(manifest, spec.model.num_labels).num_labels,
         labels=manifest.labels,
         pad_token_id=manifest.pad_token_id,
         eos_token_id=manifest.eos_token_id,

@@ -98,6 +98,14 @@ class Spec(Section):
                     raise ValueError(
                         f"data: task {self.task.name} needs a `{name}` column in every source"
                     )
+        if self.task.num_outputs is not None and self.model.num_labels not in (
+            None,
+            self.task.num_outputs,
+        ):
+            raise ValueError(
+                f"model.num_labels = {self.model.num_labels}: {self.task.name} has "
+                f"{self.task.num_outputs}"
+            )
         if self.validation.metric not in self.task.metrics:
             raise ValueError(
                 f"validation.metric = {self.validation.metric}: {self.task.name} has "

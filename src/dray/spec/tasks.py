@@ -75,6 +75,7 @@ class TaskKind(Protocol):
     fields: Mapping[str, Field]
     metrics: Mapping[str, Direction]
     """What a validation measures."""
+    num_outputs: int | None
     is_default: bool
     packs: bool
     """Whether documents are packed into full rows, or kept one a row."""

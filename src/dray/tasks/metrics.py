@@ -269,9 +269,9 @@ class EntityMetrics(_Gathered):
 
     def update(self, batch: Batch, output: Output) -> None:
         self._losses.append(float(output["loss_sum"]))
-        guesses = output["scores"].argmax(dim=-1)
+        guesses = output["scores"].argmax(dim=-1).cpu()
         places = zip(batch["document"].tolist(), batch["window"].tolist(), strict=True)
-        for place, labels, guess in zip(places, batch["labels"], guesses, strict=True):
+        for place, labels, guess in zip(places, batch["labels"].cpu(), guesses, strict=True):
             real = labels != IGNORED
             if not bool(real.any()):
                 continue

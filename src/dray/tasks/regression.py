@@ -32,6 +32,7 @@ class Regression(Task):
 
     name = "regression"
     predicts = True
+    num_outputs = 1
     metrics: Mapping[str, Direction] = {
         "loss": "lower",
         "mse": "lower",
@@ -56,11 +57,6 @@ class Regression(Task):
     @property
     def row_settings(self) -> dict[str, Any]:
         return {**super().row_settings, "task": self.name, "pairs": self.settings.pairs}
-
-    def on(self, corpus: Any, num_labels: int | None = None) -> Regression:
-        bound = super().on(corpus, num_labels)
-        bound.num_labels = 1
-        return bound
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.encoding import encode_texts_or_pairs, with_columns

@@ -94,6 +94,8 @@ class Task:
     metrics: Mapping[str, Direction]
     columns: tuple[Column, ...] = ()
     """What rows hold besides their tokens."""
+    num_outputs: int | None = None
+    """How many numbers its head gives, where no classes decide it."""
     is_default = False
     """Whether a spec that names no task means this one."""
     packs = False
@@ -137,7 +139,7 @@ class Task:
         bound = copy.copy(self)
         bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
         bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
-        bound.num_labels = num_labels or len(corpus.labels) or 2
+        bound.num_labels = self.num_outputs or num_labels or len(corpus.labels) or 2
         return bound
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
