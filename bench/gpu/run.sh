@@ -21,6 +21,9 @@ if compgen -G "wheels/*.whl" > /dev/null; then
   export PYTHONPATH="wheels/site:${PYTHONPATH:-}"
 fi
 export PYTHONPATH="src:.:${PYTHONPATH:-}" TOKENIZERS_PARALLELISM=false
+# Tasks are found by dray's entry points: where it is not installed, what setuptools writes beside the sources will do.
+"$PYTHON" -c 'import importlib.metadata as found; found.distribution("dray")' 2> /dev/null ||
+  "$PYTHON" -c 'from setuptools import setup; setup()' --quiet egg_info --egg-base src
 case "${1:-}" in
   --checks) shift; exec "$PYTHON" -m bench.gpu.checks "$@" ;;
   --losses) exec "$PYTHON" -m bench.gpu.loss_arms ;;

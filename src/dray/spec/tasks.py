@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, PlainSerializer, ValidationError
 
+from dray.errors import SpecError
 from dray.spec.sections import Section, Source
 
 GROUP = "dray.tasks"
@@ -89,7 +90,15 @@ class TaskKind(Protocol):
 
 @cache
 def _known() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if not found:
+        raise SpecError(
+            "dray",
+            "is on the path, but not installed",
+            "tasks are found by the entry points of what is installed",
+            "pip install dray, or -e its folder",
+        )
+    return found
 
 
 def task_names() -> list[str]:
