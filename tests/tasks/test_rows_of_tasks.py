@@ -116,7 +116,8 @@ wrote O
 London\tB-place
 \t
 # a comment
-rains O
+rains\tO
+#\tO
 
 broken
 line O
@@ -132,10 +133,10 @@ def test_lines_of_words_become_tags_of_first_tokens(tmp_path: Path) -> None:
     corpus = prepare(spec, str(tmp_path / "runs"))
     assert corpus.manifest.labels == ("B-person", "B-place", "I-person", "O")
     assert corpus.manifest.num_bad == 1  # lines of one and of two columns in one sentence
-    assert corpus.manifest.train.documents_by_label["O"] == 2
+    assert corpus.manifest.train.documents_by_label["O"] == 3
     labels = batch_of(spec, corpus)["labels"]
     tagged = sorted([tag for tag in row.tolist() if tag != IGNORED] for row in labels)
-    assert tagged == [[0, 2, 3], [1], [3]]
+    assert tagged == [[0, 2, 3], [1], [3, 3]]
 
 
 def test_a_sentence_longer_than_a_row_goes_on_in_others_and_no_entity_is_cut(

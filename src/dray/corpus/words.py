@@ -1,8 +1,9 @@
 """Lines of words, as CoNLL's shared tasks have them: a line is a word with what belongs to it, and
 blank lines stand between sentences.
 
-A sentence is a record. Lines that only mark where a document begins (`-DOCSTART-`) and comments of
-CoNLL-U (`# …`) are none of its words.
+A sentence is a record. Lines that only mark where a document begins (`-DOCSTART-`) are none of its
+words, nor are comments as CoNLL-U has them: lines that begin with `#` and have no tab, where others
+have.
 """
 
 from __future__ import annotations
@@ -55,14 +56,21 @@ class WordLines:
 
     def is_blank(self, record: bytes) -> bool:
         lines = [line for line in record.splitlines() if line.strip()]
-        return all(line.startswith((_MARK.encode(), b"#\t", b"# ")) for line in lines)
+        return all(line.startswith(_MARK.encode()) for line in lines)
 
     def parse_block(self, data: bytes) -> tuple[pa.Array, pa.Array | None] | None:
         return None
 
     def parse_line(self, line: str) -> tuple[str, str]:
         """The words of a sentence and what belongs to them. Raises BadRecord."""
-        rows = [self._fields(text) for text in line.split("\n") if self._is_word(text)]
+        lines = [
+            text.rstrip("\r")
+            for text in line.split("\n")
+            if text.strip() and not text.startswith(_MARK)
+        ]
+        if any("\t" in text for text in lines):
+            lines = [text for text in lines if "\t" in text or not text.startswith("#")]
+        rows = [text.split("\t") if "\t" in text else text.split() for text in lines]
         if len({len(row) for row in rows}) > 1:
             raise BadRecord(
                 f"lines of {min(map(len, rows))} and of {max(map(len, rows))} columns in a sentence"
@@ -74,10 +82,3 @@ class WordLines:
                 raise BadRecord(f"no column {name}: {len(rows[0])} in a line")
             values[name] = [row[place] for row in rows]
         return self._wanted.read(values)
-
-    def _is_word(self, line: str) -> bool:
-        return bool(line.strip()) and not line.startswith((_MARK, "# ", "#\t"))
-
-    def _fields(self, line: str) -> list[str]:
-        line = line.rstrip("\r")
-        return line.split("\t") if "\t" in line else line.split()
