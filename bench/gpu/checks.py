@@ -34,7 +34,7 @@ from dray.models.build import one_document_a_row
 from dray.plan import local_shape, make_plan
 from dray.rank.device import HostCopy, build_copy_stream
 from dray.rank.group import build_ranks, join_alone
-from dray.runs import CheckpointReader, Run
+from dray.runs import CheckpointInfo, CheckpointReader, Run
 from dray.spec import Spec, make_spec
 from dray.tasks import losses
 from dray.train.driver import train_locally
@@ -92,7 +92,12 @@ def weights(run: Run) -> dict[str, Tensor]:
     newest = run.latest_checkpoint()
     if newest is None:
         raise DoesNotHold("no checkpoint was committed")
-    with CheckpointReader(run, newest) as reader:
+    return weights_in(run, newest)
+
+
+def weights_in(run: Run, checkpoint: CheckpointInfo) -> dict[str, Tensor]:
+    """A checkpoint's fp32 weights by name, flat."""
+    with CheckpointReader(run, checkpoint) as reader:
         return {
             name: reader.read(name, "param", 0, math.prod(shape))
             for name, shape in reader.metadata["shapes"].items()
@@ -123,13 +128,13 @@ def ceilings() -> str:
     if not ON_GPU:
         return "no GPU"
     left, right = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in "ab")
-    product = _milliseconds(lambda: left @ right)
+    product = milliseconds(lambda: left @ right)
     big = torch.empty(2 * 2**30, dtype=torch.uint8, device=DEVICE)
-    copy = _milliseconds(big.clone)
+    copy = milliseconds(big.clone)
     return f"{2 * 8192**3 / product / 1e9:.0f} TFLOP/s, {2 * big.numel() / copy / 1e9:.2f} TB/s"
 
 
-def _milliseconds(work: Callable[[], Any], repeats: int = 10) -> float:
+def milliseconds(work: Callable[[], Any], repeats: int = 10) -> float:
     """The middle of some runs, by the device."""
     times = []
     for _ in range(repeats + 3):
@@ -223,12 +228,7 @@ def saves() -> str:
         run, found = trained(every, where, "every"), []
         for info in run.checkpoints():
             alone = weights(trained(small(1, steps=info.step), where, f"to{info.step}"))
-            with CheckpointReader(run, info) as reader:
-                saved = {
-                    name: reader.read(name, "param", 0, math.prod(shape))
-                    for name, shape in reader.metadata["shapes"].items()
-                }
-            found.append(farthest(saved, alone))
+            found.append(farthest(weights_in(run, info), alone))
         return hold(len(found) == 6 and max(found) < 1e-4, f"apart by {max(found):.1e}")
 
 

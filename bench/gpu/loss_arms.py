@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.checks import _milliseconds
+from bench.gpu.checks import milliseconds
 from dray.tasks import losses
 
 HEADS = {"gpt2-124m": (32_768, 768, 50_257), "llama-1b": (16_384, 2048, 32_000)}
@@ -71,7 +71,7 @@ def main() -> None:
                 loss(hidden, weight, labels).backward()  # noqa: B023
 
             try:
-                spent = _milliseconds(once, 5)
+                spent = milliseconds(once, 5)
             except Exception as error:  # an arm that cannot run must not take the others with it
                 print(f"  {way}: {type(error).__name__}: {str(error)[:200]}")
                 continue

@@ -13,7 +13,7 @@ import pytest
 from dray.corpus.prepare import prepare
 from dray.release.evaluate import evaluate
 from dray.release.export import export
-from dray.release.predict import predict
+from dray.release.predict import Counts, predict
 from dray.runs import Run
 from dray.spec import make_spec
 from dray.train import train_locally
@@ -125,7 +125,9 @@ def check_predictions(storage: str, folder: Path, name: str) -> None:
     """In the order of the records, of which one cannot be read, and mostly right."""
     text = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()[:40]
     (folder / "some.jsonl").write_text("\n".join([*text[:20], "{", *text[20:]]), encoding="utf-8")
-    found = list(predict(storage, "whole", [str(folder / "some.jsonl")]))
+    counts = Counts()
+    found = list(predict(storage, "whole", [str(folder / "some.jsonl")], counts=counts))
+    assert (counts.num_predicted, counts.num_bad, counts.num_cut) == (40, 1, 0)
     (bad,) = [record for record in found if "error" in record]
     assert bad["error"].startswith("broken JSON")
     assert Path(bad["file"]).name == "some.jsonl"
@@ -141,3 +143,7 @@ def check_predictions(storage: str, folder: Path, name: str) -> None:
         for one, other in zip(told, given, strict=True)
     ]
     assert sum(right) >= 30
+    if name != "token_classification":  # whose long ones go on in further rows
+        (folder / "long.jsonl").write_text(json.dumps({"text": "day " * 90}), encoding="utf-8")
+        list(predict(storage, "whole", [str(folder / "long.jsonl")], counts=counts))
+        assert (counts.num_predicted, counts.num_cut) == (41, 1)

@@ -35,9 +35,7 @@ from dray.corpus.parts import (
     write_arrays,
 )
 from dray.corpus.shards import make_batch, write_shard
-from dray.corpus.tokenizing import (
-    load_decoder,
-)
+from dray.corpus.tokenizing import TokenizerInfo, load_decoder
 from dray.storage.filesystem import (
     child,
     make_folder,
@@ -164,6 +162,27 @@ def _write_sample(job: Preparation, index: int, documents: _Encoded) -> None:
     write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
 
 
+def pad_rows(  # noqa: PLR0917
+    task: Any,
+    info: TokenizerInfo,
+    sequence_tokens: int,
+    tokens: npt.NDArray[np.unsignedinteger],
+    lengths: Ints,
+    aligned: Aligned,
+) -> Rows:
+    """A document a row, between what the tokeniser puts around one."""
+    return one_a_row(
+        tokens,
+        lengths,
+        sequence_tokens,
+        info.filler,
+        prefix=info.prefix,
+        suffix=info.suffix,
+        aligned=aligned,
+        extended=[column.name for column in task.columns if column.extends],
+    )
+
+
 def _make_rows(
     job: Preparation, index: int, documents: _Encoded
 ) -> tuple[Rows, dict[str, npt.NDArray[Any]]]:
@@ -173,11 +192,7 @@ def _make_rows(
     if job.packs:
         rows = pack(tokens, lengths, width, info.filler, aligned)
     else:
-        around = {"prefix": info.prefix, "suffix": info.suffix}
-        extended = [column.name for column in job.task.columns if column.extends]
-        rows = one_a_row(
-            tokens, lengths, width, info.filler, aligned=aligned, extended=extended, **around
-        )
+        rows = pad_rows(job.task, info, width, tokens, lengths, aligned)
     values = {"input_ids": rows.tokens, "num_tokens": rows.num_tokens, **rows.aligned}
     classes = _class_ids(job, documents.columns)
     for column in job.task.columns:

@@ -21,16 +21,16 @@ import torch
 from dray.corpus.chunks import Tools
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest
-from dray.corpus.packing import Aligned, one_a_row
+from dray.corpus.packing import Aligned
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
 from dray.corpus.records import TEXT_KINDS
+from dray.corpus.rows import pad_rows
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.tokenizing import TokenizerInfo
 from dray.errors import SpecError, StoreError
 from dray.release.evaluate import batch_rows, make_evaluation_spec, said_of_data
 from dray.release.trained import Trained, load_trained
-from dray.spec import Source
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
@@ -40,6 +40,8 @@ class Counts:
 
     num_predicted: int = 0
     num_bad: int = 0
+    num_cut: int = 0
+    """Whose end a row had no room for."""
 
 
 def predict(
@@ -65,13 +67,13 @@ def predict(
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
         inputs = list_inputs(spec)
-    predictor = _Predictor(trained, task)
+    predictor = _Predictor(trained, task, counts)
     fields = {name: field for name, field in task.fields.items() if field.kind in TEXT_KINDS}
     for source, files in zip(inputs.sources, inputs.files, strict=True):
         for file in files:
             reader = SpanReader(Span(file), source.source, spec.data.max_record_bytes, fields)
             for documents in reader.read():
-                for record in predictor.records(documents.texts, fields, source.source):
+                for record in predictor.records(documents.texts, fields):
                     counts.num_predicted += 1
                     yield record
                 for bad in documents.bad:
@@ -100,14 +102,14 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
 class _Predictor:
     """A model that predicts texts a block at a time."""
 
-    def __init__(self, trained: Trained, task: Any) -> None:
-        self.trained, self.task = trained, task
+    def __init__(self, trained: Trained, task: Any, counts: Counts) -> None:
+        self.trained, self.task, self.counts = trained, task, counts
         self.device = trained.move_to_device()
         self.objective = task.objective(trained.model).eval()
         self.info = _tokenizer_info(trained)
         self.tools = Tools(trained.tokenizer_folder, self.info, trained.manifest.sequence_tokens)
 
-    def records(self, texts: pa.Array, fields: Any, source: Source) -> Iterator[dict[str, Any]]:
+    def records(self, texts: pa.Array, fields: Any) -> Iterator[dict[str, Any]]:
         """Predictions of a block of texts, in their order."""
         if not len(texts):
             return
@@ -145,16 +147,10 @@ class _Predictor:
             for column in task.columns
             if column.each == "token"
         }
-        rows = one_a_row(
-            encoded.tokens,
-            encoded.lengths,
-            manifest.sequence_tokens,
-            self.info.filler,
-            prefix=self.info.prefix,
-            suffix=self.info.suffix,
-            aligned=aligned,
-            extended=[column.name for column in task.columns if column.extends],
-        )
+        width = manifest.sequence_tokens
+        rows = pad_rows(task, self.info, width, encoded.tokens, encoded.lengths, aligned)
+        lost = np.zeros(1) if encoded.num_lost is None else encoded.num_lost
+        self.counts.num_cut += rows.num_truncated_documents + int((lost > 0).sum())
         columns = stored_columns(
             task, manifest.sequence_tokens, self.info.dtype, len(manifest.labels)
         )

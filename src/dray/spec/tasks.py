@@ -106,9 +106,10 @@ def task_names() -> list[str]:
     return sorted(_known())
 
 
-def find_task(name: str) -> Any:
+def find_task(name: str) -> type[TaskKind]:
     """The class of an installed task."""
-    return _known()[name].load()
+    kind: type[TaskKind] = _known()[name].load()
+    return kind
 
 
 @cache

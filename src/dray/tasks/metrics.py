@@ -63,85 +63,6 @@ class TokenMetrics:
         return () if self._num_targets else names
 
 
-class ClassificationMetrics:
-    """Every document's label and scores: unlike means, ranks' AUCs do not add up."""
-
-    def __init__(self, num_labels: int) -> None:
-        self._num_labels = num_labels
-        self._losses: list[float] = []
-        self._labels: list[int] = []
-        self._scores: list[list[float]] = []
-
-    def update(self, batch: Batch, output: Output) -> None:
-        real = batch["labels"] != IGNORED
-        self._losses.append(float(output["loss_sum"]))
-        self._labels += batch["labels"][real].tolist()
-        self._scores += output["scores"][real].tolist()
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "losses": list(self._losses),
-            "labels": list(self._labels),
-            "scores": list(self._scores),
-        }
-
-    def merge(self, states: Iterable[dict[str, Any]]) -> ClassificationMetrics:
-        for state in states:
-            self._losses += state["losses"]
-            self._labels += state["labels"]
-            self._scores += state["scores"]
-        return self
-
-    def compute(self) -> dict[str, float]:
-        """`loss`, `accuracy`, `precision`, `recall`, `f1`, `auc`, `num_targets`.
-
-        With two classes the middle four are those of class 1, with more the unweighted mean over
-        the classes that the documents or the guesses show (AUC: each class against the rest). `auc`
-        is 0.5, what guessing gives, where the documents do not show every class.
-        """
-        if not self._labels:
-            names = ("loss", "accuracy", "precision", "recall", "f1", "auc", "num_targets")
-            return dict.fromkeys(names, 0.0)
-        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-
-        scores = torch.tensor(self._scores, dtype=torch.float64)
-        guesses = scores.argmax(dim=-1).tolist()
-        kind: dict[str, Any] = (
-            {"average": "binary"} if self._num_labels == 2 else {"average": "macro"}
-        )
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            self._labels, guesses, zero_division=0.0, **kind
-        )
-        return {
-            "loss": math.fsum(self._losses) / len(self._labels),
-            "accuracy": float(accuracy_score(self._labels, guesses)),
-            "precision": float(precision),
-            "recall": float(recall),
-            "f1": float(f1),
-            "auc": self._auc(scores),
-            "num_targets": float(len(self._labels)),
-        }
-
-    def undefined(self) -> tuple[str, ...]:
-        """The AUC without every class; with two classes what asks for documents of class 1, where
-        there are none."""
-        seen = set(self._labels)
-        if not seen:
-            return ("loss", "accuracy", "precision", "recall", "f1", "auc")
-        positives = ("recall", "f1") if self._num_labels == 2 and 1 not in seen else ()
-        return (*positives, "auc") if len(seen) < self._num_labels else ()
-
-    def _auc(self, scores: Tensor) -> float:
-        from sklearn.metrics import roc_auc_score
-
-        if len(set(self._labels)) < self._num_labels:
-            return 0.5
-        if self._num_labels == 2:
-            return float(roc_auc_score(self._labels, scores[:, 1].numpy()))
-        shares = (scores / scores.sum(dim=-1, keepdim=True)).numpy()
-        return float(roc_auc_score(self._labels, shares, multi_class="ovr", average="macro"))
-
-
 class _Gathered:
     """Metrics that need every row: what ranks have adds up to lists."""
 
@@ -153,13 +74,17 @@ class _Gathered:
         self._found: list[Any] = []
 
     def state(self) -> dict[str, Any]:
-        return {"losses": self._losses, "wanted": self._wanted, "found": self._found}
+        return {
+            "losses": list(self._losses),
+            "wanted": list(self._wanted),
+            "found": list(self._found),
+        }
 
     def merge(self, states: Iterable[dict[str, Any]]) -> Self:
         for state in states:
-            self._losses = self._losses + state["losses"]
-            self._wanted = self._wanted + state["wanted"]
-            self._found = self._found + state["found"]
+            self._losses += state["losses"]
+            self._wanted += state["wanted"]
+            self._found += state["found"]
         return self
 
     def compute(self) -> dict[str, float]:
@@ -173,6 +98,66 @@ class _Gathered:
 
     def _measure(self) -> dict[str, float]:
         raise NotImplementedError
+
+
+class ClassificationMetrics(_Gathered):
+    """Every document's label and scores: unlike means, ranks' AUCs do not add up."""
+
+    names = ("loss", "accuracy", "precision", "recall", "f1", "auc")
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self._num_labels = num_labels
+
+    def update(self, batch: Batch, output: Output) -> None:
+        real = batch["labels"] != IGNORED
+        self._losses.append(float(output["loss_sum"]))
+        self._wanted += batch["labels"][real].tolist()
+        self._found += output["scores"][real].tolist()
+
+    def _measure(self) -> dict[str, float]:
+        """`accuracy`, `precision`, `recall`, `f1`, `auc`.
+
+        With two classes the middle three are those of class 1, with more the unweighted mean over
+        the classes that the documents or the guesses show (AUC: each class against the rest). `auc`
+        is 0.5, what guessing gives, where the documents do not show every class.
+        """
+        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+        scores = torch.tensor(self._found, dtype=torch.float64)
+        guesses = scores.argmax(dim=-1).tolist()
+        kind: dict[str, Any] = (
+            {"average": "binary"} if self._num_labels == 2 else {"average": "macro"}
+        )
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            self._wanted, guesses, zero_division=0.0, **kind
+        )
+        return {
+            "accuracy": float(accuracy_score(self._wanted, guesses)),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "auc": self._auc(scores),
+        }
+
+    def undefined(self) -> tuple[str, ...]:
+        """The AUC without every class; with two classes what asks for documents of class 1, where
+        there are none."""
+        seen = set(self._wanted)
+        if not seen:
+            return self.names
+        positives = ("recall", "f1") if self._num_labels == 2 and 1 not in seen else ()
+        return (*positives, "auc") if len(seen) < self._num_labels else ()
+
+    def _auc(self, scores: Tensor) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        if len(set(self._wanted)) < self._num_labels:
+            return 0.5
+        if self._num_labels == 2:
+            return float(roc_auc_score(self._wanted, scores[:, 1].numpy()))
+        shares = (scores / scores.sum(dim=-1, keepdim=True)).numpy()
+        return float(roc_auc_score(self._wanted, shares, multi_class="ovr", average="macro"))
 
 
 class ManyLabelsMetrics(_Gathered):
@@ -281,12 +266,12 @@ class EntityMetrics(_Gathered):
             self._num_words += int(real.sum())
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "places": self._places, "num_words": self._num_words}
+        return {**super().state(), "places": list(self._places), "num_words": self._num_words}
 
     def merge(self, states: Iterable[dict[str, Any]]) -> Self:
         for state in states:
             super().merge([state])
-            self._places = self._places + state["places"]
+            self._places += state["places"]
             self._num_words += state["num_words"]
         return self
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Section
-from dray.tasks.rows import IGNORED, SEPARATOR, Column
+from dray.tasks.rows import IGNORED, Column
 from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
@@ -101,8 +101,3 @@ class TokenClassification(Task):
         from dray.tasks.metrics import EntityMetrics
 
         return EntityMetrics(self.labels, entities=self.settings.scheme != "none")
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a document."""
-    return text.split(SEPARATOR)
