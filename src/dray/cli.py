@@ -337,10 +337,13 @@ def _plan(arguments: argparse.Namespace) -> int:
             "leave one of them out",
         )
     shape = parse_shape(arguments.shape) if arguments.shape else local_shape()
-    plan = _plan_known_corpus(spec, shape, arguments.storage) or make_plan(spec, shape)
-    measured = None if arguments.shape else find_rehearsal(spec, plan)
+    spec, config = _find_run_inputs(spec, arguments.storage)
+    plan = _plan_known_corpus(spec, shape, arguments.storage, config) or make_plan(
+        spec, shape, config=config
+    )
+    measured = None if arguments.shape else find_rehearsal(spec, plan, config)
     if arguments.measure and measured is None:
-        measured = rehearse(spec, plan)
+        measured = rehearse(spec, plan, config)
     if measured is not None:
         plan = with_measured_step(plan, measured.step_seconds(plan.batch.accumulation))
     if arguments.json:
@@ -350,7 +353,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
+def _find_run_inputs(spec: Spec, storage: str) -> tuple[Spec, Mapping[str, Any] | None]:
+    """The spec with the folder of the tokeniser that is another run's, and the configuration of the
+    other run that its model starts from; None where it starts from none."""
+    config = None
+    if spec.model.run:
+        from dray.rank.initial_weights import find_run_weights
+
+        config = find_run_weights(storage, spec.model.run, spec.model.step).config()
+    if spec.tokenizer.run:
+        from dray.corpus.prepare import with_tokenizer_folder
+
+        spec = with_tokenizer_folder(spec, storage)
+    return spec, config
+
+
+def _plan_known_corpus(
+    spec: Spec, shape: Shape, storage: str, config: Mapping[str, Any] | None
+) -> Plan | None:
     """With the counts of the corpus, if steps or times go by them, and it is prepared in a local
     storage and its inputs are at hand."""
     if (spec.task.packs and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
@@ -361,7 +381,7 @@ def _plan_known_corpus(spec: Spec, shape: Shape, storage: str) -> Plan | None:
     corpus = None
     with suppress(DrayError):  # of the inputs: a plan is made without them, too
         corpus = recall(spec, storage)
-    return None if corpus is None else make_corpus_plan(spec, shape, corpus.manifest)
+    return None if corpus is None else make_corpus_plan(spec, shape, corpus.manifest, config=config)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

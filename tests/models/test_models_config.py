@@ -217,12 +217,12 @@ def test_a_folder_gives_its_sizes_and_the_spec_its_dropout(folder: Path) -> None
 @pytest.mark.parametrize(
     ("model", "sections", "words"),
     [
-        ({"hidden_size": 128}, {}, "has 64; the folder decides"),
+        ({"hidden_size": 128}, {}, "has 64; weights decide"),
         ({}, {"tokenizer": {"train": "byte_bpe"}}, "was trained with another tokeniser"),
         ({}, {"data": {"train": "x", "sequence_tokens": 64}}, "takes rows of 32 tokens"),
         ({"options": {"nonsense": 1}}, {}, "no field of LlamaConfig"),
         ({"options": {"hidden_size": 128}}, {}, "give model.hidden_size"),
-        ({"max_positions": 64}, {}, "has 32; the folder decides"),
+        ({"max_positions": 64}, {}, "has 32; weights decide"),
     ],
 )
 def test_refusals_of_a_folder(folder: Path, model: Any, sections: Any, words: str) -> None:

@@ -19,8 +19,9 @@ from transformers import (
 from dray.errors import SpecError, StoreError
 from dray.models.build import check_builds
 from dray.models.config import make_config
-from dray.models.folder import check_folder, save_pretrained_folder
+from dray.models.folder import FolderWeights, save_pretrained_folder
 from dray.models.source import check_weights
+from dray.models.weights import check_fit
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "gemma2"])
@@ -52,7 +53,7 @@ def test_a_language_model_starts_a_classifier(
     )
     assert classifier.load_report.not_taken == ("lm_head.weight",)
     assert classifier.load_report.initialized == ("score.weight",)
-    assert "left there: lm_head.weight; initialised anew: score.weight" in caplog.text
+    assert "1 left: lm_head.weight; 1 new: score.weight" in caplog.text
     assert 0.01 < float(classifier.score.weight.detach().std()) < 0.04
     again = small_model(small_spec(path=str(tmp_path / "m"), task="sequence_classification"))
     assert digest(classifier.named_parameters()) == digest(again.named_parameters())
@@ -69,6 +70,21 @@ def test_a_bare_backbone_and_another_number_of_labels(tmp_path: Path) -> None:
     )
     assert set(two.load_report.initialized) == {"classifier.weight", "classifier.bias"}
     assert two.classifier.weight.shape == (2, 64)
+
+
+def test_as_many_outputs_of_another_task_are_not_taken(tmp_path: Path) -> None:
+    """Both heads are called `classifier`, and three tags are not three classes."""
+    tags = {
+        "data": {"train": [{"path": "unused", "format": "conll"}], "sequence_tokens": 32},
+        "seed": 3,
+    }
+    tagger = small_model(small_spec("bert", "token_classification", sections=tags))
+    tagger.save_pretrained(tmp_path / "m")
+    whole = small_model(small_spec(path=str(tmp_path / "m"), task="sequence_classification"))
+    assert {"classifier.weight", "classifier.bias"} <= set(whole.load_report.initialized)
+    assert {"classifier.weight", "classifier.bias"} == set(whole.load_report.not_taken)
+    same = small_model(small_spec(path=str(tmp_path / "m"), task="token_classification"))
+    assert same.load_report.initialized == same.load_report.not_taken == ()
 
 
 @pytest.mark.parametrize("labels", [("neg", "odd", "pos"), ("POS", "NEG", "ODD"), ("0", "1", "2")])
@@ -103,7 +119,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     spec, file = small_spec(path=str(tmp_path)), tmp_path / "model.safetensors"
     config = make_config(spec, vocab_size=VOCAB, pad_token_id=1, eos_token_id=0)
     bare = check_builds(spec, config)  # holds nothing: a driver looks at a folder with it
-    check_folder(bare, tmp_path)
+    check_fit(bare, FolderWeights(tmp_path))
     whole = load_file(file)
     kept = {
         name: tensor
@@ -118,17 +134,17 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SpecError, match=r"lacks 1 of .* such as model\.layers\.1\.mlp\.up_proj\.weight"
     ):
-        check_folder(bare, tmp_path)
+        check_fit(bare, FolderWeights(tmp_path))
     save_file(kept | {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}, file)
     with pytest.raises(SpecError, match=r"has shape \[3, 3\], not \[170, 64\]"):
         small_model(spec)
     with pytest.raises(SpecError, match=r"has shape \[3, 3\], not \[170, 64\]"):
-        check_folder(bare, tmp_path)
+        check_fit(bare, FolderWeights(tmp_path))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(SpecError, match="cannot be read"):
         small_model(spec)
     with pytest.raises(SpecError, match="cannot be read"):
-        check_folder(bare, tmp_path)
+        check_fit(bare, FolderWeights(tmp_path))
 
 
 def save_small_tokenizer(folder: Path) -> None:

@@ -124,7 +124,7 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("task=sequence_classification", "needs a `label` column"),
         ("duration={steps: 5, epochs: 1}", "exactly one of `steps`, `epochs` and `tokens`"),
         ("schedule.warmup_steps=51", "before the warm-up"),
-        ("tokenizer={}", "exactly one of `path` and `train`"),
+        ("tokenizer={}", "exactly one of `path`, `run` and `train`"),
         ("data.validation={share: 2}", "data.validation.share = 2: input should be less than 1"),
         ("batch.global_rows", "not an override; overrides read key.path=value"),
         ("Batch.rows=1", "not an override"),

@@ -68,8 +68,9 @@ from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.tokenizing import TokenizerInfo, read_tokenizer_files
 from dray.errors import CorpusError, SpecError, StoreError
+from dray.runs import Run
 from dray.runs.layout import CORPORA
-from dray.spec import HeldOut, Spec
+from dray.spec import HeldOut, Spec, Tokenizer
 from dray.storage.digests import recall_digests
 from dray.storage.filesystem import (
     absolute,
@@ -89,6 +90,7 @@ from dray.storage.filesystem import (
     write_bytes,
     write_whole,
 )
+from dray.storage.packages import in_package
 
 GROUP_ROWS = 256
 LABELLED_GROUP_ROWS = 64
@@ -193,6 +195,28 @@ def _source_name(path: str) -> str:
     return names[-1] if names else path
 
 
+def with_tokenizer_folder(spec: Spec, storage: str) -> Spec:
+    """The spec with the place of its tokeniser, where that is a run's of the storage or in a
+    package. Raises UserError if there is none."""
+    name, path = spec.tokenizer.run, spec.tokenizer.path
+    if name is None:
+        place = path and in_package(path)
+        return spec if place == path else _with_tokenizer(spec, str(place))
+    run = Run.find(storage, name)
+    if run is None:
+        raise SpecError(
+            f"tokenizer.run = {name}",
+            f"no such run in {shown(absolute(storage))}",
+            "the tokeniser of another run is read from its folder",
+            "name another storage with --storage, or the tokeniser's folder as tokenizer.path",
+        )
+    return _with_tokenizer(spec, child(run.corpus_copy, "tokenizer"))
+
+
+def _with_tokenizer(spec: Spec, folder: str) -> Spec:
+    return spec.model_copy(update={"tokenizer": Tokenizer(path=folder)})
+
+
 def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
     """16 hexadecimal digits of a hash over what the inputs hold, in their order, and every setting
     that changes the result. Neither names nor times count: copied or moved files are the same
@@ -244,13 +268,14 @@ def _label(spec: Spec, source: CorpusSource) -> str | None:
 def find(spec: Spec, storage: str) -> Corpus | None:
     """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as
     `prepare` does."""
+    spec = with_tokenizer_folder(spec, storage)
     return _find(spec, child(storage, CORPORA, corpus_key(spec)))
 
 
 def recall(spec: Spec, storage: str) -> Corpus | None:
     """As `find`, where that can be told without reading the inputs: their digests must be
     remembered."""
-    inputs = list_inputs(spec)
+    spec, inputs = with_tokenizer_folder(spec, storage), list_inputs(spec)
     files = [file for group in inputs.files for file in group]
     digests = (
         recall_digests([file.path for file in files])
@@ -310,6 +335,7 @@ def prepare(
     that cannot become a corpus, StoreError for a storage that cannot be written.
     """
     say = progress or (lambda line: None)
+    spec = with_tokenizer_folder(spec, storage)
     inputs = replace(find_inputs(spec), labels=tuple(labels))
     key = corpus_key(spec, inputs)
     place = child(storage, CORPORA)

@@ -2,9 +2,10 @@
 every ZeRO stage.
 
 `source.py` finds and pins the folder that a run starts from, `config.py` turns the spec into a
-transformers configuration, `initialize.py` draws the weights, `folder.py` reads and writes Hugging
-Face folders, `build.py` puts them together. Knows no DeepSpeed, reads no pickles, runs no remote
-code. Names come from the modules themselves; `source.py` and `config.py` do without torch.
+transformers configuration, `initialize.py` draws the weights, `weights.py` takes given ones,
+`folder.py` reads and writes Hugging Face folders, `build.py` puts them together. Knows no
+DeepSpeed, reads no pickles, runs no remote code. Names come from the modules themselves;
+`source.py` and `config.py` do without torch.
 """
 
 from __future__ import annotations

@@ -19,14 +19,15 @@ from torch import nn
 
 from dray.errors import SpecError, one_line, translated
 from dray.models.config import auto_class, make_config
-from dray.models.folder import load_folder
+from dray.models.folder import FolderWeights
 from dray.models.initialize import (
     Gathering,
     initialize_weights,
     no_gathering,
     restore_rotary_buffers,
 )
-from dray.models.source import Pretrained, find_folder
+from dray.models.source import find_folder
+from dray.models.weights import Weights, load_weights
 from dray.processes.imports import first_import
 from dray.spec import Head, Spec
 
@@ -60,7 +61,7 @@ def build_model(
     initial_weights: bool = True,
     dtype: torch.dtype = torch.float32,
     config: Mapping[str, Any] | None = None,
-    weights: Pretrained | None = None,
+    weights: Weights | None = None,
     num_blocks: int | None = None,
 ) -> Any:
     """The spec's model for the spec's task: a transformers PreTrainedModel on the CPU, or where
@@ -70,10 +71,10 @@ def build_model(
     constructor, `gathering` around parameters while their values are set (ZeRO-3:
     `deepspeed.zero.Init` and `GatheredParameters(…, modifier_rank=0)`). Without `initial_weights`
     the parameters are left as they come from the allocator, for a restore to fill. `config` and
-    `weights`: what the run keeps of its model (`make_config`), and where its folder lies; without
-    them the spec's own folder is looked for. What became of a folder's weights is logged, and kept
-    as `model.load_report`. `num_blocks`: a thin copy for measurements, with so many blocks and no
-    weights from a folder. Raises SpecError.
+    `weights`: what the run keeps of its model (`make_config`), and what it starts from; without
+    them the spec's own folder is looked for. What became of weights is logged, and kept as
+    `model.load_report`. `num_blocks`: a thin copy for measurements, with so many blocks and
+    drawn weights. Raises SpecError.
     """
     with _leanly():
         made = make_config(
@@ -91,11 +92,11 @@ def build_model(
     if not initial_weights:
         model.tie_weights()
         restore_rotary_buffers(model)
-    elif spec.model.path is None or num_blocks is not None:
+    elif not spec.model.origin or num_blocks is not None:
         initialize_weights(model, spec.seed, gathering)
     else:
-        folder = weights.folder() if weights else find_folder(spec.model.path)
-        report = load_folder(model, folder, spec.seed, gathering)
+        weights = weights or FolderWeights(find_folder(str(spec.model.path)))
+        report = load_weights(model, weights, spec.seed, gathering)
         model.load_report = report
         logger.info("%s", report)
     return model

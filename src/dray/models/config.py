@@ -18,6 +18,8 @@ from dray.errors import SpecError, first_line, one_line, translated
 from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
 from dray.spec import Head, Spec
+from dray.storage.filesystem import open_filesystem, read_bytes
+from dray.storage.packages import in_package
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -66,12 +68,12 @@ def make_config(
 ) -> Any:
     """The transformers configuration of the spec's model for the spec's task.
 
-    `vocab_size` is the tokeniser's; `labels` name the classes. `kept`: the folder's configuration
-    (`read_config`), or that of a model by name and sizes, as the run keeps it; then nothing is
-    read. Raises SpecError.
+    `vocab_size` is the tokeniser's; `labels` name the classes. `kept`: the configuration of the
+    weights that it starts from (`read_config`), or that of a model by name and sizes, as the run
+    keeps it; then nothing is read. Raises SpecError.
     """
-    if spec.model.path is not None:
-        config = _folder_config(spec, vocab_size, kept)
+    if spec.model.origin:
+        config = _origin_config(spec, vocab_size, kept)
     elif kept is not None:
         config = _kept_config(kept)
     else:
@@ -79,7 +81,7 @@ def make_config(
             spec, vocab_size, eos_token_id if pad_token_id is None else pad_token_id
         )
     if pad_token_id is None and config.model_type in OFFSET_POSITIONS:
-        pad_token_id = eos_token_id if spec.model.path is None else config.pad_token_id
+        pad_token_id = config.pad_token_id if spec.model.origin else eos_token_id
     head = spec.task.head
     _set_token_ids(config, head, pad_token_id, eos_token_id)
     if hasattr(config, "is_decoder") and not head.looks_ahead:
@@ -303,7 +305,7 @@ def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
     own = {_stored_name(default, name): key for name, key in _OWN_KEYS.items()}
     if (wide := _intermediate_name(default)) is not None:
         own[_stored_name(default, wide)] = "model.intermediate_size"
-    if spec.model.path is not None:  # a folder's rotary positions may be told to go on
+    if spec.model.origin:  # rotary positions may be told to go on
         del own[_stored_name(default, "max_position_embeddings")]
     for name in spec.model.options:
         if not hasattr(default, name):
@@ -329,15 +331,14 @@ def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
     return dict(spec.model.options)
 
 
-def _folder_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) -> Any:
-    path = str(spec.model.path)
+def _origin_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) -> Any:
     if kept is None:
-        folder = find_folder(path)
+        folder = find_folder(str(spec.model.path))
         weight_files(folder)
         kept = read_config(folder)
-        _check_folder_vocabulary(spec, _kept_config(kept), folder, vocab_size)
+        check_vocabulary(spec, kept, str(folder), vocab_size)
     config = _kept_config(kept)
-    _check_folder_sizes(spec, config)
+    _check_sizes(spec, config)
     for name, value in (
         _dropouts(config, spec.regularization.dropout) | _checked_options(spec, config)
     ).items():
@@ -346,7 +347,7 @@ def _folder_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) 
     if limit is not None and limit < spec.data.sequence_tokens:
         raise SpecError(
             f"data.sequence_tokens = {spec.data.sequence_tokens}",
-            f"{path} takes rows of {limit} tokens",
+            f"{spec.model.origin} takes rows of {limit} tokens",
             way_out=f"give {limit} or fewer",
         )
     return config
@@ -360,7 +361,7 @@ def longest_row(config: Any) -> int | None:
     return None if limit is None or limit < 1 else int(limit)
 
 
-def _check_folder_sizes(spec: Spec, config: Any) -> None:
+def _check_sizes(spec: Spec, config: Any) -> None:
     names = {
         "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads",
@@ -373,45 +374,61 @@ def _check_folder_sizes(spec: Spec, config: Any) -> None:
         if wanted is not None and there is not None and wanted != there:
             raise SpecError(
                 f"model.{ours} = {wanted}",
-                f"{spec.model.path} has {there}",
-                "the folder decides its sizes",
+                f"{spec.model.origin} has {there}",
+                "weights decide the sizes",
                 "leave it out",
             )
 
 
-def _check_folder_vocabulary(spec: Spec, config: Any, folder: Path, vocab_size: int) -> None:
-    """The weights mean something under the tokeniser that they were trained with, and under no
-    other."""
-    mend = f"use its own: tokenizer.path={spec.model.path}"
+def check_vocabulary(
+    spec: Spec,
+    config: Mapping[str, Any],
+    own_tokenizer: str,
+    vocab_size: int,
+    given_tokenizer: str = "",
+) -> None:
+    """Raise SpecError unless the spec's tokeniser is the one that its weights were trained with:
+    they mean something under that one alone.
+
+    `config` is theirs, `own_tokenizer` the folder with theirs (a path or URI). `vocab_size` is the
+    number of the given one's tokens, `given_tokenizer` its folder; empty: `tokenizer.path`.
+    """
+    model, rule = spec.model, "weights and tokeniser belong together"
+    mend = f"use its own: {model.own_tokenizer}"
     if spec.tokenizer.train is not None:
         raise SpecError(
             "tokenizer.train",
-            f"model.path = {spec.model.path} was trained with another tokeniser",
-            "weights and tokeniser belong together",
+            f"{model.origin_key} = {model.run or model.path} was trained with another tokeniser",
+            rule,
             mend,
         )
-    own, ours = _read_vocabulary(folder), _read_vocabulary(Path(str(spec.tokenizer.path)))
+    given = given_tokenizer or in_package(str(spec.tokenizer.path))
+    own, ours = _read_vocabulary(own_tokenizer), _read_vocabulary(given)
     if own and ours and own != ours:
         raise SpecError(
-            "tokenizer.path",
-            f"{spec.tokenizer.path} is not the tokeniser of {folder}",
-            "weights and tokeniser belong together",
+            "tokenizer.run" if spec.tokenizer.run else "tokenizer.path",
+            f"{spec.tokenizer.run or spec.tokenizer.path} is not the tokeniser of "
+            f"{model.run or own_tokenizer}",
+            rule,
             mend,
         )
-    # More rows than tokens are padding, if this is indeed the folder's tokeniser.
-    if config.vocab_size < vocab_size or (config.vocab_size > vocab_size and not own):
+    # More rows than tokens are padding, if this is indeed the weights' tokeniser.
+    rows = _kept_config(config).vocab_size
+    if rows < vocab_size or (rows > vocab_size and not own):
         raise SpecError(
-            "model.path",
-            f"{folder} has {config.vocab_size} tokens, the tokeniser {vocab_size}",
-            "weights and tokeniser belong together",
+            model.origin_key,
+            f"{model.origin} has {rows} tokens, the tokeniser {vocab_size}",
+            rule,
             mend,
         )
 
 
-def _read_vocabulary(folder: Path) -> Any:
+def _read_vocabulary(folder: str) -> Any:
     """Tokens and merges of a folder's tokenizer.json; None if there is none."""
+    filesystem, path = open_filesystem(folder)
     try:
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        content = read_bytes(filesystem, f"{path}/tokenizer.json")
+        model = json.loads(content)["model"]
     except (OSError, ValueError, KeyError):
         return None
     merges = model.get("merges")  # pairs, or as older files have them, both parts in one string

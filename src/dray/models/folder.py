@@ -1,9 +1,7 @@
-"""Hugging Face folders: weights read into a model one tensor at a time, and written as safetensors
-shards.
+"""Hugging Face folders: their tensors as weights to start from, and models written as such.
 
-Reading keeps at most one tensor in memory besides the model, also under ZeRO-3. It refuses folders
-that lack a part of the backbone or hold it in other shapes; a new head is initialised, and what was
-left over is reported.
+Reading opens headers, and a tensor's values when they are asked for. Writing makes safetensors
+shards, and a folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,87 +22,35 @@ from torch import Tensor
 
 from dray.errors import SpecError, StoreError
 from dray.models.config import weight_files
-from dray.models.initialize import Gathering, draws_here, initialize_weights, restore_rotary_buffers
+from dray.models.weights import Stored, shapes_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What became of a folder's weights: names in the model, names in the folder."""
+class FolderWeights:
+    """The tensors of a Hugging Face folder."""
 
-    folder: str
-    num_taken: int
-    not_taken: tuple[str, ...]
-    initialized: tuple[str, ...]
+    folder: Path
+    key: str = "model.path"
 
-    def __str__(self) -> str:
-        parts = [f"{self.num_taken} tensors taken from {self.folder}"]
-        if self.not_taken:
-            parts.append(f"left there: {', '.join(self.not_taken)}")
-        if self.initialized:
-            parts.append(f"initialised anew: {', '.join(self.initialized)}")
-        return "; ".join(parts)
+    @property
+    def name(self) -> str:
+        return str(self.folder)
 
+    def config(self) -> Mapping[str, Any]:
+        """config.json as it is written; empty where none can be read, which whoever needs it has
+        refused before."""
+        try:
+            tree = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return tree if isinstance(tree, dict) else {}
 
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor in a folder: its name there, its full shape, and how to read it."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-def load_folder(model: Any, folder: Path, seed: int, gathering: Gathering) -> LoadReport:
-    """Copy a folder's weights into a constructed model. Raises SpecError before anything was
-    copied.
-
-    Parameters that the folder does not have (a new head) get their initial weights of `seed`; so
-    does a head whose classes are the model's in another order.
-    """
-    with ExitStack() as opened:
-        found, not_taken, missing = _chosen(model, folder, _open_stored(model, folder, opened))
-        if missing:
-            initialize_weights(model, seed, gathering)
-        else:
-            restore_rotary_buffers(model)
-        with torch.no_grad():
-            for name, stored in found.items():
-                _copy(model, name, stored, gathering)
-    model.tie_weights()
-    return LoadReport(str(folder), len(found), tuple(sorted(not_taken)), missing)
-
-
-def check_folder(model: Any, folder: Path) -> None:
-    """Raise SpecError for a folder whose weights are not those of the model, which may lie on the
-    meta device. Reads headers alone; where transformers must merge tensors it takes them as they
-    are."""
-    with ExitStack() as opened:
-        stored = _open_stored(model, folder, opened, convert=False)
-        if stored:
-            _chosen(model, folder, stored)
-
-
-def _chosen(
-    model: Any, folder: Path, stored: list[tuple[str, _Stored]]
-) -> tuple[dict[str, _Stored], list[str], tuple[str, ...]]:
-    """(the tensors to take by their names in the model, the names of those to leave, the names that
-    need initial weights). Raises SpecError."""
-    targets = _targets(model)
-    found, not_taken = _matched(model, targets, stored)
-    if _classes_moved(folder, model.config):
-        heads = [name for name in found if not name.startswith(f"{model.base_model_prefix}.")]
-        not_taken += [found.pop(name).name for name in heads]
-    tied = _tied_groups(model, targets)
-    for source in {members[0] for members in tied.values()} - set(found):
-        for member in tied[source]:  # stored under the name that is tied to, not the one that ties
-            if member in found:
-                found[source] = found.pop(member)
-    taken = {member for name in found for member in tied.get(name, (name,))}
-    missing = tuple(name for name in targets if name not in taken)
-    _check_backbone(model, folder, missing, len(targets))
-    return found, not_taken, missing
+    def open(self, model: Any, opened: ExitStack, *, headers_only: bool = False) -> list[Stored]:
+        """The tensors under the names that transformers' own loading gives them; `headers_only`:
+        none of a folder whose tensors it must merge or split. Raises SpecError."""
+        return _open_stored(model, self.folder, opened, convert=not headers_only)
 
 
 def save_pretrained_folder(
@@ -144,39 +90,9 @@ def save_pretrained_folder(
     return [target / name for name in names]
 
 
-def _targets(model: Any) -> dict[str, tuple[int, ...]]:
-    """Full shapes of everything that a folder stores: parameters under all their names, and
-    persistent buffers."""
-    shapes = {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    for name, buffer in model.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        if leaf not in model.get_submodule(owner)._non_persistent_buffers_set:
-            shapes[name] = tuple(buffer.shape)
-    return shapes
-
-
-def _tied_groups(model: Any, targets: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """For each tied parameter the names that share its values once the model is tied."""
-    pairs = [
-        (target, source)
-        for target, source in model.all_tied_weights_keys.items()
-        if target in targets
-    ]
-    groups: dict[str, tuple[str, ...]] = {}
-    for source in dict.fromkeys(source for _, source in pairs):
-        members = tuple(dict.fromkeys((source, *(t for t, s in pairs if s == source))))
-        groups |= dict.fromkeys(members, members)
-    return groups
-
-
 def _open_stored(
     model: Any, folder: Path, opened: ExitStack, *, convert: bool = True
-) -> list[tuple[str, _Stored]]:
-    """The folder's tensors under the names that transformers' own loading would give them. Without
-    `convert` none of a folder whose tensors must be merged or split."""
+) -> list[Stored]:
     from safetensors import SafetensorError, safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -186,8 +102,8 @@ def _open_stored(
     renamings = [
         transform for transform in transforms if not isinstance(transform, WeightConverter)
     ]
-    known = dict.fromkeys(_targets(model), True)
-    stored: list[tuple[str, _Stored]] = []
+    known = dict.fromkeys(shapes_of(model), True)
+    stored: list[Stored] = []
     for file in weight_files(folder):
         try:
             handle = opened.enter_context(safe_open(file, "pt"))
@@ -202,16 +118,12 @@ def _open_stored(
             if converter is not None and key not in known:
                 return _converted(model, folder) if convert else []
             shape = tuple(handle.get_slice(key).get_shape())
-            stored.append(
-                (
-                    key if key in known else name,
-                    _Stored(key, shape, partial(handle.get_tensor, key)),
-                )
-            )
+            target = key if key in known else name
+            stored.append(Stored(target, key, shape, partial(handle.get_tensor, key)))
     return stored
 
 
-def _converted(model: Any, folder: Path) -> list[tuple[str, _Stored]]:
+def _converted(model: Any, folder: Path) -> list[Stored]:
     """Folders whose tensors must be merged or split (mixtures' experts): transformers does it,
     whole and in memory."""
     other, report = type(model).from_pretrained(
@@ -229,67 +141,9 @@ def _converted(model: Any, folder: Path) -> list[tuple[str, _Stored]]:
         if name not in set(report["missing_keys"])
     }
     return [
-        (name, _Stored(name, tuple(t.shape), partial(torch.clone, t))) for name, t in state.items()
+        Stored(name, name, tuple(tensor.shape), partial(torch.clone, tensor))
+        for name, tensor in state.items()
     ]
-
-
-def _matched(
-    model: Any, targets: Mapping[str, tuple[int, ...]], stored: list[tuple[str, _Stored]]
-) -> tuple[dict[str, _Stored], list[str]]:
-    """The tensors to take, by their names in the model, and the names of those to leave. Raises
-    SpecError."""
-    found: dict[str, _Stored] = {}
-    not_taken: list[str] = []
-    for name, tensor in stored:
-        if name not in targets:
-            not_taken.append(tensor.name)
-        elif targets[name] == tensor.shape:
-            found[name] = tensor
-        elif _in_backbone(model, name):
-            raise SpecError(
-                "model.path",
-                f"{tensor.name} has shape {list(tensor.shape)}, not {list(targets[name])}",
-                "weights and config.json must agree",
-            )
-        else:
-            not_taken.append(tensor.name)
-    return found, not_taken
-
-
-def _classes_moved(folder: Path, config: Any) -> bool:
-    """Whether the folder's classes have the names of the model's, but in another order."""
-    try:
-        named = (
-            json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
-        )
-        theirs = [str(named[key]).casefold() for key in sorted(named, key=int)]
-    except (OSError, ValueError, AttributeError):
-        return False  # a configuration that is none has been refused before
-    ours = [str(config.id2label[index]).casefold() for index in sorted(config.id2label)]
-    return theirs != ours and sorted(theirs) == sorted(ours)
-
-
-def _in_backbone(model: Any, name: str) -> bool:
-    # Poolers are part of a head in all but name: language models are saved without.
-    return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name
-
-
-def _check_backbone(model: Any, folder: Path, missing: tuple[str, ...], num_targets: int) -> None:
-    lacking = [name for name in missing if _in_backbone(model, name)]
-    if lacking:
-        raise SpecError(
-            "model.path",
-            f"{folder} lacks {len(lacking)} of {num_targets} tensors, such as {lacking[0]}",
-            "a folder must hold the whole backbone of its config.json",
-        )
-
-
-def _copy(model: Any, name: str, stored: _Stored, gathering: Gathering) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    target = getattr(model.get_submodule(owner_name), leaf)
-    with gathering([target]) if isinstance(target, torch.nn.Parameter) else ExitStack():
-        if draws_here(target):
-            target.data.copy_(stored.read())
 
 
 def _once(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

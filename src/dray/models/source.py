@@ -16,6 +16,7 @@ from typing import Any
 
 from dray.errors import SpecError, one_line, translated
 from dray.storage.digests import digest_files
+from dray.storage.packages import in_package
 
 HUB_SCHEME = "hf://"
 FETCHED = ("*.json", "*.safetensors", "*.txt")
@@ -76,10 +77,11 @@ def find_pretrained(path: str) -> Pretrained:
 
 
 def find_folder(path: str) -> Path:
-    """The local folder of `model.path`, absolute; `hf://owner/name[@revision]` is fetched from the
-    hub into its cache. Raises SpecError."""
+    """The local folder of `model.path`, absolute; `python:PACKAGE/PATH` lies in an installed
+    package, `hf://owner/name[@revision]` is fetched from the hub into its cache. Raises
+    UserError."""
     if not path.startswith(HUB_SCHEME):
-        folder = Path(path).expanduser().absolute()
+        folder = Path(in_package(path)).expanduser().absolute()
         if not folder.is_dir():
             raise SpecError(
                 "model.path",

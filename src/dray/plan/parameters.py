@@ -22,6 +22,7 @@ from dray.plan.architectures import (
     position_rows,
 )
 from dray.spec import Head, Spec
+from dray.storage.packages import in_package
 
 ROTARY_GATED = ("llama", "mistral", "qwen2")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "vit")
@@ -94,14 +95,15 @@ def load_dimensions(
 ) -> Dimensions:
     """The sizes that a spec (and its folder's config.json, where it names one) decides.
 
-    `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the folder's configuration as the
-    run keeps it; then nothing is read. Raises SpecError for an unreadable folder or a vocabulary
-    that is too small.
+    `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the configuration of the weights
+    that the model starts from, as the run keeps it; then nothing is read. Raises SpecError for an
+    unreadable folder or a vocabulary that is too small.
     """
     model = spec.model
     labels = spec.task.num_outputs or model.num_labels or num_labels or 2
-    if model.path is not None:
-        return _folder_dimensions(spec, vocab_size, labels, config or _load_config(model.path))
+    if model.origin:
+        config = config or _load_config(str(model.path))
+        return _origin_dimensions(spec, vocab_size, labels, config)
     architecture, hidden, heads = (
         str(model.architecture),
         int(model.hidden_size or 0),
@@ -286,10 +288,10 @@ def _load_config(path: str) -> Mapping[str, Any]:
     return config
 
 
-def _folder_dimensions(
+def _origin_dimensions(
     spec: Spec, vocab_size: int | None, labels: int, config: Mapping[str, Any]
 ) -> Dimensions:
-    folder = str(spec.model.path)
+    origin = spec.model.origin
     found = {
         ours: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
         for ours, names in _ALIASES.items()
@@ -297,8 +299,8 @@ def _folder_dimensions(
     missing = [name for name in ("hidden_size", "num_layers", "num_heads") if not found[name]]
     if missing:
         raise SpecError(
-            "model.path",
-            f"{folder}/config.json lacks {', '.join(missing)}",
+            spec.model.origin_key,
+            f"the configuration of {origin} lacks {', '.join(missing)}",
             "sizes are needed to plan",
         )
     architecture = str(config.get("model_type", "unknown"))
@@ -306,10 +308,10 @@ def _folder_dimensions(
     vocab = found["vocab_size"] or vocab_size or 0
     if vocab_size is not None and 0 < vocab < vocab_size:
         raise SpecError(
-            "model.path",
-            f"{folder} has {vocab} tokens, the tokeniser {vocab_size}",
+            spec.model.origin_key,
+            f"{origin} has {vocab} tokens, the tokeniser {vocab_size}",
             "weights and tokeniser belong together",
-            f"use its own: tokenizer.path={folder}",
+            f"use its own: {spec.model.own_tokenizer}",
         )
     tied = config.get(
         "tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox", "nemotron")
@@ -337,7 +339,7 @@ def _local_folder(path: str) -> Path:
     """The folder itself, or what the hub's cache has of `hf://owner/name[@revision]`. Raises
     SpecError if nothing."""
     if not path.startswith("hf://"):
-        return Path(path)
+        return Path(in_package(path))
     name, _, revision = path.removeprefix("hf://").partition("@")
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
@@ -362,7 +364,7 @@ def _tokenizer_size(folder: str) -> int | None:
     """Tokens of a folder's tokenizer.json, the added ones included; None if there is no such
     file."""
     try:
-        tree = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        tree = json.loads((Path(in_package(folder)) / "tokenizer.json").read_text(encoding="utf-8"))
         ids = list(tree["model"]["vocab"].values()) + [
             token["id"] for token in tree.get("added_tokens", [])
         ]

@@ -16,8 +16,8 @@ from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, remember_manifest
 from dray.doctor.budget import SmallerBatch
 from dray.errors import StorageNotShared
-from dray.models.source import Pretrained
 from dray.plan import Plan, Shape, make_plan
+from dray.rank.initial_weights import Origin
 from dray.runs import Run, find_resume_checkpoint
 from dray.spec import Spec
 from dray.storage.filesystem import shown
@@ -36,9 +36,8 @@ class Job:
     config: Mapping[str, Any] | None = None
     """The model's configuration as the run keeps it; none: made from the spec, and kept by the
     first attempt."""
-    weights: Pretrained | None = None
-    """The folder whose weights the run starts from; none: they are drawn, or the run keeps nothing
-    of a folder."""
+    weights: Origin | None = None
+    """What the run starts from; none: its weights are drawn, or it keeps nothing of a folder."""
     driver: int | None = None
     """Number of the driver whose attempts these are: none of an earlier one's commits once it has
     taken over."""

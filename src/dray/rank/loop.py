@@ -45,6 +45,7 @@ from dray.rank.device import Clock, Reading, is_queued, send
 from dray.rank.engine import Engine, build_engine, import_deepspeed
 from dray.rank.feeding import StepRows, ValidationRows, feed
 from dray.rank.group import Ranks
+from dray.rank.initial_weights import open_weights
 from dray.rank.job import Attempt, Job
 from dray.rank.numerics import Watch
 from dray.rank.pulse import Pulse
@@ -228,7 +229,8 @@ class _Loop:
 
     def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
         manifest = self.job.manifest
-        model: torch.nn.Module = build_model(
+        origin = self.job.weights if self.newest is None else None
+        model: Any = build_model(
             self.spec,
             vocab_size=manifest.vocab_size,
             num_labels=self.task.num_labels,
@@ -239,13 +241,16 @@ class _Loop:
             gathering=gathering,
             initial_weights=self.newest is None,
             config=self.job.config,
-            weights=self.job.weights,
+            weights=None if origin is None else open_weights(origin),
         )
+        if origin is not None and self.ranks.rank == 0:
+            self.reporter.send(Event("weights_taken", self.attempt, 0, model.load_report.to_json()))
         if self.job.config is None and self.ranks.rank == 0:
             self.run.keep_model(make_kept_config(model))
         if self.plan.activation_checkpointing:
             enable_activation_checkpointing(model)
-        return model
+        module: torch.nn.Module = model
+        return module
 
     def _make_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         return parameter_groups(model, self.spec.optimizer.weight_decay)

@@ -16,6 +16,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,7 @@ NUM_BLOCKS = (1, 3)
 WARM_STEPS, NUM_STEPS = 1, 3
 RAY_SHARE = 0.93
 """Speed that is left to the ranks beside the processes of a local Ray and the reader."""
+Config = Mapping[str, Any] | None
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
@@ -52,17 +54,18 @@ class Rehearsal:
         return ((accumulation - 1) * self.micro_seconds + self.last_seconds) / RAY_SHARE
 
 
-def find_rehearsal(spec: Spec, plan: Plan) -> Rehearsal | None:
-    """What was measured for such a plan on this machine, if anything was."""
+def find_rehearsal(spec: Spec, plan: Plan, config: Config = None) -> Rehearsal | None:
+    """What was measured for such a plan on this machine, if anything was. `config`: of the run that
+    the model starts from, if it does."""
     try:
-        return Rehearsal(**json.loads(_place(spec, plan).read_text(encoding="utf-8")))
+        return Rehearsal(**json.loads(_place(spec, plan, config).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # not there, or not ours: it is measured anew
         return None
     except metadata.PackageNotFoundError:  # planned where nothing can be trained
         return None
 
 
-def rehearse(spec: Spec, plan: Plan) -> Rehearsal:
+def rehearse(spec: Spec, plan: Plan, config: Config = None) -> Rehearsal:
     """Measure the plan's step on this machine, some 20 to 60 s, and keep it. Raises PlanError for
     ranks on GPUs."""
     if plan.on_gpu:
@@ -76,12 +79,12 @@ def rehearse(spec: Spec, plan: Plan) -> Rehearsal:
 
     spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="dray-rehearsal-") as folder:
-        spawn(_run_rank, args=(spec, plan, folder), nprocs=plan.num_ranks)
+        spawn(_run_rank, args=(spec, plan, config, folder), nprocs=plan.num_ranks)
         ranks = [
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(Path(folder).glob("rank-*.json"))
         ]
-    sizes = load_dimensions(spec)
+    sizes = load_dimensions(spec, config=config)
     slowest = [
         {name: max(rank[index][name] for rank in ranks) for name in ("micro", "last")}
         for index in range(len(NUM_BLOCKS))
@@ -89,7 +92,7 @@ def rehearse(spec: Spec, plan: Plan) -> Rehearsal:
     found = Rehearsal(
         *(_extend([thin[name] for thin in slowest], sizes.layers) for name in ("micro", "last"))
     )
-    place = _place(spec, plan)
+    place = _place(spec, plan, config)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(asdict(found)), encoding="utf-8")
     return found
@@ -103,11 +106,11 @@ def _extend(seconds: list[float], num_blocks: int) -> float:
     return short + a_block * (num_blocks - few)
 
 
-def _place(spec: Spec, plan: Plan) -> Path:
+def _place(spec: Spec, plan: Plan, config: Config) -> Path:
     """The file of what is kept: named by all that the time of a step depends on, the number of
     blocks aside."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    sizes = {name: value for name, value in vars(load_dimensions(spec)).items() if name != "layers"}
+    sizes = vars(load_dimensions(spec, config=config)) | {"layers": None}
     known = {
         "machine": [platform.node(), _cpu_name(), plan.shape.cpus_per_node],
         "libraries": [metadata.version(name) for name in _LIBRARIES],
@@ -138,7 +141,7 @@ def _cpu_name() -> str:
     )
 
 
-def _run_rank(rank: int, spec: Spec, plan: Plan, folder: str) -> None:
+def _run_rank(rank: int, spec: Spec, plan: Plan, config: Config, folder: str) -> None:
     """Measure the thin copies as one rank of the plan; leave the seconds in a file."""
     os.environ.update(
         RANK=str(rank),
@@ -156,10 +159,16 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, folder: str) -> None:
     store: Any = dist.FileStore(f"{folder}/store", plan.num_ranks)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", rank=rank, world_size=plan.num_ranks, store=store)
     ranks = build_ranks(torch.device("cpu"), timeout_seconds=600)
-    sizes = load_dimensions(spec)
+    sizes = load_dimensions(spec, config=config)
     seconds = [
-        _time_steps(_build_thin(spec, plan, ranks, sizes, num_blocks), spec, plan, ranks, sizes)
-        for num_blocks in NUM_BLOCKS
+        _time_steps(
+            _build_thin(spec, plan, config, ranks, sizes, num_blocks=number),
+            spec,
+            plan,
+            ranks,
+            sizes,
+        )
+        for number in NUM_BLOCKS
     ]
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(seconds), encoding="utf-8")
     dist.barrier()
@@ -168,7 +177,9 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, folder: str) -> None:
     os._exit(0)
 
 
-def _build_thin(spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions, num_blocks: int) -> Engine:
+def _build_thin(
+    spec: Spec, plan: Plan, config: Config, ranks: Ranks, sizes: Dimensions, *, num_blocks: int
+) -> Engine:
     from dray.models.build import build_model, enable_activation_checkpointing, parameter_groups
     from dray.rank.engine import build_engine
 
@@ -181,6 +192,7 @@ def _build_thin(spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions, num_blo
             eos_token_id=0,
             constructing=constructing,
             gathering=gathering,
+            config=config,
             num_blocks=num_blocks,
         )
         if plan.activation_checkpointing:

@@ -22,7 +22,7 @@ from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_to
 from dray.errors import StoreError
 from dray.models.build import build_model
 from dray.models.config import longest_row
-from dray.runs import CheckpointInfo, CheckpointReader, Run
+from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
 
@@ -129,29 +129,6 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
         _fill(model, reader)
     model.eval()
     return Trained(run, info, spec, run.corpus, manifest, model)
-
-
-def choose_checkpoint(run: Run, step: str | int | None) -> CheckpointInfo:
-    """The checkpoint a person means. Raises StoreError that lists the steps there are."""
-    found = run.checkpoints()
-    if step is None:
-        newest = run.latest_checkpoint()
-        if newest is not None:
-            return newest
-    elif step == "best":
-        spec = run.spec()
-        metric, sign = spec.validation.metric, spec.metric_sign
-        scored = [info for info in found if metric in info.metrics]
-        if scored:
-            return min(scored, key=lambda info: sign * info.metrics[metric])
-    else:
-        for info in found:
-            if str(info.step) == str(step):
-                return info
-    steps = ", ".join(str(info.step) for info in found) or "none"
-    raise StoreError(
-        f"run {run.name!r}", f"no sound checkpoint {step or ''}".strip(), f"steps with one: {steps}"
-    )
 
 
 @torch.no_grad()

@@ -7,6 +7,11 @@ inside.
 
 from __future__ import annotations
 
+from dray.runs.checkpoint_choice import (
+    choose_checkpoint,
+    find_checkpoint,
+    find_resume_checkpoint,
+)
 from dray.runs.checkpoint_manifest import CheckpointInfo, RankFile
 from dray.runs.checkpoint_reader import (
     CheckpointReader,
@@ -17,10 +22,9 @@ from dray.runs.checkpoint_reader import (
 from dray.runs.commit import CheckpointWriter
 from dray.runs.drivers import Driver
 from dray.runs.layout import Fragment, make_fragment_key, parse_fragment_key
-from dray.runs.resuming import find_resume_checkpoint
 from dray.runs.retention import apply_retention
 from dray.runs.row_log import make_limits
-from dray.runs.run import Run, find_checkpoint, list_runs, verify_all
+from dray.runs.run import Run, list_runs, verify_all
 from dray.runs.trackers import Tracker, Trackers, build_trackers, check_trackers
 from dray.storage.filesystem import open_filesystem
 
@@ -38,6 +42,7 @@ __all__ = [
     "apply_retention",
     "build_trackers",
     "check_trackers",
+    "choose_checkpoint",
     "find_checkpoint",
     "find_resume_checkpoint",
     "inspect_checkpoint",

@@ -205,6 +205,12 @@ class CheckpointReader:
         return self.manifest.metadata
 
     @property
+    def manifest_sha256(self) -> str:
+        """As the marker has it. The manifest has the checksums of all files, so this stands for
+        every byte."""
+        return make_sha256(read_bytes(self.filesystem, f"{self.path}/{MANIFEST_FILE}"))
+
+    @property
     def num_files(self) -> int:
         return len(self.manifest.files)
 

@@ -809,28 +809,6 @@ class Run:
         }
 
 
-def find_checkpoint(run: Run, step: int | None = None) -> CheckpointInfo:
-    """The checkpoint of a step, sound or not; by default the newest that was committed. For `dray
-    verify`, which says what is wrong with it. Raises StoreError, with the steps there are, if there
-    is none."""
-    found = run.checkpoints(verified_only=False)
-    if step is None:
-        chosen = [info for info in found if info.committed] or found
-        if not chosen and run.origin() and (newest := run.latest_checkpoint()):
-            return newest
-    else:
-        same = [info for info in found if info.step == step]
-        chosen = [info for info in same if info.committed] or same
-    if not chosen:
-        steps = ", ".join(str(info.step) for info in found) or "none"
-        raise StoreError(
-            f"run {run.name!r}",
-            "has no checkpoint" + (f" of step {step}" if step is not None else ""),
-            way_out=f"steps with one: {steps}",
-        )
-    return chosen[-1]
-
-
 def verify_all(run: Run) -> list[CheckpointReport]:
     """Check every byte of every committed checkpoint of a run, by step."""
     return [

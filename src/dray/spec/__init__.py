@@ -15,9 +15,12 @@ from dray.spec.loading import (
     recipe_names,
 )
 from dray.spec.sections import (
+    NAME_RULE,
+    RUN_NAME,
     Cleaning,
     Duration,
     HeldOut,
+    Model,
     Numerics,
     Optimizer,
     Resources,
@@ -26,7 +29,7 @@ from dray.spec.sections import (
     Tokenizer,
     Watchdog,
 )
-from dray.spec.spec import NAME_RULE, RUN_NAME, Spec
+from dray.spec.spec import Spec
 from dray.spec.tasks import Direction, Field, Head, NoSettings, default_task, find_task, task_names
 from dray.spec.yaml_reading import BadYaml, read_yaml
 
@@ -41,6 +44,7 @@ __all__ = [
     "Field",
     "Head",
     "HeldOut",
+    "Model",
     "NoSettings",
     "Numerics",
     "Optimizer",

@@ -106,6 +106,14 @@ def dump_spec(spec: Spec) -> str:
     )
 
 
+_ALTERNATIVES = {
+    "duration": ("steps", "epochs", "tokens"),
+    "model": ("architecture", "path", "run"),
+    "tokenizer": ("path", "run", "train"),
+}
+"""Keys of which a section has one: an override replaces the one that is there."""
+
+
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The tree with the overrides in it, the later ones last. Raises SpecError."""
     for override in overrides:
@@ -132,15 +140,9 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str
             child = node.get(parent)
             node[parent] = dict(child) if isinstance(child, Mapping) else {}
             node = node[parent]
-        # The duration has one of three keys, model and tokenizer one of two: an override replaces
-        # its alternative.
-        for group in (("steps", "epochs", "tokens"), ("path", "architecture"), ("path", "train")):
-            if (
-                parents[-1:] in (["duration"], ["model"], ["tokenizer"])
-                and last in group
-                and value is not None
-            ):
-                for other in group:
-                    node.pop(other, None)
+        alternatives = _ALTERNATIVES.get(parents[-1], ()) if parents else ()
+        if last in alternatives and value is not None:
+            for other in alternatives:
+                node.pop(other, None)
         node[last] = value
     return tree

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from dray.errors import SpecError
 from dray.redaction import redact
-from dray.spec.sections import Source
-from dray.spec.spec import NAME_RULE, Spec
+from dray.spec.sections import NAME_RULE, Source
+from dray.spec.spec import Spec
 
 
 def shown_words(text: str, width: int = 200) -> str:
@@ -55,7 +55,7 @@ def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> S
     if first["type"] == "missing":
         return SpecError(where, f"{path} is missing", "it has no default")
     message = redact(str(first["msg"]).removeprefix("Value error, "))
-    if first["type"] == "string_pattern_mismatch":  # the name's, the only pattern
+    if first["type"] == "string_pattern_mismatch":  # a run's name, the only pattern
         message = NAME_RULE
     if not path:
         return SpecError(where, message)

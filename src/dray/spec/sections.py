@@ -25,6 +25,11 @@ Int = Annotated[int, BeforeValidator(_reject_boolean)]
 Float = Annotated[float, BeforeValidator(_reject_boolean)]
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAME_RULE = "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit"
+RunName = Annotated[str, Field(pattern=RUN_NAME)]
+
+
 class Section(BaseModel):
     """What all sections share: frozen, unknown keys refused, URIs without their credentials."""
 
@@ -158,7 +163,10 @@ class Tokenizer(Section):
     """A tokeniser from a folder, or one trained on a sample of the corpus."""
 
     path: str | None = None
-    """A Hugging Face tokeniser folder."""
+    """A Hugging Face tokeniser folder; `python:PACKAGE/PATH` is one in an installed package."""
+    run: Annotated[RunName | None, Field(exclude_if=lambda given: given is None)] = None
+    """A run in the same storage whose tokeniser to use; with `model.run` its tokeniser is the
+    default."""
     train: Literal["byte_bpe"] | None = None
     """Train a byte-level BPE tokeniser on a sample of the training documents."""
     vocab_size: Annotated[Int, Field(ge=258, le=1_000_000)] = 8192
@@ -168,19 +176,29 @@ class Tokenizer(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if (self.path is None) == (self.train is None):
-            raise ValueError("exactly one of `path` and `train` is needed")
+        if sum(given is not None for given in (self.path, self.run, self.train)) != 1:
+            raise ValueError("exactly one of `path`, `run` and `train` is needed")
         return self
 
 
 class Model(Section):
-    """A transformers architecture by name and sizes, or a folder of weights."""
+    """A transformers architecture by name and sizes, or weights to start from."""
 
     architecture: str | None = None
     """A transformers model type: llama, gpt2, bert, modernbert, …"""
     path: str | None = None
     """A Hugging Face folder (config.json and safetensors) to start from, such as `dray export`
-    writes."""
+    writes; `python:PACKAGE/PATH` is one in an installed package, `hf://owner/name[@revision]` one
+    on the hub."""
+    run: Annotated[RunName | None, Field(exclude_if=lambda given: given is None)] = None
+    """A run in the same storage to start from. Weights that fit are taken, a head of another task
+    is new, and what became of each is said."""
+    step: Annotated[
+        Annotated[Int, Field(ge=1)] | Literal["best", "newest"],
+        Field(exclude_if=lambda given: given == "newest"),
+    ] = "newest"
+    """Of `run`: the step whose checkpoint it is, the `best` by its own `validation.metric`, or the
+    `newest`. It is looked up once, when the run begins."""
     hidden_size: Annotated[Int, Field(ge=8)] | None = None
     """Width of the residual stream."""
     num_layers: Annotated[Int, Field(ge=1)] | None = None
@@ -206,9 +224,11 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if (self.path is None) == (self.architecture is None):
-            raise ValueError("exactly one of `architecture` and `path` is needed")
-        if self.path is not None:
+        if sum(given is not None for given in (self.architecture, self.path, self.run)) != 1:
+            raise ValueError("exactly one of `architecture`, `path` and `run` is needed")
+        if self.step != "newest" and self.run is None:
+            raise ValueError(f"step {self.step} is one of a `run`, and there is none")
+        if self.architecture is None:
             return self
         for name in ("hidden_size", "num_layers", "num_heads"):
             if getattr(self, name) is None:
@@ -222,6 +242,21 @@ class Model(Section):
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         return self
+
+    @property
+    def origin(self) -> str:
+        """The weights that it starts from, as a message names them; empty: they are drawn."""
+        return self.path or (f"run {self.run}" if self.run else "")
+
+    @property
+    def origin_key(self) -> str:
+        """The key that names them."""
+        return "model.run" if self.run else "model.path"
+
+    @property
+    def own_tokenizer(self) -> str:
+        """The setting by which a spec takes the tokeniser that they were trained with."""
+        return f"tokenizer.run={self.run}" if self.run else f"tokenizer.path={self.path}"
 
 
 class BatchSize(Section):

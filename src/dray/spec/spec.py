@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -25,6 +26,7 @@ from dray.spec.sections import (
     Optimizer,
     Regularization,
     Resources,
+    RunName,
     Schedule,
     Section,
     Tokenizer,
@@ -35,14 +37,11 @@ from dray.spec.sections import (
 )
 from dray.spec.tasks import TaskChoice
 
-RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-NAME_RULE = "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit"
-
 
 class Spec(Section):
     """One run, whole."""
 
-    name: Annotated[str, Field(pattern=RUN_NAME)]
+    name: RunName
     """Default name of the run: letters, digits, `.`, `_` and `-`."""
     task: Annotated[TaskChoice, Field(default=None, validate_default=True)]
     """What is learnt: the name of a task, or a mapping with its `name` and its settings."""
@@ -82,6 +81,16 @@ class Spec(Section):
     """Trackers."""
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights, the order of the rows and dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_tokenizer(cls, given: Any) -> Any:
+        """What a run has trained means something under that run's tokeniser alone."""
+        model = given.get("model") if isinstance(given, Mapping) else None
+        name = model.get("run") if isinstance(model, Mapping) else None
+        if name is None or given.get("tokenizer") is not None:
+            return given
+        return {**given, "tokenizer": {"run": name}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

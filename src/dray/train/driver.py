@@ -23,6 +23,7 @@ from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.errors import Interrupted, RunFailed, StorageFailed, StoreError
 from dray.plan import Shape, local_shape
+from dray.rank.initial_weights import held
 from dray.rank.job import Job, not_shared
 from dray.redaction import redact
 from dray.runs import Run, build_trackers, find_resume_checkpoint
@@ -152,7 +153,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: RayLauncher | LocalLa
     run.update(compressors=job.manifest.validation_compressors)
     status = "failed"
     try:
-        with display.steps(num_steps, done), heart:
+        with held(None if done else job.weights), display.steps(num_steps, done), heart:
             launcher.run(job, recorder)
         status = recorder.ended or "failed"
         if status == "interrupted":

@@ -102,7 +102,7 @@ class Recorder:
                 self.ended = report.how
             case Event():
                 self._events.append(report)
-                self._tell_trouble(report)
+                self._tell(report)
 
     def wait_stored(self) -> None:
         """Try until all that was taken is stored. Raises StorageFailed."""
@@ -165,11 +165,13 @@ class Recorder:
             "says more"
         )
 
-    def _tell_trouble(self, event: Event) -> None:
-        """Say what a person should know of a save that failed, and once an attempt that nothing can
-        be deleted."""
+    def _tell(self, event: Event) -> None:
+        """Say what a person should know: what was taken of given weights, of a save that failed,
+        and once an attempt that nothing can be deleted."""
         problem = event.fields.get("problem")
-        if event.kind == "checkpoint_failed":
+        if event.kind == "weights_taken":
+            self._display.say(event.fields["report"])
+        elif event.kind == "checkpoint_failed":
             self._display.say(f"step {event.step} could not be saved: {problem}")
         elif event.kind == "retention_failed" and self._is_new("retention", event.attempt):
             self._display.say(

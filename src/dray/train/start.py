@@ -10,18 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
-from dray.corpus.prepare import Corpus, corpus_key, describe_changes
+from dray.corpus.prepare import Corpus, corpus_key, describe_changes, with_tokenizer_folder
+from dray.corpus.tokenizer_folder import TOKENIZER_JSON
 from dray.errors import CorpusError, SpecError, StoreError, one_line, translated
 from dray.models.source import Pretrained, check_weights, find_pretrained
 from dray.plan import Shape, make_plan
+from dray.rank.initial_weights import (
+    Origin,
+    RunWeights,
+    find_run_weights,
+    make_origin,
+    open_weights,
+)
 from dray.rank.job import Job, make_corpus_plan
 from dray.runs import Run, check_trackers, find_resume_checkpoint
 from dray.runs.layout import check_run_name
-from dray.spec import Spec, without_places
+from dray.spec import Model, Spec, without_places
 from dray.storage.filesystem import (
     absolute,
     child,
@@ -112,20 +119,21 @@ def open_run(
     """Begin the run or take it up, and describe it to the workers. Raises UserError; before the
     run's folder is made nothing is written but the corpus."""
     spec = start.spec
-    pretrained, config = _find_model(start)
+    origin, config = _find_model(start)
     if not start.keeps_rows:  # what cannot run is refused before the corpus is read
-        plan = make_plan(spec, shape, with_ray=with_ray, config=config)
+        given = with_tokenizer_folder(spec, start.storage)
+        plan = make_plan(given, shape, with_ray=with_ray, config=config)
         spec = spec.model_copy(
             update={"precision": plan.precision} if spec.precision == "auto" else {}
         )
-        if pretrained is not None or spec.model.options or not plan.parameters_exact:
-            _check_model(spec, pretrained)
+        if origin is not None or spec.model.options or not plan.parameters_exact:
+            _check_model(spec, start.storage, origin, config)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
-    if pretrained is not None:
+    if origin is not None:
         if start.run is not None and find_resume_checkpoint(start.run) is None:
-            pretrained.check()
-        pretrained = pretrained.pinned()
+            origin.check()
+        origin = origin.pinned()
     run = Run.open_or_create(
         start.storage,
         start.name,
@@ -136,11 +144,11 @@ def open_run(
         fork=start.fork,
     )
     if (
-        pretrained is not None
+        origin is not None
         and config is not None
-        and (run.model() or {}).get("pretrained") != pretrained.to_json()
+        and (run.model() or {}).get("pretrained") != origin.to_json()
     ):
-        run.keep_model(config, pretrained.to_json())
+        run.keep_model(config, origin.to_json())
     _keep_corpus(run, corpus)
     return run, Job(
         spec,
@@ -150,7 +158,7 @@ def open_run(
         run.storage,
         run.name,
         config,
-        pretrained,
+        origin,
         run_nonce=str(run.record().get("nonce", "")),
     )
 
@@ -240,7 +248,8 @@ def _other_inputs(run: Run, moved: list[str]) -> StoreError:
 def _holds_the_same(run: Run, spec: Spec) -> bool:
     """Whether the raw files that the spec names now would become the run's corpus."""
     try:
-        return bool(corpus_key(spec) == run.record()["corpus_key"])
+        own = with_tokenizer_folder(spec, run.storage)
+        return bool(corpus_key(own) == run.record()["corpus_key"])
     except CorpusError:
         return False
 
@@ -248,25 +257,33 @@ def _holds_the_same(run: Run, spec: Spec) -> bool:
 # ---- the model ---------------------------------------------------------------------------------
 
 
-def _find_model(start: Start) -> tuple[Pretrained | None, Mapping[str, Any] | None]:
+def _find_model(start: Start) -> tuple[Origin | None, Mapping[str, Any] | None]:
     """Where the initial weights lie, and the configuration: as the keeper has them, else as found
     now."""
     kept = start.keeper.model() if start.keeper is not None else None
-    path = start.spec.model.path
-    if path is None:
+    model = start.spec.model
+    if not model.origin:
         return None, kept["config"] if kept and start.run is not None else None
-    if (
-        kept
-        and kept["pretrained"]
-        and (start.run is not None or kept["pretrained"]["path"] == path)
-    ):
-        return _at_its_new_place(Pretrained(**kept["pretrained"]), path), kept["config"]
+    before = kept["pretrained"] if kept else None
+    if kept and before and (start.run is not None or _names_the_same(before, model)):
+        origin = make_origin(before, start.storage)
+        if isinstance(origin, Pretrained):
+            origin = _at_its_new_place(origin, str(model.path))
+        return origin, kept["config"]
+    if model.run:
+        found = find_run_weights(start.storage, model.run, model.step)
+        return found, found.config()
     from dray.models.config import read_config
 
-    pretrained = find_pretrained(path)
+    pretrained = find_pretrained(str(model.path))
     folder = pretrained.folder()
     check_weights(folder)
     return pretrained, read_config(folder)
+
+
+def _names_the_same(kept: Mapping[str, Any], model: Model) -> bool:
+    """Whether a fork names the weights that its origin started from."""
+    return kept.get("run") == model.run and kept.get("path") == model.path
 
 
 def _at_its_new_place(kept: Pretrained, path: str) -> Pretrained:
@@ -293,25 +310,37 @@ def _check_same_shape(origin: Run, spec: Spec) -> None:
         )
 
 
-def _check_model(spec: Spec, pretrained: Pretrained | None) -> None:
+def _check_model(
+    spec: Spec, storage: str, origin: Origin | None, config: Mapping[str, Any] | None
+) -> None:
     """Raise SpecError for a model that transformers does not know, that cannot take the spec's
-    settings, or whose folder's weights are not those of its configuration."""
+    settings, or whose weights are not those of its configuration or of the spec's tokeniser."""
     from dray.models.build import check_builds
-    from dray.models.config import make_config
-    from dray.models.folder import check_folder
+    from dray.models.config import check_vocabulary, make_config
+    from dray.models.weights import check_fit
 
-    file = Path(spec.tokenizer.path or "") / "tokenizer.json"
-    vocab_size = spec.tokenizer.vocab_size
-    if spec.tokenizer.path is not None and file.is_file():
-        from tokenizers import Tokenizer
+    folder = with_tokenizer_folder(spec, storage).tokenizer.path
+    vocab_size = (folder and _count_tokens(folder)) or spec.tokenizer.vocab_size
+    kept = None
+    if isinstance(origin, RunWeights) and config is not None:
+        check_vocabulary(spec, config, origin.tokenizer_folder, vocab_size, folder or "")
+        kept = config
+    model = check_builds(spec, make_config(spec, vocab_size=vocab_size, kept=kept))
+    if origin is not None:
+        check_fit(model, open_weights(origin))
 
-        with translated(
-            lambda error: SpecError(
-                "tokenizer.path", f"{file} cannot be loaded ({one_line(error)})"
-            )
-        ):
-            vocab_size = Tokenizer.from_file(str(file)).get_vocab_size()
-    config = make_config(spec, vocab_size=vocab_size)
-    model = check_builds(spec, config)
-    if pretrained is not None:
-        check_folder(model, pretrained.folder())
+
+def _count_tokens(folder: str) -> int | None:
+    """Tokens of a folder's tokenizer.json; None if it has none. Raises SpecError."""
+    from tokenizers import Tokenizer
+
+    filesystem, path = open_filesystem(folder)
+    if not exists(filesystem, f"{path}/{TOKENIZER_JSON}"):
+        return None
+    content = read_bytes(filesystem, f"{path}/{TOKENIZER_JSON}")
+    with translated(
+        lambda error: SpecError(
+            "tokenizer.path", f"{path}/{TOKENIZER_JSON} cannot be loaded ({one_line(error)})"
+        )
+    ):
+        return int(Tokenizer.from_str(content.decode()).get_vocab_size())

@@ -1,0 +1,129 @@
+"""Simple and honest models beside dray's, on the same splits: tf-idf with logistic regression, and
+a conditional random field over words and their shapes.
+
+What a setting leaves open (the strength of the regularisation) is chosen on dev, as dray's best
+epoch is; where there is no dev set, it is left at its default.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Texts = tuple[list[str], list[str]]
+"""Texts and their classes."""
+Sentences = tuple[list[list[str]], list[list[str]]]
+"""Words and their tags, sentence by sentence."""
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+def read_sst2(path: Path) -> Texts:
+    """Sentence, tab, class a line; no header, quotes are words."""
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as stream:
+        rows = [line.rstrip("\n").rpartition("\t") for line in stream if line.strip()]
+    return [row[0] for row in rows], [row[2] for row in rows]
+
+
+def read_hotel(path: Path, share: float) -> tuple[Texts, Texts]:
+    """Training and held-out reviews, divided as the corpus divides them: by the text alone."""
+    import pyarrow as pa
+
+    from dray.corpus.cleaning import hash_texts, held_out, normalize
+
+    with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["review"].strip()]
+    texts = normalize(pa.array([row["review"] for row in rows], pa.large_string()), "NFC")
+    held = held_out(hash_texts(texts)[0], share)
+    sides: tuple[Texts, Texts] = (([], []), ([], []))
+    for row, is_held in zip(rows, held, strict=True):
+        sides[int(is_held)][0].append(row["review"])
+        sides[int(is_held)][1].append(row["label"])
+    return sides
+
+
+def read_conll(path: Path) -> Sentences:
+    """Word, tab, tag a line; blank lines between sentences."""
+    words: list[list[str]] = []
+    tags: list[list[str]] = []
+    for block in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+        lines = [line.split("\t") for line in block.splitlines() if line.strip()]
+        if lines:
+            words.append([line[0] for line in lines])
+            tags.append([line[1] for line in lines])
+    return words, tags
+
+
+def tfidf(train: Texts, dev: Texts | None, test: Texts, *, analyzer: str, longest: int) -> float:
+    """Accuracy on `test` of logistic regression on tf-idf of n-grams up to `longest`."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    vectors = TfidfVectorizer(
+        analyzer=analyzer, ngram_range=(1, longest), sublinear_tf=True, min_df=2
+    )
+    features = vectors.fit_transform(train[0])
+
+    def fitted(strength: float) -> Any:
+        return LogisticRegression(C=strength, max_iter=2000).fit(features, train[1])
+
+    if dev is None:
+        model = fitted(1.0)
+    else:
+        seen = vectors.transform(dev[0])
+        model = max(map(fitted, STRENGTHS), key=lambda model: model.score(seen, dev[1]))
+    return float(model.score(vectors.transform(test[0]), test[1]))
+
+
+def crf(train: Sentences, dev: Sentences, test: Sentences) -> dict[str, Any]:
+    """seqeval's report by type on `test` of a linear-chain CRF, its two penalties chosen by F1 on
+    dev."""
+    import sklearn_crfsuite
+    from seqeval.metrics import classification_report, f1_score
+
+    features = [[*map_features(words)] for words in train[0]]
+    seen = [[*map_features(words)] for words in dev[0]]
+
+    def fitted(c1: float, c2: float) -> Any:
+        model = sklearn_crfsuite.CRF(
+            algorithm="lbfgs", c1=c1, c2=c2, max_iterations=100, all_possible_transitions=True
+        )
+        return model.fit(features, train[1])
+
+    models = [fitted(c1, c2) for c1 in (0.01, 0.1) for c2 in (0.01, 0.1)]
+    best = max(models, key=lambda model: f1_score(dev[1], model.predict(seen)))
+    told = best.predict([[*map_features(words)] for words in test[0]])
+    report: dict[str, Any] = classification_report(test[1], told, output_dict=True)
+    return report
+
+
+def map_features(words: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A word, its ends, its shape and those of its neighbours, for each word of a sentence."""
+    for place, word in enumerate(words):
+        found: dict[str, Any] = {"bias": 1.0, "word": word.lower(), "shape": shape(word)}
+        found |= {f"start{n}": word[:n] for n in (1, 2, 3)}
+        found |= {f"end{n}": word[-n:].lower() for n in (1, 2, 3, 4)}
+        found |= {
+            "title": word.istitle(),
+            "upper": word.isupper(),
+            "digit": any(c.isdigit() for c in word),
+            "mark": word[:1] in "@#" or word.startswith("http"),
+        }
+        for step in (-2, -1, 1, 2):
+            inside = 0 <= place + step < len(words)
+            near = words[place + step] if inside else "<end>"
+            found |= {f"{step}:word": near.lower(), f"{step}:shape": shape(near)}
+        yield found
+
+
+def shape(word: str) -> str:
+    """`McDonald's` as `XxXxxxxx'x`, each run cut to two."""
+    letters = io.StringIO()
+    for c in word[:40]:
+        letters.write("X" if c.isupper() else "x" if c.isalpha() else "d" if c.isdigit() else c)
+    return re.sub(r"(.)\1{2,}", r"\1\1", letters.getvalue())
