@@ -113,6 +113,7 @@ def _place(spec: Spec, plan: Plan) -> Path:
         "libraries": [metadata.version(name) for name in _LIBRARIES],
         "sizes": repr(sizes),
         "task": spec.task.name,
+        "optimizer": [spec.optimizer.name, spec.regularization.ema is not None],
         "ranks": plan.num_ranks,
         "cpus": spec.resources.cpus_per_worker,
         "precision": plan.precision,
@@ -171,6 +172,7 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, folder: str) -> None:
 def _build_thin(spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions, num_blocks: int) -> Engine:
     from dray.models.build import build_model, enable_activation_checkpointing, parameter_groups
     from dray.rank.engine import build_engine
+    from dray.rank.hooks import build_hooks
 
     def build(constructing: Any, gathering: Any) -> Any:
         model = build_model(
@@ -194,6 +196,7 @@ def _build_thin(spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions, num_blo
         plan,
         ranks,
         make_objective=lambda model: _task(spec, sizes).objective(model),
+        hooks=build_hooks(spec),
     )
 
 
