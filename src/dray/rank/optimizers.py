@@ -1,8 +1,8 @@
 """The optimisers of `dray.spec` as torch optimisers that can be told to leave everything as it is.
 
 DeepSpeed's wrappers call `step` once a group of parameters. What an optimiser keeps is made by the
-engine, by the spec's declaration: nothing here makes states of its own. The learning rate is set at
-each step.
+engine, by the spec's declaration, unless one of those wrappers takes a step before. The learning
+rate is set at each step.
 """
 
 from __future__ import annotations
