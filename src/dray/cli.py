@@ -183,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a path, or a YAML mapping like a spec's data source, read as the run's own source of "
         "that form is (default: the validation rows)",
     )
-    _add_step(evaluate)
+    _add_checkpoint(evaluate)
     _add_cluster(evaluate)
     _add_json(evaluate)
 
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--out", dest="file", help="the file to write; must not exist (default: standard output)"
     )
-    _add_step(predict)
+    _add_checkpoint(predict)
 
     generate = _add_run(commands, "generate", _generate, "text from a checkpoint")
     generate.add_argument(
@@ -214,12 +214,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=0.95, help="nucleus of the distribution (default: 0.95)"
     )
     generate.add_argument("--seed", type=int, default=0)
-    _add_step(generate)
+    _add_checkpoint(generate)
     _add_json(generate)
 
     export = _add_run(commands, "export", _export, "a Hugging Face folder from a checkpoint")
     export.add_argument("folder", help="the folder to write; must not exist or be empty")
-    _add_step(export)
+    _add_checkpoint(export)
 
     runs = _add(commands, "runs", _runs, "list the runs of a storage")
     _add_storage(runs)
@@ -288,8 +288,14 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_step(parser: argparse.ArgumentParser) -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", help="step of the checkpoint, or `best` (default: the newest)")
+    parser.add_argument(
+        "--weights",
+        choices=("trained", "ema"),
+        default="trained",
+        help="the trained weights, or their moving average, where the spec has one",
+    )
 
 
 def _locate(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -443,7 +449,9 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     storage, name = _locate(arguments)
     counts = Counts()
-    found = predict(storage, name, arguments.data, step=arguments.step, counts=counts)
+    found = predict(
+        storage, name, arguments.data, step=arguments.step, weights=arguments.weights, counts=counts
+    )
     if arguments.file is None:
         for record in found:
             arguments.out.say_record(record)
@@ -465,6 +473,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         name,
         data=arguments.data,
         step=arguments.step,
+        weights=arguments.weights,
         address=arguments.address,
         verbose=arguments.verbose,
         report=report,
@@ -509,6 +518,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         name,
         arguments.prompt,
         step=arguments.step,
+        weights=arguments.weights,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
@@ -530,7 +540,14 @@ def _export(arguments: argparse.Namespace) -> int:
     from dray.show.progress import Display
 
     storage, name = _locate(arguments)
-    step = export(storage, name, arguments.folder, step=arguments.step, say=Display().say)
+    step = export(
+        storage,
+        name,
+        arguments.folder,
+        step=arguments.step,
+        weights=arguments.weights,
+        say=Display().say,
+    )
     arguments.out.say(f"{arguments.folder}: step {step} of {name}, for AutoModel.from_pretrained")
     return 0
 

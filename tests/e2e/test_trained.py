@@ -25,7 +25,7 @@ from dray.errors import CorpusError, SpecError, StoreError, UserError
 from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.generate import generate
-from dray.runs import Run
+from dray.runs import CheckpointReader, Run
 from dray.spec import make_spec
 from dray.train.driver import train, train_locally
 from tiny import SUMMARY_KEYS, tiny_tree
@@ -40,7 +40,10 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
     """A run of this process alone, on a corpus that Ray prepared."""
     tree = tiny_tree(
-        tiny_corpus, duration={"steps": 30}, validation={"max_rows": None, "every_steps": 10}
+        tiny_corpus,
+        duration={"steps": 30},
+        validation={"max_rows": None, "every_steps": 10},
+        regularization={"ema": {"decay": 0.8}},
     )
     spec = dray.make_spec(
         tree | {"checkpoint": {"every_steps": 10, "keep_last": 1, "keep_best": 1}}
@@ -149,6 +152,34 @@ def test_export_gives_the_same_logits(storage: str, run: Run, tmp_path: Path):
         export(storage, "alone", f"{storage}/alone/checkpoints/out")
     with pytest.raises(StoreError, match="not empty"):
         export(storage, "alone", str(folder))
+
+
+def test_the_average_is_evaluated_exported_and_continues_prompts(
+    storage: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from safetensors.torch import load_file
+
+    chosen = ["alone", "--storage", storage, "--weights", "ema"]
+    assert main(["evaluate", *chosen, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == "ema"
+    assert 0.0 < abs(found["loss"] - run.validations()[-1]["loss"]) < 1.0
+    assert main(["export", *chosen, str(tmp_path / "model")]) == 0
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    with CheckpointReader(run, run.latest_checkpoint()) as reader:
+        names = reader.names("ema")
+        assert set(names) == set(exported)
+        for name in names:
+            assert torch.equal(exported[name].reshape(-1), reader.read(name, "ema"))
+            assert not torch.equal(exported[name].reshape(-1), reader.read(name))
+    assert main(["generate", *chosen, "--prompt", "import", "--max-tokens", "4"]) == 0
+
+
+def test_a_fork_goes_on_with_its_origins_optimizer_alone(storage: str, run: Run, tiny_corpus: Path):
+    tree = tiny_tree(tiny_corpus, optimizer={"name": "lion", "learning_rate": 1e-3})
+    with pytest.raises(SpecError, match=r"optimiser was adamw, the spec's is lion.*model\.path"):
+        train(make_spec(tree), storage=storage, run_name="alone", fork="roaring")
+    assert Run.find(storage, "roaring") is None
 
 
 def test_an_exported_folder_starts_another_task(

@@ -168,6 +168,48 @@ def test_the_stage_and_the_time_follow_the_network() -> None:
     assert auto.zero_stage < 3
 
 
+def test_what_an_optimizer_keeps_is_counted() -> None:
+    """Of a Llama in fp32 at stage 0, where the weights themselves are stepped."""
+
+    def plan_of(name: str, **regularization: Any) -> Plan:
+        spec = large(
+            optimizer={"name": name, "learning_rate": 1e-3},
+            resources={"workers": 1},
+            regularization=regularization,
+            precision="fp32",
+        )
+        return make_plan(spec, parse_shape("1x1x(memory=1TB,tflops=900)"))
+
+    adamw = plan_of("adamw")
+    count = adamw.num_parameters
+    kept = {"adamw": 8, "sgd": 4, "lion": 4}
+    for name, each in kept.items():
+        plan = plan_of(name)
+        assert plan.memory.optimizer == each * count
+        assert plan.checkpoint_bytes == (4 + each) * count
+        averaged = plan_of(name, ema={})
+        assert averaged.memory.optimizer == (each + 4) * count
+        assert averaged.checkpoint_bytes == (8 + each) * count
+    assert plan_of("adafactor").memory.optimizer < 0.01 * count
+    assert 4 * count < plan_of("muon").memory.optimizer < 8 * count
+    assert adamw.memory.total > plan_of("sgd").memory.total > plan_of("adafactor").memory.total
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_what_updates_whole_matrices_is_planned_without_zero(name: str) -> None:
+    optimizer = {"name": name, "learning_rate": 1e-3}
+    plan = make_plan(large(optimizer=optimizer), parse_shape("2x8xH200"))
+    assert plan.zero_stage == 0
+    assert f"stage 0 as {name} needs it" in plan.zero_reason
+    assert any(f"{name} updates whole matrices" in note for note in plan.notes)
+    text = refusal(
+        large(optimizer=optimizer, batch={"micro_rows": 32}, precision="fp32"),
+        parse_shape("2x8xH100"),
+    )
+    assert "zero.stage" not in text
+    assert "offload" not in text
+
+
 def test_hardware_of_unknown_speed_takes_the_lowest_stage() -> None:
     plan = make_plan(
         spec_of(resources={"workers": 2, "gpus_per_worker": 1}), parse_shape("1x2xunknown")

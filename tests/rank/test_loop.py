@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import RowStream, remember_manifest
 from dray.errors import BadNumbers, CheckpointDamaged, StoreError
 from dray.rank.group import Ranks, choose_interface
-from dray.runs import Run, verify_checkpoint
+from dray.release.evaluate import evaluate
+from dray.release.trained import load_trained
+from dray.runs import CheckpointReader, Run, verify_checkpoint
 from dray.spec import make_spec
 from dray.storage.filesystem import RangeReader
 from dray.train.driver import train_locally
@@ -147,6 +150,55 @@ def test_a_step_that_is_read_one_step_later_gives_the_same_run(
         theirs.weights_sha256,
         theirs.optimizer_sha256,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("sgd", 2), ("lion", 1), ("adafactor", 0), ("muon", 0), ("adamw", 3)]
+)
+def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(
+    tmp_path: Path, corpus: Corpus, name: str, stage: int
+) -> None:
+    sections: dict[str, Any] = {
+        "optimizer": {"name": name, "learning_rate": 1e-2},
+        "zero": {"stage": stage},
+        "regularization": {"ema": {"decay": 0.9}},
+    }
+    whole = go(tmp_path / "whole", corpus, **sections)
+    go(tmp_path / "parts", corpus, duration={"steps": 2}, **sections)
+    parts = go(tmp_path / "parts", corpus, **sections)
+    assert [attempt["start_step"] for attempt in parts.attempts()] == [0, 2]
+    ours, theirs = (verify_checkpoint(run, run.checkpoints()[-1]) for run in (parts, whole))
+    assert ours.ok, ours.problems
+    assert (ours.weights_sha256, ours.optimizer_sha256) == (
+        theirs.weights_sha256,
+        theirs.optimizer_sha256,
+    )
+    assert [row["loss"] for row in parts.metrics()] == [row["loss"] for row in whole.metrics()]
+
+
+def test_an_average_is_evaluated_and_changes_nothing_else(tmp_path: Path, corpus: Corpus) -> None:
+    held_out = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
+    validated = Corpus(corpus.folder, held_out)
+    sections: dict[str, Any] = {"optimizer": {"learning_rate": 1e-2}, "duration": {"steps": 6}}
+    plain = go(tmp_path / "plain", validated, **sections)
+    averaged = go(
+        tmp_path / "averaged", validated, regularization={"ema": {"decay": 0.9}}, **sections
+    )
+    assert [row["loss"] for row in averaged.metrics()] == [row["loss"] for row in plain.metrics()]
+    ours, theirs = (verify_checkpoint(run, run.checkpoints()[-1]) for run in (averaged, plain))
+    assert ours.weights_sha256 == theirs.weights_sha256
+    assert ours.optimizer_sha256 != theirs.optimizer_sha256
+    storage = str(tmp_path / "averaged")
+    trained, average = evaluate(storage, "tiny"), evaluate(storage, "tiny", weights="ema")
+    assert trained["loss"] == pytest.approx(averaged.validations()[-1]["loss"], rel=1e-5)
+    assert average["weights"] == "ema"
+    assert abs(average["loss"] - trained["loss"]) > 1e-4
+    model = load_trained(storage, "tiny", weights="ema").model
+    with CheckpointReader(averaged, averaged.checkpoints()[-1]) as reader:
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.reshape(-1), reader.read(name, "ema"))
+    with pytest.raises(StoreError, match=r"holds no average.*regularization\.ema.*--weights"):
+        evaluate(str(tmp_path / "plain"), "tiny", weights="ema")
 
 
 def test_a_step_without_an_update_is_found_out_one_step_later(

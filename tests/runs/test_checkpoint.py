@@ -94,6 +94,12 @@ def test_hashes_do_not_depend_on_the_place(local_run: Run) -> None:
             + make_whole(0)[name, "param"].numpy().tobytes()
         )
     assert reports[0].weights_sha256 == digest.hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(SHAPES):
+        for state in ("exp_avg", "exp_avg_sq"):  # as it was before there were other states
+            digest.update(name.encode() + state.encode() + str(SHAPES[name]).encode())
+            digest.update(make_whole(0)[name, state].numpy().tobytes())
+    assert reports[0].optimizer_sha256 == digest.hexdigest()
     tree = json.loads(json.dumps(reports[1].to_json()))
     assert {"step", "ok", "files", "weights_sha256", "optimizer_sha256"} <= tree.keys()
     assert [file["ok"] for file in tree["files"]] == [True] * 3
@@ -140,12 +146,61 @@ def test_buffers_extras_frozen_and_tied(run: Run) -> None:
     assert verify_checkpoint(run, info).ok
 
 
+def test_states_of_any_name_shape_and_dtype(run: Run) -> None:
+    """Dealt out to any number of ranks, read in any range, part of the hash."""
+    states = {
+        ("wide", "param"): torch.arange(12.0),
+        ("wide", "row_var"): torch.arange(3.0) + 100,
+        ("wide", "codes"): torch.arange(12, dtype=torch.uint8),
+        ("wide", "scales"): torch.arange(2, dtype=torch.bfloat16),
+        ("bias", "param"): torch.arange(5.0),
+        ("bias", "variance"): torch.arange(5.0) + 7,
+    }
+    metadata = {
+        "shapes": {"wide": [3, 4], "bias": [5]},
+        "state_shapes": {"wide": {"row_var": [3, 1], "scales": [2]}},
+    }
+    hashes = []
+    for step, num_ranks in ((1, 1), (2, 2), (3, 7)):
+        writer, files = CheckpointWriter(run, step, 1), []
+        for rank in range(num_ranks):
+            mine = {}
+            for (name, state), tensor in states.items():
+                share = -(-tensor.numel() // num_ranks)
+                start = min(tensor.numel(), rank * share)
+                if start < tensor.numel():
+                    part = tensor[start : start + share]
+                    mine[make_fragment_key(name, state, start)] = part
+            files.append(writer.write_rank(rank, num_ranks, mine))
+        info = writer.commit(files, metadata)
+        with CheckpointReader(run, info) as reader:
+            assert reader.kept("wide") == ["codes", "row_var", "scales"]
+            assert (reader.shape("wide", "row_var"), reader.shape("wide", "codes")) == (
+                (3, 1),
+                (3, 4),
+            )
+            for (name, state), tensor in states.items():
+                found = reader.read(name, state, 1, tensor.numel() - 1)
+                assert found.dtype == tensor.dtype
+                assert torch.equal(found, tensor[1:])
+        report = verify_checkpoint(run, info)
+        assert report.ok, report.problems
+        hashes.append(report.optimizer_sha256)
+    assert len(set(hashes)) == 1
+    writer = CheckpointWriter(run, 4, 1)
+    whole = {make_fragment_key(*key, 0): tensor for key, tensor in states.items()}
+    file = writer.write_rank(0, 1, whole)
+    wrong = {"state_shapes": {"wide": {"row_var": [2, 1], "scales": [2]}}}
+    with pytest.raises(StoreError, match=r"wide\|row_var: has 3 elements, its shape only 2"):
+        writer.commit([file], metadata | wrong)
+
+
 @pytest.mark.parametrize(
     ("key", "tensor", "what"),
     [
         ("w|param|0", torch.zeros(2, 2), "shape"),
         ("w|param|0", torch.zeros(2, dtype=torch.bfloat16), "bfloat16"),
-        ("w|momentum|0", torch.zeros(2), "unknown state"),
+        ("w|9th|0", torch.zeros(2), "'9th' is no state's name"),
         ("w|param", torch.zeros(2), "not a fragment's name"),
         ("w|param|-1", torch.zeros(2), "not a fragment's name"),
         ("w|buffer|0", torch.zeros(2, dtype=torch.complex64), "complex64"),

@@ -185,7 +185,7 @@ def set_first_partition(tree: dict[str, Any], length: Any) -> None:
         lambda tree: tree["others"].append(["norm", "buffer", [0], [0, 1], [1]]),
         lambda tree: tree["others"].append(["norm", "buffer", [0], [0], [2**70]]),
         lambda tree: tree["files"].pop(),
-        lambda tree: tree.update(version=3),
+        lambda tree: tree.update(version=4),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import yaml
 from dray.errors import SpecError
 from dray.spec import (
     MAX_SPEC_BYTES,
+    OPTIMIZERS,
     Source,
     Spec,
     differing_paths,
@@ -111,6 +112,16 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("zero.stage=7", "zero.stage = 7"),
         ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher, not 0"),
         ("precision=int8", "precision = 'int8'"),
+        (
+            "optimizer={name: sgd, learning_rate: 1, beta2: 0.9}",
+            "unknown key optimizer.beta2; known here: name, learning_rate, weight_decay, momentum",
+        ),
+        ("optimizer.momentum=0.9", "unknown key optimizer.momentum; known here: name, learning"),
+        ("optimizer={name: lion, learing_rate: 1}", "did you mean optimizer.learning_rate"),
+        ("optimizer={name: lion}", "optimizer.learning_rate is missing"),
+        ("optimizer.name=adam", "optimizer: its name is one of adamw, sgd, lion, adafactor, muon"),
+        ("optimizer=3", "optimizer = 3: its name is one of"),
+        ("regularization.ema={decay: 1}", "regularization.ema.decay = 1: input should be less"),
         ("name=a/b", "^the command line: name = 'a/b': up to 100 letters, digits"),
         (
             "data.validation={share: 0.1, path: x}",
@@ -270,6 +281,36 @@ def test_differing_paths_are_named():
         changed(model={"num_layers": 2}, optimizer={"beta2": 0.99}).identity(),
     )
     assert differing_paths(a, b) == ["model.num_layers", "optimizer.beta2"]
+
+
+def test_what_was_a_spec_before_there_were_other_optimizers_keeps_its_fingerprint():
+    assert (
+        make_spec(TREE).fingerprint()
+        == "1887183a587ee43f22d2214eec09d5f7f7fb71e756a63606de9d5e4686ffdf5c"
+    )
+    assert changed(regularization={"ema": {}}).fingerprint() != make_spec(TREE).fingerprint()
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_each_optimizer_survives_a_round_trip(name: str):
+    tree = {**TREE, "optimizer": {"name": name, "learning_rate": 0.5}}
+    spec = make_spec(tree)
+    assert type(spec.optimizer) is OPTIMIZERS[name]
+    assert make_spec(yaml.safe_load(dump_spec(spec))) == spec
+    assert make_spec(spec.model_dump(mode="json")).fingerprint() == spec.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize(
+    ("zero", "key"), [({"stage": 2}, "stage = 2"), ({"offload": "optimizer"}, "offload = optim")]
+)
+def test_what_needs_whole_matrices_is_refused_where_zero_cuts_them(
+    name: str, zero: dict[str, object], key: str
+):
+    tree = {**TREE, "optimizer": {"name": name, "learning_rate": 0.5}, "zero": zero}
+    with pytest.raises(SpecError, match=rf"zero\.{key}.*{name} updates whole.*give zero\.stage=0"):
+        make_spec(tree)
+    assert make_spec({**tree, "zero": {"stage": 0}}).zero.stage == 0
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -190,9 +190,43 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def part_hidden(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimiser's groups, each parted by `hidden`: the matrices of the model's blocks, and the
+    rest. Raises SpecError for a model without such matrices."""
+    hidden = _hidden_matrices(model)
+    parted = []
+    for group in groups:
+        for is_hidden in (True, False):
+            parameters = [p for p in group["params"] if (id(p) in hidden) is is_hidden]
+            if parameters:
+                parted.append({**group, "params": parameters, "hidden": is_hidden})
+    return parted
+
+
+def _hidden_matrices(model: nn.Module) -> set[int]:
+    """The ids of the matrices of a model's blocks, tables that are looked up aside. Raises
+    SpecError."""
+    found = {
+        id(parameter)
+        for block in find_blocks(model)
+        for module in block.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 2 and not isinstance(module, nn.Embedding)
+    }
+    if not found:
+        raise SpecError(
+            "optimizer",
+            f"{type(model).__name__} has no matrices in blocks that transformers knows",
+            "which are updated otherwise than embeddings and heads",
+            "give optimizer.name=adamw",
+        )
+    return found
+
+
 def check_builds(spec: Spec, config: Any) -> Any:
     """The model of a configuration on the meta device, where it holds nothing. Raises SpecError for
-    a configuration that transformers takes and cannot build."""
+    a configuration that transformers takes and cannot build, or that the optimiser cannot
+    update."""
     with translated(
         lambda error: SpecError(
             "model.options" if spec.model.options else "model",
@@ -201,7 +235,10 @@ def check_builds(spec: Spec, config: Any) -> Any:
             "see the configuration's own documentation",
         )
     ):
-        return _construct(config, spec.task.head, torch.device("meta"), torch.float32)
+        model = _construct(config, spec.task.head, torch.device("meta"), torch.float32)
+    if spec.optimizer.parts_hidden:
+        _hidden_matrices(model)
+    return model
 
 
 def _construct(

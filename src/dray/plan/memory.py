@@ -33,8 +33,8 @@ GPU_HOST_PROCESS_BYTES = 4_000_000_000
 # Share of the activations that the allocator holds unused. glibc: fitted to measurements; GPUs: of
 # all that comes and goes, measured with segments that can grow (`processes/heap.py`).
 CPU_SLACK, GPU_SLACK = 0.45, 0.02
-# Of a checkpoint, a parameter: fp32 weights and AdamW's two moments.
-CHECKPOINT_BYTES = 12
+MASTER_BYTES = 4
+"""Of a parameter in fp32, as the optimiser steps it and a checkpoint holds it."""
 READER_BYTES = 1_500_000_000
 # Bytes of fp32 logits that the loss holds at a time. On a CPU a chunk should stay near the caches
 # (4 to 16 MB were equally fast, the whole of a step slower by a quarter); a GPU's matrix product
@@ -109,6 +109,10 @@ class Load:
     with_ray: bool
     row_tokens: int
     """Of a row on average, padding included. Times go by this, peaks by `sequence_tokens`."""
+    state_bytes: float
+    """What the optimiser and hooks keep for a parameter, on average."""
+    working_copies: int
+    """Copies in fp32 of what is updated at once that come and go in an update."""
     compiled: bool = False
 
     @property
@@ -123,6 +127,11 @@ class Load:
     def share(self) -> int:
         """Parameters in a rank's part."""
         return -(-self.count.total // self.num_ranks)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a rank's part of a checkpoint."""
+        return int((MASTER_BYTES + self.state_bytes) * self.share)
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def make_memory(load: Load) -> MemoryPlan:
     peak = max(_moments(load), key=lambda moment: moment.total)
     framework = _framework_bytes(load)
     slack = int(GPU_SLACK * (peak.total - peak.lasting)) if load.on_gpu else _heap_bytes(load)
-    checkpoint = 0 if load.on_gpu else CHECKPOINT_BYTES * load.share
+    checkpoint = 0 if load.on_gpu else load.checkpoint_bytes
     total = peak.total + checkpoint + framework + slack
     kept, checkpointed = (
         _activation_bytes(replace(load, checkpointing=way)) for way in (False, True)
@@ -261,17 +270,19 @@ def _parameter_bytes(load: Load) -> int:
 
 
 def _optimizer_bytes(load: Load) -> int:
-    """AdamW's two moments and the fp32 master weights, where they are not the parameters
-    themselves."""
+    """What the optimiser and hooks keep, and the fp32 master weights, where they are not the
+    parameters themselves."""
     if load.offload != "none" and load.on_gpu:
         return 0
     owned = load.count.total if load.stage == 0 else load.share
     # In fp32, ZeRO-0 and ZeRO-3 step the parameters themselves; ZeRO-1 and 2 keep a copy of their
     # part.
     master = (
-        0 if load.precision == "fp32" and load.stage in (0, 3) and load.offload == "none" else 4
+        0
+        if load.precision == "fp32" and load.stage in (0, 3) and load.offload == "none"
+        else MASTER_BYTES
     )
-    return (8 + master) * owned
+    return int((load.state_bytes + master) * owned)
 
 
 def _standing(load: Load) -> tuple[int, int]:
@@ -322,17 +333,21 @@ def _reduction_bytes(load: Load) -> tuple[int, int, int]:
 
 
 def _step_bytes(load: Load) -> int:
-    """Gradients while the optimiser steps: the accumulated part, and its flat fp32 copy."""
+    """Gradients while the optimiser steps: the accumulated part, and its flat fp32 copy; and what
+    the optimiser itself needs for what it steps at once."""
     if load.offload != "none" and load.on_gpu:
         return 0
     width = grad_accumulation_bytes(load.stage, load.accumulation, load.precision)
+    working = 4 * load.working_copies
     if load.stage == 0:
-        return load.element_bytes * load.count.total + (
-            0 if load.precision == "fp32" else 8 * load.count.total
+        return (
+            load.element_bytes * load.count.total
+            + (0 if load.precision == "fp32" else 8 * load.count.total)
+            + working * load.count.largest
         )
     if load.stage == 3:
-        return 4 * min(load.share, load.buckets.sub_group)
-    return (width + 4) * load.share
+        return (4 + working) * min(load.share, load.buckets.sub_group)
+    return (width + 4 + working) * load.share
 
 
 def _heap_bytes(load: Load) -> int:
@@ -345,9 +360,7 @@ def _heap_bytes(load: Load) -> int:
     """
     times = {0: 1, 1: 2, 2: 2, 3: 3}[load.stage]
     tensors = times * load.element_bytes * load.count.total
-    return int(CPU_SLACK * _activation_bytes(load)) + max(
-        0, tensors - CHECKPOINT_BYTES * load.share
-    )
+    return int(CPU_SLACK * _activation_bytes(load)) + max(0, tensors - load.checkpoint_bytes)
 
 
 def _framework_bytes(load: Load) -> int:
@@ -361,11 +374,11 @@ def _host_bytes(load: Load, total: int) -> int:
     readers = READER_BYTES if load.with_ray else 0
     if not load.on_gpu:
         return load.ranks_per_node * total + readers
-    on_host = CHECKPOINT_BYTES * load.share
+    on_host = load.checkpoint_bytes
     if (
         load.offload != "none"
-    ):  # master weights, moments, fp32 gradients, and a copy in the compute type
-        on_host += (16 + load.element_bytes) * load.share
+    ):  # master weights, states, fp32 gradients, and a copy in the compute type
+        on_host += int((8 + load.state_bytes + load.element_bytes) * load.share)
     if load.offload == "parameters":
         on_host += load.element_bytes * load.share
     return load.ranks_per_node * (GPU_HOST_PROCESS_BYTES + on_host) + readers

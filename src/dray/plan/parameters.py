@@ -8,6 +8,7 @@ is. Refuses folders that cannot be read.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dray.plan.architectures import (
     is_gated,
     position_rows,
 )
-from dray.spec import Head, Spec
+from dray.spec import Head, Optimizer, Spec
 from dray.storage.packages import in_package
 
 ROTARY_GATED = ("llama", "mistral", "qwen2")
@@ -189,6 +190,34 @@ def count_parameters(sizes: Dimensions) -> ParameterCount:
         largest=min(largest, total),
         body=total - tables - owned_head,
     )
+
+
+def count_state_bytes(optimizer: Optimizer, sizes: Dimensions, count: ParameterCount) -> int:
+    """Bytes of what the optimiser keeps for all parameters. What it keeps for a vector goes by its
+    elements; what is a matrix, and in a block, is told by the architecture's usual tensors."""
+
+    def kept(shape: tuple[int, ...], *, is_hidden: bool = False) -> int:
+        return sum(state.num_bytes for state in optimizer.states(shape, is_hidden=is_hidden))
+
+    if optimizer.elementwise:
+        return count.total * kept((1,))
+    hidden = _block_matrices(sizes) * sizes.layers
+    tables = [(count.embedding // sizes.hidden, sizes.hidden)]
+    head_rows = sizes.vocab if sizes.head.over == "vocabulary" else sizes.num_labels
+    if not (sizes.head.over == "vocabulary" and sizes.tied):
+        tables.append((head_rows, sizes.hidden))
+    rest = count.total - sum(map(math.prod, (*hidden, *tables)))
+    matrices = sum(kept(shape, is_hidden=True) for shape in hidden) + sum(map(kept, tables))
+    return matrices + max(0, rest) * kept((1,))
+
+
+def _block_matrices(sizes: Dimensions) -> list[tuple[int, int]]:
+    """The matrices of one block; of those that an architecture has in one piece the parts."""
+    hidden, wide = sizes.hidden, sizes.intermediate
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    gates = 2 if sizes.gated or sizes.architecture == "modernbert" else 1
+    return [*attention, *[(wide, hidden)] * gates, (hidden, wide)]
 
 
 def _embeddings(sizes: Dimensions) -> tuple[int, int]:

@@ -17,8 +17,14 @@ from dray.errors import PlanError, SpecError
 from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
-from dray.plan.memory import CHECKPOINT_BYTES, Load, MemoryPlan, make_memory
-from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
+from dray.plan.memory import MASTER_BYTES, Load, MemoryPlan, make_memory
+from dray.plan.parameters import (
+    Dimensions,
+    ParameterCount,
+    count_parameters,
+    count_state_bytes,
+    load_dimensions,
+)
 from dray.plan.speed import COMPILE_SECONDS, START_SECONDS, peak_flops_per_rank, step_time
 from dray.plan.zero_config import make_buckets, make_deepspeed_config
 from dray.spec import Spec
@@ -108,6 +114,12 @@ class _Question:
     row_tokens: int
 
     @property
+    def state_bytes(self) -> int:
+        """What the optimiser and hooks keep for all parameters."""
+        averages = 0 if self.spec.regularization.ema is None else MASTER_BYTES * self.count.total
+        return count_state_bytes(self.spec.optimizer, self.sizes, self.count) + averages
+
+    @property
     def host_limit(self) -> int:
         return int(HOST_USABLE * self.shape.memory_bytes_per_node)
 
@@ -149,6 +161,8 @@ class _Question:
             on_gpu=self.on_gpu,
             with_ray=self.with_ray,
             row_tokens=self.row_tokens,
+            state_bytes=self.state_bytes / self.count.total,
+            working_copies=spec.optimizer.working_copies,
             compiled=setting.compiled,
         )
 
@@ -261,7 +275,7 @@ def _make(
         memory=question.memory(setting),
         memory_limit_bytes=question.rank_limit(setting.num_ranks),
         host_limit_bytes=question.host_limit,
-        checkpoint_bytes=CHECKPOINT_BYTES * count.total,
+        checkpoint_bytes=MASTER_BYTES * count.total + question.state_bytes,
         shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
         compile=compiles,
         activation_checkpointing=setting.checkpointing,
@@ -424,7 +438,9 @@ def _fastest(
 ) -> tuple[_Setting, str]:
     """The setting with the least estimated time, of nearly equal ones the lowest stage; and why."""
     if len(stages) == 1:
-        return fitting[0], f"stage {stages[0]} as the spec says"
+        optimizer = question.spec.optimizer
+        because = "the spec says" if optimizer.elementwise else f"{optimizer.name} needs it"
+        return fitting[0], f"stage {stages[0]} as {because}"
     seconds = {setting: question.step_seconds(setting) or 0.0 for setting in fitting}
     chosen = next(
         setting for setting in fitting if seconds[setting] <= NEARLY * min(seconds.values())
@@ -455,6 +471,8 @@ def _fastest(
 def _stages(spec: Spec) -> list[int]:
     if spec.zero.stage != "auto":
         return [spec.zero.stage]
+    if not spec.optimizer.elementwise:
+        return [0]
     return list(range({"none": 0, "optimizer": 1, "parameters": 3}[spec.zero.offload], 4))
 
 
@@ -505,12 +523,14 @@ def _ways_out(question: _Question, setting: _Setting) -> Iterator[tuple[str, _Se
     less = f" batch.micro_rows={smallest}" if micros else ""
     if not setting.checkpointing:
         yield "engine.activation_checkpointing=true", replace(setting, checkpointing=True)
-    for stage in range(setting.stage + 1, 4):
+    for stage in range(setting.stage + 1, 4 if spec.optimizer.elementwise else 0):
         yield f"zero.stage={stage}", replace(setting, stage=stage)
         yield (
             f"zero.stage={stage} engine.activation_checkpointing=true{less}",
             replace(setting, stage=stage, checkpointing=True, micro_rows=smallest),
         )
+    if not spec.optimizer.elementwise:
+        return
     if question.on_gpu and setting.offload == "none":
         yield (
             "zero.offload=optimizer",
@@ -631,6 +651,11 @@ def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator
         yield "fp16 needs loss scaling, and skips steps that overflow"
     if question.precision == "bf16" and setting.stage < 2 and batch.accumulation > 1:
         yield "gradients of the micro batches add up in bf16; zero.stage=2 adds them up in fp32"
+    if not spec.optimizer.elementwise and setting.num_ranks > 1:
+        yield (
+            f"{spec.optimizer.name} updates whole matrices: every rank keeps all of them, and all "
+            "that it keeps for them"
+        )
     if setting.stage >= 2 and batch.accumulation > 1:
         yield (
             f"ZeRO {setting.stage} reduces gradients {batch.accumulation} times a step, once a "

@@ -97,10 +97,11 @@ def _communication(load: Load, shape: Shape, micro_seconds: float) -> float:
 
 
 def _update(load: Load, shape: Shape) -> float:
-    """AdamW reads a gradient, reads and writes master and two moments; half precision writes the
-    weights besides."""
+    """The optimiser reads a gradient, reads and writes master and states; half precision writes
+    the weights besides."""
     owned = load.count.total if load.stage == 0 else load.share
-    traffic = (28 if load.precision == "fp32" else 32) * owned
+    stepped = 4 + 2 * (4 + load.state_bytes)
+    traffic = (stepped if load.precision == "fp32" else stepped + 4) * owned
     if load.on_gpu and load.offload != "none":
         return traffic / HOST_MEMORY_RATE
     return traffic / _memory_rate(load, shape)

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,13 +21,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dray.models.build import compile_model
+from dray.models.build import compile_model, part_hidden
 from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
 from dray.processes.imports import first_import
 from dray.rank.group import Ranks
-from dray.rank.layouts import OPTIMIZER_STATES, LiveFragment, choose_layout
-from dray.spec import Optimizer
+from dray.rank.hooks import Hook, Stepped
+from dray.rank.layouts import LiveFragment, choose_layout
+from dray.rank.optimizers import build_optimizer
+from dray.spec import Optimizer, State
 
 _COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +38,8 @@ class FragmentReader(Protocol):
     """Where a restore reads from: `dray.runs.CheckpointReader` or anything like it."""
 
     def read(self, name: str, state: str, start: int, count: int) -> Tensor: ...
+
+    def has(self, name: str, state: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -46,28 +50,6 @@ class Update:
 
     grad_norm: Tensor
     applied: Tensor
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can be told to leave everything as it is; DeepSpeed's wrappers call it once a
-    group.
-
-    The answer stays on the device: torch's fused kernel takes it as it takes a gradient scaler's
-    `found_inf`, and then changes neither weights nor moments nor the count of steps. Nothing waits
-    for it.
-    """
-
-    withheld: Callable[[], Tensor] | None = None
-    """1.0 to leave everything as it is, else 0.0: fp32 without dimensions."""
-
-    def step(self, closure: Any = None) -> Any:
-        """The update, where it is not withheld."""
-        if self.withheld is not None:
-            devices = [p.device for group in self.param_groups for p in group["params"][:1]]
-            self.found_inf = (
-                self.withheld().to(devices[0]) if devices else None
-            )  # with offload, the host's
-        return super().step(closure)
 
 
 ModelBuilder = Callable[[AbstractContextManager[Any], Gathering], torch.nn.Module]
@@ -81,7 +63,14 @@ class Engine:
     """One rank's part of the model and its optimiser."""
 
     def __init__(
-        self, deepspeed_engine: Any, module: torch.nn.Module, plan: Plan, ranks: Ranks
+        self,
+        deepspeed_engine: Any,
+        module: torch.nn.Module,
+        plan: Plan,
+        ranks: Ranks,
+        *,
+        optimizer: Optimizer,
+        hooks: Sequence[Hook] = (),
     ) -> None:
         self._engine = deepspeed_engine
         self.module = module
@@ -98,7 +87,10 @@ class Engine:
             name: tuple(getattr(p, "ds_shape", p.shape))
             for name, p in self.module.named_parameters()
         }
-        self._create_optimizer_states()
+        self._hooks = hooks
+        self._layout.create_states(functools.partial(_declare, optimizer, hooks))
+        for hook in hooks:
+            self._begin(hook)
         self._num_updates = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._withhold: Tensor | None = None
         self._norm: Tensor | None = None
@@ -109,6 +101,12 @@ class Engine:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes by name; tied parameters appear once."""
         return self._shapes
+
+    @property
+    def state_shapes(self) -> dict[str, dict[str, list[int]]]:
+        """Full shapes, by parameter and state, of what is kept in another shape than the
+        parameter's."""
+        return self._layout.state_shapes()
 
     @property
     def num_updates(self) -> int:
@@ -141,6 +139,9 @@ class Engine:
 
     def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
         """The forward pass of the objective: a batch's loss and what the metrics need."""
+        if self._engine.training:
+            for hook in self._hooks:
+                hook.before_forward(self.module)
         return self._engine(*inputs, **named_inputs)
 
     def train(self, mode: bool) -> None:
@@ -155,6 +156,9 @@ class Engine:
                 loss * self.loss_scale
             )  # without ZeRO DeepSpeed divides the gradients by it, and no more
         self._engine.backward(loss, scale_wrt_gas=False)
+        if last:
+            for hook in self._hooks:
+                hook.after_backward(self.module)
 
     def step(self, learning_rate: float, *, withhold: Tensor | None = None) -> Update:
         """Update the weights, unless `withhold` (bool) says not to or the gradient norm, which all
@@ -179,7 +183,23 @@ class Engine:
         if getattr(self._wrapper, "overflow", False):
             applied = torch.zeros_like(applied)
         self._num_updates += applied
+        with torch.no_grad():
+            for hook in self._hooks:
+                hook.after_update(self._stepped(hook), self._num_updates, applied)
         return Update(norm, applied)
+
+    def _stepped(self, hook: Hook) -> list[Stepped]:
+        """What the optimiser steps on this rank, with what the hook keeps for it."""
+        states = self._optimizer.state
+        return [
+            Stepped(flat, {name: states[flat][name] for name in hook.states})
+            for flat in self._layout.flats()
+        ]
+
+    @torch.no_grad()
+    def _begin(self, hook: Hook) -> None:
+        for stepped in self._stepped(hook):
+            hook.begin(stepped)
 
     def _is_withheld(self) -> Tensor:
         """Asked once a group of parameters; the answer is the same for all groups of a step."""
@@ -216,12 +236,18 @@ class Engine:
     ) -> None:
         """Copy this rank's ranges out of a checkpoint, of whatever stage and number of ranks.
 
-        `loss_scale`: what `loss_scale_state` was.
+        `loss_scale`: what `loss_scale_state` was. Hooks that the checkpoint knows nothing of begin
+        with its weights.
         """
+        new = {name for hook in self._hooks for name in hook.states}
         with torch.no_grad():
-            for fragment in self.fragments(whole_replicas=True):
-                for state, view in fragment.states.items():
-                    view.copy_(reader.read(fragment.parameter, state, fragment.start, view.numel()))
+            for name, state, start, view in self.fragments(whole_replicas=True):
+                if state not in new or reader.has(name, state):
+                    new.discard(state)
+                    view.copy_(reader.read(name, state, start, view.numel()))
+            for hook in self._hooks:
+                if new.intersection(hook.states):
+                    self._begin(hook)
             for name, buffer in self.buffers().items():
                 buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).reshape(buffer.shape))
             self._set_optimizer_step(optimizer_step)
@@ -233,22 +259,6 @@ class Engine:
                     int(loss_scale["steady_steps"]),
                     -1,
                 )
-
-    def _create_optimizer_states(self) -> None:
-        """Adam's states exist from the first step on; a checkpoint of step 0 and a restore need
-        them before."""
-        for flat in self._layout.flats():
-            state = self._optimizer.state[flat]
-            if "exp_avg" not in state:
-                device = (
-                    flat.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
-                )
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                for name in OPTIMIZER_STATES:
-                    state[name] = torch.zeros_like(flat, memory_format=torch.preserve_format)
-        # Some of DeepSpeed's wrappers take a step with zero gradients to make the states.
-        self._set_optimizer_step(0)
-        self._layout.link_states()
 
     def _set_optimizer_step(self, step: int) -> None:
         for state in self._optimizer.state.values():
@@ -268,6 +278,7 @@ def build_engine(
     ranks: Ranks,
     *,
     make_objective: ObjectiveMaker | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> Engine:
     """Build the model under the plan's ZeRO stage and hand it to DeepSpeed, with its loss around
     it.
@@ -292,22 +303,26 @@ def build_engine(
     model = build_model(constructing, gathering)
     if plan.zero_stage < 3:
         model.to(ranks.device)  # what is not a parameter
-    adamw = GuardedAdamW(
-        make_groups(model),
-        lr=0.0,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.epsilon,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
-    )
+    groups = make_groups(model)
+    if optimizer.parts_hidden:
+        groups = part_hidden(model, groups)
+    stepping = build_optimizer(groups, optimizer)
     objective = model if make_objective is None else make_objective(model)
-    deepspeed_engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=config)
+    deepspeed_engine, *_ = deepspeed.initialize(model=objective, optimizer=stepping, config=config)
     wrapper = deepspeed_engine.optimizer
     if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
         wrapper.step = functools.partial(_step_at_once, wrapper)
     if plan.compile:
         compile_model(model)
-    return Engine(deepspeed_engine, model, plan, ranks)
+    return Engine(deepspeed_engine, model, plan, ranks, optimizer=optimizer, hooks=hooks)
+
+
+def _declare(
+    optimizer: Optimizer, hooks: Sequence[Hook], shape: tuple[int, ...], *, is_hidden: bool
+) -> list[State]:
+    """What the optimiser and the hooks keep for a parameter."""
+    own = optimizer.states(shape, is_hidden=is_hidden)
+    return [*own, *(State(name, shape) for hook in hooks for name in hook.states)]
 
 
 @contextmanager

@@ -1,15 +1,14 @@
 """Where DeepSpeed keeps model states: one class for each of its optimiser wrappers, chosen once.
 
-A layout knows which tensors the optimiser steps, gives what this rank owns as fragments, and brings
-the weights that the passes use up to date after a restore. A fragment is a 1-D run of one
-parameter's elements with its optimiser states, as live views.
+A layout knows which tensors the optimiser steps, makes what is kept for them, gives what this rank
+owns as fragments, and brings the weights that the passes use up to date after a restore. A fragment
+is a 1-D run of the elements of a parameter or of one of its states, as a live view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,20 +16,23 @@ from torch import Tensor
 
 from dray.rank.device import is_queued
 from dray.rank.group import Ranks
+from dray.spec import State
 
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+Declare = Callable[..., Sequence[State]]
+"""(shape, is_hidden=…) → what the optimiser and hooks keep for a parameter of that shape."""
+Owned = tuple[str, int, Tensor]
 
 
-@dataclass(frozen=True)
-class LiveFragment:
-    """Elements [start, start + length) of a parameter: live 1-D views, one a state.
+class LiveFragment(NamedTuple):
+    """A parameter's elements from `start` on, or those of one of its states, as a live 1-D view.
 
-    All are fp32, but for frozen parameters in half precision: those have no fp32 master.
+    Parameters are fp32, but for frozen ones in half precision: those have no fp32 master.
     """
 
     parameter: str
+    state: str
     start: int
-    states: dict[str, Tensor]
+    view: Tensor
 
 
 class Layout:
@@ -45,13 +47,41 @@ class Layout:
     def __init__(self, wrapper: Any, module: torch.nn.Module, ranks: Ranks) -> None:
         self.wrapper, self.module, self.ranks = wrapper, module, ranks
         self.optimizer = getattr(wrapper, "optimizer", wrapper)
+        self.kept: dict[Tensor, tuple[State, ...]] = {}
+        """What is kept for each tensor that the optimiser steps."""
 
     def flats(self) -> list[Tensor]:
         """The fp32 tensors that the optimiser steps."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def link_states(self) -> None:
-        """Once the optimiser's states are there: let DeepSpeed know where they are."""
+    def create_states(self, declare: Declare) -> None:
+        """Make what is declared, as zeros: optimisers would wait for the first step, which a
+        checkpoint of step 0 and a restore come before. Some of DeepSpeed's wrappers have made some
+        by a step with zero gradients; what that left in them is put back."""
+        hidden = {
+            p
+            for group in self.optimizer.param_groups
+            if group.get("hidden")
+            for p in group["params"]
+        }
+        on_device = self.optimizer.defaults.get("fused")
+        for flat in self.flats():
+            is_hidden = flat in hidden
+            self.kept[flat] = tuple(declare(tuple(flat.shape), is_hidden=is_hidden))
+            state = self.optimizer.state[flat]
+            for made in state.values():
+                made.zero_()
+            if self.optimizer.counts(is_hidden=is_hidden):
+                device = flat.device if on_device else torch.device("cpu")
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
+            for name, shape, dtype in self.kept[flat]:
+                if name not in state:
+                    kind = getattr(torch, dtype)
+                    state[name] = torch.zeros(shape, dtype=kind, device=flat.device)
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed know where the states are."""
 
     def fragments(self, *, whole_replicas: bool = False) -> Iterator[LiveFragment]:
         """What this rank owns; over all ranks every element of every parameter exactly once.
@@ -61,9 +91,20 @@ class Layout:
         masters = self._masters()
         for name, parameter in self.module.named_parameters():
             master = masters.get(id(parameter), parameter)
-            fragment = self._fragment(name, parameter, master, whole=whole_replicas)
-            if fragment is not None and fragment.states["param"].numel():
-                yield fragment
+            for state, start, view in self._owned(parameter, master, whole=whole_replicas):
+                if view.numel():
+                    yield LiveFragment(name, state, start, view)
+
+    def state_shapes(self) -> dict[str, dict[str, list[int]]]:
+        """By parameter and state the shapes of what is kept in another shape than the
+        parameter's. There is such only where parameters are whole."""
+        masters, found = self._masters(), dict[str, dict[str, list[int]]]()
+        for name, parameter in self.module.named_parameters():
+            master = masters.get(id(parameter), parameter)
+            for kept in self.kept.get(master, ()):
+                if kept.shape != tuple(master.shape):
+                    found.setdefault(name, {})[kept.name] = list(kept.shape)
+        return found
 
     def refresh(self) -> None:
         """After a restore: copy the fp32 masters into the weights that the passes use."""
@@ -77,19 +118,18 @@ class Layout:
         """The fp32 copies of parameters that every rank holds, by the parameters' ids."""
         return {}
 
-    def _fragment(
-        self, name: str, parameter: Any, master: Tensor, *, whole: bool
-    ) -> LiveFragment | None:
-        """What this rank owns of a parameter: of one that every rank holds an equal part."""
-        states = {"param": master.data.view(-1)}
+    def _owned(self, parameter: Any, master: Tensor, *, whole: bool) -> Iterator[Owned]:
+        """(state, first element, view) of what this rank owns of a parameter and its states: of
+        what every rank holds an equal part."""
+        held = {"param": master.data}
         if parameter.requires_grad:
-            held = self.optimizer.state[master]
-            states |= {state: held[state].view(-1) for state in OPTIMIZER_STATES}
-        share = master.numel() if whole else -(-master.numel() // self.ranks.num_ranks)
-        start = 0 if whole else min(master.numel(), self.ranks.rank * share)
-        return LiveFragment(
-            name, start, {state: view[start : start + share] for state, view in states.items()}
-        )
+            held |= {
+                kept.name: self.optimizer.state[master][kept.name] for kept in self.kept[master]
+            }
+        for state, tensor in held.items():
+            share = tensor.numel() if whole else -(-tensor.numel() // self.ranks.num_ranks)
+            start = 0 if whole else min(tensor.numel(), self.ranks.rank * share)
+            yield state, start, tensor.view(-1)[start : start + share]
 
 
 class UnfusedLayout(Layout):
@@ -131,7 +171,7 @@ class PartitionedLayout(Layout):
                 return list(found)
         return super().flats()
 
-    def link_states(self) -> None:
+    def _link_states(self) -> None:
         if hasattr(self.wrapper, "_lazy_init_hp_params_optimizer_state"):
             self.wrapper._lazy_init_hp_params_optimizer_state()
 
@@ -139,17 +179,19 @@ class PartitionedLayout(Layout):
         if hasattr(self.wrapper, "update_lp_params"):
             self.wrapper.update_lp_params()
 
-    def _fragment(
-        self, name: str, parameter: Any, master: Tensor, *, whole: bool
-    ) -> LiveFragment | None:
+    def _owned(self, parameter: Any, master: Tensor, *, whole: bool) -> Iterator[Owned]:
         if not hasattr(parameter, "_hp_mapping"):  # frozen
-            return super()._fragment(name, parameter, master, whole=whole)
+            yield from super()._owned(parameter, master, whole=whole)
+            return
         mapping = parameter._hp_mapping
         if mapping is None:  # another rank's
-            return None
-        states = {"param": mapping.hp_fragment}
-        states |= {state: mapping.get_optim_state_fragment(state) for state in OPTIMIZER_STATES}
-        return LiveFragment(name, mapping.lp_fragment_address.start, states)
+            return
+        start, place = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+        flat = self.flats()[mapping.param_group_index]
+        yield "param", start, mapping.hp_fragment
+        for kept in self.kept[flat]:
+            state = self.optimizer.state[flat][kept.name]
+            yield kept.name, start, state.narrow(0, place.start, place.numel)
 
 
 def measure_and_clip_queued(wrapper: Any) -> None:
@@ -205,24 +247,20 @@ class Stage3Layout(Layout):
     def unscale_norm(self, norm: Tensor, scale: float, next_scale: float) -> Tensor:
         return norm * (next_scale / scale)  # it divides by the next step's scale
 
-    def _fragment(
-        self, name: str, parameter: Any, master: Tensor, *, whole: bool
-    ) -> LiveFragment | None:
+    def _owned(self, parameter: Any, master: Tensor, *, whole: bool) -> Iterator[Owned]:
         own = parameter.ds_tensor
         if not parameter.requires_grad:
-            flat, offset, length = own.data, 0, own.ds_numel
-            held: dict[str, Tensor] = {}
+            held, offset, length = {"param": own.data}, 0, own.ds_numel
         else:
             number = self.wrapper.get_param_id(parameter)
             group, offset, length = self.wrapper.grad_position[number]
             flat = self.wrapper.fp32_partitioned_groups_flat[group]
-            held = {state: self.optimizer.state[flat][state] for state in OPTIMIZER_STATES}
+            held = {"param": flat.data}
+            held |= {kept.name: self.optimizer.state[flat][kept.name] for kept in self.kept[flat]}
         start = self.ranks.rank * own.ds_numel
         length = max(0, min(length, parameter.ds_numel - start))
-        views = {"param": flat.data, **held}
-        return LiveFragment(
-            name, start, {state: view.narrow(0, offset, length) for state, view in views.items()}
-        )
+        for state, tensor in held.items():
+            yield state, start, tensor.narrow(0, offset, length)
 
 
 def choose_layout(

@@ -45,6 +45,7 @@ from dray.rank.device import Clock, Reading, is_queued, send
 from dray.rank.engine import Engine, build_engine, import_deepspeed
 from dray.rank.feeding import StepRows, ValidationRows, feed
 from dray.rank.group import Ranks
+from dray.rank.hooks import build_hooks
 from dray.rank.initial_weights import open_weights
 from dray.rank.job import Attempt, Job
 from dray.rank.numerics import Watch
@@ -204,6 +205,7 @@ class _Loop:
             self.plan,
             ranks,
             make_objective=self._make_objective,
+            hooks=build_hooks(self.spec),
         )
         self.saver = Saver(
             run,
@@ -567,7 +569,8 @@ class _Loop:
         progress = self.progress
         shapes = {name: list(shape) for name, shape in self.engine.parameter_shapes.items()}
         shapes |= {name: list(buffer.shape) for name, buffer in self.engine.buffers().items()}
-        return {
+        others = self.engine.state_shapes
+        return ({"state_shapes": others} if others else {}) | {
             "step": progress.step,
             "optimizer_step": self.engine.num_updates,
             "tokens": progress.tokens,

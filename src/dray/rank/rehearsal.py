@@ -116,6 +116,7 @@ def _place(spec: Spec, plan: Plan, config: Config) -> Path:
         "libraries": [metadata.version(name) for name in _LIBRARIES],
         "sizes": repr(sizes),
         "task": spec.task.name,
+        "optimizer": [spec.optimizer.name, spec.regularization.ema is not None],
         "ranks": plan.num_ranks,
         "cpus": spec.resources.cpus_per_worker,
         "precision": plan.precision,
@@ -182,6 +183,7 @@ def _build_thin(
 ) -> Engine:
     from dray.models.build import build_model, enable_activation_checkpointing, parameter_groups
     from dray.rank.engine import build_engine
+    from dray.rank.hooks import build_hooks
 
     def build(constructing: Any, gathering: Any) -> Any:
         model = build_model(
@@ -206,6 +208,7 @@ def _build_thin(
         plan,
         ranks,
         make_objective=lambda model: _task(spec, sizes).objective(model),
+        hooks=build_hooks(spec),
     )
 
 

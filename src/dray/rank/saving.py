@@ -125,11 +125,10 @@ class Saver:
         """What this rank owns, by fragment key: live, but for buffers, which a forward pass may
         change."""
         tensors = {
-            make_fragment_key(fragment.parameter, state, fragment.start): view.detach().to(
-                torch.float32
+            make_fragment_key(name, state, start): view.detach().to(
+                torch.float32 if state == "param" else view.dtype
             )
-            for fragment in self._engine.fragments()
-            for state, view in fragment.states.items()
+            for name, state, start, view in self._engine.fragments()
         }
         if self._ranks.rank == 0:
             for name, buffer in self._engine.buffers().items():

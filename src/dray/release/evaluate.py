@@ -17,7 +17,7 @@ from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
 from dray.corpus.stream import read_rows
 from dray.errors import CorpusError, SpecError, UserError
-from dray.release.trained import Trained, load_trained
+from dray.release.trained import Trained, Weights, load_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
 from dray.tasks import draw_of
 
@@ -32,18 +32,20 @@ def evaluate(
     *,
     data: Sequence[str] | None = None,
     step: str | int | None = None,
+    weights: Weights = "trained",
     address: str | None = None,
     verbose: bool = False,
     report: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Metrics by name, with `step` and `num_rows`; None for one that stands for nothing on these
-    rows. `report` gets what the task tells besides, by what it is of.
+    """Metrics by name, with `step` and `num_rows` (and `weights`, where they are not the trained
+    ones); None for one that stands for nothing on these rows. `report` gets what the task tells
+    besides, by what it is of.
 
     `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
     Other data may be any slice, of one class alone, too. Raises UserError for data that cannot be
     evaluated.
     """
-    trained = load_trained(storage, name, step)
+    trained = load_trained(storage, name, step, weights)
     if data:
         corpus = _prepare_other(trained, data, storage, address, verbose)
         split = corpus.manifest.train
@@ -55,7 +57,8 @@ def evaluate(
             )
         split = validation
     values = measure(trained, corpus, split, report)
-    return {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows, **values}
+    told = {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows}
+    return told | ({} if weights == "trained" else {"weights": weights}) | values
 
 
 @torch.no_grad()

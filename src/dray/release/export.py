@@ -16,7 +16,7 @@ from dray.corpus.tokenizer_folder import dressed
 from dray.corpus.tokenizing import PROBES, load_auto_tokenizer, read_tokenizer_files
 from dray.errors import StoreError
 from dray.models.folder import save_pretrained_folder
-from dray.release.trained import Trained, load_trained
+from dray.release.trained import Trained, Weights, load_trained
 from dray.runs import Run
 from dray.storage.filesystem import is_local
 
@@ -27,6 +27,7 @@ def export(
     folder: str,
     *,
     step: str | int | None = None,
+    weights: Weights = "trained",
     say: Callable[[str], None] | None = None,
 ) -> int:
     """Write the folder and return the step it holds. Raises StoreError if the folder is there and
@@ -48,7 +49,7 @@ def export(
             "what a run keeps is its own",
             "choose another folder",
         )
-    trained = load_trained(storage, name, step)
+    trained = load_trained(storage, name, step, weights)
     # Complete or absent: the folder gets its name once everything is in it.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from dray.errors import SpecError
-from dray.release.trained import load_trained
+from dray.release.trained import Weights, load_trained
 
 
 def generate(
@@ -15,6 +15,7 @@ def generate(
     prompts: Sequence[str],
     *,
     step: str | int | None = None,
+    weights: Weights = "trained",
     max_tokens: int = 64,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -44,7 +45,7 @@ def generate(
             prompt.encode()
         except UnicodeEncodeError as error:
             raise SpecError(f"prompt {number}", "is no valid UTF-8", "a prompt is text") from error
-    trained = load_trained(storage, name, step)
+    trained = load_trained(storage, name, step, weights)
     if not trained.spec.task.generates:
         raise SpecError(
             f"run {name!r}",

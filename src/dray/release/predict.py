@@ -30,7 +30,7 @@ from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.tokenizing import TokenizerInfo
 from dray.errors import SpecError, StoreError
 from dray.release.evaluate import batch_rows, make_evaluation_spec, said_of_data
-from dray.release.trained import Trained, load_trained
+from dray.release.trained import Trained, Weights, load_trained
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
@@ -50,6 +50,7 @@ def predict(
     data: Sequence[str],
     *,
     step: str | int | None = None,
+    weights: Weights = "trained",
     counts: Counts | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A mapping for each record: its fields, and `prediction` with what goes with it (`scores`);
@@ -59,7 +60,7 @@ def predict(
     does, SpecError for a task without predictions, CorpusError for data that is not there.
     """
     counts = counts or Counts()
-    trained = load_trained(storage, name, step)
+    trained = load_trained(storage, name, step, weights)
     task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
     if not task.predicts:
         way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -25,6 +25,9 @@ from dray.models.config import longest_row
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
+
+Weights = Literal["trained", "ema"]
+"""Which of a checkpoint's weights: those that were trained, or their moving average."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,14 @@ class Trained:
         return device
 
 
-def load_trained(storage: str, name: str, step: str | int | None = None) -> Trained:
-    """Load the model of a run at a step: a number, `best` by the run's validation metric, or None
-    for the newest.
+def load_trained(
+    storage: str, name: str, step: str | int | None = None, weights: Weights = "trained"
+) -> Trained:
+    """Load the model of a run at a step: a number, `best` by the run's validation metric (which
+    measured the trained weights), or None for the newest.
 
-    Raises StoreError when there is no such run or checkpoint, or it is damaged.
+    Raises StoreError when there is no such run or checkpoint, it is damaged, or has no such
+    weights.
     """
     run = Run.open(storage, name)
     info = choose_checkpoint(run, step)
@@ -126,15 +132,24 @@ def load_trained(storage: str, name: str, step: str | int | None = None) -> Trai
                 "a damaged checkpoint is never loaded",
                 "try another --step",
             )
-        _fill(model, reader)
+        if weights != "trained" and not reader.names(weights):
+            raise StoreError(
+                info.path,
+                f"holds no average of the weights (--weights {weights})",
+                "a run keeps one if its spec has regularization.ema",
+                "leave --weights out for the trained weights",
+            )
+        _fill(model, reader, weights)
     model.eval()
     return Trained(run, info, spec, run.corpus, manifest, model)
 
 
 @torch.no_grad()
-def _fill(model: torch.nn.Module, reader: CheckpointReader) -> None:
+def _fill(model: torch.nn.Module, reader: CheckpointReader, weights: Weights) -> None:
     for name, parameter in model.named_parameters():
-        parameter.copy_(reader.read(name).reshape(parameter.shape))
+        # Frozen parameters have no average: it would be themselves.
+        state = weights if reader.has(name, weights) else "param"
+        parameter.copy_(reader.read(name, state).reshape(parameter.shape))
     for name, buffer in model.named_buffers():
         if reader.has(name, "buffer"):
             buffer.copy_(reader.read(name, "buffer").reshape(buffer.shape))

@@ -23,17 +23,37 @@ from numpy.typing import NDArray
 from dray.errors import StoreError
 from dray.runs.layout import Fragment, is_rank_file
 
-VERSION = 2
-"""1: every file with a list of its fragments. 2: `partitions` and `others` beside the files."""
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
-FLOAT_STATES = ("param", *OPTIMIZER_STATES)
+VERSION = 3
+"""1: every file with a list of its fragments. 2: `partitions` and `others` beside the files. 3:
+`state_shapes` in the metadata; a manifest without them is written as 2, which it is."""
 WHOLE_STATES = ("buffer", "extra")
-"""States of any dtype: the model's buffers, and whatever else the engine carries, such as
+"""What is no parameter: the model's buffers, and whatever else the engine carries, such as
 generators' states."""
+MODEL_STATES = ("param", *WHOLE_STATES)
+"""All others are what the optimiser and hooks keep for a parameter, each under a name of its
+own."""
 
 Ints = NDArray[np.int64]
 Key = tuple[str, str]
 """(parameter, state)."""
+
+
+class Shapes:
+    """The shape of every tensor's every state: that of the tensor, unless `state_shapes` (tensor →
+    state → shape) in the metadata says otherwise."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.by_name: Mapping[str, Sequence[int]] = metadata["shapes"]
+        self._others: Mapping[str, Any] = metadata.get("state_shapes") or {}
+
+    def of(self, name: str, state: str) -> Sequence[int]:
+        """Raises KeyError for a tensor that has no shape."""
+        own: Sequence[int] = self.by_name[name]
+        return self._others.get(name, {}).get(state, own) if self._others else own
+
+    def size(self, name: str, state: str) -> int:
+        """Number of elements."""
+        return make_size(self.of(name, state))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +173,8 @@ Places = dict[Key, Partition | Scattered]
 @dataclass(frozen=True)
 class CheckpointManifest:
     """All of a checkpoint but its tensors. `metadata["shapes"]` holds the shape of every tensor by
-    name."""
+    name, `metadata["state_shapes"]` those of states that are shaped otherwise than their
+    parameter."""
 
     step: int
     attempt: int
@@ -175,7 +196,7 @@ class CheckpointManifest:
     ) -> CheckpointManifest:
         """The manifest of what the ranks wrote. Raises StoreError unless it covers every tensor
         exactly once."""
-        places = make_places(files, metadata["shapes"], where)
+        places = make_places(files, Shapes(metadata), where)
         states: dict[tuple[str, int], list[str]] = {}
         others = []
         for (parameter, state), place in places.items():
@@ -196,17 +217,19 @@ class CheckpointManifest:
         """Where every tensor lies. Raises StoreError unless each is covered exactly once, as far as
         that was left open when it was written down."""
         if any(file.fragments is not None for file in self.files):  # version 1
-            return make_places(self.files, self.metadata["shapes"], where)
+            return make_places(self.files, Shapes(self.metadata), where)
         places: Places = {}
         try:
+            shapes = Shapes(self.metadata)
             for parameter, length, states in self.partitions:
-                size = make_size(self.metadata["shapes"][parameter])
-                if not 0 < length <= size or -(-size // length) > len(self.files):
-                    raise ValueError(
-                        f"{parameter}: {len(self.files)} parts of {length} are not "
-                        f"its {size} elements"
-                    )
-                places |= {(parameter, state): Partition(length, size) for state in states}
+                for state in states:
+                    size = shapes.size(parameter, state)
+                    if not 0 < length <= size or -(-size // length) > len(self.files):
+                        raise ValueError(
+                            f"{parameter}: {len(self.files)} parts of {length} are not "
+                            f"its {size} elements"
+                        )
+                    places[parameter, state] = Partition(length, size)
             columns = _Columns([(parameter, state) for parameter, state, *_ in self.others])
             for index, (_, _, *given) in enumerate(self.others):
                 columns.add(
@@ -215,13 +238,13 @@ class CheckpointManifest:
                 )
         except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise StoreError(where, f"not a checkpoint's manifest ({error!r})") from error
-        places |= columns.places(self.metadata["shapes"], where, self.files)
-        _check_all_there(places, self.metadata["shapes"], where)
+        places |= columns.places(shapes, where, self.files)
+        _check_all_there(places, shapes, where)
         return places
 
     @property
-    def shapes(self) -> dict[str, list[int]]:
-        return dict(self.metadata["shapes"])
+    def shapes(self) -> Shapes:
+        return Shapes(self.metadata)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -233,7 +256,7 @@ class CheckpointManifest:
 
     def to_bytes(self) -> bytes:
         tree = {
-            "version": VERSION,
+            "version": VERSION if self.metadata.get("state_shapes") else 2,
             "step": self.step,
             "attempt": self.attempt,
             "metadata": self.metadata,
@@ -288,14 +311,11 @@ class CheckpointInfo:
     set_aside: bool = False
 
 
-def make_places(
-    files: Sequence[RankFile], shapes: Mapping[str, Sequence[int]], where: str
-) -> Places:
+def make_places(files: Sequence[RankFile], shapes: Shapes, where: str) -> Places:
     """Where every tensor lies, by (parameter, state), from what the ranks wrote.
 
     Raises StoreError unless each tensor of `shapes` has its weights (or buffer, or extra) covered
-    exactly once, and each optimiser state is covered exactly once or, for frozen parameters,
-    absent.
+    exactly once, and each other state that it has at all: frozen parameters have none.
     """
     keys: dict[Key, int] = {}
     numbers: dict[int, Ints] = {}  # by the identity of a rank's keys, which most ranks share
@@ -333,15 +353,13 @@ class _Columns:
         for column, values in zip(self._columns, (keys, files, starts, lengths), strict=True):
             column.append(values)
 
-    def places(
-        self, shapes: Mapping[str, Sequence[int]], where: str, files: Sequence[RankFile]
-    ) -> Places:
+    def places(self, shapes: Shapes, where: str, files: Sequence[RankFile]) -> Places:
         """Where each key lies. Raises StoreError unless each is covered exactly once."""
         if not self._columns[0]:
             return {}
         keys, indices, starts, lengths = (np.concatenate(column) for column in self._columns)
         for name, _ in self._keys:
-            if name not in shapes:
+            if name not in shapes.by_name:
                 raise StoreError(
                     where,
                     f"{name}: no shape is given for it",
@@ -349,7 +367,7 @@ class _Columns:
                 )
         if np.any((indices < 0) | (indices >= len(files))):
             raise StoreError(where, "a fragment lies in a file that there is none of")
-        sizes = np.array([make_size(shapes[name]) for name, _ in self._keys], dtype=np.int64)
+        sizes = np.array([shapes.size(*key) for key in self._keys], dtype=np.int64)
         kept = (lengths > 0) | (sizes[keys] == 0)
         order = np.lexsort((lengths, starts, keys))
         order = order[kept[order]]
@@ -417,11 +435,9 @@ def _make_place(files: Ints, starts: Ints, lengths: Ints, size: int) -> Partitio
     )
 
 
-def _check_all_there(places: Places, shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    for name in shapes:
-        if not any((name, state) in places for state in ("param", *WHOLE_STATES)) and make_size(
-            shapes[name]
-        ):
+def _check_all_there(places: Places, shapes: Shapes, where: str) -> None:
+    for name, shape in shapes.by_name.items():
+        if not any((name, state) in places for state in MODEL_STATES) and make_size(shape):
             raise StoreError(
                 where, f"{name}: no rank wrote it", "each tensor is written exactly once"
             )

@@ -23,7 +23,7 @@ from pyarrow import fs as pafs
 
 from dray.errors import StoreError
 from dray.runs.checkpoint_manifest import (
-    OPTIMIZER_STATES,
+    MODEL_STATES,
     CheckpointInfo,
     CheckpointManifest,
     Piece,
@@ -182,6 +182,10 @@ class CheckpointReader:
         self.manifest = load_manifest(self.filesystem, self.path)
         self._shapes = self.manifest.shapes
         self._places = self.manifest.places(self.path)
+        self._kept: dict[str, list[str]] = {}
+        for name, state in sorted(self._places):
+            if state not in MODEL_STATES:
+                self._kept.setdefault(name, []).append(state)
         self._tied: dict[str, str] = dict(self.metadata.get("tied") or {})
         self._open: dict[int, tuple[RangeReader, dict[str, _Tensor]]] = {}
         self._lock = Lock()
@@ -219,12 +223,17 @@ class CheckpointReader:
         return sorted(name for name, found in self._places if found == state)
 
     def has(self, name: str, state: str) -> bool:
-        """Whether a tensor has this state: frozen parameters have no exp_avg."""
+        """Whether a tensor has this state: frozen parameters have weights alone."""
         return (self._tied.get(name, name), state) in self._places
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; tied names have the shape of what they share."""
-        return tuple(self._shapes[self._resolved(name)])
+    def kept(self, name: str) -> list[str]:
+        """Sorted names of what the optimiser and hooks keep for a parameter."""
+        name = self._tied.get(name, name)
+        return self._kept.get(name, [])
+
+    def shape(self, name: str, state: str = "param") -> tuple[int, ...]:
+        """Shape of a tensor's state; tied names have the shape of what they share."""
+        return tuple(self._shapes.of(self._resolved(name), state))
 
     def read(
         self, name: str, state: str = "param", start: int = 0, count: int | None = None
@@ -237,7 +246,7 @@ class CheckpointReader:
         place = self._places.get((name, state))
         if place is None:
             raise StoreError(self.path, f"{name}: no {state} was saved")
-        num_elements = math.prod(self._shapes[name])
+        num_elements = self._shapes.size(name, state)
         count = num_elements - start if count is None else count
         if start < 0 or count < 0 or start + count > num_elements:
             raise StoreError(
@@ -282,7 +291,7 @@ class CheckpointReader:
 
     def _resolved(self, name: str) -> str:
         name = self._tied.get(name, name)
-        if name not in self._shapes:
+        if name not in self._shapes.by_name:
             raise StoreError(self.path, f"{name}: no such tensor in this checkpoint")
         return name
 
@@ -311,6 +320,13 @@ class CheckpointReader:
     def _read_into(self, out: torch.Tensor, piece: Piece, first: int) -> None:
         stream, tensor = self._find(piece)
         view = tensor_bytes(out)
+        if tensor.dtype != DTYPES[str(out.dtype).removeprefix("torch.")]:
+            where, (name, state, start, _) = self.manifest.files[piece.file].file, piece.fragment
+            raise StoreError(
+                f"{self.path}/{where}",
+                f"{make_fragment_key(name, state, start)} is {tensor.dtype}",
+                "all parts of a state have one dtype",
+            )
         offset = tensor.offset + first * out.element_size()
         for at in range(0, len(view), CHUNK_BYTES):
             wanted = min(CHUNK_BYTES, len(view) - at)
@@ -354,8 +370,8 @@ def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """The outcome of checking every byte. The hashes cover the fp32 tensors as wholes, so they do
-    not depend on the number of ranks or the ZeRO stage; they are empty where the tensors cannot be
+    """The outcome of checking every byte. The hashes cover the tensors as wholes, so they do not
+    depend on the number of ranks or the ZeRO stage; they are empty where the tensors cannot be
     read."""
 
     step: int
@@ -409,19 +425,18 @@ def hash_weights(reader: CheckpointReader) -> str:
 
 
 def hash_optimizer(reader: CheckpointReader) -> str:
-    """SHA-256 over (name, state, shape, fp32 bytes) of exp_avg and exp_avg_sq, in the order of the
-    names."""
+    """SHA-256 over (name, state, shape, bytes) of all that the optimiser and hooks keep, in the
+    order of the names."""
     digest = hashlib.sha256()
     for name in reader.names("param"):
-        for state in OPTIMIZER_STATES:
-            if reader.has(name, state):
-                digest.update(name.encode() + state.encode())
-                _update(digest, reader, name, state)
+        for state in reader.kept(name):
+            digest.update(name.encode() + state.encode())
+            _update(digest, reader, name, state)
     return digest.hexdigest()
 
 
 def _update(digest: Any, reader: CheckpointReader, name: str, state: str) -> None:
-    shape = reader.shape(name)
+    shape = reader.shape(name, state)
     digest.update(str(list(shape)).encode())
     num_elements, step = math.prod(shape), CHUNK_BYTES // 4
     for start in range(0, num_elements, step):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from dray.errors import StoreError
 from dray.runs.checkpoint_manifest import (
-    FLOAT_STATES,
-    WHOLE_STATES,
     CheckpointInfo,
     CheckpointManifest,
     Fragments,
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 8 * 1024 * 1024
+STATE_NAME = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"
 DTYPES = {
     "float32": "F32",
     "float64": "F64",
@@ -82,8 +82,8 @@ class CheckpointWriter:
         synced on a local disk.
 
         `tensors`: fragment key (`make_fragment_key(parameter, state, start)`) → 1-D tensor on any
-        device, fp32 for param, exp_avg and exp_avg_sq, of any dtype for buffer and extra. Tensors
-        are copied to the host one at a time. If the storage fails for a moment the file is written
+        device, fp32 for param, of any dtype for every other state. Tensors are copied to the host
+        one at a time. If the storage fails for a moment the file is written
         again from the start: the tensors must not change before this returns. Raises StoreError for
         a wrong tensor or a checkpoint already committed, StorageFailed.
         """
@@ -118,7 +118,8 @@ class CheckpointWriter:
         of all ranks.
 
         `metadata` needs `shapes` (name → shape of every parameter, buffer and extra). Known
-        besides: `tied` (alias → name), `validation` (metric → value), `num_ranks`, `zero_stage`,
+        besides: `state_shapes` (name → state → shape, where it is not the parameter's),
+        `tied` (alias → name), `validation` (metric → value), `num_ranks`, `zero_stage`,
         `fingerprint`, `tokens`, `loss_scale` …. Raises StoreError if a fragment is missing or
         written twice, a file is not there, a later attempt has begun, another driver has taken the
         run over, or the checkpoint is committed already: a marker is never replaced.
@@ -195,18 +196,15 @@ class CheckpointWriter:
 def _make_fragment(key: str, tensor: torch.Tensor) -> Fragment:
     parameter, state, start = parse_fragment_key(key)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if state not in FLOAT_STATES and state not in WHOLE_STATES:
+    if not re.fullmatch(STATE_NAME, state):
         raise StoreError(
-            f"tensor {key!r}",
-            f"unknown state {state!r}",
-            f"one of {', '.join(FLOAT_STATES + WHOLE_STATES)}",
+            f"tensor {key!r}", f"{state!r} is no state's name", "lower-case words joined by _"
         )
-    if tensor.dim() != 1 or (state in FLOAT_STATES and dtype != "float32") or dtype not in DTYPES:
+    if tensor.dim() != 1 or (state == "param" and dtype != "float32") or dtype not in DTYPES:
         raise StoreError(
             f"tensor {key!r}",
             f"is {dtype} with shape {list(tensor.shape)}",
-            "weights and optimiser states are 1-D fp32 pieces; buffers and extras "
-            "1-D of a common dtype",
+            "weights are 1-D fp32 pieces, all other states 1-D of a common dtype",
         )
     return Fragment(parameter, state, start, tensor.numel())
 

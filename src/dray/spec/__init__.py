@@ -1,8 +1,8 @@
 """The frozen spec.
 
-`sections.py` has its sections, `spec.py` the whole; `loading.py` reads and overrides it,
-`yaml_reading.py` reads the YAML that people write, `mistakes.py` says in a line what is wrong;
-`identity.py` compares two.
+`sections.py` has its sections, `optimizers.py` the one of the optimiser, `spec.py` the whole;
+`loading.py` reads and overrides it, `yaml_reading.py` reads the YAML that people write,
+`mistakes.py` says in a line what is wrong; `identity.py` compares two.
 """
 
 from dray.spec.identity import differing_paths, without_places
@@ -14,15 +14,16 @@ from dray.spec.loading import (
     make_spec,
     recipe_names,
 )
+from dray.spec.optimizers import OPTIMIZERS, Optimizer, State
 from dray.spec.sections import (
     NAME_RULE,
     RUN_NAME,
     Cleaning,
     Duration,
+    Ema,
     HeldOut,
     Model,
     Numerics,
-    Optimizer,
     Resources,
     Schedule,
     Source,
@@ -36,11 +37,13 @@ from dray.spec.yaml_reading import BadYaml, read_yaml
 __all__ = [
     "MAX_SPEC_BYTES",
     "NAME_RULE",
+    "OPTIMIZERS",
     "RUN_NAME",
     "BadYaml",
     "Cleaning",
     "Direction",
     "Duration",
+    "Ema",
     "Field",
     "Head",
     "HeldOut",
@@ -52,6 +55,7 @@ __all__ = [
     "Schedule",
     "Source",
     "Spec",
+    "State",
     "Tokenizer",
     "Watchdog",
     "default_task",

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,12 +23,20 @@ def shown_words(text: str, width: int = 200) -> str:
     return printable + ("…" if len(text) > width else "")
 
 
-def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _known_keys(section: type[BaseModel], tags: Collection[str], prefix: str = "") -> Iterator[str]:
+    """The keys of a section and of those in it; of a section of several kinds the one that `tags`
+    names, if any."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _known_keys(kind, f"{prefix}{name}.")
+        kinds = [
+            field.annotation,
+            *(next(iter(get_args(part)), None) for part in get_args(field.annotation)),
+        ]
+        sections = [
+            kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        for kind in [kind for kind in sections if kind.__name__ in tags] or sections:
+            yield from _known_keys(kind, tags, f"{prefix}{name}.")
 
 
 def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> SpecError:
@@ -47,7 +56,7 @@ def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> S
     ):
         where = "the command line"
     if first["type"] == "extra_forbidden":
-        return SpecError(where, f"unknown key {path}", way_out=_suggest(path))
+        return SpecError(where, f"unknown key {path}", way_out=_suggest(path, parts))
     if first["type"] == "invalid_key":
         return SpecError(
             where, f"the key {path} is a {type(first['loc'][-1]).__name__}", "keys are words"
@@ -67,10 +76,10 @@ def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> S
     return SpecError(where, f"{path}{given}: {message[:1].lower()}{message[1:]}")
 
 
-def _suggest(unknown: str) -> str:
+def _suggest(unknown: str, tags: Collection[str]) -> str:
     """What the person may have meant by a key: one of its section with a like name, else one of
     another section."""
-    known = list(_known_keys(Spec)) + [f"data.train.{name}" for name in Source.model_fields]
+    known = list(_known_keys(Spec, tags)) + [f"data.train.{name}" for name in Source.model_fields]
     section, _, word = re.sub(r"\.\d+", "", unknown).rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     names = [key.rpartition(".")[2] for key in siblings]

@@ -268,23 +268,6 @@ class BatchSize(Section):
     """Rows in one forward pass of one rank; `auto`: the most that fit."""
 
 
-class Optimizer(Section):
-    """The optimiser; weight decay spares norms, biases and embeddings."""
-
-    name: Literal["adamw"] = "adamw"
-    """The optimiser's name."""
-    learning_rate: Annotated[Float, Field(gt=0, le=10)] = 1.0e-3
-    """Peak learning rate."""
-    weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.1
-    """Decoupled weight decay."""
-    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
-    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the second moment."""
-    epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
-    """Term added to the denominator."""
-
-
 class Schedule(Section):
     """The learning rate over the steps."""
 
@@ -313,6 +296,14 @@ class Schedule(Section):
             )
 
 
+class Ema(Section):
+    """An exponential moving average of the weights, beside those that are trained."""
+
+    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.999
+    """Share that the average keeps of itself at an update; at update n no more than
+    (1 + n) / (10 + n), so that a short run does not hold on to its initial weights."""
+
+
 class Regularization(Section):
     """What keeps the model from fitting too closely or diverging."""
 
@@ -322,6 +313,9 @@ class Regularization(Section):
     """Probability mass spread over all classes in the training loss."""
     clip_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
     """Greatest global gradient norm; none: no clipping."""
+    ema: Annotated[Ema | None, Field(exclude_if=lambda given: given is None)] = None
+    """Keep a moving average of the weights, to evaluate or export instead of them
+    (`--weights ema`); validation measures the weights themselves. None: no average."""
 
 
 class Duration(Section):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.sections import (
     BatchSize,
     Checkpoint,
@@ -23,7 +24,6 @@ from dray.spec.sections import (
     Int,
     Model,
     Numerics,
-    Optimizer,
     Regularization,
     Resources,
     RunName,
@@ -53,7 +53,7 @@ class Spec(Section):
     """The model."""
     batch: BatchSize = BatchSize()
     """The batch."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerChoice = AdamW()
     """The optimiser."""
     schedule: Schedule = Schedule()
     """The learning rate over the steps."""
@@ -123,6 +123,12 @@ class Spec(Section):
         weighted = [source.weight is not None for source in self.data.train]
         if any(weighted) and not all(weighted):
             raise ValueError("data.train: give every source a weight, or none")
+        for key, value in (("stage", self.zero.stage), ("offload", self.zero.offload)):
+            if not self.optimizer.elementwise and value not in (0, "auto", "none"):
+                raise ValueError(
+                    f"zero.{key} = {value}: {self.optimizer.name} updates whole matrices, which "
+                    "ZeRO 1 to 3 cut up; give zero.stage=0 zero.offload=none, or another optimizer"
+                )
         if self.duration.steps is not None:
             self.schedule.check_length(self.duration.steps)
         return self

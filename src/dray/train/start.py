@@ -28,7 +28,7 @@ from dray.rank.initial_weights import (
 from dray.rank.job import Job, make_corpus_plan
 from dray.runs import Run, check_trackers, find_resume_checkpoint
 from dray.runs.layout import check_run_name
-from dray.spec import Model, Spec, without_places
+from dray.spec import OPTIMIZERS, Model, Spec, without_places
 from dray.storage.filesystem import (
     absolute,
     child,
@@ -104,6 +104,7 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
         _check_moved(run, spec)
     elif keeper is not None:
         _check_same_shape(keeper, spec)
+        _check_same_states(keeper, spec)
     return Start(spec, storage, name, fork, run, keeper)
 
 
@@ -134,6 +135,10 @@ def open_run(
         if start.run is not None and find_resume_checkpoint(start.run) is None:
             origin.check()
         origin = origin.pinned()
+    if start.run is None and start.keeper is not None and spec.regularization.ema is not None:
+        before = start.keeper.record()["identity"]["regularization"]
+        if not before.get("ema"):
+            say(f"{start.keeper.name} kept no average of its weights: it begins with the fork")
     run = Run.open_or_create(
         start.storage,
         start.name,
@@ -307,6 +312,21 @@ def _check_same_shape(origin: Run, spec: Spec) -> None:
             f"its spec differs in {', '.join(changed)}",
             "a fork goes on with the weights of its origin, which have another shape",
             "undo the change, or begin another run with --run",
+        )
+
+
+def _check_same_states(origin: Run, spec: Spec) -> None:
+    """Raise SpecError for a fork whose optimiser cannot go on with what its origin's kept."""
+    given = origin.record()["identity"]["optimizer"]
+    before, now = OPTIMIZERS[given["name"]].model_validate(given), spec.optimizer
+    kept = [chosen.states((2, 2), is_hidden=False) for chosen in (before, now)]
+    if before.name != now.name or kept[0] != kept[1]:
+        raise SpecError(
+            f"--fork of {origin.name}",
+            f"its optimiser was {before.name}{'' if before.name != now.name else ' otherwise'}, "
+            f"the spec's is {now.name}",
+            "a fork goes on with what the optimiser of its origin kept",
+            "undo the change, or begin another run with model.run",
         )
 
 

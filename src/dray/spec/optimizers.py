@@ -1,0 +1,187 @@
+"""The optimisers: what each takes in a spec, what it keeps for a parameter, and where it may run.
+
+A class is an optimiser, a field with its sentence is a key. The engine makes the states that
+`states` declares, checkpoints hold them by their names, and the plan counts their bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Discriminator, Field, Tag
+
+from dray.spec.sections import Float, Section
+
+Size = tuple[int, ...]
+_DTYPE_BYTES = {"float32": 4, "uint8": 1}
+
+
+class State(NamedTuple):
+    """Something that is kept for a parameter: its name in checkpoints, its shape, and torch's name
+    of its dtype."""
+
+    name: str
+    shape: Size
+    dtype: str = "float32"
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
+
+class Optimizer(Section):
+    """What all optimisers share."""
+
+    elementwise: ClassVar[bool] = True
+    """Whether each element is updated by itself: then ZeRO may cut parameters anywhere."""
+    working_copies: ClassVar[int] = 0
+    """Copies in fp32 of what is updated at once that come and go in an update."""
+    parts_hidden: ClassVar[bool] = False
+    """Whether the matrices of the model's blocks are updated otherwise than the rest."""
+
+    name: str
+    """The optimiser's name."""
+    learning_rate: Annotated[Float, Field(gt=0, le=10)]
+    """Peak learning rate."""
+    weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.1
+    """Decoupled weight decay; it spares norms, biases and embeddings."""
+
+    def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
+        """What is kept for a parameter of that shape, zeros before the first update. `is_hidden`:
+        it is a matrix of one of the model's blocks."""
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """AdamW: two moments of each element."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimiser's name."""
+    learning_rate: Annotated[Float, Field(gt=0, le=10)] = 1.0e-3
+    """Peak learning rate."""
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
+    """Term added to the denominator."""
+
+    def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
+        return State("exp_avg", shape), State("exp_avg_sq", shape)
+
+
+class Sgd(Optimizer):
+    """Stochastic gradient descent with momentum, as torch has it: the decay is part of the
+    gradient."""
+
+    name: Literal["sgd"] = "sgd"
+    """The optimiser's name."""
+    weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.0
+    """Weight decay, added to the gradient before the momentum; it spares norms, biases and
+    embeddings."""
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """Share of the last update's direction that is kept; 0: none, and no state."""
+
+    def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
+        return (State("momentum_buffer", shape),) if self.momentum else ()
+
+
+class Lion(Optimizer):
+    """Lion: the sign of a moment of the gradients. Its rate wants to be some 3 to 10 times smaller
+    than AdamW's, and its decay as much larger."""
+
+    working_copies: ClassVar[int] = 1
+
+    name: Literal["lion"] = "lion"
+    """The optimiser's name."""
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """Share of the moment in an update, the rest is the gradient's."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the moment."""
+
+    def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
+        return (State("exp_avg", shape),)
+
+
+class Adafactor(Optimizer):
+    """Adafactor, as torch has it: of a matrix' second moment only the means of its rows and columns
+    are kept. Steps are relative to a parameter's own size."""
+
+    elementwise: ClassVar[bool] = False
+    working_copies: ClassVar[int] = 1
+
+    name: Literal["adafactor"] = "adafactor"
+    """The optimiser's name."""
+    learning_rate: Annotated[Float, Field(gt=0, le=10)]
+    """Peak learning rate: the greatest step, as a share of a parameter's root mean square. At
+    update n a step is no more than 1/√n."""
+    weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.0
+    """Decoupled weight decay; it spares norms, biases and embeddings."""
+    beta2_decay: Annotated[Float, Field(ge=-1, le=0)] = -0.8
+    """At update n the second moment keeps 1 - n^beta2_decay of itself."""
+    scale_floor: Annotated[Float, Field(gt=0)] = 1.0e-3
+    """A parameter's root mean square counts as this at least."""
+    clip_update: Annotated[Float, Field(ge=1)] = 1.0
+    """Greatest root mean square of an update before it is scaled."""
+
+    def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
+        if len(shape) < 2:
+            return (State("variance", shape),)
+        rows, columns = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
+        return State("row_var", rows), State("col_var", columns)
+
+
+class Muon(Optimizer):
+    """Muon for the matrices of the model's blocks, whose moment is made orthogonal, and AdamW for
+    embeddings, heads, norms and biases. Updates are scaled to the size of AdamW's, so that both go
+    by one rate."""
+
+    elementwise: ClassVar[bool] = False
+    working_copies: ClassVar[int] = 4
+    parts_hidden: ClassVar[bool] = True
+
+    name: Literal["muon"] = "muon"
+    """The optimiser's name."""
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the moment that is made orthogonal, in Nesterov's form."""
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
+    """AdamW's term added to the denominator."""
+
+    def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
+        if is_hidden:
+            return (State("momentum_buffer", shape),)
+        return State("exp_avg", shape), State("exp_avg_sq", shape)
+
+
+KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, Lion, Adafactor, Muon)
+OPTIMIZERS = {str(kind.model_fields["name"].default): kind for kind in KINDS}
+"""The classes by the names that a spec gives them."""
+
+
+def _choose(given: Any) -> str | None:
+    """The tag of the optimiser that a section means: one without a name is adamw."""
+    if isinstance(given, Optimizer):
+        return type(given).__name__
+    name = given.get("name", "adamw") if isinstance(given, Mapping) else None
+    kind = OPTIMIZERS.get(name) if isinstance(name, str) else None
+    return kind.__name__ if kind else None
+
+
+OptimizerChoice = Annotated[
+    Annotated[AdamW, Tag("AdamW")]
+    | Annotated[Sgd, Tag("Sgd")]
+    | Annotated[Lion, Tag("Lion")]
+    | Annotated[Adafactor, Tag("Adafactor")]
+    | Annotated[Muon, Tag("Muon")],
+    Discriminator(
+        _choose,
+        custom_error_type="optimizer",
+        custom_error_message=f"its name is one of {', '.join(OPTIMIZERS)}",
+    ),
+]
