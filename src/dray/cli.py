@@ -324,7 +324,8 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from dray.plan import format_plan, local_shape, make_plan, parse_shape, with_measured_step
+    from dray.models.counting import make_counted_plan
+    from dray.plan import format_plan, local_shape, parse_shape, with_measured_step
     from dray.rank.rehearsal import find_rehearsal, rehearse
     from dray.spec import load_spec
 
@@ -337,7 +338,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             "leave one of them out",
         )
     shape = parse_shape(arguments.shape) if arguments.shape else local_shape()
-    plan = _plan_known_corpus(spec, shape, arguments.storage) or make_plan(spec, shape)
+    plan = _plan_known_corpus(spec, shape, arguments.storage) or make_counted_plan(spec, shape)
     measured = None if arguments.shape else find_rehearsal(spec, plan)
     if arguments.measure and measured is None:
         measured = rehearse(spec, plan)

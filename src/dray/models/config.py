@@ -21,7 +21,7 @@ from dray.spec import Head, Spec
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_INTERMEDIATE_NAMES = (
+INTERMEDIATE_NAMES = (
     "intermediate_size",
     "n_inner",
     "ffn_dim",
@@ -239,7 +239,7 @@ def _stored_name(config: Any, name: str) -> str:
 
 
 def _intermediate_name(config: Any) -> str | None:
-    return next((name for name in _INTERMEDIATE_NAMES if hasattr(config, name)), None)
+    return next((name for name in INTERMEDIATE_NAMES if hasattr(config, name)), None)
 
 
 def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:

@@ -109,6 +109,49 @@ OFFSET_POSITIONS = (
     "longformer",
 )
 
+_HARMLESS_OPTIONS = (
+    "activation_function",
+    "classifier_activation",
+    "decoder_activation",
+    "embedding_dropout",
+    "hidden_act",
+    "hidden_activation",
+    "initializer_cutoff_factor",
+    "initializer_range",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_eps",
+    "rms_norm_eps",
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "classifier_dropout",
+    "embd_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+)
+# Options that the formulas of `parameters.py` heed, or that change neither sizes nor work; with any
+# other one a model is counted itself. A test tries each.
+HEEDED_OPTIONS = {
+    architecture: (*_HARMLESS_OPTIONS, *names)
+    for architecture, names in {
+        "llama": ("head_dim", "attention_bias", "mlp_bias"),
+        "mistral": ("head_dim", "sliding_window"),
+        "qwen2": (),
+        "gpt2": (),
+        "gpt_neox": ("attention_bias",),
+        "gpt_bigcode": ("multi_query",),
+        "starcoder2": ("use_bias", "sliding_window"),
+        "nemotron": ("head_dim",),
+        "bert": ("type_vocab_size",),
+        "roberta": ("type_vocab_size",),
+        "distilbert": (),
+        "modernbert": ("local_attention",),
+        "vit": ("patch_size", "image_size", "num_channels"),
+    }.items()
+}
+
 
 def is_gated(architecture: str) -> bool:
     """Whether the feed-forward block has a gate: all but the older families."""

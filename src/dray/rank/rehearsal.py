@@ -26,6 +26,7 @@ from dray.errors import PlanError
 from dray.plan import Dimensions, Plan, load_dimensions
 from dray.processes.heap import prepare_process
 from dray.spec import Spec
+from dray.storage.cache import cache_folder
 
 if TYPE_CHECKING:
     from dray.rank.engine import Engine
@@ -81,7 +82,7 @@ def rehearse(spec: Spec, plan: Plan) -> Rehearsal:
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(Path(folder).glob("rank-*.json"))
         ]
-    sizes = load_dimensions(spec)
+    sizes = load_dimensions(spec, counted=plan.counted)
     slowest = [
         {name: max(rank[index][name] for rank in ranks) for name in ("micro", "last")}
         for index in range(len(NUM_BLOCKS))
@@ -106,8 +107,11 @@ def _extend(seconds: list[float], num_blocks: int) -> float:
 def _place(spec: Spec, plan: Plan) -> Path:
     """The file of what is kept: named by all that the time of a step depends on, the number of
     blocks aside."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    sizes = {name: value for name, value in vars(load_dimensions(spec)).items() if name != "layers"}
+    sizes = {
+        name: value
+        for name, value in vars(load_dimensions(spec, counted=plan.counted)).items()
+        if name != "layers"
+    }
     known = {
         "machine": [platform.node(), _cpu_name(), plan.shape.cpus_per_node],
         "libraries": [metadata.version(name) for name in _LIBRARIES],
@@ -125,7 +129,7 @@ def _place(spec: Spec, plan: Plan) -> Path:
         "accumulates": plan.batch.accumulation > 1,
     }
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    return cache / "dray" / "rehearsals" / f"{key}.json"
+    return Path(cache_folder("rehearsals"), f"{key}.json")
 
 
 def _cpu_name() -> str:
@@ -156,7 +160,7 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, folder: str) -> None:
     store: Any = dist.FileStore(f"{folder}/store", plan.num_ranks)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", rank=rank, world_size=plan.num_ranks, store=store)
     ranks = build_ranks(torch.device("cpu"), timeout_seconds=600)
-    sizes = load_dimensions(spec)
+    sizes = load_dimensions(spec, counted=plan.counted)
     seconds = [
         _time_steps(_build_thin(spec, plan, ranks, sizes, num_blocks), spec, plan, ranks, sizes)
         for num_blocks in NUM_BLOCKS

@@ -16,8 +16,9 @@ from typing import Any
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
 from dray.corpus.prepare import Corpus, corpus_key, describe_changes
 from dray.errors import CorpusError, SpecError, StoreError, one_line, translated
+from dray.models.counting import make_counted_plan
 from dray.models.source import Pretrained, check_weights, find_pretrained
-from dray.plan import Shape, make_plan
+from dray.plan import Shape
 from dray.rank.job import Job, make_corpus_plan
 from dray.runs import Run, check_trackers, find_resume_checkpoint
 from dray.runs.layout import check_run_name
@@ -114,7 +115,7 @@ def open_run(
     spec = start.spec
     pretrained, config = _find_model(start)
     if not start.keeps_rows:  # what cannot run is refused before the corpus is read
-        plan = make_plan(spec, shape, with_ray=with_ray, config=config)
+        plan = make_counted_plan(spec, shape, with_ray=with_ray, config=config)
         spec = spec.model_copy(
             update={"precision": plan.precision} if spec.precision == "auto" else {}
         )
