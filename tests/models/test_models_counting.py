@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dray.errors import SpecError
 from dray.models.config import make_config
-from dray.models.counting import find_counts, make_counted_plan
+from dray.models.counting import count_model, find_counts, make_counted_plan
 from dray.plan import Counted, count_parameters, load_dimensions, make_plan, parse_shape
 from dray.plan.architectures import _HARMLESS_OPTIONS, HEEDED_OPTIONS
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
@@ -60,10 +60,8 @@ def spec_of(architecture: str | None, task: str = "causal_lm", **settings: Any) 
 
 def counted(spec: Spec, **known: Any) -> Counted:
     """Counted although a formula is exact: its exactness is what is to be shown."""
-    from dray.models.counting import _Asked, count_model
-
     sizes = load_dimensions(spec, **known)
-    return count_model(_Asked(spec, sizes.vocab, sizes.num_labels, 1, None))
+    return count_model(spec, vocab_size=sizes.vocab, num_labels=sizes.num_labels, pad_token_id=1)
 
 
 def serves(architecture: str, task: str) -> bool:

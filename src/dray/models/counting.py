@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from dray.errors import DrayError, SpecError, one_line, translated
+from dray.models.config import INTERMEDIATE_NAMES, NUM_EXPERTS, make_config
 from dray.plan import Counted, ParameterCount, Plan, Shape, load_config, load_dimensions, make_plan
 from dray.plan.architectures import OFFSET_POSITIONS
 from dray.spec import Head, Spec, make_spec
@@ -32,13 +33,6 @@ VERSION = 1
 """Of what is counted and how: another one counts anew."""
 LIMIT_SECONDS = 180.0
 _LIBRARIES = ("torch", "transformers")
-_NUM_EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_moe_experts",
-)
 _CHOSEN_EXPERTS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -167,7 +161,14 @@ def _ask_process(asked: _Asked) -> dict[str, Any] | str:
 def _answer(asked: _Asked) -> dict[str, Any]:
     """What was counted, or the problem, as plain values."""
     try:
-        return {"counted": count_model(asked).model_dump(mode="json")}
+        found = count_model(
+            asked.spec,
+            vocab_size=asked.vocab_size,
+            num_labels=asked.num_labels,
+            pad_token_id=asked.pad_token_id,
+            config=asked.config,
+        )
+        return {"counted": found.model_dump(mode="json")}
     except DrayError as error:
         return {"problem": one_line(error)}
 
@@ -182,28 +183,34 @@ def main() -> None:
 # ---- the model itself --------------------------------------------------------------------------
 
 
-def count_model(asked: _Asked) -> Counted:
-    """Build the model on the meta device and count it. Raises SpecError where it cannot be
-    built."""
+def count_model(
+    spec: Spec,
+    *,
+    vocab_size: int,
+    num_labels: int = 2,
+    pad_token_id: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Counted:
+    """Build the spec's model on the meta device and count it, here and now. `config`: the folder's.
+    Raises SpecError where it cannot be built."""
     from dray.models.build import check_builds, import_transformers
-    from dray.models.config import make_config
 
     import_transformers()
-    config = make_config(
-        asked.spec,
-        vocab_size=asked.vocab_size,
-        num_labels=asked.num_labels,
-        pad_token_id=asked.pad_token_id,
-        kept=asked.config,
+    made = make_config(
+        spec,
+        vocab_size=vocab_size,
+        num_labels=num_labels,
+        pad_token_id=pad_token_id,
+        kept=config,
     )
-    model = check_builds(asked.spec, config)
+    model = check_builds(spec, made)
     model.tie_weights()
     with translated(
         lambda error: SpecError(
-            "model", f"{config.model_type} has sizes that are not understood ({one_line(error)})"
+            "model", f"{made.model_type} has sizes that are not understood ({one_line(error)})"
         )
     ):
-        return _read_sizes(model, config, asked.spec.task.head)
+        return _read_sizes(model, made, spec.task.head)
 
 
 def _read_sizes(model: Any, config: Any, head: Head) -> Counted:
@@ -251,11 +258,9 @@ def _number(config: Any, *names: str) -> int:
 
 def _feed_forward_width(config: Any, hidden: int) -> int:
     """Of the feed-forward that a token goes through: its experts', where it has some."""
-    from dray.models.config import INTERMEDIATE_NAMES
-
     width = _number(config, *INTERMEDIATE_NAMES) or 4 * hidden
     chosen = _number(config, *_CHOSEN_EXPERTS)
-    if not (_number(config, *_NUM_EXPERTS) and chosen):
+    if not (_number(config, *NUM_EXPERTS) and chosen):
         return width
     each = _number(config, "moe_intermediate_size", "expert_ffn_hidden_size") or width
     shared = _number(config, "n_shared_experts", "num_shared_experts") * each
@@ -370,7 +375,7 @@ def _head(model: Any, owned: list[_Owned], head: Head) -> tuple[int, int]:
 def _surplus(model: Any, owned: list[_Owned], config: Any) -> Iterator[int]:
     """What a token goes through more often than once, less what of a mixture it does not go
     through."""
-    experts, chosen = _number(config, *_NUM_EXPERTS), _number(config, *_CHOSEN_EXPERTS)
+    experts, chosen = _number(config, *NUM_EXPERTS), _number(config, *_CHOSEN_EXPERTS)
     calls = _num_calls(model)
     for one in owned:
         if one.is_looked_up:
