@@ -206,10 +206,17 @@ def _time_steps(
 ) -> dict[str, float]:
     """Seconds of a micro batch before the last, where the plan has any, and of the last one with
     the update: medians, and their mean over the widths where batches differ in width."""
-    task, tables = (
-        _task(spec, sizes),
-        [_make_rows(spec, plan, sizes, width) for width in _widths(spec, plan)],
-    )
+    task = _task(spec, sizes)
+    tables = [
+        make_rows(
+            task,
+            num_rows=plan.batch.micro_rows,
+            width=width,
+            vocab_size=sizes.vocab,
+            num_labels=sizes.num_labels,
+        )
+        for width in _widths(spec, plan)
+    ]
     engine.train(True)
     found: dict[str, list[list[float]]] = {name: [[] for _ in tables] for name in ("micro", "last")}
     for number in range(len(tables) * (WARM_STEPS + NUM_STEPS)):
@@ -243,25 +250,25 @@ def _widths(spec: Spec, plan: Plan) -> list[int]:
     return [min(spec.data.sequence_tokens, max(1, width)) for width in widths]
 
 
-def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
-    """A micro batch of random rows as the corpus would give them, each of its full length."""
+def make_rows(task: Any, *, num_rows: int, width: int, vocab_size: int, num_labels: int) -> Any:
+    """Random rows as the corpus would give them, each of its full length."""
     import numpy as np
     import pyarrow as pa
 
     from dray.corpus.shards import make_batch, stored_columns
 
-    rows, random = plan.batch.micro_rows, np.random.default_rng(0)
-    columns = stored_columns(spec.task, width, "uint32", sizes.num_labels)
-    most = {"input_ids": sizes.vocab, **dict.fromkeys(("num_tokens",), 1)}
+    random = np.random.default_rng(0)
+    columns = stored_columns(task, width, "uint32", num_labels)
+    most = {"input_ids": vocab_size, **dict.fromkeys(("num_tokens",), 1)}
     values = {
         column.name: random.integers(
-            0, most.get(column.name, max(1, sizes.num_labels)), (rows, *column.shape)
+            0, most.get(column.name, max(1, num_labels)), (num_rows, *column.shape)
         ).astype(column.dtype)
         for column in columns
     }
     values["num_tokens"][:] = width
     batch = make_batch(columns, values)
-    return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(rows)))
+    return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(num_rows)))
 
 
 def _task(spec: Spec, sizes: Dimensions) -> Any:
