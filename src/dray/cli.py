@@ -330,7 +330,8 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from dray.plan import format_plan, local_shape, make_plan, parse_shape, with_measured_step
+    from dray.models.counting import make_counted_plan
+    from dray.plan import format_plan, local_shape, parse_shape, with_measured_step
     from dray.rank.rehearsal import find_rehearsal, rehearse
     from dray.spec import load_spec
 
@@ -344,7 +345,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
     shape = parse_shape(arguments.shape) if arguments.shape else local_shape()
     spec, config = _find_run_inputs(spec, arguments.storage)
-    plan = _plan_known_corpus(spec, shape, arguments.storage, config) or make_plan(
+    plan = _plan_known_corpus(spec, shape, arguments.storage, config) or make_counted_plan(
         spec, shape, config=config
     )
     measured = None if arguments.shape else find_rehearsal(spec, plan, config)

@@ -127,6 +127,32 @@ def test_sizes_and_positions() -> None:
     assert config_of(small_spec("llama", vocab_size=640)).vocab_size == 640
 
 
+def test_a_decoder_beside_an_encoder_has_the_sizes_that_were_asked_for() -> None:
+    config = config_of(small_spec("bart"))
+    assert (config.decoder_layers, config.decoder_attention_heads) == (2, 4)
+    assert config.decoder_ffn_dim == config.encoder_ffn_dim == 256
+
+
+def test_the_experts_of_a_mixture_have_a_width_that_their_products_can_be_grouped_by() -> None:
+    assert config_of(small_spec("mixtral")).intermediate_size == 176
+    assert config_of(small_spec("mixtral", intermediate_size=96)).intermediate_size == 96
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "words"),
+    [
+        ("gemma3", "causal_lm", "gemma3: keeps its sizes in text_config; .*; give gemma3_text"),
+        ("perceiver", "masked_lm", "perceiver: keeps its sizes in fields of its own"),
+        ("funnel", "masked_lm", "funnel: takes no number of blocks"),
+    ],
+)
+def test_what_would_be_built_at_a_size_of_its_own_is_refused(
+    architecture: str, task: str, words: str
+) -> None:
+    with pytest.raises(SpecError, match=words):
+        config_of(small_spec(architecture, task))
+
+
 def test_the_end_of_text_is_trained_even_if_it_is_also_padding() -> None:
     assert config_of(small_spec("llama"), pad_token_id=0).pad_token_id is None
     assert (

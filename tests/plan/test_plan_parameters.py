@@ -134,7 +134,7 @@ def test_plan_and_model_take_the_same_width_for_every_architecture() -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
-    from dray.models.config import _INTERMEDIATE_NAMES
+    from dray.models.config import INTERMEDIATE_NAMES
 
     wrong, names = (
         [],
@@ -148,7 +148,7 @@ def test_plan_and_model_take_the_same_width_for_every_architecture() -> None:
             config = CONFIG_MAPPING[name]()
         except Exception:  # some cannot be made without arguments
             continue
-        if any(hasattr(config, field) for field in _INTERMEDIATE_NAMES):
+        if any(hasattr(config, field) for field in INTERMEDIATE_NAMES):
             gated = (
                 getattr(config, "hidden_act", "") in ("silu", "swish", "swiglu")
                 and "mamba" not in name

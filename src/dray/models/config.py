@@ -23,7 +23,7 @@ from dray.storage.packages import in_package
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_INTERMEDIATE_NAMES = (
+INTERMEDIATE_NAMES = (
     "intermediate_size",
     "n_inner",
     "ffn_dim",
@@ -31,7 +31,29 @@ _INTERMEDIATE_NAMES = (
     "d_ff",
     "d_inner",
     "ffn_hidden_size",
+    "decoder_ffn_dim",
 )
+NUM_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_moe_experts",
+)
+"""Where a configuration says how many experts a mixture has."""
+_EXPERTS_ALIGNED = 16
+"""The experts' widths of a mixture must be a multiple of 16 bytes: their products are grouped."""
+_TWICE = {
+    "num_hidden_layers": ("encoder_layers", "num_encoder_layers", "num_layers"),
+    "num_attention_heads": ("encoder_attention_heads", "num_encoder_attention_heads"),
+}
+"""Where some architectures keep a size under another name."""
+_DECODERS = {
+    "num_hidden_layers": ("decoder_layers", "num_decoder_layers"),
+    "num_attention_heads": ("decoder_attention_heads", "num_decoder_attention_heads"),
+    "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim"),
+}
+"""Where those with an encoder and a decoder keep one for each of them."""
 _OWN_KEYS = {
     "vocab_size": "model.vocab_size",
     "hidden_size": "model.hidden_size",
@@ -211,6 +233,14 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
         "tie_word_embeddings": model.tie_embeddings,
     }
     settable = set(default.to_dict()) | set(default.attribute_map)
+    _check_takes_sizes(default, settable, known)
+    for twins in (_TWICE, _DECODERS):
+        fields |= {
+            twin: fields[name]
+            for name in fields
+            for twin in twins.get(name, ())
+            if twin in settable
+        }
     fields = {name: value for name, value in fields.items() if name in settable}
     if model.num_kv_heads not in (None, heads) and "num_key_value_heads" not in fields:
         raise SpecError(
@@ -223,6 +253,30 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
     fields |= dict.fromkeys(_token_id_fields(default), 0)
     fields |= _checked_options(spec, default)
     return _constructed(type(default), fields)
+
+
+def _check_takes_sizes(default: Any, settable: set[str], known: Sequence[str]) -> None:
+    """Raise SpecError for an architecture that would be built at a size of its own, whatever the
+    spec says."""
+    name = default.model_type
+    if "hidden_size" not in settable:
+        text = getattr(default, "text_config", None)
+        inner = getattr(text, "model_type", "")
+        raise SpecError(
+            f"model.architecture = {name}",
+            "keeps its sizes in " + ("text_config" if text is not None else "fields of its own"),
+            "an architecture by name takes its sizes itself",
+            f"give {inner}"
+            if inner in known and inner != name
+            else "start from a folder: model.path",
+        )
+    if not settable & {"num_hidden_layers", *_TWICE["num_hidden_layers"]}:
+        raise SpecError(
+            f"model.architecture = {name}",
+            "takes no number of blocks",
+            "an architecture by name takes its sizes itself",
+            "start from a folder: model.path",
+        )
 
 
 def _constructed(config_class: Any, fields: dict[str, Any]) -> Any:
@@ -241,7 +295,7 @@ def _stored_name(config: Any, name: str) -> str:
 
 
 def _intermediate_name(config: Any) -> str | None:
-    return next((name for name in _INTERMEDIATE_NAMES if hasattr(config, name)), None)
+    return next((name for name in INTERMEDIATE_NAMES if hasattr(config, name)), None)
 
 
 def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
@@ -255,7 +309,10 @@ def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
             way_out="leave it out",
         )
     width = default_intermediate_size(default.model_type, int(spec.model.hidden_size or 0))
-    return {name: spec.model.intermediate_size or width}
+    if any(hasattr(default, field) for field in NUM_EXPERTS):
+        width = -(-width // _EXPERTS_ALIGNED) * _EXPERTS_ALIGNED
+    twins = [twin for twin in _DECODERS["intermediate_size"] if hasattr(default, twin)]
+    return dict.fromkeys([name, *twins], spec.model.intermediate_size or width)
 
 
 def _dropouts(config: Any, probability: float) -> dict[str, Any]:

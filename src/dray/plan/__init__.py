@@ -16,7 +16,14 @@ from dray.plan.hardware import (
 )
 from dray.plan.machine import Card, find_cards, local_shape, make_accelerator
 from dray.plan.memory import MemoryPlan
-from dray.plan.parameters import Dimensions, ParameterCount, count_parameters, load_dimensions
+from dray.plan.parameters import (
+    Counted,
+    Dimensions,
+    ParameterCount,
+    count_parameters,
+    load_config,
+    load_dimensions,
+)
 from dray.plan.plan import Plan, make_plan, with_measured_step
 from dray.plan.table import format_bytes, format_plan, format_seconds
 from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
@@ -27,6 +34,7 @@ __all__ = [
     "BatchPlan",
     "Buckets",
     "Card",
+    "Counted",
     "Dimensions",
     "MemoryPlan",
     "ParameterCount",
@@ -38,6 +46,7 @@ __all__ = [
     "format_bytes",
     "format_plan",
     "format_seconds",
+    "load_config",
     "load_dimensions",
     "local_shape",
     "make_accelerator",

@@ -1,7 +1,8 @@
 """FLOPs a token, forward and backward.
 
 Two counts, because papers use both: the loose one multiplies every parameter and whole attention
-squares, the strict one only what is multiplied.
+squares, the strict one only what is multiplied. Neither counts the states of blocks that do not
+attend (Mamba's scan, a linear attention's): next to their matrices they are little.
 """
 
 from __future__ import annotations
@@ -10,17 +11,26 @@ from dray.plan.parameters import Dimensions, ParameterCount
 
 
 def flops_per_token_loose(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
-    """6·N_total + 12·L·d·T."""
-    return 6.0 * count.total + 12.0 * sizes.layers * sizes.heads * sizes.head_dim * sequence_tokens
+    """6·N + 12·L·d·T. Of a mixture, N is what a token goes through."""
+    blocks = sum(number for number, _ in sizes.attention)
+    parameters = count.total - count.body + count.active
+    return 6.0 * parameters + 12.0 * blocks * sizes.heads * sizes.head_dim * sequence_tokens
 
 
 def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
-    """6·(N_nonembedding + head) + 6·L·d·T; models that look both ways multiply the whole square,
-    12·L·d·T."""
-    square = 6.0 if sizes.causal else 12.0
+    """6·(N_nonembedding + head) + 12·d·(tokens that each token sees, over the L blocks): T/2 in
+    causal blocks, T in those that look both ways, less where a window is narrower."""
+    seen = sum(
+        number * _mean_seen(window or sequence_tokens, sequence_tokens, causal=sizes.causal)
+        for number, window in sizes.attention
+    )
     # A classifier's head sees one token of a row: nothing, next to the others.
     head = count.head if sizes.head.each == "token" else 0
-    return (
-        6.0 * (count.body + head)
-        + square * sizes.layers * sizes.heads * sizes.head_dim * sequence_tokens
-    )
+    return 6.0 * (count.active + head) + 12.0 * sizes.heads * sizes.head_dim * seen
+
+
+def _mean_seen(window: int, sequence_tokens: int, *, causal: bool) -> float:
+    """Tokens of a row that a token sees on average: the first ones of a causal row have fewer
+    before them."""
+    width = min(window, sequence_tokens)
+    return width - width * width / (2.0 * sequence_tokens) if causal else float(width)

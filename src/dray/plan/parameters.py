@@ -1,8 +1,10 @@
-"""A model's sizes and its number of parameters, by architecture, without building it.
+"""A model's sizes and its number of parameters: by formula, or as the architecture itself was
+counted.
 
-The counts equal those of transformers' own models for the families below (a test builds them on the
-meta device); other architectures get an estimate that says so. A folder's config.json is read as it
-is. Refuses folders that cannot be read.
+The formulas equal transformers' own models for the families below, by name and sizes and with the
+options that they heed: a test builds them on the meta device. Whatever else is asked for is counted
+from above (`Counted`); where that cannot be, the formula is an estimate that says so. A folder's
+config.json is read as it is. Refuses folders that cannot be read.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from dray.errors import SpecError
 from dray.plan.architectures import (
+    HEEDED_OPTIONS,
     OFFSET_POSITIONS,
     default_intermediate_size,
     is_gated,
@@ -43,9 +48,14 @@ _ALIASES = {
 }
 
 
+Attention = tuple[tuple[int, int], ...]
+"""Groups of blocks that attend: how many, and how many tokens of a row each of theirs sees at most;
+0: all of them."""
+
+
 @dataclass(frozen=True)
 class Dimensions:
-    """What decides a model's size; `exact` is False where the architecture is not known here."""
+    """What decides a model's size and work."""
 
     architecture: str
     head: Head
@@ -55,18 +65,18 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     intermediate: int
+    """Width of the feed-forward; in mixtures, of the experts that a token goes to."""
     vocab: int
     positions: int
     tied: bool
     num_labels: int
     gated: bool
     exact: bool
+    """Whether the formulas are known to give what transformers builds."""
     options: Mapping[str, Any]
-
-    @property
-    def causal(self) -> bool:
-        """Whether a token attends only to those before it."""
-        return not self.head.looks_ahead or self.architecture not in ENCODERS
+    causal: bool
+    """Whether a token attends only to those before it."""
+    attention: Attention
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,48 @@ class ParameterCount:
     head: int
     """The output projection; a tied one is counted here too, but once in total."""
     layer: int
-    """One block."""
+    """One block, the largest where they differ."""
     largest: int
     """The largest single tensor."""
 
     body: int
     """Neither embedding nor head."""
+    active: int
+    """What of the body a token goes through: of a mixture the experts that it is sent to, and
+    blocks that are gone through several times as often as that."""
+
+
+class Counted(BaseModel):
+    """What an architecture itself was found to be, on a model that was built without memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: ParameterCount
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    causal: bool
+    attention: Attention
+
+    def sizes(self, by_formula: Dimensions) -> Dimensions:
+        """The sizes with those that were found."""
+        found = {name: getattr(self, name) for name in type(self).model_fields if name != "count"}
+        return replace(by_formula, **found)
+
+    def with_layers(self, layers: int) -> ParameterCount:
+        """The count with fewer blocks, about: each is taken to be as large as they are on
+        average."""
+        count, taken = self.count, self.layers - layers
+        total, active = (
+            whole - taken * (whole_body // max(1, self.layers))
+            for whole, whole_body in ((count.total, count.body), (count.active, count.active))
+        )
+        body = count.body - (count.total - total)
+        return replace(count, total=total, active=active, body=body)
 
 
 def load_dimensions(
@@ -93,18 +139,21 @@ def load_dimensions(
     num_labels: int | None = None,
     config: Mapping[str, Any] | None = None,
     pad_token_id: int | None = None,
+    *,
+    counted: Counted | None = None,
 ) -> Dimensions:
     """The sizes that a spec (and its folder's config.json, where it names one) decides.
 
     `vocab_size` and `pad_token_id` are the tokeniser's. `config`: the configuration of the weights
-    that the model starts from, as the run keeps it; then nothing is read. Raises SpecError for an
+    that the model starts from, as the run keeps it; then nothing is read. `counted`: what the
+    architecture was found to be, which goes before what its fields say. Raises SpecError for an
     unreadable folder or a vocabulary that is too small.
     """
     model = spec.model
     labels = spec.task.num_outputs or model.num_labels or num_labels or 2
     if model.origin:
-        config = config or _load_config(str(model.path))
-        return _origin_dimensions(spec, vocab_size, labels, config)
+        config = config or load_config(str(model.path))
+        return _origin_dimensions(spec, vocab_size, labels, config, counted)
     architecture, hidden, heads = (
         str(model.architecture),
         int(model.hidden_size or 0),
@@ -138,11 +187,13 @@ def load_dimensions(
     knows_pad = (
         pad_token_id is not None or vocab_size is not None or architecture not in OFFSET_POSITIONS
     )
-    return Dimensions(
+    heeded = all(name in HEEDED_OPTIONS.get(architecture, ()) for name in options)
+    layers = int(model.num_layers or 0)
+    sizes = Dimensions(
         architecture=architecture,
         head=spec.task.head,
         hidden=hidden,
-        layers=int(model.num_layers or 0),
+        layers=layers,
         heads=heads,
         kv_heads=_kv_heads(architecture, options, model.num_kv_heads or heads),
         head_dim=int(options.get("head_dim") or hidden // heads),
@@ -152,9 +203,30 @@ def load_dimensions(
         tied=model.tie_embeddings,
         num_labels=labels,
         gated=gated,
-        exact=architecture in FAMILIES and knows_pad,
+        exact=architecture in FAMILIES and knows_pad and heeded,
         options=options,
+        causal=_is_causal(architecture, spec.task.head),
+        attention=_attention(architecture, layers, options),
     )
+    return sizes if counted is None else counted.sizes(sizes)
+
+
+def _is_causal(architecture: str, head: Head) -> bool:
+    """Encoders look both ways unless they are to generate."""
+    return not head.looks_ahead or (head.over == "labels" and architecture not in ENCODERS)
+
+
+def _attention(architecture: str, layers: int, options: Mapping[str, Any]) -> Attention:
+    """Mistral and StarCoder2 may look back a few thousand tokens only, two of three blocks of
+    ModernBERT 64 to either side."""
+    if architecture == "modernbert":
+        whole = -(-layers // 3)
+        near = int(options.get("local_attention") or 128) + 1
+        return ((whole, 0), (layers - whole, near)) if layers > whole else ((whole, 0),)
+    usual = 4096 if architecture == "mistral" else 0
+    if architecture in ("mistral", "starcoder2"):
+        return ((layers, int(options.get("sliding_window", usual) or 0)),)
+    return ((layers, 0),)
 
 
 def _kv_heads(architecture: str, options: Mapping[str, Any], heads: int) -> int:
@@ -189,6 +261,7 @@ def count_parameters(sizes: Dimensions) -> ParameterCount:
         layer=layer,
         largest=min(largest, total),
         body=total - tables - owned_head,
+        active=total - tables - owned_head,
     )
 
 
@@ -256,7 +329,7 @@ def _layer(sizes: Dimensions) -> int:
                 attention + queries + 2 * keys + hidden + feed_forward + wide + hidden + 4 * hidden
             )
         return attention + feed_forward + 4 * hidden
-    if sizes.architecture in ROTARY_GATED or not sizes.exact:
+    if sizes.architecture in ROTARY_GATED or sizes.architecture not in FAMILIES:
         attention = hidden * (2 * queries + 2 * keys)
         if sizes.architecture == "qwen2":
             attention += queries + 2 * keys
@@ -274,11 +347,11 @@ def _end_of_body(sizes: Dimensions) -> int:
     """The norm after the last block."""
     if sizes.architecture in ("bert", "roberta", "distilbert"):
         return 0
-    return (
-        sizes.hidden
-        if sizes.architecture in (*ROTARY_GATED, "modernbert") or not sizes.exact
-        else 2 * sizes.hidden
+    has_bias = sizes.architecture in FAMILIES and sizes.architecture not in (
+        *ROTARY_GATED,
+        "modernbert",
     )
+    return 2 * sizes.hidden if has_bias else sizes.hidden
 
 
 def _head(sizes: Dimensions) -> tuple[int, int]:
@@ -293,14 +366,13 @@ def _head(sizes: Dimensions) -> tuple[int, int]:
         if name in ("distilbert", "modernbert"):
             return 0, hidden * hidden + (3 if name == "distilbert" else 1) * hidden + sizes.vocab
         return 0, 0
-    if name in ("bert", "roberta", "distilbert"):
+    pools = name in ("bert", "roberta", "distilbert") and sizes.head.each == "row"
+    if pools or name == "modernbert":
         return hidden * hidden + labels * hidden, hidden + labels
-    if name == "modernbert":
-        return hidden * hidden + labels * hidden, hidden + labels
-    return labels * hidden, labels if name == "vit" else 0
+    return labels * hidden, labels if name == "vit" or sizes.head.each == "token" else 0
 
 
-def _load_config(path: str) -> Mapping[str, Any]:
+def load_config(path: str) -> Mapping[str, Any]:
     """A folder's config.json. Raises SpecError."""
     folder = _local_folder(path)
     try:
@@ -318,23 +390,29 @@ def _load_config(path: str) -> Mapping[str, Any]:
 
 
 def _origin_dimensions(
-    spec: Spec, vocab_size: int | None, labels: int, config: Mapping[str, Any]
+    spec: Spec,
+    vocab_size: int | None,
+    labels: int,
+    config: Mapping[str, Any],
+    counted: Counted | None,
 ) -> Dimensions:
     origin = spec.model.origin
+    architecture = str(config.get("model_type", "unknown"))
+    text = config.get("text_config")  # models of several kinds of data keep their sizes apart
+    fields = {**config, **text} if isinstance(text, Mapping) else config
     found = {
-        ours: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+        ours: next((fields[name] for name in names if isinstance(fields.get(name), int)), 0)
         for ours, names in _ALIASES.items()
     }
     missing = [name for name in ("hidden_size", "num_layers", "num_heads") if not found[name]]
-    if missing:
+    if missing and counted is None:
         raise SpecError(
             spec.model.origin_key,
             f"the configuration of {origin} lacks {', '.join(missing)}",
             "sizes are needed to plan",
         )
-    architecture = str(config.get("model_type", "unknown"))
     gated, hidden, heads = is_gated(architecture), found["hidden_size"], found["num_heads"]
-    vocab = found["vocab_size"] or vocab_size or 0
+    vocab = found["vocab_size"] or (counted.vocab if counted else vocab_size) or 0
     if vocab_size is not None and 0 < vocab < vocab_size:
         raise SpecError(
             spec.model.origin_key,
@@ -342,26 +420,29 @@ def _origin_dimensions(
             "weights and tokeniser belong together",
             f"use its own: {spec.model.own_tokenizer}",
         )
-    tied = config.get(
+    tied = fields.get(
         "tie_word_embeddings", architecture not in (*ROTARY_GATED, "gpt_neox", "nemotron")
     )
-    return Dimensions(
+    sizes = Dimensions(
         architecture=architecture,
         head=spec.task.head,
         hidden=hidden,
         layers=found["num_layers"],
         heads=heads,
-        kv_heads=_kv_heads(architecture, config, found["num_kv_heads"] or heads),
-        head_dim=found["head_dim"] or hidden // heads,
+        kv_heads=_kv_heads(architecture, fields, found["num_kv_heads"] or heads),
+        head_dim=found["head_dim"] or hidden // max(1, heads),
         intermediate=found["intermediate_size"] or default_intermediate_size(architecture, hidden),
         vocab=vocab,
         positions=found["max_positions"] or spec.data.sequence_tokens,
         tied=bool(tied),
         num_labels=labels,
         gated=gated,
-        exact=architecture in FAMILIES,
-        options=config,
+        exact=False,  # a folder's fields may say anything
+        options=fields,
+        causal=_is_causal(architecture, spec.task.head),
+        attention=_attention(architecture, found["num_layers"], fields),
     )
+    return sizes if counted is None else counted.sizes(sizes)
 
 
 def _local_folder(path: str) -> Path:

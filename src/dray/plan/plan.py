@@ -19,6 +19,7 @@ from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
 from dray.plan.memory import MASTER_BYTES, Load, MemoryPlan, make_memory
 from dray.plan.parameters import (
+    Counted,
     Dimensions,
     ParameterCount,
     count_parameters,
@@ -63,6 +64,8 @@ class Plan(BaseModel):
     num_parameters: int
     num_embedding_parameters: int
     parameters_exact: bool
+    counted: Counted | None = None
+    """What the architecture itself was found to be; None: the formulas were used."""
     flops_per_token_loose: float
     flops_per_token_strict: float
     peak_flops_per_rank: float | None
@@ -112,6 +115,8 @@ class _Question:
     with_ray: bool
     elastic: bool
     row_tokens: int
+    counted: Counted | None
+    why_not_counted: str
 
     @property
     def state_bytes(self) -> int:
@@ -199,6 +204,8 @@ def make_plan(
     num_ranks: int | None = None,
     with_ray: bool = True,
     config: Mapping[str, Any] | None = None,
+    counted: Counted | None = None,
+    why_not_counted: str = "",
 ) -> Plan:
     """Plan a run. Raises PlanError where it does not fit, SpecError where model and tokeniser
     disagree.
@@ -206,23 +213,27 @@ def make_plan(
     `num_rows`, `num_tokens` (of the training rows), `vocab_size`, `num_labels` and `pad_token_id`
     are the corpus', where it is known. `config`: of the folder that `model.path` names, as the run
     keeps it; without it is read there. `num_ranks`: plan for so many of an elastic group.
-    `with_ray`: whether workers run under Ray, which takes memory.
+    `with_ray`: whether workers run under Ray, which takes memory. `counted`: the architecture's own
+    sizes, where they were counted (`dray.models.counting`); `why_not_counted`: what kept them from
+    it. Without them the formulas are used.
     """
     on_gpu = spec.resources.gpus_per_worker > 0
     elastic = isinstance(spec.resources.workers, tuple)
     ranks = num_ranks or _rank_count(spec, shape, on_gpu=on_gpu, with_ray=with_ray)
     precision = _resolve_precision(spec, shape, on_gpu=on_gpu)
-    sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id)
+    sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id, counted=counted)
     question = _Question(
         spec=spec,
         shape=shape,
         sizes=sizes,
-        count=count_parameters(sizes),
+        count=counted.count if counted is not None else count_parameters(sizes),
         precision=precision,
         on_gpu=on_gpu,
         with_ray=with_ray,
         elastic=elastic,
         row_tokens=_row_tokens(spec, num_rows, num_tokens),
+        counted=counted,
+        why_not_counted=why_not_counted,
     )
     setting, reason = _choose(question, ranks)
     return _make(question, setting, reason, num_rows, num_tokens)
@@ -268,7 +279,8 @@ def _make(
         num_tokens=num_tokens,
         num_parameters=count.total,
         num_embedding_parameters=count.embedding,
-        parameters_exact=sizes.exact,
+        parameters_exact=sizes.exact or question.counted is not None,
+        counted=question.counted,
         flops_per_token_loose=flops_per_token_loose(sizes, count, width),
         flops_per_token_strict=strict,
         peak_flops_per_rank=question.peak_flops(setting.num_ranks),
@@ -562,10 +574,9 @@ def _smaller(question: _Question, setting: _Setting) -> str:
     low, high = 0, layers
     while low < high:
         middle = (low + high + 1) // 2
-        sizes = replace(question.sizes, layers=middle)
-        if replace(question, sizes=sizes, count=count_parameters(sizes)).fits(
-            replace(setting, checkpointing=True)
-        ):
+        sizes, counted = replace(question.sizes, layers=middle), question.counted
+        count = counted.with_layers(middle) if counted else count_parameters(sizes)
+        if replace(question, sizes=sizes, count=count).fits(replace(setting, checkpointing=True)):
             low = middle
         else:
             high = middle - 1
@@ -615,10 +626,11 @@ def _shard_bytes(
 
 def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator[str]:
     spec, shape = question.spec, question.shape
-    if not question.sizes.exact:
+    if question.counted is None and not question.sizes.exact:
+        why = question.why_not_counted or "the model itself was not looked at"
         yield (
-            f"{question.sizes.architecture} is not known here: the number of parameters and the "
-            "memory are estimates"
+            f"{question.sizes.architecture} is counted by formula ({why}): the number of "
+            "parameters and the memory are estimates"
         )
     if batch.padded_rows:
         yield (

@@ -90,7 +90,9 @@ def _batch(plan: Plan) -> list[str]:
 
 
 def _model(plan: Plan) -> list[str]:
-    exact = "" if plan.parameters_exact else "estimated"
+    exact = "" if plan.parameters_exact else "estimated by formula"
+    if plan.counted is not None:
+        exact = "counted on the model itself"
     return [
         "model",
         _row("parameters", f"{plan.num_parameters:,}", exact),

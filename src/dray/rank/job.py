@@ -16,7 +16,8 @@ from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, remember_manifest
 from dray.doctor.budget import SmallerBatch
 from dray.errors import StorageNotShared
-from dray.plan import Plan, Shape, make_plan
+from dray.models.counting import make_counted_plan
+from dray.plan import Plan, Shape
 from dray.rank.initial_weights import Origin
 from dray.runs import Run, find_resume_checkpoint
 from dray.spec import Spec
@@ -82,9 +83,10 @@ class Attempt:
 
 
 def make_corpus_plan(spec: Spec, shape: Shape, manifest: Manifest, **settings: Any) -> Plan:
-    """The plan with the corpus' real counts; `settings` are those of `make_plan`."""
+    """The plan with the corpus' real counts; `settings` are those of `make_plan`. Without
+    `counted` among them the model is counted, where no formula is exact."""
     pad = manifest.eos_token_id if manifest.pad_token_id is None else manifest.pad_token_id
-    return make_plan(
+    return make_counted_plan(
         spec,
         shape,
         num_rows=manifest.train.num_rows,
@@ -127,7 +129,14 @@ def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:
             update={"batch": spec.batch.model_copy(update={"micro_rows": record["micro_rows"]})}
         )
     if num_ranks != plan.num_ranks or "micro_rows" in record:
-        plan = make_corpus_plan(spec, plan.shape, manifest, num_ranks=num_ranks, config=job.config)
+        plan = make_corpus_plan(
+            spec,
+            plan.shape,
+            manifest,
+            num_ranks=num_ranks,
+            config=job.config,
+            counted=plan.counted,
+        )
     return Attempt(
         int(record["attempt"]),
         num_ranks,

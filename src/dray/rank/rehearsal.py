@@ -27,6 +27,7 @@ from dray.errors import PlanError
 from dray.plan import Dimensions, Plan, load_dimensions
 from dray.processes.heap import prepare_process
 from dray.spec import Spec
+from dray.storage.cache import cache_folder
 
 if TYPE_CHECKING:
     from dray.rank.engine import Engine
@@ -84,7 +85,7 @@ def rehearse(spec: Spec, plan: Plan, config: Config = None) -> Rehearsal:
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(Path(folder).glob("rank-*.json"))
         ]
-    sizes = load_dimensions(spec, config=config)
+    sizes = load_dimensions(spec, config=config, counted=plan.counted)
     slowest = [
         {name: max(rank[index][name] for rank in ranks) for name in ("micro", "last")}
         for index in range(len(NUM_BLOCKS))
@@ -109,8 +110,7 @@ def _extend(seconds: list[float], num_blocks: int) -> float:
 def _place(spec: Spec, plan: Plan, config: Config) -> Path:
     """The file of what is kept: named by all that the time of a step depends on, the number of
     blocks aside."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    sizes = vars(load_dimensions(spec, config=config)) | {"layers": None}
+    sizes = vars(load_dimensions(spec, config=config, counted=plan.counted)) | {"layers": None}
     known = {
         "machine": [platform.node(), _cpu_name(), plan.shape.cpus_per_node],
         "libraries": [metadata.version(name) for name in _LIBRARIES],
@@ -129,7 +129,7 @@ def _place(spec: Spec, plan: Plan, config: Config) -> Path:
         "accumulates": plan.batch.accumulation > 1,
     }
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    return cache / "dray" / "rehearsals" / f"{key}.json"
+    return Path(cache_folder("rehearsals"), f"{key}.json")
 
 
 def _cpu_name() -> str:
@@ -160,7 +160,7 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, config: Config, folder: str) ->
     store: Any = dist.FileStore(f"{folder}/store", plan.num_ranks)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", rank=rank, world_size=plan.num_ranks, store=store)
     ranks = build_ranks(torch.device("cpu"), timeout_seconds=600)
-    sizes = load_dimensions(spec, config=config)
+    sizes = load_dimensions(spec, config=config, counted=plan.counted)
     seconds = [
         _time_steps(
             _build_thin(spec, plan, config, ranks, sizes, num_blocks=number),
@@ -217,10 +217,17 @@ def _time_steps(
 ) -> dict[str, float]:
     """Seconds of a micro batch before the last, where the plan has any, and of the last one with
     the update: medians, and their mean over the widths where batches differ in width."""
-    task, tables = (
-        _task(spec, sizes),
-        [_make_rows(spec, plan, sizes, width) for width in _widths(spec, plan)],
-    )
+    task = _task(spec, sizes)
+    tables = [
+        make_rows(
+            task,
+            num_rows=plan.batch.micro_rows,
+            width=width,
+            vocab_size=sizes.vocab,
+            num_labels=sizes.num_labels,
+        )
+        for width in _widths(spec, plan)
+    ]
     engine.train(True)
     found: dict[str, list[list[float]]] = {name: [[] for _ in tables] for name in ("micro", "last")}
     for number in range(len(tables) * (WARM_STEPS + NUM_STEPS)):
@@ -254,25 +261,25 @@ def _widths(spec: Spec, plan: Plan) -> list[int]:
     return [min(spec.data.sequence_tokens, max(1, width)) for width in widths]
 
 
-def _make_rows(spec: Spec, plan: Plan, sizes: Dimensions, width: int) -> Any:
-    """A micro batch of random rows as the corpus would give them, each of its full length."""
+def make_rows(task: Any, *, num_rows: int, width: int, vocab_size: int, num_labels: int) -> Any:
+    """Random rows as the corpus would give them, each of its full length."""
     import numpy as np
     import pyarrow as pa
 
     from dray.corpus.shards import make_batch, stored_columns
 
-    rows, random = plan.batch.micro_rows, np.random.default_rng(0)
-    columns = stored_columns(spec.task, width, "uint32", sizes.num_labels)
-    most = {"input_ids": sizes.vocab, **dict.fromkeys(("num_tokens",), 1)}
+    random = np.random.default_rng(0)
+    columns = stored_columns(task, width, "uint32", num_labels)
+    most = {"input_ids": vocab_size, **dict.fromkeys(("num_tokens",), 1)}
     values = {
         column.name: random.integers(
-            0, most.get(column.name, max(1, sizes.num_labels)), (rows, *column.shape)
+            0, most.get(column.name, max(1, num_labels)), (num_rows, *column.shape)
         ).astype(column.dtype)
         for column in columns
     }
     values["num_tokens"][:] = width
     batch = make_batch(columns, values)
-    return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(rows)))
+    return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(num_rows)))
 
 
 def _task(spec: Spec, sizes: Dimensions) -> Any:

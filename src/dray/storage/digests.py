@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from dray.storage.cache import cache_folder
+
 HASHED_BYTES = 1024 * 1024
 MAX_THREADS = 16
 FILES_AT_ONCE = 4096
@@ -104,7 +106,7 @@ class _Memory:
     found out again."""
 
     def __init__(self, folders: set[str]) -> None:
-        self._place = cache_folder()
+        self._place = cache_folder("digests")
         self._known = {folder: self._load(folder) for folder in folders}
         self._changed: set[str] = set()
 
@@ -145,9 +147,3 @@ class _Memory:
         return os.path.join(
             self._place, hashlib.sha256(folder.encode(errors="surrogateescape")).hexdigest()[:24]
         )
-
-
-def cache_folder() -> str:
-    """Where digests are remembered: below XDG_CACHE_HOME, or ~/.cache."""
-    place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(place, "dray", "digests")

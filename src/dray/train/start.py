@@ -16,8 +16,9 @@ from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
 from dray.corpus.prepare import Corpus, corpus_key, describe_changes, with_tokenizer_folder
 from dray.corpus.tokenizer_folder import TOKENIZER_JSON
 from dray.errors import CorpusError, SpecError, StoreError, one_line, translated
+from dray.models.counting import make_counted_plan
 from dray.models.source import Pretrained, check_weights, find_pretrained
-from dray.plan import Shape, make_plan
+from dray.plan import Shape
 from dray.rank.initial_weights import (
     Origin,
     RunWeights,
@@ -123,7 +124,7 @@ def open_run(
     origin, config = _find_model(start)
     if not start.keeps_rows:  # what cannot run is refused before the corpus is read
         given = with_tokenizer_folder(spec, start.storage)
-        plan = make_plan(given, shape, with_ray=with_ray, config=config)
+        plan = make_counted_plan(given, shape, with_ray=with_ray, config=config)
         spec = spec.model_copy(
             update={"precision": plan.precision} if spec.precision == "auto" else {}
         )
