@@ -179,7 +179,11 @@ def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(
 def test_an_average_is_evaluated_and_changes_nothing_else(tmp_path: Path, corpus: Corpus) -> None:
     held_out = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
     validated = Corpus(corpus.folder, held_out)
-    sections: dict[str, Any] = {"optimizer": {"learning_rate": 1e-2}, "duration": {"steps": 6}}
+    sections: dict[str, Any] = {
+        "optimizer": {"learning_rate": 1e-2},
+        "duration": {"steps": 6},
+        "validation": {"max_rows": None},
+    }
     plain = go(tmp_path / "plain", validated, **sections)
     averaged = go(
         tmp_path / "averaged", validated, regularization={"ema": {"decay": 0.9}}, **sections

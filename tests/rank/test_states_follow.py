@@ -55,11 +55,11 @@ class Place(NamedTuple):
     precision: str = "fp32"
     offload: str = "none"
     optimizer: str = "adamw"
-    """With `+ema` an average of the weights is kept, too."""
+    """With `.ema` an average of the weights is kept, too."""
 
     @property
     def states(self) -> tuple[str, ...]:
-        name, _, ema = self.optimizer.partition("+")
+        name, _, ema = self.optimizer.partition(".")
         return (*STATES[name], *([ema] if ema else ()))
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class Wide(nn.Module):
 
 
 def make_place(place: Place) -> tuple[Spec, Plan]:
-    name, _, ema = place.optimizer.partition("+")
+    name, _, ema = place.optimizer.partition(".")
     spec = make_spec(
         tiny_tree(
             Path("none"),
@@ -362,30 +362,29 @@ def test_half_precision_in_every_stage(
         assert difference <= (0 if source == place else within), (str(source), str(place))
 
 
-def learn(ranks: Ranks, place: Place, rate: float) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of steps on the same rows, and what is held after them."""
+def learn(ranks: Ranks, place: Place, rate: float) -> tuple[list[float], list[float]]:
+    """Losses of steps on the same rows, and an average of weights after them, if one is kept."""
     engine = build(place, ranks, initial=True)
     losses = [train_step(engine, ranks, 1, rate)[0] for _ in range(12)]
-    return losses, held(engine, place)
+    return losses, held(engine, place).get("up.weight|ema", torch.empty(0)).tolist()
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rate"), [("sgd+ema", 0.5), ("lion", 1e-2), ("adamw+ema", 1e-2)]
+    ("optimizer", "rate"), [("sgd.ema", 0.5), ("lion", 1e-2), ("adamw.ema", 1e-2)]
 )
 def test_what_goes_by_elements_learns_alike_under_every_stage(
     host: RankHost, optimizer: str, rate: float
 ) -> None:
     places = [Place(stage, 2, optimizer=optimizer) for stage in range(4)]
-    (whole, kept), *others = [host.run(learn, 2, place, rate)[0] for place in places]
-    assert whole[-1] < 0.8 * whole[0]
-    for losses, held_there in others:
-        assert losses == pytest.approx(whole, rel=1e-4)
-        if "ema" in optimizer:
-            name = "up.weight|ema"
-            torch.testing.assert_close(held_there[name], kept[name], rtol=1e-3, atol=1e-4)
+    (losses, average), *others = [host.run(learn, 2, place, rate)[0] for place in places]
+    assert losses[-1] < 0.8 * losses[0]
+    assert bool(average) is optimizer.endswith("ema")
+    for losses_there, average_there in others:
+        assert losses_there == pytest.approx(losses, rel=1e-4)
+        assert average_there == pytest.approx(average, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 0.1), ("muon+ema", 1e-2)])
+@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 0.1), ("muon.ema", 3e-2)])
 def test_what_goes_by_matrices_learns_alike_at_any_number_of_ranks(
     host: RankHost, optimizer: str, rate: float
 ) -> None:
@@ -396,7 +395,7 @@ def test_what_goes_by_matrices_learns_alike_at_any_number_of_ranks(
     assert three == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd+ema", "lion+ema"])
+@pytest.mark.parametrize("optimizer", ["sgd.ema", "lion.ema"])
 def test_states_of_other_optimizers_follow_to_every_stage(
     host: RankHost, tmp_path: Path, optimizer: str
 ) -> None:
@@ -412,7 +411,7 @@ def test_states_of_other_optimizers_follow_to_every_stage(
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision"), [("adafactor+ema", "fp32"), ("muon", "fp32"), ("muon+ema", "bf16")]
+    ("optimizer", "precision"), [("adafactor.ema", "fp32"), ("muon", "fp32"), ("muon.ema", "bf16")]
 )
 def test_states_of_whole_matrices_follow_to_any_number_of_ranks(
     host: RankHost, tmp_path: Path, optimizer: str, precision: str
@@ -448,7 +447,7 @@ def average_by_hand(ranks: Ranks, place: Place) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    [Place(0, 2, "bf16", optimizer="adamw+ema"), Place(2, 2, optimizer="sgd+ema")],
+    [Place(0, 2, "bf16", optimizer="adamw.ema"), Place(2, 2, optimizer="sgd.ema")],
     ids=str,
 )
 def test_an_average_is_the_one_kept_by_hand(host: RankHost, place: Place) -> None:
@@ -470,7 +469,7 @@ def test_an_average_that_a_checkpoint_has_not_begins_with_its_weights(
 ) -> None:
     source = Place(1, 2)
     follow(host, tmp_path, [source], [])
-    for place in (Place(0, 1, optimizer="adamw+ema"), Place(3, 2, optimizer="adamw+ema")):
+    for place in (Place(0, 1, optimizer="adamw.ema"), Place(3, 2, optimizer="adamw.ema")):
         host.run(begin_an_average, place.ranks, str(tmp_path), source, place)
 
 
@@ -508,9 +507,9 @@ def withhold_one(ranks: Ranks, place: Place) -> list[bool]:
         Place(3, 2),
         Place(1, 2, "fp32", "optimizer"),
         Place(1, 2, optimizer="sgd"),
-        Place(2, 2, optimizer="lion+ema"),
+        Place(2, 2, optimizer="lion.ema"),
         Place(0, 2, optimizer="adafactor"),
-        Place(0, 2, "bf16", optimizer="muon+ema"),
+        Place(0, 2, "bf16", optimizer="muon.ema"),
     ],
     ids=str,
 )

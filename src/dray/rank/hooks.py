@@ -56,7 +56,7 @@ class Average:
     is.
     """
 
-    states = ("ema",)
+    states: Sequence[str] = ("ema",)
 
     def __init__(self, settings: Ema) -> None:
         self._decay = settings.decay

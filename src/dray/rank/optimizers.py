@@ -73,7 +73,7 @@ class GuardedLion(_Guarded, torch.optim.Optimizer):
         return False
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """The update, where it is not withheld. Gradients that are not finite are lost then."""
         withheld = self._withheld()
         for group in self.param_groups:
@@ -121,7 +121,9 @@ class GuardedAdafactor(_Guarded, torch.optim.Adafactor):
     def step(self, closure: Any = None) -> Any:
         """The update, where it is not withheld."""
         withheld = self._withheld()
-        return None if withheld is not None and bool(withheld) else super().step(closure)
+        if withheld is not None and bool(withheld):
+            return None
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
 
 class GuardedMuon(_Guarded, torch.optim.Optimizer):
@@ -144,7 +146,7 @@ class GuardedMuon(_Guarded, torch.optim.Optimizer):
         return not is_hidden
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """The update, where it is not withheld. Gradients that are not finite are lost then."""
         if self._adamw is not None:
             self._adamw.withheld = self.withheld
