@@ -18,7 +18,6 @@ from dray.errors import SpecError, first_line, one_line, translated
 from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
 from dray.spec import Head, Spec
-from dray.storage.filesystem import open_filesystem, read_bytes
 from dray.storage.packages import in_package
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -482,6 +481,8 @@ def check_vocabulary(
 
 def _read_vocabulary(folder: str) -> Any:
     """Tokens and merges of a folder's tokenizer.json; None if there is none."""
+    from dray.storage.filesystem import open_filesystem, read_bytes  # `plan` does without pyarrow
+
     filesystem, path = open_filesystem(folder)
     try:
         content = read_bytes(filesystem, f"{path}/tokenizer.json")
