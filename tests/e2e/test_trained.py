@@ -177,7 +177,7 @@ def test_the_average_is_evaluated_exported_and_continues_prompts(
 
 def test_a_fork_goes_on_with_its_origins_optimizer_alone(storage: str, run: Run, tiny_corpus: Path):
     tree = tiny_tree(tiny_corpus, optimizer={"name": "lion", "learning_rate": 1e-3})
-    with pytest.raises(SpecError, match=r"optimiser was adamw, the spec's is lion.*model\.path"):
+    with pytest.raises(SpecError, match=r"optimiser was adamw, the spec's is lion.*model\.run"):
         train(make_spec(tree), storage=storage, run_name="alone", fork="roaring")
     assert Run.find(storage, "roaring") is None
 
