@@ -107,7 +107,7 @@ def _extend(seconds: list[float], num_blocks: int) -> float:
     return short + a_block * (num_blocks - few)
 
 
-def _place(spec: Spec, plan: Plan, config: Config) -> Path:
+def _place(spec: Spec, plan: Plan, config: Config = None) -> Path:
     """The file of what is kept: named by all that the time of a step depends on, the number of
     blocks aside."""
     sizes = vars(load_dimensions(spec, config=config, counted=plan.counted)) | {"layers": None}
