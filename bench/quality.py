@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Arm:
     metric: str
     test: str = ""
     """The test file; empty: the part that the recipe holds out."""
-    overrides: tuple[str, ...] = field(default=())
+    overrides: tuple[str, ...] = ()
     name: str = ""
     starts_from: str = ""
     """The recipe whose run it starts from."""

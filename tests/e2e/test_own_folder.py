@@ -21,24 +21,13 @@ from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.generate import generate
 from dray.runs import Run, list_runs, verify_checkpoint
-from dray.show.progress import Display
 from dray.spec import Spec, make_spec
 from dray.train.driver import train, train_locally
 from dray.train.start import look, open_run
+from remarks import Remarks
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-class Remarks(Display):
-    """What a person would have read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def write_data(folder: Path, word: str = "ships") -> Path:

@@ -17,23 +17,12 @@ from dray.errors import SpecError, StoreError
 from dray.release.evaluate import evaluate
 from dray.release.trained import load_trained
 from dray.runs import CheckpointReader, Run
-from dray.show.progress import Display
 from dray.spec import Spec, make_spec
 from dray.train import train_locally
+from remarks import Remarks
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-class Remarks(Display):
-    """What a person would have read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def make(data: Path, name: str, task: Any, model: dict[str, Any], **sections: Any) -> Spec:

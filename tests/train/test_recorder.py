@@ -16,22 +16,15 @@ from dray.errors import Cause, StorageFailed
 from dray.plan import local_shape, make_plan
 from dray.runs import Run, build_trackers
 from dray.runs.records import Event, Report, StepReport
-from dray.show.progress import Display
 from dray.spec import make_spec
 from dray.train.recorder import Recorder
+from remarks import Remarks
 from small_disk import small_disk
 from tiny import tiny_tree
 
 
-class Listening(Display):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
+class Listening(Remarks):
+    """Keeps what is said but for the steps."""
 
     def step(self, row: Mapping[str, Any]) -> None:
         pass
@@ -90,7 +83,7 @@ def test_what_a_full_disk_does_not_take_is_kept_until_it_is_freed(
     for step in range(2, 30):  # more than the last page of the file still takes
         recorder.take([*make_records(step), Event("note", 1, step)])
     assert not recorder.is_stored
-    assert sum("kept in memory" in text for text in display.said) == 1
+    assert sum("kept in memory" in text for text in display.lines) == 1
     ballast.unlink()
     recorder.take([])
     assert recorder.is_stored
@@ -150,7 +143,7 @@ def test_a_save_that_fails_is_told_and_so_is_what_cannot_be_deleted(tmp_path: Pa
     for step in (1, 2):
         for kind in ("checkpoint_failed", "retention_failed"):
             recorder.take([Event(kind, 1, step, {"problem": "no such luck"})])
-    assert [text.partition(":")[0] for text in display.said] == [
+    assert [text.partition(":")[0] for text in display.lines] == [
         "step 1 could not be saved",
         "older checkpoints cannot be deleted, so the storage fills up",
         "step 2 could not be saved",
@@ -164,7 +157,7 @@ def test_a_slow_rank_is_named_once_an_attempt(tmp_path: Path) -> None:
     slow = [event for event in run.events() if event["kind"] == "straggler"]
     assert [(event["rank"], round(event["ratio"], 3)) for event in slow] == [(1, 5.0)]
     assert slow[0]["step"] > 12  # not for a hiccup
-    assert sum("rank 1 is slow" in text for text in display.said) == 1
+    assert sum("rank 1 is slow" in text for text in display.lines) == 1
     run.begin_attempt(2, 30)
     for step in range(31, 45):
         recorder.take(make_records(step, (5.0, 1.0), attempt=2))

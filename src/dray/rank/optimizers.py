@@ -61,6 +61,19 @@ class GuardedSgd(_Fused, torch.optim.SGD):
         return False
 
 
+def _begin_update(
+    weights: Tensor, gradient: Tensor, state: dict[str, Tensor], name: str, withheld: Tensor | None
+) -> tuple[Tensor, Tensor | float]:
+    """The moment of that name, and the share of the update that is made: none of one that is
+    withheld, whose gradient, which may not be finite, becomes zeros."""
+    if name not in state:  # DeepSpeed's step with zero gradients, which comes first
+        state[name] = torch.zeros_like(weights)
+    if withheld is None:
+        return state[name], 1.0
+    gradient.masked_fill_(withheld.bool(), 0.0)
+    return state[name], 1.0 - withheld
+
+
 class GuardedLion(_Guarded, torch.optim.Optimizer):
     """Lion (Chen et al. 2023, algorithm 2): torch has none.
 
@@ -103,12 +116,7 @@ def _step_lion(
     beta2: float,
     withheld: Tensor | None,
 ) -> None:
-    if "exp_avg" not in state:  # DeepSpeed's step with zero gradients, which comes first
-        state["exp_avg"] = torch.zeros_like(weights)
-    moment = state["exp_avg"]
-    made = 1.0 if withheld is None else 1.0 - withheld
-    if withheld is not None:
-        gradient.masked_fill_(withheld.bool(), 0.0)
+    moment, made = _begin_update(weights, gradient, state, "exp_avg", withheld)
     update = moment.lerp(gradient, 1 - beta1).sign_()
     update.add_(weights, alpha=weight_decay).mul_(made)
     weights.add_(update, alpha=-learning_rate)
@@ -176,12 +184,7 @@ def _step_muon(
     momentum: float,
     withheld: Tensor | None,
 ) -> None:
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(weights)
-    moment = state["momentum_buffer"]
-    made = 1.0 if withheld is None else 1.0 - withheld
-    if withheld is not None:
-        gradient.masked_fill_(withheld.bool(), 0.0)
+    moment, made = _begin_update(weights, gradient, state, "momentum_buffer", withheld)
     moment.lerp_(gradient, torch.as_tensor((1 - momentum) * made, device=moment.device))
     dtype = torch.bfloat16 if weights.is_cuda else torch.float32
     update = orthogonalize(gradient.lerp(moment, momentum).to(dtype))

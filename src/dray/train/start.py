@@ -123,13 +123,18 @@ def open_run(
     spec = start.spec
     origin, config = _find_model(start)
     if not start.keeps_rows:  # what cannot run is refused before the corpus is read
+        if origin is not None or spec.model.options:
+            # Its model is built here to be checked: so it is counted here, not by another process.
+            from dray.models.build import import_transformers
+
+            import_transformers()
         given = with_tokenizer_folder(spec, start.storage)
         plan = make_counted_plan(given, shape, with_ray=with_ray, config=config)
         spec = spec.model_copy(
             update={"precision": plan.precision} if spec.precision == "auto" else {}
         )
         if origin is not None or spec.model.options or not plan.parameters_exact:
-            _check_model(spec, start.storage, origin, config)
+            _check_model(spec, given.tokenizer.path, origin, config)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
     if origin is not None:
@@ -332,19 +337,19 @@ def _check_same_states(origin: Run, spec: Spec) -> None:
 
 
 def _check_model(
-    spec: Spec, storage: str, origin: Origin | None, config: Mapping[str, Any] | None
+    spec: Spec, tokenizer: str | None, origin: Origin | None, config: Mapping[str, Any] | None
 ) -> None:
     """Raise SpecError for a model that transformers does not know, that cannot take the spec's
-    settings, or whose weights are not those of its configuration or of the spec's tokeniser."""
+    settings, or whose weights are not those of its configuration or of the spec's tokeniser, which
+    lies in the folder `tokenizer` unless it is trained."""
     from dray.models.build import check_builds
     from dray.models.config import check_vocabulary, make_config
     from dray.models.weights import check_fit
 
-    folder = with_tokenizer_folder(spec, storage).tokenizer.path
-    vocab_size = (folder and _count_tokens(folder)) or spec.tokenizer.vocab_size
+    vocab_size = (tokenizer and _count_tokens(tokenizer)) or spec.tokenizer.vocab_size
     kept = None
     if isinstance(origin, RunWeights) and config is not None:
-        check_vocabulary(spec, config, origin.tokenizer_folder, vocab_size, folder or "")
+        check_vocabulary(spec, config, origin.tokenizer_folder, vocab_size, tokenizer or "")
         kept = config
     model = check_builds(spec, make_config(spec, vocab_size=vocab_size, kept=kept))
     if origin is not None:
