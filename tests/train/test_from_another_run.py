@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(storage: Path, 
     [
         ({"step": "best", **BERT}, "step best is one of a `run`"),
         ({"run": "words", "path": "x"}, "exactly one of `architecture`, `path` and `run`"),
-        ({"run": "../evil"}, "letters, digits"),
+        ({"run": "../evil"}, r"model\.run = '\.\./evil': up to 100 letters, digits"),
         ({"run": "words", "step": 0}, "greater than or equal to 1"),
     ],
 )

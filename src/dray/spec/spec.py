@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +17,7 @@ from pydantic import Field, model_validator
 
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.sections import (
+    RUN_NAME,
     BatchSize,
     Checkpoint,
     Data,
@@ -88,8 +90,8 @@ class Spec(Section):
         """What a run has trained means something under that run's tokeniser alone."""
         model = given.get("model") if isinstance(given, Mapping) else None
         name = model.get("run") if isinstance(model, Mapping) else None
-        if name is None or given.get("tokenizer") is not None:
-            return given
+        if given.get("tokenizer") is not None or not re.match(RUN_NAME, str(name or "")):
+            return given  # what is wrong with a name is said of the key that somebody typed
         return {**given, "tokenizer": {"run": name}}
 
     @model_validator(mode="after")
