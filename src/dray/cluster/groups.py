@@ -15,13 +15,13 @@ from typing import Any
 
 import ray
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
     DefaultPlacementGroupHandle,
 )
-from ray.train.v2._internal.util import get_env_vars_to_propagate
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import (
@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from dray.cluster.nodes import find_lost_nodes
-from dray.cluster.placement import Seats, Site
+from dray.cluster.placement import Placement, Seats, Site
 
 LOOK_SECONDS = 1.0
 """How often a group that lost a node is looked at."""
@@ -50,7 +50,7 @@ class Place(WorkerGroupCallback):  # type: ignore[misc]
         site = self._site
         if site.placement is not None:
             self._group = site.placement.group
-            return _Given(self._group)
+            return _Given(site.placement)
         readers = [{"CPU": site.reader_cpus}] if site.reader_cpus else []
         self._seats = Seats(tuple(range(num_workers)), num_workers if readers else -1)
         self._group = placement_group(
@@ -85,18 +85,22 @@ class Place(WorkerGroupCallback):  # type: ignore[misc]
 class _Given(DefaultPlacementGroupHandle):  # type: ignore[misc]
     """A group that somebody else made, and takes away."""
 
+    def __init__(self, placement: Placement) -> None:
+        super().__init__(placement.group)
+        self._placement = placement
+
     def wait(self, timeout_seconds: float = 30) -> bool:
         """Whether all of it is there, on nodes that live and stay: to start a worker on another
         one would wait for ever, or be over soon."""
         deadline = time.monotonic() + timeout_seconds
         while not super().wait(LOOK_SECONDS) or self._is_going():
-            if time.monotonic() > deadline:
+            if self._placement.is_removed() or time.monotonic() > deadline:
                 return False
             time.sleep(LOOK_SECONDS)
         return True
 
     def _is_going(self) -> bool:
-        nodes = set(placement_group_table(self._pg)["bundles_to_node_id"].values())
+        nodes = set(placement_group_table(self._pg).get("bundles_to_node_id", {}).values())
         draining = ray._private.state.state.get_draining_nodes()
         return bool(nodes & set(draining) or find_lost_nodes(nodes))
 
@@ -162,7 +166,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         environment = {
-            "RAY_TRAIN_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+            "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
             **get_env_vars_to_propagate(),
             **self._controller_environment,
         }

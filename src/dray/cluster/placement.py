@@ -42,12 +42,16 @@ class Placement:
         place = PlacementGroupSchedulingStrategy(self.group)
         return {"num_cpus": min(1.0, most), "scheduling_strategy": place}
 
-    def wait(self) -> None:
-        """Wait until the group is there. Raises PlanError if it has been taken away."""
+    def is_removed(self) -> bool:
+        """Whether somebody has taken the group away."""
         from ray.util.placement_group import placement_group_table
 
-        while not self.group.wait(READY_SECONDS):
-            if placement_group_table(self.group).get("state", "REMOVED") == "REMOVED":
+        return bool(placement_group_table(self.group).get("state", "REMOVED") == "REMOVED")
+
+    def wait(self) -> None:
+        """Wait until the group is there. Raises PlanError if it has been taken away."""
+        while self.is_removed() or not self.group.wait(READY_SECONDS):
+            if self.is_removed():
                 raise PlanError(
                     "placement",
                     "its group is not there any more",

@@ -88,8 +88,9 @@ def train(
     (its state is saved). However it ends, none of the run's actors is left.
     """
     display = display or Display()
+    seats = find_seats(spec.resources, placement.bundles) if placement is not None else None
+    spec = spec if seats is None else _with_workers(spec, len(seats.workers))
     resources = spec.resources
-    seats = find_seats(resources, placement.bundles) if placement is not None else None
     start = look(spec, storage, run_name, fork)
     with connect(
         address,
@@ -119,6 +120,14 @@ def train(
             run, job = open_run(start, shape, prepared, display.say, corpus=corpus)
             run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
             return _drive(run, job, display, launcher, Caller(observer, stop))
+
+
+def _with_workers(spec: Spec, num_workers: int) -> Spec:
+    """An elastic spec for so many workers; others stay as they are."""
+    if not isinstance(spec.resources.workers, tuple):
+        return spec
+    resources = spec.resources.model_copy(update={"workers": (num_workers, num_workers)})
+    return spec.model_copy(update={"resources": resources})
 
 
 def train_locally(
