@@ -18,7 +18,8 @@ from dray.processes.signals import Wishes
 from dray.redaction import redact
 
 Observer = Callable[[Mapping[str, Any]], object]
-"""Gets each metrics row, of steps and of validations, in order, once, when it is stored."""
+"""Gets each metrics row, of steps and of validations, once, in the order in which they are stored:
+steps in theirs, validations in theirs."""
 Stop = Callable[[], object]
 """Whether the run is to stop after the step that is being done: anything true, e.g. the reason."""
 
