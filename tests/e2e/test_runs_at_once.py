@@ -87,7 +87,8 @@ def live_actors() -> set[str]:
 def nothing_is_left(local_ray: None) -> Iterator[None]:
     """What lives in Ray before a test lives after it, and nothing else."""
     before, cwd = live_actors(), os.getcwd()
-    environment, handlers = dict(os.environ), [signal.getsignal(number) for number in STOPS]
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTEST_CURRENT_TEST"}
+    handlers = [signal.getsignal(number) for number in STOPS]
     yield
     deadline = time.monotonic() + 20
     while (left := live_actors() - before) and time.monotonic() < deadline:
@@ -126,8 +127,9 @@ def test_an_observer_sees_what_is_stored(alone: Run, rows_alone: list[Row]):
 def test_more_runs_at_once_than_there_is_room_for(
     storage: str, tiny_corpus: Path, alone: Run, other_alone: Run, nothing_is_left: None
 ):
-    """Six CPUs, and three runs that need three, two and two: workers that held their CPUs while
-    they wait for one to read would wait for ever. One of the runs is stopped and goes on."""
+    """Four CPUs, and three runs with four workers in all, each with a CPU to read: workers that held
+    their CPUs while they wait for one to read would wait for ever. One of the runs is stopped and
+    goes on."""
     first, other = make(tiny_corpus), make_other(tiny_corpus)
     corpus = prepare(first, storage)
     threads: set[int] = set()
@@ -166,6 +168,8 @@ def test_more_runs_at_once_than_there_is_room_for(
                 other, storage=storage, run_name="placed", corpus=corpus, placement=placement
             ).run
 
+    held = placement_group([{"CPU": 2}])
+    assert held.wait(60)
     trial = ray.remote(num_cpus=0)(Trial).remote()
     with ThreadPoolExecutor(2) as pool:
         stopping, placing = pool.submit(stop_and_go_on), pool.submit(in_a_place)
@@ -173,6 +177,7 @@ def test_more_runs_at_once_than_there_is_room_for(
         status, num_rows = ray.get(trial.train.remote(spec, storage), timeout=300)
         (ended, went_on), placed = stopping.result(300), placing.result(300)
     ray.kill(trial)
+    remove_placement_group(held)
     assert (status, num_rows) == ("completed", 3)  # and a validation at the end
     assert (ended.status, ended.reason) == ("stopped", "seen enough")
     assert 1 <= went_on.attempts()[1]["start_step"] < STEPS
