@@ -127,9 +127,8 @@ def test_an_observer_sees_what_is_stored(alone: Run, rows_alone: list[Row]):
 def test_more_runs_at_once_than_there_is_room_for(
     storage: str, tiny_corpus: Path, alone: Run, other_alone: Run, nothing_is_left: None
 ):
-    """Four CPUs, and three runs with four workers in all, each with a CPU to read: workers that held
-    their CPUs while they wait for one to read would wait for ever. One of the runs is stopped and
-    goes on."""
+    """Four CPUs, and three runs that need three, three and two: two that held two CPUs each, with
+    which their workers wait for one to read, would wait for ever. One is stopped and goes on."""
     first, other = make(tiny_corpus), make_other(tiny_corpus)
     corpus = prepare(first, storage)
     threads: set[int] = set()
@@ -173,7 +172,7 @@ def test_more_runs_at_once_than_there_is_room_for(
     trial = ray.remote(num_cpus=0)(Trial).remote()
     with ThreadPoolExecutor(2) as pool:
         stopping, placing = pool.submit(stop_and_go_on), pool.submit(in_a_place)
-        spec = make(tiny_corpus, duration={"steps": 2}, resources={"workers": 1})
+        spec = make(tiny_corpus, duration={"steps": 2})
         status, num_rows = ray.get(trial.train.remote(spec, storage), timeout=300)
         (ended, went_on), placed = stopping.result(300), placing.result(300)
     ray.kill(trial)
