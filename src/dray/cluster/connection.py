@@ -8,9 +8,11 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from dray.cluster.local_ray import authenticated, local_ray
 from dray.cluster.nodes import answers, live_shape
@@ -98,9 +100,18 @@ class _Shared:
         self.is_local = False
         self._until_the_last = ExitStack()
         self._failure: BaseException | None = None
+        self._thread: ThreadPoolExecutor | None = None
 
     def start(self, connected: AbstractContextManager[bool]) -> None:
-        self.is_local = self._until_the_last.enter_context(connected)
+        """Begin what the last user ends. Ray's processes end with the very thread that started
+        them, which must live for as long as they are used."""
+        if threading.current_thread() is not threading.main_thread():
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        try:
+            self.is_local = self._call(self._until_the_last.enter_context, connected)
+        except BaseException:
+            self._end_thread()
+            raise
 
     def leave(self, error: BaseException | None = None) -> None:
         """The last one who leaves ends what was started, if anything was, for the error that the
@@ -112,7 +123,20 @@ class _Shared:
                 return
             error, self._failure, self.is_local = self._failure, None, False
             kind = None if error is None else type(error)
-            self._until_the_last.__exit__(kind, error, None)
+            self._call(self._until_the_last.__exit__, kind, error, None)
+            self._end_thread()
+
+    def _end_thread(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._thread = None
+
+    def _call(self, function: Callable[..., Any], *values: Any) -> Any:
+        return (
+            function(*values)
+            if self._thread is None
+            else self._thread.submit(function, *values).result()
+        )
 
 
 _shared = _Shared()
