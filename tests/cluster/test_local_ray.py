@@ -123,3 +123,34 @@ def test_of_a_ray_that_does_not_start_nothing_stays(monkeypatch: Any):
     assert len(started) == 2  # it is tried again
     assert not any(process.is_running() for process in started)
     assert not any(folder.exists() for folder in folders)
+
+
+def test_a_local_ray_ends_with_the_last_who_uses_it():
+    """Two threads of a process that is not connected: one starts Ray, the other one leaves last."""
+    script = textwrap.dedent("""
+        import threading, ray
+        from dray.cluster.connection import connect
+        both, one_left, found = threading.Barrier(2), threading.Event(), []
+        def use(name):
+            with connect(None, num_cpus=2, cpus_per_worker=1) as connection:
+                both.wait()
+                if connection.local:
+                    found.append(connection.shape.oversubscribe)
+                    return
+                one_left.wait()
+                answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=120)
+                found.append((connection.shape.num_nodes, answer))
+        threads = [threading.Thread(target=use, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        while sum(thread.is_alive() for thread in threads) == 2:
+            threads[0].join(0.1)
+        one_left.set()
+        for thread in threads:
+            thread.join()
+        print(*found, ray.is_initialized())
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=180
+    )
+    assert done.stdout.split() == ["True", "(1,", "42)", "False"], done.stderr

@@ -8,9 +8,11 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from dray.cluster.local_ray import authenticated, local_ray
 from dray.cluster.nodes import answers, live_shape
@@ -46,10 +48,12 @@ def connect(
     num_cpus: float,
     cpus_per_worker: float = 0.0,
     gpus_per_worker: int = 0,
+    num_workers: int = 1,
     verbose: bool = False,
 ) -> Iterator[Connection]:
     """Connect to `address` (or RAY_ADDRESS), else start a local Ray with at least `num_cpus`
-    logical CPUs.
+    logical CPUs. Inside another such block, of this thread or of another one, or where Ray is
+    connected anyhow, that Ray is used; the last block that uses one of dray's own ends it.
 
     Of a cluster only nodes that can hold a worker count: a head is often smaller, or has neither
     CPUs nor GPUs. A local Ray is oversubscribed on purpose: on a laptop two workers and a reader
@@ -59,21 +63,103 @@ def connect(
         os.environ.setdefault(name, value)
     import ray
 
-    if not ray.is_initialized():
-        address = _find_cluster(address or os.environ.get("RAY_ADDRESS"))
+    with _shared.lock:
+        begun = not ray.is_initialized()
+        if begun:
+            _shared.start(
+                _connected(
+                    _find_cluster(address or os.environ.get("RAY_ADDRESS")),
+                    num_cpus=num_cpus,
+                    cpus_per_worker=cpus_per_worker,
+                    gpus_per_worker=gpus_per_worker,
+                    verbose=verbose,
+                )
+            )
+        else:  # of a notebook, a test or a larger program: theirs to end, if it is not dray's own
+            share_credentials()
+        _shared.users += 1
+    try:
+        is_local = begun and _shared.is_local
+        shape = (
+            local_shape() if is_local else live_shape(cpus_per_worker, gpus_per_worker, num_workers)
+        )
+        yield Connection(local=is_local, shape=shape)
+    except BaseException as error:
+        _shared.leave(error)
+        raise
+    else:
+        _shared.leave()
+
+
+class _Shared:
+    """The Ray that `connect` has started or connected to, and who uses it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.users = 0
+        self.is_local = False
+        self._until_the_last = ExitStack()
+        self._failure: BaseException | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def start(self, connected: AbstractContextManager[bool]) -> None:
+        """Begin what the last user ends. Ray's processes end with the very thread that started
+        them, which must live for as long as they are used."""
+        if threading.current_thread() is not threading.main_thread():
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        try:
+            self.is_local = self._call(self._until_the_last.enter_context, connected)
+        except BaseException:
+            self._end_thread()
+            raise
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """The last one who leaves ends what was started, if anything was, for the error that the
+        first of them ended with."""
+        with self.lock:
+            self.users -= 1
+            self._failure = self._failure or error
+            if self.users:
+                return
+            error, self._failure, self.is_local = self._failure, None, False
+            kind = None if error is None else type(error)
+            self._call(self._until_the_last.__exit__, kind, error, None)
+            self._end_thread()
+
+    def _end_thread(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._thread = None
+
+    def _call(self, function: Callable[..., Any], *values: Any) -> Any:
+        return (
+            function(*values)
+            if self._thread is None
+            else self._thread.submit(function, *values).result()
+        )
+
+
+_shared = _Shared()
+
+
+@contextmanager
+def _connected(
+    address: str | None,
+    *,
+    num_cpus: float,
+    cpus_per_worker: float,
+    gpus_per_worker: int,
+    verbose: bool,
+) -> Iterator[bool]:
+    """Ray for as long as the block runs; whether it is a local one."""
+    import ray
+
     threading.Thread(
         target=importlib.import_module, args=("ray.train",), daemon=True
     ).start()  # while Ray starts
-    if ray.is_initialized():  # inside a notebook, a test or a larger program: theirs to end
-        share_credentials()
-        yield Connection(local=False, shape=live_shape(cpus_per_worker, gpus_per_worker))
-        return
     level = logging.INFO if verbose else logging.CRITICAL  # a dead worker is told by the diagnosis
     if not verbose:
         _silence_ray_data()
-    if not address:
-        # Nobody takes a laptop's node away; the watcher is one more process.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # `ray job submit` hands the job's environment on in this variable.
     submitted = (
         json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
@@ -87,7 +173,7 @@ def connect(
         with local_ray(num_cpus=num_cpus, include_dashboard=verbose, **options):
             share_credentials()
             try:
-                yield Connection(local=True, shape=local_shape())
+                yield True
             finally:
                 forget_shared_credentials()
         return
@@ -99,7 +185,7 @@ def connect(
             raise _no_answer(address) from error
         share_credentials()
         try:
-            yield Connection(local=False, shape=live_shape(cpus_per_worker, gpus_per_worker))
+            yield False
         finally:
             forget_shared_credentials()
             ray.shutdown()

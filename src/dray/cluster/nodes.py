@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import socket
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from dray.cluster.autoscaler import find_addable
 from dray.errors import PlanError
 from dray.plan import (
     Accelerator,
@@ -26,45 +29,98 @@ ANSWER_SECONDS = 3.0
 """A node that cannot be connected to for so long is lost."""
 
 
-def live_shape(cpus_per_worker: float, gpus_per_worker: int) -> Shape:
-    """The shape of the connected cluster, by the smallest live node of those that can hold a
-    worker, if any can."""
+def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 1) -> Shape:
+    """The shape of the connected cluster, by the smallest node of those that can hold a worker, if
+    any can. Where its nodes cannot hold so many workers, those count too that its autoscaler may
+    still add."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     if not alive:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
-    nodes = [
-        node for node in alive if can_hold(node["Resources"], cpus_per_worker, gpus_per_worker)
-    ] or alive
-    spare = [node["Resources"].get("CPU", 0.0) for node in alive if node not in nodes]
+
+    def seats(resources: Mapping[str, float]) -> int:
+        return count_in(resources, {"CPU": cpus_per_worker, "GPU": gpus_per_worker})
+
+    holding = [node for node in alive if seats(node["Resources"])]
+    spare = [node["Resources"].get("CPU", 0.0) for node in alive if node not in holding]
+    # One more than is needed leaves a CPU for those who read, wherever that is.
+    lacking = num_workers + 1 - sum(seats(node["Resources"]) for node in holding)
+    addable = find_addable(alive, lacking) if cpus_per_worker and lacking > 0 else []
+    coming = [resources for resources in addable if seats(resources)]
+    there = [node["Resources"] for node in (holding if holding or coming else alive)]
+    shape = _shape_of([*there, *coming]).model_copy(
+        update={"spare_cpus": max(spare, default=0.0), "num_addable": len(coming)}
+    )
+    if not shape.accelerators_per_node:
+        return shape
+    ids = [node["NodeID"] for node in holding]
+    return _with_accelerator(shape, [*there, *coming], ids if gpus_per_worker else [])
+
+
+def placed_shape(group: Any, gpus_per_worker: int) -> Shape:
+    """The shape of what a placement group holds, once it is there. What fits into its bundles is
+    known by then (`placement.find_seats`): here it counts how fast that is, and how much memory
+    goes with it, which is a like share of each node's."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+    held: dict[str, Counter[str]] = {}
+    places = placement_group_table(group)["bundles_to_node_id"]
+    for index, bundle in enumerate(group.bundle_specs):
+        held.setdefault(places[index], Counter()).update(bundle)
+    parts = [
+        {**amounts, "memory": nodes[node].get("memory", 0.0) * _share(amounts, nodes[node])}
+        for node, amounts in held.items()
+    ]
+    # Bundles lie as it came: each node is taken for the average one.
+    names = ("CPU", "GPU", "memory")
+    mean = {name: sum(part.get(name, 0.0) for part in parts) / len(parts) for name in names}
+    mean["GPU"] = math.ceil(mean["GPU"])
+    shape = _shape_of([mean] * len(parts)).model_copy(
+        update={"name": "the placement", "oversubscribe": True}
+    )
+    if not shape.accelerators_per_node:
+        return shape
+    return _with_accelerator(shape, [nodes[node] for node in held], list(held))
+
+
+def _share(held: Mapping[str, float], has: Mapping[str, float]) -> float:
+    """Which part of a node is held, by the resource of which most is."""
+    shares = [held.get(name, 0.0) / has[name] for name in ("CPU", "GPU") if has.get(name)]
+    return min(1.0, max(shares, default=1.0))
+
+
+def _shape_of(nodes: Sequence[Mapping[str, float]]) -> Shape:
+    """By the least of the nodes; what is not known of nodes to come is as it is elsewhere."""
 
     def least(resource: str) -> float:
-        return min(float(node["Resources"].get(resource, 0.0)) for node in nodes)
+        return min(float(node.get(resource, 0.0)) for node in nodes)
 
-    shape = local_shape().model_copy(
+    local = local_shape()
+    memory = [int(node["memory"]) for node in nodes if node.get("memory")]
+    return local.model_copy(
         update={  # the instruction sets are this machine's
             "num_nodes": len(nodes),
             "cpus_per_node": least("CPU"),
-            "memory_bytes_per_node": int(least("memory")),
-            "spare_cpus": max(spare, default=0.0),
+            "memory_bytes_per_node": min(memory, default=local.memory_bytes_per_node),
             "oversubscribe": False,
             "name": "the cluster",
             "accelerators_per_node": int(least("GPU")),
             "accelerator": None,
         }
     )
-    if not shape.accelerators_per_node:
-        return shape
+
+
+def _with_accelerator(
+    shape: Shape, nodes: Sequence[Mapping[str, float]], ask: Sequence[str]
+) -> Shape:
+    """The shape with its GPUs: as the nodes with the ids `ask` say, else as Ray calls them."""
     label = "accelerator_type:"
-    kinds = [
-        key.removeprefix(label)
-        for node in nodes
-        for key in node["Resources"]
-        if key.startswith(label)
-    ]
+    kinds = [key.removeprefix(label) for node in nodes for key in node if key.startswith(label)]
     kind = min(kinds, default="unknown")
-    card = _ask_accelerator([node["NodeID"] for node in nodes]) if gpus_per_worker else None
+    card = _ask_accelerator(ask) if ask else None
     unknown = Accelerator(name=kind, memory_bytes=None, half_flops=None, fp32_flops=None)
     return shape.model_copy(update={"accelerator": card or match_accelerator(kind) or unknown})
 
@@ -95,6 +151,21 @@ def can_hold(resources: Mapping[str, float], cpus_per_worker: float, gpus_per_wo
         resources.get("CPU", 0.0) >= cpus_per_worker
         and resources.get("GPU", 0.0) >= gpus_per_worker
     )
+
+
+def count_in(has: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """How often `wanted` can be taken from what there is; 1 where nothing is wanted."""
+    return min(
+        (int((has.get(name, 0.0) + 1e-9) // amount) for name, amount in wanted.items() if amount),
+        default=1,
+    )
+
+
+def live_resources() -> list[dict[str, float]]:
+    """What each live node of the connected cluster has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def find_lost_nodes(node_ids: Collection[str]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dray.cluster.nodes import can_hold, head_is_gone
+from dray.cluster.placement import Site
 from dray.errors import RunFailed
 from dray.processes import forkserver
 from dray.processes.heap import HEAP_ENVIRONMENT
@@ -18,6 +19,8 @@ from dray.processes.signals import note_in_this_process
 MAX_GROUP_STARTS = 10
 """Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before
 a run fails."""
+GROW_SECONDS = 1800.0
+"""How long an autoscaler may take to add the nodes that a run needs."""
 RESIZE_SECONDS = 30.0
 """How often an elastic group is compared with what the cluster has."""
 WARM_SECONDS = 5.0
@@ -33,6 +36,7 @@ _OWN_PYTHON = (
     "py_executable",
 )
 """What in a runtime environment chooses the Python of its workers."""
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
 def fork_environment(kind: str, job: Mapping[str, Any]) -> dict[str, str]:
@@ -67,6 +71,13 @@ class WarmNodes:
         self._keepers: dict[str, Any] = {context.get_node_id(): None}  # the mailbox is there
         self._looked_at = -math.inf
 
+    def close(self) -> None:
+        """Let the other nodes' servers go, which end once they have no children."""
+        import ray
+
+        for keeper in filter(None, self._keepers.values()):
+            ray.kill(keeper)
+
     def look(self) -> None:
         """Take care of the nodes that have joined, every few seconds at most."""
         import ray
@@ -91,19 +102,21 @@ class WarmNodes:
                 self._keepers[node_id] = actor.remote()
 
 
-def max_wait_seconds() -> float:
+def max_wait_seconds(*, grows: bool = False) -> float:
     """How long a run waits for a worker group that cannot start, e.g. for a node that went away,
-    before it fails."""
+    before it fails; `grows`: nodes are to be added for it."""
     from ray.train.v2._internal import constants
 
     seconds = os.environ.get(constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR)
-    return MAX_GROUP_STARTS * float(seconds or constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
+    usual = MAX_GROUP_STARTS * float(seconds or constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
+    return max(usual, GROW_SECONDS) if grows else usual
 
 
 def run_workers(
     work: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
     *,
+    site: Site,
     datasets: dict[str, Any],
     data_config: Any,
     num_workers: int | tuple[int, int],
@@ -113,36 +126,24 @@ def run_workers(
     name: str,
     scratch: str,
     is_local: bool,
+    started: Callable[[Any], None],
 ) -> None:
     """Run `work(config)` on a group of Ray Train workers until it ends. Raises RunFailed with the
     workers' errors.
 
     The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not
-    object. `scratch` is a local folder for Ray Train's own notes, which dray does not read.
-    `is_local`: Ray ends with this process.
+    object. `site`: where it may be. `data_config` gets each data set with Ray's options of the
+    tasks that are to read it. `scratch` is a local folder for Ray Train's own notes, which dray
+    does not read. `is_local`: Ray ends with this process. `started` is given the controller, with
+    which the workers end.
     """
     import ray
     from ray.exceptions import RayActorError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    class Trainer(DataParallelTrainer):  # type: ignore[misc]
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            if not is_local:
-                return list(callbacks)
-            # It frees what a controller that was killed leaves on a cluster; here all ends with the
-            # driver.
-            return [
-                callback
-                for callback in callbacks
-                if not isinstance(callback, PlacementGroupCleanerCallback)
-            ]
+    from dray.cluster.groups import Trainer
 
     # The workers make their process group themselves: Ray's torch backend would import torch here
     # and in its controller.
@@ -165,6 +166,10 @@ def run_workers(
     )
     trainer = Trainer(
         work,
+        site=site,
+        started=started,
+        # Nobody takes a laptop's node away; the watcher is one more process.
+        controller_environment={_WATCHER: "0"} if is_local and _WATCHER not in os.environ else {},
         train_loop_config=config,
         datasets=datasets,
         dataset_config=data_config,

@@ -25,8 +25,8 @@ how often, or when it was stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -144,6 +144,8 @@ class Preparation:
     work: str = "work"
     """Folder of the intermediate files: another one for inputs of other names, which the records
     tell of."""
+    task_options: Mapping[str, Any] = field(default_factory=lambda: {"num_cpus": 1})
+    """Ray's options of the tasks: what each takes, and where it may be."""
 
     @property
     def packs(self) -> bool:

@@ -17,13 +17,14 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyarrow import fs as pafs
 
+from dray.cluster.placement import Placement
 from dray.corpus.account import describe
 from dray.corpus.checking import (
     Work,
@@ -134,6 +135,8 @@ class _Inputs:
     """The classes of a trained model that they are to measure; empty: those that the training
     documents have."""
     left_out: tuple[LeftOut, ...] = ()
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """Ray's options of the tasks that make a corpus of them."""
 
 
 def find_inputs(spec: Spec) -> _Inputs:
@@ -325,18 +328,25 @@ def describe_changes(spec: Spec, corpus: Corpus) -> str:
 
 
 def prepare(
-    spec: Spec, storage: str, progress: Progress | None = None, labels: Sequence[str] = ()
+    spec: Spec,
+    storage: str,
+    progress: Progress | None = None,
+    labels: Sequence[str] = (),
+    *,
+    placement: Placement | None = None,
 ) -> Corpus:
     """Prepare the corpus of a spec below `<storage>/corpora/`, or find it prepared; Ray must be
     connected if not.
 
     `progress` gets a line now and then. `labels`: the classes of a trained model that the corpus is
-    to measure, in the order of their ids; it may lack some of them. Raises CorpusError for inputs
-    that cannot become a corpus, StoreError for a storage that cannot be written.
+    to measure, in the order of their ids; it may lack some of them. `placement`: where the work is
+    done, instead of wherever Ray has a free CPU. Raises CorpusError for inputs that cannot become a
+    corpus, StoreError for a storage that cannot be written.
     """
     say = progress or (lambda line: None)
     spec = with_tokenizer_folder(spec, storage)
-    inputs = replace(find_inputs(spec), labels=tuple(labels))
+    options = placement.task_options() if placement is not None else {"num_cpus": 1}
+    inputs = replace(find_inputs(spec), labels=tuple(labels), task_options=options)
     key = corpus_key(spec, inputs)
     place = child(storage, CORPORA)
     folder = child(place, key)
@@ -473,6 +483,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
         num_labels=spec.model.num_labels,
         known_labels=inputs.labels,
         work=_name_of_work(inputs),
+        task_options=inputs.task_options,
     )
     quoted = find_quoted(inputs.files, [source.source for source in sources], part_bytes)
     items = [(index, file, source, part_bytes) for index, (file, source) in enumerate(quoted)]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from dray.corpus.parts import Preparation, load_record, record_name, staged
@@ -53,7 +54,7 @@ def run_task(job: Preparation, function: Callable[[Preparation, Any], Any], item
     next stage."""
     import ray
 
-    answer = ray.remote(num_cpus=1)(_answer).remote(function, job, 0, item)
+    answer = ray.remote(**job.task_options)(_answer).remote(function, job, 0, item)
     for _ in _run_tasks(job, _warm_up, [(0, None)]):
         pass
     return _unwrap(ray.get(answer)[1])
@@ -119,27 +120,39 @@ def _run_tasks(
         index, answer = _answer(function, job, row["index"], pickle.loads(row["item"]))
         return {"index": index, "answer": answer}
 
-    with _quiet_ray_data():
+    with _quiet:
         rows = [{"index": index, "item": pickle.dumps(item)} for index, item in tasks]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1)
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            work, **job.task_options
+        )
+        dataset.context.enable_progress_bars = False
         for row in dataset.iter_rows():
             yield row["index"], row["answer"]
 
 
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Warnings still show; plans, progress bars and statistics do not."""
-    from ray.data import DataContext
-    from ray.util.debug import log_once
+class _Quiet:
+    """Warnings of Ray Data still show while a block runs; plans and statistics do not. What is
+    silenced belongs to the process: the last of several blocks at once ends it."""
 
-    logger = logging.getLogger("ray.data")
-    level, context = logger.level, DataContext.get_current()
-    bars = context.enable_progress_bars
-    context.enable_progress_bars = False
-    logger.setLevel(logging.WARNING)
-    log_once("ray_data_progress_manager_disabled")  # says so itself otherwise
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = bars
-        logger.setLevel(level)
+    def __init__(self) -> None:
+        self._lock, self._depth, self._level = threading.Lock(), 0, logging.NOTSET
+
+    def __enter__(self) -> None:
+        from ray.util.debug import log_once
+
+        logger = logging.getLogger("ray.data")
+        with self._lock:
+            if not self._depth:
+                self._level = logger.level
+                logger.setLevel(logging.WARNING)
+                log_once("ray_data_progress_manager_disabled")  # says so itself otherwise
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                logging.getLogger("ray.data").setLevel(self._level)
+
+
+_quiet = _Quiet()

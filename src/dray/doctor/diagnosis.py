@@ -111,13 +111,6 @@ _STOPPERS = {
 }
 
 
-def _tell_stop(reason: str) -> str:
-    """Who stopped a run, by the signal in its record."""
-    return next(
-        (text for name, text in _STOPPERS.items() if name in reason), "a person stopped the run"
-    )
-
-
 class _Examination:
     """What was read of a run, and the questions put to it."""
 
@@ -230,13 +223,14 @@ class _Examination:
         )
         if self.status in ("completed", "created") and failure is None:
             return self._examine_numbers() or self._healthy()
-        if failure is not None and self.record.get("status") not in ("completed", "interrupted"):
+        ended = ("completed", "stopped", "interrupted")
+        if failure is not None and self.record.get("status") not in ended:
             return self._examine_failure(failure)
         if self.status == "failed":
             return self._examine_failure(
                 {"attempt": newest, "ranks": [], "message": self._find_reason()}
             )
-        if self.status == "interrupted":
+        if self.status in ("stopped", "interrupted"):
             return self._interrupted()
         if self.status == "running":
             return (
@@ -285,6 +279,14 @@ class _Examination:
         )
         return self._make(Cause.HEALTHY, cause, way_out, step=step)
 
+    def _tell_stop(self) -> str:
+        """Who stopped the run: by the signal in its record, or its caller."""
+        reason = str(self.record.get("reason") or "")
+        if self.status == "stopped":
+            return f"the program that trained it stopped the run: {reason}"
+        stoppers = (text for name, text in _STOPPERS.items() if name in reason)
+        return next(stoppers, "a person stopped the run")
+
     def _interrupted(self) -> Diagnosis:
         way_out, where = (
             self._again(),
@@ -293,7 +295,7 @@ class _Examination:
         if self.record.get("status") != "running":
             return self._make(
                 Cause.INTERRUPTED,
-                _tell_stop(str(self.record.get("reason") or "")),
+                self._tell_stop(),
                 way_out,
                 **where,
             )

@@ -115,6 +115,8 @@ class Shape(BaseModel):
     spare_cpus: float = 0.0
     """CPUs of a node besides, too small for a worker, e.g. the head: those who read may have
     them."""
+    num_addable: int = 0
+    """Of the nodes, how many an autoscaler has still to add: they count, and are waited for."""
     network_bytes_per_second: float = 12.5e9
     """Of a node to the others, one way; 100 Gbit/s unless it is told."""
     oversubscribe: bool = False

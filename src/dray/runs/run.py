@@ -108,7 +108,7 @@ from dray.storage.retrying import first_safe_line, patience
 
 _CHECKPOINT_BELOW = re.compile(rf"/[^/]+/{CHECKPOINTS}/[^/]+/?$")
 
-STATUSES = ("created", "running", "completed", "failed", "interrupted")
+STATUSES = ("created", "running", "completed", "stopped", "failed", "interrupted")
 
 
 class Run:

@@ -262,7 +262,8 @@ class MlflowTracker:
 
     def finish(self, status: str) -> None:
         if self._client is not None and self._id:
-            known = {"completed": "FINISHED", "early_stopped": "FINISHED", "interrupted": "KILLED"}
+            known = {"completed": "FINISHED", "early_stopped": "FINISHED"}
+            known |= {"stopped": "KILLED", "interrupted": "KILLED"}
             self._client.set_terminated(self._id, known.get(status, "FAILED"))
 
 
@@ -299,7 +300,9 @@ class WandbTracker:
 
     def finish(self, status: str) -> None:
         if self._live is not None:
-            self._live.finish(exit_code=0 if status in ("completed", "early_stopped") else 1)
+            self._live.finish(
+                exit_code=0 if status in ("completed", "early_stopped", "stopped") else 1
+            )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ Everything goes to stderr; stdout belongs to results. Nothing here decides anyth
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from dray.processes.streams import Forgiving
 from dray.redaction import redact
 
 LOG_EVERY_SECONDS = 5.0
+_live_line = threading.Lock()
+"""A terminal has one live line: of several runs at once in a process the others are logged."""
 
 
 class Display:
@@ -38,9 +41,17 @@ class Display:
     def steps(self, num_steps: int, done: int) -> Iterator[None]:
         """Show the steps of a run while the body runs."""
         self._num_steps, self._first = num_steps, None
-        if not self._console.is_terminal:
+        if not self._console.is_terminal or not _live_line.acquire(blocking=False):
             yield
             return
+        try:
+            with self._shown_live(num_steps, done):
+                yield
+        finally:
+            _live_line.release()
+
+    @contextmanager
+    def _shown_live(self, num_steps: int, done: int) -> Iterator[None]:
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
         with Progress(
             *columns, console=self._console, transient=True, refresh_per_second=4

@@ -7,7 +7,6 @@ again to resume.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -18,7 +17,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from dray.cluster.connection import connect
-from dray.cluster.nodes import find_nodes_without
+from dray.cluster.nodes import find_nodes_without, placed_shape
+from dray.cluster.placement import Placement, find_seats
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.errors import Interrupted, RunFailed, StorageFailed, StoreError
@@ -41,6 +41,7 @@ from dray.storage.filesystem import (
     write_whole,
 )
 from dray.storage.retrying import patience
+from dray.train.caller import Caller, Observer, Stop
 from dray.train.launching import LocalLauncher, RayLauncher
 from dray.train.recorder import Recorder
 from dray.train.start import look, open_run
@@ -55,7 +56,9 @@ class Ended:
 
     run: Run
     status: str
-    """`completed` or `early_stopped`; other ends raise."""
+    """`completed`, `early_stopped`, or `stopped` by its caller; other ends raise."""
+    reason: str = ""
+    """Why its caller stopped it."""
 
 
 def train(
@@ -67,37 +70,65 @@ def train(
     address: str | None = None,
     verbose: bool = False,
     display: Display | None = None,
+    corpus: Corpus | None = None,
+    placement: Placement | None = None,
+    observer: Observer | None = None,
+    stop: Stop | None = None,
 ) -> Ended:
-    """Run `spec` on Ray, or resume it.
+    """Run `spec` on Ray, or resume it. From any thread, and several at once in one Ray.
+
+    `corpus`: of this spec, prepared already. `placement`: the part of a connected Ray that the run
+    may use; without one it takes its workers and those who read for them together, as soon as there
+    is room. `observer(row)` gets each metrics row of this call, of steps and of validations, once
+    it is stored. `stop()` is asked a few times a second: once it says something true, all ranks
+    save their state after a step, and the call ends with the status `stopped`; the next one goes
+    on. Both are called in the thread of the call, and what they raise stops the run likewise.
 
     Raises UserError for what the caller can mend (nothing is written), RunFailed when the workers
-    cannot go on, and Interrupted when a person stopped it (its state is saved).
+    cannot go on, or when `observer` or `stop` has raised, and Interrupted when a person stopped it
+    (its state is saved). However it ends, none of the run's actors is left.
     """
     display = display or Display()
-    start = look(spec, storage, run_name, fork)
+    seats = find_seats(spec.resources, placement.bundles) if placement is not None else None
+    spec = spec if seats is None else _with_workers(spec, len(seats.workers))
     resources = spec.resources
-    wanted = resources.max_workers * resources.cpus_per_worker + resources.reader_cpus
+    start = look(spec, storage, run_name, fork)
     with connect(
         address,
-        num_cpus=wanted,
+        num_cpus=resources.max_workers * resources.cpus_per_worker + resources.reader_cpus,
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
+        num_workers=resources.max_workers,
         verbose=verbose,
     ) as connection:
+        shape = connection.shape
+        if placement is not None:
+            placement.wait()
+            shape = placed_shape(placement.group, resources.gpus_per_worker)
         if not connection.local:
             _check_nodes(absolute(storage), spec)
         begun = time.monotonic()
 
         def prepared(spec: Spec) -> Corpus:
-            corpus = prepare(spec, storage, display.say)
+            corpus = prepare(spec, storage, display.say, placement=placement)
             for line in corpus.describe() if corpus.is_new else ():
                 display.say(line)
             return corpus
 
-        with RayLauncher(resources, is_local=connection.local) as launcher:
-            run, job = open_run(start, connection.shape, prepared, display.say)
+        with RayLauncher(
+            resources, is_local=connection.local, placement=placement, seats=seats
+        ) as launcher:
+            run, job = open_run(start, shape, prepared, display.say, corpus=corpus)
             run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
-            return _drive(run, job, display, launcher)
+            return _drive(run, job, display, launcher, Caller(observer, stop))
+
+
+def _with_workers(spec: Spec, num_workers: int) -> Spec:
+    """An elastic spec for so many workers; others stay as they are."""
+    if not isinstance(spec.resources.workers, tuple):
+        return spec
+    resources = spec.resources.model_copy(update={"workers": (num_workers, num_workers)})
+    return spec.model_copy(update={"resources": resources})
 
 
 def train_locally(
@@ -108,9 +139,11 @@ def train_locally(
     corpus: Corpus | None = None,
     shape: Shape | None = None,
     display: Display | None = None,
+    observer: Observer | None = None,
+    stop: Stop | None = None,
 ) -> Ended:
     """Run or resume `spec` in this process: one rank, no Ray. The corpus must have been prepared,
-    or be given."""
+    or be given; `observer` and `stop` as for `train`, but asked at each step."""
     display = display or Display()
     spec = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
 
@@ -130,10 +163,12 @@ def train_locally(
         corpus=corpus,
         with_ray=False,
     )
-    return _drive(run, job, display, LocalLauncher())
+    return _drive(run, job, display, LocalLauncher(), Caller(observer, stop))
 
 
-def _drive(run: Run, job: Job, display: Display, launcher: RayLauncher | LocalLauncher) -> Ended:
+def _drive(
+    run: Run, job: Job, display: Display, launcher: RayLauncher | LocalLauncher, caller: Caller
+) -> Ended:
     """Start the workers, follow them to their end, and write down how it was."""
     spec, plan = job.spec, job.plan
     num_steps = plan.num_steps or 0
@@ -145,7 +180,7 @@ def _drive(run: Run, job: Job, display: Display, launcher: RayLauncher | LocalLa
     if done:
         display.say(f"{run.name} goes on from step {done}")
     driver = run.take_over()
-    job, heart = replace(job, driver=driver.number), _Heart(run, driver)
+    job, heart = replace(job, driver=driver.number), _Heart(run, driver, caller)
     trackers = build_trackers(run, spec)
     recorder = Recorder(run, plan, trackers, display)
     run.set_status("running", driver=driver)
@@ -154,10 +189,8 @@ def _drive(run: Run, job: Job, display: Display, launcher: RayLauncher | LocalLa
     status = "failed"
     try:
         with held(None if done else job.weights), display.steps(num_steps, done), heart:
-            launcher.run(job, recorder)
-        status = recorder.ended or "failed"
-        if status == "interrupted":
-            reason = f"stopped by {signal.Signals(recorder.stopped_by).name}"
+            launcher.run(job, recorder, caller)
+        status, reason = _name_end(recorder)
     except (RunFailed, StorageFailed) as error:
         reason = str(error)
         raise RunFailed(reason, _explain(run, reason)) from error
@@ -172,11 +205,26 @@ def _drive(run: Run, job: Job, display: Display, launcher: RayLauncher | LocalLa
         with _last_words(status):
             run.release(driver)
         trackers.finish(status)
+    if heart.replaced is not None:
+        raise heart.replaced
+    if status in ("completed", "early_stopped"):
+        run.export_metrics_parquet()
+    saved = run.latest_checkpoint()
+    step = saved.step if saved else 0
+    if caller.error is not None:
+        raise RunFailed(f"{caller.complaint}; the run is saved at step {step}") from caller.error
     if status == "interrupted":
-        saved = run.latest_checkpoint()
-        raise Interrupted(saved.step if saved else 0, recorder.stopped_by)
-    run.export_metrics_parquet()
-    return Ended(run, status)
+        number = recorder.wish.number if recorder.wish else None
+        raise Interrupted(step, number or signal.SIGINT)
+    return Ended(run, status, reason)
+
+
+def _name_end(recorder: Recorder) -> tuple[str, str]:
+    """The status of a run whose ranks have ended, and why."""
+    status, wish = recorder.ended or "failed", recorder.wish
+    if status != "interrupted" or wish is None:
+        return status, ""
+    return ("stopped" if wish.number is None else status), redact(wish.reason)
 
 
 def _explain(run: Run, reason: str) -> str:
@@ -207,12 +255,15 @@ def _last_words(status: str) -> Iterator[None]:
 
 
 class _Heart:
-    """Gives the driver's signs of life; a driver that has been replaced by another is
-    interrupted."""
+    """Gives the driver's signs of life; a driver that has been replaced by another stops its
+    ranks."""
 
-    def __init__(self, run: Run, driver: Driver) -> None:
-        self._run, self._driver, self._ended = run, driver, threading.Event()
+    def __init__(self, run: Run, driver: Driver, caller: Caller) -> None:
+        self._run, self._driver, self._caller = run, driver, caller
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self.replaced: StoreError | None = None
+        """What says so, if it has been replaced."""
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -230,8 +281,9 @@ class _Heart:
                 continue
             except (
                 StoreError
-            ):  # taken over: what this driver's attempts do from now on does not count
-                os.kill(os.getpid(), signal.SIGINT)
+            ) as error:  # taken over: what this driver's attempts do from now on does not count
+                self.replaced = error
+                self._caller.give_up("another driver has taken the run over")
                 return
 
 

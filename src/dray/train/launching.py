@@ -7,20 +7,22 @@ import math
 import tempfile
 import threading
 import time
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from dray.cluster.nodes import head_is_gone
+from dray.cluster.placement import Placement, Seats, Site, remove_groups
 from dray.cluster.workers import WarmNodes, run_workers
 from dray.doctor.hangs import find_hang
-from dray.errors import RunFailed, StorageFailed
-from dray.processes.signals import stops
+from dray.errors import RunFailed
+from dray.processes.signals import Wishes, stops
 from dray.rank.job import Job
 from dray.runs import Run
 from dray.runs.records import Report
 from dray.spec import Resources
-from dray.storage.filesystem import (
-    is_local,
-)
+from dray.storage.filesystem import is_local
+from dray.train.caller import Caller
 from dray.train.recorder import DRAIN_SECONDS, OBJECT_DRAIN_SECONDS, Recorder
 
 MAILBOX_SECONDS = 60.0
@@ -31,12 +33,28 @@ often it is looked for."""
 UNBEGUN_SECONDS = 2.0
 """How long a run that is to stop waits for a sign of life of its ranks: with none of them there is
 nothing to save."""
+WAITING_SECONDS = 30.0
+"""After which it is told that no worker has started yet."""
+END_SECONDS = 10.0
+"""How long the thread of the workers may take to notice that they were ended."""
+MOST_READERS = 8
+"""Tasks that read at once for a run on a cluster, in the CPUs that are for reading."""
+
+_alone = threading.Lock()
 
 
 class LocalLauncher:
-    """The ranks' loop in this process, for tests, notebooks and machines without Ray."""
+    """The ranks' loop in this process, for tests, notebooks and machines without Ray.
 
-    def run(self, job: Job, recorder: Recorder) -> None:
+    One run at a time: torch's random numbers, threads and process groups are the process' own, so a
+    second thread waits.
+    """
+
+    def run(self, job: Job, recorder: Recorder, caller: Caller) -> None:
+        with _alone:
+            self._run(job, recorder, caller)
+
+    def _run(self, job: Job, recorder: Recorder, caller: Caller) -> None:
         import torch
 
         from dray.processes.heap import prepare_process
@@ -48,9 +66,13 @@ class LocalLauncher:
         class Direct:
             def send(self, report: Report) -> None:
                 recorder.take([report])
+                caller.tell(recorder.take_stored())
 
             def stop_requested(self) -> bool:
-                return False
+                wish = caller.wish()
+                if wish is not None and recorder.wish is None:
+                    recorder.stop(wish)
+                return wish is not None
 
             def notice_given(self) -> bool:
                 return False
@@ -80,77 +102,64 @@ class LocalLauncher:
             pulse=Pulse(ranks.rank),
         )
         recorder.wait_stored()
+        caller.tell(recorder.take_stored())
 
 
 class RayLauncher:
     """The ranks' loop on Ray Train workers, fed by Ray Data, reporting through an actor on the head
-    node.
+    node. Nothing here belongs to the process or to the job: several may be at work at once.
 
     The actor is started at once: its node's fork server imports while the driver looks for the
-    model and the rows.
+    model and the rows. When the block ends, every actor of the run ends.
     """
 
-    def __init__(self, resources: Resources, *, is_local: bool) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        *,
+        is_local: bool,
+        placement: Placement | None = None,
+        seats: Seats | None = None,
+    ) -> None:
         from dray.train.posting import build_mailbox
 
-        self._is_local, self._begun = is_local, False
+        self._is_local = is_local
         self._warm = WarmNodes(resources.cpus_per_worker, resources.gpus_per_worker)
         self._mailbox = build_mailbox(self._warm.environment)
+        self._controller: Any = None
+        self._thread: threading.Thread | None = None
+        self._site = _make_site(resources, placement, seats, is_local=is_local)
 
     def __enter__(self) -> RayLauncher:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End what was started for a run that was refused or is complete, where Ray outlives it."""
+        self.close()
+
+    def close(self) -> None:
+        """End whatever is left of the run, where Ray outlives it: the workers end with Ray Train's
+        controller, which owns them, or with their place."""
         import ray
 
-        if not self._begun:
-            ray.kill(self._mailbox)
+        if not ray.is_initialized() or head_is_gone():
+            return
+        if self._controller is not None:
+            ray.kill(self._controller)
+        ray.kill(self._mailbox)
+        self._warm.close()
+        if self._thread is not None:
+            self._thread.join(END_SECONDS)
+        if self._site.placement is None:
+            remove_groups(self._site.name)
 
-    def run(self, job: Job, recorder: Recorder) -> None:
+    def run(self, job: Job, recorder: Recorder, caller: Caller) -> None:
         import ray
 
-        from dray.train.posting import end_workers
-        from dray.train.recovery import end_hang
-
-        self._begun = True
-        warm, mailbox = self._warm, self._mailbox
         failure: list[BaseException] = []
-        thread = _start_workers(job, mailbox, failure, is_local=self._is_local)
-        on_disk = is_local(Run.open(job.storage, job.run_name).filesystem)
-        drain_seconds = DRAIN_SECONDS if on_disk else OBJECT_DRAIN_SECONDS
-        taken, stored, ended_hang, stopping_since = 0, 0, 0, math.inf
+        self._thread = self._start_workers(job, failure)
         try:
-            with stops(noted=True) as wishes:
-                while True:
-                    alive = thread.is_alive()
-                    warm.look()
-                    records, beats = _answer(mailbox.take.remote(stored))
-                    taken += len(records)
-                    recorder.take(records)
-                    stored = taken if recorder.is_stored else stored
-                    hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
-                    attempt = max((beat.attempt for beat, _ in beats.values()), default=0)
-                    if hang and attempt > ended_hang:
-                        ended_hang = attempt
-                        recorder.say(f"hung: {hang.reason}")
-                        end_hang(Run.open(job.storage, job.run_name), hang, beats)
-                    if wishes and stopping_since == math.inf:
-                        stopping_since = time.monotonic()
-                        recorder.stop(wishes.numbers[0])
-                        mailbox.request_stop.remote()
-                    if (
-                        alive
-                        and not beats
-                        and recorder.ended is None
-                        and (time.monotonic() - stopping_since > UNBEGUN_SECONDS)
-                    ):
-                        recorder.ended = "interrupted"  # there are no ranks, and so nothing to save
-                        end_workers(mailbox)
-                        return
-                    if not alive and (failure or recorder.is_stored):
-                        break
-                    thread.join(drain_seconds)
+            with stops(noted=True) as signals:
+                begun = self._follow(job, recorder, caller, signals, failure)
         except (
             ray.exceptions.RayError
         ) as error:  # the ranks report through it: without it they cannot be followed
@@ -159,18 +168,132 @@ class RayLauncher:
                 if head_is_gone()
                 else f"the mailbox on the head was lost: {error}"
             )
-            if not wishes:
+            if recorder.wish is None:
                 raise lost from error
             recorder.give_up_saving(lost)
             return
-        except (StorageFailed, KeyboardInterrupt):
-            end_workers(mailbox)
+        except BaseException:  # nothing computes on while the end is written down
+            self.close()
             raise
-        ray.kill(mailbox)  # where Ray outlives this call
-        if failure and wishes:
-            recorder.give_up_saving(failure[0])
-        elif failure:
+        if failure and recorder.wish is None:
             raise failure[0]
+        if failure and begun:
+            recorder.give_up_saving(failure[0])
+
+    def _follow(
+        self,
+        job: Job,
+        recorder: Recorder,
+        caller: Caller,
+        signals: Wishes,
+        failure: Sequence[BaseException],
+    ) -> bool:
+        """Take what the ranks say until they have ended, and tell them when they are to stop.
+        Returns whether there were any when they were to."""
+        from dray.train.recovery import end_hang
+
+        assert self._thread is not None
+        run = Run.open(job.storage, job.run_name)
+        drain_seconds = DRAIN_SECONDS if is_local(run.filesystem) else OBJECT_DRAIN_SECONDS
+        taken, stored, ended_hang, stopping_since = 0, 0, 0, math.inf
+        waiting_since: float | None = time.monotonic()
+        while True:
+            alive = self._thread.is_alive()
+            self._warm.look()
+            records, beats = _answer(self._mailbox.take.remote(stored))
+            taken += len(records)
+            recorder.take(records)
+            stored = taken if recorder.is_stored else stored
+            caller.tell(recorder.take_stored())
+            hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
+            attempt = max((beat.attempt for beat, _ in beats.values()), default=0)
+            if hang and attempt > ended_hang:
+                ended_hang = attempt
+                recorder.say(f"hung: {hang.reason}")
+                end_hang(run, hang, beats)
+            wish = caller.wish(signals)
+            if wish is not None and stopping_since == math.inf:
+                stopping_since = time.monotonic()
+                recorder.stop(wish)
+                self._mailbox.request_stop.remote()
+            if (
+                alive
+                and not beats
+                and recorder.ended is None
+                and (time.monotonic() - stopping_since > UNBEGUN_SECONDS)
+            ):
+                recorder.ended = "interrupted"  # there are no ranks, and so nothing to save
+                self.close()
+                return False
+            waiting_since = None if beats else waiting_since
+            if waiting_since and time.monotonic() - waiting_since > WAITING_SECONDS:
+                waiting_since = None
+                recorder.say(_describe_waiting(job.spec.resources))
+            if not alive and (failure or recorder.is_stored):
+                return True
+            self._thread.join(drain_seconds)
+
+    def _start_workers(self, job: Job, failure: list[BaseException]) -> threading.Thread:
+        """Start the worker group in a thread, which puts there what it ends with if that is an
+        error."""
+        from dray.train.recovery import build_recovery
+        from dray.train.worker import build_data_config, run_rank
+
+        resources, site = job.spec.resources, self._site
+
+        def follow() -> None:
+            try:
+                with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
+                    run_workers(
+                        run_rank,
+                        {"job": job, "mailbox": self._mailbox},
+                        site=site,
+                        datasets={"rows": job},
+                        data_config=build_data_config(),
+                        num_workers=len(site.seats.workers) if site.seats else resources.workers,
+                        cpus_per_worker=resources.cpus_per_worker,
+                        gpus_per_worker=resources.gpus_per_worker,
+                        recovery=build_recovery(job, self._mailbox, site),
+                        name=job.run_name,
+                        scratch=scratch,
+                        is_local=self._is_local,
+                        started=self._keep_controller,
+                    )
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=follow, name="workers", daemon=True)
+        thread.start()
+        return thread
+
+    def _keep_controller(self, controller: Any) -> None:
+        self._controller = controller
+
+
+def _make_site(
+    resources: Resources, placement: Placement | None, seats: Seats | None, *, is_local: bool
+) -> Site:
+    """Where the run's workers and those who read for them will be."""
+    # An elastic group may hold every CPU, and readers that ask for one would wait for ever.
+    elastic = isinstance(resources.workers, tuple) and placement is None
+    # On a laptop one process that reads is enough, and each costs two seconds of CPU to start;
+    # from afar reading is mostly waiting.
+    at_once = 1 if is_local else min(MOST_READERS, resources.max_workers)
+    return Site(
+        name=f"dray-{uuid.uuid4().hex}",
+        reader_cpus=0.0 if elastic else resources.reader_cpus,
+        readers_at_once=at_once,
+        placement=placement,
+        seats=seats,
+    )
+
+
+def _describe_waiting(resources: Resources) -> str:
+    return (
+        f"waiting for room in the cluster: {resources.min_workers} workers × "
+        f"{resources.cpus_per_worker:g} CPUs and {resources.reader_cpus:g} for reading are taken "
+        "together or not at all"
+    )
 
 
 def _answer(asked: Any) -> Any:
@@ -191,37 +314,3 @@ def _answer(asked: Any) -> Any:
                 or time.monotonic() - begun > MAILBOX_SECONDS
             ):
                 raise
-
-
-def _start_workers(
-    job: Job, mailbox: Any, failure: list[BaseException], *, is_local: bool
-) -> threading.Thread:
-    """Start the worker group in a thread, which puts there what it ends with if that is an
-    error."""
-    from dray.train.recovery import build_recovery
-    from dray.train.worker import build_data_config, run_rank
-
-    resources = job.spec.resources
-
-    def follow() -> None:
-        try:
-            with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
-                run_workers(
-                    run_rank,
-                    {"job": job, "mailbox": mailbox},
-                    datasets={"rows": job},
-                    data_config=build_data_config(),
-                    num_workers=resources.workers,
-                    cpus_per_worker=resources.cpus_per_worker,
-                    gpus_per_worker=resources.gpus_per_worker,
-                    recovery=build_recovery(job, mailbox),
-                    name=job.run_name,
-                    scratch=scratch,
-                    is_local=is_local,
-                )
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=follow, name="workers", daemon=True)
-    thread.start()
-    return thread

@@ -35,7 +35,6 @@ class Mailbox:
         self._beats: Beats = {}
         self._failures: list[dict[str, Any]] = []
         self._stop, self._notice = False, False
-        self._controller: Any = None
         self._received = self._stored = self._judged = self._num_left = self._attempt = 0
         self._looked_at = -LOOK_SECONDS
 
@@ -106,14 +105,6 @@ class Mailbox:
     def request_stop(self) -> None:
         """A person wants the run to stop."""
         self._stop = True
-
-    def keep_controller(self, controller: Any) -> None:
-        """Remember Ray Train's controller."""
-        self._controller = controller
-
-    def controller(self) -> Any:
-        """Ray Train's controller, which owns the workers; none before it has started."""
-        return self._controller
 
     def _aged(self) -> Beats:
         now = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import suppress
 from typing import Any
 
 from dray.processes.signals import is_noted
@@ -31,18 +30,6 @@ def build_mailbox(environment: dict[str, str]) -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here, runtime_env=environment)(
         Mailbox
     ).remote()
-
-
-def end_workers(mailbox: Any) -> None:
-    """End what a driver that cannot go on leaves behind, where Ray outlives it: the workers end
-    with Ray Train's controller, which owns them."""
-    import ray
-
-    with suppress(ray.exceptions.RayError):
-        controller = ray.get(mailbox.controller.remote(), timeout=BEAT_EVERY_SECONDS)
-        if controller is not None:
-            ray.kill(controller)
-    ray.kill(mailbox)
 
 
 class Posting:

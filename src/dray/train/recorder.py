@@ -18,6 +18,7 @@ from dray.runs import Run, Trackers
 from dray.runs.records import Ended, Event, Report, StepReport, ValidationReport
 from dray.show.progress import Display
 from dray.storage.retrying import OUTAGE_SECONDS
+from dray.train.caller import Wish
 
 DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
 """How often the ranks' records are taken and stored: object stores rewrite an object, and GCS takes
@@ -38,9 +39,10 @@ class Recorder:
         self._run, self._plan, self._trackers, self._display = run, plan, trackers, display
         self._open: dict[tuple[int, int], list[StepReport]] = defaultdict(list)
         self.ended: str | None = None
-        self.stopped_by: int = signal.SIGINT
-        """The signal that asked the run to stop, if one did."""
+        self.wish: Wish | None = None
+        """Why the run was asked to stop, if it was."""
         self._rows: list[dict[str, Any]] = []
+        self._stored: list[dict[str, Any]] = []
         self._events: list[Event] = []
         self._failing_since: float | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=21)
@@ -60,12 +62,15 @@ class Recorder:
         with self._lock:
             return not self._rows and not self._events
 
-    def stop(self, number: int) -> None:
-        """Say that a signal has asked the run to stop."""
-        self.stopped_by = number
+    def stop(self, wish: Wish) -> None:
+        """Say that the run has been asked to stop."""
+        self.wish = wish
+        if wish.number is None:
+            self.say(f"the run saves its state and stops: {wish.reason}")
+            return
         self.say(
-            f"{signal.Signals(number).name}: the run saves its state and stops; once more ends it "
-            "without that"
+            f"{signal.Signals(wish.number).name}: the run saves its state and stops; once more "
+            "ends it without that"
         )
 
     def give_up_saving(self, error: BaseException) -> None:
@@ -104,6 +109,12 @@ class Recorder:
                 self._events.append(report)
                 self._tell(report)
 
+    def take_stored(self) -> list[dict[str, Any]]:
+        """The metrics rows that have been stored since the last call."""
+        with self._lock:
+            stored, self._stored = self._stored, []
+            return stored
+
     def wait_stored(self) -> None:
         """Try until all that was taken is stored. Raises StorageFailed."""
         while not self.is_stored:
@@ -117,7 +128,8 @@ class Recorder:
                 self._run.log_event(**self._events[0].to_row())
                 del self._events[0]
             self._run.log_metrics(self._rows)
-            self._rows.clear()
+            self._stored += self._rows
+            self._rows = []
             self._failing_since = None
         except StorageFailed as error:
             if self._failing_since is None:

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dray.cluster.nodes import find_lost_nodes
+from dray.cluster.nodes import find_lost_nodes, live_resources
+from dray.cluster.placement import Site, has_room, make_least_bundles
 from dray.cluster.workers import max_wait_seconds
 from dray.doctor import classify
 from dray.doctor.budget import Budget, Decision, SmallerBatch
@@ -43,11 +44,10 @@ GRACE_SECONDS = 1.0
 """In which the ranks that fail with the first one say so; where all have, nobody waits."""
 
 
-def build_recovery(job: Job, mailbox: Any) -> Any:
+def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
     """What Ray Train's controller asks at every turn: it keeps the evidence of a failure, ends the
     run where that is due, lets the ranks save before their group is resized, and bounds the wait
     for a group that cannot start."""
-    import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback
     from ray.train.v2._internal.execution.controller import state
 
@@ -55,9 +55,6 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
         def __init__(self) -> None:
             self._budget = Budget(job.spec.resources.max_failures)
             self._down_since: float | None = None
-
-        def after_controller_start(self, train_run_context: Any) -> None:
-            mailbox.keep_controller.remote(ray.get_runtime_context().current_actor)
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             if isinstance(current_state, state.ResizingState):
@@ -84,10 +81,17 @@ def build_recovery(job: Job, mailbox: Any) -> Any:
                 raise RunFailed(decision.reason)
 
         def _bound_wait(self) -> None:
-            """End a run that has waited too long for a group: Ray itself would wait for ever."""
-            self._down_since = self._down_since or time.monotonic()
+            """End a run that has waited too long for a group that the cluster could not hold if it
+            were empty: Ray itself would wait for ever. The end of other runs is waited for."""
+            if site.placement is not None and site.placement.is_removed():
+                raise RunFailed("the run's placement group was taken away")
+            if self._down_since is None or (
+                site.placement is None
+                and has_room(live_resources(), make_least_bundles(job.spec.resources))
+            ):
+                self._down_since = time.monotonic()
             waited = time.monotonic() - self._down_since
-            if waited > max_wait_seconds():
+            if waited > max_wait_seconds(grows=job.plan.shape.num_addable > 0):
                 raise RunFailed(
                     f"no group of {job.spec.resources.min_workers} workers could start for "
                     f"{waited:.0f} s: the cluster has no room for it"

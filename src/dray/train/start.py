@@ -135,6 +135,8 @@ def open_run(
         )
         if origin is not None or spec.model.options or not plan.parameters_exact:
             _check_model(spec, given.tokenizer.path, origin, config)
+    if corpus is not None:
+        _check_width(spec, corpus)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
     if origin is not None:
@@ -190,6 +192,18 @@ def _find_corpus(start: Start, spec: Spec, prepared: Prepare, say: Say) -> Corpu
     if changes := describe_changes(spec, corpus):
         say(f"{keeper.name} keeps the rows it began with: {changes}")
     return corpus
+
+
+def _check_width(spec: Spec, corpus: Corpus) -> None:
+    """Raise SpecError for a given corpus that was prepared for rows of another length."""
+    if corpus.manifest.sequence_tokens != spec.data.sequence_tokens:
+        raise SpecError(
+            f"data.sequence_tokens = {spec.data.sequence_tokens}",
+            f"the corpus {corpus.manifest.key} that was given has rows of "
+            f"{corpus.manifest.sequence_tokens} tokens",
+            "a run reads the corpus of its spec",
+            "give prepare(spec, storage)",
+        )
 
 
 def _make_corpus_again(keeper: Run, folder: str, spec: Spec, prepared: Prepare, say: Say) -> Corpus:

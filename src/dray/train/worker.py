@@ -61,21 +61,15 @@ def build_data_config() -> Any:
     class StreamConfig(ray.train.DataConfig):  # type: ignore[misc]
         def configure(
             self,
-            datasets: dict[str, Job],
+            datasets: dict[str, tuple[Job, dict[str, Any]]],
             world_size: int,
             worker_handles: Any,
             worker_node_ids: Any,
             **kwargs: Any,
         ) -> list[dict[str, Any]]:
-            name, job = next(iter(datasets.items()))
+            name, (job, options) = next(iter(datasets.items()))
             attempt = make_attempt(job, Run.open(job.storage, job.run_name).attempts()[-1])
-            resources = job.spec.resources
-            # One process that reads is enough on a laptop; each costs two seconds of CPU to start.
-            # An elastic group may hold every CPU, and readers that ask for one would wait for ever.
-            num_cpus = (
-                0.0 if isinstance(resources.workers, tuple) else min(1.0, resources.reader_cpus)
-            )
-            dataset = build_dataset(make_stream(job, attempt), num_cpus=num_cpus)
+            dataset = build_dataset(make_stream(job, attempt), **options)
             dataset.context.enable_progress_bars = False
             return [{name: split} for split in dataset.streaming_split(world_size, equal=True)]
 

@@ -1,0 +1,183 @@
+"""The part of a connected Ray that one run may use: the bundles of a placement group.
+
+Ray gives a placement group as a whole or not at all. So of several runs that together need more
+than there is, none ever holds a part of what it needs while it waits for the rest; who waits is
+Ray's business, and nobody counts how many runs fit at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from dray.cluster.nodes import count_in
+from dray.errors import PlanError
+from dray.spec import Resources
+
+READY_SECONDS = 1.0
+"""How often a group that is not there yet is looked at."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the workers of a run, those who read for it and those who prepare its rows are to be.
+    Whoever made the group takes it away; all that is in it ends with it."""
+
+    group: Any
+    """A `ray.util.placement_group.PlacementGroup`, ready or not."""
+
+    @property
+    def bundles(self) -> tuple[Mapping[str, float], ...]:
+        """What each bundle has, by resource."""
+        return tuple(self.group.bundle_specs)
+
+    def task_options(self) -> dict[str, Any]:
+        """Ray's options of a task that works for the run, in whichever bundle has room: one CPU, or
+        as much as the largest bundle has."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        most = max((float(bundle.get("CPU", 0.0)) for bundle in self.bundles), default=0.0)
+        place = PlacementGroupSchedulingStrategy(self.group)
+        return {"num_cpus": min(1.0, most), "scheduling_strategy": place}
+
+    def is_removed(self) -> bool:
+        """Whether somebody has taken the group away."""
+        from ray.util.placement_group import placement_group_table
+
+        return bool(placement_group_table(self.group).get("state", "REMOVED") == "REMOVED")
+
+    def wait(self) -> None:
+        """Wait until the group is there. Raises PlanError if it has been taken away."""
+        while self.is_removed() or not self.group.wait(READY_SECONDS):
+            if self.is_removed():
+                raise PlanError(
+                    "placement",
+                    "its group is not there any more",
+                    "a run lives in its group",
+                    "keep the group until `train` has returned",
+                )
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Which bundle each worker is in, and which one those who read."""
+
+    workers: tuple[int, ...]
+    reader: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is known of a run's place before its first worker group starts."""
+
+    name: str
+    """How the names of its own groups begin."""
+    reader_cpus: float
+    """Of the bundle for reading; 0: none, those who read ask for no CPU."""
+    readers_at_once: int = 1
+    placement: Placement | None = None
+    seats: Seats | None = None
+    """Which bundles of the placement's group are used."""
+
+
+def make_bundles(resources: Resources) -> list[dict[str, float]]:
+    """The bundles of a group for a run of these resources: one a worker, of an elastic group for
+    the most it may have, and one for those who read."""
+    worker = _of_a_worker(resources)
+    return [dict(worker) for _ in range(resources.max_workers)] + [{"CPU": resources.reader_cpus}]
+
+
+def make_least_bundles(resources: Resources) -> list[dict[str, float]]:
+    """What a run of these resources cannot do without; those who read for an elastic group ask for
+    nothing."""
+    workers = [_of_a_worker(resources) for _ in range(resources.min_workers)]
+    is_elastic = isinstance(resources.workers, tuple)
+    return workers if is_elastic else [*workers, {"CPU": resources.reader_cpus}]
+
+
+@contextmanager
+def reserved(resources: Resources) -> Iterator[Placement]:
+    """A place for a run of these resources for as long as the block runs.
+
+    It is asked for at once and may come later: `train` waits for it, and so does `Placement.wait`.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group(make_bundles(resources), strategy="PACK")
+    try:
+        yield Placement(group)
+    finally:
+        remove_placement_group(group)
+
+
+def find_seats(resources: Resources, bundles: Sequence[Mapping[str, float]]) -> Seats:
+    """As many workers as the bundles can hold, of those that are asked for, and a bundle that has
+    CPUs left for reading. A bundle may hold several. Raises PlanError for too few."""
+    worker = _of_a_worker(resources)
+    room = [count_in(bundle, worker) for bundle in bundles]
+
+    def seats_lost(index: int) -> int:
+        return room[index] - count_in(_less(bundles[index], resources.reader_cpus), worker)
+
+    readers = [i for i, has in enumerate(bundles) if count_in(has, {"CPU": resources.reader_cpus})]
+    if not readers:
+        raise _does_not_fit(
+            resources, f"none of its bundles has {resources.reader_cpus:g} CPUs for reading"
+        )
+    reader = min(reversed(readers), key=seats_lost)
+    room[reader] -= seats_lost(reader)
+    seats = [index for index, count in enumerate(room) for _ in range(count)]
+    if len(seats) < resources.min_workers:
+        workers = f"{len(seats)} worker{'s' * (len(seats) != 1)}"
+        raise _does_not_fit(resources, f"beside those who read its bundles have room for {workers}")
+    return Seats(tuple(seats[: resources.max_workers]), reader)
+
+
+def _does_not_fit(resources: Resources, what: str) -> PlanError:
+    gpus = f" and {resources.gpus_per_worker} GPU" if resources.gpus_per_worker else ""
+    return PlanError(
+        "placement",
+        what,
+        f"{resources.min_workers} workers × {resources.cpus_per_worker:g} CPUs{gpus}, and "
+        f"{resources.reader_cpus:g} CPUs in one bundle for reading",
+        "make the group of make_bundles(spec.resources), or give fewer resources.workers",
+    )
+
+
+def has_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Whether nodes with these resources could hold all bundles, if nobody else held anything."""
+    left = [dict(node) for node in nodes]
+    for bundle in sorted(
+        bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0)), reverse=True
+    ):
+        node = next((node for node in left if count_in(node, bundle)), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] = node.get(name, 0.0) - amount
+    return True
+
+
+def remove_groups(prefix: str) -> None:
+    """Take away what is left of the groups whose names begin so, with all that is in them."""
+    from ray.util.placement_group import (
+        get_placement_group,
+        placement_group_table,
+        remove_placement_group,
+    )
+
+    for found in placement_group_table().values():
+        if found["name"].startswith(prefix) and found["state"] != "REMOVED":
+            with suppress(ValueError):  # gone meanwhile
+                remove_placement_group(get_placement_group(found["name"]))
+
+
+def _of_a_worker(resources: Resources) -> dict[str, float]:
+    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
+    return {"CPU": resources.cpus_per_worker, **gpus}
+
+
+def _less(bundle: Mapping[str, float], cpus: float) -> dict[str, float]:
+    return {**bundle, "CPU": bundle.get("CPU", 0.0) - cpus}
