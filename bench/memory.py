@@ -18,7 +18,7 @@ from typing import Any
 
 from dray.plan import MemoryPlan, Plan, local_shape, make_plan
 from dray.plan.memory import MEMORY_TERMS
-from dray.runs import Run
+from dray.runs import Run, create_run
 from dray.spec import Spec, make_spec
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "plan.md"
@@ -126,7 +126,7 @@ def measure(spec: Spec) -> dict[str, int]:
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
-        Run.create(folder, spec.name, spec, plan_case(spec).model_dump(mode="json")).begin_attempt(
+        create_run(folder, spec.name, spec, plan_case(spec).model_dump(mode="json")).begin_attempt(
             NUM_RANKS, 0
         )
         mp.spawn(run_rank, args=(spec, folder), nprocs=NUM_RANKS)

@@ -29,7 +29,7 @@ from bench.report import write_section
 from dray.plan import make_plan, parse_shape
 from dray.rank.group import Ranks, build_ranks
 from dray.rank.saving import Saver
-from dray.runs import CheckpointInfo, CheckpointReader, Run
+from dray.runs import CheckpointInfo, CheckpointReader, Run, create_run
 from dray.spec import Spec, make_spec
 
 VOCAB, CHUNK_BYTES = 8192, 8 * 1024 * 1024
@@ -133,7 +133,7 @@ def main() -> None:
         for stage, num_ranks in ((1, 1), (1, 2), (3, 1), (3, 2)):
             with tempfile.TemporaryDirectory(prefix="dray-restore-") as storage:
                 spec = make_bench_spec(stage, num_ranks)
-                run = Run.create(storage, "restore", spec, {"num_steps": 1, "num_ranks": num_ranks})
+                run = create_run(storage, "restore", spec, {"num_steps": 1, "num_ranks": num_ranks})
                 run.begin_attempt(num_ranks=num_ranks, start_step=0)
                 mp.spawn(
                     run_rank, args=((stage, num_ranks), storage, rounds, results), nprocs=num_ranks

@@ -68,7 +68,7 @@ def make_beat(step: int, rank: int) -> Beat:
 def build_recorder(place: str) -> tuple[Any, Any]:
     """A run on the disk, and the driver's recorder for it."""
     from dray.plan import local_shape, make_plan
-    from dray.runs import Run, build_trackers
+    from dray.runs import build_trackers, create_run
     from dray.show.progress import Display
     from dray.spec import make_spec
     from dray.train.recorder import Recorder
@@ -82,7 +82,7 @@ def build_recorder(place: str) -> tuple[Any, Any]:
         }
     )
     plan = make_plan(spec, local_shape())
-    run = Run.create(place, "large", spec, plan.model_dump(mode="json"))
+    run = create_run(place, "large", spec, plan.model_dump(mode="json"))
     run.begin_attempt(1, 0)
 
     class Silent(Display):

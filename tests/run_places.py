@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dray.runs import Run
+from dray.runs import Run, create_run
 from dray.spec import Spec
 from failing_proxy import FailingProxy, failing_proxy
 from sharded_model import PLAN, make_test_spec
@@ -59,9 +59,9 @@ def spec() -> Spec:
 
 @pytest.fixture
 def run(storage: str, spec: Spec) -> Run:
-    return Run.create(storage, "speeches", spec, PLAN)
+    return create_run(storage, "speeches", spec, PLAN)
 
 
 @pytest.fixture
 def local_run(tmp_path: Path, spec: Spec) -> Run:
-    return Run.create(tmp_path / "runs", "speeches", spec, PLAN)
+    return create_run(tmp_path / "runs", "speeches", spec, PLAN)

@@ -20,7 +20,15 @@ from dray.corpus.stream import RowStream, check_rows
 from dray.errors import CorpusError, StoreError
 from dray.ledger import verify_ledger
 from dray.order import NO_STEPS, LeftOut, chain_digest, format_digest, row_digest
-from dray.runs import CheckpointInfo, CheckpointWriter, Run, apply_retention, make_fragment_key
+from dray.runs import (
+    CheckpointInfo,
+    CheckpointWriter,
+    Run,
+    apply_retention,
+    create_run,
+    fork_run,
+    make_fragment_key,
+)
 from dray.spec import make_spec
 from random_corpus import build_random_corpus
 from tiny import tiny_tree
@@ -50,7 +58,7 @@ def begin(storage: Path, corpus: Corpus, name: str = "tiny", **fields: Any) -> R
             Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, seed=SEED, **fields
         )
     )
-    return Run.create(
+    return create_run(
         storage,
         name,
         spec,
@@ -326,7 +334,7 @@ def test_a_fork_goes_on_where_its_origin_stood(tmp_path: Path, corpus: Corpus):
     spec = make_spec(
         tiny_tree(Path("texts"), batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1}, seed=8)
     )
-    fork = Run.fork(
+    fork = fork_run(
         tmp_path,
         "tiny",
         "fork",
@@ -363,7 +371,7 @@ def test_a_fork_leaves_out_what_its_origin_did(tmp_path: Path, corpus: Corpus):
             batch={"global_rows": GLOBAL_ROWS, "micro_rows": 1},
             **{"seed": SEED, **fields},
         )
-        return Run.fork(
+        return fork_run(
             tmp_path,
             "tiny",
             name,
@@ -412,7 +420,7 @@ def test_a_real_run_carries_its_chain_through_restarts_and_forks(tmp_path: Path)
     tree = tiny_tree(
         Path("texts"), name="fork", duration={"steps": 20}, checkpoint={"every_steps": 4}, seed=8
     )
-    fork = Run.fork(
+    fork = fork_run(
         run.storage,
         run.name,
         "fork",

@@ -394,12 +394,12 @@ def _plan_known_corpus(
 def _prepare(arguments: argparse.Namespace) -> int:
     from dray.cluster.connection import connect
     from dray.corpus.prepare import prepare
-    from dray.runs import Run
+    from dray.runs import check_storage
     from dray.show.progress import Display
     from dray.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides)
-    Run.check_storage(arguments.storage)
+    check_storage(arguments.storage)
     with connect(arguments.address, num_cpus=1, verbose=arguments.verbose):
         display = Display()
         corpus = prepare(spec, arguments.storage, display.say)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from broken_runs import FAULT_STEP, NUM_RANKS, PLAN, Group, make_row
 
-from dray.runs import Run
+from dray.runs import Run, create_run
 from dray.runs.evidence import make_rank_failure
 from dray.spec import Spec, make_spec
 
@@ -61,7 +61,7 @@ def spec() -> Spec:
 @pytest.fixture
 def run(tmp_path: Path, spec: Spec) -> Run:
     """A run with one attempt of three ranks that made three steps."""
-    run = Run.create(tmp_path / "runs", "speeches", spec, PLAN)
+    run = create_run(tmp_path / "runs", "speeches", spec, PLAN)
     run.set_status("running")
     run.begin_attempt(NUM_RANKS, 0)
     run.log_metrics([make_row(step) for step in range(1, FAULT_STEP)])

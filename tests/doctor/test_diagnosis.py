@@ -24,7 +24,7 @@ from dray.errors import (
     ReadsDiffer,
     SaveFailed,
 )
-from dray.runs import Run
+from dray.runs import Run, create_run
 from dray.runs.evidence import make_rank_failure, save_beat, save_failure, save_log
 from dray.show.report import format_diagnosis
 from dray.spec import Spec
@@ -250,7 +250,7 @@ def test_sound_runs(run: Run, spec: Spec) -> None:
     ]
     run.set_status("completed")
     assert diagnose(run).fault is Cause.HEALTHY
-    new = Run.create(run.storage, "new", spec, {})
+    new = create_run(run.storage, "new", spec, {})
     assert (diagnose(new).fault, diagnose(new).cause) == (Cause.HEALTHY, "the run has not begun")
 
 

@@ -20,7 +20,7 @@ from pyarrow import fs as pafs
 from dray.corpus.manifest import load_manifest
 from dray.doctor import classify, diagnose
 from dray.errors import Cause, CorpusError, PlanError, StoreError
-from dray.runs import Run
+from dray.runs import Run, check_storage
 from dray.runs.evidence import make_rank_failure, unwrap
 
 # ---- a group of ranks, one of which meets a fault -----------------------------------------------
@@ -133,7 +133,7 @@ def full_disk_through_arrow() -> None:
 
 
 def unwritable() -> None:
-    Run.check_storage("/proc/none")
+    check_storage("/proc/none")
 
 
 def torn_corpus() -> None:

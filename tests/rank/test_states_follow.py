@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dray.plan import Plan, make_plan, parse_shape
 from dray.plan.zero_config import make_buckets, make_deepspeed_config
 from dray.rank.group import Ranks
-from dray.runs import CheckpointReader, Run, verify_checkpoint
+from dray.runs import CheckpointReader, Run, create_run, verify_checkpoint
 from dray.runs.checkpoint_reader import HEADER_BYTES
 from dray.runs.commit import CHUNK_BYTES
 from dray.spec import Spec, make_spec
@@ -315,7 +315,7 @@ def follow(
     """Save in each source, restore all of them in each place; differences of loss and norm by
     (source, place)."""
     for source in sources:
-        run = Run.create(
+        run = create_run(
             str(storage),
             str(source),
             make_place(source)[0],
@@ -561,7 +561,7 @@ def test_a_restore_takes_a_share_of_the_bytes_and_less_of_the_memory(
     host: RankHost, tmp_path: Path
 ) -> None:
     source = Place(1, 3)
-    run = Run.create(
+    run = create_run(
         str(tmp_path), str(source), make_place(source)[0], {"num_steps": 9, "num_ranks": 3}
     )
     run.begin_attempt(num_ranks=3, start_step=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dray.errors import CheckpointsLost
-from dray.runs import Run, find_resume_checkpoint
+from dray.runs import Run, find_resume_checkpoint, fork_run
 from dray.storage.filesystem import delete_folder
 from sharded_model import PLAN, make_test_spec, save
 
@@ -51,7 +51,7 @@ def test_what_a_later_attempt_undid_is_no_loss(local_run: Run) -> None:
 
 def test_a_fork_does_not_fall_back_to_its_origin(storage: str, run: Run) -> None:
     save(run, 10)
-    fork = Run.fork(storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
+    fork = fork_run(storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
     fork.begin_attempt(2, 10)
     assert find_resume_checkpoint(fork) == run.latest_checkpoint()
     fork.set_aside(save(fork, 20), "a bit flipped")

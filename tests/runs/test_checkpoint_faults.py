@@ -19,6 +19,7 @@ from dray.runs import (
     CheckpointReader,
     Run,
     apply_retention,
+    create_run,
     find_checkpoint,
     verify_checkpoint,
 )
@@ -277,7 +278,7 @@ def test_full_disk_leaves_no_file_under_the_name(tmp_path: Path, local_run: Run)
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
-        run = Run.create(mount, "speeches", local_run.spec(), {"num_steps": 50})
+        run = create_run(mount, "speeches", local_run.spec(), {"num_steps": 50})
         save(run, 10, num_ranks=1)
         import torch
 

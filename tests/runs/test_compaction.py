@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dray.errors import StoreError
-from dray.runs import Run
+from dray.runs import Run, create_run
 from dray.runs.compaction import make_parquet, read_parquet
 from dray.runs.row_log import RowLog, make_history
 from dray.show.report import format_summary
@@ -300,7 +300,7 @@ def test_attempts_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     """Parts as they were written before compaction was there, a large one among them."""
-    run = Run.create(tmp_path, "speeches", make_test_spec(), PLAN)
+    run = create_run(tmp_path, "speeches", make_test_spec(), PLAN)
     folder = Path(run.path, "metrics")
     folder.mkdir()
     lines = "".join(json.dumps(row_of(step)) + "\n" for step in range(1, 4000))

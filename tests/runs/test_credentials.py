@@ -15,7 +15,7 @@ import yaml
 from dray import redaction
 from dray.errors import DrayError, StoreError
 from dray.redaction import redact, restored, take_in
-from dray.runs import Run, list_runs
+from dray.runs import Run, create_run, fork_run, list_runs, open_or_create
 from dray.spec import dump_spec, load_spec, make_spec
 from dray.storage.filesystem import absolute, child, open_filesystem
 from sharded_model import PLAN, make_test_spec, save
@@ -145,7 +145,7 @@ def test_a_run_with_keys_in_its_uri_keeps_none(keyed_storage: str, tmp_path: Pat
         data={"train": f"{keyed_storage.replace('/runs', '/texts/*.jsonl')}"},
         tracking={"mlflow": f"http://me:{SECRET}@127.0.0.1:9"},
     )
-    run = Run.create(
+    run = create_run(
         keyed_storage,
         "speeches",
         spec,
@@ -158,8 +158,8 @@ def test_a_run_with_keys_in_its_uri_keeps_none(keyed_storage: str, tmp_path: Pat
     run.log_event("failed", error=f"cannot reach {keyed_storage}")
     run.set_status("failed", f"no answer from {keyed_storage}")
     again = Run.open(keyed_storage, "speeches")
-    Run.open_or_create(keyed_storage, "speeches", spec, PLAN)
-    Run.fork(keyed_storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
+    open_or_create(keyed_storage, "speeches", spec, PLAN)
+    fork_run(keyed_storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
     assert [found.name for found in list_runs(keyed_storage)] == ["speeches", "branch"]
     assert (
         again.record()["corpus"] == "corpora/a"
@@ -190,7 +190,7 @@ def test_a_record_of_an_earlier_version_is_cleaned(local_run: Run) -> None:
     # The spec that began it is the same one still, and what is written now is clean.
     tree = yaml.safe_load(dump_spec(local_run.spec()))
     tree["data"]["train"][0]["path"] = [f"s3://{KEY}:{SECRET}@bucket/texts/*.jsonl"]
-    Run.open_or_create(local_run.storage, "speeches", make_spec(tree), PLAN)
+    open_or_create(local_run.storage, "speeches", make_spec(tree), PLAN)
     local_run.set_status("completed")
     assert SECRET not in path.read_text() + Path(local_run.path, "spec.yaml").read_text()
 

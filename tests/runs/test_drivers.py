@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dray.errors import StoreError
-from dray.runs import CheckpointInfo, CheckpointWriter, Driver, Run
+from dray.runs import CheckpointInfo, CheckpointWriter, Driver, Run, create_run
 from dray.runs.drivers import is_gone, make_process
 from dray.runs.row_log import load_json, save_json
 from dray.storage.filesystem import list_files, read_bytes, write_bytes
@@ -157,7 +157,7 @@ def test_one_that_waits_for_a_driver_elsewhere(run: Run, monkeypatch: pytest.Mon
 
 def test_on_a_filesystem_without_times() -> None:
     """Many of fsspec's keep none that pyarrow passes on: then what the driver wrote down counts."""
-    run = Run.create(f"memory://{uuid.uuid4().hex}", "speeches", make_test_spec(), PLAN)
+    run = create_run(f"memory://{uuid.uuid4().hex}", "speeches", make_test_spec(), PLAN)
     first = run.take_over()
     send_away(run, first)
     with pytest.raises(StoreError, match="is at work"):

@@ -17,6 +17,7 @@ from dray.runs import (
     CheckpointReader,
     Run,
     apply_retention,
+    fork_run,
     verify_all,
     verify_checkpoint,
 )
@@ -111,7 +112,7 @@ def test_nothing_sound_nothing_deleted(local_run: Run) -> None:
 
 def test_what_a_fork_started_from_is_kept(storage: str, run: Run) -> None:
     save(run, 10)
-    fork = Run.fork(storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
+    fork = fork_run(storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
     for step in (20, 30):
         save(run, step)
         apply_retention(run, keep_last=1)

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dray.runs import Run
+from dray.runs import Run, create_run, fork_run
 from dray.runs.row_log import PART_BYTES, RowLog, make_history, make_table
 from dray.storage.filesystem import is_local, list_files, open_filesystem
 from sharded_model import PLAN, make_test_spec, save
@@ -295,7 +295,7 @@ def test_a_checkpoint_set_aside_after_others_were_made_from_it(local_run: Run) -
 
 def test_a_fork_falls_back_to_where_it_came_from(local_run: Run) -> None:
     train(local_run, 10)
-    fork = Run.fork(local_run.storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
+    fork = fork_run(local_run.storage, "speeches", "branch", make_test_spec(seed=1), PLAN)
     train(fork, 20)
     fork.set_aside(fork.checkpoints()[0], "a bad sector")
     newest = fork.latest_checkpoint()
@@ -317,7 +317,7 @@ def test_a_fork_falls_back_to_where_it_came_from(local_run: Run) -> None:
 )
 def test_any_life_has_one_row_a_step(tmp_path: Path, life: list[tuple[int, set[int]]]) -> None:
     """Attempts of some steps, after each of which some of the sound checkpoints turn out bad."""
-    run = Run.create(tmp_path, f"r{uuid.uuid4().hex}", make_test_spec(), PLAN)
+    run = create_run(tmp_path, f"r{uuid.uuid4().hex}", make_test_spec(), PLAN)
     for done, bad in life:
         newest = run.latest_checkpoint()
         last = (newest.step if newest else 0) + done

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dray.errors import StoreError
-from dray.runs import Run, list_runs
+from dray.runs import Run, check_storage, create_run, fork_run, list_runs, open_or_create
 from dray.spec import Spec
 from races import race
 from sharded_model import PLAN, make_test_spec, save
@@ -21,7 +21,7 @@ from tiny import SUMMARY_KEYS
 
 
 def test_new_run(storage: str, spec: Spec) -> None:
-    run = Run.open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/a", corpus_key="abc")
+    run = open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/a", corpus_key="abc")
     assert run.status == "created"
     assert run.fingerprint == spec.fingerprint()
     assert run.spec() == spec
@@ -44,13 +44,13 @@ def test_new_run(storage: str, spec: Spec) -> None:
 def test_same_identity_goes_on(storage: str, run: Run, spec: Spec) -> None:
     run.update(note="kept")
     place = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 4})})
-    again = Run.open_or_create(storage, "speeches", place, PLAN | {"num_ranks": 4}, corpus="/new")
+    again = open_or_create(storage, "speeches", place, PLAN | {"num_ranks": 4}, corpus="/new")
     assert again.record()["note"] == "kept"
     assert again.spec().resources.workers == 4
     assert again.plan()["num_ranks"] == 4
     assert again.record()["corpus"] == "/new"
     with pytest.raises(StoreError, match="exists already"):
-        Run.create(storage, "speeches", spec, PLAN)
+        create_run(storage, "speeches", spec, PLAN)
 
 
 def test_other_identity_is_refused(storage: str, run: Run) -> None:
@@ -60,17 +60,17 @@ def test_other_identity_is_refused(storage: str, run: Run) -> None:
         match=r"duration\.steps, optimizer\.learning_rate, "
         r"seed.*--fork NEW_NAME",
     ) as caught:
-        Run.open_or_create(storage, "speeches", other, PLAN)
+        open_or_create(storage, "speeches", other, PLAN)
     assert "\n" not in str(caught.value)
     assert run.spec().seed == 0
 
 
 def test_duration_may_grow(local_run: Run, tmp_path: Path) -> None:
     constant = make_test_spec(schedule={"name": "constant"})
-    run = Run.open_or_create(tmp_path, "constant", constant, PLAN)
+    run = open_or_create(tmp_path, "constant", constant, PLAN)
     save(run, 50)
     longer = make_test_spec(schedule={"name": "constant"}, duration={"steps": 90})
-    again = Run.open_or_create(tmp_path, "constant", longer, PLAN | {"num_steps": 90})
+    again = open_or_create(tmp_path, "constant", longer, PLAN | {"num_steps": 90})
     assert again.spec().duration.steps == 90
 
 
@@ -93,7 +93,7 @@ def test_wsd_keeps_its_decay(
 
     def begin(steps: int) -> Run:
         spec = make_test_spec(schedule={"name": "wsd"}, duration={"steps": steps})
-        return Run.open_or_create(tmp_path, "stable", spec, {"num_steps": steps})
+        return open_or_create(tmp_path, "stable", spec, {"num_steps": steps})
 
     run = begin(50)
     if committed is not None:
@@ -108,10 +108,10 @@ def test_wsd_keeps_its_decay(
 def test_fork(storage: str, run: Run, spec: Spec) -> None:
     other = make_test_spec(optimizer={"learning_rate": 2e-3})
     with pytest.raises(StoreError, match="no sound checkpoint to fork from"):
-        Run.open_or_create(storage, "speeches", other, PLAN, fork="faster")
+        open_or_create(storage, "speeches", other, PLAN, fork="faster")
     assert [found.name for found in list_runs(storage)] == ["speeches"]
     info = save(run, 20)
-    fork = Run.open_or_create(storage, "speeches", other, PLAN, fork="faster")
+    fork = open_or_create(storage, "speeches", other, PLAN, fork="faster")
     origin = fork.origin()
     assert origin is not None
     assert (origin["run"], origin["step"], origin["differing"]) == (
@@ -121,21 +121,21 @@ def test_fork(storage: str, run: Run, spec: Spec) -> None:
     )
     assert fork.latest_checkpoint() == info
     assert fork.checkpoints() == []
-    again = Run.open_or_create(storage, "speeches", other, PLAN, fork="faster")
+    again = open_or_create(storage, "speeches", other, PLAN, fork="faster")
     assert again.latest_checkpoint() == info
     own = save(fork, 25)
     assert fork.latest_checkpoint() == own
     with pytest.raises(StoreError, match="no fork of 'faster'"):
-        Run.open_or_create(storage, "faster", other, PLAN, fork="speeches")
+        open_or_create(storage, "faster", other, PLAN, fork="speeches")
     with pytest.raises(StoreError, match=r"differs in optimizer\.learning_rate"):
-        Run.open_or_create(storage, "speeches", spec, PLAN, fork="faster")
+        open_or_create(storage, "speeches", spec, PLAN, fork="faster")
 
 
 def test_fork_of_a_fork(tmp_path: Path, spec: Spec) -> None:
-    run = Run.create(tmp_path, "first", spec, PLAN)
+    run = create_run(tmp_path, "first", spec, PLAN)
     info = save(run, 20)
-    Run.fork(tmp_path, "first", "second", make_test_spec(seed=1), PLAN)
-    third = Run.fork(tmp_path, "second", "third", make_test_spec(seed=2), PLAN)
+    fork_run(tmp_path, "first", "second", make_test_spec(seed=1), PLAN)
+    third = fork_run(tmp_path, "second", "third", make_test_spec(seed=2), PLAN)
     assert third.latest_checkpoint() == info
     run.filesystem.delete_file(f"{info.path}/COMMITTED")
     with pytest.raises(StoreError, match="forked from is unsound: no marker"):
@@ -147,7 +147,7 @@ def test_fork_of_a_fork(tmp_path: Path, spec: Spec) -> None:
 )
 def test_names_that_are_no_folders(tmp_path: Path, spec: Spec, name: str) -> None:
     with pytest.raises(StoreError, match=r"^run "):
-        Run.create(tmp_path / "runs", name, spec, PLAN)
+        create_run(tmp_path / "runs", name, spec, PLAN)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,7 +155,7 @@ def test_storage_that_is_none(tmp_path: Path, spec: Spec) -> None:
     (tmp_path / "file").write_text("")
     places = [tmp_path / "file", tmp_path / "file" / "runs", "/proc/runs", "nope://bucket/runs"]
     for place in places:
-        for begin in (lambda at: Run.create(at, "speeches", spec, PLAN), Run.check_storage):
+        for begin in (lambda at: create_run(at, "speeches", spec, PLAN), Run.check_storage):
             with pytest.raises(StoreError) as caught:
                 begin(place)
             assert "\n" not in str(caught.value)
@@ -163,7 +163,7 @@ def test_storage_that_is_none(tmp_path: Path, spec: Spec) -> None:
         Run.open(tmp_path / "runs", "speeches")
     with pytest.raises(StoreError, match="is a file"):
         list_runs(tmp_path / "file")
-    Run.check_storage(tmp_path / "not" / "yet")
+    check_storage(tmp_path / "not" / "yet")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert list_runs(tmp_path / "runs") == []
 
@@ -173,12 +173,12 @@ def test_storage_that_cannot_be_written(tmp_path: Path, spec: Spec) -> None:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
     with pytest.raises(StoreError, match="cannot be written"):
-        Run.create(tmp_path / "runs", "speeches", spec, PLAN)
+        create_run(tmp_path / "runs", "speeches", spec, PLAN)
 
 
 def test_bucket_that_is_none(s3_endpoint: str, spec: Spec) -> None:
     with pytest.raises(StoreError, match="cannot be") as caught:
-        Run.create(f"s3://no-such-bucket/runs?{s3_endpoint}", "speeches", spec, PLAN)
+        create_run(f"s3://no-such-bucket/runs?{s3_endpoint}", "speeches", spec, PLAN)
     assert "\n" not in str(caught.value)
 
 
@@ -300,14 +300,14 @@ def test_summary(storage: str, run: Run) -> None:
 
 def test_runs_are_listed_by_age(storage: str, spec: Spec) -> None:
     for name in ("b", "a", "c"):
-        Run.create(storage, name, spec, PLAN)
+        create_run(storage, name, spec, PLAN)
     assert [run.name for run in list_runs(storage)] == ["b", "a", "c"]
 
 
 def test_a_changed_corpus_is_refused_and_a_moved_one_is_not(storage: str, spec: Spec) -> None:
-    run = Run.open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/a", corpus_key="abc")
-    Run.open_or_create(storage, "speeches", spec, PLAN, corpus="/moved/a", corpus_key="abc")
+    run = open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/a", corpus_key="abc")
+    open_or_create(storage, "speeches", spec, PLAN, corpus="/moved/a", corpus_key="abc")
     assert run.record()["corpus"] == "/moved/a"
     with pytest.raises(StoreError, match="its corpus was abc and is def now"):
-        Run.open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/b", corpus_key="def")
+        open_or_create(storage, "speeches", spec, PLAN, corpus="/corpora/b", corpus_key="def")
     assert run.record()["corpus"] == "/moved/a"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dray.errors import StoreError
-from dray.runs import Run, Trackers, build_trackers, check_trackers
+from dray.runs import Run, Trackers, build_trackers, check_trackers, create_run
 from dray.storage.filesystem import list_files
 from sharded_model import PLAN, make_test_spec
 
@@ -103,7 +103,7 @@ def test_tensorboard(storage: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     spec = make_test_spec(tracking={"tensorboard": True})
-    run = Run.create(storage, "speeches", spec, PLAN)
+    run = create_run(storage, "speeches", spec, PLAN)
     trackers = build_trackers(run, spec)
     for step in (1, 2, 3):
         trackers.log(step, {"loss": 1.0 / step})
@@ -129,7 +129,7 @@ def test_mlflow(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     spec = make_test_spec(tracking={"mlflow": True})
-    run = Run.create(tmp_path, "speeches", spec, PLAN)
+    run = create_run(tmp_path, "speeches", spec, PLAN)
     for steps, status in (((1, 2), "failed"), ((3,), "completed")):
         trackers = build_trackers(run, spec, finish_seconds=120)
         for step in steps:
@@ -155,7 +155,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     spec = make_test_spec(tracking={"wandb": "speech-models"})
-    run = Run.create(tmp_path, "speeches", spec, PLAN)
+    run = create_run(tmp_path, "speeches", spec, PLAN)
     trackers = build_trackers(run, spec, finish_seconds=60)
     trackers.log(1, {"loss": 1.0})
     trackers.finish("completed")
@@ -166,7 +166,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mlflow_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     spec = make_test_spec(tracking={"mlflow": "http://127.0.0.1:9"})
-    run = Run.create(tmp_path, "speeches", spec, PLAN)
+    run = create_run(tmp_path, "speeches", spec, PLAN)
     trackers = build_trackers(run, spec)
     trackers.log(1, {"loss": 1.0})
     trackers.finish("completed")

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from dray.errors import StorageFailed, StoreError
-from dray.runs import CheckpointWriter, Run
+from dray.runs import CheckpointWriter, Run, create_run
 from dray.storage.exclusive import _build_store, _s3_settings, create_exclusive
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, write_bytes
 from dray.storage.retrying import patience
@@ -102,7 +102,7 @@ def test_a_marker_is_never_replaced(run: Run) -> None:
 
 
 def test_a_commit_whose_answers_are_lost(proxy: FailingProxy, failing_storage: str) -> None:
-    run = Run.create(failing_storage, "speeches", make_test_spec(), PLAN)
+    run = create_run(failing_storage, "speeches", make_test_spec(), PLAN)
     proxy.fail_next(2, "lost", "PUT", "COMMITTED")
     info = save(run, 10)
     assert proxy.num_failed == 2

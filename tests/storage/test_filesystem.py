@@ -15,7 +15,14 @@ import torch
 from pyarrow import fs as pafs
 
 from dray.errors import StoreError
-from dray.runs import CheckpointReader, CheckpointWriter, Run, apply_retention, verify_checkpoint
+from dray.runs import (
+    CheckpointReader,
+    CheckpointWriter,
+    Run,
+    apply_retention,
+    create_run,
+    verify_checkpoint,
+)
 from dray.storage.exclusive import create_exclusive
 from dray.storage.filesystem import (
     absolute,
@@ -107,7 +114,7 @@ def test_created_once(storage: str) -> None:
 def test_a_run_on_any_fsspec_filesystem() -> None:
     """The whole life of a run on a filesystem that only fsspec knows."""
     storage = f"memory://{uuid.uuid4().hex}/runs"
-    run = Run.create(storage, "speeches", make_test_spec(), PLAN)
+    run = create_run(storage, "speeches", make_test_spec(), PLAN)
     attempt = run.begin_attempt(2, 0)
     run.log_metrics([{"step": step, "attempt": attempt, "loss": 1.0} for step in (1, 2)])
     run.log_metrics([{"step": 3, "attempt": attempt, "loss": 1.0}])
@@ -127,7 +134,7 @@ def test_blocks_of_remote_files(s3_storage: str, monkeypatch: pytest.MonkeyPatch
     """Ranges below, across and above the size of a block are the same bytes."""
     monkeypatch.setattr("dray.runs.checkpoint_reader.READ_BLOCK_BYTES", 64)
     monkeypatch.setattr("dray.runs.checkpoint_reader.KEPT_BLOCKS", 2)
-    run = Run.create(s3_storage, "speeches", make_test_spec(), PLAN)
+    run = create_run(s3_storage, "speeches", make_test_spec(), PLAN)
     info, whole = save(run, 1, num_ranks=3), make_whole(1)
     with CheckpointReader(run, info) as reader:
         for name in SHAPES:
@@ -141,7 +148,7 @@ def test_blocks_of_remote_files(s3_storage: str, monkeypatch: pytest.MonkeyPatch
 
 def test_many_small_tensors_take_few_requests(s3_storage: str) -> None:
     run, names = (
-        Run.create(s3_storage, "speeches", make_test_spec(), PLAN),
+        create_run(s3_storage, "speeches", make_test_spec(), PLAN),
         [f"layers.{n}.bias" for n in range(400)],
     )
     writer = CheckpointWriter(run, 1, 1)

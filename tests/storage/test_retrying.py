@@ -18,7 +18,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dray.errors import StorageFailed, StoreError
-from dray.runs import CheckpointReader, Run, apply_retention, verify_checkpoint
+from dray.runs import (
+    CheckpointReader,
+    apply_retention,
+    check_storage,
+    create_run,
+    open_or_create,
+    verify_checkpoint,
+)
 from dray.storage.filesystem import (
     RangeReader,
     append_line,
@@ -219,7 +226,7 @@ def test_a_run_lives_through_bad_days(proxy: FailingProxy, failing_storage: str)
         return FAULTS[count[0] // 7 % len(FAULTS)] if count[0] % 7 == 0 else None
 
     proxy.decide = decide
-    run = Run.open_or_create(failing_storage, "speeches", make_test_spec(), PLAN)
+    run = open_or_create(failing_storage, "speeches", make_test_spec(), PLAN)
     driver = run.take_over()
     attempt = run.begin_attempt(2, 0, driver=driver.number)
     for step in range(1, 7):
@@ -287,7 +294,7 @@ def test_what_stays_is_not_tried_again(
         write_bytes(filesystem, f"{path}/a", b"content")
     assert len(proxy.requests) == 1
     with pytest.raises(StoreError, match="cannot be written"):
-        Run.check_storage(failing_storage)
+        check_storage(failing_storage)
 
 
 def test_a_failed_replacement_keeps_what_was_there(
@@ -305,7 +312,7 @@ def test_a_failed_replacement_keeps_what_was_there(
 
 def test_what_is_out_of_reach_is_not_unsound(proxy: FailingProxy, failing_storage: str) -> None:
     """An outage must neither send a run back to an older checkpoint nor set one aside."""
-    run = Run.create(failing_storage, "speeches", make_test_spec(), PLAN)
+    run = create_run(failing_storage, "speeches", make_test_spec(), PLAN)
     save(run, 10)
     info = save(run, 20)
     reader = CheckpointReader(run, info)
@@ -369,7 +376,7 @@ def test_a_network_mount_that_fails_for_a_moment(flaky: str, number: int) -> Non
 def test_a_file_that_stays_unreadable_is_damage(flaky: str) -> None:
     """A bad sector fails for ever with EIO: after the waiting it is that file's fault, and an older
     one is used."""
-    run = Run.create(flaky, "speeches", make_test_spec(), PLAN)
+    run = create_run(flaky, "speeches", make_test_spec(), PLAN)
     info = save(run, 10, num_ranks=1)
     with CheckpointReader(run, info) as reader, patience(0.1):
         Flaky.failures += [errno.EIO] * 100
@@ -435,11 +442,11 @@ def test_rows_that_do_not_fit_leave_none_of_themselves(small_disk: Path) -> None
 
 
 def test_a_read_only_disk(small_disk: Path) -> None:
-    run = Run.create(small_disk, "speeches", make_test_spec(), PLAN)
+    run = create_run(small_disk, "speeches", make_test_spec(), PLAN)
     info = save(run, 10, num_ranks=1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(StoreError, match=r"cannot be written \(.*Read-only"):
-        Run.check_storage(small_disk)
+        check_storage(small_disk)
     with pytest.raises(StorageFailed, match=r"refuses it .*Read-only"):
         run.begin_attempt(1, 10)
     assert verify_checkpoint(run, info).ok

@@ -14,7 +14,7 @@ import pytest
 from dray.doctor import diagnose
 from dray.errors import Cause, StorageFailed
 from dray.plan import local_shape, make_plan
-from dray.runs import Run, build_trackers
+from dray.runs import Run, build_trackers, create_run
 from dray.runs.records import Event, Report, StepReport
 from dray.spec import make_spec
 from dray.train.recorder import Recorder
@@ -40,7 +40,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def make_recorder(storage: Path) -> tuple[Run, Recorder, Listening]:
     spec = make_spec(tiny_tree(storage))
     plan = make_plan(spec, local_shape())
-    run = Run.create(storage, "recorded", spec, plan.model_dump(mode="json"))
+    run = create_run(storage, "recorded", spec, plan.model_dump(mode="json"))
     run.begin_attempt(2, 0)
     display = Listening()
     return run, Recorder(run, plan, build_trackers(run, spec), display), display

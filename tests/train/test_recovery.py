@@ -12,7 +12,7 @@ from dray.doctor.budget import MAX_NODE_LOSSES, Budget, SmallerBatch
 from dray.errors import Cause, LossSpike
 from dray.plan import local_shape, make_plan
 from dray.rank.job import Job, begin_attempt
-from dray.runs import CheckpointWriter, Driver, Run, make_fragment_key
+from dray.runs import CheckpointWriter, Driver, Run, create_run, make_fragment_key
 from dray.runs.evidence import make_rank_failure
 from dray.spec import make_spec
 from dray.train.recovery import _find_failed_attempt, _find_spike
@@ -73,7 +73,7 @@ def make_job(folder: Path) -> tuple[Run, Any, Driver]:
     """A run without a corpus, its job, and the hold on it."""
     spec = make_spec(tiny_tree(folder))
     plan = make_plan(spec, local_shape())
-    run = Run.create(folder, "failing", spec, plan.model_dump(mode="json"))
+    run = create_run(folder, "failing", spec, plan.model_dump(mode="json"))
     driver = run.take_over()
     job = Job(spec, plan, "", None, run.storage, run.name, driver=driver.number)  # type: ignore[arg-type]
     return run, job, driver

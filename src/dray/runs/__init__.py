@@ -7,6 +7,16 @@ inside.
 
 from __future__ import annotations
 
+from dray.runs.beginning import (
+    check_identity,
+    check_storage,
+    create_run,
+    find_begun,
+    find_origin,
+    fork_run,
+    moved_paths,
+    open_or_create,
+)
 from dray.runs.checkpoint_choice import (
     choose_checkpoint,
     find_checkpoint,
@@ -41,15 +51,23 @@ __all__ = [
     "Trackers",
     "apply_retention",
     "build_trackers",
+    "check_identity",
+    "check_storage",
     "check_trackers",
     "choose_checkpoint",
+    "create_run",
+    "find_begun",
     "find_checkpoint",
+    "find_origin",
     "find_resume_checkpoint",
+    "fork_run",
     "inspect_checkpoint",
     "list_runs",
     "make_fragment_key",
     "make_limits",
+    "moved_paths",
     "open_filesystem",
+    "open_or_create",
     "parse_fragment_key",
     "verify_all",
     "verify_checkpoint",

@@ -1,9 +1,8 @@
 """One run is one folder: its spec, plan, record, attempts, metrics, events and checkpoints, on any
 filesystem.
 
-Refuses to go on with a run under a spec of another identity, and to change a duration once the
-learning rate depends on the old one. A `Run` holds no open files and may be pickled: the copy opens
-the folder anew.
+A `Run` holds no open files and may be pickled: the copy opens the folder anew. How one begins is
+told in beginning.py.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from dray.runs.checkpoint_reader import (
 from dray.runs.drivers import (
     Driver,
     check_driver,
-    check_free,
     heartbeat,
     is_alive,
     is_gone,
@@ -54,7 +52,6 @@ from dray.runs.layout import (
     METRICS,
     MODEL_FILE,
     PARQUET_FILE,
-    PINS,
     PLAN_FILE,
     REJECTED_FILE,
     RESERVED_NAMES,
@@ -81,11 +78,8 @@ from dray.spec import (
     RUN_NAME,
     BadYaml,
     Spec,
-    differing_paths,
-    dump_spec,
     make_spec,
     read_yaml,
-    without_places,
 )
 from dray.storage.exclusive import create_exclusive
 from dray.storage.filesystem import (
@@ -99,7 +93,6 @@ from dray.storage.filesystem import (
     list_folders,
     open_filesystem,
     read_bytes,
-    require_writable,
     shown,
     write_bytes,
     write_whole,
@@ -112,13 +105,13 @@ STATUSES = ("created", "running", "completed", "stopped", "failed", "interrupted
 
 
 class Run:
-    """A run in storage. Made by `open_or_create`, `create`, `fork` and `open`."""
+    """A run in storage. Found by `open` and `find`; `runs.beginning` makes new ones."""
 
     def __init__(self, storage: str, name: str) -> None:
         self.storage, self.name = absolute(storage), check_run_name(name)
         self.uri = child(self.storage, name)
         self.filesystem, self.path = open_filesystem(self.uri)
-        self._storage_path = self.path.removesuffix(f"/{name}")
+        self.storage_path = self.path.removesuffix(f"/{name}")
         self._attempts = RecordCache(self.uri, self.filesystem, f"{self.path}/{ATTEMPTS}")
         self._metrics = RowLog(self.filesystem, f"{self.path}/{METRICS}")
         self._validation = RowLog(self.filesystem, f"{self.path}/{VALIDATION}")
@@ -135,15 +128,15 @@ class Run:
     def keep_path(self, path: str) -> str:
         """A path of the run's filesystem as records keep it: below the storage, so that this may be
         moved."""
-        return path.removeprefix(f"{self._storage_path}/")
+        return path.removeprefix(f"{self.storage_path}/")
 
     def find_path(self, kept: str) -> str:
         """The path that a record keeps, where the storage is now. Records of earlier versions hold
         it whole."""
-        if not kept.startswith(f"{self._storage_path}/") and (
+        if not kept.startswith(f"{self.storage_path}/") and (
             below := _CHECKPOINT_BELOW.search(f"/{kept}")
         ):
-            return f"{self._storage_path}{below[0]}"
+            return f"{self.storage_path}{below[0]}"
         return kept
 
     @property
@@ -163,139 +156,12 @@ class Run:
             return moved if exists(*open_filesystem(moved)) else kept
         return kept
 
-    def _keep_place(self, place: str) -> str:
+    def keep_place(self, place: str) -> str:
         """A place as records keep it: below the storage, or whole where it lies elsewhere."""
         storage = f"{shown(self.storage).rstrip('/')}/"
         return shown(place).removeprefix(storage) if shown(place).startswith(storage) else place
 
-    # ---- beginning ------------------------------------------------------------------------------
-
-    @staticmethod
-    def check_storage(storage: str | os.PathLike[str]) -> None:
-        """Raise StoreError unless runs can be written there. Leaves nothing behind."""
-        filesystem, path = open_filesystem(storage)
-        require_writable(filesystem, path, absolute(storage))
-
-    @classmethod
-    def open_or_create(
-        cls,
-        storage: str | os.PathLike[str],
-        name: str,
-        spec: Spec,
-        plan: Mapping[str, Any],
-        *,
-        corpus: str = "",
-        corpus_key: str = "",
-        fork: str | None = None,
-    ) -> Run:
-        """Begin the run of that name or go on with it; with `fork`, begin (or go on with) a fork of
-        it by that name.
-
-        `plan` is the plan as plain values. Raises StoreError, with nothing written, if the storage
-        cannot be written, the run there has another identity or is being driven already, or there
-        is nothing to fork from.
-        """
-        run = cls.find_begun(storage, name, fork)
-        if run is not None:
-            run._take_up(spec, plan, corpus, corpus_key)
-            return run
-        if fork:
-            return cls.fork(storage, name, fork, spec, plan, corpus=corpus, corpus_key=corpus_key)
-        return cls.create(storage, name, spec, plan, corpus=corpus, corpus_key=corpus_key)
-
-    @classmethod
-    def find_begun(
-        cls, storage: str | os.PathLike[str], name: str, fork: str | None = None
-    ) -> Run | None:
-        """The run of that name, or the fork of it by the name `fork`, if it has begun. Raises
-        StoreError for names that cannot be, a run that another driver drives, and a fork of another
-        run."""
-        check_run_name(name)
-        run = cls.find(storage, fork or name)
-        if run is not None and fork and (run.origin() or {}).get("run") != name:
-            raise StoreError(
-                f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name"
-            )
-        if run is not None:
-            check_free(run.filesystem, run.path, f"run {run.name!r}")
-        return run
-
-    @classmethod
-    def find_origin(
-        cls, storage: str | os.PathLike[str], source: str
-    ) -> tuple[Run, CheckpointInfo]:
-        """The run that a fork is to start from, with its newest checkpoint. Raises StoreError if it
-        has none."""
-        origin = cls.open(storage, source)
-        info = origin.latest_checkpoint()
-        if info is None:
-            raise StoreError(
-                f"run {source!r}",
-                "has no sound checkpoint to fork from",
-                way_out="train it to its first checkpoint, or start afresh under another name",
-            )
-        return origin, info
-
-    @classmethod
-    def create(
-        cls,
-        storage: str | os.PathLike[str],
-        name: str,
-        spec: Spec,
-        plan: Mapping[str, Any],
-        *,
-        corpus: str = "",
-        corpus_key: str = "",
-    ) -> Run:
-        """Begin a new run. Raises StoreError if the name is taken or the storage cannot be
-        written."""
-        return cls(os.fspath(storage), name)._begin(spec, plan, corpus, corpus_key)
-
-    @classmethod
-    def fork(
-        cls,
-        storage: str | os.PathLike[str],
-        source: str,
-        name: str,
-        spec: Spec,
-        plan: Mapping[str, Any],
-        *,
-        corpus: str = "",
-        corpus_key: str = "",
-    ) -> Run:
-        """Begin a new run from the newest checkpoint of another in the same storage, whatever its
-        identity.
-
-        The source's retention spares that checkpoint for as long as the fork exists. Raises
-        StoreError if the source has no sound checkpoint, or the name is taken.
-        """
-        (origin, info), run = cls.find_origin(storage, source), cls(os.fspath(storage), name)
-        if cls._exists(storage, name):
-            raise StoreError(f"run {name!r}", "exists already", "a fork gets a new name")
-        require_writable(run.filesystem, run.path, run.uri)
-        checkpoint = run.keep_path(info.path)
-        pinned = checkpoint.partition("/")[0]
-        pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
-        save_json(run.filesystem, f"{run._storage_path}/{pinned}/{PINS}/{name}.json", pin)
-        if not inspect_checkpoint(run.filesystem, info.path).verified:
-            raise StoreError(
-                f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again"
-            )
-        return run._begin(
-            spec,
-            plan,
-            corpus,
-            corpus_key,
-            left_out=_inherit_left_out(origin, spec, corpus_key),
-            origin={
-                "run": source,
-                "step": info.step,
-                "attempt": info.attempt,
-                "checkpoint": checkpoint,
-                "fingerprint": origin.fingerprint,
-                "differing": differing_paths(origin.record()["identity"], spec.identity()),
-            },
-        )
+    # ---- opening --------------------------------------------------------------------------------
 
     @classmethod
     def open(cls, storage: str | os.PathLike[str], name: str) -> Run:
@@ -325,107 +191,6 @@ class Run:
                 f"cannot be read ({first_safe_line(error)})",
                 way_out="check the address, the credentials and the permissions",
             ) from error
-
-    def _begin(
-        self,
-        spec: Spec,
-        plan: Mapping[str, Any],
-        corpus: str,
-        corpus_key: str,
-        *,
-        origin: dict[str, Any] | None = None,
-        left_out: Sequence[int] = (),
-    ) -> Run:
-        """Write the record, whose presence makes the folder a run: of two simultaneous beginners
-        one wins."""
-        require_writable(self.filesystem, self.path, self.uri)
-        record = {
-            "name": self.name,
-            "created": now(),
-            "nonce": uuid.uuid4().hex,
-            "status": "created",
-            "reason": "",
-            "fingerprint": spec.fingerprint(),
-            "identity": spec.identity(),
-            "corpus": self._keep_place(corpus),
-            "corpus_key": corpus_key,
-            "origin": origin,
-            **({"left_out": list(left_out)} if left_out else {}),
-        }
-        if not create_exclusive(
-            self.filesystem, f"{self.path}/{RUN_FILE}", make_json(record, indent=1)
-        ):
-            raise StoreError(
-                f"run {self.name!r}",
-                f"exists already in {shown(self.storage)}",
-                "a new run has a new name",
-                "go on with it, or name another run with --run",
-            )
-        self._take_up(spec, plan, corpus, corpus_key)
-        return self
-
-    def _take_up(self, spec: Spec, plan: Mapping[str, Any], corpus: str, corpus_key: str) -> None:
-        """Check the identity, then store spec and plan: their place may be new, and their duration
-        longer."""
-        record = self.record()
-        self.check_identity(spec)
-        if record["corpus_key"] and corpus_key and record["corpus_key"] != corpus_key:
-            raise StoreError(
-                f"run {self.name!r}",
-                f"its corpus was {record['corpus_key']} and is {corpus_key} now",
-                "a run keeps its rows: files were changed, added or removed since it began",
-                "put them back, name another run with --run, or --fork NEW_NAME",
-            )
-        self._check_decay(spec, plan)
-        write_bytes(self.filesystem, f"{self.path}/{SPEC_FILE}", dump_spec(spec).encode())
-        save_json(self.filesystem, f"{self.path}/{PLAN_FILE}", plan)
-        place = self._keep_place(corpus)
-        if place and (record["corpus"], record["corpus_key"]) != (place, corpus_key):
-            self.update(corpus=place, corpus_key=corpus_key)
-
-    def check_identity(self, spec: Spec) -> None:
-        """Raise StoreError, naming what differs, for a spec that is another run's. Where its inputs
-        lie is no part of what a run is; what they hold is, and whoever has them compares it
-        (`moved_paths`)."""
-        differing = differing_paths(
-            without_places(self.record()["identity"]), without_places(spec.identity())
-        )
-        if differing:
-            rule = "a run keeps its identity"
-            if spec.duration_is_identity and any(path.startswith("duration") for path in differing):
-                rule += (
-                    f": the {spec.schedule.name} schedule without decay_steps ends with the "
-                    "duration"
-                )
-            raise StoreError(
-                f"run {self.name!r}",
-                f"its spec differs in {', '.join(differing)}",
-                rule,
-                "undo the change, name another run with --run, or start from its "
-                "newest checkpoint with --fork NEW_NAME",
-            )
-
-    def moved_paths(self, spec: Spec) -> list[str]:
-        """The dotted paths of the inputs that lie elsewhere by this spec than by the one that the
-        run began with."""
-        return differing_paths(self.record()["identity"], spec.identity())
-
-    def _check_decay(self, spec: Spec, plan: Mapping[str, Any]) -> None:
-        """A wsd run whose decay has begun has spent its duration."""
-        if spec.schedule.name != "wsd" or not exists(self.filesystem, f"{self.path}/{PLAN_FILE}"):
-            return
-        old, new = self.plan().get("num_steps"), plan.get("num_steps")
-        newest = self.latest_checkpoint()
-        if old is None or new is None or old == new or newest is None:
-            return
-        start = min(_decay_start(spec, old), _decay_start(spec, new))
-        if newest.step > start:
-            raise StoreError(
-                f"run {self.name!r}",
-                f"duration changes from {old} to {new} steps at step {newest.step}",
-                f"its learning rate decays from step {start} on, which a new duration would move",
-                "keep the duration, or --fork NEW_NAME",
-            )
 
     # ---- records --------------------------------------------------------------------------------
 
@@ -704,7 +469,7 @@ class Run:
         origin = self.origin()
         if origin is None:
             return None
-        info = inspect_checkpoint(self.filesystem, f"{self._storage_path}/{origin['checkpoint']}")
+        info = inspect_checkpoint(self.filesystem, f"{self.storage_path}/{origin['checkpoint']}")
         if not info.verified:
             raise StoreError(
                 f"run {self.name!r}",
@@ -833,19 +598,3 @@ def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
         if name not in RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{RUN_FILE}")
     ]
     return sorted(runs, key=lambda run: str(run.record().get("created")))
-
-
-def _inherit_left_out(origin: Run, spec: Spec, corpus_key: str) -> list[int]:
-    """The batches that a fork leaves out since its origin did, where both read the same order:
-    without them it would read batches again. In another order the numbers name other rows."""
-    record = origin.record()
-    changed = {"seed", "batch.global_rows"} & set(
-        differing_paths(record["identity"], spec.identity())
-    )
-    return (
-        [] if changed or record["corpus_key"] != corpus_key else list(record.get("left_out") or ())
-    )
-
-
-def _decay_start(spec: Spec, num_steps: int) -> int:
-    return max(0, num_steps - (spec.schedule.decay_steps or max(1, num_steps // 10)))

@@ -27,7 +27,17 @@ from dray.rank.initial_weights import (
     open_weights,
 )
 from dray.rank.job import Job, make_corpus_plan
-from dray.runs import Run, check_trackers, find_resume_checkpoint
+from dray.runs import (
+    Run,
+    check_identity,
+    check_storage,
+    check_trackers,
+    find_begun,
+    find_origin,
+    find_resume_checkpoint,
+    moved_paths,
+    open_or_create,
+)
 from dray.runs.layout import check_run_name
 from dray.spec import OPTIMIZERS, Model, Spec, without_places
 from dray.storage.filesystem import (
@@ -92,16 +102,16 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     name = check_run_name(spec.name if run_name is None else run_name)
     if fork is not None:
         check_run_name(fork)
-    Run.check_storage(storage)
+    check_storage(storage)
     check_trackers(spec, storage)
-    run = Run.find_begun(storage, name, fork)
-    keeper = run or (Run.find_origin(storage, name)[0] if fork else None)
+    run = find_begun(storage, name, fork)
+    keeper = run or (find_origin(storage, name)[0] if fork else None)
     if (
         keeper is not None and spec.precision == "auto"
     ):  # a run that is resumed on other hardware computes as it began
         spec = spec.model_copy(update={"precision": keeper.record()["identity"]["precision"]})
     if run is not None:
-        run.check_identity(spec)
+        check_identity(run, spec)
         _check_moved(run, spec)
     elif keeper is not None:
         _check_same_shape(keeper, spec)
@@ -147,7 +157,7 @@ def open_run(
         before = start.keeper.record()["identity"]["regularization"]
         if not before.get("ema"):
             say(f"{start.keeper.name} kept no average of its weights: it begins with the fork")
-    run = Run.open_or_create(
+    run = open_or_create(
         start.storage,
         start.name,
         spec,
@@ -239,7 +249,7 @@ def _keep_corpus(run: Run, corpus: Corpus) -> None:
 
 
 def _moved(run: Run, spec: Spec, sections: tuple[str, ...]) -> list[str]:
-    return [path for path in run.moved_paths(spec) if path.partition(".")[0] in sections]
+    return [path for path in moved_paths(run, spec) if path.partition(".")[0] in sections]
 
 
 def _check_moved(run: Run, spec: Spec) -> None:
