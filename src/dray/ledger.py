@@ -10,7 +10,7 @@ fit becomes a problem of the report. Nothing is written.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from dray.order import (
     row_digests,
 )
 from dray.runs import CheckpointInfo, CheckpointReader, Run, find_checkpoint, make_limits
+from dray.runs.records import AttemptRecord
 from dray.spec import Spec, differing_paths, without_places
 
 CHUNK_POSITIONS = 2**17
@@ -188,22 +189,20 @@ class _Span:
     left_out: LeftOut
 
 
-def _make_spans(attempts: Sequence[Mapping[str, Any]]) -> list[_Span]:
+def _make_spans(attempts: Sequence[AttemptRecord]) -> list[_Span]:
     """Every attempt's span, in order; those of undone attempts are empty, the others follow without
     a gap."""
-    limits = make_limits({attempt["attempt"]: attempt["start_step"] for attempt in attempts})
+    limits = make_limits({attempt.number: attempt.start_step for attempt in attempts})
     spans = []
     for attempt in attempts:
         try:
-            left_out = LeftOut(tuple(attempt.get("left_out") or ()))
+            left_out = LeftOut(attempt.left_out)
         except (ValueError, TypeError) as error:
             raise StoreError(
-                f"attempt {attempt['attempt']}", f"its left_out cannot be used ({error})"
+                f"attempt {attempt.number}", f"its left_out cannot be used ({error})"
             ) from error
         spans.append(
-            _Span(
-                attempt["attempt"], attempt["start_step"] + 1, limits[attempt["attempt"]], left_out
-            )
+            _Span(attempt.number, attempt.start_step + 1, limits[attempt.number], left_out)
         )
     return spans
 
@@ -313,8 +312,8 @@ def _load_origin_left_out(run: Run, base: int) -> LeftOut | None:
     )
     if changed or ours["corpus_key"] != theirs["corpus_key"]:
         return None
-    found = [attempt for attempt in source.attempts() if attempt["attempt"] == origin["attempt"]]
-    return LeftOut(tuple(found[0].get("left_out") or ())) if found else None
+    found = [attempt for attempt in source.attempts() if attempt.number == origin["attempt"]]
+    return LeftOut(found[0].left_out) if found else None
 
 
 # ---- what is compared --------------------------------------------------------------------------
@@ -333,18 +332,18 @@ def _check_identity(run: Run, spec: Spec, manifest: Manifest) -> list[str]:
 
 
 def _check_attempts(
-    attempts: Sequence[Mapping[str, Any]], log: _Log, base: int, proven_after: float, committed: int
+    attempts: Sequence[AttemptRecord], log: _Log, base: int, proven_after: float, committed: int
 ) -> list[str]:
     """Each attempt went on from a step that those before it had come to, so that none was skipped.
 
     Starts in (proven_after, committed] need no other proof than the checkpoint's chain.
     """
-    numbers = [attempt["attempt"] for attempt in attempts]
+    numbers = [attempt.number for attempt in attempts]
     absent = set(range(1, max(numbers, default=0))) - set(numbers)
     problems = [f"there is no record of {_listed(absent, 'attempt', 'attempts')}"] if absent else []
     reached = base
     for attempt in attempts:
-        number, start = attempt["attempt"], attempt["start_step"]
+        number, start = attempt.number, attempt.start_step
         if start < base:
             problems.append(
                 f"attempt {number} started at step {start}, before the run's first, {base}"
@@ -354,7 +353,7 @@ def _check_attempts(
                 f"attempt {number} started at step {start}, which no attempt before it had come "
                 f"to: the last was step {reached}"
             )
-        reached = max(start, log.last_steps.get(number, start), int(attempt.get("end_step", start)))
+        reached = max(start, log.last_steps.get(number, start), attempt.end_step or 0)
     return problems
 
 

@@ -152,4 +152,4 @@ def test_a_run_makes_its_cluster_grow(growing: str, tiny_corpus: Path, tmp_path:
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )
     assert done.returncode == 0, done.stderr
-    assert Run.open(storage, "tiny").attempts()[0]["num_ranks"] == 2
+    assert Run.open(storage, "tiny").attempts()[0].num_ranks == 2

@@ -141,7 +141,7 @@ def test_a_run_goes_on_when_its_inputs_are_gone_and_its_storage_was_moved(
     spec = place.spec(steps=4, resources={"workers": 2}, zero={"stage": 3})
     run = train(spec, storage=str(moved), run_name="tuned", display=seen).run
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
-    assert [attempt["start_step"] for attempt in run.attempts()] == [0, 2]
+    assert [attempt.start_step for attempt in run.attempts()] == [0, 2]
     assert "tuned keeps the rows it began with: its raw files are not found any more" in seen.lines
     assert verify_ledger(run).ok
     assert verify_checkpoint(run, run.checkpoints()[-1]).ok

@@ -179,7 +179,7 @@ def test_more_runs_at_once_than_there_is_room_for(
     remove_placement_group(held)
     assert (status, num_rows) == ("completed", 3)  # and a validation at the end
     assert (ended.status, ended.reason) == ("stopped", "seen enough")
-    assert 1 <= went_on.attempts()[1]["start_step"] < STEPS
+    assert 1 <= went_on.attempts()[1].start_step < STEPS
     assert len(threads) == 1
     assert_equal(went_on, alone)
     assert_equal(placed, other_alone)

@@ -122,8 +122,8 @@ def test_resume_at_other_places_goes_on_with_the_same_run(
         zero={"stage": 2},
     )
     compare(run, straight, 1e-5)
-    assert [attempt["start_step"] for attempt in run.attempts()] == [0, 4, 8]
-    assert [attempt["num_ranks"] for attempt in run.attempts()] == [2, 4, 1]
+    assert [attempt.start_step for attempt in run.attempts()] == [0, 4, 8]
+    assert [attempt.num_ranks for attempt in run.attempts()] == [2, 4, 1]
     ledger = verify_ledger(run)
     assert ledger.ok, ledger.problems
     assert (ledger.steps, ledger.digest) == (12, verify_ledger(straight).digest)

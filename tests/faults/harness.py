@@ -380,8 +380,8 @@ def measure(run: Run, undisturbed: Run, *, exact: bool = True, interval: int = E
         if event["kind"] in ("attempt_failed", "failed"):
             causes.append(event["cause"])
         if event["kind"] == "attempt_failed":
-            after = next(a for a in run.attempts() if a["attempt"] > event["attempt"])
-            lost = event["step"] - after["start_step"]
+            after = next(a for a in run.attempts() if a.number > event["attempt"])
+            lost = event["step"] - after.start_step
             assert lost <= interval + 1 + SAVE_STEPS
     return Measured(
         causes,

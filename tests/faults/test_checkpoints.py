@@ -76,7 +76,7 @@ def test_the_newest_checkpoint_is_damaged(
     measured(run, undisturbed)
     assert causes(run) == recorded
     # Only reading it shows a flipped bit: an attempt starts from it, and sets it aside.
-    assert [attempt["start_step"] for attempt in run.attempts()] == [
+    assert [attempt.start_step for attempt in run.attempts()] == [
         0,
         *([2 * EVERY] * len(recorded)),
         EVERY,

@@ -51,7 +51,7 @@ def test_a_worker_is_killed_in_a_save(
     assert happened.exists()
     measured(run, undisturbed)
     assert causes(run) == ["killed"]
-    starts = [attempt["start_step"] for attempt in run.attempts()]
+    starts = [attempt.start_step for attempt in run.attempts()]
     assert starts == [
         0,
         6 if place.endswith("commit:after") else 0,
@@ -67,7 +67,7 @@ def test_a_worker_is_killed_in_the_restore(
     assert happened.exists()
     measured(run, undisturbed)
     assert causes(run) == ["killed", "killed"]
-    assert len({attempt["start_step"] for attempt in run.attempts()[1:]}) == 1
+    assert len({attempt.start_step for attempt in run.attempts()[1:]}) == 1
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_a_worker_raises(
     assert happened.exists()
     measured(run, undisturbed)
     assert causes(run) == ["code"]
-    assert [attempt["attempt"] for attempt in run.attempts()] == [
+    assert [attempt.number for attempt in run.attempts()] == [
         1,
         2,
     ]  # the one that failed so early has its record

@@ -124,7 +124,7 @@ def test_a_node_with_a_notice_is_left_before_it_goes(
     assert found.steps_redone <= 1
     assert causes(training.run) == ["preemption"]
     (saved,) = events(training.run, "saved_on_notice")
-    assert training.run.attempts()[1]["start_step"] == saved["step"]
+    assert training.run.attempts()[1].start_step == saved["step"]
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_an_elastic_group_goes_on_with_fewer_ranks(
     nodes.remove()
     assert training.finish() == 0, training.output
     measured(training.run, undisturbed, exact=False)
-    assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [2, 1]
+    assert [attempt.num_ranks for attempt in training.run.attempts()] == [2, 1]
     assert causes(training.run) == ["node_loss"]
 
 
@@ -240,7 +240,7 @@ def test_an_elastic_group_grows(
     head.add()
     assert training.finish() == 0, training.output
     found = measured(training.run, undisturbed, exact=False)
-    assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [1, 2]
+    assert [attempt.num_ranks for attempt in training.run.attempts()] == [1, 2]
     (resized,) = events(training.run, "resized")
     assert resized["saved_step"] == resized["step"]
     assert found.steps_redone == 0
@@ -296,7 +296,7 @@ def test_an_elastic_group_that_takes_every_cpu_is_read_for(
     case = make_case(tiny_corpus, resources={"workers": [1, 2], "cpus_per_worker": 1})
     training = Training(case, storage, "crowded", tmp_path, address=head.address)
     assert training.finish() == 0, training.output
-    assert [attempt["num_ranks"] for attempt in training.run.attempts()] == [2]
+    assert [attempt.num_ranks for attempt in training.run.attempts()] == [2]
     measured(training.run, undisturbed)
 
 

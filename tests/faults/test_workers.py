@@ -130,7 +130,7 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
     assert verify_ledger(run).ok
     assert run.record()["micro_rows"] == 16
-    assert run.attempts()[-1]["micro_rows"] == 16
+    assert run.attempts()[-1].micro_rows == 16
     failed = next(event for event in run.events() if event["kind"] == "attempt_failed")
     assert failed["cause"] == "host_memory"
 
@@ -190,7 +190,7 @@ def test_a_leap_of_the_loss_is_rewound_and_its_rows_are_left_out(
     run = Run.open(storage, "leaping")
     spikes = [event["step"] for event in run.events() if event["kind"] == "loss_spike"]
     assert len(spikes) == 3
-    left_out = run.attempts()[-1]["left_out"]
+    left_out = run.attempts()[-1].left_out
     assert left_out[0] == spikes[0] - 1  # batches count from 0, steps from 1
     assert len(left_out) == 2
     assert verify_ledger(run).left_out == 2 * 2

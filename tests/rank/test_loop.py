@@ -166,7 +166,7 @@ def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(
     whole = go(tmp_path / "whole", corpus, **sections)
     go(tmp_path / "parts", corpus, duration={"steps": 2}, **sections)
     parts = go(tmp_path / "parts", corpus, **sections)
-    assert [attempt["start_step"] for attempt in parts.attempts()] == [0, 2]
+    assert [attempt.start_step for attempt in parts.attempts()] == [0, 2]
     ours, theirs = (verify_checkpoint(run, run.checkpoints()[-1]) for run in (parts, whole))
     assert ours.ok, ours.problems
     assert (ours.weights_sha256, ours.optimizer_sha256) == (
@@ -260,7 +260,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(
     next(folders[0].glob("rank-*")).write_bytes(bytes(damage_undone))
     Path(folders[0], "REJECTED").unlink()
     run = go(tmp_path, corpus, checkpoint={"every_steps": 1, "keep_last": 1}, **longer)
-    assert run.attempts()[-1]["start_step"] == 2
+    assert run.attempts()[-1].start_step == 2
     assert steps_of(run) == [6]
     assert Path(folders[1], "REJECTED").exists(), "only a person deletes what was set aside"
 

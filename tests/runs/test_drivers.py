@@ -219,7 +219,7 @@ def take_over_from(run: Run, driver: Driver) -> Driver:
 def test_a_replaced_driver_commits_nothing(run: Run) -> None:
     first = run.take_over()
     attempt = run.begin_attempt(2, 0, driver=first.number)
-    assert run.attempts()[0]["driver"] == 1
+    assert run.attempts()[0].driver == 1
     save(run, 10, attempt=attempt)
     writer, files, metadata = write_and_wait(run, 20, attempt)
     second = take_over_from(run, first)
@@ -234,7 +234,7 @@ def test_a_replaced_driver_commits_nothing(run: Run) -> None:
     save(run, 20, attempt=later)
     assert [(info.step, info.attempt) for info in run.checkpoints()] == [(10, 1), (20, 2)]
     assert run.begin_attempt(1, 20) == 3, "without a driver it is the newest's"
-    assert run.attempts()[-1]["driver"] == 2
+    assert run.attempts()[-1].driver == 2
 
 
 def test_what_a_stale_attempt_does_late_is_harmless(run: Run) -> None:

@@ -155,7 +155,7 @@ def test_storage_that_is_none(tmp_path: Path, spec: Spec) -> None:
     (tmp_path / "file").write_text("")
     places = [tmp_path / "file", tmp_path / "file" / "runs", "/proc/runs", "nope://bucket/runs"]
     for place in places:
-        for begin in (lambda at: create_run(at, "speeches", spec, PLAN), Run.check_storage):
+        for begin in (lambda at: create_run(at, "speeches", spec, PLAN), check_storage):
             with pytest.raises(StoreError) as caught:
                 begin(place)
             assert "\n" not in str(caught.value)
@@ -237,25 +237,33 @@ def test_attempts_of_several_processes_at_once(local_run: Run) -> None:
     told = race(BEGIN_ATTEMPTS, *[(local_run.storage,)] * 4)
     numbers = [int(number) for said in told for number in said.split()]
     assert sorted(numbers) == list(range(1, 101))
-    assert [attempt["attempt"] for attempt in local_run.attempts()] == list(range(1, 101))
+    assert [attempt.number for attempt in local_run.attempts()] == list(range(1, 101))
     assert not [
         name for name in os.listdir(f"{local_run.path}/attempts") if name.startswith(".tmp-")
     ]
 
 
 def test_attempts(run: Run) -> None:
-    assert run.begin_attempt(2, 0, node="a") == 1
+    assert run.begin_attempt(2, 0, micro_rows=4) == 1
     run.end_attempt(1, "failed", 12, "worker killed")
     assert run.begin_attempt(4, 10) == 2
     first, second = run.attempts()
-    assert (first["num_ranks"], first["node"], first["status"], first["end_step"]) == (
-        2,
-        "a",
-        "failed",
-        12,
-    )
-    assert (second["num_ranks"], second["start_step"]) == (4, 10)
-    assert "status" not in second
+    assert (first.num_ranks, first.micro_rows, first.status, first.end_step) == (2, 4, "failed", 12)
+    assert (second.num_ranks, second.start_step, second.status) == (4, 10, "")
+    assert not {"status", "reason", "micro_rows"} & second.to_json().keys()
+
+
+def test_an_attempt_whose_record_is_none_is_named(run: Run) -> None:
+    """Not guessed: what it started from decides which steps count."""
+    run.begin_attempt(2, 0)
+    path = Path(run.path, "attempts", "0001.json")
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "later": "versions may add fields"}))
+    assert run.attempts()[0].num_ranks == 2
+    del document["start_step"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=r"0001\.json.*no record of an attempt.*start_step"):
+        run.attempts()
 
 
 def test_summary(storage: str, run: Run) -> None:

@@ -87,23 +87,23 @@ def save(run: Run, step: int, attempt: int = 1) -> None:
 
 def test_a_failure_is_that_of_the_newest_attempt_or_gets_one_of_its_own(tmp_path: Path):
     run, job, driver = make_job(tmp_path)
-    assert _find_failed_attempt(run, job)["attempt"] == 1  # none was recorded
-    assert _find_failed_attempt(run, job)["attempt"] == 1  # it runs by its record
+    assert _find_failed_attempt(run, job).number == 1  # none was recorded
+    assert _find_failed_attempt(run, job).number == 1  # it runs by its record
     run.end_attempt(1, "failed", 0, "code")
-    assert _find_failed_attempt(run, job)["attempt"] == 2  # the newest had failed before
-    assert begin_attempt(job, 2)["attempt"] == 3
+    assert _find_failed_attempt(run, job).number == 2  # the newest had failed before
+    assert begin_attempt(job, 2).number == 3
     run.release(driver)
     job = replace(job, driver=run.take_over().number)
-    assert _find_failed_attempt(run, job)["attempt"] == 4  # the newest is an earlier driver's
-    assert [attempt["attempt"] for attempt in run.attempts()] == [1, 2, 3, 4]
+    assert _find_failed_attempt(run, job).number == 4  # the newest is an earlier driver's
+    assert [attempt.number for attempt in run.attempts()] == [1, 2, 3, 4]
 
 
 def test_an_attempt_that_was_resized_is_not_relabelled(tmp_path: Path):
     run, job, _ = make_job(tmp_path)
-    assert begin_attempt(job, 2)["attempt"] == 1
+    assert begin_attempt(job, 2).number == 1
     run.end_attempt(1, "resized", 3)
-    assert _find_failed_attempt(run, job)["attempt"] == 2
-    assert [attempt.get("status") for attempt in run.attempts()] == ["resized", None]
+    assert _find_failed_attempt(run, job).number == 2
+    assert [attempt.status for attempt in run.attempts()] == ["resized", ""]
 
 
 def test_nodes_that_go_without_progress_end_a_run():
@@ -136,11 +136,11 @@ def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
     assert begin_attempt(job, 2)["micro_rows"] == 4
     run_out(0)  # and again, before anything was committed: the same shortage
     assert begin_attempt(job, 2)["micro_rows"] == 2
-    save(run, 10, attempt=run.attempts()[-1]["attempt"])
+    save(run, 10, attempt=run.attempts()[-1].number)
     assert "micro_rows" not in begin_attempt(job, 2)
     run_out(10)
     assert begin_attempt(job, 2)["micro_rows"] == 1
-    save(run, 20, attempt=run.attempts()[-1]["attempt"])
+    save(run, 20, attempt=run.attempts()[-1].number)
     assert begin_attempt(job, 2)["micro_rows"] == 1, "the second time it was no accident"
 
 

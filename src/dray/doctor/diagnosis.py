@@ -28,6 +28,7 @@ from dray.doctor.stalls import (
 from dray.errors import Cause, CheckpointsLost, DrayError
 from dray.runs import Run, find_resume_checkpoint
 from dray.runs.evidence import load_beats, load_failures, load_log, load_stacks
+from dray.runs.records import AttemptRecord
 
 _COMPILED_AT = re.compile(r"\[/\S*/(?=gloo/transport)")
 EXAMINED_ATTEMPTS = 3
@@ -121,7 +122,7 @@ class _Examination:
         self.status: str = (
             "failed" if reason else self._read("the status", lambda: run.status, "unknown")
         )
-        self.attempts: list[dict[str, Any]] = self._read("the attempts", run.attempts, [])
+        self.attempts: list[AttemptRecord] = self._read("the attempts", run.attempts, [])
         self.rows: list[dict[str, Any]] = self._read("the metrics", run.metrics, [])
         self.events: list[dict[str, Any]] = self._read("the events", run.events, [])
         self.failures: list[dict[str, Any]] = self._read(
@@ -164,7 +165,7 @@ class _Examination:
             corpus=self._read("the corpus' place", lambda: self.run.corpus, "") or "unknown",
             resume=self._resume_text(),
             resume_step=self.resume_step or 0,
-            micro_rows=next(iter(self.attempts[-1:]), {}).get("micro_rows")
+            micro_rows=next((attempt.micro_rows for attempt in self.attempts[-1:]), None)
             or batch.get("micro_rows", "unknown"),
             **({"checkpoints_lost": self.checkpoints_lost} if self.checkpoints_lost else {}),
             **{
@@ -217,7 +218,7 @@ class _Examination:
     # ---- which question is the right one --------------------------------------------------------
 
     def diagnose(self) -> Diagnosis:
-        newest = max((int(attempt["attempt"]) for attempt in self.attempts), default=0)
+        newest = max((attempt.number for attempt in self.attempts), default=0)
         failure = (
             self.failures[-1] if self.failures and self.failures[-1]["attempt"] >= newest else None
         )
@@ -243,7 +244,7 @@ class _Examination:
 
     def _find_reason(self) -> str:
         """Why a run failed that left no document: what its driver says, or wrote down."""
-        ends = [str(attempt.get("reason") or "") for attempt in self.attempts[-1:]]
+        ends = [attempt.reason for attempt in self.attempts[-1:]]
         told = [
             str(event.get("reason") or "") for event in self.events if event.get("kind") == "failed"
         ]
@@ -419,9 +420,7 @@ class _Examination:
                 way_out="leave a CPU for reading (resources.reader_cpus) and check the corpus' "
                 f"storage ({self.values['corpus']})",
             )
-        num_ranks = next(
-            (int(item["num_ranks"]) for item in self.attempts if item["attempt"] == attempt), 0
-        )
+        num_ranks = next((item.num_ranks for item in self.attempts if item.number == attempt), 0)
         silent = set(range(num_ranks)) - {case.rank for case in cases}
         if first.fault is Cause.KILLED:
             stall = (
@@ -523,7 +522,7 @@ class _Examination:
         if attempt is None:
             return None
         times = [make_seconds(row.get("time")) for row in self.rows[-1:]]
-        times += [make_seconds(item.get("started")) for item in self.attempts[-1:]]
+        times += [make_seconds(item.started) for item in self.attempts[-1:]]
         last = max((at for at in times if at is not None), default=None)
         usual = median(
             [float(row["seconds"]) for row in self.rows[-50:] if row.get("seconds")] or [0.0]
@@ -622,7 +621,7 @@ class _Examination:
         )
 
     def _newest_attempt(self) -> int | None:
-        return int(self.attempts[-1]["attempt"]) if self.attempts else None
+        return self.attempts[-1].number if self.attempts else None
 
     def _last_step(self) -> int | None:
         return int(self.rows[-1]["step"]) if self.rows else None

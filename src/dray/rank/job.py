@@ -20,6 +20,7 @@ from dray.models.counting import make_counted_plan
 from dray.plan import Plan, Shape
 from dray.rank.initial_weights import Origin
 from dray.runs import Run, find_resume_checkpoint
+from dray.runs.records import AttemptRecord
 from dray.spec import Spec
 from dray.storage.filesystem import shown
 
@@ -98,7 +99,7 @@ def make_corpus_plan(spec: Spec, shape: Shape, manifest: Manifest, **settings: A
     )
 
 
-def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
+def begin_attempt(job: Job, num_ranks: int) -> AttemptRecord:
     """Decide for all ranks where this attempt starts, and write it down. Returns its record; called
     by rank 0.
 
@@ -106,29 +107,27 @@ def begin_attempt(job: Job, num_ranks: int) -> dict[str, Any]:
     """
     run = Run.open(job.storage, job.run_name)
     newest = find_resume_checkpoint(run)
-    record: dict[str, Any] = {
-        "num_ranks": num_ranks,
-        "start_step": newest.step if newest else 0,
-        "checkpoint": run.keep_path(newest.path) if newest else "",
-    }
+    start_step = newest.step if newest else 0
+    fields: dict[str, Any] = {"checkpoint": run.keep_path(newest.path) if newest else ""}
     remembered = run.record()
     if remembered.get("left_out"):
-        record["left_out"] = remembered["left_out"]
+        fields["left_out"] = tuple(remembered["left_out"])
     smaller = SmallerBatch.from_record(remembered)
-    if smaller and smaller.is_needed(record["start_step"]):
-        record["micro_rows"] = smaller.micro_rows
-    return record | {"attempt": run.begin_attempt(driver=job.driver, **record)}
+    if smaller and smaller.is_needed(start_step):
+        fields["micro_rows"] = smaller.micro_rows
+    number = run.begin_attempt(num_ranks, start_step, job.driver, **fields)
+    return AttemptRecord(number, num_ranks, start_step, driver=job.driver or 0, **fields)
 
 
-def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:
+def make_attempt(job: Job, record: AttemptRecord) -> Attempt:
     """An attempt from its record; the same on every rank."""
-    plan, num_ranks = job.plan, int(record["num_ranks"])
+    plan, num_ranks, micro_rows = job.plan, record.num_ranks, record.micro_rows
     spec, manifest = job.spec, job.manifest
-    if "micro_rows" in record:
+    if micro_rows is not None:
         spec = spec.model_copy(
-            update={"batch": spec.batch.model_copy(update={"micro_rows": record["micro_rows"]})}
+            update={"batch": spec.batch.model_copy(update={"micro_rows": micro_rows})}
         )
-    if num_ranks != plan.num_ranks or "micro_rows" in record:
+    if num_ranks != plan.num_ranks or micro_rows is not None:
         plan = make_corpus_plan(
             spec,
             plan.shape,
@@ -138,12 +137,7 @@ def make_attempt(job: Job, record: Mapping[str, Any]) -> Attempt:
             counted=plan.counted,
         )
     return Attempt(
-        int(record["attempt"]),
-        num_ranks,
-        int(record["start_step"]),
-        record.get("checkpoint", ""),
-        plan,
-        tuple(record.get("left_out", ())),
+        record.number, num_ranks, record.start_step, record.checkpoint, plan, record.left_out
     )
 
 

@@ -1,5 +1,5 @@
-"""What travels from the ranks to the driver, as records instead of loose fields; pure, and safe to
-send.
+"""Records instead of loose fields: of an attempt, and of what travels from the ranks to the driver;
+pure, and safe to send.
 
 A rank says what it is doing (`Beat`), reports each step (`StepReport`) and each validation
 (`ValidationReport`), and tells what else happened (`Event`); the loop says at the end how it ended
@@ -10,8 +10,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One start of the worker group, as its run keeps it."""
+
+    number: int
+    num_ranks: int
+    start_step: int
+    """Of the checkpoint that it goes on from; 0: from the initial weights. What earlier attempts
+    did past it is undone."""
+    started: str = ""
+    driver: int = 0
+    """The number of the driver that it belongs to."""
+    checkpoint: str = ""
+    """Path, below the storage, of the checkpoint that it goes on from."""
+    left_out: tuple[int, ...] = ()
+    """Batches that are never read (`order.LeftOut`): a rewind left them out."""
+    micro_rows: int | None = None
+    """The micro batch that memory allows by now, where it is smaller than the spec's."""
+    ended: str = ""
+    status: str = ""
+    """How it ended; empty while it goes on, and for one that was killed with its driver."""
+    end_step: int | None = None
+    reason: str = ""
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> AttemptRecord:
+        """From the two documents that a run keeps of it, merged. What only other versions write is
+        not read. Raises KeyError, TypeError or ValueError for one that is none."""
+        known = {item.name for item in fields(cls)} - {"number", "left_out"}
+        return cls(
+            number=int(document["attempt"]),
+            left_out=tuple(document.get("left_out") or ()),
+            **{name: value for name, value in document.items() if name in known},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As `dray show --json` prints it: without what is not so, or not yet."""
+        values = {"attempt": self.number, **asdict(self)}
+        unset = {"number"} if self.status else {"number", "ended", "status", "reason"}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in unset and value is not None and value != ()
+        }
 
 
 @dataclass(frozen=True)

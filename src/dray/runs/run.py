@@ -63,6 +63,7 @@ from dray.runs.layout import (
     parse_attempt_file,
 )
 from dray.runs.pins import hold
+from dray.runs.records import AttemptRecord
 from dray.runs.row_log import (
     RecordCache,
     RowLog,
@@ -319,7 +320,8 @@ class Run:
 
         `start_step`: the step of the checkpoint it starts from (0: none). What earlier attempts did
         past it is undone. `driver`: the number of the driver that it belongs to; without, the
-        newest one. Raises StoreError if a later driver has taken the run over.
+        newest one. `fields`: others of an AttemptRecord. Raises StoreError if a later driver has
+        taken the run over.
         """
         folder, where = f"{self.path}/{ATTEMPTS}", f"run {self.name!r}"
         if driver is None:
@@ -356,15 +358,25 @@ class Run:
             {"ended": now(), "status": status, "end_step": step, "reason": reason},
         )
 
-    def attempts(self) -> list[dict[str, Any]]:
-        """The attempts by number: attempt, num_ranks, start_step, started, …, and ended, status,
-        end_step, reason."""
+    def attempts(self) -> list[AttemptRecord]:
+        """The attempts by number. Raises StoreError for a record that is none."""
         found = self._attempts.load()
         numbers = sorted(number for number in map(parse_attempt_file, found) if number is not None)
-        return [
-            found[make_attempt_file(number)] | found.get(f"{number:04d}-end.json", {})
-            for number in numbers
-        ]
+        attempts = []
+        for number in numbers:
+            file = make_attempt_file(number)
+            try:
+                attempt = AttemptRecord.from_json(
+                    found[file] | found.get(f"{number:04d}-end.json", {})
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise StoreError(
+                    f"{self.path}/{ATTEMPTS}/{file}",
+                    f"is no record of an attempt ({type(error).__name__}: {error})",
+                    way_out="put the file back from a copy of the run",
+                ) from error
+            attempts.append(attempt)
+        return attempts
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -415,9 +427,9 @@ class Run:
         successor's: it saw so, and they never ran."""
         found, newest = dict[int, int](), 0
         for attempt in self.attempts():
-            if attempt.get("driver", 0) >= newest:
-                newest = attempt.get("driver", 0)
-                found[attempt["attempt"]] = attempt["start_step"]
+            if attempt.driver >= newest:
+                newest = attempt.driver
+                found[attempt.number] = attempt.start_step
         return found
 
     def metrics_table(self) -> pa.Table:
@@ -549,10 +561,7 @@ class Run:
             "status": self.status,
             "step": max([int(row["step"]) for row in rows[-1:]] + sound[-1:], default=0),
             "num_steps": self.plan().get("num_steps") if has_plan else None,
-            "attempts": [
-                {key: value for key, value in attempt.items() if key != "nonce"}
-                for attempt in self.attempts()
-            ],
+            "attempts": [attempt.to_json() for attempt in self.attempts()],
             "train_loss": rows[-1].get("loss") if rows else None,
             "validation": {
                 key: value

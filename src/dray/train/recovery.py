@@ -34,7 +34,7 @@ from dray.runs.evidence import (
     save_stacks,
     unwrap,
 )
-from dray.runs.records import Beat
+from dray.runs.records import AttemptRecord, Beat
 from dray.runs.row_log import now, run_together
 from dray.train.mailbox import Beats, pace
 from dray.train.posting import BEAT_EVERY_SECONDS, SEND_EVERY_SECONDS
@@ -109,7 +109,7 @@ def _dissolve(job: Job, mailbox: Any, num_ranks: int) -> None:
     attempt = run.attempts()[-1]
     mailbox.give_notice.remote()
     deadline = time.monotonic() + LEAVE_SECONDS
-    while ray.get(mailbox.num_left.remote()) < attempt["num_ranks"] and time.monotonic() < deadline:
+    while ray.get(mailbox.num_left.remote()) < attempt.num_ranks and time.monotonic() < deadline:
         time.sleep(SEND_EVERY_SECONDS)
     said, beats = ray.get(mailbox.evidence.remote())
     step = max(
@@ -117,13 +117,13 @@ def _dissolve(job: Job, mailbox: Any, num_ranks: int) -> None:
         default=0,
     )
     newest = run.latest_checkpoint()
-    run.end_attempt(attempt["attempt"], "resized", step)
+    run.end_attempt(attempt.number, "resized", step)
     run.log_event(
         "resized",
-        attempt=attempt["attempt"],
+        attempt=attempt.number,
         step=step,
         saved_step=newest.step if newest else 0,
-        num_ranks=attempt["num_ranks"],
+        num_ranks=attempt.num_ranks,
         to_num_ranks=num_ranks,
     )
 
@@ -179,12 +179,12 @@ def _recover(
     return decision
 
 
-def _find_failed_attempt(run: Run, job: Job) -> dict[str, Any]:
+def _find_failed_attempt(run: Run, job: Job) -> AttemptRecord:
     """The record of the attempt that failed. A group that failed before its rank 0 wrote it down
     gets its record now: the newest one tells of an attempt that had ended before, be it failed,
     resized or complete."""
-    newest: dict[str, Any] = next(iter(run.attempts()[-1:]), {})
-    if newest.get("driver") == job.driver and "status" not in newest:
+    newest = next(iter(run.attempts()[-1:]), None)
+    if newest is not None and newest.driver == job.driver and not newest.status:
         return newest
     return begin_attempt(job, job.plan.num_ranks)
 
