@@ -29,7 +29,9 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
 
 
 class Cause(StrEnum):
@@ -204,6 +206,17 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """An error's whole message on one line, or the name of its type; at most 400 characters."""
     return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def caught(
+    work: Callable[[], T], kind: type[BaseException] = Exception
+) -> tuple[T | None, BaseException | None]:
+    """What the work gives, or the error that it ends with: for work whose failure must not end the
+    one who asks, whatever it is, or is to be raised in another thread."""
+    try:
+        return work(), None
+    except kind as error:
+        return None, error
 
 
 @contextmanager

@@ -78,17 +78,13 @@ def connect(
         else:  # of a notebook, a test or a larger program: theirs to end, if it is not dray's own
             share_credentials()
         _shared.users += 1
-    try:
+    with ExitStack() as stack:
+        stack.push(_shared.leave)
         is_local = begun and _shared.is_local
         shape = (
             local_shape() if is_local else live_shape(cpus_per_worker, gpus_per_worker, num_workers)
         )
         yield Connection(local=is_local, shape=shape)
-    except BaseException as error:
-        _shared.leave(error)
-        raise
-    else:
-        _shared.leave()
 
 
 class _Shared:
@@ -107,13 +103,12 @@ class _Shared:
         them, which must live for as long as they are used."""
         if threading.current_thread() is not threading.main_thread():
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._end_thread)
             self.is_local = self._call(self._until_the_last.enter_context, connected)
-        except BaseException:
-            self._end_thread()
-            raise
+            undo.pop_all()
 
-    def leave(self, error: BaseException | None = None) -> None:
+    def leave(self, kind: object, error: BaseException | None, trace: object) -> None:
         """The last one who leaves ends what was started, if anything was, for the error that the
         first of them ended with."""
         with self.lock:
@@ -122,8 +117,9 @@ class _Shared:
             if self.users:
                 return
             error, self._failure, self.is_local = self._failure, None, False
-            kind = None if error is None else type(error)
-            self._call(self._until_the_last.__exit__, kind, error, None)
+            self._call(
+                self._until_the_last.__exit__, None if error is None else type(error), error, None
+            )
             self._end_thread()
 
     def _end_thread(self) -> None:

@@ -14,13 +14,10 @@ once.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from queue import Full, Queue
 from typing import Any
 
 import numpy as np
@@ -30,6 +27,7 @@ from dray.corpus.manifest import Manifest, Split, load_manifest
 from dray.corpus.shards import read_groups
 from dray.errors import CorpusError
 from dray.order import PADDING, Ints, LeftOut, Order, Segment, SourceCount, make_segments
+from dray.processes.ahead import run_ahead
 from dray.storage.filesystem import share_filesystem
 
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -296,37 +294,8 @@ def iterate_windows(
     A thread goes one block ahead of the consumer, so that the next window is under way before this
     one is used up. It starts at once.
     """
-    blocks: Queue[pa.Table | BaseException | None] = Queue(maxsize=1)
-    ended = threading.Event()
-
-    def offer(item: pa.Table | BaseException | None) -> None:
-        while not ended.is_set():
-            with suppress(Full):
-                blocks.put(item, timeout=1.0)
-                break
-
-    def feed() -> None:
-        try:
-            for _ in stream.windows():
-                for block in iterate():
-                    offer(block)
-                    if ended.is_set():
-                        return
-            offer(None)
-        except BaseException as error:  # raised where the blocks are consumed
-            offer(error)
-
-    def consume() -> Iterator[pa.Table]:
-        try:
-            while (item := blocks.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            ended.set()
-
-    threading.Thread(target=feed, name="stream", daemon=True).start()
-    return consume()
+    blocks = (block for _ in stream.windows() for block in iterate())
+    return run_ahead(blocks, 1, name="stream")
 
 
 def check_rows(

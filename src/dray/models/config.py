@@ -11,10 +11,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dray.errors import SpecError, first_line, one_line, translated
+from dray.errors import SpecError, caught, first_line, one_line, translated
 from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
 from dray.spec import Head, Spec
@@ -348,9 +349,8 @@ def _set_token_ids(
         # Classifiers keep it: decoders are pooled at the last token that is not padding.
         ids["pad_token_id"] = None
     for name, value in ids.items():
-        try:
-            setattr(config, name, value)
-        except Exception:  # a few architectures' configurations insist on a number
+        if caught(partial(setattr, config, name, value))[1] is not None:
+            # A few architectures' configurations insist on a number.
             setattr(config, name, eos_token_id or 0)
 
 

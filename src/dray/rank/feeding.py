@@ -7,24 +7,20 @@ without any device. At most READY_PIECES are ready at once.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 
 from dray.corpus.stream import RowStream, check_rows
 from dray.order import Ints
+from dray.processes.ahead import run_ahead
 from dray.rank.device import pin
 from dray.rank.group import Ranks
 from dray.tasks import Batch, Task, draw_of
 
 READY_PIECES = 2
-CLOSED_SECONDS = 0.2
-"""How soon a thread that has made enough sees that nobody asks any more."""
 
 T = TypeVar("T")
 
@@ -58,7 +54,7 @@ def feed(
 
     `seed`: of what tasks draw for their rows.
     """
-    return run_ahead(_make_pieces(stream, blocks, task, ranks, seed))
+    return _run_ahead(_make_pieces(stream, blocks, task, ranks, seed))
 
 
 def _make_pieces(
@@ -72,7 +68,7 @@ def _make_pieces(
     for segment, block in check_rows(stream, blocks, ranks.rank):
         if segment.kind == "validation":
             is_last = segment.stop_row >= stream.num_validation_rows
-            yield ValidationRows(segment.first, run_ahead(collate(block, 0)), is_last)
+            yield ValidationRows(segment.first, _run_ahead(collate(block, 0)), is_last)
             continue
         for step in range(segment.first, segment.last + 1):
             rows = block.slice((step - segment.first) * stream.rows_per_rank, stream.rows_per_rank)
@@ -87,44 +83,6 @@ def _make_pieces(
             )
 
 
-@dataclass(frozen=True)
-class _Ready(Generic[T]):
-    """A piece, or the error in its place; neither is the end."""
-
-    piece: T | None = None
-    error: BaseException | None = None
-
-
-def run_ahead(pieces: Iterator[T], depth: int = READY_PIECES) -> Generator[T]:
-    """The same pieces, of which up to `depth` are made in a thread before they are asked for.
-
-    An error in the thread is raised here, in its place. The thread ends with the pieces, or when
-    this is closed.
-    """
-    ready: queue.Queue[_Ready[T]] = queue.Queue(depth)
-    closed = threading.Event()
-    threading.Thread(target=_fill, args=(pieces, ready, closed), name="feeder", daemon=True).start()
-    try:
-        while (found := ready.get()).piece is not None:
-            yield found.piece
-        if found.error is not None:
-            raise found.error
-    finally:
-        closed.set()
-
-
-def _fill(pieces: Iterator[T], ready: queue.Queue[_Ready[T]], closed: threading.Event) -> None:
-    def put(found: _Ready[T]) -> None:
-        while not closed.is_set():
-            with suppress(queue.Full):
-                ready.put(found, timeout=CLOSED_SECONDS)
-                return
-
-    try:
-        for piece in pieces:
-            put(_Ready(piece))
-            if closed.is_set():
-                return
-        put(_Ready())
-    except BaseException as error:  # raised in the thread that asks, as if there were no other
-        put(_Ready(error=error))
+def _run_ahead(pieces: Iterator[T]) -> Generator[T]:
+    """Ahead of the step, but not before the first piece is asked for."""
+    yield from run_ahead(pieces, READY_PIECES, name="feeder")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dray.doctor.hangs import agreement_seconds
-from dray.errors import SaveFailed
+from dray.errors import SaveFailed, caught
 from dray.rank.device import HostCopy, build_copy_stream
 from dray.rank.engine import Engine
 from dray.rank.group import Ranks
@@ -178,7 +178,5 @@ class Saver:
 def _try(work: Callable[[], T]) -> tuple[T | None, str]:
     """What the work gives and nothing, or nothing and what went wrong: a save that fails must not
     end training, whatever it fails with."""
-    try:
-        return work(), ""
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+    value, error = caught(work)
+    return value, "" if error is None else f"{type(error).__name__}: {error}"

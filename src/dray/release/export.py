@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dray.corpus.tokenizer_folder import dressed
 from dray.corpus.tokenizing import PROBES, load_auto_tokenizer, read_tokenizer_files
-from dray.errors import StoreError
+from dray.errors import StoreError, caught
 from dray.models.folder import save_pretrained_folder
 from dray.release.trained import Trained, Weights, load_trained
 from dray.runs import Run
@@ -82,10 +82,13 @@ def _tokenizer(trained: Trained, staging: str) -> Path:
 def _differences(trained: Trained, folder: Path) -> Sequence[str]:
     """A line if transformers tokenises otherwise than the corpus was: some classes build their own
     splitting."""
-    try:
+
+    def tokenise() -> list[list[int]]:
         tokenizer = load_auto_tokenizer(str(folder))
-        theirs = [list(tokenizer(text, verbose=False).input_ids) for text in PROBES]
-    except Exception as error:  # transformers' own and those of every library it calls
+        return [list(tokenizer(text, verbose=False).input_ids) for text in PROBES]
+
+    theirs, error = caught(tokenise)
+    if error is not None:  # transformers' own and those of every library it calls
         return [f"AutoTokenizer cannot load its tokeniser ({type(error).__name__}: {error})"]
     if theirs == [trained.encode(text) for text in PROBES]:
         return []

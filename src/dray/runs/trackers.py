@@ -17,9 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
-from dray.errors import StoreError
+from dray.errors import StoreError, caught
 from dray.redaction import redact, restored
 from dray.runs.layout import TRACKERS
 from dray.runs.run import Run
@@ -110,14 +111,13 @@ class Trackers:
         while (call := waiting.get()) is not None:
             if self._failures[name] >= MAX_FAILURES and waiting.qsize() > 1:
                 continue  # given up; the last calls are `finish` and the end
-            try:
-                call(member)
-                self._failures[name] = 0
-            except Exception as error:  # whatever a foreign library raises must not reach training
-                self._failures[name] += 1
+            # Whatever a foreign library raises must not reach training.
+            _, error = caught(partial(call, member))
+            self._failures[name] = 0 if error is None else self._failures[name] + 1
+            if error is not None:
                 self._report(name, error)
 
-    def _report(self, name: str, error: Exception) -> None:
+    def _report(self, name: str, error: BaseException) -> None:
         if name not in self._reported:
             self._reported.add(name)
             self._run.log_event(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dray.errors import one_line
+from dray.errors import caught, one_line
 from dray.processes.signals import Wishes
 from dray.redaction import redact
 
@@ -39,7 +39,7 @@ class Caller:
     def __init__(self, observer: Observer | None = None, stop: Stop | None = None) -> None:
         self._observer, self._stop = observer, stop
         self._wish: Wish | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         """What one of its functions raised; none is called any more then."""
         self.complaint = ""
         """The same in words."""
@@ -66,10 +66,10 @@ class Caller:
         self._wish = self._wish or Wish(reason)
 
     def _call(self, name: str, function: Callable[..., object], *values: object) -> object:
-        try:
-            return function(*values)
-        except Exception as error:  # whatever the caller's code raises must not tear a record apart
+        """Whatever the caller's code raises must not tear a record apart."""
+        said, error = caught(lambda: function(*values))
+        if error is not None:
             self.error = error
             self.complaint = redact(f"{name} raised {type(error).__name__}: {one_line(error)}")
             self.give_up(self.complaint)
-            return None
+        return said

@@ -21,7 +21,7 @@ from dray.cluster.nodes import find_nodes_without, placed_shape
 from dray.cluster.placement import Placement, find_seats
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
-from dray.errors import Interrupted, RunFailed, StorageFailed, StoreError
+from dray.errors import Cause, Interrupted, RunFailed, StorageFailed, StoreError, caught
 from dray.plan import Shape, local_shape
 from dray.rank.initial_weights import held
 from dray.rank.job import Job, not_shared
@@ -230,16 +230,15 @@ def _name_end(recorder: Recorder) -> tuple[str, str]:
 def _explain(run: Run, reason: str) -> str:
     """The diagnosis of a failed run, which must not stand in the way of the failure itself."""
     with patience(LAST_WORD_SECONDS):
-        try:
-            diagnosis = diagnose(run, reason=reason)
-            cause, text = str(diagnosis.fault), format_diagnosis(diagnosis)
-        except Exception as problem:
-            cause, text = (
-                "unknown",
-                f"no diagnosis could be made ({type(problem).__name__}: {problem})",
-            )
+        found, problem = caught(lambda: diagnose(run, reason=reason))
+        cause = Cause.UNKNOWN if found is None else found.fault
+        text = (
+            f"no diagnosis could be made ({type(problem).__name__}: {problem})"
+            if found is None
+            else format_diagnosis(found)
+        )
         with suppress(StorageFailed):
-            run.log_event("failed", reason=reason, cause=cause)
+            run.log_event("failed", reason=reason, cause=str(cause))
     return text
 
 

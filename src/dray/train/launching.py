@@ -15,7 +15,7 @@ from dray.cluster.nodes import head_is_gone
 from dray.cluster.placement import Placement, Seats, Site, remove_groups
 from dray.cluster.workers import WarmNodes, run_workers
 from dray.doctor.hangs import find_hang
-from dray.errors import RunFailed
+from dray.errors import RunFailed, caught
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import Job
 from dray.runs import Run
@@ -241,25 +241,27 @@ class RayLauncher:
 
         resources, site = job.spec.resources, self._site
 
+        def work() -> None:
+            with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
+                run_workers(
+                    run_rank,
+                    {"job": job, "mailbox": self._mailbox},
+                    site=site,
+                    datasets={"rows": job},
+                    data_config=build_data_config(),
+                    num_workers=len(site.seats.workers) if site.seats else resources.workers,
+                    cpus_per_worker=resources.cpus_per_worker,
+                    gpus_per_worker=resources.gpus_per_worker,
+                    recovery=build_recovery(job, self._mailbox, site),
+                    name=job.run_name,
+                    scratch=scratch,
+                    is_local=self._is_local,
+                    started=self._keep_controller,
+                )
+
         def follow() -> None:
-            try:
-                with tempfile.TemporaryDirectory(prefix="dray-") as scratch:
-                    run_workers(
-                        run_rank,
-                        {"job": job, "mailbox": self._mailbox},
-                        site=site,
-                        datasets={"rows": job},
-                        data_config=build_data_config(),
-                        num_workers=len(site.seats.workers) if site.seats else resources.workers,
-                        cpus_per_worker=resources.cpus_per_worker,
-                        gpus_per_worker=resources.gpus_per_worker,
-                        recovery=build_recovery(job, self._mailbox, site),
-                        name=job.run_name,
-                        scratch=scratch,
-                        is_local=self._is_local,
-                        started=self._keep_controller,
-                    )
-            except BaseException as error:
+            _, error = caught(work, BaseException)
+            if error is not None:
                 failure.append(error)
 
         thread = threading.Thread(target=follow, name="workers", daemon=True)

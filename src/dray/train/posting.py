@@ -102,7 +102,10 @@ class Posting:
             time.sleep(0.05)
         raise TimeoutError(f"the driver has not stored the metrics within {STORED_SECONDS:.0f} s")
 
-    def leave(self, error: BaseException | None = None) -> None:
+    def __enter__(self) -> Posting:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Stop beating; with an error, say how this rank failed."""
         import ray
 

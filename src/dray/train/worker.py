@@ -91,13 +91,8 @@ def run_rank(config: dict[str, Any]) -> None:
     pulse = Pulse(rank)
     pulse.attempt, pulse.step = attempt.number, attempt.start_step
     pulse.dump_stacks_on_signal()
-    reporter = Posting(config["mailbox"], pulse, num_ranks)
-    try:
+    with Posting(config["mailbox"], pulse, num_ranks) as reporter:
         _train(job, attempt, reporter, pulse, context.get_local_rank())
-    except BaseException as error:
-        reporter.leave(error)
-        raise
-    reporter.leave()
 
 
 def _train(job: Job, attempt: Attempt, reporter: Posting, pulse: Pulse, local_rank: int) -> None:
