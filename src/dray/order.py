@@ -49,7 +49,10 @@ class Order:
 
     def __init__(self, sources: Sequence[SourceCount], group_rows: int, seed: int) -> None:
         if not sources or any(source.num_rows < 1 for source in sources):
-            raise ValueError("every source needs at least one row")
+            raise ValueError(
+                "every source needs at least one row; they have "
+                f"{[source.num_rows for source in sources]}"
+            )
         self.num_rows = sum(source.num_rows for source in sources)
         counts = [source.num_rows for source in sources]
         self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -174,7 +174,7 @@ class RowStream:
         ids = self.row_ids(segment, rank)
         split = self.manifest.train if segment.kind == "train" else self.manifest.validation
         if split is None:
-            raise ValueError("the corpus has no validation rows")
+            raise ValueError(f"the corpus {self.key} has no validation rows for {segment}")
         return read_rows(self.folder, self.manifest, split, ids)
 
     def blocks(self, rank: int) -> Iterator[pa.Table]:

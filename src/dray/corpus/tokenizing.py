@@ -36,7 +36,7 @@ from dray.corpus.tokenizer_folder import (
     read_json,
     special_tokens,
 )
-from dray.errors import CorpusError, first_line
+from dray.errors import CorpusError, caught, first_line
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, shown, write_bytes
 
 PAD, MASK = "<|pad|>", "<|mask|>"
@@ -259,11 +259,8 @@ def _convert(files: Files, place: str) -> Files:
     if not named and {"vocab.json", "merges.txt"} <= files.keys():
         return from_byte_level_files(files, shown(place))
     with tempfile.TemporaryDirectory() as made:
-        try:
-            _load_slow(files | model).save_pretrained(made)
-        except (
-            Exception
-        ) as error:  # transformers' own, the system's and those of every library it calls
+        _, error = caught(lambda: _load_slow(files | model).save_pretrained(made))
+        if error is not None:  # transformers' own, the system's, or of any library it calls
             raise CorpusError(
                 "tokenizer.path",
                 f"{shown(place)} cannot be loaded ({first_line(error)})",
@@ -542,12 +539,10 @@ def _choose_encoder(files: dict[str, bytes], sample: Sequence[str]) -> str:
         checked.append(text[:100_000])
         size += len(checked[-1])
     texts = pa.array(checked, pa.large_string())
-    try:
-        ours, our_lengths = Encoder(files, "gigatoken").encode(texts)
-    except (
-        Exception
-    ):  # Whatever the fast path stumbles over, the reference encoder takes its place.
+    fast, _ = caught(lambda: Encoder(files, "gigatoken").encode(texts))
+    if fast is None:  # Whatever it stumbles over, the reference encoder takes its place.
         return "tokenizers"
+    ours, our_lengths = fast
     ids, lengths = Encoder(files, "tokenizers").encode(texts)
     return (
         "gigatoken"

@@ -166,7 +166,9 @@ def join_alone(device: torch.device) -> None:
     """
     if dist.is_initialized():
         if dist.get_world_size() != 1:
-            raise RuntimeError("this process belongs to a group of several ranks already")
+            raise RuntimeError(
+                f"this process belongs to a group of {dist.get_world_size()} ranks already"
+            )
         return
     # DeepSpeed reads these; the rendezvous itself is in memory, so no port is opened.
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")

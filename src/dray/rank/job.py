@@ -146,7 +146,7 @@ def make_stream(job: Job, attempt: Attempt) -> RowStream:
     spec, batch, num_steps = job.spec, attempt.plan.batch, attempt.plan.num_steps
     num_ranks, start_step = attempt.num_ranks, attempt.start_step
     if num_steps is None:
-        raise ValueError("the plan was made without the corpus' size")
+        raise ValueError(f"{job.run_name}: the plan was made without the corpus' size")
     rows_per_rank = -(-spec.batch.global_rows // (num_ranks * batch.micro_rows)) * batch.micro_rows
     remember_manifest(job.corpus, job.manifest)
     return RowStream(

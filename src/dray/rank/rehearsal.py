@@ -72,7 +72,7 @@ def rehearse(spec: Spec, plan: Plan, config: Config = None) -> Rehearsal:
     if plan.on_gpu:
         raise PlanError(
             "--measure",
-            "the plan's workers run on GPUs",
+            f"the plan's {plan.num_ranks} workers run on GPUs",
             "a rehearsal measures this machine's CPUs",
             "the first steps of the run tell its speed",
         )

@@ -348,7 +348,7 @@ def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
     length = int.from_bytes(start[:8], "little")
     try:
         if len(start) < 8 or length > min(MAX_HEADER_BYTES, num_bytes - 8):
-            raise ValueError("the header is longer than the file")
+            raise ValueError(f"a header of {length} bytes in a file of {num_bytes}")
         text = start[8 : 8 + length]
         if len(text) < length:
             text += stream.read_at(length - len(text), 8 + len(text))

@@ -55,7 +55,9 @@ def make_parquet(rows: Sequence[Row], parts: Sequence[int]) -> bytes:
         (part, json.dumps(row)) for part, row in zip(parts, rows, strict=True)
     ]:
         raise StoreError(
-            "rows", "read back from Parquet as others than they were", "rows are never changed"
+            f"{len(rows)} rows",
+            "read back from Parquet as others than they were",
+            "rows are never changed",
         )
     return content
 

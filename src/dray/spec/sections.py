@@ -128,6 +128,17 @@ class HeldOut(Section):
     """Share of the documents; a document's side depends on its text alone."""
 
 
+def _check_one_of(section: Section, first: str, *others: str) -> None:
+    """Raise ValueError unless exactly one of these keys is given."""
+    names = [f"`{name}`" for name in (first, *others)]
+    given = [name for name in names if getattr(section, name.strip("`")) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"exactly one of {', '.join(names[:-1])} and {names[-1]} is needed; "
+            f"{' and '.join(given) or 'none'} {'are' if given else 'is'} given"
+        )
+
+
 def _as_validation_data(value: Any) -> Any:
     if isinstance(value, Mapping) and "share" in value:
         if "path" in value:
@@ -176,8 +187,7 @@ class Tokenizer(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if sum(given is not None for given in (self.path, self.run, self.train)) != 1:
-            raise ValueError("exactly one of `path`, `run` and `train` is needed")
+        _check_one_of(self, "path", "run", "train")
         return self
 
 
@@ -224,8 +234,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if sum(given is not None for given in (self.architecture, self.path, self.run)) != 1:
-            raise ValueError("exactly one of `architecture`, `path` and `run` is needed")
+        _check_one_of(self, "architecture", "path", "run")
         if self.step != "newest" and self.run is None:
             raise ValueError(f"step {self.step} is one of a `run`, and there is none")
         if self.architecture is None:
@@ -330,8 +339,7 @@ class Duration(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if sum(value is not None for value in (self.steps, self.epochs, self.tokens)) != 1:
-            raise ValueError("exactly one of `steps`, `epochs` and `tokens` is needed")
+        _check_one_of(self, "steps", "epochs", "tokens")
         return self
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dray.errors import caught
 from dray.tasks.losses import LogitRule
 
 logger = logging.getLogger("dray.tasks")
@@ -66,12 +67,15 @@ def _find_rule(model: Any, body: nn.Module, projection: nn.Linear) -> LogitRule 
         read.append(given)
         return product.clone()
 
-    try:
+    def ask() -> Tensor:
         with torch.no_grad(), _answering(body, answer_body), _answering(projection, answer_head):
-            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-    except (
-        Exception
-    ) as error:  # any architecture's code runs here, and what lies between may be partitioned
+            ids = torch.zeros(1, 2, dtype=torch.int64)
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+            return logits
+
+    # Any architecture's code runs here, and what lies between may be partitioned.
+    logits, error = caught(ask)
+    if logits is None:
         logger.info("%s: what it does to its logits is unknown (%s)", type(model).__name__, error)
         return None
     if len(read) != 1 or not _are_one(hidden, read[0]) or logits.shape != product.shape:

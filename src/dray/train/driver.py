@@ -38,6 +38,7 @@ from dray.storage.filesystem import (
     exists,
     is_object_store,
     open_filesystem,
+    shown,
     write_whole,
 )
 from dray.storage.retrying import patience
@@ -151,7 +152,8 @@ def train_locally(
         found = find(spec, storage)
         if found is None:
             raise RunFailed(
-                "the corpus is not prepared", "run `dray prepare` first; preparing needs Ray"
+                f"the corpus of {spec.name} is not prepared in {shown(absolute(storage))}",
+                "run `dray prepare` first; preparing needs Ray",
             )
         return found
 

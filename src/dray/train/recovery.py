@@ -84,7 +84,7 @@ def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
             """End a run that has waited too long for a group that the cluster could not hold if it
             were empty: Ray itself would wait for ever. The end of other runs is waited for."""
             if site.placement is not None and site.placement.is_removed():
-                raise RunFailed("the run's placement group was taken away")
+                raise RunFailed(f"the placement group of {job.run_name} was taken away")
             if self._down_since is None or (
                 site.placement is None
                 and has_room(live_resources(), make_least_bundles(job.spec.resources))
