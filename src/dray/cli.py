@@ -175,6 +175,33 @@ def build_parser() -> argparse.ArgumentParser:
         "--fork", metavar="NEW_NAME", help="start a new run from the newest checkpoint of this one"
     )
 
+    _add_uses(commands)
+
+    runs = _add(commands, "runs", _runs, "list the runs of a storage")
+    _add_storage(runs)
+    _add_json(runs)
+
+    show = _add_run(commands, "show", _show, "what a run did and has")
+    _add_json(show)
+
+    doctor = _add_run(commands, "doctor", _doctor, "why a run ended as it did, and the way out")
+    _add_json(doctor)
+
+    verify = _add_run(
+        commands, "verify", _verify, "check a checkpoint, byte for byte, or the ledger of rows used"
+    )
+    verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    verify.add_argument(
+        "--ledger",
+        action="store_true",
+        help="prove instead that up to that step each row of each epoch was used exactly once",
+    )
+    _add_json(verify)
+    return parser
+
+
+def _add_uses(commands: Any) -> None:
+    """What is done with a trained model."""
     evaluate = _add_run(commands, "evaluate", _evaluate, "metrics of a checkpoint on data")
     evaluate.add_argument(
         "--data",
@@ -182,6 +209,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="a path, or a YAML mapping like a spec's data source, read as the run's own source of "
         "that form is (default: the validation rows)",
+    )
+    evaluate.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="measure with N workers on Ray, each with a CPU, and a GPU where there are some "
+        "(default: in this process)",
     )
     _add_checkpoint(evaluate)
     _add_cluster(evaluate)
@@ -220,28 +254,6 @@ def build_parser() -> argparse.ArgumentParser:
     export = _add_run(commands, "export", _export, "a Hugging Face folder from a checkpoint")
     export.add_argument("folder", help="the folder to write; must not exist or be empty")
     _add_checkpoint(export)
-
-    runs = _add(commands, "runs", _runs, "list the runs of a storage")
-    _add_storage(runs)
-    _add_json(runs)
-
-    show = _add_run(commands, "show", _show, "what a run did and has")
-    _add_json(show)
-
-    doctor = _add_run(commands, "doctor", _doctor, "why a run ended as it did, and the way out")
-    _add_json(doctor)
-
-    verify = _add_run(
-        commands, "verify", _verify, "check a checkpoint, byte for byte, or the ledger of rows used"
-    )
-    verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
-    verify.add_argument(
-        "--ledger",
-        action="store_true",
-        help="prove instead that up to that step each row of each epoch was used exactly once",
-    )
-    _add_json(verify)
-    return parser
 
 
 def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -475,6 +487,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         step=arguments.step,
         weights=arguments.weights,
+        workers=arguments.workers,
         address=arguments.address,
         verbose=arguments.verbose,
         report=report,

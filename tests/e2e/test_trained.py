@@ -21,7 +21,7 @@ import yaml
 import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
-from dray.errors import CorpusError, SpecError, StoreError, UserError
+from dray.errors import CorpusError, PlanError, SpecError, StoreError, UserError
 from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.generate import generate
@@ -70,6 +70,34 @@ def test_evaluate_measures_what_the_run_measured(storage: str, run: Run):
     assert found["step"] == 30
     for key in ("loss", "perplexity", "accuracy", "bits_per_byte"):
         assert found[key] == pytest.approx(last[key], rel=1e-5)
+
+
+def test_workers_measure_what_one_process_measures(storage: str, run: Run, tiny_corpus: Path):
+    data = [f"{tiny_corpus}/part-0.jsonl"]
+    alone = evaluate(storage, "alone", data=data, weights="ema")
+    # More than there are rows for, some of which have nothing to do.
+    for workers in (2, 40):
+        found = evaluate(storage, "alone", data=data, weights="ema", workers=workers)
+        assert found == pytest.approx(alone, rel=1e-6)
+    with pytest.raises(PlanError, match="--workers: is 0"):
+        evaluate(storage, "alone", workers=0)
+
+
+def test_what_a_worker_cannot_read_is_said_in_a_line(
+    storage: str, run: Run, capsys: pytest.CaptureFixture[str]
+):
+    """The weights of the run were found here, and are damaged where they are read."""
+    info = run.latest_checkpoint()
+    path = Path(info.path, next(n for n in os.listdir(info.path) if n.endswith(".safetensors")))
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert main(["evaluate", "alone", "--storage", storage, "--workers", "2"]) == 2
+    finally:
+        path.write_bytes(content)
+    told = capsys.readouterr().err.strip()
+    assert "a damaged checkpoint is never loaded" in told
+    assert "\n" not in told
 
 
 def test_evaluate_takes_other_data(storage: str, run: Run, tiny_corpus: Path):

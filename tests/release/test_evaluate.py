@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dray.errors import UserError
-from dray.release.evaluate import batch_rows, make_evaluation_spec
+from dray.release.evaluate import make_evaluation_spec
 from dray.release.generate import fit_prompt
+from dray.release.measuring import batch_rows
 from dray.spec import Source, make_spec
 from dray.tasks.metrics import ClassificationMetrics
 

@@ -109,6 +109,10 @@ def test_a_task_is_learnt_taken_up_again_evaluated_and_exported(tmp_path: Path, 
     found = evaluate(storage, "whole", report=report)
     if name == "token_classification":
         assert report["MOOD"]["f1"] == pytest.approx(found["f1"])
+    by_workers: dict[str, dict[str, float]] = {}
+    apart = evaluate(storage, "whole", workers=2, report=by_workers)
+    assert apart == pytest.approx(found, rel=1e-6, nan_ok=True)
+    assert by_workers.keys() == report.keys()
     for key, value in measured.items():
         if key in found and isinstance(value, float):
             assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key

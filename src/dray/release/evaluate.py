@@ -6,24 +6,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-
-from dray.corpus.manifest import Split
+from dray.cluster.connection import connect
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
-from dray.corpus.stream import read_rows
-from dray.errors import CorpusError, SpecError, UserError
-from dray.release.trained import Trained, Weights, load_trained
+from dray.errors import CorpusError, PlanError, SpecError, UserError
+from dray.release.measuring import measure, measure_on_workers
+from dray.release.trained import Trained, Weights, load_trained, open_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
-from dray.tasks import draw_of
-
-MAX_BATCH_ROWS, BATCH_TOKENS = 32, 32_768
-LOGIT_BYTES = 512 * 1024 * 1024
-"""Logits of a batch in fp32, at most; one row is the least that a batch can have."""
 
 
 def evaluate(
@@ -33,6 +25,7 @@ def evaluate(
     data: Sequence[str] | None = None,
     step: str | int | None = None,
     weights: Weights = "trained",
+    workers: int | None = None,
     address: str | None = None,
     verbose: bool = False,
     report: dict[str, dict[str, float]] | None = None,
@@ -42,71 +35,50 @@ def evaluate(
     besides, by what it is of.
 
     `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
-    Other data may be any slice, of one class alone, too. Raises UserError for data that cannot be
-    evaluated.
+    Other data may be any slice, of one class alone, too. `workers`: how many measure at once, on
+    Ray, with a CPU and, where the cluster has GPUs, a GPU each; none: this process does, and needs
+    no Ray for the validation rows. Raises UserError for data that cannot be evaluated.
     """
-    trained = load_trained(storage, name, step, weights)
-    if data:
-        corpus = _prepare_other(trained, data, storage, address, verbose)
-        split = corpus.manifest.train
-    else:
-        corpus, validation = Corpus(trained.corpus, trained.manifest), trained.manifest.validation
-        if validation is None:
-            raise CorpusError(
-                f"run {name!r}", "has no validation rows", way_out="name data with --data"
+    if workers is not None and workers < 1:
+        raise PlanError("--workers", f"is {workers}", "at least one worker measures")
+    trained = (open_trained if workers else load_trained)(storage, name, step, weights)
+    held_out = trained.manifest.validation
+    if held_out is None and not data:
+        raise CorpusError(
+            f"run {name!r}", "has no validation rows", way_out="name data with --data"
+        )
+    with ExitStack() as stack:
+        num_gpus = 0
+        if data or workers:
+            connection = stack.enter_context(
+                connect(address, num_cpus=workers or 1, verbose=verbose)
             )
-        split = validation
-    values = measure(trained, corpus, split, report)
+            num_gpus = min(1, connection.shape.accelerators_per_node)
+        if data:
+            corpus = _prepare_other(trained, data, storage)
+        else:
+            corpus = Corpus(trained.corpus, trained.manifest)
+        split = corpus.manifest.train if data or held_out is None else held_out
+        metrics = (
+            measure_on_workers(trained, corpus, split, workers, num_gpus)
+            if workers
+            else measure(trained, corpus, split, 0, split.num_rows)
+        )
+    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    if report is not None:
+        report.update(task.report(metrics))
+    values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}
+    values |= dict.fromkeys(metrics.undefined())
     told = {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows}
     return told | ({} if weights == "trained" else {"weights": weights}) | values
 
 
-@torch.no_grad()
-def measure(
-    trained: Trained,
-    corpus: Corpus,
-    split: Split,
-    report: dict[str, dict[str, float]] | None = None,
-) -> dict[str, float | None]:
-    """The task's metrics of a model over all rows of a split, in this process, on the GPU where
-    there is one."""
-    spec = trained.spec
-    task = spec.task.on(trained.manifest, spec.model.num_labels)
-    metrics = task.new_metrics()
-    device = trained.move_to_device()
-    objective = task.objective(trained.model).eval()
-    width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
-    outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels
-    num_rows = batch_rows(width, outputs * (width if task.head.each == "token" else 1))
-    for start in range(0, split.num_rows, group):  # a group is read at once
-        ids = np.arange(start, min(start + group, split.num_rows), dtype=np.int64)
-        rows = read_rows(corpus.folder, corpus.manifest, split, ids)
-        for first in range(0, rows.num_rows, num_rows):
-            batch = task.collate(rows.slice(first, num_rows), draw_of(spec.seed, 0))
-            batch = {key: tensor.to(device) for key, tensor in batch.items()}
-            _, output = objective(batch)
-            metrics.update(batch, output)
-    if report is not None:
-        report.update(task.report(metrics))
-    values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}
-    return values | dict.fromkeys(metrics.undefined())
-
-
-def batch_rows(width: int, num_outputs: int) -> int:
-    """Rows of `width` tokens and `num_outputs` logits each that are computed at once."""
-    return max(1, min(MAX_BATCH_ROWS, BATCH_TOKENS // width, LOGIT_BYTES // (4 * num_outputs)))
-
-
-def _prepare_other(
-    trained: Trained, data: Sequence[str], storage: str, address: str | None, verbose: bool
-) -> Corpus:
+def _prepare_other(trained: Trained, data: Sequence[str], storage: str) -> Corpus:
     """Rows of other documents: the run's own settings, but nothing deduplicated or held out."""
-    from dray.cluster.connection import connect
     from dray.show.progress import Display
 
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
-    with connect(address, num_cpus=1, verbose=verbose), said_of_data():
         return prepare(spec, storage, Display().say, trained.manifest.labels)
 
 

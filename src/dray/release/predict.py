@@ -29,7 +29,8 @@ from dray.corpus.rows import pad_rows
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.tokenizing import TokenizerInfo
 from dray.errors import SpecError, StoreError
-from dray.release.evaluate import batch_rows, make_evaluation_spec, said_of_data
+from dray.release.evaluate import make_evaluation_spec, said_of_data
+from dray.release.measuring import batch_rows
 from dray.release.trained import Trained, Weights, load_trained
 from dray.tasks.rows import SEPARATOR, Encoded
 

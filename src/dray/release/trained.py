@@ -39,8 +39,42 @@ class Trained:
     spec: Spec
     corpus: str
     manifest: Manifest
-    model: Any
-    """A transformers model in fp32, in evaluation mode."""
+    weights: Weights = "trained"
+
+    @cached_property
+    def model(self) -> Any:
+        """A transformers model in fp32, in evaluation mode; read when it is first asked for. Raises
+        StoreError for a checkpoint that is damaged, or has no such weights."""
+        run, info, spec, manifest = self.run, self.checkpoint, self.spec, self.manifest
+        kept = run.model()
+        model = build_model(
+            spec,
+            vocab_size=manifest.vocab_size,
+            num_labels=spec.task.on(manifest, spec.model.num_labels).num_labels,
+            labels=manifest.labels,
+            pad_token_id=manifest.pad_token_id,
+            eos_token_id=manifest.eos_token_id,
+            initial_weights=False,
+            config=kept["config"] if kept else None,
+        )
+        with run.hold(info), CheckpointReader(run, info) as reader:
+            problems = reader.verify_files(range(reader.num_files))
+            if problems:
+                raise StoreError(
+                    info.path,
+                    "; ".join(problems),
+                    "a damaged checkpoint is never loaded",
+                    "try another --step",
+                )
+            if self.weights != "trained" and not reader.names(self.weights):
+                raise StoreError(
+                    info.path,
+                    f"holds no average of the weights (--weights {self.weights})",
+                    "a run keeps one if its spec has regularization.ema",
+                    "leave --weights out for the trained weights",
+                )
+            _fill(model, reader, self.weights)
+        return model.eval()
 
     @property
     def tokenizer_folder(self) -> str:
@@ -101,47 +135,27 @@ class Trained:
         return device
 
 
-def load_trained(
+def open_trained(
     storage: str, name: str, step: str | int | None = None, weights: Weights = "trained"
 ) -> Trained:
-    """Load the model of a run at a step: a number, `best` by the run's validation metric (which
-    measured the trained weights), or None for the newest.
+    """What a run has at a step: a number, `best` by the run's validation metric (which measured the
+    trained weights), or None for the newest. Its model is not read yet.
 
-    Raises StoreError when there is no such run or checkpoint, it is damaged, or has no such
-    weights.
+    Raises StoreError when there is no such run or checkpoint.
     """
     run = Run.open(storage, name)
     info = choose_checkpoint(run, step)
-    spec, manifest, kept = run.spec(), load_run_manifest(run), run.model()
-    model = build_model(
-        spec,
-        vocab_size=manifest.vocab_size,
-        num_labels=spec.task.on(manifest, spec.model.num_labels).num_labels,
-        labels=manifest.labels,
-        pad_token_id=manifest.pad_token_id,
-        eos_token_id=manifest.eos_token_id,
-        initial_weights=False,
-        config=kept["config"] if kept else None,
-    )
-    with run.hold(info), CheckpointReader(run, info) as reader:
-        problems = reader.verify_files(range(reader.num_files))
-        if problems:
-            raise StoreError(
-                info.path,
-                "; ".join(problems),
-                "a damaged checkpoint is never loaded",
-                "try another --step",
-            )
-        if weights != "trained" and not reader.names(weights):
-            raise StoreError(
-                info.path,
-                f"holds no average of the weights (--weights {weights})",
-                "a run keeps one if its spec has regularization.ema",
-                "leave --weights out for the trained weights",
-            )
-        _fill(model, reader, weights)
-    model.eval()
-    return Trained(run, info, spec, run.corpus, manifest, model)
+    return Trained(run, info, run.spec(), run.corpus, load_run_manifest(run), weights)
+
+
+def load_trained(
+    storage: str, name: str, step: str | int | None = None, weights: Weights = "trained"
+) -> Trained:
+    """As `open_trained`, with its model read. Raises StoreError also when the checkpoint is damaged
+    or has no such weights."""
+    trained = open_trained(storage, name, step, weights)
+    _ = trained.model
+    return trained
 
 
 @torch.no_grad()

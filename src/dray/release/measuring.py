@@ -1,0 +1,127 @@
+"""A task's metrics of a trained model over rows: in this process, or by several workers on Ray,
+each of a part of the rows.
+
+Each part is measured by the task's own objective and metrics, as a validation's is, and the parts'
+sums are merged as those of ranks are.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from dray.corpus.manifest import Split
+from dray.corpus.prepare import Corpus
+from dray.corpus.stream import read_rows
+from dray.errors import DrayError, PlanError
+from dray.processes.heap import prepare_process
+from dray.release.trained import Trained, Weights, open_trained
+from dray.tasks import TaskMetrics, draw_of
+
+MAX_BATCH_ROWS, BATCH_TOKENS = 32, 32_768
+LOGIT_BYTES = 512 * 1024 * 1024
+"""Logits of a batch in fp32, at most; one row is the least that a batch can have."""
+PARTS_A_WORKER = 4
+"""Parts of the rows for each worker: whoever is done early takes more."""
+
+
+@torch.no_grad()
+def measure(trained: Trained, corpus: Corpus, split: Split, first: int, end: int) -> TaskMetrics:
+    """The sums of the task's metrics over the rows from `first` to before `end`, in this process,
+    on the GPU where there is one."""
+    spec = trained.spec
+    task = spec.task.on(trained.manifest, spec.model.num_labels)
+    metrics: TaskMetrics = task.new_metrics()
+    device = trained.move_to_device()
+    objective = task.objective(trained.model).eval()
+    width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
+    outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels
+    num_rows = batch_rows(width, outputs * (width if task.head.each == "token" else 1))
+    for start in range(first, end, group):  # a group is read at once
+        ids = np.arange(start, min(start + group, end), dtype=np.int64)
+        rows = read_rows(corpus.folder, corpus.manifest, split, ids)
+        for at in range(0, rows.num_rows, num_rows):
+            batch = task.collate(rows.slice(at, num_rows), draw_of(spec.seed, 0))
+            batch = {key: tensor.to(device) for key, tensor in batch.items()}
+            _, output = objective(batch)
+            metrics.update(batch, output)
+    return metrics
+
+
+def measure_on_workers(
+    trained: Trained, corpus: Corpus, split: Split, num_workers: int, num_gpus: int
+) -> TaskMetrics:
+    """The same over all rows of the split, by workers of the connected Ray with a CPU and
+    `num_gpus` GPUs each.
+
+    Workers are tasks, which need not be at work at the same time: where there is room for fewer
+    than were asked for, those do it all. Raises PlanError where there is room for none.
+    """
+    import ray
+
+    wanted = {"CPU": 1.0, **({"GPU": float(num_gpus)} if num_gpus else {})}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0.0) >= has for name, has in wanted.items()) for node in nodes):
+        raise PlanError(
+            "--workers",
+            f"no node has {' and '.join(f'{has:g} {name}' for name, has in wanted.items())}",
+            "each worker needs as much",
+            "leave it out to measure in this process",
+        )
+    bounds = np.linspace(0, split.num_rows, num_workers * PARTS_A_WORKER + 1).astype(int).tolist()
+    parts = [(first, end) for first, end in pairwise(bounds) if first < end]
+    run, step = trained.run, trained.checkpoint.step
+    place = (run.storage, run.name, step, trained.weights, corpus.folder, corpus.manifest, split)
+    work = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=1)(_measure_part)
+    shared, states = ray.put(place), dict[int, dict[str, Any]]()
+    pending: dict[Any, int] = {}
+    for number, part in enumerate(parts):
+        if len(pending) == num_workers:
+            _take_one(pending, states)
+        pending[work.remote(shared, *part)] = number
+    while pending:
+        _take_one(pending, states)
+    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    metrics: TaskMetrics = task.new_metrics()
+    # In the order of the rows, so that the sums do not depend on who was done first.
+    return metrics.merge(states[number] for number in range(len(parts)))
+
+
+def _take_one(pending: dict[Any, int], states: dict[int, dict[str, Any]]) -> None:
+    """Wait for one part. Raises what went wrong in its worker."""
+    import ray
+
+    done, _ = ray.wait(list(pending), num_returns=1)
+    try:
+        states[pending.pop(done[0])] = ray.get(done[0])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DrayError):
+            raise error.cause from None
+        raise
+
+
+def _measure_part(place: Any, first: int, end: int) -> dict[str, Any]:
+    storage, name, step, weights, folder, manifest, split = place
+    trained = _open_once(storage, name, step, weights)
+    return measure(trained, Corpus(folder, manifest), split, first, end).state()
+
+
+_opened: dict[tuple[str, str, int, str], Trained] = {}
+"""What this worker has read: it gets several parts."""
+
+
+def _open_once(storage: str, name: str, step: int, weights: Weights) -> Trained:
+    key = (storage, name, step, weights)
+    if key not in _opened:
+        prepare_process(1)
+        _opened.clear()  # one model at a time
+        _opened[key] = open_trained(storage, name, step, weights)
+    return _opened[key]
+
+
+def batch_rows(width: int, num_outputs: int) -> int:
+    """Rows of `width` tokens and `num_outputs` logits each that are computed at once."""
+    return max(1, min(MAX_BATCH_ROWS, BATCH_TOKENS // width, LOGIT_BYTES // (4 * num_outputs)))
