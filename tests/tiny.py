@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SUMMARY_KEYS = {
     "name",
@@ -45,3 +48,11 @@ def tiny_tree(corpus: Path, **sections: Any) -> dict[str, Any]:
         merges = isinstance(values, dict) and isinstance(tree.get(name), dict)
         tree[name] = {**tree[name], **values} if merges else values
     return tree
+
+
+def assert_close(found: Mapping[str, Any], expected: Mapping[str, Any], rel: float = 1e-6) -> None:
+    """That two evaluations say the same, numbers nearly so."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        is_number = isinstance(value, float)
+        assert found[key] == (pytest.approx(value, rel=rel, abs=1e-9) if is_number else value), key

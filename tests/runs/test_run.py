@@ -253,17 +253,17 @@ def test_attempts(run: Run) -> None:
     assert not {"status", "reason", "micro_rows"} & second.to_json().keys()
 
 
-def test_an_attempt_whose_record_is_none_is_named(run: Run) -> None:
+def test_an_attempt_whose_record_is_none_is_named(local_run: Run) -> None:
     """Not guessed: what it started from decides which steps count."""
-    run.begin_attempt(2, 0)
-    path = Path(run.path, "attempts", "0001.json")
+    local_run.begin_attempt(2, 0)
+    path = Path(local_run.path, "attempts", "0001.json")
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "later": "versions may add fields"}))
-    assert run.attempts()[0].num_ranks == 2
+    assert local_run.attempts()[0].num_ranks == 2
     del document["start_step"]
     path.write_text(json.dumps(document))
     with pytest.raises(StoreError, match=r"0001\.json.*no record of an attempt.*start_step"):
-        run.attempts()
+        local_run.attempts()
 
 
 def test_summary(storage: str, run: Run) -> None:

@@ -75,7 +75,7 @@ def test_the_task_of_the_page_is_learnt_resumed_measured_and_tells(tmp_path: Pat
         tmp_path,
         task={"name": "rate", "least": 0.01},
         data={
-            "train": "counts.jsonl",
+            "train": {"path": "counts.jsonl", "label": "label"},
             "validation": {"share": 0.2},
             "sequence_tokens": 32,
         },

@@ -17,7 +17,7 @@ from dray.release.predict import Counts, predict
 from dray.runs import Run
 from dray.spec import make_spec
 from dray.train import train_locally
-from tiny import tiny_tree
+from tiny import assert_close, tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 GOOD, BAD = ("fine", "lovely", "bright"), ("poor", "ugly", "dull")
@@ -111,7 +111,7 @@ def test_a_task_is_learnt_taken_up_again_evaluated_and_exported(tmp_path: Path, 
         assert report["MOOD"]["f1"] == pytest.approx(found["f1"])
     by_workers: dict[str, dict[str, float]] = {}
     apart = evaluate(storage, "whole", workers=2, report=by_workers)
-    assert apart == pytest.approx(found, rel=1e-6, nan_ok=True)
+    assert_close(apart, found)
     assert by_workers.keys() == report.keys()
     for key, value in measured.items():
         if key in found and isinstance(value, float):

@@ -133,15 +133,15 @@ def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
         )
 
     run_out(0)
-    assert begin_attempt(job, 2)["micro_rows"] == 4
+    assert begin_attempt(job, 2).micro_rows == 4
     run_out(0)  # and again, before anything was committed: the same shortage
-    assert begin_attempt(job, 2)["micro_rows"] == 2
+    assert begin_attempt(job, 2).micro_rows == 2
     save(run, 10, attempt=run.attempts()[-1].number)
-    assert "micro_rows" not in begin_attempt(job, 2)
+    assert begin_attempt(job, 2).micro_rows is None
     run_out(10)
-    assert begin_attempt(job, 2)["micro_rows"] == 1
+    assert begin_attempt(job, 2).micro_rows == 1
     save(run, 20, attempt=run.attempts()[-1].number)
-    assert begin_attempt(job, 2)["micro_rows"] == 1, "the second time it was no accident"
+    assert begin_attempt(job, 2).micro_rows == 1, "the second time it was no accident"
 
 
 def test_the_step_that_is_left_out_is_the_one_whose_loss_leapt():
