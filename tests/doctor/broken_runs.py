@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dray.runs import Run
-from dray.runs.evidence import save_failure, save_stacks
+from dray.runs.evidence import save_stacks
+from dray.runs.layout import FAILURES, make_failure_file
+from dray.runs.records import RankFailure
+from dray.storage.filesystem import write_bytes
 
 NUM_RANKS, CULPRIT, FAULT_STEP = 3, 1, 4
 PLAN = {
@@ -45,20 +50,29 @@ def make_row(step: int, **values: Any) -> dict[str, Any]:
     }
 
 
+def write_failure(run: Run, document: Mapping[str, Any]) -> None:
+    """A failure's document, of any version and whatever it holds."""
+    path = f"{run.path}/{FAILURES}/{make_failure_file(document['attempt'])}"
+    write_bytes(run.filesystem, path, json.dumps(document).encode())
+
+
 def fail(
-    run: Run, ranks: list[dict[str, Any]], *, stacks: dict[int, str] | None = None, **fields: Any
+    run: Run,
+    ranks: Sequence[RankFailure | dict[str, Any]],
+    *,
+    stacks: dict[int, str] | None = None,
+    **fields: Any,
 ) -> None:
     """Write the failure of attempt 1 as a driver does."""
-    save_failure(
+    write_failure(
         run,
         {
             "attempt": 1,
             "step": FAULT_STEP - 1,
             "detected_by": "exception",
-            "ranks": ranks,
+            "ranks": [rank if isinstance(rank, dict) else rank.to_json() for rank in ranks],
             "nodes_lost": [],
             "preempted": False,
-            "host_memory": None,
             **fields,
         },
     )

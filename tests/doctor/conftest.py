@@ -40,7 +40,7 @@ def load_group(folder: Path) -> Group:
             if said.exists()
             else make_rank_failure(
                 rank, exit=int((folder / f"exit-{rank}").read_text()), node="10.0.0.7"
-            )
+            ).to_json()
         )
     stacks = {rank: (folder / f"stacks-{rank}.txt").read_text() for rank in range(NUM_RANKS)}
     return Group(ranks, {rank: text for rank, text in stacks.items() if text})

@@ -66,7 +66,7 @@ def run_rank(fault: str, rank: int, port: int, folder: Path) -> None:
             record = make_rank_failure(
                 rank, error, pid=os.getpid(), node="10.0.0.7", time=time.time(), step=FAULT_STEP
             )
-            (folder / f"error-{rank}.json").write_text(json.dumps(record))
+            (folder / f"error-{rank}.json").write_text(json.dumps(record.to_json()))
             if rank == 0:
                 time.sleep(
                     1

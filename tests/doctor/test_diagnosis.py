@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from broken_runs import FAULT_STEP, fail, make_row
+from broken_runs import FAULT_STEP, fail, make_row, write_failure
 
 from dray.cli import main
 from dray.doctor import classify, diagnose
@@ -25,7 +25,7 @@ from dray.errors import (
     SaveFailed,
 )
 from dray.runs import Run, create_run
-from dray.runs.evidence import make_rank_failure, save_beat, save_failure, save_log
+from dray.runs.evidence import make_rank_failure, save_beat, save_log
 from dray.show.report import format_diagnosis
 from dray.spec import Spec
 
@@ -168,15 +168,15 @@ def test_when_all_wait_for_rows_the_reader_is_at_fault(run: Run) -> None:
         ),
         ({}, {"exit": -9}, Cause.KILLED, 1),
         ({"error_type": "", "message": "gave no further sign of life"}, {}, Cause.KILLED, 0),
-        (make_rank_failure(0, SaveFailed("x")), {}, Cause.STORAGE, 0),
-        (make_rank_failure(0, CheckpointDamaged("x")), {}, Cause.CHECKPOINT, 0),
-        (make_rank_failure(0, ReadsDiffer("x")), {}, Cause.STORAGE, 0),
-        (make_rank_failure(0, BadNumbers("x")), {}, Cause.NUMERICS, 0),
-        (make_rank_failure(0, LossSpike(7, "x")), {}, Cause.SPIKE, 0),
-        (make_rank_failure(0, GroupDissolved("x")), {}, Cause.PREEMPTION, 0),
+        (make_rank_failure(0, SaveFailed("x")).to_json(), {}, Cause.STORAGE, 0),
+        (make_rank_failure(0, CheckpointDamaged("x")).to_json(), {}, Cause.CHECKPOINT, 0),
+        (make_rank_failure(0, ReadsDiffer("x")).to_json(), {}, Cause.STORAGE, 0),
+        (make_rank_failure(0, BadNumbers("x")).to_json(), {}, Cause.NUMERICS, 0),
+        (make_rank_failure(0, LossSpike(7, "x")).to_json(), {}, Cause.SPIKE, 0),
+        (make_rank_failure(0, GroupDissolved("x")).to_json(), {}, Cause.PREEMPTION, 0),
         (
             {"error_type": "builtins.KeyError", "message": "b", "time": 4.0},
-            make_rank_failure(1, CheckpointDamaged("x"), time=5.0),
+            make_rank_failure(1, CheckpointDamaged("x"), time=5.0).to_json(),
             Cause.CHECKPOINT,
             1,
         ),
@@ -197,7 +197,7 @@ def test_when_all_wait_for_rows_the_reader_is_at_fault(run: Run) -> None:
 def test_the_first_cause_of_two(
     run: Run, first: dict[str, object], second: dict[str, object], fault: Cause, rank: int
 ) -> None:
-    failure = {"attempt": 1, "ranks": [{"rank": 0, **first}, {"rank": 1, **second}]}
+    failure = {"attempt": 1, "ranks": [{**first, "rank": 0}, {**second, "rank": 1}]}
     assert classify(failure) is fault
     fail(run, failure["ranks"])  # type: ignore[arg-type]
     assert (diagnose(run).fault, diagnose(run).rank) == (fault, rank)
@@ -241,7 +241,7 @@ def test_without_ranks_the_document_and_then_the_record_tell(run: Run) -> None:
 
 def test_sound_runs(run: Run, spec: Spec) -> None:
     assert (diagnose(run).fault, diagnose(run).step) == (Cause.HEALTHY, FAULT_STEP - 1)
-    save_failure(run, {"attempt": 1, "step": 3, "ranks": [{"rank": 2, "exit": "SIGKILL"}]})
+    write_failure(run, {"attempt": 1, "step": 3, "ranks": [{"rank": 2, "exit": "SIGKILL"}]})
     run.begin_attempt(3, 0)
     found = diagnose(run)
     assert found.fault is Cause.HEALTHY
@@ -255,7 +255,7 @@ def test_sound_runs(run: Run, spec: Spec) -> None:
 
 
 def test_stopped_runs(run: Run) -> None:
-    save_failure(
+    write_failure(
         run, {"attempt": 1, "ranks": [{"rank": 0, "exit": "SIGKILL"}]}
     )  # stopped while it recovered
     run.set_status("interrupted", "KeyboardInterrupt")
@@ -358,13 +358,13 @@ def test_odd_documents_are_read_as_far_as_they_go(run: Run) -> None:
         [{"rank": "one", "time": "yesterday", "exit": "odd"}],
         [{}],
         [{"rank": 1, "step": "three", "pid": "x", "message": 5, "traceback": ["a"], "exit": -9}],
+        [{"rank": 1, "exit": -9, "memory_share": "much"}],
     ):
-        save_failure(
+        write_failure(
             run,
             {
                 "attempt": 1,
                 "ranks": ranks,
-                "host_memory": "much",
                 "nodes_lost": None,
                 "detected_by": "hang",
                 "step": "x",

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def test_a_killed_rank_is_told_from_those_that_lost_their_connection_to_it(
 
 
 def test_a_killed_rank_on_a_full_host_ran_out_of_memory(run: Run, groups: dict[str, Group]) -> None:
-    fail(run, groups["kill"].ranks, detected_by="worker_exit", host_memory={"used_share": 0.981})
+    ranks = [rank | {"memory_share": 0.981} for rank in groups["kill"].ranks]
+    fail(run, ranks, detected_by="worker_exit")
     found = diagnose(run)
     assert (found.fault, found.rank) == (Cause.HOST_MEMORY, CULPRIT)
     assert "98%" in found.cause
@@ -236,7 +238,7 @@ def test_a_crash_in_native_code(run: Run) -> None:
     assert "SIGSEGV" in found.cause
     Path(run.path, "logs").mkdir()
     Path(run.path, "logs", "a0001-r00000.log").write_text(died.stderr)
-    fail(run, [record | {"exit": None, "error_type": "ray.exceptions.WorkerCrashedError"}])
+    fail(run, [replace(record, exit=None, error_type="ray.exceptions.WorkerCrashedError")])
     found = diagnose(run)
     assert found.fault is Cause.CODE
     assert "Segmentation fault" in found.cause
@@ -298,7 +300,7 @@ try:
     ray.get(fill.remote(), timeout=90)
 except ray.exceptions.RayError as error:
     from dray.runs.evidence import make_rank_failure
-    print("\\n" + json.dumps(make_rank_failure(1, error)))
+    print("\\n" + json.dumps(make_rank_failure(1, error).to_json()))
 """
 
 
@@ -334,6 +336,7 @@ def test_rays_other_errors(run: Run) -> None:
         (WorkerGroupError("rank 1: ValueError: bad", {1: ValueError("bad")}), Cause.CODE),
     ]
     for error, fault in known:
-        assert classify({"attempt": 1, "ranks": [make_rank_failure(0, error)]}) is fault, error
+        record = make_rank_failure(0, error).to_json()
+        assert classify({"attempt": 1, "ranks": [record]}) is fault, error
     fail(run, [make_rank_failure(0, BroadcastCollectiveTimeoutError(30.0, [2], 30.0))])
     assert diagnose(run).rank == 2

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from dray.errors import PlanError
-from dray.plan import Card, find_cards, local_shape, make_accelerator, make_plan, match_accelerator
+from dray.plan import (
+    Card,
+    find_cards,
+    local_shape,
+    make_accelerator,
+    make_plan,
+    match_accelerator,
+    used_memory_share,
+)
 from dray.plan.machine import _visible_handles
 from dray.processes.heap import keep_compiled_code
 from dray.spec import make_spec
@@ -172,3 +180,19 @@ def test_compiled_code_is_kept_in_the_home(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     keep_compiled_code()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_memory_in_use_is_that_of_the_cgroup_where_there_is_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files stand in for the kernel's: a test cannot set limits of its own everywhere."""
+    assert 0.0 < used_memory_share() < 1.0
+    limit = 64 * 1024 * 1024
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{limit * 7 // 8}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {limit // 8}\n")
+    names = (str(tmp_path), "memory.max", "memory.current", "inactive_file")
+    monkeypatch.setattr("dray.plan.machine._CGROUPS", (names,))
+    assert used_memory_share() == 0.75
+    (tmp_path / "memory.stat").unlink()  # a kernel that says less
+    assert 0.0 < used_memory_share() < 1.0

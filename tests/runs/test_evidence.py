@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from dray.runs import Run
 from dray.runs.evidence import (
     TAIL_BYTES,
@@ -17,6 +19,7 @@ from dray.runs.evidence import (
     stack_path,
     unwrap,
 )
+from dray.runs.records import Failure
 from dray.storage.filesystem import list_files, read_bytes, write_bytes
 
 
@@ -31,21 +34,17 @@ def test_what_is_saved_is_read(run: Run) -> None:
     save_log(run, 2, 1, "another attempt's")
     save_stacks(run, 1, 12345, "Thread 0x1 (most recent call first):\n")
     save_beat(run, 1, 1, {"step": 3, "phase": "data"})
-    save_failure(
-        run, {"attempt": 1, "ranks": [make_rank_failure(1, exit="SIGKILL")], "more": {"kept": 1}}
-    )
-    save_failure(run, {"attempt": 12, "reason": "no cluster"})
+    killed = make_rank_failure(1, exit="SIGKILL")
+    save_failure(run, Failure(1, 3, 0, "worker_exit", (killed,)))
+    later = {"attempt": 12, "reason": "no cluster"}  # of another version
+    write_bytes(run.filesystem, f"{run.path}/failures/a0012.json", json.dumps(later).encode())
     assert load_log(run, 1, 1)[-1] == "last words"
     assert len(load_log(run, 1, 1)[0]) < TAIL_BYTES
     assert load_log(run, 2, 1) == ["another attempt's"]
     assert list(load_stacks(run, 1)) == [12345]
     assert load_beats(run, 1) == {1: {"rank": 1, "step": 3, "phase": "data"}}
     first, second = load_failures(run)
-    assert (first["attempt"], first["more"], first["ranks"][0]["exit"]) == (
-        1,
-        {"kept": 1},
-        "SIGKILL",
-    )
+    assert (first["attempt"], first["step"], first["ranks"][0]["exit"]) == (1, 3, "SIGKILL")
     assert (second["attempt"], second["ranks"], second["reason"]) == (12, [], "no cluster")
 
 
@@ -54,9 +53,8 @@ def test_no_secret_is_kept(run: Run) -> None:
     save_log(run, 1, 0, f"AWS_SECRET_ACCESS_KEY={secret}\nlast words\n")
     save_stacks(run, 1, 0, f"s3://me:{secret}@bucket")
     save_beat(run, 1, 0, {"password": secret})
-    save_failure(
-        run, {"attempt": 1, "ranks": [make_rank_failure(0, OSError(f"s3://b?secret_key={secret}"))]}
-    )
+    told = make_rank_failure(0, OSError(f"s3://b?secret_key={secret}"))
+    save_failure(run, Failure(1, 3, 0, "exception", (told,)))
     for folder in ("logs", "stacks", "beats", "failures"):
         (name,) = list_files(run.filesystem, f"{run.path}/{folder}")
         assert secret not in read_bytes(run.filesystem, f"{run.path}/{folder}/{name}").decode()
@@ -64,8 +62,8 @@ def test_no_secret_is_kept(run: Run) -> None:
 
 
 def test_damage_is_left_out(run: Run) -> None:
-    save_failure(run, {"attempt": 1})
-    save_failure(run, {"attempt": 2})
+    for attempt in (1, 2):
+        save_failure(run, Failure(attempt, 3, 0, "worker_exit", ()))
     save_beat(run, 1, 0, {"step": 3})
     write_bytes(run.filesystem, f"{run.path}/failures/a0001.json", b"{")
     write_bytes(run.filesystem, f"{run.path}/failures/notes.txt", b"a person's")
@@ -86,10 +84,10 @@ def test_an_error_is_freed_of_its_wrappers() -> None:
     assert unwrap(Wrapper(Wrapper(inner))) is inner
     assert str(unwrap(Wrapper(None))) == "outer"
     record = make_rank_failure(2, Wrapper(inner), node="a", step=7)
-    assert (record["error_type"], record["node"], record["step"], record["exit"]) == (
+    assert (record.error_type, record.node, record.step, record.exit) == (
         "builtins.KeyError",
         "a",
         7,
         None,
     )
-    assert record["traceback"].startswith("KeyError")
+    assert record.traceback.startswith("KeyError")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from dray.doctor import classify
 from dray.doctor.budget import MAX_NODE_LOSSES, Budget, SmallerBatch
 from dray.errors import Cause, LossSpike
 from dray.plan import local_shape, make_plan
-from dray.rank.job import Job, begin_attempt
+from dray.rank.job import Job, begin_attempt, make_attempt
+from dray.rank.pulse import Pulse
 from dray.runs import CheckpointWriter, Driver, Run, create_run, make_fragment_key
 from dray.runs.evidence import make_rank_failure
+from dray.runs.records import Failure
 from dray.spec import make_spec
-from dray.train.recovery import _find_failed_attempt, _find_spike
+from dray.train.recovery import _find_failed_attempt, _find_spike, _make_failure
 from tiny import tiny_tree
 
 BATCH: dict[str, Any] = {"micro_rows": 4, "rows_per_rank": 8}
@@ -145,11 +151,32 @@ def test_one_spike_of_memory_does_not_halve_a_run_for_ever(tmp_path: Path):
 
 
 def test_the_step_that_is_left_out_is_the_one_whose_loss_leapt():
-    failure = {
-        "step": 9,
-        "ranks": [
-            make_rank_failure(0, RuntimeError("x"), step=9),
-            make_rank_failure(1, LossSpike(8, "x"), step=8),
-        ],
-    }
+    ranks = (
+        make_rank_failure(0, RuntimeError("x"), step=9),
+        make_rank_failure(1, LossSpike(8, "x"), step=8),
+    )
+    failure = Failure(1, 9, 0, "exception", ranks)
     assert _find_spike(failure) == 8
+
+
+@pytest.mark.parametrize(("share", "cause"), [(0.99, Cause.HOST_MEMORY), (0.5, Cause.KILLED)])
+def test_a_rank_that_was_killed_on_a_full_node_ran_out_of_memory(
+    tmp_path: Path, local_ray: None, share: float, cause: Cause
+):
+    """The kernel kills without a word: the last heartbeat tells how full the node was."""
+    import ray
+
+    @ray.remote(num_cpus=0, max_restarts=0)
+    class Rank:
+        def die(self) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ray.exceptions.ActorDiedError) as died:
+        ray.get(Rank.remote().die.remote())
+    run, job, _ = make_job(tmp_path)
+    attempt = make_attempt(job, begin_attempt(job, job.plan.num_ranks))
+    here = ray.get_runtime_context().get_node_id()
+    beat = replace(Pulse(0).beat(here, "10.0.0.7"), attempt=1, step=4, memory_share=share)
+    failure = _make_failure(run, attempt, [], {0: (beat, 0.1)}, {0: died.value}, noticed=False)
+    assert (failure.step, failure.detected_by) == (4, "worker_exit")
+    assert classify(failure.to_json()) is cause

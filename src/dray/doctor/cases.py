@@ -92,6 +92,8 @@ class Case:
     message: str = ""
     traceback: str = ""
     exit: str = ""
+    memory_share: float | None = None
+    """Of its node's memory, in use when it was last heard of."""
     on_purpose: bool = False
     """Whether it was one of dray's errors that end an attempt, whatever else fails beside it."""
     log: str = ""
@@ -174,6 +176,7 @@ def _make_case(
         message=message,
         traceback=traceback,
         exit=make_exit(record.get("exit")),
+        memory_share=_make_share(record.get("memory_share")),
         on_purpose=bool(record.get("cause")),
         failure=failure,
         log="\n".join(logs.get(rank, ())) if isinstance(rank, int) else "",
@@ -243,6 +246,10 @@ def make_exit(value: Any) -> str:
 def make_whole(value: Any) -> int | None:
     """A whole number of a record; none for anything else."""
     return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _make_share(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
 
 
 def make_seconds(value: Any) -> float | None:

@@ -177,9 +177,7 @@ def _in_corpus(case: Case) -> bool:
 
 
 def _host_is_full(case: Case) -> bool:
-    memory = case.failure.get("host_memory") or {}
-    share = memory.get("used_share") if isinstance(memory, Mapping) else None
-    return case.lost and isinstance(share, (int, float)) and share >= HIGH_MEMORY_SHARE
+    return case.lost and (case.memory_share or 0.0) >= HIGH_MEMORY_SHARE
 
 
 RULES: tuple[Rule, ...] = (
@@ -502,8 +500,6 @@ class Finding:
 
     def _values(self, values: Mapping[str, Any]) -> Values:
         case = self.case
-        memory = case.failure.get("host_memory") or {}
-        share = memory.get("used_share") if isinstance(memory, Mapping) else None
         own = {
             "who": "the driver" if case.rank is None else f"rank {case.rank}",
             "at": f" at step {case.step}" if case.step is not None else "",
@@ -514,8 +510,8 @@ class Finding:
         lost = [str(node) for node in case.failure.get("nodes_lost") or []]
         if case.node or lost:
             own["node"] = case.node or lost[0]
-        if isinstance(share, (int, float)):
-            own["used_share"] = f"{share:.0%}"
+        if case.memory_share is not None:
+            own["used_share"] = f"{case.memory_share:.0%}"
         if size := self.groups.get("array") or self.groups.get("malloc"):
             own["size"] = size
         if "signal" in self.groups:

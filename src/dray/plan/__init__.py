@@ -14,7 +14,13 @@ from dray.plan.hardware import (
     match_accelerator,
     parse_shape,
 )
-from dray.plan.machine import Card, find_cards, local_shape, make_accelerator
+from dray.plan.machine import (
+    Card,
+    find_cards,
+    local_shape,
+    make_accelerator,
+    used_memory_share,
+)
 from dray.plan.memory import MemoryPlan
 from dray.plan.parameters import (
     Counted,
@@ -57,5 +63,6 @@ __all__ = [
     "match_accelerator",
     "num_steps_of",
     "parse_shape",
+    "used_memory_share",
     "with_measured_step",
 ]

@@ -191,13 +191,41 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+"""Of both versions: the folder, its limit, what is in use, and what of that are files that nobody
+needs."""
+
+
 def _machine_memory_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = Path(path).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            return min(total, int(limit))
+    for folder, limit, _, _ in _CGROUPS:
+        with suppress(OSError):
+            text = Path(folder, limit).read_text(encoding="utf-8").strip()
+            if text.isdigit():
+                return min(total, int(text))
     return total
+
+
+def used_memory_share() -> float:
+    """Share of this machine's memory, or of its cgroup's, that is in use, without files that could
+    be dropped: at 1 the kernel kills."""
+    total = _machine_memory_bytes()
+    if total < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        for folder, _, usage, idle in _CGROUPS:
+            with suppress(OSError, ValueError, KeyError):
+                used = int(Path(folder, usage).read_text(encoding="utf-8"))
+                lines = Path(folder, "memory.stat").read_text(encoding="utf-8").splitlines()
+                found = dict(line.split() for line in lines)
+                return max(0, used - int(found[idle])) / total
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return 1.0 - float(memory.available) / float(memory.total)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from dray.plan import used_memory_share
 from dray.runs.records import Beat
 
 STACK_SIGNAL = signal.SIGUSR1
@@ -66,6 +67,7 @@ class Pulse:
             time=time.time(),
             node_id=node_id,
             node=node,
+            memory_share=used_memory_share(),
         )
 
     def dump_stacks_on_signal(self) -> None:

@@ -28,6 +28,7 @@ from dray.runs.layout import (
     parse_failure_file,
     parse_rank_evidence,
 )
+from dray.runs.records import Failure, RankFailure
 from dray.runs.row_log import load_json, make_json
 from dray.storage.filesystem import list_files, write_bytes
 
@@ -54,48 +55,29 @@ def beat_path(run: RunFolder, attempt: int, rank: int) -> str:
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def save_failure(run: RunFolder, failure: Mapping[str, Any]) -> None:
-    """Keep what is known of a failed attempt (its number is `attempt`), replacing what was known
-    before.
-
-    Fields that `dray.doctor` reads: step, detected_by, ranks (a list of `make_rank_failure`),
-    nodes_lost, preempted, host_memory; any other is kept.
-    """
-    path = f"{run.path}/{FAILURES}/{make_failure_file(int(failure['attempt']))}"
-    write_bytes(run.filesystem, path, make_json(redact_fields(failure), indent=1) + b"\n")
+def save_failure(run: RunFolder, failure: Failure) -> None:
+    """Keep what is known of a failed attempt, replacing what was known before."""
+    path = f"{run.path}/{FAILURES}/{make_failure_file(failure.attempt)}"
+    document = redact_fields(failure.to_json())
+    write_bytes(run.filesystem, path, make_json(document, indent=1) + b"\n")
 
 
 def make_rank_failure(
     rank: int | None, error: BaseException | None = None, **fields: Any
-) -> dict[str, Any]:
-    """How one rank ended, as plain values: its error, freed of Ray's wrappers, and `fields` (node,
-    pid, exit, time …).
-
-    `cause` is that of a RankError, none for others'. The driver's own failure has no rank.
-    """
-    record: dict[str, Any] = {
-        "rank": rank,
-        "node": None,
-        "pid": None,
-        "error_type": "",
-        "message": "",
-        "traceback": "",
-        "exit": None,
-        "time": None,
-        "step": None,
-        "cause": None,
+) -> RankFailure:
+    """How one rank ended: its error, freed of Ray's wrappers, and other fields of the record."""
+    if error is None:
+        return RankFailure(rank, **fields)
+    inner = unwrap(error)
+    text = "".join(traceback.format_exception(inner))
+    told = getattr(error, "traceback_str", None) or getattr(error, "_traceback_str", None)
+    said = {
+        "error_type": f"{type(inner).__module__}.{type(inner).__qualname__}",
+        "message": str(inner),
+        "traceback": str(told or text)[-TAIL_BYTES:],
+        "cause": str(inner.cause) if isinstance(inner, RankError) else None,
     }
-    if error is not None:
-        inner = unwrap(error)
-        text = "".join(traceback.format_exception(inner))
-        told = getattr(error, "traceback_str", None) or getattr(error, "_traceback_str", None)
-        record |= {
-            "error_type": f"{type(inner).__module__}.{type(inner).__qualname__}",
-            "message": str(inner),
-            "traceback": str(told or text)[-TAIL_BYTES:],
-            "cause": str(inner.cause) if isinstance(inner, RankError) else None,
-        }
-    return record | fields
+    return RankFailure(rank, **said | fields)
 
 
 def unwrap(error: BaseException) -> BaseException:

@@ -1,5 +1,5 @@
-"""Records instead of loose fields: of an attempt, and of what travels from the ranks to the driver;
-pure, and safe to send.
+"""Records instead of loose fields: of attempts and their failures, and of what travels from the
+ranks to the driver; pure, and safe to send.
 
 A rank says what it is doing (`Beat`), reports each step (`StepReport`) and each validation
 (`ValidationReport`), and tells what else happened (`Event`); the loop says at the end how it ended
@@ -61,6 +61,51 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True)
+class RankFailure:
+    """How one rank ended: what it said itself, or what others know of it."""
+
+    rank: int | None
+    """None: the driver."""
+    attempt: int = 0
+    step: int | None = None
+    phase: str = ""
+    node: str = ""
+    pid: int | None = None
+    time: float | None = None
+    error_type: str = ""
+    message: str = ""
+    traceback: str = ""
+    exit: str | int | None = None
+    memory_share: float | None = None
+    """Of its node's memory, in use when it was last heard of."""
+    cause: str | None = None
+    """Of a RankError: the rank ended the attempt on purpose."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How an attempt failed. Its document is evidence, which `dray.doctor` reads as far as it
+    goes: other versions may have written it, or a disk have damaged it."""
+
+    attempt: int
+    step: int
+    committed_step: int
+    """Of the newest checkpoint by then."""
+    detected_by: str
+    """hang, exception, or worker_exit."""
+    ranks: tuple[RankFailure, ...]
+    nodes_lost: tuple[str, ...] = ()
+    preempted: bool = False
+    time: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Beat:
     """A rank's present. `seconds` have passed since its phase began; `long`: it may be silent for
     long now."""
@@ -80,6 +125,8 @@ class Beat:
     """Ray's name of the rank's node; empty without Ray."""
     node: str = ""
     """The node's address."""
+    memory_share: float = 0.0
+    """Of the node's memory, in use."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

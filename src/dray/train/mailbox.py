@@ -7,9 +7,8 @@ ranks but what the driver takes away: a beat costs the same in a group of ten th
 from __future__ import annotations
 
 import time
-from typing import Any
 
-from dray.runs.records import Beat, Report
+from dray.runs.records import Beat, RankFailure, Report
 
 Beats = dict[int, tuple[Beat, float]]
 """Rank → its last heartbeat, and the seconds since it arrived."""
@@ -33,7 +32,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._records: list[Report] = []
         self._beats: Beats = {}
-        self._failures: list[dict[str, Any]] = []
+        self._failures: list[RankFailure] = []
         self._stop, self._notice = False, False
         self._received = self._stored = self._judged = self._num_left = self._attempt = 0
         self._looked_at = -LOOK_SECONDS
@@ -62,7 +61,7 @@ class Mailbox:
             self._beats.clear()
         self._beats[beat.rank] = beat, time.monotonic()
 
-    def fail(self, failure: dict[str, Any]) -> None:
+    def fail(self, failure: RankFailure) -> None:
         """Take a rank's last words."""
         self._failures.append(failure)
         self._num_left += 1
@@ -74,7 +73,7 @@ class Mailbox:
 
     # ---- for the driver and for Ray Train's controller ------------------------------------------
 
-    def evidence(self) -> tuple[list[dict[str, Any]], Beats]:
+    def evidence(self) -> tuple[list[RankFailure], Beats]:
         """What failed ranks said since the last call, and the beats, which are forgotten."""
         failures, self._failures = self._failures, []
         beats = self._aged()

@@ -34,7 +34,7 @@ from dray.runs.evidence import (
     save_stacks,
     unwrap,
 )
-from dray.runs.records import AttemptRecord, Beat
+from dray.runs.records import AttemptRecord, Beat, Failure, RankFailure
 from dray.runs.row_log import now, run_together
 from dray.train.mailbox import Beats, pace
 from dray.train.posting import BEAT_EVERY_SECONDS, SEND_EVERY_SECONDS
@@ -113,7 +113,7 @@ def _dissolve(job: Job, mailbox: Any, num_ranks: int) -> None:
         time.sleep(SEND_EVERY_SECONDS)
     said, beats = ray.get(mailbox.evidence.remote())
     step = max(
-        [*(int(item["step"]) for item in said), *(beat.step for beat, _ in beats.values())],
+        [*(item.step or 0 for item in said), *(beat.step for beat, _ in beats.values())],
         default=0,
     )
     newest = run.latest_checkpoint()
@@ -143,16 +143,14 @@ def _recover(
     ):
         time.sleep(0.05)
     said, beats = ray.get(mailbox.evidence.remote())
-    failure = _make_failure(
-        run, attempt, [item for item in said if item["attempt"] == attempt.number], beats, errors
-    )
-    failure["preempted"] |= noticed
+    said = [item for item in said if item.attempt == attempt.number]
+    failure = _make_failure(run, attempt, said, beats, errors, noticed=noticed)
     save_failure(run, failure)
-    step, batch = failure["step"], attempt.plan.batch
-    cause = classify(failure)
+    batch = attempt.plan.batch
+    cause = classify(failure.to_json())
     if cause is Cause.SPIKE:
         cause = _leave_out(run, attempt, _find_spike(failure), job.spec.numerics.max_rewinds)
-    committed = failure["committed_step"]
+    committed = failure.committed_step
     decision = budget.decide(
         cause,
         committed_step=committed,
@@ -167,11 +165,11 @@ def _recover(
     if decision.micro_rows:
         before = SmallerBatch.from_record(run.record())
         run.update(**SmallerBatch.after(before, decision.micro_rows, committed).to_record())
-    run.end_attempt(attempt.number, "failed", step, cause)
+    run.end_attempt(attempt.number, "failed", failure.step, cause)
     run.log_event(
         "attempt_failed",
         attempt=attempt.number,
-        step=step,
+        step=failure.step,
         cause=cause,
         retry=decision.retry,
         reason=decision.reason,
@@ -192,13 +190,14 @@ def _find_failed_attempt(run: Run, job: Job) -> AttemptRecord:
 def _make_failure(
     run: Run,
     attempt: Attempt,
-    said: list[dict[str, Any]],
+    said: list[RankFailure],
     beats: Beats,
     errors: dict[int, BaseException],
-) -> dict[str, Any]:
-    """The document of a failed attempt: what ranks said, what Ray says of the others, and who fell
-    silent."""
-    found = {item["rank"]: item for item in said}
+    *,
+    noticed: bool,
+) -> Failure:
+    """What ranks said, what Ray says of the others, and who fell silent."""
+    found = {item.rank: item for item in said}
     lost = find_lost_nodes({beat.node_id for rank, (beat, _) in beats.items() if rank not in found})
     _keep_last_words(run, attempt.number, beats)
     silent = 3 * pace(BEAT_EVERY_SECONDS, attempt.num_ranks)
@@ -213,6 +212,7 @@ def _make_failure(
                 step=beat.step,
                 phase=beat.phase,
                 time=beat.time,
+                memory_share=beat.memory_share,
                 **silence,
             )
     for rank, error in errors.items():
@@ -222,19 +222,18 @@ def _make_failure(
     )
     newest = run.latest_checkpoint()
     # Ranks of a group that was ended at its deadline have said nothing.
-    steps = [item.get("step") for item in found.values()] or [
-        beat.step for beat, _ in beats.values()
-    ]
-    return {
-        "attempt": attempt.number,
-        "time": now(),
-        "committed_step": newest.step if newest else 0,
-        "step": max((int(step or 0) for step in steps), default=attempt.start_step),
-        "detected_by": "hang" if hung else "exception" if said else "worker_exit",
-        "ranks": [found[rank] for rank in sorted(found)],
-        "nodes_lost": lost,
-        "preempted": any(getattr(unwrap(error), "preempted", False) for error in errors.values()),
-    }
+    steps = [item.step for item in found.values()] or [beat.step for beat, _ in beats.values()]
+    told = any(getattr(unwrap(error), "preempted", False) for error in errors.values())
+    return Failure(
+        attempt=attempt.number,
+        step=max((step or 0 for step in steps), default=attempt.start_step),
+        committed_step=newest.step if newest else 0,
+        detected_by="hang" if hung else "exception" if said else "worker_exit",
+        ranks=tuple(sorted(found.values(), key=lambda item: item.rank or 0)),
+        nodes_lost=tuple(lost),
+        preempted=told or noticed,
+        time=now(),
+    )
 
 
 def _keep_last_words(run: Run, attempt: int, beats: Beats) -> None:
@@ -249,9 +248,9 @@ def _keep_last_words(run: Run, attempt: int, beats: Beats) -> None:
     run_together([partial(keep_log, rank, beat.log_file) for rank, (beat, _) in beats.items()])
 
 
-def _find_spike(failure: dict[str, Any]) -> int:
+def _find_spike(failure: Failure) -> int:
     """The step whose loss leapt: ranks may have begun later ones before they learnt of it."""
-    return next(int(rank["step"]) for rank in failure["ranks"] if rank["cause"] == Cause.SPIKE)
+    return next(rank.step or 0 for rank in failure.ranks if rank.cause == Cause.SPIKE)
 
 
 def _leave_out(run: Run, attempt: Attempt, step: int, max_rewinds: int) -> Cause:
