@@ -211,6 +211,12 @@ def _add_uses(commands: Any) -> None:
         "that form is (default: the validation rows)",
     )
     evaluate.add_argument(
+        "--thorough",
+        action="store_true",
+        help="to the letter of the task's metric, at a greater cost: masked_lm hides each token by "
+        "itself",
+    )
+    evaluate.add_argument(
         "--workers",
         type=int,
         metavar="N",
@@ -487,6 +493,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         step=arguments.step,
         weights=arguments.weights,
+        thorough=arguments.thorough,
         workers=arguments.workers,
         address=arguments.address,
         verbose=arguments.verbose,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dray.corpus.prepare import prepare
+from dray.errors import SpecError
 from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.predict import Counts, predict
@@ -109,6 +110,13 @@ def test_a_task_is_learnt_taken_up_again_evaluated_and_exported(tmp_path: Path, 
     found = evaluate(storage, "whole", report=report)
     if name == "token_classification":
         assert report["MOOD"]["f1"] == pytest.approx(found["f1"])
+    if name == "masked_lm":
+        exact = evaluate(storage, "whole", thorough=True)
+        assert exact["num_targets"] > 2 * found["num_targets"]
+        assert abs(exact["loss"] - found["loss"]) < 0.7
+    else:
+        with pytest.raises(SpecError, match=r"--thorough: .* is evaluated to the letter"):
+            evaluate(storage, "whole", thorough=True)
     by_workers: dict[str, dict[str, float]] = {}
     apart = evaluate(storage, "whole", workers=2, report=by_workers)
     assert_close(apart, found)

@@ -25,6 +25,7 @@ def evaluate(
     data: Sequence[str] | None = None,
     step: str | int | None = None,
     weights: Weights = "trained",
+    thorough: bool = False,
     workers: int | None = None,
     address: str | None = None,
     verbose: bool = False,
@@ -35,13 +36,24 @@ def evaluate(
     besides, by what it is of.
 
     `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
-    Other data may be any slice, of one class alone, too. `workers`: how many measure at once, on
+    Other data may be any slice, of one class alone, too. `thorough`: to the letter of the task's
+    metric, at a greater cost (`Task.thorough`). `workers`: how many measure at once, on
     Ray, with a CPU and, where the cluster has GPUs, a GPU each; none: this process does, and needs
     no Ray for the validation rows. Raises UserError for data that cannot be evaluated.
     """
     if workers is not None and workers < 1:
         raise PlanError("--workers", f"is {workers}", "at least one worker measures")
     trained = (open_trained if workers else load_trained)(storage, name, step, weights)
+    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    if thorough:
+        task = task.thorough()
+        if task is None:
+            raise SpecError(
+                "--thorough",
+                f"{trained.spec.task.name} is evaluated to the letter in any case",
+                "it is for tasks whose validation takes a shorter way",
+                "leave it out",
+            )
     held_out = trained.manifest.validation
     if held_out is None and not data:
         raise CorpusError(
@@ -51,7 +63,12 @@ def evaluate(
         num_gpus = 0
         if data or workers:
             connection = stack.enter_context(
-                connect(address, num_cpus=workers or 1, verbose=verbose)
+                connect(
+                    address,
+                    num_cpus=workers or 1,
+                    cpus_per_worker=1.0 if workers else 0.0,
+                    verbose=verbose,
+                )
             )
             num_gpus = min(1, connection.shape.accelerators_per_node)
         if data:
@@ -60,11 +77,10 @@ def evaluate(
             corpus = Corpus(trained.corpus, trained.manifest)
         split = corpus.manifest.train if data or held_out is None else held_out
         metrics = (
-            measure_on_workers(trained, corpus, split, workers, num_gpus)
+            measure_on_workers(trained, task, corpus, split, num_workers=workers, num_gpus=num_gpus)
             if workers
-            else measure(trained, corpus, split, 0, split.num_rows)
+            else measure(trained, task, corpus, split, first=0, end=split.num_rows)
         )
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
     if report is not None:
         report.update(task.report(metrics))
     values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dray.cluster.workers import fork_environment, server_of_ranks
 from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import read_rows
 from dray.errors import DrayError, PlanError
 from dray.processes.heap import prepare_process
 from dray.release.trained import Trained, Weights, open_trained
-from dray.tasks import TaskMetrics, draw_of
+from dray.tasks import Task, TaskMetrics, draw_of
 
 MAX_BATCH_ROWS, BATCH_TOKENS = 32, 32_768
 LOGIT_BYTES = 512 * 1024 * 1024
@@ -29,12 +30,12 @@ PARTS_A_WORKER = 4
 
 
 @torch.no_grad()
-def measure(trained: Trained, corpus: Corpus, split: Split, first: int, end: int) -> TaskMetrics:
+def measure(
+    trained: Trained, task: Task, corpus: Corpus, split: Split, *, first: int, end: int
+) -> TaskMetrics:
     """The sums of the task's metrics over the rows from `first` to before `end`, in this process,
     on the GPU where there is one."""
-    spec = trained.spec
-    task = spec.task.on(trained.manifest, spec.model.num_labels)
-    metrics: TaskMetrics = task.new_metrics()
+    metrics = task.new_metrics()
     device = trained.move_to_device()
     objective = task.objective(trained.model).eval()
     width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
@@ -43,8 +44,7 @@ def measure(trained: Trained, corpus: Corpus, split: Split, first: int, end: int
     for start in range(first, end, group):  # a group is read at once
         ids = np.arange(start, min(start + group, end), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)
-        for at in range(0, rows.num_rows, num_rows):
-            batch = task.collate(rows.slice(at, num_rows), draw_of(spec.seed, 0))
+        for batch in task.passes(rows, draw_of(trained.spec.seed, 0), num_rows):
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
             _, output = objective(batch)
             metrics.update(batch, output)
@@ -52,7 +52,7 @@ def measure(trained: Trained, corpus: Corpus, split: Split, first: int, end: int
 
 
 def measure_on_workers(
-    trained: Trained, corpus: Corpus, split: Split, num_workers: int, num_gpus: int
+    trained: Trained, task: Task, corpus: Corpus, split: Split, *, num_workers: int, num_gpus: int
 ) -> TaskMetrics:
     """The same over all rows of the split, by workers of the connected Ray with a CPU and
     `num_gpus` GPUs each.
@@ -74,9 +74,12 @@ def measure_on_workers(
     bounds = np.linspace(0, split.num_rows, num_workers * PARTS_A_WORKER + 1).astype(int).tolist()
     parts = [(first, end) for first, end in pairwise(bounds) if first < end]
     run, step = trained.run, trained.checkpoint.step
-    place = (run.storage, run.name, step, trained.weights, corpus.folder, corpus.manifest, split)
-    work = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=1)(_measure_part)
-    shared, states = ray.put(place), dict[int, dict[str, Any]]()
+    what = (run.storage, run.name, step, trained.weights), task, corpus, split
+    # Forks of a process that has imported torch, as ranks are.
+    forks = fork_environment(server_of_ranks(num_gpus), ray.get_runtime_context().runtime_env or {})
+    options = {"num_cpus": 1, "num_gpus": num_gpus, "max_retries": 1, "runtime_env": forks}
+    work = ray.remote(**options)(_measure_part)
+    shared, states = ray.put(what), dict[int, dict[str, Any]]()
     pending: dict[Any, int] = {}
     for number, part in enumerate(parts):
         if len(pending) == num_workers:
@@ -84,10 +87,8 @@ def measure_on_workers(
         pending[work.remote(shared, *part)] = number
     while pending:
         _take_one(pending, states)
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
-    metrics: TaskMetrics = task.new_metrics()
     # In the order of the rows, so that the sums do not depend on who was done first.
-    return metrics.merge(states[number] for number in range(len(parts)))
+    return task.new_metrics().merge(states[number] for number in range(len(parts)))
 
 
 def _take_one(pending: dict[Any, int], states: dict[int, dict[str, Any]]) -> None:
@@ -103,10 +104,9 @@ def _take_one(pending: dict[Any, int], states: dict[int, dict[str, Any]]) -> Non
         raise
 
 
-def _measure_part(place: Any, first: int, end: int) -> dict[str, Any]:
-    storage, name, step, weights, folder, manifest, split = place
-    trained = _open_once(storage, name, step, weights)
-    return measure(trained, Corpus(folder, manifest), split, first, end).state()
+def _measure_part(what: Any, first: int, end: int) -> dict[str, Any]:
+    place, task, corpus, split = what
+    return measure(_open_once(*place), task, corpus, split, first=first, end=end).state()
 
 
 _opened: dict[tuple[str, str, int, str], Trained] = {}

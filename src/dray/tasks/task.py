@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dray.spec import Direction, Field, Head, NoSettings
@@ -157,6 +157,16 @@ class Task:
         id alone, so that a resumed run draws the same.
         """
         raise NotImplementedError
+
+    def passes(self, table: pa.Table, draw: int, num_rows: int) -> Iterator[Batch]:
+        """What is computed of rows to evaluate a model on them, at most `num_rows` at once."""
+        for first in range(0, table.num_rows, num_rows):
+            yield self.collate(table.slice(first, num_rows), draw)
+
+    def thorough(self) -> Self | None:
+        """The task as it evaluates models to the letter of its metric, where what a validation
+        does is only quicker; None where it is the same."""
+        return None
 
     def num_targets(self, batch: Batch) -> int:
         """Number of terms in the batch's loss."""

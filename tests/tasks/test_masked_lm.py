@@ -1,0 +1,72 @@
+"""What is hidden of a row: in training by chance, in a thorough evaluation each token by itself."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from dray.corpus.shards import make_batch, stored_columns
+from dray.tasks import IGNORED
+from dray.tasks.masked_lm import SPECIAL, MaskedLM
+
+MASK, PAD, VOCAB = 3, 0, 20
+CORPUS = SimpleNamespace(labels=(), pad_token_id=PAD, mask_token_id=MASK, vocab_size=VOCAB)
+TOKENS = [[1, 7, 8, 9, 2, 0, 0, 0], [1, 10, 11, 12, 13, 14, 15, 2], [1, 5, 2, 0, 0, 0, 0, 0]]
+NUM_TOKENS = [5, 8, 3]
+
+
+def make_rows(task: MaskedLM) -> pa.Table:
+    """Three rows, of which the last one only fills a batch up; 1 and 2 are no word's tokens."""
+    tokens = np.array(TOKENS, np.uint32)
+    starts = np.where(tokens < 4, SPECIAL, 1).astype(np.uint8)
+    values = {"input_ids": tokens, "num_tokens": np.array(NUM_TOKENS, np.int32), "starts": starts}
+    rows = pa.Table.from_batches([make_batch(stored_columns(task, 8, "uint32"), values)])
+    return rows.append_column("row_id", pa.array([0, 1, -1]))
+
+
+def test_a_thorough_evaluation_hides_each_token_by_itself() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+    )
+    model = BertForMaskedLM(config).eval()
+    task = MaskedLM().on(CORPUS).thorough()
+    metrics, objective = task.new_metrics(), task.objective(model).eval()
+    sizes = []
+    with torch.no_grad():
+        for batch in task.passes(make_rows(task), 0, 4):
+            sizes.append(len(batch["input_ids"]))
+            metrics.update(batch, objective(batch)[1])
+    assert sizes == [4, 4, 1]
+    surprises = []
+    for row, size in zip(TOKENS[:2], NUM_TOKENS[:2], strict=True):
+        for place in range(1, size - 1):
+            ids = torch.tensor([row])
+            ids[0, place] = MASK
+            attended = torch.tensor([[1] * size + [0] * (8 - size)])
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=attended).logits[0, place]
+            surprises.append(-float(torch.log_softmax(logits, -1)[row[place]]))
+    found = metrics.compute()
+    assert found["num_targets"] == 9
+    assert found["loss"] == pytest.approx(sum(surprises) / 9, rel=1e-5)
+    assert found["pseudo_perplexity"] == pytest.approx(math.exp(sum(surprises) / 9), rel=1e-5)
+
+
+def test_a_validation_names_what_it_measures() -> None:
+    task = MaskedLM().on(CORPUS)
+    assert "masked_perplexity" in task.new_metrics().compute()
+    (batch,) = task.passes(make_rows(task), 0, 8)
+    assert bool((batch["labels"][2] == IGNORED).all())
+    assert torch.equal(batch["labels"], task.collate(make_rows(task), 0)["labels"])
