@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from dray.cluster.autoscaler import HEAD_RESOURCE, Limits, NodeType, count_addable, make_limits
@@ -73,6 +75,10 @@ def test_what_empty_nodes_could_hold():
 SMALL, LARGE = {"CPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}
 
 
+def every(has: Mapping[str, float]) -> bool:
+    return True
+
+
 def node(resources: dict[str, float], label: str = "") -> dict[str, object]:
     return {"Resources": resources, "Labels": {"ray.io/node-group": label} if label else {}}
 
@@ -82,10 +88,12 @@ HEAD = node({"CPU": 1.0, HEAD_RESOURCE: 1.0})
 
 def test_the_nodes_that_may_still_join_are_those_of_the_limits_without_those_that_have():
     limits = Limits((NodeType("small", SMALL, 3), NodeType("large", LARGE, 2)), 4)
-    assert count_addable(limits, [HEAD], 9) == [SMALL] * 3 + [LARGE]
-    assert count_addable(limits, [HEAD], 1) == [SMALL, LARGE]
-    assert count_addable(limits, [HEAD, node(LARGE), node({}, "small")], 9) == [SMALL] * 2
-    assert count_addable(limits, [HEAD, *[node(SMALL)] * 9], 9) == []
+    assert count_addable(limits, [HEAD], 9, every) == [SMALL] * 3 + [LARGE]
+    assert count_addable(limits, [HEAD], 1, every) == [SMALL, LARGE]
+    assert count_addable(limits, [HEAD, node(LARGE), node({}, "small")], 9, every) == [SMALL] * 2
+    assert count_addable(limits, [HEAD, *[node(SMALL)] * 9], 9, every) == []
+    # Kinds that are of no use take no room from others.
+    assert count_addable(limits, [HEAD], 9, lambda has: has == LARGE) == [LARGE] * 2
 
 
 def test_the_limits_of_a_file_that_ray_up_takes():

@@ -190,8 +190,9 @@ def test_memory_in_use_is_that_of_the_cgroup_where_there_is_a_limit(
     limit = 64 * 1024 * 1024
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{limit * 7 // 8}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {limit // 8}\n")
-    names = (str(tmp_path), "memory.max", "memory.current", "inactive_file")
+    files = f"inactive_file {limit // 16}\nactive_file {limit // 16}\n"
+    (tmp_path / "memory.stat").write_text(f"anon 5\n{files}")
+    names = (str(tmp_path), "memory.max", "memory.current", "")
     monkeypatch.setattr("dray.plan.machine._CGROUPS", (names,))
     assert used_memory_share() == 0.75
     (tmp_path / "memory.stat").unlink()  # a kernel that says less

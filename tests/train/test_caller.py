@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from dray.corpus.prepare import Corpus
 from dray.doctor import diagnose
-from dray.errors import Cause, RunFailed, SpecError
+from dray.errors import Cause, RunFailed, SpecError, StorageFailed
 from dray.processes.signals import Wishes
 from dray.runs import Run, verify_checkpoint
 from dray.spec import Spec, make_spec
@@ -21,21 +22,24 @@ from random_corpus import build_random_corpus
 from tiny import tiny_tree
 
 
-def test_rows_come_once_and_cannot_be_changed():
-    seen: list[Mapping[str, Any]] = []
-    Caller(seen.append).tell([{"step": 1}, {"step": 2}])
+def test_rows_come_once_and_are_the_observers_own():
+    seen: list[dict[str, Any]] = []
+    stored = [{"step": 1}, {"step": 2}]
+    Caller(seen.append).tell(stored)
     assert [row["step"] for row in seen] == [1, 2]
-    with pytest.raises(TypeError):
-        seen[0]["step"] = 3  # type: ignore[index]
+    seen[0]["step"] = 3
+    assert stored[0] == {"step": 1}
+    assert json.dumps(seen)
 
 
-def test_the_first_reason_to_stop_stays():
+def test_the_first_reason_to_stop_stays_until_a_signal_comes():
     signals, answers = Wishes(), iter([False, None, "", "enough", False])
     caller = Caller(stop=lambda: next(answers))
     assert [caller.wish(signals) for _ in range(3)] == [None] * 3
     assert caller.wish(signals) == caller.wish(signals) == Wish("enough")
     signals.numbers.append(signal.SIGTERM)
-    assert caller.wish(signals) == Wish("enough")
+    for _ in range(2):  # the program is to end, not the run alone
+        assert caller.wish(signals) == Wish("stopped by SIGTERM", signal.SIGTERM)
     assert Caller().wish(signals) == Wish("stopped by SIGTERM", signal.SIGTERM)
     assert Caller(stop=lambda: True).wish() == Wish("the caller asked for it")
 
@@ -119,3 +123,23 @@ def test_a_corpus_of_other_rows_is_refused(tmp_path: Path, corpus: Corpus):
     with pytest.raises(SpecError, match=r"data\.sequence_tokens = 32.*rows of 64 tokens"):
         train_locally(spec, storage=str(tmp_path), corpus=corpus)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_could_not_be_begun_is_let_go(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+):
+    """The storage fails at one call (a stand-in), once the run was taken over: the program lives on
+    and tries again."""
+    real = Run.update
+
+    def fail(self: Run, **fields: Any) -> None:
+        if "compressors" in fields:
+            raise StorageFailed("the storage", "is away")
+        real(self, **fields)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "update", fail)
+        with pytest.raises(RunFailed, match="is away"):
+            train_locally(make(), storage=str(tmp_path), corpus=corpus)
+    assert Run.open(str(tmp_path), "tiny").status == "failed"
+    assert train_locally(make(), storage=str(tmp_path), corpus=corpus).status == "completed"

@@ -8,7 +8,7 @@ Kubernetes the limits are the operator's) a cluster is what is there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -44,21 +44,29 @@ class Limits:
     """Nodes of all types beside the head."""
 
 
-def find_addable(nodes: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, float]]:
-    """The resources of each node that may still join those that are alive (as `ray.nodes()` has
-    them), but for no more than `most` of a type."""
+Serves = Callable[[Mapping[str, float]], bool]
+"""Whether a node with these resources is of any use."""
+
+
+def find_addable(
+    nodes: Sequence[Mapping[str, Any]], most: int, serves: Serves
+) -> list[Mapping[str, float]]:
+    """The resources of each node of use that may still join those that are alive (as `ray.nodes()`
+    has them), but for no more than `most` of a type."""
     limits = _reported_limits() or _configured_limits(nodes)
-    return [] if limits is None else count_addable(limits, nodes, most)
+    return [] if limits is None else count_addable(limits, nodes, most, serves)
 
 
 def count_addable(
-    limits: Limits, nodes: Sequence[Mapping[str, Any]], most: int
+    limits: Limits, nodes: Sequence[Mapping[str, Any]], most: int, serves: Serves
 ) -> list[Mapping[str, float]]:
     """As `find_addable`, of known limits."""
     workers = [node for node in nodes if HEAD_RESOURCE not in node["Resources"]]
     there = Counter(_type_of(node, limits.types) for node in workers)
     found: list[Mapping[str, float]] = []
     for kind in limits.types:
+        if not serves(kind.resources):
+            continue
         room = limits.most - len(workers) - len(found)
         count = min(kind.most - there[kind.name], room, most)
         found += [kind.resources] * max(0, count)
@@ -123,7 +131,8 @@ def read_limits(gcs_address: str) -> Limits | None:
         options = dict(word.partition("=")[::2] for word in words)
         file = options.get("--autoscaling-config")
         if file and options.get("--gcs-address", "").rpartition(":")[2] == port:
-            with suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+            # A file that is being written, or is none of Ray's.
+            with suppress(OSError, yaml.YAMLError, ValueError, TypeError, AttributeError):
                 text = Path(file).expanduser().read_text(encoding="utf-8")
                 return make_limits(yaml.safe_load(text))
     return None

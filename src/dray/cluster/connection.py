@@ -78,9 +78,17 @@ def connect(
         else:  # of a notebook, a test or a larger program: theirs to end, if it is not dray's own
             share_credentials()
         _shared.users += 1
+        is_local = _shared.is_local
     with ExitStack() as stack:
         stack.push(_shared.leave)
-        is_local = begun and _shared.is_local
+        has = ray.cluster_resources().get("CPU", 0.0) if is_local and not begun else math.inf
+        if has < num_cpus:
+            raise PlanError(
+                "Ray",
+                f"the one that this process has started has {has:g} CPUs",
+                f"this needs {num_cpus:g}, and they share it: the first one's size holds for all",
+                "start the largest first, or call ray.init(num_cpus=…) before",
+            )
         shape = (
             local_shape() if is_local else live_shape(cpus_per_worker, gpus_per_worker, num_workers)
         )

@@ -7,6 +7,7 @@ a group that the caller of `train` made is used as it is, and left to its maker.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -75,7 +76,7 @@ class Place(WorkerGroupCallback):  # type: ignore[misc]
         if not site.reader_cpus or seats is None:
             return dataset, {"num_cpus": 0.0}
         return dataset, {
-            "num_cpus": min(1.0, site.reader_cpus) / site.readers_at_once,
+            "num_cpus": site.reader_cpus / max(site.readers_at_once, math.ceil(site.reader_cpus)),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=seats.reader
             ),

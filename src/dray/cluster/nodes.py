@@ -44,10 +44,17 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 
 
     holding = [node for node in alive if seats(node["Resources"])]
     spare = [node["Resources"].get("CPU", 0.0) for node in alive if node not in holding]
-    # One more than is needed leaves a CPU for those who read, wherever that is.
-    lacking = num_workers + 1 - sum(seats(node["Resources"]) for node in holding)
-    addable = find_addable(alive, lacking) if cpus_per_worker and lacking > 0 else []
-    coming = [resources for resources in addable if seats(resources)]
+    lacking = num_workers - sum(seats(node["Resources"]) for node in holding)
+    cpus = sum(node["Resources"].get("CPU", 0.0) for node in alive)
+    if not lacking and cpus < num_workers * cpus_per_worker + 1:  # none for those who read
+        lacking = 1
+    # The least of the nodes is planned with: a smaller kind would make all others as small.
+    least = min((seats(node["Resources"]) for node in holding), default=1)
+    coming = (
+        find_addable(alive, lacking, lambda resources: seats(resources) >= max(1, least))
+        if cpus_per_worker and lacking > 0
+        else []
+    )
     there = [node["Resources"] for node in (holding if holding or coming else alive)]
     shape = _shape_of([*there, *coming]).model_copy(
         update={"spare_cpus": max(spare, default=0.0), "num_addable": len(coming)}
@@ -58,17 +65,18 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 
     return _with_accelerator(shape, [*there, *coming], ids if gpus_per_worker else [])
 
 
-def placed_shape(group: Any, gpus_per_worker: int) -> Shape:
-    """The shape of what a placement group holds, once it is there. What fits into its bundles is
-    known by then (`placement.find_seats`): here it counts how fast that is, and how much memory
-    goes with it, which is a like share of each node's."""
+def placed_shape(group: Any, gpus_per_worker: int, of_workers: Collection[int]) -> Shape:
+    """The shape of the bundles `of_workers` of a placement group, once it is there. What fits into
+    them is known by then (`placement.find_seats`): here it counts how fast that is, and how much
+    memory goes with it, which is a like share of each node's."""
     import ray
     from ray.util.placement_group import placement_group_table
 
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
     held: dict[str, Counter[str]] = {}
     places = placement_group_table(group)["bundles_to_node_id"]
-    for index, bundle in enumerate(group.bundle_specs):
+    for index in of_workers:
+        bundle = group.bundle_specs[index]
         held.setdefault(places[index], Counter()).update(bundle)
     parts = [
         {**amounts, "memory": nodes[node].get("memory", 0.0) * _share(amounts, nodes[node])}
@@ -147,10 +155,8 @@ def _ask_accelerator(node_ids: Sequence[str]) -> Accelerator | None:
 
 
 def can_hold(resources: Mapping[str, float], cpus_per_worker: float, gpus_per_worker: int) -> bool:
-    return (
-        resources.get("CPU", 0.0) >= cpus_per_worker
-        and resources.get("GPU", 0.0) >= gpus_per_worker
-    )
+    """Whether a node with these resources has room for a worker."""
+    return count_in(resources, {"CPU": cpus_per_worker, "GPU": gpus_per_worker}) > 0
 
 
 def count_in(has: Mapping[str, float], wanted: Mapping[str, float]) -> int:
@@ -158,6 +164,16 @@ def count_in(has: Mapping[str, float], wanted: Mapping[str, float]) -> int:
     return min(
         (int((has.get(name, 0.0) + 1e-9) // amount) for name, amount in wanted.items() if amount),
         default=1,
+    )
+
+
+def may_grow(cpus_per_worker: float, gpus_per_worker: int) -> bool:
+    """Whether an autoscaler may still add a node that can hold a worker."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return bool(
+        find_addable(alive, 1, lambda node: can_hold(node, cpus_per_worker, gpus_per_worker))
     )
 
 
@@ -183,10 +199,14 @@ def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
 
 
 def find_nodes_without(
-    sees: Callable[[], bool], cpus_per_worker: float, gpus_per_worker: int
+    sees: Callable[[], bool],
+    cpus_per_worker: float,
+    gpus_per_worker: int,
+    among: Collection[str] | None = None,
 ) -> list[str]:
-    """Addresses of the nodes that may hold a rank, and on which `sees()` is false; of a cluster of
-    one node nobody is asked. A node that gives no answer is left to find out itself."""
+    """Addresses of the nodes that may hold a rank (`among` those with these ids, if given), and on
+    which `sees()` is false; of a cluster of one node nobody is asked. A node that gives no answer
+    is left to find out itself."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -196,6 +216,7 @@ def find_nodes_without(
         for node in ray.nodes()
         if node["Alive"]
         and node["NodeID"] != here
+        and (among is None or node["NodeID"] in among)
         and can_hold(node["Resources"], cpus_per_worker, gpus_per_worker)
     }
 

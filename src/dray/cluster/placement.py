@@ -7,17 +7,22 @@ Ray's business, and nobody counts how many runs fit at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from dray.cluster.nodes import count_in
-from dray.errors import PlanError
+from dray.cluster.nodes import count_in, live_resources
+from dray.errors import PlanError, RunFailed
 from dray.spec import Resources
 
 READY_SECONDS = 1.0
 """How often a group that is not there yet is looked at."""
+WAITING_SECONDS = 30.0
+"""After which it is told that there is no room yet, or that no worker has started."""
+GROW_SECONDS = 1800.0
+"""How long an autoscaler may take to add the nodes that a run needs."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,20 @@ class Placement:
 
         return bool(placement_group_table(self.group).get("state", "REMOVED") == "REMOVED")
 
-    def wait(self) -> None:
-        """Wait until the group is there. Raises PlanError if it has been taken away."""
+    def node_ids(self) -> set[str]:
+        """The nodes that its bundles are on, once it is there."""
+        from ray.util.placement_group import placement_group_table
+
+        return set(placement_group_table(self.group).get("bundles_to_node_id", {}).values())
+
+    def wait(
+        self, say: Callable[[str], None] | None = None, stop: Callable[[], object] | None = None
+    ) -> None:
+        """Wait until the group is there; `say` gets a line once that takes long. Raises PlanError
+        if it has been taken away, or no nodes could hold it for GROW_SECONDS, and RunFailed if
+        `stop` says that nobody wants it any more."""
+        told, begun = say is None, time.monotonic()
+        roomy = begun
         while self.is_removed() or not self.group.wait(READY_SECONDS):
             if self.is_removed():
                 raise PlanError(
@@ -58,6 +75,20 @@ class Placement:
                     "a run lives in its group",
                     "keep the group until `train` has returned",
                 )
+            if stop is not None and stop():
+                raise RunFailed("stopped by its caller while it waited for its placement")
+            now = time.monotonic()
+            roomy = now if has_room(live_resources(), self.bundles) else roomy
+            if now - roomy > GROW_SECONDS:
+                raise PlanError(
+                    "placement",
+                    f"no nodes could hold its bundles {[dict(item) for item in self.bundles]}",
+                    f"they were waited for for {GROW_SECONDS:.0f} s",
+                    "make the group of make_bundles(spec.resources)",
+                )
+            if say is not None and not told and now - begun > WAITING_SECONDS:
+                told = True
+                say("waiting for its placement: the cluster has no room for it yet")
 
 
 @dataclass(frozen=True)
@@ -85,14 +116,15 @@ class Site:
 def make_bundles(resources: Resources) -> list[dict[str, float]]:
     """The bundles of a group for a run of these resources: one a worker, of an elastic group for
     the most it may have, and one for those who read."""
-    worker = _of_a_worker(resources)
+    worker = worker_bundle(resources.cpus_per_worker, resources.gpus_per_worker)
     return [dict(worker) for _ in range(resources.max_workers)] + [{"CPU": resources.reader_cpus}]
 
 
 def make_least_bundles(resources: Resources) -> list[dict[str, float]]:
     """What a run of these resources cannot do without; those who read for an elastic group ask for
     nothing."""
-    workers = [_of_a_worker(resources) for _ in range(resources.min_workers)]
+    worker = worker_bundle(resources.cpus_per_worker, resources.gpus_per_worker)
+    workers = [dict(worker) for _ in range(resources.min_workers)]
     is_elastic = isinstance(resources.workers, tuple)
     return workers if is_elastic else [*workers, {"CPU": resources.reader_cpus}]
 
@@ -115,7 +147,7 @@ def reserved(resources: Resources) -> Iterator[Placement]:
 def find_seats(resources: Resources, bundles: Sequence[Mapping[str, float]]) -> Seats:
     """As many workers as the bundles can hold, of those that are asked for, and a bundle that has
     CPUs left for reading. A bundle may hold several. Raises PlanError for too few."""
-    worker = _of_a_worker(resources)
+    worker = worker_bundle(resources.cpus_per_worker, resources.gpus_per_worker)
     room = [count_in(bundle, worker) for bundle in bundles]
 
     def seats_lost(index: int) -> int:
@@ -174,9 +206,10 @@ def remove_groups(prefix: str) -> None:
                 remove_placement_group(get_placement_group(found["name"]))
 
 
-def _of_a_worker(resources: Resources) -> dict[str, float]:
-    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
-    return {"CPU": resources.cpus_per_worker, **gpus}
+def worker_bundle(cpus_per_worker: float, gpus_per_worker: int) -> dict[str, float]:
+    """What one worker takes."""
+    gpus = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {}
+    return {"CPU": cpus_per_worker, **gpus}
 
 
 def _less(bundle: Mapping[str, float], cpus: float) -> dict[str, float]:

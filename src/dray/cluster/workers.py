@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dray.cluster.nodes import can_hold, head_is_gone
-from dray.cluster.placement import Site
+from dray.cluster.placement import GROW_SECONDS, Site, worker_bundle
 from dray.errors import RunFailed
 from dray.processes import forkserver
 from dray.processes.heap import HEAP_ENVIRONMENT
@@ -19,8 +19,6 @@ from dray.processes.signals import note_in_this_process
 MAX_GROUP_STARTS = 10
 """Starts of a worker group in vain, each as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, before
 a run fails."""
-GROW_SECONDS = 1800.0
-"""How long an autoscaler may take to add the nodes that a run needs."""
 RESIZE_SECONDS = 30.0
 """How often an elastic group is compared with what the cluster has."""
 WARM_SECONDS = 5.0
@@ -158,9 +156,6 @@ def run_workers(
     class Processes(BackendConfig):  # type: ignore[misc]
         backend_cls = SharedDevices
 
-    resources: dict[str, float] = {"CPU": cpus_per_worker}
-    if gpus_per_worker:
-        resources["GPU"] = gpus_per_worker
     forked = fork_environment(
         server_of_ranks(gpus_per_worker), ray.get_runtime_context().runtime_env
     )
@@ -176,7 +171,7 @@ def run_workers(
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=bool(gpus_per_worker),
-            resources_per_worker=resources,
+            resources_per_worker=worker_bundle(cpus_per_worker, gpus_per_worker),
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         backend_config=Processes(),

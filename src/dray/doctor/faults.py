@@ -177,7 +177,8 @@ def _in_corpus(case: Case) -> bool:
 
 
 def _host_is_full(case: Case) -> bool:
-    return case.lost and (case.memory_share or 0.0) >= HIGH_MEMORY_SHARE
+    gone = case.failure.get("preempted") or case.failure.get("nodes_lost")
+    return case.lost and not gone and (case.memory_share or 0.0) >= HIGH_MEMORY_SHARE
 
 
 RULES: tuple[Rule, ...] = (

@@ -192,16 +192,11 @@ def _cpu_flags() -> set[str]:
 
 
 _CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-"""Of both versions: the folder, its limit, what is in use, and what of that are files that nobody
-needs."""
+"""Of both versions: the folder, its limit, what is in use, and how the names of what is a cache of
+files begin."""
 
 
 def _machine_memory_bytes() -> int:
@@ -219,12 +214,13 @@ def used_memory_share() -> float:
     be dropped: at 1 the kernel kills."""
     total = _machine_memory_bytes()
     if total < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        for folder, _, usage, idle in _CGROUPS:
+        for folder, _, usage, prefix in _CGROUPS:
             with suppress(OSError, ValueError, KeyError):
                 used = int(Path(folder, usage).read_text(encoding="utf-8"))
                 lines = Path(folder, "memory.stat").read_text(encoding="utf-8").splitlines()
                 found = dict(line.split() for line in lines)
-                return max(0, used - int(found[idle])) / total
+                files = sum(int(found[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
+                return max(0, used - files) / total
     import psutil
 
     memory = psutil.virtual_memory()

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dray.cluster.connection import connect
+from dray.cluster.nodes import live_resources
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
 from dray.errors import CorpusError, PlanError, SpecError, UserError
@@ -62,7 +63,7 @@ def evaluate(
     with ExitStack() as stack:
         num_gpus = 0
         if data or workers:
-            connection = stack.enter_context(
+            stack.enter_context(
                 connect(
                     address,
                     num_cpus=workers or 1,
@@ -70,11 +71,13 @@ def evaluate(
                     verbose=verbose,
                 )
             )
-            num_gpus = min(1, connection.shape.accelerators_per_node)
+            num_gpus = int(any(node.get("GPU", 0.0) >= 1 for node in live_resources()))
         if data:
             corpus = _prepare_other(trained, data, storage)
         else:
             corpus = Corpus(trained.corpus, trained.manifest)
+        if workers:  # which read it when their turn comes
+            stack.enter_context(trained.run.hold(trained.checkpoint))
         split = corpus.manifest.train if data or held_out is None else held_out
         metrics = (
             measure_on_workers(trained, task, corpus, split, num_workers=workers, num_gpus=num_gpus)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dray.cluster.nodes import count_in, live_resources
 from dray.cluster.workers import fork_environment, server_of_ranks
 from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import read_rows
-from dray.errors import DrayError, PlanError
+from dray.errors import DrayError, PlanError, RunFailed, one_line
 from dray.processes.heap import prepare_process
 from dray.release.trained import Trained, Weights, open_trained
 from dray.tasks import Task, TaskMetrics, draw_of
@@ -63,8 +64,7 @@ def measure_on_workers(
     import ray
 
     wanted = {"CPU": 1.0, **({"GPU": float(num_gpus)} if num_gpus else {})}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(name, 0.0) >= has for name, has in wanted.items()) for node in nodes):
+    if not any(count_in(node, wanted) for node in live_resources()):
         raise PlanError(
             "--workers",
             f"no node has {' and '.join(f'{has:g} {name}' for name, has in wanted.items())}",
@@ -81,12 +81,16 @@ def measure_on_workers(
     work = ray.remote(**options)(_measure_part)
     shared, states = ray.put(what), dict[int, dict[str, Any]]()
     pending: dict[Any, int] = {}
-    for number, part in enumerate(parts):
-        if len(pending) == num_workers:
+    try:
+        for number, part in enumerate(parts):
+            if len(pending) == num_workers:
+                _take_one(pending, states)
+            pending[work.remote(shared, *part)] = number
+        while pending:
             _take_one(pending, states)
-        pending[work.remote(shared, *part)] = number
-    while pending:
-        _take_one(pending, states)
+    finally:  # after an error nobody wants the other parts
+        for ref in pending:
+            ray.cancel(ref, force=True)
     # In the order of the rows, so that the sums do not depend on who was done first.
     return task.new_metrics().merge(states[number] for number in range(len(parts)))
 
@@ -98,10 +102,12 @@ def _take_one(pending: dict[Any, int], states: dict[int, dict[str, Any]]) -> Non
     done, _ = ray.wait(list(pending), num_returns=1)
     try:
         states[pending.pop(done[0])] = ray.get(done[0])
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DrayError):
-            raise error.cause from None
-        raise
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, DrayError):
+            raise cause from None
+        reason = one_line(cause or error)
+        raise RunFailed(f"a worker could not measure its part: {reason}") from error
 
 
 def _measure_part(what: Any, first: int, end: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from dray.errors import caught, one_line
@@ -48,11 +47,12 @@ class Caller:
         """Tell of rows that have been stored."""
         for row in rows:
             if self._observer is not None and self.error is None:
-                self._call("observer", self._observer, MappingProxyType(dict(row)))
+                self._call("observer", self._observer, dict(row))
 
     def wish(self, signals: Wishes | None = None) -> Wish | None:
-        """Why the run is to stop, if it is: the first reason stays."""
-        if self._wish is None and signals:
+        """Why the run is to stop, if it is: the first reason stays, but for a signal, which is
+        for the whole program."""
+        if signals and (self._wish is None or self._wish.number is None):
             number = signals.numbers[0]
             self._wish = Wish(f"stopped by {signal.Signals(number).name}", number)
         if self._wish is None and self._stop is not None and self.error is None:

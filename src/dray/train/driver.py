@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,7 +26,7 @@ from dray.plan import Shape, local_shape
 from dray.rank.initial_weights import held
 from dray.rank.job import Job, not_shared
 from dray.redaction import redact
-from dray.runs import Run, build_trackers, find_resume_checkpoint
+from dray.runs import Run, Trackers, build_trackers, find_resume_checkpoint
 from dray.runs.drivers import HEARTBEAT_SECONDS, Driver
 from dray.show.progress import Display
 from dray.show.report import format_diagnosis
@@ -81,9 +81,9 @@ def train(
     `corpus`: of this spec, prepared already. `placement`: the part of a connected Ray that the run
     may use; without one it takes its workers and those who read for them together, as soon as there
     is room. `observer(row)` gets each metrics row of this call, of steps and of validations, once
-    it is stored. `stop()` is asked a few times a second: once it says something true, all ranks
-    save their state after a step, and the call ends with the status `stopped`; the next one goes
-    on. Both are called in the thread of the call, and what they raise stops the run likewise.
+    it is stored. `stop()` is asked about once a second: once it says something true, all ranks save
+    their state after a step, and the call ends with the status `stopped`; the next one goes on.
+    Both are called in the thread of the call, and what they raise stops the run likewise.
 
     Raises UserError for what the caller can mend (nothing is written), RunFailed when the workers
     cannot go on, or when `observer` or `stop` has raised, and Interrupted when a person stopped it
@@ -103,11 +103,14 @@ def train(
         verbose=verbose,
     ) as connection:
         shape = connection.shape
-        if placement is not None:
-            placement.wait()
-            shape = placed_shape(placement.group, resources.gpus_per_worker)
+        caller = Caller(observer, stop)
+        if placement is not None and seats is not None:
+            placement.wait(display.say, caller.wish)
+            shape = placed_shape(placement.group, resources.gpus_per_worker, seats.workers)
         if not connection.local:
-            _check_nodes(absolute(storage), spec)
+            _check_nodes(
+                absolute(storage), spec, placement.node_ids() if placement is not None else None
+            )
         begun = time.monotonic()
 
         def prepared(spec: Spec) -> Corpus:
@@ -121,7 +124,7 @@ def train(
         ) as launcher:
             run, job = open_run(start, shape, prepared, display.say, corpus=corpus)
             run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
-            return _drive(run, job, display, launcher, Caller(observer, stop))
+            return _drive(run, job, display, launcher, caller)
 
 
 def _with_workers(spec: Spec, num_workers: int) -> Spec:
@@ -183,13 +186,13 @@ def _drive(
         display.say(f"{run.name} goes on from step {done}")
     driver = run.take_over()
     job, heart = replace(job, driver=driver.number), _Heart(run, driver, caller)
-    trackers = build_trackers(run, spec)
-    recorder = Recorder(run, plan, trackers, display)
-    run.set_status("running", driver=driver)
-    reason = ""
-    run.update(compressors=job.manifest.validation_compressors)
-    status = "failed"
+    status, reason = "failed", ""
+    trackers = Trackers(run, {})
     try:
+        trackers = build_trackers(run, spec)
+        recorder = Recorder(run, plan, trackers, display)
+        run.set_status("running", driver=driver)
+        run.update(compressors=job.manifest.validation_compressors)
         with held(None if done else job.weights), display.steps(num_steps, done), heart:
             launcher.run(job, recorder, caller)
         status, reason = _name_end(recorder)
@@ -202,11 +205,13 @@ def _drive(
         run.log_event(status, reason=reason)
         raise
     finally:
-        with _last_words(status):
+        # Each is done whatever becomes of the others, from the last one to the first.
+        with ExitStack() as words:
+            words.callback(trackers.finish, status)
+            words.enter_context(_last_words(status))
+            words.callback(run.release, driver)
+            words.enter_context(_last_words(status))
             run.set_status("completed" if status == "early_stopped" else status, reason, driver)
-        with _last_words(status):
-            run.release(driver)
-        trackers.finish(status)
     if heart.replaced is not None:
         raise heart.replaced
     if status in ("completed", "early_stopped"):
@@ -304,9 +309,9 @@ def _what_would_go_on(spec: Spec) -> str:
     )
 
 
-def _check_nodes(storage: str, spec: Spec) -> None:
-    """Raise StorageNotShared if a node that may hold a rank sees another storage than this process
-    does."""
+def _check_nodes(storage: str, spec: Spec, among: set[str] | None) -> None:
+    """Raise StorageNotShared if a node that may hold a rank (`among` those with these ids, if
+    given) sees another storage than this process does."""
     filesystem, path = open_filesystem(storage)
     if is_object_store(filesystem):
         return
@@ -319,7 +324,7 @@ def _check_nodes(storage: str, spec: Spec) -> None:
     try:
         sees = partial(_sees, storage, token)
         blind = find_nodes_without(
-            sees, spec.resources.cpus_per_worker, spec.resources.gpus_per_worker
+            sees, spec.resources.cpus_per_worker, spec.resources.gpus_per_worker, among
         )
     finally:
         delete_file(filesystem, token)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dray.cluster.nodes import head_is_gone
-from dray.cluster.placement import Placement, Seats, Site, remove_groups
+from dray.cluster.placement import WAITING_SECONDS, Placement, Seats, Site, remove_groups
 from dray.cluster.workers import WarmNodes, run_workers
 from dray.doctor.hangs import find_hang
 from dray.errors import RunFailed, caught
@@ -23,6 +23,7 @@ from dray.runs.records import Report
 from dray.spec import Resources
 from dray.storage.filesystem import is_local
 from dray.train.caller import Caller
+from dray.train.mailbox import Beats
 from dray.train.recorder import DRAIN_SECONDS, OBJECT_DRAIN_SECONDS, Recorder
 
 MAILBOX_SECONDS = 60.0
@@ -33,8 +34,6 @@ often it is looked for."""
 UNBEGUN_SECONDS = 2.0
 """How long a run that is to stop waits for a sign of life of its ranks: with none of them there is
 nothing to save."""
-WAITING_SECONDS = 30.0
-"""After which it is told that no worker has started yet."""
 END_SECONDS = 10.0
 """How long the thread of the workers may take to notice that they were ended."""
 MOST_READERS = 8
@@ -163,6 +162,7 @@ class RayLauncher:
         except (
             ray.exceptions.RayError
         ) as error:  # the ranks report through it: without it they cannot be followed
+            self.close()
             lost = RunFailed(
                 "the head of the Ray cluster is gone"
                 if head_is_gone()
@@ -197,10 +197,12 @@ class RayLauncher:
         drain_seconds = DRAIN_SECONDS if is_local(run.filesystem) else OBJECT_DRAIN_SECONDS
         taken, stored, ended_hang, stopping_since = 0, 0, 0, math.inf
         waiting_since: float | None = time.monotonic()
+        beats: Beats = {}
         while True:
             alive = self._thread.is_alive()
             self._warm.look()
-            records, beats = _answer(self._mailbox.take.remote(stored))
+            records, said = _answer(self._mailbox.take.remote(stored))
+            beats = beats if said is None else said
             taken += len(records)
             recorder.take(records)
             stored = taken if recorder.is_stored else stored
@@ -212,9 +214,10 @@ class RayLauncher:
                 recorder.say(f"hung: {hang.reason}")
                 end_hang(run, hang, beats)
             wish = caller.wish(signals)
+            if wish is not None and wish != recorder.wish:
+                recorder.stop(wish)
             if wish is not None and stopping_since == math.inf:
                 stopping_since = time.monotonic()
-                recorder.stop(wish)
                 self._mailbox.request_stop.remote()
             if (
                 alive
@@ -228,10 +231,21 @@ class RayLauncher:
             waiting_since = None if beats else waiting_since
             if waiting_since and time.monotonic() - waiting_since > WAITING_SECONDS:
                 waiting_since = None
-                recorder.say(_describe_waiting(job.spec.resources))
+                recorder.say(self._describe_waiting(job.spec.resources))
             if not alive and (failure or recorder.is_stored):
                 return True
             self._thread.join(drain_seconds)
+
+    def _describe_waiting(self, resources: Resources) -> str:
+        if self._site.placement is not None:
+            return "no worker has said anything yet: its placement is there, so they are starting"
+        cpus, reader = resources.cpus_per_worker, self._site.reader_cpus
+        also = f" and {reader:g} for reading" if reader else ""
+        return (
+            "no worker has said anything yet: they are starting, or wait for room in the cluster, "
+            f"where {resources.min_workers} workers × {cpus:g} CPUs{also} are taken together or "
+            "not at all"
+        )
 
     def _start_workers(self, job: Job, failure: list[BaseException]) -> threading.Thread:
         """Start the worker group in a thread, which puts there what it ends with if that is an
@@ -287,14 +301,6 @@ def _make_site(
         readers_at_once=at_once,
         placement=placement,
         seats=seats,
-    )
-
-
-def _describe_waiting(resources: Resources) -> str:
-    return (
-        f"waiting for room in the cluster: {resources.min_workers} workers × "
-        f"{resources.cpus_per_worker:g} CPUs and {resources.reader_cpus:g} for reading are taken "
-        "together or not at all"
     )
 
 

@@ -91,13 +91,14 @@ class Mailbox:
         """How many ranks have left since the last `evidence`."""
         return self._num_left
 
-    def take(self, stored: int) -> tuple[list[Report], Beats]:
+    def take(self, stored: int) -> tuple[list[Report], Beats | None]:
         """The records since the last call, for the driver, who has stored so many of those before;
-        and the beats, but those of a large group not at every call."""
+        and the beats, empty where no rank has said anything. Those of a large group do not come at
+        every call: then None."""
         self._stored = stored
         records, self._records = self._records, []
         if len(self._beats) > FEW_RANKS and time.monotonic() - self._looked_at < LOOK_SECONDS:
-            return records, {}
+            return records, None
         self._looked_at = time.monotonic()
         return records, self._aged()
 

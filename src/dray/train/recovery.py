@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dray.cluster.nodes import find_lost_nodes, live_resources
+from dray.cluster.nodes import find_lost_nodes, live_resources, may_grow
 from dray.cluster.placement import Site, has_room, make_least_bundles
 from dray.cluster.workers import max_wait_seconds
 from dray.doctor import classify
@@ -55,6 +55,7 @@ def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
         def __init__(self) -> None:
             self._budget = Budget(job.spec.resources.max_failures)
             self._down_since: float | None = None
+            self._grows: bool | None = None
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             if isinstance(current_state, state.ResizingState):
@@ -91,7 +92,15 @@ def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
             ):
                 self._down_since = time.monotonic()
             waited = time.monotonic() - self._down_since
-            if waited > max_wait_seconds(grows=job.plan.shape.num_addable > 0):
+            if waited <= max_wait_seconds():
+                self._grows = None
+                return
+            if self._grows is None:  # asked once: the autoscaler's file is read on the head
+                resources = job.spec.resources
+                self._grows = site.placement is not None or may_grow(
+                    resources.cpus_per_worker, resources.gpus_per_worker
+                )
+            if waited > max_wait_seconds(grows=self._grows):
                 raise RunFailed(
                     f"no group of {job.spec.resources.min_workers} workers could start for "
                     f"{waited:.0f} s: the cluster has no room for it"
