@@ -207,7 +207,7 @@ class RayLauncher:
             recorder.take(records)
             stored = taken if recorder.is_stored else stored
             caller.tell(recorder.take_stored())
-            hang = find_hang(beats, recorder.step_seconds, job.spec.watchdog)
+            hang = said and find_hang(said, recorder.step_seconds, job.spec.watchdog)
             attempt = max((beat.attempt for beat, _ in beats.values()), default=0)
             if hang and attempt > ended_hang:
                 ended_hang = attempt
