@@ -33,6 +33,7 @@ def test_the_smallest_shape_runs_under_every_stage():
     assert all(float(row[4].replace(",", "")) > 0 for row in rows)  # tokens/s
 
 
+@pytest.mark.slow
 def test_it_profiles_and_says_what_time_did_not_allow():
     assert "aten::" in run("--smallest", "--profile", "--stages", "1")
     assert "left out for want of time: tiny 0 eager, tiny 3 eager" in run(

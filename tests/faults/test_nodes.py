@@ -109,6 +109,7 @@ def test_a_removed_node_is_replaced(
     assert events(training.run, "hang") == []
 
 
+@pytest.mark.slow
 def test_a_node_with_a_notice_is_left_before_it_goes(
     storage: str, tiny_corpus: Path, undisturbed: Run, measured, nodes: Nodes, tmp_path: Path
 ):

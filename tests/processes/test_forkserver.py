@@ -147,6 +147,7 @@ def test_a_server_that_was_killed_is_replaced(cluster: Cluster):
     assert psutil.pid_exists(before["pid"])  # its children live on
 
 
+@pytest.mark.slow
 def test_a_worker_does_not_wait_for_a_server_that_does_not_answer(cluster: Cluster):
     server = psutil.Process(cluster.probe("light")["parent"])
     children = len(server.children())
@@ -225,6 +226,7 @@ def test_sockets_lie_elsewhere_where_their_folder_cannot_be_used(
     assert bad != "entered by others" or not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_servers_end_with_their_raylet(tmp_path: Path):
     cluster = Cluster(tmp_path)
     servers = [psutil.Process(cluster.probe(kind)["parent"]) for kind in ("light", "full")]
