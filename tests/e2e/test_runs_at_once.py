@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from dray.cluster.placement import Placement, make_bundles, reserved
 from dray.corpus.prepare import prepare
-from dray.errors import PlanError
+from dray.errors import PlanError, RunFailed
 from dray.ledger import verify_ledger
 from dray.processes.signals import STOPS
 from dray.runs import Run, verify_checkpoint
@@ -185,6 +185,30 @@ def test_more_runs_at_once_than_there_is_room_for(
     assert_equal(placed, other_alone)
     for run in (went_on, placed):
         assert verify_ledger(run).ok
+
+
+def test_a_placement_that_there_is_no_room_for_can_be_given_up(
+    tmp_path: Path, tiny_corpus: Path, nothing_is_left: None
+):
+    """Nothing is written for a run that never had a place."""
+    asked: list[int] = []
+
+    def stop() -> str:
+        asked.append(1)
+        return "the search is over" if len(asked) > 1 else ""
+
+    spec = make(tiny_corpus)
+    held = placement_group([{"CPU": 4}])
+    assert held.wait(60)
+    try:
+        with (
+            reserved(spec.resources) as placement,
+            pytest.raises(RunFailed, match="waited for its placement: the search is over"),
+        ):
+            train(spec, storage=str(tmp_path / "runs"), placement=placement, stop=stop)
+    finally:
+        remove_placement_group(held)
+    assert not Run.find(str(tmp_path / "runs"), "tiny")
 
 
 def test_a_call_that_ends_at_once_leaves_nothing_behind(

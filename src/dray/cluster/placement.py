@@ -60,11 +60,11 @@ class Placement:
         return set(placement_group_table(self.group).get("bundles_to_node_id", {}).values())
 
     def wait(
-        self, say: Callable[[str], None] | None = None, stop: Callable[[], object] | None = None
+        self, say: Callable[[str], None] | None = None, stop: Callable[[], str] | None = None
     ) -> None:
         """Wait until the group is there; `say` gets a line once that takes long. Raises PlanError
         if it has been taken away, or no nodes could hold it for GROW_SECONDS, and RunFailed if
-        `stop` says that nobody wants it any more."""
+        `stop` gives a reason why nobody wants it any more."""
         told, begun = say is None, time.monotonic()
         roomy = begun
         while self.is_removed() or not self.group.wait(READY_SECONDS):
@@ -75,8 +75,8 @@ class Placement:
                     "a run lives in its group",
                     "keep the group until `train` has returned",
                 )
-            if stop is not None and stop():
-                raise RunFailed("stopped by its caller while it waited for its placement")
+            if stop is not None and (reason := stop()):
+                raise RunFailed(f"stopped while it waited for its placement: {reason}")
             now = time.monotonic()
             roomy = now if has_room(live_resources(), self.bundles) else roomy
             if now - roomy > GROW_SECONDS:

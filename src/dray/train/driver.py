@@ -105,7 +105,7 @@ def train(
         shape = connection.shape
         caller = Caller(observer, stop)
         if placement is not None and seats is not None:
-            placement.wait(display.say, caller.wish)
+            placement.wait(display.say, lambda: wish.reason if (wish := caller.wish()) else "")
             shape = placed_shape(placement.group, resources.gpus_per_worker, seats.workers)
         if not connection.local:
             _check_nodes(
