@@ -130,7 +130,9 @@ class _PlacedGroup(WorkerGroup):  # type: ignore[misc]
         return next(callback for callback in self._callbacks if isinstance(callback, Place))
 
 
-class _PlacedController(TrainController):  # type: ignore[misc]
+class PlacedTrainController(TrainController):  # type: ignore[misc]
+    """Its process is called so, and found by that name."""
+
     worker_group_cls = _PlacedGroup
 
 
@@ -173,7 +175,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         }
         controller = ray.remote(
             num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment}
-        )(_PlacedController).remote(**settings)
+        )(PlacedTrainController).remote(**settings)
         self._started(controller)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
