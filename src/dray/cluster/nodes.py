@@ -46,8 +46,8 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 
     spare = [node["Resources"].get("CPU", 0.0) for node in alive if node not in holding]
     lacking = num_workers - sum(seats(node["Resources"]) for node in holding)
     cpus = sum(node["Resources"].get("CPU", 0.0) for node in alive)
-    if not lacking and cpus < num_workers * cpus_per_worker + 1:  # none for those who read
-        lacking = 1
+    if lacking > 0 or cpus < num_workers * cpus_per_worker + 1:
+        lacking += 1  # a CPU for those who read, wherever that is
     # The least of the nodes is planned with: a smaller kind would make all others as small.
     least = min((seats(node["Resources"]) for node in holding), default=1)
     coming = (
