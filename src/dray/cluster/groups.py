@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
     DefaultPlacementGroupHandle,
 )
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.placement_group import placement_group, placement_group_table
+from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -101,7 +101,7 @@ class _Given(DefaultPlacementGroupHandle):  # type: ignore[misc]
         return True
 
     def _is_going(self) -> bool:
-        nodes = set(placement_group_table(self._pg).get("bundles_to_node_id", {}).values())
+        nodes = self._placement.node_ids()
         draining = ray._private.state.state.get_draining_nodes()
         return bool(nodes & set(draining) or find_lost_nodes(nodes))
 

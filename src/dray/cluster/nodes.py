@@ -33,9 +33,7 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 
     """The shape of the connected cluster, by the smallest node of those that can hold a worker, if
     any can. Where its nodes cannot hold so many workers, those count too that its autoscaler may
     still add."""
-    import ray
-
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive = _alive_nodes()
     if not alive:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
 
@@ -51,7 +49,7 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 
     # The least of the nodes is planned with: a smaller kind would make all others as small.
     least = min((seats(node["Resources"]) for node in holding), default=1)
     coming = (
-        find_addable(alive, lacking, lambda resources: seats(resources) >= max(1, least))
+        find_addable(alive, lacking, lambda resources: seats(resources) >= least)
         if cpus_per_worker and lacking > 0
         else []
     )
@@ -169,27 +167,29 @@ def count_in(has: Mapping[str, float], wanted: Mapping[str, float]) -> int:
 
 def may_grow(cpus_per_worker: float, gpus_per_worker: int) -> bool:
     """Whether an autoscaler may still add a node that can hold a worker."""
-    import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return bool(
-        find_addable(alive, 1, lambda node: can_hold(node, cpus_per_worker, gpus_per_worker))
-    )
+    def serves(resources: Mapping[str, float]) -> bool:
+        return can_hold(resources, cpus_per_worker, gpus_per_worker)
+
+    return bool(find_addable(_alive_nodes(), 1, serves))
 
 
 def live_resources() -> list[dict[str, float]]:
     """What each live node of the connected cluster has."""
+    return [node["Resources"] for node in _alive_nodes()]
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    """As `ray.nodes()` tells of them."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
     """Those of the nodes that are dead, or on which no Ray answers: Ray itself takes half a minute
     to be sure."""
-    import ray
-
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    nodes = {node["NodeID"]: node for node in _alive_nodes()}
     return sorted(
         node_id
         for node_id in node_ids
@@ -213,9 +213,8 @@ def find_nodes_without(
     here = ray.get_runtime_context().get_node_id()
     nodes = {
         node["NodeID"]: node["NodeManagerAddress"]
-        for node in ray.nodes()
-        if node["Alive"]
-        and node["NodeID"] != here
+        for node in _alive_nodes()
+        if node["NodeID"] != here
         and (among is None or node["NodeID"] in among)
         and can_hold(node["Resources"], cpus_per_worker, gpus_per_worker)
     }

@@ -60,12 +60,14 @@ class Placement:
         return set(placement_group_table(self.group).get("bundles_to_node_id", {}).values())
 
     def wait(
-        self, say: Callable[[str], None] | None = None, stop: Callable[[], str] | None = None
+        self,
+        say: Callable[[str], object] = lambda line: None,
+        stop: Callable[[], str] = lambda: "",
     ) -> None:
         """Wait until the group is there; `say` gets a line once that takes long. Raises PlanError
         if it has been taken away, or no nodes could hold it for GROW_SECONDS, and RunFailed if
         `stop` gives a reason why nobody wants it any more."""
-        told, begun = say is None, time.monotonic()
+        told, begun = False, time.monotonic()
         roomy = begun
         while self.is_removed() or not self.group.wait(READY_SECONDS):
             if self.is_removed():
@@ -75,7 +77,7 @@ class Placement:
                     "a run lives in its group",
                     "keep the group until `train` has returned",
                 )
-            if stop is not None and (reason := stop()):
+            if reason := stop():
                 raise RunFailed(f"stopped while it waited for its placement: {reason}")
             now = time.monotonic()
             roomy = now if has_room(live_resources(), self.bundles) else roomy
@@ -86,7 +88,7 @@ class Placement:
                     f"they were waited for for {GROW_SECONDS:.0f} s",
                     "make the group of make_bundles(spec.resources)",
                 )
-            if say is not None and not told and now - begun > WAITING_SECONDS:
+            if not told and now - begun > WAITING_SECONDS:
                 told = True
                 say("waiting for its placement: the cluster has no room for it yet")
 

@@ -50,6 +50,14 @@ def server_of_ranks(gpus_per_worker: int) -> str:
     return "light" if gpus_per_worker else "full"
 
 
+def environment_of_ranks(gpus_per_worker: int) -> dict[str, str]:
+    """The runtime environment of the connected job's workers that compute as ranks do."""
+    import ray
+
+    job = ray.get_runtime_context().runtime_env
+    return fork_environment(server_of_ranks(gpus_per_worker), job)
+
+
 class WarmNodes:
     """Fork servers on the nodes that can hold a rank, so that one that comes to a node need not
     wait for imports.
@@ -135,7 +143,6 @@ def run_workers(
     does not read. `is_local`: Ray ends with this process. `started` is given the controller, with
     which the workers end.
     """
-    import ray
     from ray.exceptions import RayActorError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
@@ -156,9 +163,6 @@ def run_workers(
     class Processes(BackendConfig):  # type: ignore[misc]
         backend_cls = SharedDevices
 
-    forked = fork_environment(
-        server_of_ranks(gpus_per_worker), ray.get_runtime_context().runtime_env
-    )
     trainer = Trainer(
         work,
         site=site,
@@ -179,7 +183,10 @@ def run_workers(
             name=name,
             storage_path=scratch,
             callbacks=[recovery],
-            worker_runtime_env={"env_vars": HEAP_ENVIRONMENT, **forked},
+            worker_runtime_env={
+                "env_vars": HEAP_ENVIRONMENT,
+                **environment_of_ranks(gpus_per_worker),
+            },
             failure_config=FailureConfig(
                 max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1
             ),

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dray.cluster.connection import connect
-from dray.cluster.nodes import live_resources
+from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
 from dray.errors import CorpusError, PlanError, SpecError, UserError
@@ -38,9 +38,9 @@ def evaluate(
 
     `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
     Other data may be any slice, of one class alone, too. `thorough`: to the letter of the task's
-    metric, at a greater cost (`Task.thorough`). `workers`: how many measure at once, on
-    Ray, with a CPU and, where the cluster has GPUs, a GPU each; none: this process does, and needs
-    no Ray for the validation rows. Raises UserError for data that cannot be evaluated.
+    metric, at a greater cost (`Task.thorough`). `workers`: how many measure at once, on Ray, with a
+    CPU and, where the cluster has GPUs, a GPU each; none: this process does, and needs no Ray for
+    the validation rows. Raises UserError for data that cannot be evaluated.
     """
     if workers is not None and workers < 1:
         raise PlanError("--workers", f"is {workers}", "at least one worker measures")
@@ -55,13 +55,8 @@ def evaluate(
                 "it is for tasks whose validation takes a shorter way",
                 "leave it out",
             )
-    held_out = trained.manifest.validation
-    if held_out is None and not data:
-        raise CorpusError(
-            f"run {name!r}", "has no validation rows", way_out="name data with --data"
-        )
+    rows = None if data else _held_out(trained)
     with ExitStack() as stack:
-        num_gpus = 0
         if data or workers:
             stack.enter_context(
                 connect(
@@ -71,19 +66,12 @@ def evaluate(
                     verbose=verbose,
                 )
             )
-            num_gpus = int(any(node.get("GPU", 0.0) >= 1 for node in live_resources()))
-        if data:
-            corpus = _prepare_other(trained, data, storage)
-        else:
-            corpus = Corpus(trained.corpus, trained.manifest)
+        corpus, split = rows or _prepare_other(trained, data or (), storage)
         if workers:  # which read it when their turn comes
             stack.enter_context(trained.run.hold(trained.checkpoint))
-        split = corpus.manifest.train if data or held_out is None else held_out
-        metrics = (
-            measure_on_workers(trained, task, corpus, split, num_workers=workers, num_gpus=num_gpus)
-            if workers
-            else measure(trained, task, corpus, split, first=0, end=split.num_rows)
-        )
+            metrics = measure_on_workers(trained, task, corpus, split, workers)
+        else:
+            metrics = measure(trained, task, corpus, split, first=0, end=split.num_rows)
     if report is not None:
         report.update(task.report(metrics))
     values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}
@@ -92,13 +80,23 @@ def evaluate(
     return told | ({} if weights == "trained" else {"weights": weights}) | values
 
 
-def _prepare_other(trained: Trained, data: Sequence[str], storage: str) -> Corpus:
+def _held_out(trained: Trained) -> tuple[Corpus, Split]:
+    """The run's validation rows."""
+    if trained.manifest.validation is None:
+        raise CorpusError(
+            f"run {trained.run.name!r}", "has no validation rows", way_out="name data with --data"
+        )
+    return Corpus(trained.corpus, trained.manifest), trained.manifest.validation
+
+
+def _prepare_other(trained: Trained, data: Sequence[str], storage: str) -> tuple[Corpus, Split]:
     """Rows of other documents: the run's own settings, but nothing deduplicated or held out."""
     from dray.show.progress import Display
 
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
-        return prepare(spec, storage, Display().say, trained.manifest.labels)
+        corpus = prepare(spec, storage, Display().say, trained.manifest.labels)
+    return corpus, corpus.manifest.train
 
 
 @contextmanager

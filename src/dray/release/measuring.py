@@ -7,6 +7,7 @@ sums are merged as those of ranks are.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from dray.cluster.nodes import count_in, live_resources
-from dray.cluster.workers import fork_environment, server_of_ranks
+from dray.cluster.workers import environment_of_ranks
 from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import read_rows
@@ -53,18 +54,20 @@ def measure(
 
 
 def measure_on_workers(
-    trained: Trained, task: Task, corpus: Corpus, split: Split, *, num_workers: int, num_gpus: int
+    trained: Trained, task: Task, corpus: Corpus, split: Split, num_workers: int
 ) -> TaskMetrics:
-    """The same over all rows of the split, by workers of the connected Ray with a CPU and
-    `num_gpus` GPUs each.
+    """The same over all rows of the split, by workers of the connected Ray with a CPU each, and a
+    GPU where a node has one.
 
     Workers are tasks, which need not be at work at the same time: where there is room for fewer
     than were asked for, those do it all. Raises PlanError where there is room for none.
     """
     import ray
 
+    nodes = live_resources()
+    num_gpus = int(any(count_in(node, {"GPU": 1.0}) for node in nodes))
     wanted = {"CPU": 1.0, **({"GPU": float(num_gpus)} if num_gpus else {})}
-    if not any(count_in(node, wanted) for node in live_resources()):
+    if not any(count_in(node, wanted) for node in nodes):
         raise PlanError(
             "--workers",
             f"no node has {' and '.join(f'{has:g} {name}' for name, has in wanted.items())}",
@@ -75,10 +78,12 @@ def measure_on_workers(
     parts = [(first, end) for first, end in pairwise(bounds) if first < end]
     run, step = trained.run, trained.checkpoint.step
     what = (run.storage, run.name, step, trained.weights), task, corpus, split
-    # Forks of a process that has imported torch, as ranks are.
-    forks = fork_environment(server_of_ranks(num_gpus), ray.get_runtime_context().runtime_env or {})
-    options = {"num_cpus": 1, "num_gpus": num_gpus, "max_retries": 1, "runtime_env": forks}
-    work = ray.remote(**options)(_measure_part)
+    work = ray.remote(
+        num_cpus=1,
+        num_gpus=num_gpus,
+        max_retries=1,
+        runtime_env=environment_of_ranks(num_gpus),
+    )(_measure_part)
     shared, states = ray.put(what), dict[int, dict[str, Any]]()
     pending: dict[Any, int] = {}
     try:
@@ -115,17 +120,11 @@ def _measure_part(what: Any, first: int, end: int) -> dict[str, Any]:
     return measure(_open_once(*place), task, corpus, split, first=first, end=end).state()
 
 
-_opened: dict[tuple[str, str, int, str], Trained] = {}
-"""What this worker has read: it gets several parts."""
-
-
+@lru_cache(maxsize=1)
 def _open_once(storage: str, name: str, step: int, weights: Weights) -> Trained:
-    key = (storage, name, step, weights)
-    if key not in _opened:
-        prepare_process(1)
-        _opened.clear()  # one model at a time
-        _opened[key] = open_trained(storage, name, step, weights)
-    return _opened[key]
+    """A worker gets several parts, and reads the model when it measures the first one."""
+    prepare_process(1)
+    return open_trained(storage, name, step, weights)
 
 
 def batch_rows(width: int, num_outputs: int) -> int:

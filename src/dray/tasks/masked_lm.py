@@ -25,7 +25,7 @@ from dray.tasks.task import Batch, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from torch import nn
+    from torch import Tensor, nn
 
     from dray.tasks.rows import Encoded, Tools
 
@@ -73,13 +73,10 @@ class MaskedLM(Task):
         import numpy as np
         import torch
 
-        from dray.tasks.columns import integer_column, matrix, real_rows, token_matrix
+        from dray.tasks.columns import integer_column, matrix
 
-        tokens, starts = token_matrix(table), matrix(table, "starts")
-        num_rows, width = tokens.shape
-        num_tokens = integer_column(table, "num_tokens")
-        inside = torch.arange(width)[None, :] < num_tokens.clamp(min=1)[:, None]
-        may_hide = inside & (starts != SPECIAL) & real_rows(table)[:, None]
+        tokens, inside, may_hide = _read_rows(table)
+        starts, (num_rows, width) = matrix(table, "starts"), tokens.shape
         ids = integer_column(table, "row_id") if "row_id" in table.column_names else None
         chosen, fates, others = (np.empty((num_rows, width)) for _ in range(3))
         for row in range(num_rows):
@@ -115,11 +112,7 @@ class MaskedLM(Task):
             return
         import torch
 
-        from dray.tasks.columns import integer_column, matrix, real_rows, token_matrix
-
-        tokens, num_tokens = token_matrix(table), integer_column(table, "num_tokens")
-        inside = torch.arange(tokens.shape[1])[None, :] < num_tokens[:, None]
-        may_hide = inside & (matrix(table, "starts") != SPECIAL) & real_rows(table)[:, None]
+        tokens, inside, may_hide = _read_rows(table)
         for places in torch.split(may_hide.nonzero(), num_rows):  # (row, position) of each token
             rows, positions = places[:, 0], places[:, 1]
             hidden = torch.zeros(len(rows), tokens.shape[1], dtype=torch.bool)
@@ -139,3 +132,17 @@ class MaskedLM(Task):
         from dray.tasks.metrics import TokenMetrics
 
         return TokenMetrics("pseudo_perplexity" if self.one_by_one else "masked_perplexity")
+
+
+def _read_rows(table: pa.Table) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows' tokens, int64, and as bool which of them a row has, and which may be hidden:
+    [rows, sequence_tokens] each."""
+    import torch
+
+    from dray.tasks.columns import integer_column, matrix, real_rows, token_matrix
+
+    tokens, num_tokens = token_matrix(table), integer_column(table, "num_tokens")
+    # A row without any token to attend to would give NaN.
+    inside = torch.arange(tokens.shape[1])[None, :] < num_tokens.clamp(min=1)[:, None]
+    may_hide = inside & (matrix(table, "starts") != SPECIAL) & real_rows(table)[:, None]
+    return tokens, inside, may_hide
