@@ -340,6 +340,11 @@ def test_classification_rows_in_length_buckets(tmp_path: Path) -> None:
     assert (
         0 < manifest.packing.num_truncated_documents <= sum(row["num_tokens"] == 64 for row in rows)
     )
+    packing = manifest.packing
+    assert (
+        f"{packing.num_truncated_documents:,} training documents longer than a row lost "
+        f"{packing.num_truncated_tokens:,} tokens"
+    ) in "\n".join(corpus.describe())
 
 
 @pytest.mark.parametrize("deduplicate", ["exact", "none"])

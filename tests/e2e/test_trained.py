@@ -261,13 +261,16 @@ def test_show_runs_and_verify_print_pages_and_documents(storage: str, run: Run, 
     shown = json.loads(capsys.readouterr().out)
     assert shown.keys() >= SUMMARY_KEYS
     assert {"step", "path", "verified", "bytes"} <= shown["checkpoints"][0].keys()
+    assert shown["data"]["num_documents"] > 100  # from wherever it is asked for
     assert main(["verify", run.uri, "--json"]) == 0
     assert {"step", "ok", "files", "weights_sha256", "optimizer_sha256"} <= json.loads(
         capsys.readouterr().out
     ).keys()
     for command in (["show", "alone"], ["runs"], ["verify", "alone"]):
         assert main([*command, "--storage", storage]) == 0
-        assert "alone" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "alone" in told
+        assert ("documents    " in told) == (command[0] == "show")
     table = run.metrics_table()
     assert {"step", "loss", "tokens_per_second", "rows_digest"} <= set(table.column_names)
 

@@ -78,9 +78,20 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     lines += _describe_labels(manifest)
     lines.append(
         f"tokens       {manifest.train.num_tokens:,} in {manifest.train.num_rows:,} rows of "
-        f"{manifest.sequence_tokens}"
+        f"{manifest.sequence_tokens}{_describe_truncated(manifest)}"
     )
     return lines
+
+
+def _describe_truncated(manifest: Manifest) -> str:
+    """What rows had no room for."""
+    packing = manifest.packing
+    if not packing.num_truncated_documents:
+        return ""
+    return (
+        f"; {_number(packing.num_truncated_documents, 'training document')} longer than a row lost "
+        f"{_number(packing.num_truncated_tokens, 'token')} at the end"
+    )
 
 
 def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -93,6 +104,8 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "num_documents": manifest.train.num_documents
         + (validation.num_documents if validation else 0),
         "num_tokens": manifest.train.num_tokens,
+        "num_truncated_documents": manifest.packing.num_truncated_documents,
+        "num_truncated_tokens": manifest.packing.num_truncated_tokens,
         "dropped": manifest.dropped,
         "num_bad": manifest.num_bad,
         "bad_share": manifest.bad_share,

@@ -105,7 +105,7 @@ def _describe_data(run: Run) -> list[str]:
 
 def _find_account(run: Run) -> tuple[Manifest, tuple[SourceFile, ...]] | None:
     try:
-        place = open_filesystem(run.record().get("corpus") or "")
+        place = open_filesystem(run.corpus)
         return load_manifest(*place), load_source_files(*place)
     except (UserError, OSError):  # a page about a run needs no corpus
         return None
