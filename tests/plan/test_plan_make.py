@@ -191,17 +191,18 @@ def test_what_an_optimizer_keeps_is_counted() -> None:
         assert averaged.memory.optimizer == (each + 4) * count
         assert averaged.checkpoint_bytes == (8 + each) * count
     assert plan_of("adafactor").memory.optimizer < 0.01 * count
+    assert 2 * count < plan_of("adamw_8bit").memory.optimizer < 4 * count
     assert 4 * count < plan_of("muon").memory.optimizer < 8 * count
     assert adamw.memory.total > plan_of("sgd").memory.total > plan_of("adafactor").memory.total
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
-def test_what_updates_whole_matrices_is_planned_without_zero(name: str) -> None:
+@pytest.mark.parametrize("name", ["adafactor", "muon", "adamw_8bit"])
+def test_what_goes_by_whole_matrices_is_planned_without_zero(name: str) -> None:
     optimizer = {"name": name, "learning_rate": 1e-3}
     plan = make_plan(large(optimizer=optimizer), parse_shape("2x8xH200"))
     assert plan.zero_stage == 0
     assert f"stage 0 as {name} needs it" in plan.zero_reason
-    assert any(f"{name} updates whole matrices" in note for note in plan.notes)
+    assert any(f"{name} goes by whole matrices" in note for note in plan.notes)
     text = refusal(
         large(optimizer=optimizer, batch={"micro_rows": 32}, precision="fp32"),
         parse_shape("2x8xH100"),

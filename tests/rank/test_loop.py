@@ -153,7 +153,8 @@ def test_a_step_that_is_read_one_step_later_gives_the_same_run(
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("sgd", 2), ("lion", 1), ("adafactor", 0), ("muon", 0), ("adamw", 3)]
+    ("name", "stage"),
+    [("sgd", 2), ("lion", 1), ("adafactor", 0), ("muon", 0), ("adamw_8bit", 0), ("adamw", 3)],
 )
 def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(
     tmp_path: Path, corpus: Corpus, name: str, stage: int

@@ -34,6 +34,7 @@ VOCAB, WIDTH, ROW_TOKENS, GLOBAL_ROWS, MICRO_ROWS = (
 )  # odd sizes: no partition comes out even
 STATES = {
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "adamw_8bit": ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"),
     "sgd": ("momentum_buffer",),
     "lion": ("exp_avg",),
     "adafactor": ("variance", "row_var", "col_var"),
@@ -109,7 +110,8 @@ def make_place(place: Place) -> tuple[Spec, Plan]:
             data={"sequence_tokens": 16},
             resources={"workers": place.ranks},
             zero={"stage": place.stage, "offload": place.offload},
-            optimizer={"name": name, "learning_rate": 1e-3},
+            optimizer={"name": name, "learning_rate": 1e-3}
+            | ({"least_elements": 1} if name == "adamw_8bit" else {}),
             regularization={"ema": {"decay": 0.5}} if ema else {},
         )
     )
@@ -384,7 +386,9 @@ def test_what_goes_by_elements_learns_alike_under_every_stage(
         assert average_there == pytest.approx(average, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 0.1), ("muon.ema", 3e-2)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("adafactor", 0.1), ("muon.ema", 3e-2), ("adamw_8bit", 3e-2)]
+)
 def test_what_goes_by_matrices_learns_alike_at_any_number_of_ranks(
     host: RankHost, optimizer: str, rate: float
 ) -> None:
@@ -411,7 +415,13 @@ def test_states_of_other_optimizers_follow_to_every_stage(
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision"), [("adafactor.ema", "fp32"), ("muon", "fp32"), ("muon.ema", "bf16")]
+    ("optimizer", "precision"),
+    [
+        ("adafactor.ema", "fp32"),
+        ("muon", "fp32"),
+        ("muon.ema", "bf16"),
+        ("adamw_8bit.ema", "fp32"),
+    ],
 )
 def test_states_of_whole_matrices_follow_to_any_number_of_ranks(
     host: RankHost, tmp_path: Path, optimizer: str, precision: str

@@ -241,7 +241,8 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         for name in ("num_cut_documents", "num_truncated_documents", "num_truncated_tokens")
     }
     files = work.source_files()
-    utilization = round(train.num_tokens / (train.num_rows * job.sequence_tokens), 6)
+    slots = train.num_rows * job.sequence_tokens
+    utilization = round(train.num_tokens / slots, 6) if job.task.tokenizes else 1.0
     return Manifest(
         version=VERSION,
         key=key,

@@ -7,6 +7,7 @@ equal ones are found.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -162,14 +163,18 @@ class Tools:
     def __init__(self, folder: str, info: TokenizerInfo, row_tokens: int) -> None:
         self.prefix, self.middle, self.suffix = info.prefix, info.middle, info.suffix
         self.row_tokens, self.dtype = row_tokens, info.dtype
-        self._folder, self._vocab_size = folder, info.vocab_size
-        self._encoder = load_encoder(folder, info.encoder)
+        self._folder, self._info = folder, info
         self.names: dict[str, int] = {}
         """Numbers of the names met so far."""
         self.counts: Counter[str] = Counter()
 
+    @cached_property
+    def _encoder(self) -> Any:
+        return load_encoder(self._folder, self._info.encoder)
+
     def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
-        return self._encoder.encode(texts)
+        found: tuple[npt.NDArray[np.uint32], Ints] = self._encoder.encode(texts)
+        return found
 
     def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         tokenizer = load_decoder(self._folder)
@@ -185,7 +190,7 @@ class Tools:
 
     @cached_property
     def word_starts(self) -> npt.NDArray[np.uint8]:
-        return find_word_starts(read_tokenizer_files(self._folder), self._vocab_size)
+        return find_word_starts(read_tokenizer_files(self._folder), self._info.vocab_size)
 
     def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
         """Numbers of names, which are counted; -1 for null."""
@@ -263,7 +268,7 @@ class _ChunkWriter:
                 write_arrays(filesystem, f"{path}.{column.name}", self._columns.pop(column.name))
         columns = {name: _join(parts) for name, parts in self._columns.items()}
         high, low, classes = columns.pop("high"), columns["low"], columns.pop("class", None)
-        batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+        batch = pa.record_batch({name: as_array(values) for name, values in columns.items()})
         names = json.dumps(list(self._tools.names)).encode()
         batch = batch.replace_schema_metadata({NAMES: names})
         write_batch(filesystem, f"{path}.documents", batch)
@@ -276,6 +281,14 @@ class _ChunkWriter:
         self.chunks.append(name)
         self.num_documents += len(high)
         self._tokens, self._columns, self._text_bytes = [], {}, 0
+
+
+def as_array(values: Any) -> pa.Array:
+    """A column of documents, one value each: what is an array in every row lies flat."""
+    if not isinstance(values, np.ndarray) or values.ndim == 1:
+        return pa.array(values)
+    flat = pa.array(values.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, math.prod(values.shape[1:]))
 
 
 def _join(parts: Sequence[Any]) -> Any:

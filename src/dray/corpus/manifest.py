@@ -129,7 +129,7 @@ class Packing(_Record):
     """How well documents fill the training rows."""
 
     utilization: float
-    """Share of the token slots that hold a token rather than padding."""
+    """Share of the token slots that hold a token rather than padding; 1 without tokens."""
     num_cut_documents: int
     """Documents longer than a row, which go on in another row (language modelling only)."""
     num_truncated_documents: int
@@ -185,6 +185,13 @@ class Manifest(_Record):
     """Files that the sources' paths hold but that were not read, by reason."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
+
+    @property
+    def row_bytes(self) -> int:
+        """About what a row takes."""
+        size = 2 if self.vocab_size <= 65536 else 4
+        tokens = self.sequence_tokens * size if self.vocab_size else 0
+        return max(tokens + 24, self.train.num_bytes // max(1, self.train.num_rows))
 
     @property
     def num_bytes(self) -> int:

@@ -9,12 +9,14 @@ one-document rows is counted.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 Ints = npt.NDArray[np.int64]
 
@@ -32,6 +34,54 @@ class Rows:
     num_cut_documents: int = 0
     num_truncated_documents: int = 0
     num_truncated_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Varying:
+    """Numbers of rows that have as many as they like."""
+
+    values: npt.NDArray[Any]
+    """End to end."""
+    lengths: Ints
+
+    @classmethod
+    def of(cls, lists: pa.Array, dtype: str) -> Varying:
+        """Those of an array of lists."""
+        values = lists.flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+        return cls(values, lengths.astype(np.int64))
+
+    @classmethod
+    def join(cls, pieces: Sequence[Varying], dtype: str) -> Varying:
+        """Those of some rows after those of others."""
+        values = [np.empty(0, dtype), *(piece.values for piece in pieces)]
+        lengths = [np.empty(0, np.int64), *(piece.lengths for piece in pieces)]
+        return cls(np.concatenate(values), np.concatenate(lengths))
+
+    def __getitem__(self, rows: Ints) -> Varying:
+        """Those of some rows, in their order."""
+        starts, lengths = (np.cumsum(self.lengths) - self.lengths)[rows], self.lengths[rows]
+        return Varying(gather(self.values, starts, lengths), lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    @property
+    def offsets(self) -> Ints:
+        """Where each row's begin, and where the last's end."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+
+    def lists(self) -> pa.LargeListArray:
+        """An array of lists. Nothing is copied."""
+        kind = pa.field("item", pa.from_numpy_dtype(self.values.dtype), nullable=False)
+        return pa.LargeListArray.from_arrays(
+            pa.array(self.offsets), pa.array(self.values), type=pa.large_list(kind)
+        )
+
+
+Values = npt.NDArray[Any] | Varying
+"""A column of rows: [num_rows, …], or lists of numbers."""
 
 
 def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:

@@ -298,7 +298,7 @@ def plan_bundles(num_chunks: int, num_partitions: int, num_documents: int) -> in
 
 def make_deals(job: Preparation, packed: Sequence[dict[str, Any]]) -> list[Deal]:
     """Which rows of which chunks each shard holds, for each split and source that has rows."""
-    row_bytes = job.sequence_tokens * np.dtype(job.info.dtype).itemsize
+    row_bytes = _row_bytes(job, packed)
     deals: list[Deal] = []
     for split in SPLITS:
         for source in range(len(job.sources)):
@@ -310,6 +310,15 @@ def make_deals(job: Preparation, packed: Sequence[dict[str, Any]]) -> list[Deal]
             if counts:
                 deals.append(_deal(job, split, source, counts, row_bytes))
     return deals
+
+
+def _row_bytes(job: Preparation, packed: Sequence[dict[str, Any]]) -> int:
+    """About what a row takes: its tokens, and the mean of the arrays that rows have besides."""
+    tokens = job.sequence_tokens * np.dtype(job.info.dtype).itemsize if job.task.tokenizes else 0
+    records = [found[split] for found in packed for split in SPLITS if split in found]
+    arrays = int(sum(record.get("num_array_bytes", 0) for record in records))
+    num_rows = int(sum(record["num_rows"] for record in records))
+    return max(1, tokens + arrays // max(1, num_rows))
 
 
 def _deal(

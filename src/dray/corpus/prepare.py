@@ -67,7 +67,7 @@ from dray.corpus.rows import merge_rows, mix_rows, pack_chunk
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
-from dray.corpus.tokenizing import TokenizerInfo, read_tokenizer_files
+from dray.corpus.tokenizing import NO_TOKENIZER, TokenizerInfo, read_tokenizer_files
 from dray.errors import CorpusError, SpecError, StoreError
 from dray.runs import Run
 from dray.runs.layout import CORPORA
@@ -225,7 +225,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
     that changes the result. Neither names nor times count: copied or moved files are the same
     corpus."""
     inputs = inputs or find_inputs(spec)
-    tokenizer: Any = {
+    tokenizer: Any = spec.task.tokenizes and {
         "train": spec.tokenizer.train,
         "vocab_size": spec.tokenizer.vocab_size,
         "sample_bytes": spec.tokenizer.sample_bytes,
@@ -505,6 +505,8 @@ def _make_tokenizer(
     spec: Spec, job: Preparation, parts: Sequence[Part], say: Progress
 ) -> TokenizerInfo:
     """The tokeniser in its folder and what is known of it, made in a Ray task."""
+    if not spec.task.tokenizes:
+        return NO_TOKENIZER
     path = staged(job, "tokenizer.json")
     if not exists(*path):
         say("training the tokeniser" if spec.tokenizer.train else "checking the tokeniser")

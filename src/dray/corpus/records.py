@@ -3,6 +3,7 @@ cannot read."""
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dray.spec import Field, Source
 from dray.tasks.rows import SEPARATOR
 
 MAX_EXACT = 2.0**53
-TEXT_KINDS = ("text", "words")
+TEXT_KINDS = ("text", "words", "bytes")
 PLAIN = {"text": Field("text"), "label": Field("label", wanted=False)}
 """The fields of a text with or without a class."""
 
@@ -139,6 +140,23 @@ def _read_list(column: str, value: Any) -> str:
     return SEPARATOR.join(texts)
 
 
+def _read_bytes(column: str, value: Any) -> str:
+    """The bytes of a file as base64: themselves, base64 of them, or as the `bytes` of a record, in
+    which datasets keep images and sounds."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value, validate=True)
+        except ValueError as error:
+            raise BadRecord(f"{column!r} is not base64") from error
+    if not isinstance(value, bytes):
+        raise BadRecord(f"{column!r} holds no bytes")
+    if not value:
+        raise BadRecord(f"{column!r} is empty")
+    return base64.b64encode(value).decode()
+
+
 def _read_label(column: str, value: Any) -> str:
     return parse_label(value)
 
@@ -165,6 +183,7 @@ def _read_number(column: str, value: Any) -> str:
 _READERS: dict[str, Callable[[str, Any], str]] = {
     "text": read_text,
     "words": _read_list,
+    "bytes": _read_bytes,
     "tags": _read_list,
     "label": _read_label,
     "labels": _read_labels,

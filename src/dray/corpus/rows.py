@@ -20,7 +20,17 @@ from pyarrow import fs as pafs
 from dray.corpus.cleaning import held_out
 from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.duplicates import further_pieces, kept_documents
-from dray.corpus.packing import Aligned, Ints, Rows, gather, one_a_row, order_by_length, pack
+from dray.corpus.packing import (
+    Aligned,
+    Ints,
+    Rows,
+    Values,
+    Varying,
+    gather,
+    one_a_row,
+    order_by_length,
+    pack,
+)
 from dray.corpus.parts import (
     NAMES,
     SPLITS,
@@ -34,7 +44,7 @@ from dray.corpus.parts import (
     staged,
     write_arrays,
 )
-from dray.corpus.shards import make_batch, write_shard
+from dray.corpus.shards import Stored, make_batch, write_shard
 from dray.corpus.tokenizing import TokenizerInfo, load_decoder
 from dray.storage.filesystem import (
     child,
@@ -70,7 +80,7 @@ class _Encoded:
             return self
         starts, lengths = (np.cumsum(self.lengths) - self.lengths)[chosen], self.lengths[chosen]
         return _Encoded(
-            gather(self.tokens, starts, lengths),
+            gather(self.tokens, starts, lengths) if len(self.tokens) else self.tokens,
             lengths,
             {n: (gather(v, starts, lengths), pad) for n, (v, pad) in self.aligned.items()},
             self.columns.take(pa.array(chosen)),
@@ -133,19 +143,22 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
                 "num_truncated_documents": rows.num_truncated_documents + int((lost > 0).sum()),
                 "num_truncated_tokens": rows.num_truncated_tokens + int(lost.sum()),
             }
+            arrays = [c.name for c in job.task.columns if c.shape or c.varies]
+            if arrays:
+                record[split]["num_array_bytes"] = sum(values[name].nbytes for name in arrays)
             if job.labels:
                 record[split]["by_label"] = _count_classes(job, values)
     return save_record(job, "packed", index, record)
 
 
-def _count_classes(job: Preparation, values: Mapping[str, npt.NDArray[Any]]) -> list[int]:
+def _count_classes(job: Preparation, values: Mapping[str, Any]) -> list[int]:
     """How often each class is there."""
     counts = np.zeros(len(job.labels), np.int64)
     for column in job.task.columns:
-        found = values[column.name]
         if column.hot:
-            counts += found.sum(axis=0, dtype=np.int64)
+            counts += values[column.name].sum(axis=0, dtype=np.int64)
         elif column.names:
+            found = values[column.name]
             counts += np.bincount(found[found >= 0].reshape(-1), minlength=len(counts))
     return [int(count) for count in counts]
 
@@ -171,6 +184,8 @@ def pad_rows(  # noqa: PLR0917
     aligned: Aligned,
 ) -> Rows:
     """A document a row, between what the tokeniser puts around one."""
+    if not task.tokenizes:
+        return Rows(np.empty((len(lengths), 0), tokens.dtype), lengths.astype(np.int32))
     return one_a_row(
         tokens,
         lengths,
@@ -183,9 +198,7 @@ def pad_rows(  # noqa: PLR0917
     )
 
 
-def _make_rows(
-    job: Preparation, index: int, documents: _Encoded
-) -> tuple[Rows, dict[str, npt.NDArray[Any]]]:
+def _make_rows(job: Preparation, index: int, documents: _Encoded) -> tuple[Rows, dict[str, Values]]:
     """Documents as rows, and the columns of these by name."""
     info, width = job.info, job.sequence_tokens
     tokens, lengths, aligned = documents.tokens, documents.lengths, documents.aligned
@@ -193,14 +206,22 @@ def _make_rows(
         rows = pack(tokens, lengths, width, info.filler, aligned)
     else:
         rows = pad_rows(job.task, info, width, tokens, lengths, aligned)
-    values = {"input_ids": rows.tokens, "num_tokens": rows.num_tokens, **rows.aligned}
+    values: dict[str, Values] = {
+        "input_ids": rows.tokens,
+        "num_tokens": rows.num_tokens,
+        **rows.aligned,
+    }
     classes = _class_ids(job, documents.columns)
     for column in job.task.columns:
         if column.name == DOCUMENT:
             values[DOCUMENT] = (index << 32) + documents["record"]
         elif column.each == "row":
             found = documents.columns.column(column.name)
-            values[column.name] = _row_values(column, found, classes, len(job.labels))
+            if column.hot:
+                values[column.name] = _hot_values(column, found, classes, len(job.labels))
+            else:
+                own = row_values(column, found)
+                values[column.name] = _renumber(own, classes) if column.names else own
     return rows, values
 
 
@@ -211,17 +232,24 @@ def _class_ids(job: Preparation, documents: pa.RecordBatch) -> npt.NDArray[np.in
     return np.array([ids.get(name, -1) for name in names] + [-1], np.int32)
 
 
-def _renumber(numbers: npt.NDArray[Any], classes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _renumber(numbers: Any, classes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Class ids of numbers; negative ones stay as they are."""
-    return np.where(numbers < 0, numbers, classes[np.maximum(numbers, -1)])
+    found: npt.NDArray[np.int32] = np.where(numbers < 0, numbers, classes[np.maximum(numbers, -1)])
+    return found
 
 
-def _row_values(
+def row_values(column: Any, found: pa.Array) -> Values:
+    """A column that documents have one value each of, as rows have it."""
+    if column.varies:
+        return Varying.of(found, column.dtype)
+    values = found.flatten() if column.shape else found
+    own: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).astype(column.dtype)
+    return own.reshape(len(found), -1) if column.shape else own
+
+
+def _hot_values(
     column: Any, found: pa.Array, classes: npt.NDArray[np.int32], num_labels: int
 ) -> npt.NDArray[Any]:
-    if not column.hot:
-        values = found.to_numpy(zero_copy_only=False).astype(column.dtype)
-        return _renumber(values, classes) if column.names else values
     hot = np.zeros((len(found), num_labels), column.dtype)
     lengths = pc.list_value_length(found).to_numpy(zero_copy_only=False)
     numbers = found.flatten().to_numpy(zero_copy_only=False)
@@ -230,11 +258,16 @@ def _row_values(
 
 
 def _write_rows(
-    filesystem: pafs.FileSystem, path: str, columns: Sequence[npt.NDArray[Any]], order: Ints
+    filesystem: pafs.FileSystem, path: str, columns: Sequence[Values], order: Ints
 ) -> None:
-    """One column of the rows after the other, as plain bytes: a slice of each is one range."""
+    """One column of the rows after the other, as plain bytes: a slice of each is one range. Before
+    numbers that vary stands where each row's begin (int64, and the end of the last)."""
     make_folder(filesystem, path.rpartition("/")[0])
-    write_arrays(filesystem, path, [column[order] for column in columns])
+    arrays: list[npt.NDArray[Any]] = []
+    for column in columns:
+        values = column[order]
+        arrays += [values.offsets, values.values] if isinstance(values, Varying) else [values]
+    write_arrays(filesystem, path, arrays)
 
 
 def mix_rows(job: Preparation, item: tuple[int, MixPlan]) -> dict[str, Any]:
@@ -255,7 +288,7 @@ def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     index, plan = item
     rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
     values = _read_slices(job, plan.slices)
-    num_tokens = values["num_tokens"]
+    num_tokens: Any = values["num_tokens"]
     order = rng.permutation(len(num_tokens))
     if not job.packs:
         order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
@@ -267,21 +300,49 @@ def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     return save_record(job, "shards", index, shard.model_dump())
 
 
-def _read_slices(job: Preparation, slices: Sequence[Slice]) -> dict[str, npt.NDArray[Any]]:
+def _read_slices(job: Preparation, slices: Sequence[Slice]) -> dict[str, Values]:
     """The columns of rows by name, slice after slice."""
     num_rows = sum(piece.num_rows for piece in slices)
     columns = job.columns
-    values = {column.name: np.empty((num_rows, *column.shape), column.dtype) for column in columns}
+    values: dict[str, Any] = {
+        column.name: np.empty((num_rows, *column.shape), column.dtype)
+        for column in columns
+        if not column.varies
+    }
+    varying: dict[str, list[Varying]] = {column.name: [] for column in columns if column.varies}
     done = 0
     for piece in slices:
         filesystem, path = staged(job, piece.file)
         begin = 0
         with filesystem.open_input_file(path) as file:
             for column in columns:
+                if column.varies:
+                    found, begin = _read_varying(file, column, piece, begin)
+                    varying[column.name].append(found)
+                    continue
                 size = column.row_bytes
                 data = file.read_at(piece.num_rows * size, begin + piece.start * size)
-                found = np.frombuffer(data, column.dtype).reshape(piece.num_rows, *column.shape)
-                values[column.name][done : done + piece.num_rows] = found
+                fixed = np.frombuffer(data, column.dtype).reshape(piece.num_rows, *column.shape)
+                values[column.name][done : done + piece.num_rows] = fixed
                 begin += piece.rows_in_file * size
         done += piece.num_rows
-    return values
+    return {
+        column.name: Varying.join(varying.pop(column.name), column.dtype)
+        if column.varies
+        else values[column.name]
+        for column in columns
+    }
+
+
+def _read_varying(file: Any, column: Stored, piece: Slice, begin: int) -> tuple[Varying, int]:
+    """What a slice has of a column that begins at a byte of the file, and where that ends."""
+
+    def read(first: int, count: int, dtype: str) -> npt.NDArray[Any]:
+        return np.frombuffer(file.read_at(count * np.dtype(dtype).itemsize, first), dtype)
+
+    offsets = read(begin + piece.start * 8, piece.num_rows + 1, "int64")
+    (total,) = read(begin + piece.rows_in_file * 8, 1, "int64").tolist()
+    first, last = int(offsets[0]), int(offsets[-1])
+    data, size = begin + (piece.rows_in_file + 1) * 8, np.dtype(column.dtype).itemsize
+    values = read(data + first * size, last - first, column.dtype)
+    return Varying(values, np.diff(offsets)), data + total * size

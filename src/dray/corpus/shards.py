@@ -7,6 +7,7 @@ flips under a run is noticed by whoever reads it. Refuses groups that the source
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import zlib
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from dray.corpus.manifest import Shard, SourceRows
+from dray.corpus.packing import Values, Varying
 from dray.errors import CorpusError
 from dray.storage.filesystem import is_local, make_folder, write_whole
 from dray.storage.retrying import first_safe_line, retry
@@ -35,12 +37,13 @@ CACHED_SHARDS = 32
 
 @dataclass(frozen=True)
 class Stored:
-    """A column of rows as it is stored: numbers, one or `width` of them a row."""
+    """A column of rows as it is stored: numbers, one, `width`, or as many as each row has."""
 
     name: str
     dtype: str
     width: int | None = None
     """None: one number a row."""
+    varies: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,32 +51,42 @@ class Stored:
 
     @property
     def row_bytes(self) -> int:
-        return np.dtype(self.dtype).itemsize * (self.width or 1)
+        """Of a row, where it is the same for all."""
+        return np.dtype(self.dtype).itemsize * (1 if self.width is None else self.width)
 
 
 def stored_columns(
     task: Any, sequence_tokens: int, dtype: str, num_labels: int = 0
 ) -> list[Stored]:
     """The columns of a task's rows; `dtype` of the ids is uint16 or uint32."""
-    found = [Stored("input_ids", dtype, sequence_tokens), Stored("num_tokens", "int32")]
+    found = [Stored("input_ids", dtype, sequence_tokens)] if task.tokenizes else []
+    found.append(Stored("num_tokens", "int32"))
     for column in task.columns:
         width = sequence_tokens if column.each == "token" else None
-        found.append(Stored(column.name, column.dtype, num_labels if column.hot else width))
+        width = math.prod(column.shape) if column.shape else num_labels if column.hot else width
+        found.append(Stored(column.name, column.dtype, width, column.varies))
     return found
 
 
-def make_batch(columns: Sequence[Stored], values: Mapping[str, npt.NDArray[Any]]) -> pa.RecordBatch:
-    """Rows as a record batch, from arrays [num_rows, …] by name. Nothing is copied."""
-    fields, arrays = [], []
-    for column in columns:
-        kind = pa.from_numpy_dtype(np.dtype(column.dtype))
-        array = pa.array(values[column.name].reshape(-1), kind)
-        if column.width is not None:
-            kind = pa.list_(pa.field("item", kind, nullable=False), column.width)
-            array = pa.FixedSizeListArray.from_arrays(array, type=kind)
-        fields.append(pa.field(column.name, kind, nullable=False))
-        arrays.append(array)
+def make_batch(columns: Sequence[Stored], values: Mapping[str, Values]) -> pa.RecordBatch:
+    """Rows as a record batch, from their columns by name. Nothing is copied."""
+    arrays = [_make_array(column, values[column.name]) for column in columns]
+    fields = [
+        pa.field(column.name, array.type, nullable=False)
+        for column, array in zip(columns, arrays, strict=True)
+    ]
     return pa.record_batch(arrays, schema=pa.schema(fields))
+
+
+def _make_array(column: Stored, values: Values) -> pa.Array:
+    if isinstance(values, Varying):
+        return values.lists()
+    kind = pa.from_numpy_dtype(np.dtype(column.dtype))
+    array = pa.array(values.reshape(-1), kind)
+    if column.width is None:
+        return array
+    kind = pa.list_(pa.field("item", kind, nullable=False), column.width)
+    return pa.FixedSizeListArray.from_arrays(array, type=kind)
 
 
 class _Measured:
@@ -127,7 +140,9 @@ def _checksum(group: pa.RecordBatch) -> bytes:
     """CRC-32 over the values of all columns, which have no nulls."""
     found = 0
     for column in group.columns:
-        values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+        if pa.types.is_large_list(column.type):
+            found = zlib.crc32(pc.list_value_length(column).to_numpy(), found)
+        values = column.flatten() if pa.types.is_nested(column.type) else column
         found = zlib.crc32(values.to_numpy(zero_copy_only=True), found)
     return b"%08x" % found
 

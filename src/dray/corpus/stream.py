@@ -123,9 +123,7 @@ class RowStream:
 
     def segments(self) -> Iterator[Segment]:
         """The blocks of every rank, in the order in which they are consumed."""
-        row_bytes = (
-            self.manifest.sequence_tokens * (2 if self.manifest.vocab_size <= 65536 else 4) + 24
-        )
+        row_bytes = self.manifest.row_bytes
         rows_per_block = max(1, self.block_bytes // row_bytes)
         rows_per_segment = max(1, SEGMENT_BYTES // row_bytes)
         micro_batches = max(

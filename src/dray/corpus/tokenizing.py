@@ -118,6 +118,9 @@ class TokenizerInfo:
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
 
+NO_TOKENIZER = TokenizerInfo(0, None, None, "none", (), ())
+"""Where documents are no texts."""
+
 # --- making the folder --------------------------------------------------------------------------
 
 

@@ -665,7 +665,7 @@ def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator
         yield "gradients of the micro batches add up in bf16; zero.stage=2 adds them up in fp32"
     if not spec.optimizer.elementwise and setting.num_ranks > 1:
         yield (
-            f"{spec.optimizer.name} updates whole matrices: every rank keeps all of them, and all "
+            f"{spec.optimizer.name} goes by whole matrices: every rank keeps all of them, and all "
             "that it keeps for them"
         )
     if setting.stage >= 2 and batch.accumulation > 1:

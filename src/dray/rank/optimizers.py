@@ -7,6 +7,7 @@ rate is set at each step.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,6 +60,80 @@ class GuardedSgd(_Fused, torch.optim.SGD):
     def counts(self, *, is_hidden: bool) -> bool:
         """It does not."""
         return False
+
+
+class GuardedAdamW8bit(_Guarded, torch.optim.Optimizer):
+    """bitsandbytes' update of moments in 8 bits by blocks (Dettmers et al. 2022, arXiv 2110.02861)
+    where those are kept, torch's AdamW elsewhere. It waits for the device twice a step."""
+
+    def __init__(self, groups: Groups, adamw: Mapping[str, Any]) -> None:
+        super().__init__(groups, {**adamw})
+        self._adamw = GuardedAdamW(groups, **adamw)
+        self._adamw.state = self.state
+        self._maps: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """The update, where it is not withheld."""
+        withheld = self._withheld()
+        if withheld is not None and bool(withheld):
+            return
+        gradients: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            quantized = [p for p in group["params"] if "exp_avg_scale" in self.state[p]]
+            quantized = [p for p in quantized if p.grad is not None]
+            if quantized:
+                self._step_quantized(quantized, group)
+            gradients.update((p, p.grad) for p in quantized)
+        for weights in gradients:  # the groups are AdamW's too, which passes over these
+            weights.grad = None
+        self._adamw.step()
+        for weights, gradient in gradients.items():
+            weights.grad = gradient
+
+    def _step_quantized(self, parameters: list[Any], group: Mapping[str, Any]) -> None:
+        functional = _bitsandbytes()
+        signed, unsigned = self._code_maps(parameters[0].device)
+        steps = [self.state[weights]["step"] for weights in parameters]
+        torch._foreach_add_(steps, 1.0)
+        num_steps = int(steps[0])
+        beta1, beta2 = group["betas"]
+        for weights in parameters:
+            state = self.state[weights]
+            functional.optimizer_update_8bit_blockwise(
+                "adam",
+                weights.grad,
+                weights,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                beta1,
+                beta2,
+                0.0,  # beta3 and alpha are another optimiser's
+                0.0,
+                group["eps"],
+                num_steps,
+                group["lr"],
+                signed,
+                unsigned,
+                state["exp_avg_scale"],
+                state["exp_avg_sq_scale"],
+                weight_decay=group["weight_decay"],
+            )
+
+    def _code_maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What each of the 256 codes stands for, of the first and of the second moment."""
+        if self._maps is None:
+            make = _bitsandbytes().create_dynamic_map
+            self._maps = make(signed=True).to(device), make(signed=False).to(device)
+        return self._maps
+
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes' functions. It warns of kernels that are not used here."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
 
 
 def _begin_update(
@@ -213,6 +288,13 @@ def _build_adamw(groups: Groups, chosen: Any) -> torch.optim.Optimizer:
     return GuardedAdamW(groups, lr=0.0, betas=betas, eps=chosen.epsilon, fused=True)
 
 
+def _build_adamw_8bit(groups: Groups, chosen: Any) -> torch.optim.Optimizer:
+    betas = (chosen.beta1, chosen.beta2)
+    return GuardedAdamW8bit(
+        groups, {"lr": 0.0, "betas": betas, "eps": chosen.epsilon, "fused": True}
+    )
+
+
 def _build_sgd(groups: Groups, chosen: Any) -> torch.optim.Optimizer:
     return GuardedSgd(groups, lr=0.0, momentum=chosen.momentum, fused=True)
 
@@ -238,6 +320,7 @@ def _build_muon(groups: Groups, chosen: Any) -> torch.optim.Optimizer:
 
 _BUILDERS: Mapping[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {
     "adamw": _build_adamw,
+    "adamw_8bit": _build_adamw_8bit,
     "sgd": _build_sgd,
     "lion": _build_lion,
     "adafactor": _build_adafactor,

@@ -266,17 +266,19 @@ def make_rows(task: Any, *, num_rows: int, width: int, vocab_size: int, num_labe
     import numpy as np
     import pyarrow as pa
 
+    from dray.corpus.packing import Varying
     from dray.corpus.shards import make_batch, stored_columns
 
     random = np.random.default_rng(0)
     columns = stored_columns(task, width, "uint32", num_labels)
     most = {"input_ids": vocab_size, **dict.fromkeys(("num_tokens",), 1)}
-    values = {
-        column.name: random.integers(
-            0, most.get(column.name, max(1, num_labels)), (num_rows, *column.shape)
-        ).astype(column.dtype)
-        for column in columns
-    }
+    values: dict[str, Any] = {}
+    for column in columns:
+        shape = (num_rows * width,) if column.varies else (num_rows, *column.shape)
+        drawn = random.integers(0, most.get(column.name, max(1, num_labels)), shape)
+        found = drawn.astype(column.dtype)
+        lengths = np.full(num_rows, width)
+        values[column.name] = Varying(found, lengths) if column.varies else found
     values["num_tokens"][:] = width
     batch = make_batch(columns, values)
     return pa.Table.from_batches([batch]).append_column("row_id", pa.array(np.arange(num_rows)))

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dray.corpus.chunks import Tools
+from dray.corpus.chunks import Tools, as_array
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest
 from dray.corpus.packing import Aligned
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
 from dray.corpus.records import TEXT_KINDS
-from dray.corpus.rows import pad_rows
+from dray.corpus.rows import pad_rows, row_values
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.tokenizing import TokenizerInfo
 from dray.errors import SpecError, StoreError
@@ -156,10 +156,17 @@ class _Predictor:
         columns = stored_columns(
             task, manifest.sequence_tokens, self.info.dtype, len(manifest.labels)
         )
-        values = {"input_ids": rows.tokens, "num_tokens": rows.num_tokens, **rows.aligned}
-        for column in columns:
-            if column.name not in values:  # a target, or a place in a corpus
-                values[column.name] = np.zeros((len(rows.tokens), *column.shape), column.dtype)
+        values: dict[str, Any] = {
+            "input_ids": rows.tokens,
+            "num_tokens": rows.num_tokens,
+            **rows.aligned,
+        }
+        for column in task.columns:
+            if column.each == "row" and column.name in encoded.columns:
+                values[column.name] = row_values(column, as_array(encoded.columns[column.name]))
+        for stored in columns:
+            if stored.name not in values:  # a target, or a place in a corpus
+                values[stored.name] = np.zeros((len(rows.tokens), *stored.shape), stored.dtype)
         return pa.Table.from_batches([make_batch(columns, values)])
 
 

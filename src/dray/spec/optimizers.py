@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag
 
-from dray.spec.sections import Float, Section
+from dray.spec.sections import Float, Int, Section
 
 Size = tuple[int, ...]
 _DTYPE_BYTES = {"float32": 4, "uint8": 1}
@@ -40,6 +40,8 @@ class Optimizer(Section):
     """Copies in fp32 of what is updated at once that come and go in an update."""
     parts_hidden: ClassVar[bool] = False
     """Whether the matrices of the model's blocks are updated otherwise than the rest."""
+    package: ClassVar[str | None] = None
+    """What it needs besides dray's own packages: the name that is imported."""
 
     name: str
     """The optimiser's name."""
@@ -70,6 +72,42 @@ class AdamW(Optimizer):
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         return State("exp_avg", shape), State("exp_avg_sq", shape)
+
+
+class AdamW8bit(Optimizer):
+    """AdamW whose two moments take a byte an element and a number for each 256 of them, in the
+    matrices of the model's blocks; embeddings, heads, norms and biases keep theirs in fp32."""
+
+    elementwise: ClassVar[bool] = False
+    parts_hidden: ClassVar[bool] = True
+    package: ClassVar[str | None] = "bitsandbytes"
+    block_elements: ClassVar[int] = 256
+    """Elements of a matrix that share a scale: the package's own number."""
+
+    name: Literal["adamw_8bit"] = "adamw_8bit"
+    """The optimiser's name."""
+    learning_rate: Annotated[Float, Field(gt=0, le=10)] = 1.0e-3
+    """Peak learning rate."""
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
+    """Term added to the denominator."""
+    least_elements: Annotated[Int, Field(ge=1)] = 4096
+    """Matrices with fewer elements keep their moments in fp32."""
+
+    def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
+        size = math.prod(shape)
+        if not is_hidden or size < self.least_elements:
+            return State("exp_avg", shape), State("exp_avg_sq", shape)
+        scales = (-(-size // self.block_elements),)
+        return (
+            State("exp_avg", shape, "uint8"),
+            State("exp_avg_sq", shape, "uint8"),
+            State("exp_avg_scale", scales),
+            State("exp_avg_sq_scale", scales),
+        )
 
 
 class Sgd(Optimizer):
@@ -159,7 +197,7 @@ class Muon(Optimizer):
         return State("exp_avg", shape), State("exp_avg_sq", shape)
 
 
-KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, Lion, Adafactor, Muon)
+KINDS: tuple[type[Optimizer], ...] = (AdamW, AdamW8bit, Sgd, Lion, Adafactor, Muon)
 OPTIMIZERS = {str(kind.model_fields["name"].default): kind for kind in KINDS}
 """The classes by the names that a spec gives them."""
 
@@ -175,6 +213,7 @@ def _choose(given: Any) -> str | None:
 
 OptimizerChoice = Annotated[
     Annotated[AdamW, Tag("AdamW")]
+    | Annotated[AdamW8bit, Tag("AdamW8bit")]
     | Annotated[Sgd, Tag("Sgd")]
     | Annotated[Lion, Tag("Lion")]
     | Annotated[Adafactor, Tag("Adafactor")]

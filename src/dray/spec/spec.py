@@ -109,6 +109,11 @@ class Spec(Section):
                     raise ValueError(
                         f"data: task {self.task.name} needs a `{name}` column in every source"
                     )
+        if not self.task.tokenizes and self.tokenizer != Tokenizer(train="byte_bpe"):
+            raise ValueError(
+                f"tokenizer: {self.task.name} reads {', '.join(self.task.fields)}, no text; leave "
+                "the section out"
+            )
         if self.task.num_outputs is not None and self.model.num_labels not in (
             None,
             self.task.num_outputs,
@@ -128,7 +133,7 @@ class Spec(Section):
         for key, value in (("stage", self.zero.stage), ("offload", self.zero.offload)):
             if not self.optimizer.elementwise and value not in (0, "auto", "none"):
                 raise ValueError(
-                    f"zero.{key} = {value}: {self.optimizer.name} updates whole matrices, which "
+                    f"zero.{key} = {value}: {self.optimizer.name} goes by whole matrices, which "
                     "ZeRO 1 to 3 cut up; give zero.stage=0 zero.offload=none, or another optimizer"
                 )
         if self.duration.steps is not None:

@@ -28,8 +28,9 @@ Direction = Literal["lower", "higher"]
 class Field:
     """Something that a task reads of every record; a source says in which column it is."""
 
-    kind: Literal["text", "words", "label", "labels", "number", "tags"]
-    """Texts are cleaned, hashed and encoded: one, or a list of `words`. A `label` names the class
+    kind: Literal["text", "words", "bytes", "label", "labels", "number", "tags"]
+    """Texts are cleaned, hashed and encoded: one, or a list of `words`. `bytes` are a file's, of an
+    image or a sound: parquet's binary, or base64, as which they travel. A `label` names the class
     of a document, `labels` those that it has, a `number` measures it, `tags` are those of its
     words."""
     wanted: bool = True
@@ -80,6 +81,8 @@ class TaskKind(Protocol):
     is_default: bool
     packs: bool
     """Whether documents are packed into full rows, or kept one a row."""
+    tokenizes: bool
+    """Whether documents are texts, which a tokeniser makes tokens of."""
     generates: bool
     """Whether its models write text."""
     head: Head

@@ -34,6 +34,10 @@ class CausalLM(Task):
     is_default = packs = generates = True
     head = Head("AutoModelForCausalLM", over="vocabulary", each="token", looks_ahead=False)
 
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        return {"packs_rows": self.packs}
+
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids` and `labels`, int64 [rows, sequence_tokens]; labels[:, t] is the token at t +
         1, or IGNORED.

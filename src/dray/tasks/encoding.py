@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -122,6 +123,18 @@ def number_lists(names: pa.Array, tools: Tools) -> pa.Array:
     lengths = [len([name for name in item if name]) for item in parts.to_pylist()]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(numbers, pa.int32()))
+
+
+def read_bytes(texts: pa.Array) -> list[bytes]:
+    """The bytes that documents of kind `bytes` are."""
+    return [base64.b64decode(text) for text in texts.to_pylist()]
+
+
+def join_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.LargeListArray:
+    """Arrays without dimensions or with one, of one dtype, as lists: a varying column."""
+    offsets = np.cumsum([0, *(array.size for array in arrays)])
+    values = np.concatenate(arrays) if arrays else np.empty(0)
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
 def with_columns(encoded: Encoded, **columns: Any) -> Encoded:

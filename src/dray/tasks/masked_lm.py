@@ -61,7 +61,7 @@ class MaskedLM(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {**super().row_settings, "task": self.name}
+        return {"packs_rows": self.packs, "task": self.name}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         encoded = super().encode(texts, targets, tools)

@@ -56,7 +56,7 @@ class Regression(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {**super().row_settings, "task": self.name, "pairs": self.settings.pairs}
+        return {"packs_rows": self.packs, "task": self.name, "pairs": self.settings.pairs}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.encoding import encode_texts_or_pairs, with_columns

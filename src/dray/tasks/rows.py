@@ -1,8 +1,10 @@
 """What a row of a corpus holds besides its tokens, and what a task makes of documents.
 
-A row is `input_ids` [sequence_tokens], `num_tokens`, and the columns that its task names: numbers
-for each of its tokens, or some for the row. Packing cuts and pads what belongs to tokens as it does
-the tokens.
+A row is `input_ids` [sequence_tokens], `num_tokens`, and the columns that its task names: a number
+for each of its tokens, or one, an array of some shape, or as many as a document has for the row.
+Packing cuts and pads what belongs to tokens as it does the tokens. A task whose documents are no
+texts has no `input_ids`, and `num_tokens` is what it says of each: rows of like sizes are read
+together.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ class Column:
     names: bool = False
     """Whether values number names of classes: then they are numbers of `Tools.number` until all
     documents are read, and those of the sorted classes in the rows; negative ones stay."""
+    shape: tuple[int, ...] = ()
+    """Of each row's value, where it is an array. In tables it lies flat, a list of one length."""
+    varies: bool = False
+    """Whether each row has as many numbers as it likes: the bytes of a file, say, or samples."""
     hot: bool = False
     """Whether a document has a list of classes, which becomes a 1 or 0 for each of them."""
     pad: int = 0
@@ -81,8 +87,8 @@ class Encoded:
     """End to end."""
     lengths: npt.NDArray[np.int64]
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """By name: for tokens end to end, for documents one each; of a hot column a ListArray of
-    numbers."""
+    """By name: for tokens end to end, for documents one each: an array [documents, *shape], of
+    hot and varying columns lists of numbers (pyarrow; `encoding.join_lists` makes some)."""
     records: npt.NDArray[np.int64] | None = None
     """The record of each document, where it is not the one at its place."""
     num_lost: npt.NDArray[np.int64] | None = None

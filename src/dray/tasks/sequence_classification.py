@@ -65,7 +65,7 @@ class SequenceClassification(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {**super().row_settings, **self.settings.model_dump(exclude_defaults=True)}
+        return {"packs_rows": self.packs, **self.settings.model_dump(exclude_defaults=True)}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.encoding import encode_texts_or_pairs, number_lists, with_columns

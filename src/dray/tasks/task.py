@@ -99,6 +99,8 @@ class Task:
     is_default = False
     """Whether a spec that names no task means this one."""
     packs = False
+    tokenizes = True
+    """Whether its documents are texts that become tokens; else its rows are its columns alone."""
     generates = False
     predicts = False
     """Whether its models tell something of each document."""
@@ -126,8 +128,10 @@ class Task:
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """What of the task decides over its rows: a part of a corpus' key."""
-        return {"packs_rows": self.packs}
+        """What of the task decides over its rows: a part of a corpus' key. A task that says
+        nothing shares no corpus with another task, nor with itself under other settings."""
+        own = self.settings.model_dump(mode="json", exclude_defaults=True)
+        return {"packs_rows": self.packs, "task": self.name, **({"settings": own} if own else {})}
 
     @property
     def has_classes(self) -> bool:

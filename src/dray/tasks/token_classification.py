@@ -58,7 +58,7 @@ class TokenClassification(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {**super().row_settings, "task": self.name}
+        return {"packs_rows": self.packs, "task": self.name}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.encoding import encode_tagged_words

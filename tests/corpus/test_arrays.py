@@ -1,0 +1,211 @@
+"""Corpora whose documents are no texts: arrays of one shape and of any, from bytes to rows."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray import cloudpickle
+
+import scans
+from dray.corpus import planning
+from dray.corpus.manifest import SourceRows, Split
+from dray.corpus.packing import Varying
+from dray.corpus.prepare import Corpus, corpus_key, prepare
+from dray.corpus.records import BadRecord, Wanted
+from dray.corpus.shards import Stored, make_batch, read_groups, write_shard
+from dray.corpus.stream import read_rows
+from dray.errors import CorpusError, UserError
+from dray.spec import Field, make_spec
+from dray.storage.filesystem import open_filesystem
+from scans import Scans, make_pgm, scans_tree, thumbnail
+
+cloudpickle.register_pickle_by_value(scans)  # Ray's workers have no tests on their path
+Image = npt.NDArray[np.uint8]
+
+
+def draw_images(count: int, largest: int = 40, seed: int = 0) -> list[Image]:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(4, largest, (count, 2)).tolist()
+    return [rng.integers(0, 256, size).astype(np.uint8) for size in sizes]
+
+
+def label_of(image: Image) -> str:
+    return "wide" if image.shape[1] > image.shape[0] else "tall"
+
+
+def write_parquet(path: Path, images: list[Image], *, as_records: bool) -> None:
+    """As datasets keep images: binary, or records of bytes and a path."""
+    files: list[Any] = [make_pgm(image) for image in images]
+    if as_records:
+        files = [{"bytes": content, "path": f"{i}.pgm"} for i, content in enumerate(files)]
+    table = pa.table({"image": files, "label": [label_of(image) for image in images]})
+    pq.write_table(table, path, row_group_size=50)
+
+
+def write_jsonl(path: Path, images: list[Image]) -> None:
+    with path.open("w") as file:
+        for image in images:
+            text = base64.b64encode(make_pgm(image)).decode()
+            file.write(json.dumps({"image": text, "label": label_of(image)}) + "\n")
+
+
+def read_split(corpus: Corpus, split: Split) -> list[tuple[Image, dict[str, Any]]]:
+    """The images of a split, with their rows."""
+    table = read_rows(corpus.folder, corpus.manifest, split, np.arange(split.num_rows))
+    found = []
+    for row in table.to_pylist():
+        pixels = np.array(row["pixels"], np.uint8).reshape(row["size"])
+        found.append((pixels, row))
+    return found
+
+
+def name_of(image: Image) -> bytes:
+    return repr(image.shape).encode() + image.tobytes()
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "by files between"])
+def test_images_of_any_size_come_back_as_they_were(
+    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = draw_images(420)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 8 << 10)  # several shards of so little
+    monkeypatch.setattr(planning, "MIN_PART_BYTES", 32 << 10)
+    if not direct:
+        monkeypatch.setattr(planning, "DIRECT_READS", 1)
+    write_parquet(tmp_path / "a.parquet", images[:150], as_records=False)
+    write_parquet(tmp_path / "b.parquet", images[150:300], as_records=True)
+    write_jsonl(tmp_path / "c.jsonl", [*images[300:], images[0], images[399]])
+    paths = [tmp_path / name for name in ("a.parquet", "b.parquet", "c.jsonl")]
+    corpus = prepare(make_spec(scans_tree(paths)), str(tmp_path / "store"))
+
+    manifest = corpus.manifest
+    assert manifest.dropped == {"duplicate": 2}
+    assert (manifest.vocab_size, manifest.num_bad) == (0, 0)
+    assert manifest.labels == ("tall", "wide")
+    assert sum(len(source.shards) for source in manifest.train.sources) > 3
+    assert manifest.validation is not None
+    found = [
+        row for split in (manifest.train, manifest.validation) for row in read_split(corpus, split)
+    ]
+    assert sorted(name_of(image) for image, _ in found) == sorted(map(name_of, images))
+    for image, row in found:
+        assert "input_ids" not in row
+        assert manifest.labels[row["label"]] == label_of(image)
+        assert row["num_tokens"] == image.size
+        assert row["thumbnail"] == thumbnail(image).reshape(-1).tolist()
+    train = read_split(corpus, manifest.train)
+    spread = [[image.size for image, _ in train[at : at + 64]] for at in range(0, 256, 64)]
+    assert sum(map(np.ptp, spread)) < 4 * np.ptp([image.size for image, _ in train])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_is_no_image_costs_itself_and_is_named(tmp_path: Path) -> None:
+    images = draw_images(30)
+    write_jsonl(tmp_path / "a.jsonl", images)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        for image in ("not base64!", "", 7, None):
+            file.write(json.dumps({"image": image, "label": "tall"}) + "\n")
+    tree = scans_tree([tmp_path / "a.jsonl"])
+    with pytest.raises(CorpusError, match=r"a\.jsonl: 4 of its 34 records are unreadable"):
+        prepare(make_spec(tree), str(tmp_path / "store"))
+    tree["data"] = {**tree["data"], "max_bad_share": 0.2}
+    corpus = prepare(make_spec(tree), str(tmp_path / "store"))
+    assert corpus.manifest.num_bad == 4
+    lines = (Path(corpus.folder) / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == [
+        "'image' is not base64",
+        "'image' is empty",
+        "'image' holds no bytes",
+        "'image' holds no bytes",
+    ]
+
+
+def test_a_task_without_text_takes_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="scans reads image, label, no text; leave the section"):
+        make_spec(scans_tree([tmp_path], tokenizer={"train": "byte_bpe", "vocab_size": 300}))
+
+
+def test_lines_of_text_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aGVsbG8=\n")
+    with pytest.raises(CorpusError, match="format text has no label column"):
+        prepare(make_spec(scans_tree([tmp_path / "a.txt"])), str(tmp_path / "store"))
+
+
+def test_tasks_of_other_packages_share_no_corpus(tmp_path: Path) -> None:
+    """Their columns are not told by anything else."""
+    write_jsonl(tmp_path / "a.jsonl", draw_images(4))
+
+    class Others(Scans):
+        name = "others"
+
+    tree = scans_tree([tmp_path / "a.jsonl"])
+    keys = {corpus_key(make_spec({**tree, "task": task})) for task in (Scans(), Others())}
+    assert len(keys) == 2
+
+
+def test_a_sound_is_its_samples() -> None:
+    """The bytes of a WAV file, by way of a record of JSON."""
+    samples = np.arange(-300, 300, 7, dtype=np.int16)
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(samples.tobytes())
+    wanted = Wanted.of(
+        make_spec(scans_tree(["x.jsonl"])).data.train[0], {"image": Field("bytes")}, "jsonl"
+    )
+    text, _ = wanted.read({"image": content.getvalue()})
+    with wave.open(io.BytesIO(base64.b64decode(text))) as file:
+        assert np.frombuffer(file.readframes(600), np.int16).tolist() == samples.tolist()
+    with pytest.raises(BadRecord, match="holds no bytes"):
+        wanted.read({"image": {"path": "x.wav"}})
+
+
+def test_lists_of_numbers_are_taken_joined_and_stored(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 90, 200)
+    lengths[[0, 7, 199]] = 0
+    whole = Varying(rng.random(lengths.sum()).astype(np.float32), lengths)
+    lists = [part.tolist() for part in np.split(whole.values, np.cumsum(lengths)[:-1])]
+    order = rng.permutation(200)
+    assert whole[order].lists().to_pylist() == [lists[place] for place in order]
+    halves = [whole[order[:90]], whole[order[90:]]]
+    assert Varying.join(halves, "float32").lists().to_pylist() == whole[order].lists().to_pylist()
+    assert Varying.of(whole.lists().slice(5, 20), "float32").lists().to_pylist() == lists[5:25]
+
+    columns = [Stored("num_tokens", "int32"), Stored("samples", "float32", varies=True)]
+    batch = make_batch(columns, {"num_tokens": lengths.astype(np.int32), "samples": whole})
+    filesystem, path = open_filesystem(str(tmp_path))
+    shard = write_shard(filesystem, path, "train/0.arrow", batch, 64)
+    assert shard.sha256 == hashlib.sha256((tmp_path / "train/0.arrow").read_bytes()).hexdigest()
+    rows = SourceRows(
+        name="x",
+        weight=None,
+        num_rows=200,
+        num_documents=200,
+        num_tokens=1,
+        num_text_bytes=1,
+        shards=(shard,),
+    )
+    table = read_groups(filesystem, path, rows, [2, 0], 64)
+    assert table.column("samples").to_pylist() == lists[128:192] + lists[:64]
+
+    content = bytearray((tmp_path / "train/0.arrow").read_bytes())
+    place = content.index(whole.values[:40].tobytes())
+    content[place + 9] ^= 4
+    (tmp_path / "train/0.arrow").write_bytes(content)
+    with pytest.raises(CorpusError, match="its checksum differs"):
+        read_groups(filesystem, path, rows, [0], 64)
