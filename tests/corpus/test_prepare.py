@@ -340,11 +340,18 @@ def test_classification_rows_in_length_buckets(tmp_path: Path) -> None:
     assert (
         0 < manifest.packing.num_truncated_documents <= sum(row["num_tokens"] == 64 for row in rows)
     )
-    packing = manifest.packing
-    assert (
-        f"{packing.num_truncated_documents:,} training documents longer than a row lost "
-        f"{packing.num_truncated_tokens:,} tokens"
-    ) in "\n".join(corpus.describe())
+    packing, told = manifest.packing, "\n".join(corpus.describe())
+    for split, documents, tokens in (
+        ("training", packing.num_truncated_documents, packing.num_truncated_tokens),
+        (
+            "validation",
+            packing.num_truncated_validation_documents,
+            packing.num_truncated_validation_tokens,
+        ),
+    ):
+        assert documents > 0
+        what = f"{split} documents lost {tokens:,} tokens"
+        assert f"{documents:,} {what} that a row cannot hold" in told
 
 
 @pytest.mark.parametrize("deduplicate", ["exact", "none"])

@@ -14,6 +14,7 @@ from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.shards import read_groups
 from dray.errors import CorpusError
 from dray.spec import Spec, make_spec
+from dray.spec import Tokenizer as Tokenizers
 from dray.storage.filesystem import open_filesystem
 from dray.tasks import IGNORED, draw_of
 from tiny import tiny_tree
@@ -158,6 +159,29 @@ def test_a_sentence_longer_than_a_row_goes_on_in_others_and_no_entity_is_cut(
     for row in batch["labels"][order[1:]].tolist():
         first = next(tag for tag in row if tag >= 0)
         assert not corpus.manifest.labels[first].startswith("I-")
+
+
+def test_a_word_that_is_nothing_to_the_tokeniser_is_counted(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    words = ["[UNK]", "[PAD]", "Ada", "wrote"]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)  # drops control characters
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    sentence = "Ada B-PER\n\x07 I-PER\nwrote O\n\n"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/train.conll").write_text(sentence + "wrote O\nAda B-PER\nAda I-PER\n\n")
+    spec = spec_of(tmp_path / "in", "token_classification", data={"train": [f"{tmp_path}/in"]})
+    spec = spec.model_copy(update={"tokenizer": Tokenizers(path=str(tmp_path / "tokenizer"))})
+    corpus = prepare(spec, str(tmp_path / "runs"))
+    packing = corpus.manifest.packing
+    assert (packing.num_truncated_documents, packing.num_truncated_tokens) == (1, 1)
+    assert "1 training document lost 1 token" in "\n".join(corpus.describe())
 
 
 def test_what_is_hidden_depends_on_seed_step_and_row_alone(tmp_path: Path) -> None:

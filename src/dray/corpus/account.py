@@ -84,13 +84,20 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
 
 
 def _describe_truncated(manifest: Manifest) -> str:
-    """What rows had no room for."""
+    """What rows have no room for."""
     packing = manifest.packing
-    if not packing.num_truncated_documents:
-        return ""
-    return (
-        f"; {_number(packing.num_truncated_documents, 'training document')} longer than a row lost "
-        f"{_number(packing.num_truncated_tokens, 'token')} at the end"
+    counts = {
+        "training": (packing.num_truncated_documents, packing.num_truncated_tokens),
+        "validation": (
+            packing.num_truncated_validation_documents,
+            packing.num_truncated_validation_tokens,
+        ),
+    }
+    return "".join(
+        f"; {_number(documents, f'{split} document')} lost {_number(tokens, 'token')} that a row "
+        "cannot hold"
+        for split, (documents, tokens) in counts.items()
+        if documents
     )
 
 
@@ -106,6 +113,10 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "num_tokens": manifest.train.num_tokens,
         "num_truncated_documents": manifest.packing.num_truncated_documents,
         "num_truncated_tokens": manifest.packing.num_truncated_tokens,
+        "num_truncated_validation_documents": (
+            manifest.packing.num_truncated_validation_documents
+        ),
+        "num_truncated_validation_tokens": manifest.packing.num_truncated_validation_tokens,
         "dropped": manifest.dropped,
         "num_bad": manifest.num_bad,
         "bad_share": manifest.bad_share,

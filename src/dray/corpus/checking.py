@@ -236,9 +236,13 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         dropped.update({reason: record[reason] for reason in DROP_REASONS if record[reason]})
     train, validation = (_make_split(split, job, work) for split in SPLITS)
     packed = [record["train"] for record in work.packed if "train" in record]
+    held = [record["validation"] for record in work.packed if "validation" in record]
     counts = {
         name: sum(record[name] for record in packed)
         for name in ("num_cut_documents", "num_truncated_documents", "num_truncated_tokens")
+    } | {
+        f"num_truncated_validation_{what}": sum(record[f"num_truncated_{what}"] for record in held)
+        for what in ("documents", "tokens")
     }
     files = work.source_files()
     slots = train.num_rows * job.sequence_tokens

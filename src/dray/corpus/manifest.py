@@ -126,7 +126,7 @@ _SOURCE_FILES = TypeAdapter(tuple[SourceFile, ...])
 
 
 class Packing(_Record):
-    """How well documents fill the training rows."""
+    """How well documents fill rows, the training rows unless a name says otherwise."""
 
     utilization: float
     """Share of the token slots that hold a token rather than padding; 1 without tokens."""
@@ -135,6 +135,8 @@ class Packing(_Record):
     num_truncated_documents: int
     """Documents longer than a row, whose end is lost (tasks with one document a row)."""
     num_truncated_tokens: int
+    num_truncated_validation_documents: int = 0
+    num_truncated_validation_tokens: int = 0
 
 
 class Manifest(_Record):

@@ -58,8 +58,8 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
     """Documents that are joined words, with joined tags: `tag` numbers the tag at a word's first
     token and is IGNORED at others, `window` counts the rows of one document.
 
-    Words stand between spaces, as in a text; one of which no token begins (it is nothing to the
-    tokeniser) has no tag, and the guess for it is as good as lost: such are rare marks.
+    Words stand between spaces, as in a text. One of which no token begins (a rare mark that is
+    nothing to the tokeniser) has no place for its tag, and counts as lost.
     """
     room = tools.row_tokens - len(tools.prefix) - len(tools.suffix)
     sentences = [text.split(SEPARATOR) for text in texts.to_pylist()]
@@ -69,7 +69,7 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
     goes_on = np.array([name[:1] in ("I", "E") and name[1:2] == "-" for name in flat], bool)
     tokens: list[int] = []
     tags: list[int] = []
-    lengths, records, windows = [], [], []
+    lengths, records, windows, lost = [], [], [], []
     done = 0
     joined = [" ".join(words) for words in sentences]
     encoded = zip(sentences, joined, tools.encode_words(joined), strict=True)
@@ -91,11 +91,13 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
             lengths.append(stop - start)
             records.append(record)
             windows.append(nth)
+            lost.append(0 if nth else len(words) - int(begins.sum()))
     return Encoded(
         np.array(tokens, tools.dtype),
         np.array(lengths, np.int64),
         {"tag": np.array(tags, np.int32), "window": np.array(windows, np.int32)},
         records=np.array(records, np.int64),
+        num_lost=np.array(lost, np.int64),
     )
 
 
