@@ -33,8 +33,9 @@ demo: setup
 	@echo "  $(BIN)/dray export quickstart model                            a Hugging Face folder"
 	@echo "  $(BIN)/dray init speeches                                      a spec of your own to edit"
 
+# Two processes: tests/conftest.py says what each has.
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # What takes long and rarely breaks, the faults aside.
 slow: setup-dev

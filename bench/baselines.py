@@ -39,7 +39,7 @@ def read_hotel(path: Path, share: float) -> tuple[Texts, Texts]:
     with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["review"].strip()]
     texts = normalize(pa.array([row["review"] for row in rows], pa.large_string()), "NFC")
-    held = held_out(hash_texts(texts)[0], share)
+    held = held_out(hash_texts(texts)[1], share)
     sides: tuple[Texts, Texts] = (([], []), ([], []))
     for row, is_held in zip(rows, held, strict=True):
         sides[int(is_held)][0].append(row["review"])

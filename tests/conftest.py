@@ -7,10 +7,12 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from rank_host import RankHost
@@ -20,6 +22,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+RAY_FOLDERS = {"cluster", "e2e", "faults", "release"}
+"""Folders whose tests start Rays of their own, too."""
+
+
+class _Lanes(LoadScopeScheduling):
+    """Two lanes: files that need a Ray go one after the other in one process, which has it; all
+    others fill the other process, since waiting is most of what the first one does."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """What stays together: xdist's own marks of groups do nothing under pytest 9.2."""
+        file = nodeid.partition("::")[0]
+        return "ray" if _needs_ray(file) else file
+
+
+@cache
+def _needs_ray(file: str) -> bool:
+    path = Path(__file__).parents[1] / file
+    return path.parent.name in RAY_FOLDERS or "local_ray" in path.read_text(encoding="utf-8")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """What `pytest -n 2` deals tests by."""
+    return _Lanes(config, log)
 
 
 @pytest.fixture(autouse=True)
