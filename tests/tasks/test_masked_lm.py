@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +14,11 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from dray.corpus.shards import make_batch, stored_columns
+from dray.models.build import build_model
+from dray.spec import make_spec
 from dray.tasks import IGNORED
-from dray.tasks.masked_lm import SPECIAL, MaskedLM
+from dray.tasks.masked_lm import PLACES_MULTIPLE, SPECIAL, MaskedLM
+from tiny import tiny_tree
 
 MASK, PAD, VOCAB = 3, 0, 20
 CORPUS = SimpleNamespace(labels=(), pad_token_id=PAD, mask_token_id=MASK, vocab_size=VOCAB)
@@ -62,6 +67,64 @@ def test_a_thorough_evaluation_hides_each_token_by_itself() -> None:
     assert found["num_targets"] == 9
     assert found["loss"] == pytest.approx(sum(surprises) / 9, rel=1e-5)
     assert found["pseudo_perplexity"] == pytest.approx(math.exp(sum(surprises) / 9), rel=1e-5)
+
+
+def tiny_model(architecture: str) -> Any:
+    torch.manual_seed(0)
+    tree = tiny_tree(Path("none"), task="masked_lm", model={"architecture": architecture})
+    return build_model(make_spec(tree), vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=2)
+
+
+def loss_and_gradients(objective: Any, model: Any, batch: dict[str, Any]) -> tuple[float, Any]:
+    model.zero_grad()
+    terms, output = objective(batch)
+    loss, count = terms["loss"]
+    assert int(count) == int((batch["labels"] != IGNORED).sum()) > 0
+    assert output == {}
+    loss.backward()
+    return float(loss.detach()), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "modernbert", "albert", "electra"])
+def test_only_hidden_tokens_go_through_the_head(architecture: str) -> None:
+    model, task = tiny_model(architecture), MaskedLM().on(CORPUS)
+    (batch,) = task.passes(make_rows(task), 3, 8)
+    objective = task.objective(model)
+    assert objective.selects
+    seen = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, given, output: seen.append(tuple(output.shape))
+    )
+    found, gradients = loss_and_gradients(objective, model, batch)
+    assert seen == [(1, PLACES_MULTIPLE, VOCAB)]
+    objective.selects = False
+    expected, whole = loss_and_gradients(objective, model, batch)
+    hook.remove()
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        counts = []
+        for selects in (True, False):
+            objective.selects = selects
+            counts.append(int(objective(batch)[1]["num_correct"]))
+    assert counts[0] == counts[1]
+
+
+def test_a_head_that_looks_at_neighbours_gets_all_tokens() -> None:
+    model, task = tiny_model("bert"), MaskedLM().on(CORPUS)
+    transform = model.cls.predictions.transform
+    transform.register_forward_hook(lambda module, given, output: output + output.roll(1, dims=1))
+    (batch,) = task.passes(make_rows(task), 3, 8)
+    objective = task.objective(model)
+    assert not objective.selects
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=IGNORED
+    )
+    torch.testing.assert_close(objective(batch)[0]["loss"][0], expected)
 
 
 def test_a_validation_names_what_it_measures() -> None:

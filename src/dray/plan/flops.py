@@ -11,9 +11,9 @@ from dray.plan.parameters import Dimensions, ParameterCount
 
 
 def flops_per_token_loose(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
-    """6·N + 12·L·d·T. Of a mixture, N is what a token goes through."""
+    """6·N + 12·L·d·T. Of a mixture, N is what a token goes through; of a head, its share."""
     blocks = sum(number for number, _ in sizes.attention)
-    parameters = count.total - count.body + count.active
+    parameters = count.total - count.body + count.active - (1.0 - sizes.head.share) * count.head
     return 6.0 * parameters + 12.0 * blocks * sizes.heads * sizes.head_dim * sequence_tokens
 
 
@@ -25,7 +25,7 @@ def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_to
         for number, window in sizes.attention
     )
     # A classifier's head sees one token of a row: nothing, next to the others.
-    head = count.head if sizes.head.each == "token" else 0
+    head = count.head * sizes.head.share if sizes.head.each == "token" else 0
     return 6.0 * (count.active + head) + 12.0 * sizes.heads * sizes.head_dim * seen
 
 

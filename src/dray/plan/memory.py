@@ -9,6 +9,7 @@ programs hold.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel, ConfigDict
@@ -190,19 +191,24 @@ def make_memory(load: Load) -> MemoryPlan:
 def logits_bytes(load: Load) -> int:
     """In the loss: a chunk's logits, their softmax in fp32 and its gradient, beside the gradients
     of hidden states and head, which are made with it. What fits into a chunk takes torch's own way,
-    which holds all of it three times."""
+    which holds all of it three times. A head that is more than a projection has the logits of its
+    share of the tokens as a whole, and their gradient."""
     head = load.sizes.head
     if head.over == "labels":
         each = load.tokens if head.each == "token" else load.micro_rows
         return each * load.sizes.num_labels * 12
     vocab, hidden, element = load.sizes.vocab, load.sizes.hidden, load.element_bytes
     chunk_tokens = max(1, loss_chunk_bytes(load.on_gpu) // (4 * vocab))
-    if load.tokens <= chunk_tokens:
-        return load.tokens * vocab * (8 + element)
+    share = 1.0 if load.stage == 3 else head.share
+    tokens = math.ceil(load.tokens * share)
+    if tokens <= chunk_tokens:
+        return tokens * vocab * (8 + element)
     softmax = 0 if load.on_gpu else 4  # there the gradient is made in one pass over the logits
     once = element if load.precision == "fp32" and not load.on_gpu else 2 * element
     chunk = chunk_tokens * vocab * (softmax + once)
-    return chunk + 4 * vocab * hidden + load.tokens * hidden * element
+    if head.looks_ahead:
+        return chunk + 2 * tokens * vocab * element
+    return chunk + 4 * vocab * hidden + tokens * hidden * element
 
 
 def _activation_bytes(load: Load) -> int:

@@ -60,6 +60,8 @@ class Head:
     """What has logits of its own."""
     looks_ahead: bool = True
     """Whether an encoder may attend to later tokens."""
+    share: float = 1.0
+    """Of the tokens that have logits."""
     problem_type: str | None = None
     """What a classifier's configuration calls its loss."""
 

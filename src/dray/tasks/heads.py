@@ -9,8 +9,9 @@ heads that are no plain projection) is left to the model.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,53 @@ def _find_rule(model: Any, body: nn.Module, projection: nn.Linear) -> LogitRule 
         ),
         None,
     )
+
+
+def heeds_tokens_by_themselves(model: Any) -> bool:
+    """Whether what follows a model's body makes each token's logits of that token alone: found out
+    on a copy of it with random weights, since the model's may not be there yet. False where ZeRO-3
+    has parted them."""
+    found, error = caught(lambda: _gives_the_same_for_some(model))
+    if found is None:
+        logger.info("%s: what its head heeds is unknown (%s)", type(model).__name__, error)
+    return bool(found)
+
+
+@torch.no_grad()
+def _gives_the_same_for_some(model: Any) -> bool:
+    if model.base_model is model:
+        return False
+    body = _Answer()
+    head = copy.deepcopy(model, {id(model.base_model): body}).float().eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for parameter in head.parameters():
+        parameter.copy_(draw(parameter.shape))
+
+    def ask(hidden: Tensor) -> Tensor:
+        body.given = hidden.to(next(head.parameters()).device)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=body.given.device)
+        logits: Tensor = head(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits
+
+    hidden, chosen = draw((2, 6, model.config.hidden_size)), torch.tensor([9, 4, 5])
+    expected = ask(hidden).flatten(0, 1)[chosen]
+    found = ask(hidden.flatten(0, 1)[chosen][None])
+    return found.shape == (1, *expected.shape) and torch.allclose(
+        found[0], expected, rtol=1e-4, atol=1e-4
+    )
+
+
+class _Answer(nn.Module):
+    """A body that gives out what it is told to."""
+
+    given: Tensor
+
+    def forward(self, *inputs: Any, **named: Any) -> _Given:
+        return _Given(self.given)
 
 
 class _Given:

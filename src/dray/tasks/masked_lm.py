@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SPECIAL = 2
 """Of the column `starts`: no word's token."""
+PLACES_MULTIPLE = 64
 
 
 class MaskedLM(Task):
@@ -59,6 +60,10 @@ class MaskedLM(Task):
     one_by_one = False
     """Whether each token is hidden by itself."""
 
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
+        self.head = replace(type(self).head, share=self.settings.share)
+
     @property
     def row_settings(self) -> dict[str, Any]:
         return {"packs_rows": self.packs, "task": self.name}
@@ -69,7 +74,7 @@ class MaskedLM(Task):
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids` with what is hidden, `labels` with what it was (else IGNORED), and
-        `attention_mask`: int64 [rows, sequence_tokens]."""
+        `attention_mask`: int64 [rows, sequence_tokens]; `places` of the labels, int64."""
         import numpy as np
         import torch
 
@@ -99,7 +104,7 @@ class MaskedLM(Task):
         shown = torch.where(hidden & (fate < 0.8), int(self.mask_token_id or 0), tokens)
         shown = torch.where(hidden & (fate >= 0.9), other, shown)
         labels = torch.where(hidden, tokens, IGNORED)
-        return {"input_ids": shown, "attention_mask": inside.long(), "labels": labels}
+        return _make_batch(shown, inside, labels)
 
     def thorough(self) -> MaskedLM:
         exact = copy.copy(self)
@@ -117,21 +122,29 @@ class MaskedLM(Task):
             rows, positions = places[:, 0], places[:, 1]
             hidden = torch.zeros(len(rows), tokens.shape[1], dtype=torch.bool)
             hidden[torch.arange(len(rows)), positions] = True
-            yield {
-                "input_ids": tokens[rows].masked_fill(hidden, int(self.mask_token_id or 0)),
-                "attention_mask": inside[rows].long(),
-                "labels": tokens[rows].masked_fill(~hidden, IGNORED),
-            }
+            shown = tokens[rows].masked_fill(hidden, int(self.mask_token_id or 0))
+            yield _make_batch(shown, inside[rows], tokens[rows].masked_fill(~hidden, IGNORED))
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.objectives import LabelLoss
+        from dray.tasks.objectives import HiddenTokenLoss
 
-        return LabelLoss(model, label_smoothing, scores=False)
+        return HiddenTokenLoss(model, label_smoothing)
 
     def new_metrics(self) -> TaskMetrics:
         from dray.tasks.metrics import TokenMetrics
 
         return TokenMetrics("pseudo_perplexity" if self.one_by_one else "masked_perplexity")
+
+
+def _make_batch(shown: Tensor, inside: Tensor, labels: Tensor) -> Batch:
+    """`places`: where labels are, counted through the rows; -1 fills them up to one of few
+    sizes."""
+    places = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    size = max(1, -(-len(places) // PLACES_MULTIPLE)) * PLACES_MULTIPLE
+    filled = places.new_full((size,), -1)
+    filled[: len(places)] = places
+    batch = {"input_ids": shown, "attention_mask": inside.long(), "labels": labels}
+    return batch | {"places": filled}
 
 
 def _read_rows(table: pa.Table) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dray.tasks.heads import find_head
+from dray.tasks.heads import find_head, heeds_tokens_by_themselves
 from dray.tasks.losses import (
     LogitRule,
     count_correct,
@@ -104,11 +104,11 @@ def _name_of(model: nn.Module, part: nn.Module) -> str:
 
 class LabelLoss(nn.Module):
     """A model that gives logits for each row, or for each token, and the summed cross entropy of
-    the labels. `scores`: whether metrics get the softmax, or how many labels are likeliest."""
+    the labels; metrics get the softmax."""
 
-    def __init__(self, model: Any, label_smoothing: float = 0.0, *, scores: bool = True) -> None:
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model, self.label_smoothing, self.scores = model, label_smoothing, scores
+        self.model, self.label_smoothing = model, label_smoothing
         self.takes_segments = _takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
@@ -119,10 +119,56 @@ class LabelLoss(nn.Module):
         terms: Terms = {"loss": (loss, (labels != IGNORED).sum())}
         if torch.is_grad_enabled():
             return terms, {}
-        if self.scores:
-            return terms, {"loss_sum": loss, "scores": torch.softmax(logits.float(), dim=-1)}
-        num_correct = (logits.argmax(dim=-1) == batch["labels"]).sum()
+        return terms, {"loss_sum": loss, "scores": torch.softmax(logits.float(), dim=-1)}
+
+
+class HiddenTokenLoss(nn.Module):
+    """A model that guesses hidden tokens, and the summed cross entropy of these.
+
+    Only the `places` of a batch go from the body through the head, where that looks at each token
+    by itself; else all tokens do.
+    """
+
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+        self._places: Tensor | None = None
+        self.selects = heeds_tokens_by_themselves(model)
+        if self.selects:
+            model.base_model.register_forward_hook(self._select)
+
+    def forward(self, batch: Batch) -> tuple[Terms, Output]:
+        labels, places = batch["labels"].flatten(), batch["places"]
+        if self.selects:
+            labels = torch.where(places < 0, IGNORED, labels[places.clamp(min=0)])
+        logits = self._logits(_inputs(batch, False), places if self.selects else None)
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = summed_cross_entropy(logits.flatten(0, -2), labels, smoothing)
+        terms: Terms = {"loss": (loss, (labels != IGNORED).sum())}
+        if torch.is_grad_enabled():
+            return terms, {}
+        num_correct = (logits.argmax(dim=-1).flatten() == labels).sum()
         return terms, {"loss_sum": loss, "num_correct": num_correct}
+
+    def _logits(self, inputs: Batch, places: Tensor | None) -> Tensor:
+        """The model's logits: of all tokens, [rows, tokens, classes], or of some, [1, places,
+        classes]."""
+        self._places = places
+        try:
+            logits: Tensor = self.model(**inputs).logits
+            return logits
+        finally:
+            self._places = None
+
+    def _select(self, body: nn.Module, given: Any, output: Any) -> Any:
+        """What the body gives on to the head."""
+        if self._places is None:
+            return output
+        chosen = output[0].flatten(0, 1)[self._places.clamp(min=0)][None]
+        if isinstance(output, tuple):
+            return (chosen, *output[1:])
+        output["last_hidden_state"] = chosen
+        return output
 
 
 class ManyLabelsLoss(nn.Module):
