@@ -1,9 +1,10 @@
 """What the recipes reach on real test sets, beside simple models on the same splits: `python -m
 bench.quality [--only sst2_minilm …] [--seeds 0 1 2]`.
 
-Each recipe runs as a person would run it, `dray train` and `dray evaluate`; the epoch is chosen by
-dev where there is one, and is the last where a part of the training file is held out. Reads
-../shared/data; what of it, or of the packages with pretrained weights, is absent ends the run.
+Each recipe runs as a person would run it, by `dray train`; what is done already is found. The
+epoch is chosen by dev where there is one, and is the last where a part of the training file is held
+out. Reads ../shared/data; what of it, or of the packages with pretrained weights, is absent ends
+the run.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import json
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from bench import baselines
 from bench.report import ROOT, write_section
+from dray.release.evaluate import evaluate
 
 DATA = ROOT / "../shared/data"
 SST2, HOTEL, WNUT = DATA / "sst2", DATA / "chnsenticorp_hotel", DATA / "wnut17"
@@ -58,7 +61,7 @@ ARMS = (
         name="wnut17-own",
         starts_from="encoder_en",
     ),
-    Arm("hotel_zh", "hotel", "accuracy"),
+    Arm("hotel_zh", "hotel", "accuracy", starts_from="reviews_zh"),
 )
 
 
@@ -85,15 +88,28 @@ def dray(storage: Path, *arguments: str) -> dict[str, Any]:
 
 
 def measure(arm: Arm, seed: int, storage: Path) -> dict[str, Any]:
-    """Train and evaluate one recipe with one seed."""
-    run, begun = f"{arm.run}-{seed}", time.time()
+    """Train one recipe with one seed, or find it done, and evaluate it."""
+    run = f"{arm.run}-{seed}"
     dray(storage, "train", arm.recipe, f"seed={seed}", *arm.overrides, "--run", run)
-    seconds = time.time() - begun
-    if arm.test:
-        found = dray(storage, "evaluate", run, "--step", "best", "--data", arm.test)
-    else:
-        found = dray(storage, "evaluate", run)
-    return {"value": found[arm.metric], "seconds": seconds, "evaluation": found}
+    attempts = dray(storage, "show", run)["attempts"]
+    seconds = sum(
+        (datetime.fromisoformat(one["ended"]) - datetime.fromisoformat(one["started"])).seconds
+        for one in attempts
+    )
+    report: dict[str, dict[str, float]] = {}
+    found = evaluate(
+        str(storage),
+        run,
+        step="best" if arm.test else None,
+        data=[arm.test] if arm.test else None,
+        report=report,
+    )
+    return {
+        "value": found[arm.metric],
+        "seconds": seconds,
+        "evaluation": found,
+        "report": report,
+    }
 
 
 def main() -> None:
@@ -117,11 +133,31 @@ def main() -> None:
         figures[arm.run] = {"runs": found, "baseline": simple[arm.baseline]}
         lines.append(_line(arm, found, simple[arm.baseline]))
         print(lines[-1], flush=True)
-    text = "\n".join(lines)
+    text = "\n".join(lines) + "\n\n" + "\n".join(_types(figures))
     if len(arms) == len(ARMS):
         write_section("quality", text, figures)
     else:
         print(json.dumps(figures, indent=1))
+
+
+def _types(figures: dict[str, Any]) -> Iterator[str]:
+    """Precision, recall and F1 by type of entity, of the first seed's taggers and the CRF."""
+    taggers = {run: found for run, found in figures.items() if found["runs"][0]["report"]}
+    if not taggers:
+        return
+    reports = {f"`{run}`": found["runs"][0]["report"] for run, found in taggers.items()}
+    crf = next(iter(taggers.values()))["baseline"]
+    reports["CRF"] = {
+        kind: {**row, "f1": row["f1-score"], "num": row["support"]} for kind, row in crf.items()
+    }
+    yield f"| entities | number | {' | '.join(reports)} |"
+    yield f"|---|--:|{'---|' * len(reports)}"
+    for kind, row in reports["CRF"].items():
+        cells = (
+            " / ".join(f"{one[kind][name]:.0%}" for name in ("precision", "recall", "f1"))
+            for one in reports.values()
+        )
+        yield f"| {kind} | {int(row['num'])} | {' | '.join(cells)} |"
 
 
 def _line(arm: Arm, found: list[dict[str, Any]], simple: Any) -> str:
