@@ -368,6 +368,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     measured = None if arguments.shape else find_rehearsal(spec, plan, config)
     if arguments.measure and measured is None:
+        spec.optimizer.check_package()
         measured = rehearse(spec, plan, config)
     if measured is not None:
         plan = with_measured_step(plan, measured.step_seconds(plan.batch.accumulation))

@@ -421,6 +421,7 @@ def test_states_of_other_optimizers_follow_to_every_stage(
         ("muon", "fp32"),
         ("muon.ema", "bf16"),
         ("adamw_8bit.ema", "fp32"),
+        ("adamw_8bit", "bf16"),
     ],
 )
 def test_states_of_whole_matrices_follow_to_any_number_of_ranks(

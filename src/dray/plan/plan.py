@@ -662,7 +662,8 @@ def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator
     if question.precision == "fp16":
         yield "fp16 needs loss scaling, and skips steps that overflow"
     if question.precision == "bf16" and setting.stage < 2 and batch.accumulation > 1:
-        yield "gradients of the micro batches add up in bf16; zero.stage=2 adds them up in fp32"
+        instead = "; zero.stage=2 adds them up in fp32" if spec.optimizer.elementwise else ""
+        yield f"gradients of the micro batches add up in bf16{instead}"
     if not spec.optimizer.elementwise and setting.num_ranks > 1:
         yield (
             f"{spec.optimizer.name} goes by whole matrices: every rank keeps all of them, and all "

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dray.errors import StoreError
 from dray.models.build import compile_model, part_hidden
 from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
@@ -244,7 +245,15 @@ class Engine:
             for name, state, start, view in self.fragments(whole_replicas=True):
                 if state not in new or reader.has(name, state):
                     new.discard(state)
-                    view.copy_(reader.read(name, state, start, view.numel()))
+                    held = reader.read(name, state, start, view.numel())
+                    if state != "param" and held.dtype != view.dtype:
+                        raise StoreError(
+                            f"the checkpoint's {state} of {name}",
+                            f"is {held.dtype}, and {view.dtype} is kept of it now",
+                            "numbers of one kind are no other's",
+                            "go on with the optimiser's settings that it was trained with",
+                        )
+                    view.copy_(held)
             for hook in self._hooks:
                 if new.intersection(hook.states):
                     self._begin(hook)

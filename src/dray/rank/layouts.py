@@ -57,7 +57,8 @@ class Layout:
     def create_states(self, declare: Declare) -> None:
         """Make what is declared, as zeros: optimisers would wait for the first step, which a
         checkpoint of step 0 and a restore come before. Some of DeepSpeed's wrappers have made some
-        by a step with zero gradients; what that left in them is put back."""
+        by a step with zero gradients; what that left in them is put back, and what is not as
+        it is declared is made anew."""
         hidden = {
             p
             for group in self.optimizer.param_groups
@@ -75,8 +76,8 @@ class Layout:
                 device = flat.device if on_device else torch.device("cpu")
                 state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
             for name, shape, dtype in self.kept[flat]:
-                if name not in state:
-                    kind = getattr(torch, dtype)
+                kind, made = getattr(torch, dtype), state.get(name)
+                if made is None or (made.dtype, tuple(made.shape)) != (kind, shape):
                     state[name] = torch.zeros(shape, dtype=kind, device=flat.device)
         self._link_states()
 

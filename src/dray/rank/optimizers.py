@@ -96,9 +96,8 @@ class GuardedAdamW8bit(_Guarded, torch.optim.Optimizer):
         signed, unsigned = self._code_maps(parameters[0].device)
         steps = [self.state[weights]["step"] for weights in parameters]
         torch._foreach_add_(steps, 1.0)
-        num_steps = int(steps[0])
         beta1, beta2 = group["betas"]
-        for weights in parameters:
+        for weights, num_steps in zip(parameters, torch.stack(steps).tolist(), strict=True):
             state = self.state[weights]
             functional.optimizer_update_8bit_blockwise(
                 "adam",
@@ -111,7 +110,7 @@ class GuardedAdamW8bit(_Guarded, torch.optim.Optimizer):
                 0.0,  # beta3 and alpha are another optimiser's
                 0.0,
                 group["eps"],
-                num_steps,
+                int(num_steps),
                 group["lr"],
                 signed,
                 unsigned,

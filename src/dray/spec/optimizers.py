@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag
 
+from dray.errors import SpecError
 from dray.spec.sections import Float, Int, Section
 
 Size = tuple[int, ...]
@@ -54,6 +56,21 @@ class Optimizer(Section):
         """What is kept for a parameter of that shape, zeros before the first update. `is_hidden`:
         it is a matrix of one of the model's blocks."""
         raise NotImplementedError
+
+    def keeps_as(self, other: Optimizer) -> bool:
+        """Whether it can go on with what another one has kept."""
+        kept, theirs = (chosen.states((2, 2), is_hidden=False) for chosen in (self, other))
+        return self.name == other.name and kept == theirs
+
+    def check_package(self) -> None:
+        """Raise SpecError where a package that it needs is not installed. Imports nothing."""
+        if self.package is not None and find_spec(self.package) is None:
+            raise SpecError(
+                f"optimizer.name = {self.name}",
+                f"{self.package} is not installed",
+                "its updates are that package's",
+                "pip install 'dray[quantized]' wherever ranks run, or give another optimizer",
+            )
 
 
 class AdamW(Optimizer):
@@ -107,6 +124,13 @@ class AdamW8bit(Optimizer):
             State("exp_avg_sq", shape, "uint8"),
             State("exp_avg_scale", scales),
             State("exp_avg_sq_scale", scales),
+        )
+
+    def keeps_as(self, other: Optimizer) -> bool:
+        return (
+            isinstance(other, AdamW8bit)
+            and super().keeps_as(other)
+            and self.least_elements == other.least_elements
         )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
@@ -105,7 +104,7 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
         check_run_name(fork)
     check_storage(storage)
     check_trackers(spec, storage)
-    _check_package(spec)
+    spec.optimizer.check_package()
     run = find_begun(storage, name, fork)
     keeper = run or (find_origin(storage, name)[0] if fork else None)
     if (
@@ -119,18 +118,6 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
         _check_same_shape(keeper, spec)
         _check_same_states(keeper, spec)
     return Start(spec, storage, name, fork, run, keeper)
-
-
-def _check_package(spec: Spec) -> None:
-    """Raise SpecError for an optimiser whose package is not installed. Imports nothing."""
-    package = spec.optimizer.package
-    if package is not None and find_spec(package) is None:
-        raise SpecError(
-            f"optimizer.name = {spec.optimizer.name}",
-            f"{package} is not installed",
-            "its updates are that package's",
-            "pip install 'dray[quantized]' wherever ranks run, or give another optimizer",
-        )
 
 
 def open_run(
@@ -363,12 +350,7 @@ def _check_same_states(origin: Run, spec: Spec) -> None:
     """Raise SpecError for a fork whose optimiser cannot go on with what its origin's kept."""
     given = origin.record()["identity"]["optimizer"]
     before, now = OPTIMIZERS[given["name"]].model_validate(given), spec.optimizer
-    shapes = [(1 << power, 1 << power) for power in range(14)]
-    kept = [
-        [chosen.states(shape, is_hidden=hidden) for shape in shapes for hidden in (True, False)]
-        for chosen in (before, now)
-    ]
-    if before.name != now.name or kept[0] != kept[1]:
+    if not now.keeps_as(before):
         raise SpecError(
             f"--fork of {origin.name}",
             f"its optimiser was {before.name}{'' if before.name != now.name else ' otherwise'}, "
