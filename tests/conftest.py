@@ -29,8 +29,8 @@ RAY_FOLDERS = {"cluster", "e2e", "faults", "release"}
 
 
 class _Lanes(LoadScopeScheduling):
-    """Two lanes: files that need a Ray go one after the other in one process, which has it; all
-    others fill the other process, since waiting is most of what the first one does."""
+    """Two lanes: files that share a Ray, and folders that start many, go one after the other in one
+    process; all others fill the other one, since waiting is most of what the first does."""
 
     def _split_scope(self, nodeid: str) -> str:
         """What stays together: xdist's own marks of groups do nothing under pytest 9.2."""
@@ -44,6 +44,7 @@ def _needs_ray(file: str) -> bool:
     return path.parent.name in RAY_FOLDERS or "local_ray" in path.read_text(encoding="utf-8")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """What `pytest -n 2` deals tests by."""
     return _Lanes(config, log)

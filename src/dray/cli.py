@@ -478,7 +478,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     else:
         write_records(found, arguments.file)
     bad = f", {counts.num_bad:,} could not be read" if counts.num_bad else ""
-    cut = f", {counts.num_cut:,} were cut to fit a row" if counts.num_cut else ""
+    cut = f", {counts.num_cut:,} lost what a row has no place for" if counts.num_cut else ""
     Display().say(f"{counts.num_predicted:,} records predicted{cut}{bad}")
     return 0
 

@@ -351,7 +351,7 @@ def test_classification_rows_in_length_buckets(tmp_path: Path) -> None:
     ):
         assert documents > 0
         what = f"{split} documents lost {tokens:,} tokens"
-        assert f"{documents:,} {what} that a row cannot hold" in told
+        assert f"{documents:,} {what} that rows have no place for" in told
 
 
 @pytest.mark.parametrize("deduplicate", ["exact", "none"])

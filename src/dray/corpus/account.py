@@ -76,10 +76,13 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     held = f", {validation.num_documents:,} of them for validation" if validation else ""
     lines.append(f"documents    {kept:,} kept{held}{_describe_dropped(manifest.dropped)}")
     lines += _describe_labels(manifest)
-    lines.append(
-        f"tokens       {manifest.train.num_tokens:,} in {manifest.train.num_rows:,} rows of "
-        f"{manifest.sequence_tokens}{_describe_truncated(manifest)}"
-    )
+    if manifest.vocab_size:
+        lines.append(
+            f"tokens       {manifest.train.num_tokens:,} in {manifest.train.num_rows:,} rows of "
+            f"{manifest.sequence_tokens}{_describe_truncated(manifest)}"
+        )
+    else:
+        lines.append(f"rows         {manifest.train.num_rows:,}, without tokens")
     return lines
 
 
@@ -94,8 +97,8 @@ def _describe_truncated(manifest: Manifest) -> str:
         ),
     }
     return "".join(
-        f"; {_number(documents, f'{split} document')} lost {_number(tokens, 'token')} that a row "
-        "cannot hold"
+        f"; {_number(documents, f'{split} document')} lost {_number(tokens, 'token')} that rows "
+        "have no place for"
         for split, (documents, tokens) in counts.items()
         if documents
     )

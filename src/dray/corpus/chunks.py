@@ -20,6 +20,7 @@ import pyarrow as pa
 from dray.corpus.cleaning import clean, hash_texts
 from dray.corpus.contents import check_unchanged
 from dray.corpus.duplicates import further_pieces, partition_hashes
+from dray.corpus.encoded import check_encoded
 from dray.corpus.packing import Ints
 from dray.corpus.parts import (
     NAMES,
@@ -41,13 +42,14 @@ from dray.corpus.tokenizing import (
     load_encoder,
     read_tokenizer_files,
 )
-from dray.errors import CorpusError
+from dray.errors import CorpusError, one_line, translated
 from dray.spec import Field, Source
 from dray.storage.filesystem import (
     child,
     make_folder,
     write_bytes,
 )
+from dray.tasks.rows import Encoded
 
 BATCH_BYTES = 4 * 1024 * 1024
 """Text that is cleaned and encoded at once."""
@@ -119,7 +121,7 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
             counts.add(documents)
             quarantine.extend(documents.bad[: MAX_QUARANTINED - len(quarantine)])
 
-    writer = _ChunkWriter(job, part.index)
+    writer = _ChunkWriter(job, part)
     dropped: Counter[str] = Counter()
     for batch in read_batches(
         part.spans,
@@ -147,7 +149,7 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
         part.index,
         {
             "files": {name: vars(counts) for name, counts in files.items()},
-            "dropped": dict(dropped),
+            "dropped": dict(dropped + writer.refused),
             "num_bad": num_bad,
             "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
             "chunks": writer.chunks,
@@ -207,12 +209,13 @@ class Tools:
 class _ChunkWriter:
     """Gathers encoded documents and writes a chunk whenever there are enough."""
 
-    def __init__(self, job: Preparation, part: int) -> None:
+    def __init__(self, job: Preparation, part: Part) -> None:
         self._job, self._part = job, part
+        self.refused: Counter[str] = Counter()
         self._tools = Tools(child(job.folder, "tokenizer"), job.info, job.sequence_tokens)
         self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
         self._columns: dict[str, list[Any]] = {}
-        self._text_bytes = self._num_records = 0
+        self._num_bytes = self._num_records = 0
         self.chunks: list[str] = []
         self.num_documents = 0
 
@@ -225,7 +228,8 @@ class _ChunkWriter:
         """Encode a batch of cleaned documents."""
         if not len(texts):
             return
-        encoded = self._job.task.encode(texts, targets, self._tools)
+        encoded = self._encode(texts, targets)
+        self.refused.update(encoded.refused.values())
         bounds = np.frombuffer(texts.buffers()[1], np.int64)[
             texts.offset : texts.offset + len(texts) + 1
         ]
@@ -251,15 +255,36 @@ class _ChunkWriter:
             **encoded.columns,
         }.items():
             self._columns.setdefault(name, []).append(values)
-        self._text_bytes += int(bounds[-1] - bounds[0])
-        if self._text_bytes >= self._job.chunk_bytes:
+        self._num_bytes += int(bounds[-1] - bounds[0])
+        for column in self._job.task.columns:
+            if column.shape or column.varies:
+                self._num_bytes += encoded.columns[column.name].nbytes
+        if self._num_bytes >= self._job.chunk_bytes:
             self.close()
+
+    def _encode(self, texts: pa.Array, targets: pa.Array | None) -> Encoded:
+        """What the task makes of documents. Raises CorpusError for what it cannot."""
+        task = self._job.task
+        names = list(dict.fromkeys(span.file.name for span in self._part.spans))
+        among = f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+
+        def explain(error: Exception) -> CorpusError:
+            return CorpusError(
+                f"task {task.name}",
+                f"its encode failed among documents of {among} ({one_line(error)})",
+                "a document that is none costs itself",
+                "let encode name such records in Encoded.refused, or mend the documents",
+            )
+
+        with translated(explain):
+            encoded: Encoded = task.encode(texts, targets, self._tools)
+        return check_encoded(task, encoded, len(texts))
 
     def close(self) -> None:
         """Write what has been gathered as a chunk."""
         if not self._columns:
             return
-        name = f"{self._part:06d}-{len(self.chunks):04d}"
+        name = f"{self._part.index:06d}-{len(self.chunks):04d}"
         filesystem, path = staged(self._job, "read", name)
         make_folder(filesystem, path.rpartition("/")[0])
         write_arrays(filesystem, f"{path}.tokens", self._tokens)
@@ -280,7 +305,7 @@ class _ChunkWriter:
             )
         self.chunks.append(name)
         self.num_documents += len(high)
-        self._tokens, self._columns, self._text_bytes = [], {}, 0
+        self._tokens, self._columns, self._num_bytes = [], {}, 0
 
 
 def as_array(values: Any) -> pa.Array:

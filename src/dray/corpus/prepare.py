@@ -39,6 +39,7 @@ from dray.corpus.chunks import cut_quoted, read_part
 from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
+from dray.corpus.encoded import check_columns
 from dray.corpus.listing import Leavings
 from dray.corpus.manifest import (
     MANIFEST,
@@ -92,6 +93,7 @@ from dray.storage.filesystem import (
     write_whole,
 )
 from dray.storage.packages import in_package
+from dray.tasks import Task
 
 GROUP_ROWS = 256
 LABELLED_GROUP_ROWS = 64
@@ -237,7 +239,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         }
     settings = {
         "version": ROWS_VERSION,
-        **spec.task.row_settings,
+        **_row_settings(spec.task),
         "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
         "share": _share(spec),
         "tokenizer": tokenizer,
@@ -258,6 +260,14 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
         ],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _row_settings(task: Any) -> dict[str, Any]:
+    """What of a task decides over its rows, by its class' own word: what another class says of its
+    rows is nothing to one that is derived from it."""
+    own = "row_settings" in vars(type(task))
+    found: dict[str, Any] = (type(task) if own else Task).row_settings.__get__(task)
+    return found
 
 
 def _share(spec: Spec) -> float:
@@ -346,6 +356,7 @@ def prepare(
     say = progress or (lambda line: None)
     spec = with_tokenizer_folder(spec, storage)
     options = placement.task_options() if placement is not None else {"num_cpus": 1}
+    check_columns(spec.task)
     inputs = replace(find_inputs(spec), labels=tuple(labels), task_options=options)
     key = corpus_key(spec, inputs)
     place = child(storage, CORPORA)

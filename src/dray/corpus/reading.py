@@ -451,6 +451,17 @@ def _check_columns(schema: pa.Schema, name: str, wanted: Wanted) -> None:
             raise CorpusError(
                 name, f"the {field} column {column!r} holds {held}", "a text column holds strings"
             )
+        if kind == "bytes" and not (
+            _holds(schema, column, strings)
+            or pa.types.is_null(held)
+            or (pa.types.is_struct(held) and held.get_field_index("bytes") >= 0)
+        ):
+            raise CorpusError(
+                name,
+                f"the {field} column {column!r} holds {held}",
+                "bytes are binary, base64, or records of `bytes`",
+                f"set `columns.{field}` of the source to another column",
+            )
         if kind == "label" and pa.types.is_nested(held):
             raise CorpusError(name, f"the {field} column {column!r} holds {held}", RULE)
 

@@ -20,6 +20,7 @@ from pyarrow import fs as pafs
 from dray.corpus.cleaning import held_out
 from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.duplicates import further_pieces, kept_documents
+from dray.corpus.encoded import DOCUMENT
 from dray.corpus.packing import (
     Aligned,
     Ints,
@@ -55,8 +56,6 @@ from dray.storage.filesystem import (
 )
 
 WINDOW_GROUPS = 64
-DOCUMENT = "document"
-"""The column that says which document of the corpus a row is of, if the task has it."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from torch import Tensor
 
 
@@ -21,8 +21,11 @@ def token_matrix(table: pa.Table) -> Tensor:
 
 
 def matrix(table: pa.Table, name: str) -> Tensor:
-    """A column of fixed-size lists of integers as int64 [rows, width]."""
+    """A column of fixed-size lists of integers as int64 [rows, width]. Raises TypeError for other
+    columns: `array_column` is for those."""
     column = table.column(name)
+    if not pa.types.is_integer(getattr(column.type, "value_type", column.type)):
+        raise TypeError(f"{name} holds {column.type}, no integers")
     width = column.type.list_size
     parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk)]
     flat = (
@@ -31,6 +34,20 @@ def matrix(table: pa.Table, name: str) -> Tensor:
         else np.empty(0, dtype=np.int64)
     )
     return torch.from_numpy(flat).view(-1, width)
+
+
+def array_column(table: pa.Table, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A column of arrays of one shape, in its own dtype [rows, *shape]."""
+    parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table.column(name).chunks]
+    return torch.from_numpy(np.concatenate(parts)).view(-1, *shape)
+
+
+def list_column(table: pa.Table, name: str) -> list[Tensor]:
+    """A varying column: what each row has of it, in its own dtype [its number]."""
+    return [
+        torch.from_numpy(np.array(value.values.to_numpy(zero_copy_only=True)))
+        for value in table.column(name)
+    ]
 
 
 def integer_column(table: pa.Table, name: str) -> Tensor:

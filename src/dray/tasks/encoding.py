@@ -128,8 +128,9 @@ def number_lists(names: pa.Array, tools: Tools) -> pa.Array:
 
 
 def read_bytes(texts: pa.Array) -> list[bytes]:
-    """The bytes that documents of kind `bytes` are."""
-    return [base64.b64decode(text) for text in texts.to_pylist()]
+    """The bytes that documents of one field of kind `bytes` are. Those of several are parted by
+    SEPARATOR first (`pc.split_pattern`). Raises ValueError for what is no base64."""
+    return [base64.b64decode(text, validate=True) for text in texts.to_pylist()]
 
 
 def join_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.LargeListArray:

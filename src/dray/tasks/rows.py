@@ -93,3 +93,6 @@ class Encoded:
     """The record of each document, where it is not the one at its place."""
     num_lost: npt.NDArray[np.int64] | None = None
     """Tokens of each document that its row had no room for."""
+    refused: Mapping[int, str] = field(default_factory=dict)
+    """Records that are no documents, such as images that cannot be decoded, and why in two or
+    three words: they are left out, and counted by reason."""

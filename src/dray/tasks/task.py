@@ -99,6 +99,9 @@ class Task:
     is_default = False
     """Whether a spec that names no task means this one."""
     packs = False
+    version = 0
+    """Raised when `encode` makes other rows of the same documents: what was prepared before is not
+    taken for them then."""
     tokenizes = True
     """Whether its documents are texts that become tokens; else its rows are its columns alone."""
     generates = False
@@ -128,10 +131,16 @@ class Task:
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """What of the task decides over its rows: a part of a corpus' key. A task that says
-        nothing shares no corpus with another task, nor with itself under other settings."""
-        own = self.settings.model_dump(mode="json", exclude_defaults=True)
-        return {"packs_rows": self.packs, "task": self.name, **({"settings": own} if own else {})}
+        """What of the task decides over its rows: a part of a corpus' key. It is a class' own: one
+        that says nothing shares no corpus with another class, nor with itself under other settings,
+        columns or another version."""
+        return {
+            "packs_rows": self.packs,
+            "task": self.name,
+            "version": self.version,
+            "settings": self.settings.model_dump(mode="json"),
+            "columns": [vars(column) for column in self.columns],
+        }
 
     @property
     def has_classes(self) -> bool:
