@@ -24,10 +24,12 @@ def make_pgm(pixels: npt.NDArray[np.uint8]) -> bytes:
     return b"P5 %d %d 255\n" % (width, height) + pixels.tobytes()
 
 
-def read_pgm(content: bytes) -> npt.NDArray[np.uint8]:
-    """The image that a file holds."""
+def read_pgm(content: bytes) -> npt.NDArray[np.uint8] | None:
+    """The image that a file holds; None if it is broken."""
     head, _, data = content.partition(b"\n")
     _, width, height, _ = head.split()
+    if len(data) != int(width) * int(height):
+        return None
     return np.frombuffer(data, np.uint8).reshape(int(height), int(width))
 
 
@@ -53,7 +55,10 @@ class Scans(Task):
     head = Head("AutoModelForSequenceClassification", over="labels", each="row")
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        images = [read_pgm(content) for content in read_bytes(texts)]
+        found = {nth: read_pgm(content) for nth, content in enumerate(read_bytes(texts))}
+        refused = {nth: "broken image" for nth, image in found.items() if image is None}
+        images = [image for image in found.values() if image is not None]
+        records = np.array([nth for nth in found if nth not in refused], np.int64)
         encoded = Encoded(
             np.empty(0, tools.dtype),
             np.array([image.size for image in images], np.int64),
@@ -62,8 +67,12 @@ class Scans(Task):
                 "size": np.array([image.shape for image in images], np.int32),
                 "thumbnail": np.array([thumbnail(image) for image in images]),
             },
+            records=records,
+            refused=refused,
         )
-        return encoded if targets is None else with_columns(encoded, label=tools.number(targets))
+        if targets is None:
+            return encoded
+        return with_columns(encoded, label=tools.number(targets.take(pa.array(records))))
 
 
 def scans_tree(paths: list[Any], **sections: Any) -> dict[str, Any]:

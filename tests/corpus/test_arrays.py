@@ -15,19 +15,26 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ray import cloudpickle
 
 import scans
 from dray.corpus import planning
+from dray.corpus.encoded import check_columns, check_encoded
 from dray.corpus.manifest import SourceRows, Split
 from dray.corpus.packing import Varying
 from dray.corpus.prepare import Corpus, corpus_key, prepare
 from dray.corpus.records import BadRecord, Wanted
 from dray.corpus.shards import Stored, make_batch, read_groups, write_shard
 from dray.corpus.stream import read_rows
-from dray.errors import CorpusError, UserError
+from dray.errors import CorpusError, SpecError, UserError
+from dray.plan import make_plan, parse_shape
 from dray.spec import Field, make_spec
 from dray.storage.filesystem import open_filesystem
+from dray.tasks.columns import array_column, list_column, matrix
+from dray.tasks.encoding import join_lists
+from dray.tasks.rows import Column, Encoded
+from dray.tasks.sequence_classification import SequenceClassification
 from scans import Scans, make_pgm, scans_tree, thumbnail
 
 cloudpickle.register_pickle_by_value(scans)  # Ray's workers have no tests on their path
@@ -132,6 +139,143 @@ def test_what_is_no_image_costs_itself_and_is_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_what_cannot_be_decoded_is_left_out_and_counted(tmp_path: Path) -> None:
+    images = draw_images(30)
+    table = pa.table(
+        {
+            "image": [
+                make_pgm(image)[: -3 if nth % 10 == 4 else None] for nth, image in enumerate(images)
+            ],
+            "label": [label_of(image) for image in images],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    corpus = prepare(make_spec(scans_tree([tmp_path / "a.parquet"])), str(tmp_path / "store"))
+    assert corpus.manifest.dropped == {"broken image": 3}
+    kept = (
+        corpus.manifest.train.num_rows + (corpus.manifest.validation or Split(sources=())).num_rows
+    )
+    assert kept == 27
+    assert "3 broken image" in "\n".join(corpus.describe())
+    for image, row in read_split(corpus, corpus.manifest.train):
+        assert corpus.manifest.labels[row["label"]] == label_of(image)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_task_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    class Broken(Scans):
+        name = "broken"
+
+        def encode(self, texts: Any, targets: Any, tools: Any) -> Any:
+            raise ZeroDivisionError("no pixels")
+
+    write_jsonl(tmp_path / "a.jsonl", draw_images(4))
+    tree = scans_tree([tmp_path / "a.jsonl"], task=Broken())
+    with pytest.raises(
+        CorpusError, match=r"task broken: its encode failed among.*a\.jsonl.*pixels"
+    ):
+        prepare(make_spec(tree), str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+DECLARED = (Column("a", "uint8"), Column("b", "uint8", varies=True), Column("c", shape=(2, 2)))
+
+
+def encoded_of(**changed: Any) -> Encoded:
+    """Two documents as they are declared, but for what is changed."""
+    columns: dict[str, Any] = {
+        "a": np.array([1, 255]),
+        "b": join_lists([np.arange(3), np.arange(0)]),
+        "c": np.zeros((2, 2, 2), np.int64),
+    }
+    columns |= changed.pop("columns", {})
+    fields = {"tokens": np.empty(0, np.uint16), "lengths": np.array([3, 0]), "columns": columns}
+    return Encoded(**{**fields, **changed})
+
+
+def declaring(*columns: Column, **attributes: Any) -> Any:
+    return type("Declared", (Scans,), {"name": "declared", "columns": columns, **attributes})()
+
+
+def test_what_is_as_it_is_declared_gets_its_dtypes() -> None:
+    found = check_encoded(declaring(*DECLARED), encoded_of(), 2)
+    assert found.columns["a"].dtype == np.uint8
+    assert found.columns["b"].type.value_type == pa.uint8()
+    assert found.columns["b"].to_pylist() == [[0, 1, 2], []]
+    assert found.columns["c"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"columns": {"a": np.array([1, 256])}}, "a has 1 to 256, beyond uint8"),
+        ({"columns": {"a": np.array([1.5, 2])}}, "a has float64 values, not uint8"),
+        ({"columns": {"a": pa.array([1, None])}}, "a has nulls"),
+        ({"columns": {"a": np.array([1])}}, "a has 1 values, not 2"),
+        ({"columns": {"b": join_lists([np.array([-1]), np.arange(2)])}}, "b has -1 to 1, beyond"),
+        ({"columns": {"b": pa.array([[1], None])}}, "b has nulls"),
+        ({"columns": {"b": np.arange(2)}}, "b is .*, not lists of numbers"),
+        ({"columns": {"c": np.zeros((2, 4, 4), int)}}, r"c has shape \(4, 4\), not \(2, 2\)"),
+        ({"columns": {"d": np.arange(2)}}, "columns are .*'d'"),
+        ({"lengths": np.array([3.0, 1.0])}, "lengths are float64, not integers"),
+        ({"lengths": np.array([3, -1])}, "lengths are below 0"),
+        ({"lengths": np.array([3, 2**31])}, "lengths are below 0, or 2"),
+        ({"records": np.array([0, 0])}, "records say nothing of number 1: name it in refused"),
+        ({"records": np.array([0, 2])}, "records name some that were refused, or not given"),
+        ({"refused": {1: "bad"}}, "records name some that were refused"),
+    ],
+)
+def test_what_is_not_as_it_is_declared_is_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(CorpusError, match=f"task declared: its encode gives .*{said}"):
+        check_encoded(declaring(*DECLARED), encoded_of(**changed), 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "attributes", "said"),
+    [
+        ([Column("low")], {}, "has a name that another has"),
+        ([Column("a"), Column("a")], {}, "has a name that another has"),
+        ([Column("a", "bool")], {}, "holds bool"),
+        ([Column("a", varies=True, shape=(2,))], {}, "is of several kinds"),
+        ([Column("a", names=True, varies=True)], {}, "is of several kinds"),
+        ([Column("a", each="token")], {}, "is one of tokens, of which the task has none"),
+        ([Column("a")], {"packs": True, "tokenizes": True}, "is one of rows, and the task packs"),
+        ([], {"packs": True}, "packs documents without tokens"),
+    ],
+)
+def test_columns_that_rows_cannot_have_are_refused(
+    columns: list[Column], attributes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(CorpusError, match=said):
+        check_columns(declaring(*columns, **attributes))
+
+
+def test_rows_come_back_as_tensors() -> None:
+    columns = [Stored("thumbnail", "float32", 4), Stored("pixels", "uint8", varies=True)]
+    thumbnails = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
+    pixels = Varying(np.arange(9, dtype=np.uint8), np.array([4, 0, 5]))
+    batch = make_batch(columns, {"thumbnail": thumbnails, "pixels": pixels})
+    table = pa.Table.from_batches([batch.slice(0, 2), batch.slice(2)])
+    found = array_column(table, "thumbnail", (2, 2))
+    assert (found.dtype, found.flatten().tolist()) == (
+        torch.float32,
+        thumbnails.reshape(-1).tolist(),
+    )
+    assert [row.tolist() for row in list_column(table, "pixels")] == [
+        [0, 1, 2, 3],
+        [],
+        [4, 5, 6, 7, 8],
+    ]
+    with pytest.raises(TypeError, match="thumbnail holds"):
+        matrix(table, "thumbnail")
+
+
+def test_a_task_without_text_has_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="task = scans: its documents are no texts"):
+        make_plan(make_spec(scans_tree([tmp_path])), parse_shape("1xCPU(cpus=8,memory=16GB)"))
+
+
 def test_a_task_without_text_takes_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="scans reads image, label, no text; leave the section"):
         make_spec(scans_tree([tmp_path], tokenizer={"train": "byte_bpe", "vocab_size": 300}))
@@ -150,9 +294,26 @@ def test_tasks_of_other_packages_share_no_corpus(tmp_path: Path) -> None:
     class Others(Scans):
         name = "others"
 
+    class Wider(Scans):
+        columns = (*Scans.columns, Column("more"))
+
+    class Later(Scans):
+        version = 1
+
     tree = scans_tree([tmp_path / "a.jsonl"])
-    keys = {corpus_key(make_spec({**tree, "task": task})) for task in (Scans(), Others())}
-    assert len(keys) == 2
+    kinds = (Scans, Others, Wider, Later)
+    assert len({corpus_key(make_spec({**tree, "task": kind()})) for kind in kinds}) == len(kinds)
+
+    class Doubtful(SequenceClassification):
+        """Says nothing of its rows itself."""
+
+        columns = (*SequenceClassification.columns, Column("doubt"))
+
+    (tmp_path / "b.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    source = {"path": str(tmp_path / "b.jsonl"), "label": "label"}
+    texts = {**tree, "data": {"train": source, "validation": None, "sequence_tokens": 16}}
+    kinds = (SequenceClassification, Doubtful)
+    assert len({corpus_key(make_spec({**texts, "task": kind()})) for kind in kinds}) == 2
 
 
 def test_a_sound_is_its_samples() -> None:

@@ -127,8 +127,8 @@ def _checked(task: Any, column: Column, values: Any, num_documents: int, num_tok
 def _checked_lists(task: Any, column: Column, lists: Any) -> pa.Array:
     if isinstance(lists, pa.ChunkedArray):
         lists = pa.concat_arrays(lists.chunks)
-    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
-        raise _wrong(task, column.name, f"is {lists.type}, not lists of numbers")
+    if not isinstance(lists, pa.ListArray | pa.LargeListArray):
+        raise _wrong(task, column.name, f"is a {type(lists).__name__}, not lists of numbers")
     values = lists.flatten()
     if values.null_count:
         raise _wrong(task, column.name, "has nulls")

@@ -13,7 +13,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 from dray.corpus.parts import Preparation, load_record, record_name, staged
@@ -99,11 +99,12 @@ def run_stage(
             [(index, items[index]) for index in missing[start : start + TASKS_AT_ONCE]],
         )
     )
-    for done, (index, answer) in enumerate(answers, 1):
-        records[index] = _unwrap(answer)
-        if done == len(missing) or time.monotonic() - began > PROGRESS_SECONDS:
-            began = time.monotonic()
-            say(f"{stage}: {len(items) - len(missing) + done} of {len(items)}")
+    with closing(answers):  # what Ray Data still does is ended while there is a Ray
+        for done, (index, answer) in enumerate(answers, 1):
+            records[index] = _unwrap(answer)
+            if done == len(missing) or time.monotonic() - began > PROGRESS_SECONDS:
+                began = time.monotonic()
+                say(f"{stage}: {len(items) - len(missing) + done} of {len(items)}")
     return [record for _, record in sorted(records.items()) if record is not None]
 
 

@@ -217,6 +217,13 @@ def make_plan(
     sizes, where they were counted (`dray.models.counting`); `why_not_counted`: what kept them from
     it. Without them the formulas are used.
     """
+    if not spec.task.tokenizes:
+        raise SpecError(
+            f"task = {spec.task.name}",
+            "its documents are no texts",
+            "`dray prepare` makes rows of them, but there are no models for them yet",
+            "train on the rows elsewhere (dray.corpus.stream.read_rows)",
+        )
     on_gpu = spec.resources.gpus_per_worker > 0
     elastic = isinstance(spec.resources.workers, tuple)
     ranks = num_ranks or _rank_count(spec, shape, on_gpu=on_gpu, with_ray=with_ray)
