@@ -172,9 +172,7 @@ def test_a_task_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path) -> Non
 
     write_jsonl(tmp_path / "a.jsonl", draw_images(4))
     tree = scans_tree([tmp_path / "a.jsonl"], task=Broken())
-    with pytest.raises(
-        CorpusError, match=r"task broken: its encode failed among.*a\.jsonl.*pixels"
-    ):
+    with pytest.raises(CorpusError, match=r"broken: its encode failed among.*a\.jsonl.*pixels"):
         prepare(make_spec(tree), str(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
 
@@ -215,8 +213,11 @@ def test_what_is_as_it_is_declared_gets_its_dtypes() -> None:
         ({"columns": {"a": np.array([1])}}, "a has 1 values, not 2"),
         ({"columns": {"b": join_lists([np.array([-1]), np.arange(2)])}}, "b has -1 to 1, beyond"),
         ({"columns": {"b": pa.array([[1], None])}}, "b has nulls"),
-        ({"columns": {"b": np.arange(2)}}, "b is .*, not lists of numbers"),
-        ({"columns": {"c": np.zeros((2, 4, 4), int)}}, r"c has shape \(4, 4\), not \(2, 2\)"),
+        ({"columns": {"b": np.arange(2)}}, "b is a ndarray, not lists of numbers"),
+        (
+            {"columns": {"c": np.zeros((2, 4, 4), int)}},
+            r"c has values of shape \(4, 4\), not \(2, 2\)",
+        ),
         ({"columns": {"d": np.arange(2)}}, "columns are .*'d'"),
         ({"lengths": np.array([3.0, 1.0])}, "lengths are float64, not integers"),
         ({"lengths": np.array([3, -1])}, "lengths are below 0"),
