@@ -2,7 +2,8 @@
 
 A checkpoint is a copy out of the fragments (`layouts.py`) and a restore a copy into them, whatever
 stage and number of ranks wrote it. DeepSpeed's own save and load are not used: they refuse another
-number of ranks and unpickle what they read. Only this file imports DeepSpeed.
+number of ranks and unpickle what they read. Only this file imports DeepSpeed; its configuration is
+the plan's (`plan/zero_config.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a task is: the one thing the training loop knows about what is being learnt.
+"""What a task is: the one thing the training loop knows about what is being learnt. `rows.py` has
+what its rows are made of (`Column`, `Encoded`), `spec/tasks.py` what a spec asks of it (`Field`,
+`Head`) and how tasks are found.
 
 A task turns rows into a batch, puts a summed loss around a model, and turns outputs into metrics
 that add up over ranks. It owns no optimiser or process group, and never divides by a count: the

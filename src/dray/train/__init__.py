@@ -1,4 +1,5 @@
-"""A run from its beginning to its end, seen from the driver.
+"""A run from its beginning to its end, seen from the driver; the loop over its steps is a rank's
+(`dray.rank.loop`).
 
 `driver.py` drives it: `train` on Ray, `train_locally` in this process alone. `start.py` finds out
 what is wanted and begins the run, `launching.py` starts the ranks and follows them, `recorder.py`
