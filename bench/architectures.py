@@ -70,6 +70,8 @@ SMALL: dict[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
+    "rotary_dim": 8,
+    "n_shared_experts": 1,
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
     "o_lora_rank": 16,

@@ -16,6 +16,8 @@ from rank_host import RankHost
         ("albert", "masked_lm"),
         ("mamba2", "causal_lm"),
         ("deberta-v2", "token_classification"),
+        ("deepseek_v3", "causal_lm"),  # the rotated part of a head has a size of its own
+        ("esm", "masked_lm"),  # positions are counted from the padding id on
     ],
 )
 def test_an_architecture_trains_under_zero_0_and_3(

@@ -242,6 +242,8 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
             if twin in settable
         }
     fields = {name: value for name, value in fields.items() if name in settable}
+    if "qk_rope_head_dim" in settable:  # the rotated part of a head has a size of its own
+        fields.pop("head_dim", None)
     if model.num_kv_heads not in (None, heads) and "num_key_value_heads" not in fields:
         raise SpecError(
             f"model.num_kv_heads = {model.num_kv_heads}",

@@ -119,6 +119,12 @@ OFFSET_POSITIONS = (
     "xmod",
     "mpnet",
     "longformer",
+    "esm",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "luke",
+    "markuplm",
 )
 
 _HARMLESS_OPTIONS = (
