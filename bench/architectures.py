@@ -418,8 +418,9 @@ Every model type of transformers {transformers} that has a head for one of these
 name and sizes: counted without memory, built, and trained two steps under ZeRO 0 by one rank and
 under ZeRO 3 by two (CPU, fp32, torch {torch}, DeepSpeed {deepspeed}). It trains where as many
 parameters are built as were counted, and where the losses are finite, change, and agree under both
-stages to {agrees:g}. That says nothing of what it learns at its real size. ✓: by name and sizes
-alone; ○: with the options that are named.
+stages to {agrees:g}. That says nothing of what it learns at its real size. Numbers of experts,
+ranks and states are made small where a configuration has them. ✓: by name and sizes alone; ○: with
+the options that are named besides.
 """
 
 

@@ -211,6 +211,13 @@ def test_what_goes_by_whole_matrices_is_planned_without_zero(name: str) -> None:
     assert "offload" not in text
 
 
+def test_no_plan_takes_a_stage_under_which_an_architecture_is_not_trained_right() -> None:
+    model = {"architecture": "openai-gpt", "hidden_size": 64, "num_layers": 2, "num_heads": 4}
+    with pytest.raises(PlanError, match=r"zero\.stage = 3: openai-gpt's gradients are wrong"):
+        make_plan(spec_of(model=model, zero={"stage": 3}), LAPTOP)
+    assert make_plan(spec_of(model=model), LAPTOP).zero_stage < 3
+
+
 def test_hardware_of_unknown_speed_takes_the_lowest_stage() -> None:
     plan = make_plan(
         spec_of(resources={"workers": 2, "gpus_per_worker": 1}), parse_shape("1x2xunknown")

@@ -127,6 +127,9 @@ OFFSET_POSITIONS = (
     "markuplm",
 )
 
+# `make models` saw their losses differ from those under ZeRO 0, or gradients without bounds.
+WRONG_UNDER_ZERO_3 = ("openai-gpt",)
+
 _HARMLESS_OPTIONS = (
     "activation_function",
     "classifier_activation",

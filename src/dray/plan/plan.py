@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dray.errors import PlanError, SpecError
+from dray.plan.architectures import WRONG_UNDER_ZERO_3
 from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
@@ -428,7 +429,7 @@ def _choose(question: _Question, num_ranks: int) -> tuple[_Setting, str]:
     """The fastest ZeRO stage of those that fit, each with the greatest micro batch that is useful.
     Raises PlanError."""
     spec = question.spec
-    stages = _stages(spec)
+    stages = _stages(spec, question.sizes.architecture)
     least_tokens, most_tokens = GPU_TOKENS if question.on_gpu else CPU_TOKENS
     width = spec.data.sequence_tokens
     micros = _micros(spec, num_ranks, elastic=question.elastic)
@@ -487,7 +488,23 @@ def _fastest(
     )
 
 
-def _stages(spec: Spec) -> list[int]:
+def _stages(spec: Spec, architecture: str) -> list[int]:
+    """The stages that a spec allows. Raises PlanError for an architecture that is not trained right
+    under the only one."""
+    stages = _stages_of(spec)
+    if architecture not in WRONG_UNDER_ZERO_3:
+        return stages
+    if stages == [3]:
+        raise PlanError(
+            "zero.stage = 3",
+            f"{architecture}'s gradients are wrong under ZeRO 3",
+            "all stages give the same losses (docs/models.md)",
+            "give zero.stage=2, without zero.offload=parameters",
+        )
+    return [stage for stage in stages if stage != 3]
+
+
+def _stages_of(spec: Spec) -> list[int]:
     if spec.zero.stage != "auto":
         return [spec.zero.stage]
     if not spec.optimizer.elementwise:
