@@ -187,7 +187,6 @@ def set_first_partition(tree: dict[str, Any], length: Any) -> None:
         lambda tree: tree["files"].pop(),
         lambda tree: tree.update(version=4),
     ],
-    ids=str,
 )
 def test_a_manifest_that_does_not_add_up(local_run: Run, change: Any) -> None:
     """Damage that checksums cannot tell, as a faulty writer would leave it: one error, and no
