@@ -213,7 +213,7 @@ def _add_uses(commands: Any) -> None:
     evaluate.add_argument(
         "--thorough",
         action="store_true",
-        help="to the letter of the task's metric, at a greater cost: masked_lm hides each token by "
+        help="to the letter of the task's metric, at a greater cost: masked models hide each token by "
         "itself",
     )
     evaluate.add_argument(
