@@ -213,8 +213,8 @@ def _add_uses(commands: Any) -> None:
     evaluate.add_argument(
         "--thorough",
         action="store_true",
-        help="to the letter of the task's metric, at a greater cost: masked models hide each token by "
-        "itself",
+        help="to the letter of the task's metric, at a greater cost: masked models hide each token "
+        "by itself",
     )
     evaluate.add_argument(
         "--workers",
