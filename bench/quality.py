@@ -92,10 +92,8 @@ def measure(arm: Arm, seed: int, storage: Path) -> dict[str, Any]:
     run = f"{arm.run}-{seed}"
     dray(storage, "train", arm.recipe, f"seed={seed}", *arm.overrides, "--run", run)
     attempts = dray(storage, "show", run)["attempts"]
-    seconds = sum(
-        (datetime.fromisoformat(one["ended"]) - datetime.fromisoformat(one["started"])).seconds
-        for one in attempts
-    )
+    spans = (map(datetime.fromisoformat, (one["started"], one["ended"])) for one in attempts)
+    seconds = sum((ended - started).total_seconds() for started, ended in spans)
     report: dict[str, dict[str, float]] = {}
     found = evaluate(
         str(storage),

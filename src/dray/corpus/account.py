@@ -116,7 +116,7 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "num_tokens": manifest.train.num_tokens,
         "num_truncated_documents": manifest.packing.num_truncated_documents,
         "num_truncated_tokens": manifest.packing.num_truncated_tokens,
-        "num_truncated_validation_documents": (manifest.packing.num_truncated_validation_documents),
+        "num_truncated_validation_documents": manifest.packing.num_truncated_validation_documents,
         "num_truncated_validation_tokens": manifest.packing.num_truncated_validation_tokens,
         "dropped": manifest.dropped,
         "num_bad": manifest.num_bad,

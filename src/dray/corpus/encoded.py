@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dray.corpus.packing import Varying
 from dray.errors import CorpusError
 from dray.tasks.rows import Column, Encoded
 
@@ -133,8 +134,7 @@ def _checked_lists(task: Any, column: Column, lists: Any) -> pa.Array:
     if values.null_count:
         raise _wrong(task, column.name, "has nulls")
     numbers = _cast(task, column, values.to_numpy(zero_copy_only=False))
-    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())])
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(numbers))
+    return Varying(numbers, pc.list_value_length(lists).to_numpy()).lists()
 
 
 def _cast(task: Any, column: Column, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

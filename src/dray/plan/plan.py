@@ -491,25 +491,24 @@ def _fastest(
 def _stages(spec: Spec, architecture: str) -> list[int]:
     """The stages that a spec allows. Raises PlanError for an architecture that is not trained right
     under the only one."""
-    stages = _stages_of(spec)
-    if architecture not in WRONG_UNDER_ZERO_3:
-        return stages
-    if stages == [3]:
+    lowest = {"none": 0, "optimizer": 1, "parameters": 3}[spec.zero.offload]
+    wanted = list(range(lowest, 4)) if spec.zero.stage == "auto" else [spec.zero.stage]
+    stages = [stage for stage in wanted if stage <= _highest_stage(spec, architecture)]
+    if not stages:
         raise PlanError(
             "zero.stage = 3",
             f"{architecture}'s gradients are wrong under ZeRO 3",
             "all stages give the same losses (docs/models.md)",
             "give zero.stage=2, without zero.offload=parameters",
         )
-    return [stage for stage in stages if stage != 3]
+    return stages
 
 
-def _stages_of(spec: Spec) -> list[int]:
-    if spec.zero.stage != "auto":
-        return [spec.zero.stage]
+def _highest_stage(spec: Spec, architecture: str) -> int:
+    """The highest stage under which optimiser and architecture are trained right."""
     if not spec.optimizer.elementwise:
-        return [0]
-    return list(range({"none": 0, "optimizer": 1, "parameters": 3}[spec.zero.offload], 4))
+        return 0
+    return 2 if architecture in WRONG_UNDER_ZERO_3 else 3
 
 
 def _micros(spec: Spec, num_ranks: int, *, elastic: bool) -> list[int]:
@@ -533,7 +532,12 @@ def _does_not_fit(question: _Question, num_ranks: int, stage: int, micro_rows: i
     else:
         what = f"needs {memory.host_bytes / 1e9:.1f} GB of host memory a node"
         rule = f"{question.shape.name or 'the hardware'} leaves {question.host_limit / 1e9:.1f} GB"
-    ways = [text for text, way in _ways_out(question, setting) if question.fits(way)][:3]
+    highest = _highest_stage(question.spec, question.sizes.architecture)
+    ways = [
+        text
+        for text, way in _ways_out(question, setting)
+        if way.stage <= highest and question.fits(way)
+    ][:3]
     return PlanError(
         "model",
         what,
@@ -559,14 +563,12 @@ def _ways_out(question: _Question, setting: _Setting) -> Iterator[tuple[str, _Se
     less = f" batch.micro_rows={smallest}" if micros else ""
     if not setting.checkpointing:
         yield "engine.activation_checkpointing=true", replace(setting, checkpointing=True)
-    for stage in range(setting.stage + 1, 4 if spec.optimizer.elementwise else 0):
+    for stage in range(setting.stage + 1, 4):
         yield f"zero.stage={stage}", replace(setting, stage=stage)
         yield (
             f"zero.stage={stage} engine.activation_checkpointing=true{less}",
             replace(setting, stage=stage, checkpointing=True, micro_rows=smallest),
         )
-    if not spec.optimizer.elementwise:
-        return
     if question.on_gpu and setting.offload == "none":
         yield (
             "zero.offload=optimizer",

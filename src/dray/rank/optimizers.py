@@ -67,7 +67,7 @@ class GuardedAdamW8bit(_Guarded, torch.optim.Optimizer):
     where those are kept, torch's AdamW elsewhere. It waits for the device twice a step."""
 
     def __init__(self, groups: Groups, adamw: Mapping[str, Any]) -> None:
-        super().__init__(groups, {**adamw})
+        super().__init__(groups, dict(adamw))
         self._adamw = GuardedAdamW(groups, **adamw)
         self._adamw.state = self.state
         self._maps: tuple[Tensor, Tensor] | None = None
@@ -80,8 +80,11 @@ class GuardedAdamW8bit(_Guarded, torch.optim.Optimizer):
             return
         gradients: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
-            quantized = [p for p in group["params"] if "exp_avg_scale" in self.state[p]]
-            quantized = [p for p in quantized if p.grad is not None]
+            quantized = [
+                p
+                for p in group["params"]
+                if p.grad is not None and "exp_avg_scale" in self.state[p]
+            ]
             if quantized:
                 self._step_quantized(quantized, group)
             gradients.update((p, p.grad) for p in quantized)

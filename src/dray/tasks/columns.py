@@ -5,9 +5,10 @@ Refuses tables without the columns that every token shard has (KeyError).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -26,20 +27,19 @@ def matrix(table: pa.Table, name: str) -> Tensor:
     column = table.column(name)
     if not pa.types.is_integer(getattr(column.type, "value_type", column.type)):
         raise TypeError(f"{name} holds {column.type}, no integers")
-    width = column.type.list_size
-    parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk)]
-    flat = (
-        np.concatenate([part.astype(np.int64) for part in parts])
-        if parts
-        else np.empty(0, dtype=np.int64)
-    )
-    return torch.from_numpy(flat).view(-1, width)
+    flat = np.concatenate([part.astype(np.int64) for part in _flat_parts(column)])
+    return torch.from_numpy(flat).view(-1, column.type.list_size)
 
 
 def array_column(table: pa.Table, name: str, shape: tuple[int, ...]) -> Tensor:
     """A column of arrays of one shape, in its own dtype [rows, *shape]."""
-    parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table.column(name).chunks]
-    return torch.from_numpy(np.concatenate(parts)).view(-1, *shape)
+    return torch.from_numpy(np.concatenate(_flat_parts(table.column(name)))).view(-1, *shape)
+
+
+def _flat_parts(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
+    """The numbers of a column of lists, chunk by chunk; at least one part."""
+    chunks = column.chunks or [pa.array([], column.type)]
+    return [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
 
 
 def list_column(table: pa.Table, name: str) -> list[Tensor]:
