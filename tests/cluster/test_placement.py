@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from dray.cluster.autoscaler import HEAD_RESOURCE, Limits, NodeType, count_addable, make_limits
-from dray.cluster.placement import Seats, find_seats, has_room, make_bundles, make_least_bundles
+from dray.cluster.nodes import has_room
+from dray.cluster.placement import Seats, find_seats, make_bundles, make_least_bundles
 from dray.errors import PlanError
 from dray.spec import Resources
 

@@ -34,7 +34,8 @@ LEVELS = {
     "show": 9,
     "train": 10,
     "release": 10,
-    "cli": 11,
+    "sweep": 11,
+    "cli": 12,
 }
 """The table of docs/design.md. A room may be a file or a folder."""
 
@@ -43,7 +44,7 @@ def rooms() -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(SOURCE.rglob("*.py")):
         parts = path.relative_to(SOURCE).with_suffix("").parts
-        if parts[0] not in ("__init__", "recipes"):
+        if parts[0] not in ("__init__", "recipes", "tune_spaces"):
             found.setdefault(parts[0], []).append(path)
     return found
 

@@ -99,7 +99,7 @@ def test_what_libraries_print_is_no_result(tmp_path: Path):
         "def noisy(arguments):\n"
         "    print('by Python'); os.write(1, b'by C\\n'); arguments.out.say_json({'a': 1}); "
         "return 0\n"
-        "cli._runs = noisy; sys.exit(cli.main(['runs', '--json']))"
+        "cli.parser.runs_command = noisy; sys.exit(cli.main(['runs', '--json']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path

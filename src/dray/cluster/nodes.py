@@ -179,6 +179,31 @@ def live_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in _alive_nodes()]
 
 
+def growing_resources(bundles: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """What each live node has, and each node that an autoscaler may still add and that could hold
+    one of these bundles."""
+    nodes = _alive_nodes()
+
+    def serves(resources: Mapping[str, float]) -> bool:
+        return any(count_in(resources, bundle) for bundle in bundles)
+
+    return [*(node["Resources"] for node in nodes), *find_addable(nodes, 1_000, serves)]
+
+
+def has_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Whether nodes with these resources could hold all bundles, if nobody else held anything."""
+    left = [dict(node) for node in nodes]
+    for bundle in sorted(
+        bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0)), reverse=True
+    ):
+        node = next((node for node in left if count_in(node, bundle)), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] = node.get(name, 0.0) - amount
+    return True
+
+
 def _alive_nodes() -> list[dict[str, Any]]:
     """As `ray.nodes()` tells of them."""
     import ray

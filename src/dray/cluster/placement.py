@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from dray.cluster.nodes import count_in, live_resources
+from dray.cluster.nodes import count_in, has_room, live_resources
 from dray.errors import PlanError, RunFailed
 from dray.spec import Resources
 
@@ -178,20 +178,6 @@ def _does_not_fit(resources: Resources, what: str) -> PlanError:
         f"{resources.reader_cpus:g} CPUs in one bundle for reading",
         "make the group of make_bundles(spec.resources), or give fewer resources.workers",
     )
-
-
-def has_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
-    """Whether nodes with these resources could hold all bundles, if nobody else held anything."""
-    left = [dict(node) for node in nodes]
-    for bundle in sorted(
-        bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0)), reverse=True
-    ):
-        node = next((node for node in left if count_in(node, bundle)), None)
-        if node is None:
-            return False
-        for name, amount in bundle.items():
-            node[name] = node.get(name, 0.0) - amount
-    return True
 
 
 def remove_groups(prefix: str) -> None:

@@ -34,7 +34,7 @@ from dray.runs.drivers import Driver
 from dray.runs.layout import Fragment, make_fragment_key, parse_fragment_key
 from dray.runs.retention import apply_retention
 from dray.runs.row_log import make_limits
-from dray.runs.run import Run, list_runs, verify_all
+from dray.runs.run import Run, list_names, list_runs, verify_all
 from dray.runs.trackers import Tracker, Trackers, build_trackers, check_trackers
 from dray.storage.filesystem import open_filesystem
 
@@ -62,6 +62,7 @@ __all__ = [
     "find_resume_checkpoint",
     "fork_run",
     "inspect_checkpoint",
+    "list_names",
     "list_runs",
     "make_fragment_key",
     "make_limits",

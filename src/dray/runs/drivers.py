@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -148,6 +149,37 @@ def check_driver(filesystem: pafs.FileSystem, run_path: str, number: int, where:
             "one driver at a time",
             "leave the run to it, or stop it and start again",
         )
+
+
+class Heart:
+    """Gives a driver's signs of life while the block runs: `beat()` gives one, and `lost(error)` is
+    called once another driver has taken over."""
+
+    def __init__(self, beat: Callable[[], object], lost: Callable[[StoreError], object]) -> None:
+        self._beat_once, self._lost = beat, lost
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self.replaced: StoreError | None = None
+        """What says so, if it has been replaced."""
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            try:
+                self._beat_once()
+            except (
+                OSError
+            ):  # StorageFailed too, which is a StoreError besides: the next beat may come through
+                continue
+            except StoreError as error:  # what this driver does from now on does not count
+                self.replaced = error
+                self._lost(error)
+                return
 
 
 def is_alive(

@@ -1,5 +1,6 @@
 """Every name inside a run folder, and the checks that names pass before they become paths.
 
+<storage>/<sweep>/  sweep.json  space.yaml  spec.yaml  log/*.jsonl  drivers/  0001/ (a run), 0002/ …
 <storage>/<run>/  spec.yaml  plan.json  run.json  model.json  metrics.parquet
     corpus/manifest.json, tokenizer/      what a model must know of its corpus, without the rows
     attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
@@ -35,12 +36,15 @@ DELETING_FILE = "DELETING"
 CORPORA = "corpora"
 """Folder in a storage, beside its runs, that holds their corpora."""
 RESERVED_NAMES = frozenset({CORPORA})
+SWEEP_FILE = "sweep.json"
+"""What makes a folder in a storage a sweep, whose trials are runs in it."""
 
 _CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
 _RANK_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
 _ATTEMPT_FILE = re.compile(r"(\d{4,})\.json")
 _FAILURE_FILE = re.compile(r"a(\d{4,})\.json")
 _RANK_EVIDENCE = re.compile(r"a(\d{4,})-r(\d{5,})\.(?:log|txt|json)")
+_TRIAL_NAME = re.compile(r"([^/]+)/(\d{4,})")
 _DRIVER_FILE = re.compile(r"(\d{4,})\.json")
 
 
@@ -61,9 +65,22 @@ class Fragment(NamedTuple):
     length: int
 
 
+def make_trial_name(sweep: str, trial: int) -> str:
+    """Name of the run that is a trial of a sweep."""
+    return f"{sweep}/{trial:04d}"
+
+
+def parse_trial_name(name: str) -> tuple[str, int] | None:
+    """(sweep, trial) of a run's name; none for a run that is no trial."""
+    match = _TRIAL_NAME.fullmatch(name)
+    return (match[1], int(match[2])) if match else None
+
+
 def check_run_name(name: str) -> str:
-    """The name, if it is safe as a folder's name. Raises StoreError."""
-    if not re.fullmatch(RUN_NAME.rstrip("$"), name):
+    """The name, if it is safe as a folder's name, or that of a trial of a sweep. Raises
+    StoreError."""
+    trial = parse_trial_name(name)
+    if not re.fullmatch(RUN_NAME.rstrip("$"), trial[0] if trial else name):
         raise StoreError(f"run {name!r}", "not a name for a run", NAME_RULE)
     if name in RESERVED_NAMES:
         raise StoreError(

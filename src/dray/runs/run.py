@@ -100,7 +100,8 @@ from dray.storage.filesystem import (
 )
 from dray.storage.retrying import first_safe_line, patience
 
-_CHECKPOINT_BELOW = re.compile(rf"/[^/]+/{CHECKPOINTS}/[^/]+/?$")
+_CHECKPOINT_BELOW = re.compile(rf"(^[^/]+/\d{{4,}}|/[^/]+)/{CHECKPOINTS}/[^/]+/?$")
+"""The end of a checkpoint's path: below a trial of a sweep, or below another run."""
 
 STATUSES = ("created", "running", "completed", "stopped", "failed", "interrupted")
 
@@ -135,9 +136,9 @@ class Run:
         """The path that a record keeps, where the storage is now. Records of earlier versions hold
         it whole."""
         if not kept.startswith(f"{self.storage_path}/") and (
-            below := _CHECKPOINT_BELOW.search(f"/{kept}")
+            below := _CHECKPOINT_BELOW.search(kept) or _CHECKPOINT_BELOW.search(f"/{kept}")
         ):
-            return f"{self.storage_path}{below[0]}"
+            return f"{self.storage_path}/{below[0].lstrip('/')}"
         return kept
 
     @property
@@ -592,18 +593,29 @@ def verify_all(run: Run) -> list[CheckpointReport]:
     ]
 
 
-def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
-    """The runs in a storage place by time of creation; none where there is no such place."""
+def list_names(storage: str | os.PathLike[str]) -> list[str]:
+    """Names of the folders in a storage place that may be runs or sweeps; none where there is no
+    such place. Raises StoreError for a file."""
     filesystem, path = open_filesystem(storage)
     with patience(PROBE_SECONDS):  # an address that is mistyped is found out here
         if is_file(filesystem, path):
             raise StoreError(
                 shown(absolute(storage)), "is a file", "the storage is a folder of runs"
             )
-    names = (name for name in list_folders(filesystem, path) if re.fullmatch(RUN_NAME, name))
+    return [
+        name
+        for name in list_folders(filesystem, path)
+        if re.fullmatch(RUN_NAME, name) and name not in RESERVED_NAMES
+    ]
+
+
+def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
+    """The runs in a storage place by time of creation, without the trials of sweeps; none where
+    there is no such place."""
+    filesystem, path = open_filesystem(storage)
     runs = [
         Run(os.fspath(storage), name)
-        for name in names
-        if name not in RESERVED_NAMES and exists(filesystem, f"{path}/{name}/{RUN_FILE}")
+        for name in list_names(storage)
+        if exists(filesystem, f"{path}/{name}/{RUN_FILE}")
     ]
     return sorted(runs, key=lambda run: str(run.record().get("created")))

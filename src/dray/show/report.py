@@ -41,7 +41,7 @@ def format_runs(summaries: Sequence[Mapping[str, Any]]) -> str:
             ", ".join(str(item["step"]) for item in summary["checkpoints"] if item["verified"])
             or "none",
         )
-    return _rendered(table)
+    return rendered(table)
 
 
 def format_summary(run: Run) -> str:
@@ -217,7 +217,7 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def _rendered(table: Table) -> str:
+def rendered(table: Table) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=160).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,65 +22,98 @@ from dray.spec.yaml_reading import BadYaml, read_yaml
 
 MAX_SPEC_BYTES = 4 * 2**20
 """What is larger is no spec, but data given in its place."""
-_SPEC_FILE = "a spec is a UTF-8 text file"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """The YAML files of one kind that come with dray."""
+
+    package: str
+    kind: str
+    """What one of them is called."""
+    rule: str
+    """What a file is that somebody names instead."""
+
+    def names(self) -> list[str]:
+        """Without their ending, sorted."""
+        items = resources.files(self.package).iterdir()
+        return sorted(
+            item.name.removesuffix(".yaml") for item in items if item.name.endswith(".yaml")
+        )
+
+    def load(self, name: str) -> str:
+        """The text of the one of that name. Raises SpecError."""
+        names = self.names()
+        if name in names:
+            path = resources.files(self.package) / f"{name}.yaml"
+            return path.read_text(encoding="utf-8")
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{self.kind}s: {', '.join(names)}"
+        raise SpecError(
+            shown_words(name), f"no such file, and no {self.kind} of that name", way_out=hint
+        )
+
+
+RECIPES = Packaged("dray.recipes", "recipe", "a spec is a UTF-8 text file")
 
 
 def recipe_names() -> list[str]:
     """Names of the packaged specs."""
-    folder = resources.files("dray.recipes")
-    return sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
+    return RECIPES.names()
 
 
-def load_text(spec: str) -> str:
-    """The YAML text of a spec file (or pipe) or of a recipe, by path or name. Raises SpecError if
+def load_text(spec: str, packaged: Packaged = RECIPES) -> str:
+    """The YAML text of a file (or pipe), or of a packaged one by its name. Raises SpecError if
     there is neither."""
     try:
         mode = os.stat(spec).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return _load_recipe(spec)
+        return packaged.load(spec)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte
         raise SpecError(
-            shown_words(spec), f"cannot be read ({_reason(error)})", _SPEC_FILE
+            shown_words(spec), f"cannot be read ({_reason(error)})", packaged.rule
         ) from error
     if stat.S_ISDIR(mode):
-        raise SpecError(spec, "is a folder", _SPEC_FILE, "name the file in it")
+        raise SpecError(spec, "is a folder", packaged.rule, "name the file in it")
     try:
         with open(spec, "rb") as file:
             content = file.read(MAX_SPEC_BYTES + 1)
         if len(content) > MAX_SPEC_BYTES:
-            raise SpecError(spec, f"holds more than {MAX_SPEC_BYTES // 2**20} MiB", _SPEC_FILE)
+            raise SpecError(spec, f"holds more than {MAX_SPEC_BYTES // 2**20} MiB", packaged.rule)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SpecError(spec, f"is not UTF-8 (byte {error.start})", _SPEC_FILE) from error
+        raise SpecError(spec, f"is not UTF-8 (byte {error.start})", packaged.rule) from error
     except OSError as error:
-        raise SpecError(spec, f"cannot be read ({_reason(error)})", _SPEC_FILE) from error
-
-
-def _load_recipe(name: str) -> str:
-    if name in recipe_names():
-        return (resources.files("dray.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-    near = difflib.get_close_matches(name, recipe_names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipe_names())}"
-    raise SpecError(shown_words(name), "no such file, and no recipe of that name", way_out=hint)
+        raise SpecError(spec, f"cannot be read ({_reason(error)})", packaged.rule) from error
 
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def load_tree(
+    where: str, overrides: Sequence[str] = (), packaged: Packaged = RECIPES
+) -> dict[str, Any]:
+    """The plain values of a YAML file or of a packaged one, with `key=value` overrides of dotted
+    paths. Raises SpecError."""
+    try:
+        tree = read_yaml(load_text(where, packaged))
+    except BadYaml as error:
+        raise SpecError(where, str(error), "it is a YAML mapping") from error
+    if not isinstance(tree, dict):
+        raise SpecError(
+            where,
+            f"holds a {type(tree).__name__}" if tree is not None else "is empty",
+            "it is a YAML mapping of sections",
+            "`dray init NAME` writes a spec to start from",
+        )
+    return _apply_overrides(tree, overrides)
+
+
 def load_spec(spec: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """Load a spec file or recipe and apply `key=value` overrides of dotted paths. Raises
     SpecError."""
-    where = str(spec)
-    try:
-        tree = read_yaml(load_text(where))
-    except BadYaml as error:
-        raise SpecError(where, str(error), "a spec is a YAML mapping") from error
-    return make_spec(
-        _apply_overrides(tree, overrides) if isinstance(tree, dict) else tree, where, overrides
-    )
+    return make_spec(load_tree(str(spec), overrides), str(spec), overrides)
 
 
 def make_spec(tree: Any, where: str = "spec", overrides: Sequence[str] = ()) -> Spec:
@@ -112,6 +146,8 @@ _ALTERNATIVES = {
     "tokenizer": ("path", "run", "train"),
 }
 """Keys of which a section has one: an override replaces the one that is there."""
+_NAMED = ("task",)
+"""Sections that may be given by their name alone."""
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -134,15 +170,25 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str
                 "values are read as YAML",
                 "quote it",
             ) from error
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            child = node.get(parent)
-            node[parent] = dict(child) if isinstance(child, Mapping) else {}
-            node = node[parent]
-        alternatives = _ALTERNATIVES.get(parents[-1], ()) if parents else ()
-        if last in alternatives and value is not None:
-            for other in alternatives:
-                node.pop(other, None)
-        node[last] = value
+        tree = with_value(tree, key, value)
     return tree
+
+
+def with_value(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """The tree with a value at a dotted path; one that is an alternative to others takes their
+    place."""
+    *parents, last = path.split(".")
+    changed = dict(tree)
+    node = changed
+    for parent in parents:
+        child = node.get(parent)
+        if isinstance(child, str) and parent in _NAMED:
+            child = {"name": child}
+        node[parent] = dict(child) if isinstance(child, Mapping) else {}
+        node = node[parent]
+    alternatives = _ALTERNATIVES.get(parents[-1], ()) if parents else ()
+    if last in alternatives and value is not None:
+        for other in alternatives:
+            node.pop(other, None)
+    node[last] = value
+    return changed

@@ -39,9 +39,14 @@ def _known_keys(section: type[BaseModel], tags: Collection[str], prefix: str = "
             yield from _known_keys(kind, tags, f"{prefix}{name}.")
 
 
-def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> SpecError:
-    """The first of pydantic's findings as one line; `where`: the tree's origin, if no override
-    brought the value."""
+def translate(
+    error: ValidationError,
+    where: str,
+    overrides: Sequence[str],
+    model: type[BaseModel] = Spec,
+) -> SpecError:
+    """The first of pydantic's findings on a `model` as one line; `where`: the tree's origin, if no
+    override brought the value."""
     details = error.errors(include_url=False)
     # Of a union's findings the deepest is about what the user wrote; unknown keys are clearest of
     # all.
@@ -56,7 +61,7 @@ def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> S
     ):
         where = "the command line"
     if first["type"] == "extra_forbidden":
-        return SpecError(where, f"unknown key {path}", way_out=_suggest(path, parts))
+        return SpecError(where, f"unknown key {path}", way_out=_suggest(model, path, parts))
     if first["type"] == "invalid_key":
         return SpecError(
             where, f"the key {path} is a {type(first['loc'][-1]).__name__}", "keys are words"
@@ -76,10 +81,12 @@ def translate(error: ValidationError, where: str, overrides: Sequence[str]) -> S
     return SpecError(where, f"{path}{given}: {message[:1].lower()}{message[1:]}")
 
 
-def _suggest(unknown: str, tags: Collection[str]) -> str:
+def _suggest(model: type[BaseModel], unknown: str, tags: Collection[str]) -> str:
     """What the person may have meant by a key: one of its section with a like name, else one of
     another section."""
-    known = list(_known_keys(Spec, tags)) + [f"data.train.{name}" for name in Source.model_fields]
+    known = list(_known_keys(model, tags))
+    if model is Spec:
+        known += [f"data.train.{name}" for name in Source.model_fields]
     section, _, word = re.sub(r"\.\d+", "", unknown).rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     names = [key.rpartition(".")[2] for key in siblings]

@@ -8,7 +8,6 @@ again to resume.
 from __future__ import annotations
 
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,13 +20,13 @@ from dray.cluster.nodes import find_nodes_without, placed_shape
 from dray.cluster.placement import Placement, find_seats
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
-from dray.errors import Cause, Interrupted, RunFailed, StorageFailed, StoreError, caught
+from dray.errors import Cause, Interrupted, RunFailed, StorageFailed, caught
 from dray.plan import Shape, local_shape
 from dray.rank.initial_weights import held
 from dray.rank.job import Job, not_shared
 from dray.redaction import redact
 from dray.runs import Run, Trackers, build_trackers, find_resume_checkpoint
-from dray.runs.drivers import HEARTBEAT_SECONDS, Driver
+from dray.runs.drivers import Heart
 from dray.show.progress import Display
 from dray.show.report import format_diagnosis
 from dray.spec import Spec
@@ -185,7 +184,11 @@ def _drive(
     if done:
         display.say(f"{run.name} goes on from step {done}")
     driver = run.take_over()
-    job, heart = replace(job, driver=driver.number), _Heart(run, driver, caller)
+    job = replace(job, driver=driver.number)
+    heart = Heart(
+        partial(run.heartbeat, driver),
+        lambda error: caller.give_up("another driver has taken the run over"),
+    )
     status, reason = "failed", ""
     trackers = Trackers(run, {})
     try:
@@ -258,39 +261,6 @@ def _last_words(status: str) -> Iterator[None]:
         return
     with patience(LAST_WORD_SECONDS), suppress(StorageFailed):
         yield
-
-
-class _Heart:
-    """Gives the driver's signs of life; a driver that has been replaced by another stops its
-    ranks."""
-
-    def __init__(self, run: Run, driver: Driver, caller: Caller) -> None:
-        self._run, self._driver, self._caller = run, driver, caller
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
-        self.replaced: StoreError | None = None
-        """What says so, if it has been replaced."""
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            try:
-                self._run.heartbeat(self._driver)
-            except (
-                OSError
-            ):  # StorageFailed too, which is a StoreError besides: the next beat may come through
-                continue
-            except (
-                StoreError
-            ) as error:  # taken over: what this driver's attempts do from now on does not count
-                self.replaced = error
-                self._caller.give_up("another driver has taken the run over")
-                return
 
 
 def _what_would_go_on(spec: Spec) -> str:

@@ -267,7 +267,7 @@ class RayLauncher:
                     cpus_per_worker=resources.cpus_per_worker,
                     gpus_per_worker=resources.gpus_per_worker,
                     recovery=build_recovery(job, self._mailbox, site),
-                    name=job.run_name,
+                    name=job.run_name.replace("/", "-"),
                     scratch=scratch,
                     is_local=self._is_local,
                     started=self._keep_controller,

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dray.cluster.nodes import find_lost_nodes, live_resources, may_grow
-from dray.cluster.placement import Site, has_room, make_least_bundles
+from dray.cluster.nodes import find_lost_nodes, has_room, live_resources, may_grow
+from dray.cluster.placement import Site, make_least_bundles
 from dray.cluster.workers import max_wait_seconds
 from dray.doctor import classify
 from dray.doctor.budget import Budget, Decision, SmallerBatch

@@ -1,0 +1,199 @@
+"""Commands that begin something: a spec, a plan, a corpus, a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dray.errors import DrayError, PlanError, SpecError, StoreError
+
+if TYPE_CHECKING:
+    from dray.plan import Plan, Shape
+    from dray.spec import Spec
+
+
+def init_command(arguments: argparse.Namespace) -> int:
+    import re
+
+    from dray.spec import NAME_RULE, RUN_NAME, load_text
+
+    if not re.match(RUN_NAME, arguments.name):
+        raise SpecError(repr(arguments.name)[:200], "not a name", NAME_RULE)
+    text = load_text(arguments.recipe)
+    path = Path(f"{arguments.name}.yaml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(re.sub(r"(?m)^name:.*$", f"name: {arguments.name}", text, count=1))
+    except FileExistsError as error:
+        raise SpecError(
+            str(path), "exists already", "nothing is overwritten", "choose another name"
+        ) from error
+    except OSError as error:
+        raise StoreError(str(path), f"cannot be written ({error.strerror})") from error
+    arguments.out.say(f"{path} written; edit it, then: dray plan {path}")
+    return 0
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    from dray.models.counting import make_counted_plan
+    from dray.plan import format_plan, local_shape, parse_shape, with_measured_step
+    from dray.rank.rehearsal import find_rehearsal, rehearse
+    from dray.spec import load_spec
+
+    spec = load_spec(arguments.spec, arguments.overrides)
+    if arguments.shape and arguments.measure:
+        raise PlanError(
+            "--measure",
+            f"--shape {arguments.shape} is not this machine",
+            "only what is here can be measured",
+            "leave one of them out",
+        )
+    shape = parse_shape(arguments.shape) if arguments.shape else local_shape()
+    spec, config = _find_run_inputs(spec, arguments.storage)
+    plan = _plan_known_corpus(spec, shape, arguments.storage, config) or make_counted_plan(
+        spec, shape, config=config
+    )
+    measured = None if arguments.shape else find_rehearsal(spec, plan, config)
+    if arguments.measure and measured is None:
+        spec.optimizer.check_package()
+        measured = rehearse(spec, plan, config)
+    if measured is not None:
+        plan = with_measured_step(plan, measured.step_seconds(plan.batch.accumulation))
+    if arguments.json:
+        arguments.out.say_json(plan.model_dump(mode="json"))
+    else:
+        arguments.out.say(format_plan(plan))
+    return 0
+
+
+def _find_run_inputs(spec: Spec, storage: str) -> tuple[Spec, Mapping[str, Any] | None]:
+    """The spec with the folder of the tokeniser that is another run's, and the configuration of the
+    other run that its model starts from; None where it starts from none."""
+    config = None
+    if spec.model.run:
+        from dray.rank.initial_weights import find_run_weights
+
+        config = find_run_weights(storage, spec.model.run, spec.model.step).config()
+    if spec.tokenizer.run:
+        from dray.corpus.prepare import with_tokenizer_folder
+
+        spec = with_tokenizer_folder(spec, storage)
+    return spec, config
+
+
+def _plan_known_corpus(
+    spec: Spec, shape: Shape, storage: str, config: Mapping[str, Any] | None
+) -> Plan | None:
+    """With the counts of the corpus, if steps or times go by them, and it is prepared in a local
+    storage and its inputs are at hand."""
+    if (spec.task.packs and spec.duration.epochs is None) or not Path(storage, "corpora").is_dir():
+        return None
+    from dray.corpus.prepare import recall
+    from dray.rank.job import make_corpus_plan
+
+    corpus = None
+    with suppress(DrayError):  # of the inputs: a plan is made without them, too
+        corpus = recall(spec, storage)
+    return None if corpus is None else make_corpus_plan(spec, shape, corpus.manifest, config=config)
+
+
+def prepare_command(arguments: argparse.Namespace) -> int:
+    from dray.cluster.connection import connect
+    from dray.corpus.prepare import prepare
+    from dray.runs import check_storage
+    from dray.show.progress import Display
+    from dray.spec import load_spec
+
+    spec = load_spec(arguments.spec, arguments.overrides)
+    check_storage(arguments.storage)
+    with connect(arguments.address, num_cpus=1, verbose=arguments.verbose):
+        display = Display()
+        corpus = prepare(spec, arguments.storage, display.say)
+    for line in corpus.describe():
+        display.say(line)
+    if arguments.json:
+        files = [file.model_dump(mode="json") for file in corpus.source_files()]
+        arguments.out.say_json(
+            {
+                "folder": corpus.folder,
+                **corpus.manifest.model_dump(mode="json"),
+                "source_files": files,
+            }
+        )
+    else:
+        manifest = corpus.manifest
+        arguments.out.say(
+            f"{corpus.folder}: {manifest.train.num_rows:,} rows of {manifest.sequence_tokens} "
+            "tokens"
+        )
+    return 0
+
+
+def train_command(arguments: argparse.Namespace) -> int:
+    from dray.show.report import format_summary
+    from dray.spec import load_tree, make_spec
+    from dray.train.driver import train
+
+    tree = load_tree(arguments.spec, arguments.overrides)
+    if arguments.from_trial:
+        tree = _with_trial(tree, arguments.from_trial, arguments.storage)
+    spec = make_spec(tree, arguments.spec, arguments.overrides)
+    ended = train(
+        spec,
+        storage=arguments.storage,
+        run_name=arguments.run_name,
+        fork=arguments.fork,
+        address=arguments.address,
+        verbose=arguments.verbose,
+    )
+    if arguments.json:
+        arguments.out.say_json(ended.run.summary())
+    else:
+        arguments.out.say(format_summary(ended.run))
+    return 0
+
+
+def _with_trial(tree: Mapping[str, Any], trial: str, storage: str) -> dict[str, Any]:
+    """A spec's values with those that a trial of a sweep had."""
+    from dray.cli.looking import split_place
+    from dray.sweep.record import Sweep
+    from dray.sweep.space import with_values
+    from dray.sweep.summary import find_parameters
+
+    place, name = split_place(trial, storage)
+    sweep, slash, which = name.rpartition("/")
+    if not slash:
+        raise StoreError(
+            f"--from-trial {trial}", "names no trial", "a trial is SWEEP/0007 or SWEEP/best"
+        )
+    return with_values(tree, find_parameters(Sweep.open(place, sweep), which))
+
+
+def tune_command(arguments: argparse.Namespace) -> int:
+    from dray.show.sweeps import format_sweep
+    from dray.spec import load_tree
+    from dray.sweep.driver import tune
+    from dray.sweep.space import OVERRIDE, load_space
+    from dray.sweep.summary import summarize
+
+    of_space = [item for item in arguments.overrides if item.startswith(OVERRIDE)]
+    of_spec = [item for item in arguments.overrides if not item.startswith(OVERRIDE)]
+    space = load_space(arguments.space, [item.removeprefix(OVERRIDE) for item in of_space])
+    sweep = tune(
+        load_tree(arguments.spec, of_spec),
+        space,
+        storage=arguments.storage,
+        name=arguments.run_name,
+        space_name=arguments.space,
+        address=arguments.address,
+        verbose=arguments.verbose,
+    )
+    summary = summarize(sweep)
+    if arguments.json:
+        arguments.out.say_json(summary)
+    else:
+        arguments.out.say(format_sweep(summary))
+    return 0

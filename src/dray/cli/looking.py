@@ -1,0 +1,134 @@
+"""Commands that look at what a storage has."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dray.errors import StoreError
+
+if TYPE_CHECKING:
+    from dray.runs import Run
+    from dray.sweep.record import Sweep
+
+
+def locate(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Storage and name of a run given by name or by the path of its folder. A trial of a sweep is
+    SWEEP/0007, and the best one SWEEP/best."""
+    storage, name = split_place(arguments.run, arguments.storage)
+    folder, _, last = name.rpartition("/")
+    if last != "best" or not folder:
+        return storage, name
+    from dray.sweep.record import Sweep
+    from dray.sweep.summary import summarize
+
+    sweep = Sweep.open(storage, folder)
+    best = summarize(sweep)["best"]
+    if best is None:
+        raise StoreError(f"sweep {folder!r}", "no trial has a result yet", way_out="dray show it")
+    return storage, str(best["name"])
+
+
+def split_place(given: str, storage: str) -> tuple[str, str]:
+    """Storage and name by what a person gave: a name in `storage`, or a path."""
+    given = given.rstrip("/")
+    folder, slash, last = given.rpartition("/")
+    if not slash:
+        return storage, given
+    if last == "best" or last.isdecimal():
+        from dray.sweep.record import Sweep
+
+        above, inner, sweep = folder.rpartition("/")
+        place = (above or "/") if inner else storage
+        if Sweep.find(place, sweep) is not None:
+            return place, f"{sweep}/{last}"
+    return folder or "/", last
+
+
+def runs_command(arguments: argparse.Namespace) -> int:
+    from dray.runs import list_runs
+    from dray.show.report import format_runs
+    from dray.show.sweeps import format_sweeps
+    from dray.sweep.record import list_sweeps
+    from dray.sweep.summary import summarize
+
+    summaries = [run.summary() for run in list_runs(arguments.storage)]
+    if arguments.json:
+        arguments.out.say_json(summaries)
+        return 0
+    sweeps = [summarize(sweep) for sweep in list_sweeps(arguments.storage)]
+    if summaries or not sweeps:
+        arguments.out.say(format_runs(summaries))
+    if sweeps:
+        arguments.out.say(format_sweeps(sweeps))
+    return 0
+
+
+def show_command(arguments: argparse.Namespace) -> int:
+    from dray.runs import Run
+    from dray.show.report import format_summary, load_account
+
+    storage, name = locate(arguments)
+    sweep = _find_sweep(storage, name)
+    if sweep is not None:
+        from dray.show.sweeps import format_sweep
+        from dray.sweep.summary import summarize
+
+        summary = summarize(sweep)
+        if arguments.json:
+            arguments.out.say_json(summary)
+        else:
+            arguments.out.say(format_sweep(summary))
+        return 0
+    run = Run.open(storage, name)
+    if arguments.json:
+        arguments.out.say_json({**run.summary(), "data": load_account(run)})
+    else:
+        arguments.out.say(format_summary(run))
+    return 0
+
+
+def _find_sweep(storage: str, name: str) -> Sweep | None:
+    from dray.sweep.record import Sweep
+
+    return Sweep.find(storage, name)
+
+
+def doctor_command(arguments: argparse.Namespace) -> int:
+    from dray.doctor import diagnose
+    from dray.runs import Run
+    from dray.show.report import format_diagnosis
+
+    diagnosis = diagnose(Run.open(*locate(arguments)))
+    if arguments.json:
+        arguments.out.say_json(diagnosis.to_json())
+    else:
+        arguments.out.say(format_diagnosis(diagnosis))
+    return 0
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    from dray.runs import Run, find_checkpoint, verify_checkpoint
+    from dray.show.report import format_verification
+
+    run = Run.open(*locate(arguments))
+    if arguments.ledger:
+        return _verify_ledger(run, arguments)
+    report = verify_checkpoint(run, find_checkpoint(run, arguments.step))
+    if arguments.json:
+        arguments.out.say_json(report.to_json())
+    else:
+        arguments.out.say(format_verification(report))
+    return 0 if report.ok else 3
+
+
+def _verify_ledger(run: Run, arguments: argparse.Namespace) -> int:
+    from dray.ledger import verify_ledger
+    from dray.show.report import format_ledger
+
+    report = verify_ledger(run, arguments.step)
+    if arguments.json:
+        arguments.out.say_json(report.to_json())
+    else:
+        arguments.out.say(format_ledger(report))
+    return 0 if report.ok else 3

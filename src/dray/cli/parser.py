@@ -1,0 +1,234 @@
+"""All commands and their options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from dray import __version__
+from dray.cli.beginning import (
+    init_command,
+    plan_command,
+    prepare_command,
+    train_command,
+    tune_command,
+)
+from dray.cli.looking import doctor_command, runs_command, show_command, verify_command
+from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
+from dray.errors import UserError
+from dray.processes.streams import warn
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        warn(f"{' '.join(message.split())}; `{self.prog} --help` lists what there is")
+        raise SystemExit(UserError.exit_code)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="dray",
+        description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from "
+        "one spec file.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    init = _add(commands, "init", init_command, "write a recipe to edit")
+    init.add_argument("name", help="name of the new spec; NAME.yaml is written")
+    init.add_argument(
+        "--recipe", default="quickstart", help="the recipe to start from (default: quickstart)"
+    )
+
+    plan = _add_spec(commands, "plan", plan_command, "what it will take; no cluster needed")
+    plan.add_argument("--shape", help="hardware that is not here, e.g. 2x8xH100")
+    plan.add_argument(
+        "--measure",
+        action="store_true",
+        help="time some steps of thin copies of the model on this machine's CPUs, once, and go by "
+        "that",
+    )
+    _add_json(plan)
+
+    prepare = _add_spec(commands, "prepare", prepare_command, "raw corpus → token shards")
+    _add_cluster(prepare)
+    _add_json(prepare)
+
+    train = _add_spec(commands, "train", train_command, "run it, or resume it")
+    _add_cluster(train)
+    _add_json(train)
+    train.add_argument("--run", dest="run_name", help="name of the run (default: the spec's name)")
+    train.add_argument(
+        "--fork", metavar="NEW_NAME", help="start a new run from the newest checkpoint of this one"
+    )
+
+    train.add_argument(
+        "--from-trial",
+        metavar="SWEEP/BEST",
+        help="with the values of a trial of a sweep: SWEEP/0007, or SWEEP/best",
+    )
+
+    tune = _add_spec(commands, "tune", tune_command, "sweep it, or go on with it")
+    tune.add_argument(
+        "--space",
+        required=True,
+        help="a space file or the name of a packaged one; space.key=value overrides its keys",
+    )
+    tune.add_argument(
+        "--run", dest="run_name", help="name of the sweep (default: the spec's name and -sweep)"
+    )
+    _add_cluster(tune)
+    _add_json(tune)
+
+    _add_uses(commands)
+
+    runs = _add(commands, "runs", runs_command, "list the runs of a storage")
+    _add_storage(runs)
+    _add_json(runs)
+
+    show = _add_run(commands, "show", show_command, "what a run did and has")
+    _add_json(show)
+
+    doctor = _add_run(
+        commands, "doctor", doctor_command, "why a run ended as it did, and the way out"
+    )
+    _add_json(doctor)
+
+    verify = _add_run(
+        commands,
+        "verify",
+        verify_command,
+        "check a checkpoint, byte for byte, or the ledger of rows used",
+    )
+    verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    verify.add_argument(
+        "--ledger",
+        action="store_true",
+        help="prove instead that up to that step each row of each epoch was used exactly once",
+    )
+    _add_json(verify)
+    return parser
+
+
+def _add_uses(commands: Any) -> None:
+    """What is done with a trained model."""
+    evaluate = _add_run(commands, "evaluate", evaluate_command, "metrics of a checkpoint on data")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help="a path, or a YAML mapping like a spec's data source, read as the run's own source of "
+        "that form is (default: the validation rows)",
+    )
+    evaluate.add_argument(
+        "--thorough",
+        action="store_true",
+        help="to the letter of the task's metric, at a greater cost: masked models hide each token "
+        "by itself",
+    )
+    evaluate.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="measure with N workers on Ray, each with a CPU, and a GPU where there are some "
+        "(default: in this process)",
+    )
+    _add_checkpoint(evaluate)
+    _add_cluster(evaluate)
+    _add_json(evaluate)
+
+    predict = _add_run(
+        commands, "predict", predict_command, "what a checkpoint tells of each record"
+    )
+    predict.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SOURCE",
+        help="a path, or a YAML mapping like a spec's data source; targets are not needed",
+    )
+    predict.add_argument(
+        "--out", dest="file", help="the file to write; must not exist (default: standard output)"
+    )
+    _add_checkpoint(predict)
+
+    generate = _add_run(commands, "generate", generate_command, "text from a checkpoint")
+    generate.add_argument(
+        "--prompt", action="append", required=True, help="may be given several times"
+    )
+    generate.add_argument(
+        "--max-tokens", type=int, default=64, help="new tokens at most (default: 64)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=0.95, help="nucleus of the distribution (default: 0.95)"
+    )
+    generate.add_argument("--seed", type=int, default=0)
+    _add_checkpoint(generate)
+    _add_json(generate)
+
+    export = _add_run(commands, "export", export_command, "a Hugging Face folder from a checkpoint")
+    export.add_argument("folder", help="the folder to write; must not exist or be empty")
+    _add_checkpoint(export)
+
+
+def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_spec(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser = _add(commands, name, command, text)
+    parser.add_argument("spec", metavar="SPEC", help="a spec file or the name of a recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of dotted spec paths"
+    )
+    _add_storage(parser)
+    return parser
+
+
+def _add_run(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser = _add(commands, name, command, text)
+    parser.add_argument(
+        "run", metavar="RUN", help="name of a run in the storage, or the path of its folder"
+    )
+    _add_storage(parser)
+    return parser
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage", default="./runs", metavar="DIR_OR_URI", help="where runs lie (default: ./runs)"
+    )
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own messages")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON document on stdout and nothing else there"
+    )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", help="step of the checkpoint, or `best` (default: the newest)")
+    parser.add_argument(
+        "--weights",
+        choices=("trained", "ema"),
+        default="trained",
+        help="the trained weights, or their moving average, where the spec has one",
+    )

@@ -1,0 +1,119 @@
+"""Commands that use a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from dray.cli.looking import locate
+
+
+def predict_command(arguments: argparse.Namespace) -> int:
+    from dray.release.predict import Counts, predict, write_records
+    from dray.show.progress import Display
+
+    storage, name = locate(arguments)
+    counts = Counts()
+    found = predict(
+        storage, name, arguments.data, step=arguments.step, weights=arguments.weights, counts=counts
+    )
+    if arguments.file is None:
+        for record in found:
+            arguments.out.say_record(record)
+    else:
+        write_records(found, arguments.file)
+    bad = f", {counts.num_bad:,} could not be read" if counts.num_bad else ""
+    cut = f", {counts.num_cut:,} lost what a row has no place for" if counts.num_cut else ""
+    Display().say(f"{counts.num_predicted:,} records predicted{cut}{bad}")
+    return 0
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    from dray.release.evaluate import evaluate
+
+    storage, name = locate(arguments)
+    report: dict[str, dict[str, float]] = {}
+    result = evaluate(
+        storage,
+        name,
+        data=arguments.data,
+        step=arguments.step,
+        weights=arguments.weights,
+        thorough=arguments.thorough,
+        workers=arguments.workers,
+        address=arguments.address,
+        verbose=arguments.verbose,
+        report=report,
+    )
+    if arguments.json:
+        arguments.out.say_json(result)
+    else:
+        shown = {
+            key: f"{value:.6g}"
+            if isinstance(value, float)
+            else "undefined on these rows"
+            if value is None
+            else str(value)
+            for key, value in result.items()
+        }
+        arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
+        if report:
+            arguments.out.say(_table(report))
+    return 0
+
+
+def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Rows of numbers by name, under the names of the columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'':<20} " + " ".join(f"{column:>10}" for column in columns)]
+    for name, values in rows.items():
+        shown = (
+            f"{value:>10.4f}" if isinstance(value, float) else f"{value:>10,}"
+            for value in values.values()
+        )
+        lines.append(f"{name:<20} " + " ".join(shown))
+    return "\n".join(lines)
+
+
+def generate_command(arguments: argparse.Namespace) -> int:
+    from dray.release.generate import generate
+    from dray.show.progress import Display
+
+    storage, name = locate(arguments)
+    texts = generate(
+        storage,
+        name,
+        arguments.prompt,
+        step=arguments.step,
+        weights=arguments.weights,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        say=Display().say,
+    )
+    if arguments.json:
+        arguments.out.say_json(
+            [{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)]
+        )
+        return 0
+    for prompt, text in zip(arguments.prompt, texts, strict=True):
+        arguments.out.say(f"── {prompt}\n{prompt}{text}\n")
+    return 0
+
+
+def export_command(arguments: argparse.Namespace) -> int:
+    from dray.release.export import export
+    from dray.show.progress import Display
+
+    storage, name = locate(arguments)
+    step = export(
+        storage,
+        name,
+        arguments.folder,
+        step=arguments.step,
+        weights=arguments.weights,
+        say=Display().say,
+    )
+    arguments.out.say(f"{arguments.folder}: step {step} of {name}, for AutoModel.from_pretrained")
+    return 0

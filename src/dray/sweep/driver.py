@@ -1,0 +1,386 @@
+"""The driver of a sweep: as many trials at once as there is room for, each a run, until the budget
+is used up.
+
+A seat is a thread with a placement of its own, which its trials use one after the other. Whatever
+happens to a trial is recorded before anything is decided by it, so that a sweep whose driver was
+killed goes on from its log.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from dray.cluster.connection import connect
+from dray.cluster.placement import Placement, reserved
+from dray.corpus.prepare import Corpus, prepare
+from dray.errors import Interrupted, RunFailed, UserError, one_line
+from dray.plan import num_steps_of
+from dray.processes.signals import Wishes, stops
+from dray.runs.drivers import Heart
+from dray.show.sweeps import SweepDisplay
+from dray.spec import Resources, Spec, make_spec
+from dray.storage.filesystem import shown
+from dray.sweep.events import FAILED, Begun, Ended, Reported
+from dray.sweep.policies import make_policy
+from dray.sweep.record import Sweep
+from dray.sweep.room import count_here, count_in_cluster, fixed
+from dray.sweep.space import Space, check_space
+from dray.sweep.study import Scale, Study
+from dray.sweep.summary import make_best_spec, summarize_study, summarize_trial
+from dray.sweep.trial import Cadence, make_trial_spec, run_trial
+
+LOOK_SECONDS = 0.5
+"""How often the driver looks at the clock and at signals."""
+DATA_KEYS = ("task", "data", "tokenizer")
+"""Sections of a spec that decide its corpus."""
+
+
+def tune(
+    tree: Mapping[str, Any],
+    space: Space,
+    *,
+    storage: str = "./runs",
+    name: str | None = None,
+    space_name: str = "the space",
+    address: str | None = None,
+    verbose: bool = False,
+    display: SweepDisplay | None = None,
+) -> Sweep:
+    """Sweep a spec (as plain values), or go on with the sweep of that name.
+
+    Raises UserError for what the caller can mend, before anything is written; RunFailed when too
+    many trials were lost by one cause, or none gave a result; Interrupted when a person stopped it,
+    with the state of every trial saved.
+    """
+    check_space(space, tree, space_name)
+    spec = make_spec(tree)
+    resources = fixed(spec.resources)
+    spec = spec.model_copy(update={"resources": resources})
+    name = name or f"{spec.name}-sweep"
+    if address is None and not _has_cluster():
+        count_here(resources)  # before anything is started or written
+    sweep = Sweep.begin(storage, name, tree, space)
+    display = display or SweepDisplay()
+    with connect(
+        address,
+        num_cpus=_cpus_here(resources, space, address),
+        cpus_per_worker=resources.cpus_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        num_workers=resources.max_workers,
+        verbose=verbose,
+    ) as connection:
+        room = count_here(resources) if connection.local else count_in_cluster(resources)
+        seats = room if space.concurrency == "auto" else min(room, space.concurrency)
+        if space.concurrency != "auto" and space.concurrency > room:
+            display.say(f"concurrency {space.concurrency}: there is room for {room} trials at once")
+        corpus = prepare(spec, storage, display.say)
+        for line in corpus.describe() if corpus.is_new else ():
+            display.say(line)
+        scale = _keep_scale(sweep, spec, space, corpus)
+        work = _Work(_Setting(sweep, tree, spec, space, scale, corpus), display)
+        work.run(min(seats, work.study.num_wanted or seats))
+    return sweep
+
+
+def _has_cluster() -> bool:
+    import ray
+
+    return bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+
+
+def _cpus_here(resources: Resources, space: Space, address: str | None) -> float:
+    """CPUs of a Ray that is started for the sweep: of all trials at once, with their readers."""
+    a_trial = resources.max_workers * resources.cpus_per_worker + resources.reader_cpus
+    if address is not None or _has_cluster():
+        return a_trial
+    room = count_here(resources)
+    return a_trial * (room if space.concurrency == "auto" else min(room, space.concurrency))
+
+
+def _keep_scale(sweep: Sweep, spec: Spec, space: Space, corpus: Corpus) -> Scale:
+    """How this sweep measures its trials; decided when it begins."""
+    kept = sweep.record().get("scale")
+    if kept:
+        return Scale(**kept)
+    metric = space.metric or spec.validation.metric
+    rows, tokens = (
+        corpus.manifest.train.num_rows,
+        spec.batch.global_rows * spec.data.sequence_tokens,
+    )
+    total = num_steps_of(spec.duration, spec.batch.global_rows, tokens, rows) or 1
+    better = space.mode or ("min" if spec.task.metrics[metric] == "lower" else "max")
+    scale = Scale(
+        better,
+        total,
+        spec.batch.global_rows,
+        spec.seed,
+        spec.resources.max_workers * spec.resources.gpus_per_worker,
+        spec.resources.max_workers,
+    )
+    sweep.update(scale=vars(scale), metric=metric, mode=better)
+    return scale
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all trials of a sweep share."""
+
+    sweep: Sweep
+    tree: Mapping[str, Any]
+    spec: Spec
+    """Of `tree`."""
+    space: Space
+    scale: Scale
+    corpus: Corpus
+
+
+class _Work:
+    """The trials at work."""
+
+    def __init__(self, setting: _Setting, display: SweepDisplay) -> None:
+        self._setting, self._display = setting, display
+        sweep, spec, space, scale = setting.sweep, setting.spec, setting.space, setting.scale
+        self._metric = space.metric or spec.validation.metric
+        grace = space.scheduler.grace_steps or max(
+            1, round(scale.total_steps / space.scheduler.reduction_factor**2)
+        )
+        has_rungs = space.scheduler.name != "none"
+        own = spec.validation.every_steps
+        self._cadence = Cadence(min(grace, own or grace) if has_rungs else own)
+        policy = make_policy(
+            space.scheduler, scale.mode, scale.total_steps, grace, space.search.seed
+        )
+        self.study = Study(space, setting.tree, spec, scale, policy)
+        self._changed = threading.Condition(threading.RLock())
+        self._at_work: set[int] = set()
+        self._reason = ""
+        self._number: int | None = None
+        self._preparing = threading.Lock()
+        self._hours = 0.0
+        for _, event in sweep.events():
+            self.study.apply(event)
+        self.study.interrupt()
+
+    # ---- the driver's thread --------------------------------------------------------------------
+
+    def run(self, seats: int) -> None:
+        """Run trials until nothing is left to begin. Raises RunFailed and Interrupted."""
+        sweep, display = self._setting.sweep, self._display
+        driver = sweep.take_over()
+        heart = Heart(
+            partial(sweep.heartbeat, driver),
+            lambda error: self._stop("another driver has taken the sweep over"),
+        )
+        self._hours = float(sweep.record().get("hours", 0.0))
+        begun = time.monotonic()
+        sweep.update(status="running", reason="")
+        status, reason = "failed", ""
+        try:
+            with heart, display.trials(self._summary), stops(noted=True) as signals:
+                self._follow(seats, begun, signals)
+            status, reason = self._name_end()
+        except BaseException as error:
+            reason = one_line(error)
+            raise
+        finally:
+            hours = self._hours + (time.monotonic() - begun) / 3600
+            sweep.update(status=status, reason=reason, hours=hours)
+            sweep.release(driver)
+        if heart.replaced is not None:
+            raise heart.replaced
+        best = self.study.best()
+        if best is not None:
+            place = sweep.keep_best(
+                make_best_spec(self._setting.tree, sweep.name, best, self._metric)
+            )
+            display.say(f"the spec of the best trial: {shown(place)}")
+        if status == "interrupted":
+            raise Interrupted(0, self._number or signal.SIGINT)
+        if status == "failed":
+            raise RunFailed(f"the sweep {sweep.name} failed: {reason}")
+
+    def _follow(self, seats: int, begun: float, signals: Wishes) -> None:
+        limit = self._setting.space.budget.hours
+        threads = [
+            threading.Thread(target=self._sit, name=f"seat-{index}", daemon=True)
+            for index in range(seats)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            with self._changed:
+                self._changed.wait(LOOK_SECONDS)
+            hours = self._hours + (time.monotonic() - begun) / 3600
+            if signals and self._number is None:
+                self._number = signals.numbers[0]
+                self._stop(f"stopped by {signal.Signals(self._number).name}")
+            elif limit is not None and hours >= limit:
+                self._stop(f"its {limit:g} hours are over")
+            self._display.look()
+
+    def _stop(self, reason: str) -> None:
+        with self._changed:
+            self._reason = self._reason or reason
+            self._changed.notify_all()
+
+    def _name_end(self) -> tuple[str, str]:
+        """The status of the sweep, and why."""
+        study = self.study
+        if self._number is not None:
+            return "interrupted", self._reason
+        if cause := study.ruin():
+            lost = [trial for trial in study.trials.values() if trial.cause == cause]
+            return "failed", f"{len(lost)} trials were lost by {cause}: {lost[-1].reason}"
+        if study.best() is None:
+            return "failed", "no trial gave a result"
+        if self._reason:
+            return "stopped", self._reason
+        used = study.spent()
+        return "completed", "" if used in ("", "trials") else f"the budget of {used} is used up"
+
+    def _summary(self) -> dict[str, Any]:
+        with self._changed:
+            return summarize_study(self.study, self._setting.sweep.name, "running", self._metric)
+
+    # ---- a seat's thread ------------------------------------------------------------------------
+
+    def _sit(self) -> None:
+        """Run one trial after the other in a placement, until none is left."""
+        shares_place = not any(
+            path.startswith("resources.") for path in self._setting.space.parameters
+        )
+        try:
+            if not shares_place:
+                while (begun := self._take()) is not None:
+                    with self._place(self._trial_spec(begun)) as placement:
+                        self._try(begun, placement)
+                return
+            with self._place(self._setting.spec) as placement:
+                while (begun := self._take()) is not None:
+                    self._try(begun, placement)
+        except Exception as error:
+            self._display.say(f"a seat is given up: {type(error).__name__}: {one_line(error)}")
+            self._stop(one_line(error))
+
+    @contextmanager
+    def _place(self, spec: Spec | Ended) -> Iterator[Placement | None]:
+        """A placement once there is room for it; none if nothing is left to do by then."""
+        if isinstance(spec, Ended):
+            yield None
+            return
+        with reserved(fixed(spec.resources)) as placement:
+            try:
+                placement.wait(self._display.say, self._nothing_left)
+            except RunFailed:
+                yield None
+                return
+            yield placement
+
+    def _nothing_left(self) -> str:
+        with self._changed:
+            if self._reason:
+                return self._reason
+            wanted = self.study.num_wanted
+            all_taken = wanted is not None and len(self.study.trials) >= wanted
+            return "no trial is left" if self.study.spent() or all_taken else ""
+
+    def _take(self) -> Begun | None:
+        """The next trial, recorded as begun; none if there is nothing left to do."""
+        with self._changed:
+            while not self._reason:
+                event = self.study.next()
+                if event is not None:
+                    self._record(event)
+                if isinstance(event, Begun):
+                    self._at_work.add(event.trial)
+                    return event
+                if event is None:
+                    if not self._at_work:
+                        return None
+                    self._changed.wait(LOOK_SECONDS)  # one of them may have to begin again
+            return None
+
+    def _trial_spec(self, begun: Begun) -> Spec | Ended:
+        try:
+            return make_trial_spec(
+                self._setting.tree, self._setting.space, begun, self._setting.scale, self._cadence
+            )
+        except UserError as error:
+            return Ended(begun.trial, FAILED, cause="configuration", reason=one_line(error))
+
+    def _try(self, begun: Begun, placement: Placement | None) -> None:
+        """Run a trial and record how it ended."""
+        number = begun.trial
+        spec = self._trial_spec(begun)
+        if isinstance(spec, Ended) or placement is None:
+            ended = spec if isinstance(spec, Ended) else Ended(number, "stopped")
+        else:
+            spec = spec.model_copy(update={"resources": fixed(spec.resources)})
+            ended = self._run(spec, begun, placement)
+        with self._changed:
+            self._record(ended)
+            self._at_work.discard(number)
+            self._changed.notify_all()
+            trial = self.study.trials[number]
+            self._display.ended(
+                summarize_trial(
+                    trial, self._setting.sweep.name, self._metric, self._setting.scale.sign
+                )
+            )
+
+    def _run(self, spec: Spec, begun: Begun, placement: Placement) -> Ended:
+        number = begun.trial
+        try:
+            corpus = self._find_corpus(spec)
+        except UserError as error:
+            return Ended(number, FAILED, cause="data", reason=one_line(error))
+        return run_trial(
+            spec,
+            begun,
+            sweep=self._setting.sweep.name,
+            storage=self._setting.sweep.storage,
+            corpus=corpus,
+            placement=placement,
+            metric=self._metric,
+            scale=self._setting.scale,
+            report=self._report,
+            stop=partial(self._why_stop, number),
+            judged=partial(self._judged, number),
+            display=self._display.of_trial(number),
+        )
+
+    def _find_corpus(self, spec: Spec) -> Corpus:
+        """The sweep's corpus; for a trial with other data its own, prepared by one seat at a
+        time."""
+        before, now = self._setting.spec.model_dump(), spec.model_dump()
+        if all(before[key] == now[key] for key in DATA_KEYS):
+            return self._setting.corpus
+        with self._preparing:
+            return prepare(spec, self._setting.sweep.storage, self._display.say)
+
+    def _report(self, event: Reported) -> None:
+        with self._changed:
+            if self.study.counts(event):
+                self._record(event)
+
+    def _record(self, event: Begun | Reported | Ended) -> None:
+        """Keep an event, and then go by it."""
+        self._setting.sweep.log(event)
+        self.study.apply(event)
+
+    def _judged(self, number: int) -> str:
+        """How a trial ends that the sweep itself has stop; empty: it has not."""
+        with self._changed:
+            return self.study.verdict(number)
+
+    def _why_stop(self, number: int) -> str:
+        with self._changed:
+            return self._reason or self.study.verdict(number)

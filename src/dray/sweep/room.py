@@ -1,0 +1,87 @@
+"""How many trials there is room for at once: on this machine, or on a cluster and what may join it.
+
+A trial is a placement group, which Ray gives as a whole or not at all, so that trials which wait
+hold nothing. What could never be given is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dray.cluster.nodes import growing_resources, has_room
+from dray.cluster.placement import make_bundles
+from dray.errors import PlanError
+from dray.plan import local_shape
+from dray.spec import Resources
+
+MOST_AT_ONCE = 512
+"""Trials at once of one driver: each is a thread of it."""
+
+
+def fixed(resources: Resources) -> Resources:
+    """A trial's resources: of an elastic group the fewest workers, so that more trials fit."""
+    return resources.model_copy(update={"workers": resources.min_workers})
+
+
+def count_here(resources: Resources) -> int:
+    """How many trials of these resources this machine can run at once. Readers come on top, as for
+    a run of its own: they mostly wait. Raises PlanError for none."""
+    cpus = float(os.cpu_count() or 1)
+    gpus = float(local_shape().accelerators_per_node)
+    wanted = _wanted(resources)
+    fits = int(cpus // wanted["CPU"]) if wanted["CPU"] else MOST_AT_ONCE
+    if wanted["GPU"]:
+        fits = min(fits, int(gpus // wanted["GPU"]))
+    if fits < 1:
+        has = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if wanted["GPU"] else "")
+        raise _impossible(resources, f"this machine has {has}")
+    return min(fits, MOST_AT_ONCE)
+
+
+def count_in_cluster(resources: Resources) -> int:
+    """How many trials of these resources the connected cluster can run at once, with all nodes that
+    its autoscaler may add. Raises PlanError for none."""
+    bundles = make_bundles(resources)
+    nodes = growing_resources(bundles)
+    least, most = 0, 1
+    while most <= MOST_AT_ONCE and has_room(nodes, bundles * most):
+        least, most = most, most * 2
+    while most - least > 1:  # the greatest number that fits lies between the two
+        middle = (least + most) // 2
+        least, most = (middle, most) if has_room(nodes, bundles * middle) else (least, middle)
+    if not least:
+        cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        gpus = sum(node.get("GPU", 0.0) for node in nodes)
+        raise _impossible(
+            resources,
+            f"{len(nodes)} nodes, those counted that may still join, have {cpus:g} CPUs and "
+            f"{gpus:g} GPUs, and no room for its bundles {_shown(bundles)}",
+        )
+    return min(least, MOST_AT_ONCE)
+
+
+def _wanted(resources: Resources) -> dict[str, float]:
+    return {
+        "CPU": resources.max_workers * resources.cpus_per_worker,
+        "GPU": float(resources.max_workers * resources.gpus_per_worker),
+    }
+
+
+def _impossible(resources: Resources, there: str) -> PlanError:
+    wanted = _wanted(resources)
+    gpus = f" and {wanted['GPU']:g} GPUs" if wanted["GPU"] else ""
+    return PlanError(
+        "resources",
+        f"a trial needs {resources.max_workers} workers × {resources.cpus_per_worker:g} CPUs = "
+        f"{wanted['CPU']:g} CPUs{gpus}; {there}",
+        "a trial that can never start is refused",
+        "give fewer resources.workers, or --address of a larger cluster",
+    )
+
+
+def _shown(bundles: Sequence[Mapping[str, Any]]) -> str:
+    return " + ".join(
+        ", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles[:4]
+    ) + (" + …" if len(bundles) > 4 else "")

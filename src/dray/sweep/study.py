@@ -1,0 +1,304 @@
+"""The state of a sweep, made of its events alone: which trials there are, what comes next, what is
+to stop, what was best. Nothing here reads or writes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dray.errors import Cause
+from dray.spec import Spec
+from dray.sweep.events import (
+    COMPLETED,
+    DIVERGED,
+    FAILED,
+    PRUNED,
+    STOPPED,
+    Begun,
+    Ended,
+    Event,
+    Reported,
+)
+from dray.sweep.policies import Policy
+from dray.sweep.search import Known, draw
+from dray.sweep.space import Space, Value, settle
+
+RUNNING, WAITING = "running", "waiting"
+"""A trial that has no end yet: at work, or to be taken up again."""
+HOPELESS = frozenset({Cause.CONFIGURATION, Cause.DATA, Cause.NUMERICS, Cause.SPIKE})
+"""Causes that come back whoever tries again."""
+
+
+@dataclass
+class Trial:
+    """One run of a sweep."""
+
+    number: int
+    drawing: int
+    repeat: int
+    drawn: Mapping[str, Value]
+    parameters: Mapping[str, Value]
+    status: str = RUNNING
+    starts: int = 1
+    reports: list[Reported] = field(default_factory=list)
+    """By step; until it was judged to stop."""
+    is_judged: bool = False
+    """It has fallen behind, or its loss is not finite: it stops, and what it still says does not
+    count."""
+    failures: list[str] = field(default_factory=list)
+    """Causes, of one start after the other."""
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    cause: str = ""
+    reason: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        return self.status not in (RUNNING, WAITING)
+
+    def best(self, sign: int) -> Reported | None:
+        """Its best report; `sign` is -1 where higher is better."""
+        finite = [report for report in self.reports if report.value is not None]
+        return min(
+            finite, key=lambda report: (sign * (report.value or 0.0), report.step), default=None
+        )
+
+
+@dataclass(frozen=True)
+class Best:
+    """What a sweep has found."""
+
+    trial: Trial
+    """Of the best drawing, the best of its repeats."""
+    value: float
+    """The mean over the repeats."""
+    deviation: float | None
+    """Standard deviation between them; none for one."""
+    is_complete: bool
+    """Whether its trials went to their end."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How trials are measured."""
+
+    mode: str
+    """Of the metric: `min` or `max`."""
+    total_steps: int
+    """Of a run by the spec as it is."""
+    global_rows: int
+    """Of its batch."""
+    seed: int
+    """Of the spec."""
+    gpus: int = 0
+    """That a trial holds."""
+    workers: int = 1
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.mode == "min" else -1
+
+    def progress(self, step: int, global_rows: int) -> float:
+        """How far a trial with another batch has come after a step, in steps of the spec's own."""
+        return step * global_rows / self.global_rows
+
+
+class Study:
+    """All that is known of a sweep."""
+
+    def __init__(
+        self, space: Space, tree: Mapping[str, Any], spec: Spec, scale: Scale, policy: Policy
+    ) -> None:
+        self.space, self.scale = space, scale
+        self.trials: dict[int, Trial] = {}
+        self._tree, self._spec, self._policy = tree, spec, policy
+
+    # ---- what happened --------------------------------------------------------------------------
+
+    def apply(self, event: Event) -> None:
+        """Take an event in. They count in the order in which they are recorded."""
+        if isinstance(event, Begun):
+            self._begin(event)
+        elif isinstance(event, Reported):
+            self._report(event)
+        else:
+            self._end(event)
+
+    def _begin(self, event: Begun) -> None:
+        trial = self.trials.get(event.trial)
+        if trial is None:
+            self.trials[event.trial] = Trial(
+                event.trial, event.drawing, event.repeat, event.drawn, event.parameters
+            )
+            return
+        trial.status, trial.starts = RUNNING, event.start
+
+    def _report(self, event: Reported) -> None:
+        trial = self.trials[event.trial]
+        if not self.counts(event):
+            return
+        trial.reports.append(event)
+        trial.step, trial.tokens, trial.seconds = event.step, event.tokens, event.seconds
+        value = math.nan if event.value is None else event.value
+        fell_behind = self._policy.judge(event.trial, event.progress, value)
+        trial.is_judged = event.value is None or (
+            fell_behind and event.progress < self.scale.total_steps
+        )
+
+    def counts(self, event: Reported) -> bool:
+        """Whether a report is news: not of a trial that is stopping, nor said again by one that
+        goes on from a checkpoint before."""
+        trial = self.trials[event.trial]
+        return not trial.is_judged and (not trial.reports or event.step > trial.reports[-1].step)
+
+    def _end(self, event: Ended) -> None:
+        trial = self.trials[event.trial]
+        trial.status = event.status
+        trial.step = max(trial.step, event.step)
+        trial.tokens, trial.seconds = (
+            max(trial.tokens, event.tokens),
+            max(trial.seconds, event.seconds),
+        )
+        trial.cause, trial.reason = event.cause, event.reason
+        if event.status == STOPPED:
+            trial.status = WAITING
+        if event.status == FAILED:
+            trial.failures.append(event.cause)
+            if event.cause not in HOPELESS and len(trial.failures) <= self.space.retries:
+                trial.status = WAITING
+        if trial.is_over:
+            self._policy.end(event.trial)
+
+    def interrupt(self) -> None:
+        """The driver that ran them is gone: its trials are to be taken up again."""
+        for trial in self.trials.values():
+            if trial.status == RUNNING:
+                trial.status = WAITING
+
+    # ---- what comes next ------------------------------------------------------------------------
+
+    def next(self) -> Begun | Ended | None:
+        """What is to be recorded next so that a trial can begin: its beginning, or, for one whose
+        driver ended before it had been stopped, its end. None: nothing can begin now."""
+        for trial in self.trials.values():
+            if trial.status != WAITING:
+                continue
+            if verdict := self.verdict(trial.number):
+                return Ended(trial.number, verdict, trial.step, trial.tokens, trial.seconds)
+            return Begun(
+                trial.number,
+                trial.drawing,
+                trial.repeat,
+                trial.starts + 1,
+                dict(trial.drawn),
+                dict(trial.parameters),
+            )
+        if self.spent() or self.ruin():
+            return None
+        number = len(self.trials) + 1
+        drawing, repeat = divmod(number - 1, self.space.repeats)
+        if self.space.search.name == "grid" and drawing >= len(self.space.cells()):
+            return None
+        if repeat:
+            drawn = dict(self._repeats(drawing)[0].drawn)
+        else:
+            known = [self._known(index) for index in range(drawing)]
+            drawn = draw(self.space, drawing, known, self.scale.mode, self._tree)
+        parameters = settle(self.space, drawn, self._spec)
+        if self.space.repeats > 1:
+            parameters["seed"] = self.scale.seed + repeat
+        return Begun(number, drawing, repeat, 1, drawn, parameters)
+
+    def verdict(self, number: int) -> str:
+        """How a trial ends that the sweep has stop: `pruned` or `diverged`; empty: it goes on."""
+        trial = self.trials[number]
+        if not trial.is_judged:
+            return ""
+        return DIVERGED if trial.reports[-1].value is None else PRUNED
+
+    def spent(self) -> str:
+        """Which limit of the budget is used up; empty: none. The driver looks at the clock."""
+        budget, trials = self.space.budget, self.trials.values()
+        hours = sum(trial.seconds for trial in trials) / 3600
+        used = {
+            "trials": (budget.trials, float(len(trials))),
+            "steps": (budget.steps, float(sum(trial.step for trial in trials))),
+            "tokens": (budget.tokens, float(sum(trial.tokens for trial in trials))),
+            "gpu_hours": (budget.gpu_hours, hours * self.scale.gpus),
+            "money": (budget.money, hours * self.scale.workers * (budget.price_per_hour or 0.0)),
+        }
+        return next(
+            (name for name, (limit, has) in used.items() if limit is not None and has >= limit), ""
+        )
+
+    def ruin(self) -> str:
+        """The cause by which too many trials were lost for the sweep to go on; empty: none."""
+        lost = Counter(trial.cause for trial in self.trials.values() if trial.status == FAILED)
+        cause, count = (lost.most_common(1) or [("", 0)])[0]
+        return cause if count >= self.space.max_failures else ""
+
+    @property
+    def num_wanted(self) -> int | None:
+        """How many trials there will be, as far as that is known."""
+        limits = [self.space.budget.trials]
+        if self.space.search.name == "grid":
+            limits.append(len(self.space.cells()) * self.space.repeats)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    # ---- what was found -------------------------------------------------------------------------
+
+    def best(self) -> Best | None:
+        """The drawing with the best mean: of those whose trials all went to their end, else of
+        those that reported anything."""
+        sign, found = self.scale.sign, list[tuple[bool, float, Best]]()
+        for drawing in sorted({trial.drawing for trial in self.trials.values()}):
+            trials = self._repeats(drawing)
+            reports = [(trial, report) for trial in trials if (report := trial.best(sign))]
+            if not reports or any(trial.status in (DIVERGED, FAILED) for trial in trials):
+                continue
+            values = [float(report.value or 0.0) for _, report in reports]
+            complete = len(trials) == self.space.repeats and all(
+                trial.status == COMPLETED for trial in trials
+            )
+            leader = min(reports, key=lambda pair: sign * float(pair[1].value or 0.0))[0]
+            mean = statistics.fmean(values)
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            found.append((not complete, sign * mean, Best(leader, mean, deviation, complete)))
+        return min(found, key=lambda item: item[:2])[2] if found else None
+
+    def _repeats(self, drawing: int) -> list[Trial]:
+        return [trial for trial in self.trials.values() if trial.drawing == drawing]
+
+    def _known(self, drawing: int) -> Known:
+        """A drawing as the search sees it: the mean of its repeats."""
+        trials = self._repeats(drawing)
+        drawn = trials[0].drawn
+        if not all(trial.is_over for trial in trials):
+            return Known(drawn, None, False)
+        sound = [trial for trial in trials if trial.status != FAILED]
+        if not sound:
+            return Known(drawn, None, True, is_lost=True)
+        if any(trial.status == DIVERGED for trial in sound):
+            return Known(drawn, None, True, was_stopped=True)
+        values = [report.value for trial in sound if (report := trial.best(self.scale.sign))]
+        value = statistics.fmean(float(item or 0.0) for item in values) if values else None
+        if all(trial.status == COMPLETED for trial in sound):
+            return Known(drawn, value, True, is_lost=value is None)
+        reports = _mean_reports(sound)
+        return Known(drawn, value, True, was_stopped=True, reports=reports)
+
+
+def _mean_reports(trials: Sequence[Trial]) -> dict[int, float]:
+    """Progress → the mean of the metric over the trials that reported there."""
+    found: dict[int, list[float]] = {}
+    for trial in trials:
+        for report in trial.reports:
+            if report.value is not None:
+                found.setdefault(round(report.progress), []).append(report.value)
+    return {progress: statistics.fmean(values) for progress, values in found.items()}

@@ -1,0 +1,1 @@
+"""Packaged search spaces, found by their names: `dray tune SPEC --space NAME`."""
