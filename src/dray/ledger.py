@@ -31,6 +31,7 @@ from dray.order import (
     row_digests,
 )
 from dray.runs import CheckpointInfo, CheckpointReader, Run, find_checkpoint, make_limits
+from dray.runs.layout import parse_checkpoint_owner
 from dray.runs.records import AttemptRecord
 from dray.spec import Spec, differing_paths, without_places
 
@@ -300,7 +301,7 @@ def _load_origin_left_out(run: Run, base: int) -> LeftOut | None:
     none where that run is gone, or reads another one."""
     origin = run.origin()
     source = (
-        Run.find(run.storage, str(origin["checkpoint"]).partition("/")[0])
+        Run.find(run.storage, parse_checkpoint_owner(str(origin["checkpoint"])))
         if origin and base
         else None
     )

@@ -43,6 +43,8 @@ class Job:
     driver: int | None = None
     """Number of the driver whose attempts these are: none of an earlier one's commits once it has
     taken over."""
+    until_step: int | None = None
+    """The ranks save and leave once they have done this step; none: they go to the end."""
     run_nonce: str = ""
     """What the run's record holds as the driver sees it: a node that sees another one has a storage
     of its own."""
@@ -147,6 +149,8 @@ def make_stream(job: Job, attempt: Attempt) -> RowStream:
     num_ranks, start_step = attempt.num_ranks, attempt.start_step
     if num_steps is None:
         raise ValueError(f"{job.run_name}: the plan was made without the corpus' size")
+    if job.until_step is not None:
+        num_steps = min(num_steps, job.until_step)
     rows_per_rank = -(-spec.batch.global_rows // (num_ranks * batch.micro_rows)) * batch.micro_rows
     remember_manifest(job.corpus, job.manifest)
     return RowStream(

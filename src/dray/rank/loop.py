@@ -295,7 +295,8 @@ class _Loop:
                 work = next(pieces, None)
                 data_wait = time.perf_counter() - waiting_since
                 if work is None:
-                    ended = "completed"
+                    is_whole = stream.num_steps >= (self.plan.num_steps or 0)
+                    ended = "completed" if is_whole else "interrupted"
                 elif isinstance(work, StepRows):
                     ended = "interrupted" if self._train_step(work, begun, data_wait) else ""
                 else:

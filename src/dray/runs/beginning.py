@@ -15,7 +15,14 @@ from dray.errors import StoreError
 from dray.runs.checkpoint_manifest import CheckpointInfo
 from dray.runs.checkpoint_reader import inspect_checkpoint
 from dray.runs.drivers import check_free
-from dray.runs.layout import CHECKPOINTS, PINS, PLAN_FILE, RUN_FILE, SPEC_FILE, check_run_name
+from dray.runs.layout import (
+    PINS,
+    PLAN_FILE,
+    RUN_FILE,
+    SPEC_FILE,
+    check_run_name,
+    parse_checkpoint_owner,
+)
 from dray.runs.row_log import make_json, now, save_json
 from dray.runs.run import Run
 from dray.spec import Spec, differing_paths, dump_spec, without_places
@@ -126,7 +133,7 @@ def fork_run(
         raise StoreError(f"run {name!r}", "exists already", "a fork gets a new name")
     require_writable(run.filesystem, run.path, run.uri)
     checkpoint = run.keep_path(info.path)
-    pinned = checkpoint.rpartition(f"/{CHECKPOINTS}/")[0]
+    pinned = parse_checkpoint_owner(checkpoint)
     pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
     file = f"{name.replace('/', '~')}.json"  # no name of a run holds a tilde
     save_json(run.filesystem, f"{run.storage_path}/{pinned}/{PINS}/{file}", pin)

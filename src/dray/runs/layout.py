@@ -76,6 +76,11 @@ def parse_trial_name(name: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
+def parse_checkpoint_owner(path: str) -> str:
+    """Name of the run that a checkpoint is of, from its path below the storage."""
+    return path.rpartition(f"/{CHECKPOINTS}/")[0]
+
+
 def check_run_name(name: str) -> str:
     """The name, if it is safe as a folder's name, or that of a trial of a sweep. Raises
     StoreError."""

@@ -51,9 +51,10 @@ class SweepDisplay:
         """Tell how a trial ended."""
         values = "  ".join(f"{path} {shown(value)}" for path, value in trial["parameters"].items())
         found = "  ".join(f"{name} {shown(value)}" for name, value in trial["metrics"].items())
+        status = "paused" if trial["status"] == "waiting" else trial["status"]
         why = f"  {trial['cause']}: {trial['reason']}" if trial["cause"] else ""
         self.say(
-            f"trial {trial['name']}  {trial['status']} at step {trial['step']}  {values}  "
+            f"trial {trial['name']}  {status} at step {trial['step']}  {values}  "
             f"{found or 'no result'}{why}"
         )
 

@@ -124,6 +124,7 @@ def _keep_scale(sweep: Sweep, spec: Spec, space: Space, corpus: Corpus) -> Scale
         spec.seed,
         spec.resources.max_workers * spec.resources.gpus_per_worker,
         spec.resources.max_workers,
+        counts_steps=space.scheduler.name == "pbt",
     )
     sweep.update(scale=vars(scale), metric=metric, mode=better)
     return scale
@@ -152,6 +153,8 @@ class _Work:
         grace = space.scheduler.grace_steps or max(
             1, round(scale.total_steps / space.scheduler.reduction_factor**2)
         )
+        if space.scheduler.name == "pbt":
+            grace = space.scheduler.every_steps or max(1, scale.total_steps // 5)
         has_rungs = space.scheduler.name != "none"
         own = spec.validation.every_steps
         self._cadence = Cadence(min(grace, own or grace) if has_rungs else own)
@@ -288,9 +291,7 @@ class _Work:
         with self._changed:
             if self._reason:
                 return self._reason
-            wanted = self.study.num_wanted
-            all_taken = wanted is not None and len(self.study.trials) >= wanted
-            return "no trial is left" if self.study.spent() or all_taken else ""
+            return "no trial is left" if self.study.is_finished else ""
 
     def _take(self) -> Begun | None:
         """The next trial, recorded as begun; none if there is nothing left to do."""

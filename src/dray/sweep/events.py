@@ -38,6 +38,12 @@ class Begun:
     """Path → what the search drew."""
     parameters: dict[str, Value]
     """Path → what the trial's spec has."""
+    until_step: int | None = None
+    """It pauses there; none: it goes to its end."""
+    parent: int = 0
+    """The trial from whose checkpoint it goes on; 0: none."""
+    parent_step: int = 0
+    """That checkpoint's step."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def make_policy(
     scheduler: Scheduler, mode: str, total_steps: float, grace_steps: int, seed: int
 ) -> Policy:
     """The policy of a space, for runs of so many steps of the spec's own batch."""
-    if scheduler.name == "none":
+    if scheduler.name in ("none", "pbt"):
         return NoPolicy()
     from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
 

@@ -159,9 +159,10 @@ class Search(Section):
 class Scheduler(Section):
     """When a trial that falls behind is stopped."""
 
-    name: Literal["asha", "hyperband", "median", "none"] = "asha"
+    name: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
     """`asha`: at each rung only the best of `reduction_factor` go on; `hyperband`: the same in
-    brackets that begin at other rungs; `median`: what is worse than the median is stopped."""
+    brackets that begin at other rungs; `median`: what is worse than the median is stopped; `pbt`: a
+    population whose worst go on from the checkpoints of the best, with values near theirs."""
     reduction_factor: Annotated[Float, Field(gt=1)] = 3
     """Of so many trials one goes on; rungs lie so many times apart."""
     grace_steps: Annotated[Int, Field(ge=1)] | None = None
@@ -172,6 +173,16 @@ class Scheduler(Section):
     """Of `hyperband`."""
     least_trials: Annotated[Int, Field(ge=1)] = 3
     """`median` needs so many others to compare with."""
+    population: Annotated[Int, Field(ge=2)] = 8
+    """Of `pbt`: so many lines of trials."""
+    every_steps: Annotated[Int, Field(ge=1)] | None = None
+    """Of `pbt`: the lines are compared every so many steps. None: a fifth of the run."""
+    quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25
+    """Of `pbt`: this share of the lines, the worst, goes on from this share, the best."""
+    resample: Annotated[Float, Field(ge=0, le=1)] = 0.25
+    """Of `pbt`: how likely a value is drawn anew …"""
+    factors: tuple[Annotated[Float, Field(gt=0)], Annotated[Float, Field(gt=0)]] = (0.8, 1.25)
+    """… instead of being multiplied by one of these."""
 
 
 class Budget(Section):
@@ -258,8 +269,10 @@ class Space(Section):
                     f"search grid: parameters.{endless[0]} is {self.parameters[endless[0]].kind}; "
                     "a grid needs choice or grid"
                 )
-        elif self.budget.is_open:
+        elif self.budget.is_open and self.scheduler.name != "pbt":
             raise ValueError("budget is missing: e.g. budget: {trials: 16}")
+        if self.scheduler.name == "pbt" and self.repeats > 1:
+            raise ValueError("repeats: a population's lines are not repeated")
         _ = self.in_order()
         return self
 

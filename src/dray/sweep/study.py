@@ -25,6 +25,7 @@ from dray.sweep.events import (
     Reported,
 )
 from dray.sweep.policies import Policy
+from dray.sweep.population import Population
 from dray.sweep.search import Known, draw
 from dray.sweep.space import Space, Value, settle
 
@@ -43,6 +44,9 @@ class Trial:
     repeat: int
     drawn: Mapping[str, Value]
     parameters: Mapping[str, Value]
+    parent: int = 0
+    """The trial from whose checkpoint it went on; 0: none."""
+    parent_step: int = 0
     status: str = RUNNING
     starts: int = 1
     reports: list[Reported] = field(default_factory=list)
@@ -61,6 +65,24 @@ class Trial:
     @property
     def is_over(self) -> bool:
         return self.status not in (RUNNING, WAITING)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.status == WAITING
+
+    def begun_again(self, until_step: int | None = None) -> Begun:
+        """The event of its next start."""
+        return Begun(
+            self.number,
+            self.drawing,
+            self.repeat,
+            self.starts + 1,
+            dict(self.drawn),
+            dict(self.parameters),
+            until_step=until_step,
+            parent=self.parent,
+            parent_step=self.parent_step,
+        )
 
     def best(self, sign: int) -> Reported | None:
         """Its best report; `sign` is -1 where higher is better."""
@@ -99,6 +121,8 @@ class Scale:
     gpus: int = 0
     """That a trial holds."""
     workers: int = 1
+    counts_steps: bool = False
+    """Whether a step is a step whatever its batch, as in a population."""
 
     @property
     def sign(self) -> int:
@@ -106,7 +130,7 @@ class Scale:
 
     def progress(self, step: int, global_rows: int) -> float:
         """How far a trial with another batch has come after a step, in steps of the spec's own."""
-        return step * global_rows / self.global_rows
+        return float(step) if self.counts_steps else step * global_rows / self.global_rows
 
 
 class Study:
@@ -117,7 +141,8 @@ class Study:
     ) -> None:
         self.space, self.scale = space, scale
         self.trials: dict[int, Trial] = {}
-        self._tree, self._spec, self._policy = tree, spec, policy
+        self.tree, self.spec, self._policy = tree, spec, policy
+        self._population = Population(self) if space.scheduler.name == "pbt" else None
 
     # ---- what happened --------------------------------------------------------------------------
 
@@ -134,7 +159,13 @@ class Study:
         trial = self.trials.get(event.trial)
         if trial is None:
             self.trials[event.trial] = Trial(
-                event.trial, event.drawing, event.repeat, event.drawn, event.parameters
+                event.trial,
+                event.drawing,
+                event.repeat,
+                event.drawn,
+                event.parameters,
+                event.parent,
+                event.parent_step,
             )
             return
         trial.status, trial.starts = RUNNING, event.start
@@ -159,6 +190,8 @@ class Study:
 
     def _end(self, event: Ended) -> None:
         trial = self.trials[event.trial]
+        if trial.is_over:
+            return
         trial.status = event.status
         trial.step = max(trial.step, event.step)
         trial.tokens, trial.seconds = (
@@ -191,17 +224,13 @@ class Study:
                 continue
             if verdict := self.verdict(trial.number):
                 return Ended(trial.number, verdict, trial.step, trial.tokens, trial.seconds)
-            return Begun(
-                trial.number,
-                trial.drawing,
-                trial.repeat,
-                trial.starts + 1,
-                dict(trial.drawn),
-                dict(trial.parameters),
-            )
+            if self._population is None:
+                return trial.begun_again()
+        if self._population is not None:
+            return None if self.ruin() else self._population.next()
         if self.spent() or self.ruin():
             return None
-        number = len(self.trials) + 1
+        number = self.next_number
         drawing, repeat = divmod(number - 1, self.space.repeats)
         if self.space.search.name == "grid" and drawing >= len(self.space.cells()):
             return None
@@ -209,11 +238,28 @@ class Study:
             drawn = dict(self._repeats(drawing)[0].drawn)
         else:
             known = [self._known(index) for index in range(drawing)]
-            drawn = draw(self.space, drawing, known, self.scale.mode, self._tree)
-        parameters = settle(self.space, drawn, self._spec)
+            drawn = draw(self.space, drawing, known, self.scale.mode, self.tree)
+        parameters = settle(self.space, drawn, self.spec)
         if self.space.repeats > 1:
             parameters["seed"] = self.scale.seed + repeat
         return Begun(number, drawing, repeat, 1, drawn, parameters)
+
+    @property
+    def next_number(self) -> int:
+        """Of a trial that is new."""
+        return len(self.trials) + 1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no trial is left to begin, but for those at work that may have to begin again."""
+        if any(trial.is_waiting for trial in self.trials.values()):
+            return False
+        if self._population is not None:
+            return self._population.is_finished or bool(self.ruin())
+        wanted = self.num_wanted
+        return bool(self.spent() or self.ruin()) or (
+            wanted is not None and len(self.trials) >= wanted
+        )
 
     def verdict(self, number: int) -> str:
         """How a trial ends that the sweep has stop: `pruned` or `diverged`; empty: it goes on."""
@@ -257,8 +303,13 @@ class Study:
         """The drawing with the best mean: of those whose trials all went to their end, else of
         those that reported anything."""
         sign, found = self.scale.sign, list[tuple[bool, float, Best]]()
-        for drawing in sorted({trial.drawing for trial in self.trials.values()}):
-            trials = self._repeats(drawing)
+        groups = [
+            self._repeats(drawing)
+            for drawing in sorted({trial.drawing for trial in self.trials.values()})
+        ]
+        if self._population is not None:
+            groups = [[trial] for trial in self.trials.values()]
+        for trials in groups:
             reports = [(trial, report) for trial in trials if (report := trial.best(sign))]
             if not reports or any(trial.status in (DIVERGED, FAILED) for trial in trials):
                 continue

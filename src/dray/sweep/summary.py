@@ -107,6 +107,11 @@ def summarize_trial(trial: Trial, sweep: str, metric: str, sign: int) -> dict[st
         "status": "waiting" if trial.status == WAITING else trial.status,
         "step": trial.step,
         "starts": trial.starts,
+        **(
+            {"parent": make_trial_name(sweep, trial.parent), "parent_step": trial.parent_step}
+            if trial.parent
+            else {}
+        ),
         "parameters": dict(trial.parameters),
         "metrics": {} if best is None else {**best.metrics, metric: best.value},
         "best_step": None if best is None else best.step,

@@ -43,6 +43,8 @@ class Cadence:
         """The same for a trial, whose batch may be another one."""
         if self.every_steps is None:
             return spec.validation.every_steps
+        if scale.counts_steps:
+            return self.every_steps
         own = self.every_steps * scale.global_rows / spec.batch.global_rows
         return max(1, round(own))
 
@@ -137,7 +139,9 @@ def run_trial(
         done = train(
             spec,
             storage=storage,
-            run_name=name,
+            run_name=make_trial_name(sweep, begun.parent) if begun.parent else name,
+            fork=name if begun.parent else None,
+            until_step=begun.until_step,
             corpus=corpus,
             placement=placement,
             observer=observe,

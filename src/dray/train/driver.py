@@ -74,6 +74,7 @@ def train(
     placement: Placement | None = None,
     observer: Observer | None = None,
     stop: Stop | None = None,
+    until_step: int | None = None,
 ) -> Ended:
     """Run `spec` on Ray, or resume it. From any thread, and several at once in one Ray.
 
@@ -83,6 +84,7 @@ def train(
     it is stored. `stop()` is asked about once a second: once it says something true, all ranks save
     their state after a step, and the call ends with the status `stopped`; the next one goes on.
     Both are called in the thread of the call, and what they raise stops the run likewise.
+    `until_step`: the call ends `stopped` once exactly this step is done and saved.
 
     Raises UserError for what the caller can mend (nothing is written), RunFailed when the workers
     cannot go on, or when `observer` or `stop` has raised, and Interrupted when a person stopped it
@@ -123,7 +125,7 @@ def train(
         ) as launcher:
             run, job = open_run(start, shape, prepared, display.say, corpus=corpus)
             run.log_event("driver_started", seconds_to_corpus=time.monotonic() - begun)
-            return _drive(run, job, display, launcher, caller)
+            return _drive(run, replace(job, until_step=until_step), display, launcher, caller)
 
 
 def _with_workers(spec: Spec, num_workers: int) -> Spec:
@@ -175,14 +177,10 @@ def _drive(
 ) -> Ended:
     """Start the workers, follow them to their end, and write down how it was."""
     spec, plan = job.spec, job.plan
-    num_steps = plan.num_steps or 0
-    newest = find_resume_checkpoint(run)
+    num_steps, newest = plan.num_steps or 0, find_resume_checkpoint(run)
     done = newest.step if newest else 0
-    if done >= num_steps:
-        display.say(f"{run.name} is complete at step {done}; {_what_would_go_on(spec)}")
-        return Ended(run, "completed")
-    if done:
-        display.say(f"{run.name} goes on from step {done}")
+    if (ended := _ended_before(run, job, done, display)) is not None:
+        return ended
     driver = run.take_over()
     job = replace(job, driver=driver.number)
     heart = Heart(
@@ -198,7 +196,7 @@ def _drive(
         run.update(compressors=job.manifest.validation_compressors)
         with held(None if done else job.weights), display.steps(num_steps, done), heart:
             launcher.run(job, recorder, caller)
-        status, reason = _name_end(recorder)
+        status, reason = _name_end(recorder, job)
     except (RunFailed, StorageFailed) as error:
         reason = str(error)
         raise RunFailed(reason, _explain(run, reason)) from error
@@ -229,9 +227,27 @@ def _drive(
     return Ended(run, status, reason)
 
 
-def _name_end(recorder: Recorder) -> tuple[str, str]:
+def _ended_before(run: Run, job: Job, done: int, display: Display) -> Ended | None:
+    """How a run that has come this far ends without a further step; none: there are some to do."""
+    if done >= (job.plan.num_steps or 0):
+        display.say(f"{run.name} is complete at step {done}; {_what_would_go_on(job.spec)}")
+        return Ended(run, "completed")
+    if job.until_step is not None and done >= job.until_step:
+        return Ended(run, "stopped", _paused(job))
+    if done:
+        display.say(f"{run.name} goes on from step {done}")
+    return None
+
+
+def _paused(job: Job) -> str:
+    return f"step {job.until_step} is done, up to which it was to go"
+
+
+def _name_end(recorder: Recorder, job: Job) -> tuple[str, str]:
     """The status of a run whose ranks have ended, and why."""
     status, wish = recorder.ended or "failed", recorder.wish
+    if status == "interrupted" and wish is None and job.until_step is not None:
+        return "stopped", _paused(job)
     if status != "interrupted" or wish is None:
         return status, ""
     return ("stopped" if wish.number is None else status), redact(wish.reason)
