@@ -67,7 +67,7 @@ def tune(
     name = name or f"{spec.name}-sweep"
     if address is None and not _has_cluster():
         count_here(resources)  # before anything is started or written
-    sweep = Sweep.begin(storage, name, tree, space)
+    Sweep.check(storage, name, tree, space)
     display = display or SweepDisplay()
     with connect(
         address,
@@ -81,6 +81,7 @@ def tune(
         seats = room if space.concurrency == "auto" else min(room, space.concurrency)
         if space.concurrency != "auto" and space.concurrency > room:
             display.say(f"concurrency {space.concurrency}: there is room for {room} trials at once")
+        sweep = Sweep.begin(storage, name, tree, space)
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
             display.say(line)

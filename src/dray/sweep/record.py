@@ -83,8 +83,19 @@ class Sweep:
 
     @classmethod
     def begin(cls, storage: str, name: str, tree: Mapping[str, Any], space: Space) -> Sweep:
-        """Begin a sweep, or go on with the one of that name. Raises StoreError if that is another
-        one, a run has its name, or the storage cannot be written; then nothing is written."""
+        """Begin a sweep, or go on with the one of that name. Raises StoreError as `check` does."""
+        sweep = cls.check(storage, name, tree, space)
+        if not exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}"):
+            sweep._begin(tree, space)
+            sweep._check_same(tree, space)  # two may have begun at once: one of them was faster
+        text = yaml.safe_dump(space.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        write_bytes(sweep.filesystem, f"{sweep.path}/{SPACE_FILE}", text.encode())
+        return sweep
+
+    @classmethod
+    def check(cls, storage: str, name: str, tree: Mapping[str, Any], space: Space) -> Sweep:
+        """Raise StoreError if the sweep of that name is another one or is being driven, a run has
+        its name, or the storage cannot be written. Writes nothing."""
         check_storage(storage)
         sweep = cls(storage, name)
         if exists(sweep.filesystem, f"{sweep.path}/{RUN_FILE}"):
@@ -94,12 +105,9 @@ class Sweep:
                 "a sweep and a run do not share a folder",
                 "choose another with --run",
             )
-        if not exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}"):
-            sweep._begin(tree, space)
-        sweep._check_same(tree, space)
-        check_free(sweep.filesystem, sweep.path, f"sweep {name!r}")
-        text = yaml.safe_dump(space.model_dump(mode="json", exclude_unset=True), sort_keys=False)
-        write_bytes(sweep.filesystem, f"{sweep.path}/{SPACE_FILE}", text.encode())
+        if exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}"):
+            sweep._check_same(tree, space)
+            check_free(sweep.filesystem, sweep.path, f"sweep {name!r}")
         return sweep
 
     def _begin(self, tree: Mapping[str, Any], space: Space) -> None:

@@ -60,6 +60,17 @@ class Parameter(Section):
     """The key counts only where other keys have these values (a list: one of them): keys of the
     space, or of the spec."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        """Paths have dots of their own, by which no near name would be found."""
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in (*KINDS, "when"):
+                near = difflib.get_close_matches(str(key), KINDS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KINDS)}"
+                raise ValueError(f"unknown kind {key}; {hint}")
+        return given
+
     @model_validator(mode="after")
     def _sound(self) -> Self:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -383,7 +394,7 @@ def check_space(space: Space, tree: Mapping[str, Any], where: str) -> None:
             )
     for path, tie in space.ties.items():
         for name in (path, tie.to):
-            if not isinstance(find_in(spec.model_dump(), name), int | float):
+            if type(find_in(spec.model_dump(), name)) not in (int, float):
                 raise SpecError(where, f"ties.{path}: {name} is no number in the spec")
     if spec.data.validation is None:
         raise SpecError(

@@ -157,9 +157,9 @@ def run_trial(
         return ended(FAILED, Cause.CONFIGURATION, redact(one_line(error)))
     except Exception as error:  # a mistake of dray's own ends one trial, not the sweep
         return ended(FAILED, Cause.CODE, redact(f"{type(error).__name__}: {one_line(error)}"))
-    if done.status == "stopped":
-        return ended(judged() or STOPPED, reason=done.reason)
-    return ended(COMPLETED)
+    if how := judged():  # also of one that came to its end before it heard of it
+        return ended(how)
+    return ended(STOPPED, reason=done.reason) if done.status == "stopped" else ended(COMPLETED)
 
 
 def _find_cause(storage: str, name: str) -> str:
