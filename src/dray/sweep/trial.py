@@ -149,10 +149,9 @@ def run_trial(
             display=display,
         )
     except RunFailed as error:
-        cause = _find_cause(storage, name)
-        return ended(
-            DIVERGED if cause in BAD_NUMBERS else judged() or FAILED, cause, redact(one_line(error))
-        )
+        cause, why = _diagnose(storage, name)
+        status = DIVERGED if cause in BAD_NUMBERS else judged() or FAILED
+        return ended(status, cause, redact(why or one_line(error)))
     except UserError as error:
         return ended(FAILED, Cause.CONFIGURATION, redact(one_line(error)))
     except Exception as error:  # a mistake of dray's own ends one trial, not the sweep
@@ -162,10 +161,8 @@ def run_trial(
     return ended(STOPPED, reason=done.reason) if done.status == "stopped" else ended(COMPLETED)
 
 
-def _find_cause(storage: str, name: str) -> str:
-    """As `dray doctor` names it."""
+def _diagnose(storage: str, name: str) -> tuple[str, str]:
+    """The cause of a failure and a sentence about it, as `dray doctor` has them."""
     run = Run.find(storage, name)
-    if run is None:
-        return Cause.UNKNOWN
-    found, _ = caught(lambda: diagnose(run))
-    return Cause.UNKNOWN if found is None else found.fault
+    found = caught(lambda: diagnose(run))[0] if run is not None else None
+    return (Cause.UNKNOWN, "") if found is None else (found.fault, found.cause)
