@@ -302,3 +302,22 @@ def test_each_packaged_space_runs_two_trials(
     assert summary["best"] is not None
     assert {event.trial for _, event in sweep.events() if isinstance(event, Reported)} >= {1, 2}
     make_spec(tree)
+
+
+def test_trackers_know_a_sweep_and_its_trials(storage: str, tiny_corpus: Path) -> None:
+    """MLflow's own SQLite store in the sweep's folder: one parent, a child for each trial."""
+    from mlflow.tracking import MlflowClient
+
+    space = make_space({"parameters": RATES, "scheduler": "none", "budget": {"trials": 2}})
+    tree = make_tree(tiny_corpus, tracking={"mlflow": True}, duration={"steps": 3})
+    sweep = tune(tree, space, storage=storage, name="tracked")
+    client = MlflowClient(f"sqlite:///{sweep.path}/trackers/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("dray")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["tracked", "tracked/0001", "tracked/0002"]
+    parent = runs["tracked"].info.run_id
+    for number in (1, 2):
+        assert runs[f"tracked/000{number}"].data.tags["mlflow.parentRunId"] == parent
+    best = summarize(sweep)["best"]
+    assert runs["tracked"].data.metrics["best_loss"] == best["value"]
+    assert runs["tracked"].info.status == "FINISHED"

@@ -88,6 +88,27 @@ def show_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def report_command(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dray.runs import Run
+    from dray.show.run_page import make_run_page
+    from dray.sweep.page import make_sweep_page
+
+    storage, name = locate(arguments)
+    sweep = _find_sweep(storage, name)
+    page = make_run_page(Run.open(storage, name)) if sweep is None else make_sweep_page(sweep)
+    path = Path(arguments.file or f"{name.replace('/', '-')}-report.html")
+    try:
+        path.write_text(page.render(), encoding="utf-8")
+    except OSError as error:
+        raise StoreError(
+            str(path), f"cannot be written ({error.strerror})", way_out="name another file by --out"
+        ) from error
+    arguments.out.say(f"{path} written: open it in a browser")
+    return 0
+
+
 def _find_sweep(storage: str, name: str) -> Sweep | None:
     from dray.sweep.record import Sweep
 

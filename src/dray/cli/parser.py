@@ -14,7 +14,13 @@ from dray.cli.beginning import (
     train_command,
     tune_command,
 )
-from dray.cli.looking import doctor_command, runs_command, show_command, verify_command
+from dray.cli.looking import (
+    doctor_command,
+    report_command,
+    runs_command,
+    show_command,
+    verify_command,
+)
 from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
 from dray.errors import UserError
 from dray.processes.streams import warn
@@ -94,6 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = _add_run(commands, "show", show_command, "what a run did and has")
     _add_json(show)
+
+    report = _add_run(commands, "report", report_command, "a run or a sweep as a page, in one file")
+    report.add_argument(
+        "--out", dest="file", metavar="FILE", help="the file to write (default: NAME-report.html)"
+    )
 
     doctor = _add_run(
         commands, "doctor", doctor_command, "why a run ended as it did, and the way out"

@@ -11,6 +11,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+
+from dray.errors import SpecError
+
+
+def require_package(name: str, extra: str, what: str) -> None:
+    """Raise SpecError where a package of one of dray's extras is not installed, which `what` needs.
+    Imports nothing."""
+    if find_spec(name) is None:
+        raise SpecError(
+            what,
+            f"{name} is not installed",
+            f"it comes with dray[{extra}]",
+            f"pip install 'dray[{extra}]'",
+        )
 
 
 @contextmanager

@@ -17,15 +17,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from dray.errors import StoreError, caught
+from pyarrow import fs as pafs
+
+from dray.errors import StoreError, caught, one_line
 from dray.redaction import redact, restored
-from dray.runs.layout import TRACKERS
+from dray.runs.layout import TRACKERS, parse_trial_name
 from dray.runs.run import Run
 from dray.spec import Spec
-from dray.storage.filesystem import is_local, make_folder, open_filesystem, shown, write_bytes
+from dray.storage.filesystem import (
+    absolute,
+    child,
+    is_local,
+    make_folder,
+    open_filesystem,
+    shown,
+    write_bytes,
+)
 
 MAX_WAITING = 10_000
 MAX_FAILURES = 3
@@ -220,51 +231,137 @@ class TensorBoardTracker:
                 write_bytes(self._run.filesystem, f"{self._target}/{entry.name}", stream.read())
 
 
-class MlflowTracker:
-    """One MLflow run per dray run, in an SQLite store in trackers/ unless a tracking URI is
+class _Mlflow:
+    """A client and the experiment `dray`, in an SQLite store in `folder` unless a tracking URI is
     given."""
 
-    def __init__(self, run: Run, uri: str | None) -> None:
+    def __init__(self, filesystem: pafs.FileSystem, folder: str, uri: str | None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        self._module: Any = importlib.import_module("mlflow.tracking")
+        module: Any = importlib.import_module("mlflow.tracking")
+        if uri is None:
+            make_folder(filesystem, folder)
+        self.client: Any = module.MlflowClient(
+            restored(uri or "") or f"sqlite:///{folder}/mlflow.db"
+        )
+        known = self.client.get_experiment_by_name("dray")
+        place = None if uri else f"{folder}/artifacts"
+        self.experiment = (
+            known.experiment_id if known else self.client.create_experiment("dray", place)
+        )
+
+    def find(self, tag: str) -> str:
+        """The id of the run that was tagged so; empty if there is none."""
+        found = self.client.search_runs(
+            [self.experiment], f"tags.dray_run = '{tag}'", max_results=1
+        )
+        return str(found[0].info.run_id) if found else ""
+
+    def begin(self, tag: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
+        """Begin the run of that tag, or go on with it; its id."""
+        found = self.find(tag)
+        if found:
+            self.client.update_run(found, status="RUNNING")
+            return found
+        made = self.client.create_run(
+            self.experiment, tags={"dray_run": tag, **tags}, run_name=name
+        )
+        for key, value in _flat(params).items():
+            self.client.log_param(made.info.run_id, key, str(value)[:500])
+        return str(made.info.run_id)
+
+    def end(self, run_id: str, status: str) -> None:
+        known = {"completed": "FINISHED", "early_stopped": "FINISHED"}
+        known |= {"stopped": "KILLED", "interrupted": "KILLED"}
+        self.client.set_terminated(run_id, known.get(status, "FAILED"))
+
+
+class MlflowTracker:
+    """One MLflow run per dray run; a trial's is a child of its sweep's, in the store of the
+    sweep."""
+
+    def __init__(self, run: Run, uri: str | None) -> None:
+        trial = parse_trial_name(run.name)
+        place = run.path if trial is None else f"{run.storage_path}/{trial[0]}"
         self._run, self._uri, self._id = run, uri, ""
-        self._client: Any = None
-        self._folder = f"{run.path}/{TRACKERS}/mlflow"
+        self._sweep = trial[0] if trial else ""
+        self._folder = f"{place}/{TRACKERS}/mlflow"
+        self._mlflow: _Mlflow | None = None
 
     def start(self, run_name: str, spec: Mapping[str, Any]) -> None:
-        if self._uri is None:
-            make_folder(self._run.filesystem, self._folder)
-        client = self._client = self._module.MlflowClient(
-            restored(self._uri or "") or f"sqlite:///{self._folder}/mlflow.db"
-        )
-        known = client.get_experiment_by_name("dray")
-        place = None if self._uri else f"{self._folder}/artifacts"
-        experiment = known.experiment_id if known else client.create_experiment("dray", place)
+        self._mlflow = _Mlflow(self._run.filesystem, self._folder, self._uri)
+        parent = self._mlflow.find(_sweep_tag(self._sweep)) if self._sweep else ""
+        tags = {"mlflow.parentRunId": parent} if parent else {}
         tag = f"{self._run.fingerprint[:16]}-{run_name}"
-        found = client.search_runs([experiment], f"tags.dray_run = '{tag}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
-            client.update_run(self._id, status="RUNNING")
-            return
-        self._id = client.create_run(
-            experiment, tags={"dray_run": tag}, run_name=run_name
-        ).info.run_id
-        for name, value in _flat(spec).items():
-            client.log_param(self._id, name, str(value)[:500])
+        self._id = self._mlflow.begin(tag, run_name, tags, spec)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
+        assert self._mlflow is not None, "it logs once it has started"
         time_ms = int(time.time() * 1000)
-        self._client.log_batch(
+        self._mlflow.client.log_batch(
             self._id, [Metric(name, value, time_ms, step) for name, value in metrics.items()]
         )
 
     def finish(self, status: str) -> None:
-        if self._client is not None and self._id:
-            known = {"completed": "FINISHED", "early_stopped": "FINISHED"}
-            known |= {"stopped": "KILLED", "interrupted": "KILLED"}
-            self._client.set_terminated(self._id, known.get(status, "FAILED"))
+        if self._mlflow is not None and self._id:
+            self._mlflow.end(self._id, status)
+
+
+def _sweep_tag(name: str) -> str:
+    return f"sweep-{name}"
+
+
+class MlflowParent:
+    """The MLflow run of a sweep, whose children its trials' are; nothing where the spec tracks by
+    no MLflow. What fails in it is said once, and never stops a sweep."""
+
+    def __init__(self, spec: Spec, storage: str, sweep: str, say: Callable[[str], object]) -> None:
+        self._spec, self._sweep, self._say = spec, sweep, say
+        self._filesystem, path = open_filesystem(child(absolute(storage), sweep))
+        self._folder = f"{path}/{TRACKERS}/mlflow"
+        self._mlflow: _Mlflow | None = None
+        self._id = ""
+
+    def start(self, params: Mapping[str, Any]) -> None:
+        """Begin it, or go on with it."""
+        if self._spec.tracking.mlflow:
+            self._try(lambda: self._start(params))
+
+    def finish(self, ending: Ending) -> None:
+        """Let it end with what the sweep has found."""
+        if self._id:
+            self._try(lambda: self._finish(ending))
+
+    def _start(self, params: Mapping[str, Any]) -> None:
+        given = self._spec.tracking.mlflow
+        self._mlflow = _Mlflow(
+            self._filesystem, self._folder, None if given is True else str(given)
+        )
+        self._id = self._mlflow.begin(_sweep_tag(self._sweep), self._sweep, {}, params)
+
+    def _finish(self, ending: Ending) -> None:
+        assert self._mlflow is not None, "its id is that of a run"
+        for name, value in ending.metrics.items():
+            self._mlflow.client.log_metric(self._id, f"best_{name}", value)
+        for name, value in ending.parameters.items():
+            self._mlflow.client.set_tag(self._id, f"best.{name}", str(value))
+        self._mlflow.end(self._id, ending.status)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        _, error = caught(call)
+        if error is not None:
+            self._say(f"MLflow: {type(error).__name__}: {redact(one_line(error))[:300]}")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a sweep ended."""
+
+    status: str
+    metrics: Mapping[str, float]
+    """Of its best trial."""
+    parameters: Mapping[str, Any]
 
 
 class WandbTracker:
@@ -287,11 +384,12 @@ class WandbTracker:
         self._live = self._module.init(
             project=self._project,
             name=run_name,
+            group=run_name.rpartition("/")[0] or None,
             config=dict(spec),
             dir=self._folder,
             mode=mode,
             settings=settings,
-            id=f"{self._run.fingerprint[:8]}-{run_name}"[:64],
+            id=f"{self._run.fingerprint[:8]}-{run_name.replace('/', '-')}"[:64],
             resume="allow",
         )
 

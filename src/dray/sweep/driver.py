@@ -25,6 +25,7 @@ from dray.errors import Interrupted, RunFailed, UserError, one_line
 from dray.plan import num_steps_of
 from dray.processes.signals import Wishes, stops
 from dray.runs.drivers import Heart
+from dray.runs.trackers import Ending, MlflowParent
 from dray.show.sweeps import SweepDisplay
 from dray.spec import Resources, Spec, make_spec
 from dray.storage.filesystem import shown
@@ -184,6 +185,8 @@ class _Work:
             lambda error: self._stop("another driver has taken the sweep over"),
         )
         self._hours = float(sweep.record().get("hours", 0.0))
+        parent = MlflowParent(self._setting.spec, sweep.storage, sweep.name, display.say)
+        parent.start(self._setting.space.model_dump(mode="json", exclude_defaults=True))
         begun = time.monotonic()
         sweep.update(status="running", reason="")
         status, reason = "failed", ""
@@ -197,6 +200,7 @@ class _Work:
         finally:
             hours = self._hours + (time.monotonic() - begun) / 3600
             sweep.update(status=status, reason=reason, hours=hours)
+            parent.finish(self._ending(status))
             sweep.release(driver)
         if heart.replaced is not None:
             raise heart.replaced
@@ -249,6 +253,14 @@ class _Work:
             return "stopped", self._reason
         used = study.spent()
         return "completed", "" if used in ("", "trials") else f"the budget of {used} is used up"
+
+    def _ending(self, status: str) -> Ending:
+        summary = self._summary()
+        best = summary["best"]
+        if best is None:
+            return Ending(status, {}, {})
+        metrics = next(t["metrics"] for t in summary["trials"] if t["name"] == best["name"])
+        return Ending(status, metrics, best["parameters"])
 
     def _summary(self) -> dict[str, Any]:
         with self._changed:

@@ -71,7 +71,7 @@ def _draw(
     if space.search.name == "cmaes":  # its state lies in the trials that it drew itself
         _replay(study, space, known, tree)
     else:
-        study.add_trials([_remember(space, item) for item in known])
+        study.add_trials([remember(space, item) for item in known])
     if fixed := _cell(space, number):
         study.enqueue_trial(
             {path: _code(space.parameters[path], value) for path, value in fixed.items()}
@@ -119,7 +119,7 @@ def _suggest(trial: optuna.Trial, space: Space, tree: Mapping[str, Any]) -> dict
     return drawn
 
 
-def _remember(space: Space, known: Known) -> optuna.trial.FrozenTrial:
+def remember(space: Space, known: Known) -> optuna.trial.FrozenTrial:
     """A drawing as Optuna keeps it."""
     import optuna
 
@@ -197,4 +197,5 @@ def _code(given: Parameter, value: Value) -> float:
         return float(given.listed.index(value))
     if given.quniform is not None:
         return float(round((value - given.quniform[0]) / given.quniform[2]))
-    return float(value)
+    low, high = given.ends()
+    return float(min(max(value, low), high))  # six digits may lie past an end that has more

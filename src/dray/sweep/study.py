@@ -237,8 +237,7 @@ class Study:
         if repeat:
             drawn = dict(self._repeats(drawing)[0].drawn)
         else:
-            known = [self._known(index) for index in range(drawing)]
-            drawn = draw(self.space, drawing, known, self.scale.mode, self.tree)
+            drawn = draw(self.space, drawing, self.known(), self.scale.mode, self.tree)
         parameters = settle(self.space, drawn, self.spec)
         if self.space.repeats > 1:
             parameters["seed"] = self.scale.seed + repeat
@@ -322,6 +321,10 @@ class Study:
             deviation = statistics.stdev(values) if len(values) > 1 else None
             found.append((not complete, sign * mean, Best(leader, mean, deviation, complete)))
         return min(found, key=lambda item: item[:2])[2] if found else None
+
+    def known(self) -> list[Known]:
+        """Each drawing as the search sees it."""
+        return [self._known(index) for index in sorted({t.drawing for t in self.trials.values()})]
 
     def _repeats(self, drawing: int) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.drawing == drawing]

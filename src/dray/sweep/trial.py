@@ -61,9 +61,10 @@ def make_trial_spec(
 
 
 class Tally:
-    """What a trial has trained on, whichever of its starts did it."""
+    """What a trial has trained on itself, whichever of its starts did it."""
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, run: Run | None, tokens_before: int = 0) -> None:
+        self._before = tokens_before
         self.tokens, self.seconds, self.step = 0, 0.0, 0
         newest = find_resume_checkpoint(run) if run is not None else None
         if run is None or newest is None:
@@ -75,7 +76,7 @@ class Tally:
     def add(self, row: Mapping[str, Any]) -> None:
         """Take in a row of the run's metrics."""
         self.step = int(row["step"])
-        self.tokens += int(row.get("tokens") or 0)
+        self.tokens = int(row.get("tokens") or 0) - self._before  # rows count from the first step
         self.seconds += float(row.get("seconds") or 0.0)
 
 
@@ -101,7 +102,7 @@ def run_trial(
     """
     name, number = make_trial_name(sweep, begun.trial), begun.trial
     run = Run.find(storage, name)
-    tally = Tally(run)
+    tally = Tally(run, _tokens_of(storage, sweep, begun))
 
     def tell(row: Mapping[str, Any]) -> None:
         step = int(row["step"])
@@ -159,6 +160,16 @@ def run_trial(
     if how := judged():  # also of one that came to its end before it heard of it
         return ended(how)
     return ended(STOPPED, reason=done.reason) if done.status == "stopped" else ended(COMPLETED)
+
+
+def _tokens_of(storage: str, sweep: str, begun: Begun) -> int:
+    """What the trial from whose checkpoint this one goes on had trained on by then."""
+    parent = Run.find(storage, make_trial_name(sweep, begun.parent)) if begun.parent else None
+    if parent is None:
+        return 0
+    rows = parent.iterate_history(["step", "tokens"])
+    before = [int(row["tokens"]) for row in rows if int(row["step"]) <= begun.parent_step]
+    return max(before, default=0)
 
 
 def _diagnose(storage: str, name: str) -> tuple[str, str]:
