@@ -19,6 +19,7 @@ from dray.runs import Run, verify_checkpoint
 from dray.spec import load_spec, make_spec
 from dray.sweep.driver import tune
 from dray.sweep.events import Begun, Reported
+from dray.sweep.page import make_sweep_page
 from dray.sweep.record import Sweep
 from dray.sweep.space import SPACES, load_space, make_space
 from dray.sweep.summary import summarize
@@ -321,3 +322,25 @@ def test_trackers_know_a_sweep_and_its_trials(storage: str, tiny_corpus: Path) -
     best = summarize(sweep)["best"]
     assert runs["tracked"].data.metrics["best_loss"] == best["value"]
     assert runs["tracked"].info.status == "FINISHED"
+
+
+def test_a_space_around_the_law(storage: str, tiny_corpus: Path) -> None:
+    """Its numbers are factors of what the Step Law says of the spec."""
+    parameters = {
+        "optimizer.learning_rate": {"loguniform": [0.25, 4], "around": "law"},
+        "batch.global_rows": {"choice": [1, 2], "around": "law"},
+    }
+    space = make_space({"parameters": parameters, "scheduler": "none", "budget": {"trials": 2}})
+    tree = make_tree(tiny_corpus, optimizer={"learning_rate": "auto"}, duration={"steps": 6})
+    tree["batch"] = {"global_rows": "auto"}
+    sweep = tune(tree, space, storage=storage, name="lawful")
+    law = sweep.record()["law"]
+    for trial in summarize(sweep)["trials"]:
+        factor = trial["parameters"]["optimizer.learning_rate"] / law["learning_rate"]
+        assert 0.25 <= factor <= 4
+        assert trial["parameters"]["batch.global_rows"] in (
+            law["global_rows"],
+            2 * law["global_rows"],
+        )
+    assert "the best:" in make_sweep_page(sweep).render()
+    assert not load_spec(f"{sweep.path}/best.yaml").is_auto

@@ -158,7 +158,6 @@ def test_the_page_of_a_run_holds_its_curves_and_attempts(trained: Run) -> None:
         "Waiting for data",
         "attempt 2, 2 ranks",
         "accuracy",
-        "planned",
     ):
         assert wanted in words, wanted
 

@@ -14,6 +14,7 @@ from dray.plan.hardware import (
     match_accelerator,
     parse_shape,
 )
+from dray.plan.laws import Law, describe_law, with_numbers
 from dray.plan.machine import (
     Card,
     find_cards,
@@ -42,12 +43,14 @@ __all__ = [
     "Card",
     "Counted",
     "Dimensions",
+    "Law",
     "MemoryPlan",
     "ParameterCount",
     "Plan",
     "Precision",
     "Shape",
     "count_parameters",
+    "describe_law",
     "find_cards",
     "format_bytes",
     "format_plan",
@@ -65,4 +68,5 @@ __all__ = [
     "parse_shape",
     "used_memory_share",
     "with_measured_step",
+    "with_numbers",
 ]

@@ -18,6 +18,7 @@ from dray.plan.architectures import WRONG_UNDER_ZERO_3
 from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
+from dray.plan.laws import Law, find_law, with_numbers
 from dray.plan.memory import MASTER_BYTES, Load, MemoryPlan, make_memory
 from dray.plan.parameters import (
     Counted,
@@ -39,6 +40,14 @@ GPU_TOKENS, CPU_TOKENS = (4_096, 32_768), (1_024, 4_096)
 NEARLY = 1.05
 # A compilation is worth its time when the whole takes at least so much longer.
 COMPILE_PAYS = 8
+
+
+PROVISIONAL = 1.0e-3, 16
+"""Rate and rows to plan with where a law is to give them, and its tokens are not known yet."""
+_PROVISIONAL_NOTE = (
+    "auto: rate and batch follow from the training tokens, which are known once the corpus is "
+    f"prepared; planned with {PROVISIONAL[1]} rows until then"
+)
 
 
 class Plan(BaseModel):
@@ -87,6 +96,10 @@ class Plan(BaseModel):
     """Of the whole run, start and compilation included; None besides where the number of steps is
     not known yet."""
     deepspeed: dict[str, Any]
+    law: Law | None = None
+    """What the Step Law says of it; None: nothing, or its tokens are not known yet."""
+    learning_rate: float | None = None
+    """The peak, whoever chose it."""
     notes: list[str]
 
 
@@ -226,15 +239,21 @@ def make_plan(
             "train on the rows elsewhere (dray.corpus.stream.read_rows)",
         )
     on_gpu = spec.resources.gpus_per_worker > 0
+    sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id, counted=counted)
+    count = counted.count if counted is not None else count_parameters(sizes)
+    law = None if spec.why_no_law else find_law(spec, count.body, num_rows)
+    is_provisional = spec.is_auto and law is None
+    if spec.is_auto:
+        rate, rows = (law.learning_rate, law.global_rows) if law else PROVISIONAL
+        spec = with_numbers(spec, rate, rows)
     elastic = isinstance(spec.resources.workers, tuple)
     ranks = num_ranks or _rank_count(spec, shape, on_gpu=on_gpu, with_ray=with_ray)
     precision = _resolve_precision(spec, shape, on_gpu=on_gpu)
-    sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id, counted=counted)
     question = _Question(
         spec=spec,
         shape=shape,
         sizes=sizes,
-        count=counted.count if counted is not None else count_parameters(sizes),
+        count=count,
         precision=precision,
         on_gpu=on_gpu,
         with_ray=with_ray,
@@ -244,7 +263,10 @@ def make_plan(
         why_not_counted=why_not_counted,
     )
     setting, reason = _choose(question, ranks)
-    return _make(question, setting, reason, num_rows, num_tokens)
+    plan = _make(question, setting, reason, num_rows, num_tokens)
+    notes = [_PROVISIONAL_NOTE, *plan.notes] if is_provisional else plan.notes
+    rate = float(spec.optimizer.learning_rate)
+    return plan.model_copy(update={"law": law, "learning_rate": rate, "notes": notes})
 
 
 def _make(

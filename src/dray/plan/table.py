@@ -82,11 +82,21 @@ def _batch(plan: Plan) -> list[str]:
         _row("tokens a step", f"{plan.tokens_per_step:,}"),
         _row("steps", "after preparing" if plan.num_steps is None else f"{plan.num_steps:,}"),
         _row("tokens", tokens),
+        *_rate(plan),
         _row(
             "token shards",
             "after preparing" if plan.shard_bytes is None else format_bytes(plan.shard_bytes),
         ),
     ]
+
+
+def _rate(plan: Plan) -> list[str]:
+    """The learning rate, beside what the Step Law says."""
+    if plan.learning_rate is None:
+        return []
+    law = plan.law
+    said = "" if law is None else f"the Step Law: {law.learning_rate:.3g} at {law.global_rows} rows"
+    return [_row("learning rate", f"{plan.learning_rate:.3g}", said)]
 
 
 def _model(plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from dray.errors import SpecError
-from dray.spec.sections import Float, Int, Section
+from dray.spec.sections import AUTO, Float, Int, Section
 
 Size = tuple[int, ...]
 _DTYPE_BYTES = {"float32": 4, "uint8": 1}
@@ -78,8 +78,8 @@ class AdamW(Optimizer):
 
     name: Literal["adamw"] = "adamw"
     """The optimiser's name."""
-    learning_rate: Annotated[Float, Field(gt=0, le=10)] = 1.0e-3
-    """Peak learning rate."""
+    learning_rate: Annotated[Float, Field(ge=0, le=10), *AUTO] = 1.0e-3
+    """Peak learning rate; `auto`: by the Step Law."""
     beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
@@ -103,8 +103,8 @@ class AdamW8bit(Optimizer):
 
     name: Literal["adamw_8bit"] = "adamw_8bit"
     """The optimiser's name."""
-    learning_rate: Annotated[Float, Field(gt=0, le=10)] = 1.0e-3
-    """Peak learning rate."""
+    learning_rate: Annotated[Float, Field(ge=0, le=10), *AUTO] = 1.0e-3
+    """Peak learning rate; `auto`: by the Step Law."""
     beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
 from dray.redaction import take_in_all
 
@@ -23,6 +30,30 @@ def _reject_boolean(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_reject_boolean)]
 Float = Annotated[float, BeforeValidator(_reject_boolean)]
+
+
+def _read_auto(value: Any) -> Any:
+    """`auto` is kept as 0, which no such number can be."""
+    if value == "auto":
+        return 0
+    number = float(value) if isinstance(value, str) and value.replace(".", "").isdigit() else value
+    if type(number) in (int, float) and number == 0:
+        raise ValueError("a number above 0, or auto, is wanted")
+    return value
+
+
+class _OrAuto:
+    """The JSON schema of a number, or of `auto`."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
+        number = {**handler(core)}
+        number.pop("minimum", None)
+        return {"anyOf": [{**number, "exclusiveMinimum": 0}, {"const": "auto"}]}
+
+
+AUTO = BeforeValidator(_read_auto), PlainSerializer(lambda number: number or "auto"), _OrAuto
+"""Of a number that a law may give: `auto` is 0 until then (`plan.laws`)."""
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -271,8 +302,8 @@ class Model(Section):
 class BatchSize(Section):
     """How many rows an optimiser update sees, and how they are cut."""
 
-    global_rows: Annotated[Int, Field(ge=1, le=2**31)] = 16
-    """Rows in one optimiser update, over all ranks."""
+    global_rows: Annotated[Int, Field(ge=0, le=2**31), *AUTO] = 16
+    """Rows in one optimiser update, over all ranks; `auto`: by the Step Law."""
     micro_rows: Annotated[Int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows in one forward pass of one rank; `auto`: the most that fit."""
 

@@ -140,6 +140,31 @@ class Spec(Section):
             self.schedule.check_length(self.duration.steps)
         return self
 
+    @model_validator(mode="after")
+    def _lawful(self) -> Self:
+        if self.is_auto and (why := self.why_no_law):
+            key = "optimizer.learning_rate" if self.batch.global_rows else "batch.global_rows"
+            raise ValueError(f"{key} = auto: {why}; give a number")
+        return self
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether a law is to give the rate or the batch."""
+        return not self.optimizer.learning_rate or not self.batch.global_rows
+
+    @property
+    def why_no_law(self) -> str:
+        """Why the Step Law says nothing of it; empty: it does."""
+        if self.optimizer.name not in ("adamw", "adamw_8bit"):
+            return f"the Step Law is AdamW's, and the optimizer is {self.optimizer.name}"
+        if self.model.origin:
+            return (
+                f"the Step Law is of drawn weights, and the model starts from {self.model.origin}"
+            )
+        if self.task.head.over != "vocabulary":
+            return f"the Step Law is of language models, and {self.task.name} learns another"
+        return ""
+
     @property
     def metric_sign(self) -> int:
         """1 where a lower value of the metric that ranks checkpoints is better, else -1."""

@@ -22,8 +22,9 @@ from dray.cluster.connection import connect
 from dray.cluster.placement import Placement, reserved
 from dray.corpus.prepare import Corpus, prepare
 from dray.errors import Interrupted, RunFailed, UserError, one_line
-from dray.plan import num_steps_of
+from dray.plan import Law, Shape, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
+from dray.rank.job import make_corpus_plan
 from dray.runs.drivers import Heart
 from dray.runs.trackers import Ending, MlflowParent
 from dray.show.sweeps import SweepDisplay
@@ -35,7 +36,7 @@ from dray.sweep.record import Sweep
 from dray.sweep.room import count_here, count_in_cluster, fixed
 from dray.sweep.space import Space, check_space
 from dray.sweep.study import Scale, Study
-from dray.sweep.summary import make_best_spec, summarize_study, summarize_trial
+from dray.sweep.summary import make_best_spec, summarize_study, summarize_trial, with_law
 from dray.sweep.trial import Cadence, make_trial_spec, run_trial
 
 LOOK_SECONDS = 0.5
@@ -86,6 +87,10 @@ def tune(
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
             display.say(line)
+        law = _keep_law(sweep, spec, connection.shape, corpus)
+        if law is not None:
+            tree, space = with_law(tree, space, law)
+            spec = with_numbers(spec, law.learning_rate, law.global_rows)
         scale = _keep_scale(sweep, spec, space, corpus)
         work = _Work(_Setting(sweep, tree, spec, space, scale, corpus), display)
         work.run(min(seats, work.study.num_wanted or seats))
@@ -105,6 +110,17 @@ def _cpus_here(resources: Resources, space: Space, address: str | None) -> float
         return a_trial
     room = count_here(resources)
     return a_trial * (room if space.concurrency == "auto" else min(room, space.concurrency))
+
+
+def _keep_law(sweep: Sweep, spec: Spec, shape: Shape, corpus: Corpus) -> Law | None:
+    """What the Step Law says of the spec, where it says anything; looked up when the sweep
+    begins."""
+    record = sweep.record()
+    if spec.why_no_law or "law" in record:
+        return Law(**record["law"]) if record.get("law") else None
+    law = make_corpus_plan(spec, shape, corpus.manifest).law
+    sweep.update(law=law and law.model_dump())
+    return law
 
 
 def _keep_scale(sweep: Sweep, spec: Spec, space: Space, corpus: Corpus) -> Scale:

@@ -16,7 +16,7 @@ from dray.show.sweeps import shown
 from dray.sweep.events import COMPLETED, Reported
 from dray.sweep.importance import measure_importance
 from dray.sweep.record import Sweep
-from dray.sweep.space import Parameter, Value
+from dray.sweep.space import LAWFUL, Parameter, Value
 from dray.sweep.study import Study, Trial
 from dray.sweep.summary import load_study, summarize
 
@@ -43,6 +43,7 @@ def make_sweep_page(sweep: Sweep) -> Page:
             "metric": f"{metric} ({summary['mode']})",
             "best": _spread(best["value"], best["deviation"]) if best else "none yet",
             "best trial": best["name"] if best else "",
+            **_beside_law(sweep, best),
             "steps": f"{summary['steps']:,}",
             "tokens": f"{summary['tokens']:,}",
             "time in steps": format_seconds(cost["seconds"]),
@@ -63,6 +64,20 @@ def make_sweep_page(sweep: Sweep) -> Page:
     space = study.space.model_dump(mode="json", exclude_defaults=True)
     page.code(yaml.safe_dump(space, sort_keys=False, allow_unicode=True))
     return page
+
+
+def _beside_law(sweep: Sweep, best: dict[str, Any] | None) -> dict[str, str]:
+    """What the Step Law said, and how far from it the best lay."""
+    law = sweep.record().get("law")
+    if not law:
+        return {}
+    numbers = dict(zip(LAWFUL, (law["learning_rate"], law["global_rows"]), strict=True))
+    found = (best or {}).get("parameters", {})
+    return {
+        f"the Step Law's {path.rpartition('.')[2].replace('_', ' ')}": f"{number:.3g}"
+        + (f"; the best: {found[path] / number:.2g} times that" if path in found else "")
+        for path, number in numbers.items()
+    }
 
 
 def _cost(study: Study) -> dict[str, float]:

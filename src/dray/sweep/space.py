@@ -36,6 +36,8 @@ OVERRIDE = "space."
 """How an override of a space's key begins on the command line."""
 FIXED = ("name", "tracking", "validation.metric", "checkpoint", "watchdog")
 """Keys that do not change what a trial learns: to sweep them compares nothing."""
+LAWFUL = ("optimizer.learning_rate", "batch.global_rows")
+"""What the Step Law gives."""
 PROBES = 64
 """So many specs of values drawn at random are looked at before a sweep starts."""
 SPACES = Packaged("dray.tune_spaces", "space", "a space is a UTF-8 text file of YAML")
@@ -56,6 +58,9 @@ class Parameter(Section):
     """One of these. Numbers in ascending order are searched as an order."""
     grid: tuple[Value, ...] | None = None
     """Each of these as often as the others, whatever the search."""
+    around: Literal["law"] | None = None
+    """`law`: the numbers are factors of what the Step Law says of the spec, for its learning rate
+    and its batch."""
     when: dict[str, Value] = Field(default={})
     """The key counts only where other keys have these values (a list: one of them): keys of the
     space, or of the spec."""
@@ -65,7 +70,7 @@ class Parameter(Section):
     def _known(cls, given: Any) -> Any:
         """Paths have dots of their own, by which no near name would be found."""
         for key in given if isinstance(given, Mapping) else ():
-            if key not in (*KINDS, "when"):
+            if key not in (*KINDS, "when", "around"):
                 near = difflib.get_close_matches(str(key), KINDS, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KINDS)}"
                 raise ValueError(f"unknown kind {key}; {hint}")
@@ -81,6 +86,10 @@ class Parameter(Section):
             )
         kind = given[0]
         values = getattr(self, kind)
+        if self.around and kind not in ("loguniform", "uniform", "choice", "grid"):
+            raise ValueError(
+                f"{kind} is around nothing: loguniform, uniform, choice and grid can be"
+            )
         if kind in ("choice", "grid"):
             if not values:
                 raise ValueError(f"{kind} is empty: give at least one value")
@@ -95,6 +104,15 @@ class Parameter(Section):
         if kind == "quniform" and not 0 < values[2] <= high - low:
             raise ValueError(f"quniform: a step of {values[2]:g} does not fit into the range")
         return self
+
+    def times(self, factor: float, *, whole: bool) -> Parameter:
+        """The same around a number, which its own numbers are factors of."""
+
+        def made(value: float) -> float:
+            return max(1, round(value * factor)) if whole else rounded(value * factor)
+
+        values = tuple(dict.fromkeys(made(value) for value in getattr(self, self.kind)))
+        return Parameter.model_validate({self.kind: values, "when": self.when})
 
     @property
     def kind(self) -> str:
@@ -284,6 +302,9 @@ class Space(Section):
             raise ValueError("budget is missing: e.g. budget: {trials: 16}")
         if self.scheduler.name == "pbt" and self.repeats > 1:
             raise ValueError("repeats: a population's lines are not repeated")
+        for path, given in self.parameters.items():
+            if given.around and path not in LAWFUL:
+                raise ValueError(f"parameters.{path}: the law gives {' and '.join(LAWFUL)} alone")
         _ = self.in_order()
         return self
 
@@ -368,6 +389,16 @@ def with_values(tree: Mapping[str, Any], values: Mapping[str, Value]) -> dict[st
     return changed
 
 
+def around_law(space: Space, learning_rate: float, global_rows: int) -> Space:
+    """The space with the law's numbers in the places that are around it."""
+    numbers = dict(zip(LAWFUL, (learning_rate, float(global_rows)), strict=True))
+    parameters = {
+        path: given.times(numbers[path], whole=path == LAWFUL[1]) if given.around else given
+        for path, given in space.parameters.items()
+    }
+    return space.model_copy(update={"parameters": parameters})
+
+
 def settle(space: Space, drawn: Mapping[str, Value], spec: Spec) -> dict[str, Value]:
     """What a trial's spec gets for what was drawn: values that are tied to others follow them."""
     settled = dict(drawn)
@@ -403,6 +434,8 @@ def check_space(space: Space, tree: Mapping[str, Any], where: str) -> None:
             "trials are compared on rows that they were not trained on",
             "e.g. data.validation={share: 0.02}",
         )
+    if any(given.around for given in space.parameters.values()) and (why := spec.why_no_law):
+        raise SpecError(where, "around: law", why, "give numbers")
     known = spec.task.metrics
     if space.metric is not None and space.metric not in known:
         near = difflib.get_close_matches(space.metric, known, n=1)

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from dray.errors import StoreError
+from dray.plan import Law
 from dray.runs.layout import make_trial_name
 from dray.spec import make_spec
 from dray.sweep.policies import NoPolicy
 from dray.sweep.record import Sweep
-from dray.sweep.space import make_space, with_values
+from dray.sweep.space import LAWFUL, Space, around_law, find_in, make_space, with_values
 from dray.sweep.study import WAITING, Best, Scale, Study, Trial
 
 
@@ -51,10 +52,20 @@ def load_study(sweep: Sweep, record: Mapping[str, Any] | None = None) -> Study:
     if "scale" not in record:
         raise StoreError(f"sweep {sweep.name!r}", "has begun no trial yet")
     space, tree = make_space(record["space"]), record["spec"]
+    if record.get("law"):
+        tree, space = with_law(tree, space, Law(**record["law"]))
     study = Study(space, tree, make_spec(tree), Scale(**record["scale"]), NoPolicy())
     for _, event in sweep.events():
         study.apply(event)
     return study
+
+
+def with_law(tree: Mapping[str, Any], space: Space, law: Law) -> tuple[Mapping[str, Any], Space]:
+    """Spec and space with the law's numbers where they ask for them."""
+    spec = make_spec(tree)
+    numbers = dict(zip(LAWFUL, (law.learning_rate, law.global_rows), strict=True))
+    asked = {path: numbers[path] for path in LAWFUL if not find_in(spec.model_dump(), path)}
+    return with_values(tree, asked), around_law(space, law.learning_rate, law.global_rows)
 
 
 def find_parameters(sweep: Sweep, which: str) -> dict[str, Any]:

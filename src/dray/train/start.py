@@ -18,7 +18,7 @@ from dray.corpus.tokenizer_folder import TOKENIZER_JSON
 from dray.errors import CorpusError, SpecError, StoreError, one_line, translated
 from dray.models.counting import make_counted_plan
 from dray.models.source import Pretrained, check_weights, find_pretrained
-from dray.plan import Shape
+from dray.plan import Shape, describe_law, with_numbers
 from dray.rank.initial_weights import (
     Origin,
     RunWeights,
@@ -111,6 +111,10 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
         keeper is not None and spec.precision == "auto"
     ):  # a run that is resumed on other hardware computes as it began
         spec = spec.model_copy(update={"precision": keeper.record()["identity"]["precision"]})
+    if keeper is not None and spec.is_auto:
+        began = keeper.record()["identity"]
+        rate, rows = began["optimizer"]["learning_rate"], began["batch"]["global_rows"]
+        spec = with_numbers(spec, rate, rows)
     if run is not None:
         check_identity(run, spec)
         _check_moved(run, spec)
@@ -150,6 +154,9 @@ def open_run(
         _check_width(spec, corpus)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
+    if spec.is_auto and plan.law is not None:
+        spec = with_numbers(spec, plan.law.learning_rate, plan.law.global_rows)
+        say(describe_law(plan.law))
     if origin is not None:
         if start.run is not None and find_resume_checkpoint(start.run) is None:
             origin.check()
