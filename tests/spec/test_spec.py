@@ -94,7 +94,7 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("foo=1", "unknown key foo; known here: name, task"),
         (
             "batch.global_rows=0",
-            "batch.global_rows = 0: input should be greater than or equal to 1",
+            "batch.global_rows = 0: a number above 0, or auto, is wanted",
         ),
         ("batch.global_rows=many", "batch.global_rows = 'many': input should be a valid integer"),
         (
