@@ -104,7 +104,7 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("resources.workers=[4,2]", "workers \\[4, 2\\]: the first must not exceed the second"),
         (
             "optimizer.learning_rate=-1",
-            "optimizer.learning_rate = -1: input should be greater than 0",
+            "optimizer.learning_rate = -1: a number above 0, or auto, is wanted",
         ),
         ("optimizer.learning_rate=.nan", "finite"),
         ("model.hidden_size=100", "hidden_size 100 is not a multiple of num_heads 6"),

@@ -36,8 +36,7 @@ def _read_auto(value: Any) -> Any:
     """`auto` is kept as 0, which no such number can be."""
     if value == "auto":
         return 0
-    number = float(value) if isinstance(value, str) and value.replace(".", "").isdigit() else value
-    if type(number) in (int, float) and number == 0:
+    if type(value) in (int, float) and value <= 0:
         raise ValueError("a number above 0, or auto, is wanted")
     return value
 
