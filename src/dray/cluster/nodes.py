@@ -66,18 +66,19 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 
 def placed_shape(group: Any, gpus_per_worker: int, of_workers: Collection[int]) -> Shape:
     """The shape of the bundles `of_workers` of a placement group, once it is there. What fits into
     them is known by then (`placement.find_seats`): here it counts how fast that is, and how much
-    memory goes with it, which is a like share of each node's."""
+    memory goes with it, which is a like share of each node's, by all that the group has there."""
     import ray
     from ray.util.placement_group import placement_group_table
 
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
     held: dict[str, Counter[str]] = {}
-    places = placement_group_table(group)["bundles_to_node_id"]
-    for index in of_workers:
-        bundle = group.bundle_specs[index]
-        held.setdefault(places[index], Counter()).update(bundle)
+    whole: dict[str, Counter[str]] = {}
+    for index, node in placement_group_table(group)["bundles_to_node_id"].items():
+        whole.setdefault(node, Counter()).update(group.bundle_specs[index])
+        if index in of_workers:
+            held.setdefault(node, Counter()).update(group.bundle_specs[index])
     parts = [
-        {**amounts, "memory": nodes[node].get("memory", 0.0) * _share(amounts, nodes[node])}
+        {**amounts, "memory": nodes[node].get("memory", 0.0) * _share(whole[node], nodes[node])}
         for node, amounts in held.items()
     ]
     # Bundles lie as it came: each node is taken for the average one.

@@ -22,7 +22,7 @@ from dray.cluster.connection import connect
 from dray.cluster.placement import Placement, reserved
 from dray.corpus.prepare import Corpus, prepare
 from dray.errors import Interrupted, RunFailed, UserError, one_line
-from dray.plan import Law, Shape, num_steps_of, with_numbers
+from dray.plan import Law, Plan, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import make_corpus_plan
 from dray.runs.drivers import Heart
@@ -33,7 +33,7 @@ from dray.storage.filesystem import shown
 from dray.sweep.events import FAILED, Begun, Ended, Reported
 from dray.sweep.policies import make_policy
 from dray.sweep.record import Sweep
-from dray.sweep.room import count_here, count_in_cluster, fixed
+from dray.sweep.room import count_here, count_in_cluster, count_in_memory, fixed
 from dray.sweep.space import Space, check_space
 from dray.sweep.study import Scale, Study
 from dray.sweep.summary import make_best_spec, summarize_study, summarize_trial, with_law
@@ -87,7 +87,11 @@ def tune(
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
             display.say(line)
-        law = _keep_law(sweep, spec, connection.shape, corpus)
+        plan = make_corpus_plan(spec, connection.shape, corpus.manifest)
+        if connection.local and (fits := count_in_memory(plan)) < seats:
+            display.say(f"memory has room for {fits} trials at once, CPUs for {seats}")
+            seats = fits
+        law = _keep_law(sweep, spec, plan)
         if law is not None:
             tree, space = with_law(tree, space, law)
             spec = with_numbers(spec, law.learning_rate, law.global_rows)
@@ -112,15 +116,14 @@ def _cpus_here(resources: Resources, space: Space, address: str | None) -> float
     return a_trial * (room if space.concurrency == "auto" else min(room, space.concurrency))
 
 
-def _keep_law(sweep: Sweep, spec: Spec, shape: Shape, corpus: Corpus) -> Law | None:
+def _keep_law(sweep: Sweep, spec: Spec, plan: Plan) -> Law | None:
     """What the Step Law says of the spec, where it says anything; looked up when the sweep
     begins."""
     record = sweep.record()
     if spec.why_no_law or "law" in record:
         return Law(**record["law"]) if record.get("law") else None
-    law = make_corpus_plan(spec, shape, corpus.manifest).law
-    sweep.update(law=law and law.model_dump())
-    return law
+    sweep.update(law=plan.law and plan.law.model_dump())
+    return plan.law
 
 
 def _keep_scale(sweep: Sweep, spec: Spec, space: Space, corpus: Corpus) -> Scale:

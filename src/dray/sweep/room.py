@@ -13,7 +13,7 @@ from typing import Any
 from dray.cluster.nodes import growing_resources, has_room
 from dray.cluster.placement import make_bundles
 from dray.errors import PlanError
-from dray.plan import local_shape
+from dray.plan import Plan, local_shape
 from dray.spec import Resources
 
 MOST_AT_ONCE = 512
@@ -38,6 +38,13 @@ def count_here(resources: Resources) -> int:
         has = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if wanted["GPU"] else "")
         raise _impossible(resources, f"this machine has {has}")
     return min(fits, MOST_AT_ONCE)
+
+
+def count_in_memory(plan: Plan) -> int:
+    """How many trials like the planned one this machine's memory can hold at once; 1 at least,
+    since one alone is planned like any run."""
+    needed, has = plan.memory.host_bytes, plan.host_limit_bytes
+    return max(1, int(has // needed)) if needed and has else MOST_AT_ONCE
 
 
 def count_in_cluster(resources: Resources) -> int:
