@@ -288,22 +288,33 @@ class _Work:
     # ---- a seat's thread ------------------------------------------------------------------------
 
     def _sit(self) -> None:
-        """Run one trial after the other in a placement, until none is left."""
-        shares_place = not any(
-            path.startswith("resources.") for path in self._setting.space.parameters
-        )
+        """Run one trial after the other in a placement, until none is left. A seat that has nothing
+        to do holds no placement: the others' trials may need the room, to begin again elsewhere."""
+        keys = self._setting.space.parameters
+        shares_place = not any(path.startswith("resources.") for path in keys)
         try:
-            if not shares_place:
-                while (begun := self._take()) is not None:
+            while self._wait_for_work():
+                if shares_place:
+                    with self._place(self._setting.spec) as placement:
+                        while placement is not None and (begun := self._take()) is not None:
+                            self._try(begun, placement)
+                elif (begun := self._take()) is not None:
                     with self._place(self._trial_spec(begun)) as placement:
                         self._try(begun, placement)
-                return
-            with self._place(self._setting.spec) as placement:
-                while (begun := self._take()) is not None:
-                    self._try(begun, placement)
         except Exception as error:
             self._display.say(f"a seat is given up: {type(error).__name__}: {one_line(error)}")
             self._stop(one_line(error))
+
+    def _wait_for_work(self) -> bool:
+        """Whether a trial can begin; waits while those at work may still have to begin again."""
+        with self._changed:
+            while not self._reason:
+                if self.study.can_begin:
+                    return True
+                if not self._at_work:
+                    return False
+                self._changed.wait(LOOK_SECONDS)
+            return False
 
     @contextmanager
     def _place(self, spec: Spec | Ended) -> Iterator[Placement | None]:
@@ -321,24 +332,19 @@ class _Work:
 
     def _nothing_left(self) -> str:
         with self._changed:
-            if self._reason:
-                return self._reason
-            return "no trial is left" if self.study.is_finished else ""
+            return self._reason or ("" if self.study.can_begin else "no trial is left")
 
     def _take(self) -> Begun | None:
-        """The next trial, recorded as begun; none if there is nothing left to do."""
+        """The next trial, recorded as begun; none if none can begin now."""
         with self._changed:
             while not self._reason:
                 event = self.study.next()
-                if event is not None:
-                    self._record(event)
+                if event is None:
+                    return None
+                self._record(event)
                 if isinstance(event, Begun):
                     self._at_work.add(event.trial)
                     return event
-                if event is None:
-                    if not self._at_work:
-                        return None
-                    self._changed.wait(LOOK_SECONDS)  # one of them may have to begin again
             return None
 
     def _trial_spec(self, begun: Begun) -> Spec | Ended:

@@ -60,17 +60,6 @@ class Population:
                 return event
         return None
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether every line has gone to its end."""
-        last = [self._holder(line, self._bounds[-1]) for line in range(self._size)]
-        return all(trial is not None and trial.is_over for trial in last)
-
-    def current(self) -> list[Trial]:
-        """The newest trial of each line."""
-        found = [self._holder(line, self._bounds[-1]) for line in range(self._size)]
-        return [trial for trial in found if trial is not None]
-
     # ---- lines ----------------------------------------------------------------------------------
 
     def _holder(self, line: int, bound: int) -> Trial | None:

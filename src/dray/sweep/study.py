@@ -219,16 +219,18 @@ class Study:
     def next(self) -> Begun | Ended | None:
         """What is to be recorded next so that a trial can begin: its beginning, or, for one whose
         driver ended before it had been stopped, its end. None: nothing can begin now."""
+        if self.ruin():
+            return None
         for trial in self.trials.values():
-            if trial.status != WAITING:
+            if not trial.is_waiting:
                 continue
             if verdict := self.verdict(trial.number):
                 return Ended(trial.number, verdict, trial.step, trial.tokens, trial.seconds)
             if self._population is None:
                 return trial.begun_again()
         if self._population is not None:
-            return None if self.ruin() else self._population.next()
-        if self.spent() or self.ruin():
+            return self._population.next()
+        if self.spent():
             return None
         number = self.next_number
         drawing, repeat = divmod(number - 1, self.space.repeats)
@@ -249,16 +251,18 @@ class Study:
         return len(self.trials) + 1
 
     @property
-    def is_finished(self) -> bool:
-        """Whether no trial is left to begin, but for those at work that may have to begin again."""
-        if any(trial.is_waiting for trial in self.trials.values()):
+    def can_begin(self) -> bool:
+        """Whether `next` has something, without a draw."""
+        if self.ruin():
             return False
+        waiting = [trial for trial in self.trials.values() if trial.is_waiting]
         if self._population is not None:
-            return self._population.is_finished or bool(self.ruin())
+            judged = any(trial.is_judged for trial in waiting)
+            return judged or self._population.next() is not None
+        if waiting:
+            return True
         wanted = self.num_wanted
-        return bool(self.spent() or self.ruin()) or (
-            wanted is not None and len(self.trials) >= wanted
-        )
+        return not self.spent() and (wanted is None or len(self.trials) < wanted)
 
     def verdict(self, number: int) -> str:
         """How a trial ends that the sweep has stop: `pruned` or `diverged`; empty: it goes on."""
