@@ -121,6 +121,9 @@ FOREIGN = {
     "deepspeed": ("rank/engine.py",),
     "ray.train": ("cluster/workers.py", "cluster/groups.py", "train/"),
     "ray.data": ("corpus/", "train/worker.py"),
+    "ray.tune": ("sweep/policies.py",),
+    "optuna": ("sweep/search.py", "sweep/importance.py"),
+    "matplotlib": ("show/plots.py",),
 }
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import make_case
+from harness import Nodes, make_case, steps_of, wait_for
 
+from dray.ledger import verify_ledger
 from dray.runs import Run
 from dray.show.sweeps import SweepDisplay
 from dray.sweep.driver import tune
@@ -115,7 +116,7 @@ def test_what_befalls_a_trial_leaves_the_others_alone(
 def test_a_trial_that_runs_out_of_memory(
     storage: str, tiny_corpus: Path, local_ray: None, name_fault: Callable[..., Path]
 ):
-    """one trial has too little memory whatever its micro batch, the next one enough"""
+    """one trial runs out of memory: it goes on with half its micro batch, as a run does"""
     tree = make_tree(
         tiny_corpus,
         duration={"steps": 3},
@@ -126,10 +127,13 @@ def test_a_trial_that_runs_out_of_memory(
     )
     name_fault(STEP, "starve")
     sweep = tune(tree, make_grid([1e-3, 2e-3]), storage=storage, name="starved-sweep")
-    first, second = summarize(sweep)["trials"]
-    assert (first["status"], first["cause"]) == ("failed", "host_memory")
-    assert second["status"] == "completed"
-    assert sweep.record()["status"] == "completed"
+    trials = summarize(sweep)["trials"]
+    assert [trial["status"] for trial in trials] == ["completed", "completed"]
+    first, second = (Run.open(storage, trial["name"]) for trial in trials)
+    failed = [event["cause"] for event in first.events() if event["kind"] == "attempt_failed"]
+    assert failed == ["host_memory"]
+    assert first.record()["micro_rows"] == 16
+    assert "micro_rows" not in second.record()
 
 
 def test_a_trial_is_taken_up_again_after_a_failure(
@@ -149,9 +153,10 @@ def test_a_trial_is_taken_up_again_after_a_failure(
 class Sweeping:
     """A `dray tune` of its own."""
 
-    def __init__(self, spec: Path, space: Path, storage: str, name: str) -> None:
+    def __init__(self, spec: Path, space: Path, storage: str, name: str, *more: str) -> None:
         self.storage, self.name, self.out = storage, name, spec.parent / f"{name}.out"
         words = ["tune", str(spec), "--space", str(space), "--storage", storage, "--run", name]
+        words += more
         with self.out.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dray.cli", *words, "--json"],
@@ -218,3 +223,42 @@ def test_a_sweep_whose_driver_is_killed_twice_ends_as_if_it_had_been_left_alone(
     assert sorted(ends) == list(range(1, 17))
     starts = [trial["starts"] for trial in found[1]["trials"]]
     assert max(starts) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_survives_the_loss_of_a_node(tiny_corpus: Path, tmp_path: Path):
+    """a node with a trial on it is lost: the trial begins again on another one"""
+    rates = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
+    resources = {"workers": 1, "cpus_per_worker": Nodes.RANK_CPUS, "max_failures": 3}
+    tree = make_tree(tiny_corpus, duration={"steps": 24}, resources=resources)
+    spec, space, storage = tmp_path / "spec.yaml", tmp_path / "space.yaml", str(tmp_path / "runs")
+    spec.write_text(json.dumps(tree))
+    space.write_text(
+        json.dumps(
+            {
+                "parameters": {"optimizer.learning_rate": {"grid": rates}},
+                "search": "grid",
+                "scheduler": "none",
+            }
+        )
+    )
+    nodes = Nodes()
+    nodes.start()
+    try:
+        nodes.add(1)
+        driver = Sweeping(spec, space, storage, "nodes", "--address", nodes.address)
+        driver.wait_for_trial(2)
+        wait_for(lambda: steps_of(storage, "nodes/0002") >= 2, "two steps of the second trial")
+        nodes.remove()
+        nodes.add(1)
+        assert driver.process.wait(500) == 0, driver.out.read_text()
+    finally:
+        nodes.shut_down()
+    alone = Sweeping(spec, space, storage, "alone")
+    assert alone.process.wait(400) == 0, alone.out.read_text()
+    found = [summarize(Sweep.open(storage, name))["trials"] for name in ("nodes", "alone")]
+    assert [trial["status"] for trial in found[0]] == ["completed"] * 5
+    assert [trial["metrics"] for trial in found[0]] == [trial["metrics"] for trial in found[1]]
+    runs = [Run.open(storage, trial["name"]) for trial in found[0]]
+    assert any(len(run.attempts()) > 1 for run in runs)
+    assert all(verify_ledger(run).ok for run in runs)
