@@ -13,6 +13,7 @@ from dray.release.evaluate import make_evaluation_spec
 from dray.release.generate import fit_prompt
 from dray.release.measuring import batch_rows
 from dray.spec import Source, make_spec
+from dray.spec.tasks import make_task
 from dray.tasks.metrics import ClassificationMetrics
 
 LINES = {"path": "lines.txt", "format": "lines"}
@@ -132,3 +133,26 @@ def test_metrics_of_a_slice_say_what_they_cannot_tell() -> None:
     # failure.
     values, undefined = metrics_of([2, 2], [2, 2], 5)
     assert (values["recall"], values["f1"], undefined) == (1.0, 1.0, ("auc",))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("task", "output"),
+    [
+        ("sequence_classification", "scores"),
+        ({"name": "sequence_classification", "labels": "many"}, "scores"),
+        ("regression", "numbers"),
+    ],
+)
+def test_what_a_diverged_model_gives_has_no_metrics(task: Any, output: str, bad: float) -> None:
+    made = make_task(task)
+    metrics = made.new_metrics()
+    labels = torch.tensor([[1, 0], [0, 1]]) if made.num_outputs is None else torch.ones(2)
+    if made.head.problem_type == "single_label_classification":
+        labels = torch.tensor([1, 0])
+    found = torch.full((2, 2) if made.num_outputs is None else (2,), bad)
+    metrics.update({"labels": labels}, {output: found, "loss_sum": torch.tensor(bad)})
+    values = made.measured(metrics, None)
+    assert values.pop("num_targets") == 2
+    assert set(values) == set(made.metrics)
+    assert set(values.values()) == {None}

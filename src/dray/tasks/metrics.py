@@ -15,6 +15,11 @@ from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output
 
 
+def total(losses: Sequence[float]) -> float:
+    """The exact sum; NaN where not all are finite."""
+    return math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+
+
 class TokenMetrics:
     """Summed loss, targets and correctly predicted tokens; `perplexity` names the exponential of
     the mean loss."""
@@ -49,7 +54,7 @@ class TokenMetrics:
         `num_targets`."""
         count = max(1, self._num_targets)
         loss = (
-            math.fsum(self._losses) / count
+            total(self._losses) / count
         )  # exact, so independent of the order of batches and ranks
         return {
             "loss": loss,
@@ -67,6 +72,7 @@ class _Gathered:
     """Metrics that need every row: what ranks have adds up to lists."""
 
     names: tuple[str, ...]
+    """The loss first."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
@@ -90,8 +96,11 @@ class _Gathered:
     def compute(self) -> dict[str, float]:
         if not self._wanted:
             return dict.fromkeys((*self.names, "num_targets"), 0.0)
-        loss = math.fsum(self._losses) / len(self._wanted)
-        return {"loss": loss, **self._measure(), "num_targets": float(len(self._wanted))}
+        # What a diverged model gives has no metrics; the run that asks is told so, and goes on.
+        sound = bool(torch.tensor(self._found, dtype=torch.float64).isfinite().all())
+        values = self._measure() if sound else dict.fromkeys(self.names[1:], math.nan)
+        loss = total(self._losses) / len(self._wanted)
+        return {"loss": loss, **values, "num_targets": float(len(self._wanted))}
 
     def undefined(self) -> tuple[str, ...]:
         return () if self._wanted else self.names
@@ -285,7 +294,7 @@ class EntityMetrics(_Gathered):
         pairs = zip(chain(*wanted), chain(*found), strict=True)
         same = sum(one == other for one, other in pairs)
         values = {
-            "loss": math.fsum(self._losses) / self._num_words,
+            "loss": total(self._losses) / self._num_words,
             "accuracy": same / self._num_words,
             "num_targets": float(self._num_words),
         }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -214,6 +215,16 @@ class Task:
         """Rows of a table that tells more than the metrics do, by what they are of."""
         found: dict[str, dict[str, float]] = getattr(metrics, "report", dict)()
         return found
+
+    def measured(self, metrics: TaskMetrics, held: Held | None) -> dict[str, float | None]:
+        """The metrics of a whole validation by name; None for one whose value stands for nothing on
+        its rows, or is not finite."""
+        values, undefined = metrics.compute(), metrics.undefined()
+        values = values if held is None else self.complete(values, held)
+        return {
+            name: None if name in undefined or not math.isfinite(value) else float(value)
+            for name, value in values.items()
+        }
 
     def complete(self, values: Mapping[str, float], held: Held) -> dict[str, float]:
         """The metrics of a whole validation, with those that need to know of its rows."""
