@@ -28,7 +28,7 @@ CSV = {
 
 
 def read_as(data: str, *train: Any, validation: Any = None, task: str = "causal_lm") -> Source:
-    """The source that a value of `--data` becomes."""
+    """The source that a value of `--data` becomes, of a run with that spec."""
     tree = {
         "name": "x",
         "task": task,
@@ -36,7 +36,24 @@ def read_as(data: str, *train: Any, validation: Any = None, task: str = "causal_
         "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
         "duration": {"steps": 1},
     }
-    return make_evaluation_spec(make_spec(tree), [data], "tok").data.train[0]
+    return make_evaluation_spec(make_spec(tree, kept=True), [data], "tok").data.train[0]
+
+
+def test_what_a_run_began_with_without_effect_does_not_keep_it_from_being_evaluated() -> None:
+    """Specs that would be refused now."""
+    tree = {
+        "name": "x",
+        "task": "regression",
+        "data": {"train": [{"path": "a.csv", "label": "stars"}]},
+        "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
+        "duration": {"steps": 1},
+        "validation": {"patience": 2},
+        "regularization": {"label_smoothing": 0.1},
+    }
+    with pytest.raises(UserError, match=r"validation\.patience = 2"):
+        make_spec(tree)
+    spec = make_evaluation_spec(make_spec(tree, kept=True), ["b.csv"], "tok")
+    assert spec.data.train[0].label == "stars"
 
 
 @pytest.mark.parametrize(

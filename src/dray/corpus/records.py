@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 from dray.corpus.bytes_in import Blocks
 from dray.corpus.labels import label_name, label_names
 from dray.errors import CorpusError
-from dray.spec import Field, Source
+from dray.spec import TEXT_KINDS, Field, Source
 from dray.tasks.rows import SEPARATOR
 
 MAX_EXACT = 2.0**53
-TEXT_KINDS = ("text", "words", "bytes")
 PLAIN = {"text": Field("text"), "label": Field("label", wanted=False)}
 """The fields of a text with or without a class."""
 

@@ -134,7 +134,7 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
     cleaning = tree["data"]["cleaning"] | {"deduplicate": "none"}
     tree["data"] |= {"train": sources, "validation": None, "cleaning": cleaning}
     tree["tokenizer"] = {"path": tokenizer_folder}
-    return make_spec(tree, "--data")
+    return make_spec(tree, "--data", kept=True)
 
 
 def _as_source(text: str) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from dray.corpus.manifest import Manifest
 from dray.corpus.packing import Aligned
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
-from dray.corpus.records import TEXT_KINDS
 from dray.corpus.rows import pad_rows, row_values
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.tokenizing import TokenizerInfo
@@ -32,6 +31,7 @@ from dray.errors import SpecError, StoreError
 from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import batch_rows
 from dray.release.trained import Trained, Weights, load_trained
+from dray.spec import TEXT_KINDS
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
