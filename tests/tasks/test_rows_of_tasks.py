@@ -108,6 +108,44 @@ def test_numbers_are_read_and_what_is_none_is_a_bad_record(tmp_path: Path) -> No
     assert (task.num_labels, task.num_targets(batch)) == (1, 40)
 
 
+def test_a_number_that_rows_cannot_hold_costs_its_record(tmp_path: Path) -> None:
+    """As infinity it would count as no target at all."""
+    records: list[dict[str, Any]] = [{"text": f"text {n}", "label": n / 4} for n in range(40)]
+    records += [{"text": f"far {n}", "label": n} for n in (1e39, -1e39, 10**400, 3.4e38)]
+    folder = write(tmp_path / "in", records)
+    spec = spec_of(folder, "regression", data={**labelled(folder), "max_bad_share": 0.5})
+    corpus = prepare(spec, str(tmp_path / "runs"))
+    assert (corpus.manifest.num_bad, corpus.manifest.train.num_rows) == (3, 41)
+    lines = (Path(corpus.folder) / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == [
+        "'label' is beyond 3.4e+38",
+        "'label' is beyond 3.4e+38",
+        "'label' is beyond what a float holds",
+    ]
+    task = spec.task.on(corpus.manifest)
+    assert task.num_targets(task.collate(rows_of(corpus))) == 41
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (
+            [{"text": "a", "price": "x"}, {"text": "b"}],
+            r"2 of its 2 records are unreadable \(first: 'price' is no number",
+        ),
+        ([{"text": "a"}, {"text": "b"}], "no label column 'price'; columns: text"),
+        ([{"price": 1}, {"price": "x"}], "no text column 'text'; columns: price"),
+    ],
+)
+def test_the_fault_that_is_told_is_the_one_there_is(
+    tmp_path: Path, records: list[dict[str, Any]], said: str
+) -> None:
+    folder = write(tmp_path / "in", records)
+    source = {"path": str(folder), "label": "price"}
+    with pytest.raises(CorpusError, match=said):
+        prepare(spec_of(folder, "regression", data={"train": source}), str(tmp_path / "runs"))
+
+
 CONLL = """-DOCSTART- -X- O
 
 Ada B-person

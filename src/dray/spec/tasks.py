@@ -21,6 +21,7 @@ from dray.spec.sections import Section, Source
 
 GROUP = "dray.tasks"
 OWN_PACKAGE = "dray"
+MOST_IN_FP32 = (2 - 2**-23) * 2.0**127
 TEXT_KINDS = ("text", "words", "bytes")
 """Kinds of fields that make a document; a field of another kind is its target."""
 Direction = Literal["lower", "higher"]
@@ -42,6 +43,9 @@ class Field:
     """Where it is, unless a source says otherwise."""
     place: int | None = None
     """Which column of lines of words it is, unless a source says otherwise."""
+    most: float = MOST_IN_FP32
+    """The greatest size of a `number`; a record with a greater one is a bad record. By itself it is
+    what fp32 holds, since a greater number would become infinite there."""
 
     def column_in(self, source: Source, name: str, form: str = "") -> str | None:
         """The column of a source that holds the field of that name; None: there is none."""

@@ -23,6 +23,11 @@ IGNORED = -100
 """The label of a position without a target."""
 
 
+SEGMENT = "segment"
+"""The column that says which text of its row a token is of, 0 or 1, if the task has it: models get
+it as `token_type_ids`."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of rows, of numbers."""

@@ -136,12 +136,16 @@ class Task:
     def row_settings(self) -> dict[str, Any]:
         """What of the task decides over its rows: a part of a corpus' key. It is a class' own: one
         that says nothing shares no corpus with another class, nor with itself under other settings,
-        columns or another version."""
+        fields, columns or another version."""
         return {
             "packs_rows": self.packs,
             "task": self.name,
             "version": self.version,
             "settings": self.settings.model_dump(mode="json"),
+            "fields": {
+                name: [field.kind, field.column, field.place, field.most]
+                for name, field in self.fields.items()
+            },
             "columns": [vars(column) for column in self.columns],
         }
 
