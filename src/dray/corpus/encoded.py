@@ -6,6 +6,7 @@ Refuses columns that rows cannot have, and documents that are not as they are de
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,14 @@ def check_encoded(
             _check_numbers(task, column, columns[name], num_names)
         if name == SEGMENT and columns[name].size and not 0 <= columns[name].max() <= 1:
             raise _wrong(task, name, "is not 0 or 1, for the text of its row that a token is of")
-    return Encoded(tokens, lengths, columns, records, num_lost, encoded.refused)
+    return replace(
+        encoded,
+        tokens=tokens,
+        lengths=lengths,
+        columns=columns,
+        records=records,
+        num_lost=num_lost,
+    )
 
 
 def _checked_tokens(task: Any, tokens: Any, vocab_size: int) -> npt.NDArray[np.unsignedinteger]:

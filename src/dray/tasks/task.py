@@ -209,9 +209,11 @@ class Task:
         """What the model tells of each row of a batch."""
         raise NotImplementedError
 
-    def join_predictions(self, pieces: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    def join_predictions(
+        self, pieces: Sequence[Any], given: Mapping[str, Any], untold: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """What is told of a record, from that of its rows in their order: `prediction`, and what
-        goes with it."""
+        goes with it. `untold`: `Encoded.untold` of the record; it is given where there is any."""
         (only,) = pieces
         return dict(only)
 
