@@ -14,7 +14,7 @@ from dray.release.generate import fit_prompt
 from dray.release.measuring import batch_rows
 from dray.spec import Source, make_spec
 from dray.spec.tasks import make_task
-from dray.tasks.metrics import ClassificationMetrics
+from dray.tasks.metrics import ClassificationMetrics, EntityMetrics, TokenMetrics
 
 LINES = {"path": "lines.txt", "format": "lines"}
 CSV = {
@@ -173,3 +173,18 @@ def test_what_a_diverged_model_gives_has_no_metrics(task: Any, output: str, bad:
     assert values.pop("num_targets") == 2
     assert set(values) == set(made.metrics)
     assert set(values.values()) == {None}
+
+
+def test_tags_and_tokens_of_a_diverged_model_are_no_guesses() -> None:
+    labels, lost = torch.tensor([[0, 1, 1]]), torch.tensor(float("nan"))
+    place = {"document": torch.zeros(1), "window": torch.zeros(1)}
+    entities = EntityMetrics(("O", "B-X"))
+    entities.update(
+        {"labels": labels, **place}, {"scores": torch.full((1, 3, 2), torch.nan), "loss_sum": lost}
+    )
+    tokens = TokenMetrics()
+    tokens.update({"labels": labels}, {"loss_sum": lost, "num_correct": torch.tensor(2)})
+    for task, metrics in ((make_task("token_classification"), entities), (make_task(None), tokens)):
+        values = task.measured(metrics, None)
+        assert values.pop("num_targets") == 3
+        assert set(values.values()) == {None}

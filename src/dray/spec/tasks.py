@@ -109,13 +109,17 @@ def _known() -> dict[str, list[EntryPoint]]:
         if all(other.value != point.value for other in same):
             same.append(point)
     if not found:
-        raise SpecError(
-            "dray",
-            "is on the path, but not installed",
-            "tasks are found by the entry points of what is installed",
-            "pip install dray, or -e its folder",
-        )
+        raise _not_installed()
     return found
+
+
+def _not_installed() -> SpecError:
+    return SpecError(
+        "dray",
+        "is on the path, but not installed",
+        "tasks are found by the entry points of what is installed",
+        "pip install dray, or -e its folder",
+    )
 
 
 def _package(point: EntryPoint) -> str:
@@ -165,12 +169,11 @@ def find_task(name: str) -> type[TaskKind]:
 def default_task() -> str:
     """The name of the task that a spec means which names none: one of dray's own, so that what else
     is installed changes no spec's meaning."""
-    own = (
-        name
-        for name, points in sorted(_known().items())
-        if any(point.module.partition(".")[0] == OWN_PACKAGE for point in points)
-    )
-    return next(name for name in own if find_task(name).is_default)
+    for points in _known().values():
+        for point in points:
+            if point.module.partition(".")[0] == OWN_PACKAGE and point.load().is_default:
+                return point.name
+    raise _not_installed()
 
 
 def make_task(value: Any) -> Any:

@@ -59,7 +59,8 @@ class TokenMetrics:
         return {
             "loss": loss,
             self._perplexity: math.exp(min(loss, 700.0)),
-            "accuracy": self._num_correct / count,
+            # Where a loss is not finite the model has diverged, and its first guess is none.
+            "accuracy": self._num_correct / count if math.isfinite(loss) else math.nan,
             "num_targets": float(self._num_targets),
         }
 
@@ -293,10 +294,14 @@ class EntityMetrics(_Gathered):
         wanted, found = self._sentences()
         pairs = zip(chain(*wanted), chain(*found), strict=True)
         same = sum(one == other for one, other in pairs)
+        loss, num_targets = total(self._losses) / self._num_words, float(self._num_words)
+        if not math.isfinite(loss):  # the tags are those of a model that has diverged
+            nothing = dict.fromkeys(self.names[1:] if self._entities else ("accuracy",), math.nan)
+            return {"loss": loss, **nothing, "num_targets": num_targets}
         values = {
-            "loss": total(self._losses) / self._num_words,
+            "loss": loss,
             "accuracy": same / self._num_words,
-            "num_targets": float(self._num_words),
+            "num_targets": num_targets,
         }
         if not self._entities:
             return values
