@@ -40,6 +40,7 @@ from dray.rank.group import Ranks, build_ranks
 from dray.rank.loop import preload
 from dray.rank.rehearsal import make_rows
 from dray.spec import Spec, make_spec
+from dray.spec.tasks import make_task
 from dray.tasks.causal_lm import CausalLM
 from dray.tasks.masked_lm import MaskedLM
 from dray.tasks.sequence_classification import SequenceClassification
@@ -136,11 +137,13 @@ class Found:
 
 def tiny_spec(architecture: str, task: str, stage: int = 0, num_ranks: int = 1) -> Spec:
     """A spec of the architecture at its smallest."""
+    labelled = {"label": "label"} if "label" in make_task(task).fields else {}
+    source = {"path": "none", **labelled}
     return make_spec(
         {
             "name": "tiny",
             "task": task,
-            "data": {"train": {"path": "none", "label": "label"}, "sequence_tokens": ROW_TOKENS},
+            "data": {"train": source, "sequence_tokens": ROW_TOKENS},
             "tokenizer": {"train": "byte_bpe", "vocab_size": VOCAB},
             "model": {"architecture": architecture} | SIZES | needed(architecture),
             "batch": {"global_rows": ROWS, "micro_rows": 2},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pyarrow import fs as pafs
 
 from dray.corpus.manifest import (
@@ -19,7 +21,7 @@ from dray.corpus.manifest import (
     dump_manifest,
 )
 from dray.corpus.prepare import Corpus
-from dray.corpus.shards import make_batch, stored_columns, write_shard
+from dray.corpus.shards import Stored, make_batch, stored_columns, write_shard
 from dray.tasks.causal_lm import CausalLM
 
 
@@ -31,13 +33,18 @@ def build_random_corpus(
     tokens: int = 16,
     group_rows: int = 32,
     key: str = "random",
+    task: Any = None,
+    values: Mapping[str, npt.ArrayLike] | None = None,
+    labels: Sequence[str] = (),
 ) -> Corpus:
-    """One source for each of `num_rows`, in shards of at most three groups."""
+    """One source for each of `num_rows`, in shards of at most three groups. `values`: what each
+    row of a task's columns has, by column; by itself it is causal_lm's."""
+    columns = stored_columns(task or CausalLM(), tokens, "uint16", len(labels))
     sources = []
     for number, count in enumerate(num_rows):
         sizes = [min(3 * group_rows, count - start) for start in range(0, count, 3 * group_rows)]
         shards = tuple(
-            _write(folder, f"train/{number}-{nth}.arrow", size, tokens, group_rows)
+            _write(folder, f"train/{number}-{nth}.arrow", size, tokens, group_rows, columns, values)
             for nth, size in enumerate(sizes)
         )
         sources.append(
@@ -63,7 +70,7 @@ def build_random_corpus(
         pad_token_id=0,
         eos_token_id=0,
         encoder="tokenizers",
-        labels=(),
+        labels=tuple(labels),
         train=Split(sources=tuple(sources)),
         validation=None,
         num_source_files=0,
@@ -78,9 +85,17 @@ def build_random_corpus(
     return Corpus(str(folder), manifest)
 
 
-def _write(folder: Path, file: str, num_rows: int, tokens: int, group_rows: int) -> Shard:
+def _write(
+    folder: Path,
+    file: str,
+    num_rows: int,
+    tokens: int,
+    group_rows: int,
+    columns: Sequence[Stored],
+    given: Mapping[str, npt.ArrayLike] | None,
+) -> Shard:
     ids = np.random.default_rng(num_rows).integers(0, 512, (num_rows, tokens)).astype("uint16")
     counts = np.full(num_rows, tokens, np.int32)
-    columns = stored_columns(CausalLM(), tokens, "uint16")
-    rows = make_batch(columns, {"input_ids": ids, "num_tokens": counts})
+    others = {name: np.resize(np.asarray(value), num_rows) for name, value in (given or {}).items()}
+    rows = make_batch(columns, {"input_ids": ids, "num_tokens": counts, **others})
     return write_shard(pafs.LocalFileSystem(), str(folder), file, rows, group_rows)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dray.spec.tasks import make_task
+
 SUMMARY_KEYS = {
     "name",
     "status",
@@ -48,6 +50,11 @@ def tiny_tree(corpus: Path, **sections: Any) -> dict[str, Any]:
         merges = isinstance(values, dict) and isinstance(tree.get(name), dict)
         tree[name] = {**tree[name], **values} if merges else values
     return tree
+
+
+def source_for(task: Any, path: str = "none") -> dict[str, Any]:
+    """A source of what a task reads, of columns called like its fields."""
+    return {"path": path, **({"label": "label"} if "label" in make_task(task).fields else {})}
 
 
 def assert_close(found: Mapping[str, Any], expected: Mapping[str, Any], rel: float = 1e-6) -> None:

@@ -6,7 +6,9 @@ import base64
 import hashlib
 import io
 import json
+import math
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,11 @@ def test_what_is_as_it_is_declared_gets_its_dtypes() -> None:
         ({"records": np.array([0, 0])}, "records say nothing of number 1: name it in refused"),
         ({"records": np.array([0, 2])}, "records name some that were refused, or not given"),
         ({"refused": {1: "bad"}}, "records name some that were refused"),
+        ({"records": np.array([0])}, "records are 1 of 2 documents"),
+        ({"records": np.array([0.0, 1.0])}, "records are float64, not integers"),
+        ({"num_lost": np.array([0])}, "num_lost is no number from 0 for each of 2"),
+        ({"num_lost": np.array([0, -1])}, "num_lost is no number from 0 for each of 2"),
+        ({"num_lost": np.array([0, 0.5])}, "num_lost are float64, not integers"),
     ],
 )
 def test_what_is_not_as_it_is_declared_is_refused(changed: dict[str, Any], said: str) -> None:
@@ -233,11 +240,70 @@ def test_what_is_not_as_it_is_declared_is_refused(changed: dict[str, Any], said:
 
 
 @pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        (Column("x", "float32"), np.array([1.0, 1e39]), "x has 1e\\+39, beyond float32"),
+        (Column("x", "float32"), np.array([1.0, -(10**39)], float), "x has -1e\\+39, beyond"),
+        (Column("x", "float16"), np.array([1, 70_000]), "x has 70000, beyond float16"),
+        (Column("x", "float32", varies=True), pa.array([[1e39], []]), "x has 1e\\+39, beyond"),
+        (Column("x", hot=True), [["a"], []], "x is a list, not lists of numbers"),
+        (Column("x", hot=True), pa.array([[0.5], []]), "x has double values, not classes"),
+        (Column("x", hot=True), pa.array([[3], []]), "x has 3 to 3, not the numbers that Tools"),
+        (Column("x", hot=True), pa.array([[-1], [0]]), "x has -1 to 0, not the numbers"),
+        (Column("x", names=True), np.array([0, 3]), "x has 0 to 3, not the numbers"),
+    ],
+)
+def test_values_that_a_column_cannot_hold_are_refused(
+    column: Column, values: Any, said: str
+) -> None:
+    task = declaring(column)
+    empty = np.empty(0, np.uint16)
+    with pytest.raises(CorpusError, match=f"its encode gives .*{said}"):
+        check_encoded(task, Encoded(empty, np.array([3, 0]), {"x": values}), 2, num_names=3)
+
+
+def test_what_is_no_number_stays_what_it_is() -> None:
+    values = np.array([math.nan, math.inf])
+    given = Encoded(np.empty(0, np.uint16), np.array([3, 0]), {"x": values})
+    found = check_encoded(declaring(Column("x", "float32")), given, 2).columns["x"]
+    assert np.array_equal(found, values, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (np.array([1.0, 2.0]), "tokens are float64, not integers"),
+        (np.array([-1, 2]), "tokens are -1 to 2, of a vocabulary of 300"),
+        (np.array([1, 300]), "tokens are 1 to 300, of a vocabulary of 300"),
+        (np.array([1]), "tokens are 1, but 2 by lengths"),
+    ],
+)
+def test_tokens_are_of_the_vocabulary(tokens: npt.NDArray[Any], said: str) -> None:
+    task = declaring(tokenizes=True)
+    given = Encoded(np.array([299, 0]), np.array([1, 1]))
+    assert check_encoded(task, given, 2, vocab_size=300).tokens.dtype == np.uint16
+    with pytest.raises(CorpusError, match=f"its encode gives .*{said}"):
+        check_encoded(task, Encoded(tokens, np.array([1, 1])), 2, vocab_size=300)
+
+
+def test_segments_are_of_one_text_or_the_other() -> None:
+    task = declaring(Column("segment", "uint8", "token"), tokenizes=True)
+    given = Encoded(np.array([1, 2]), np.array([2]), {"segment": np.array([0, 2])})
+    with pytest.raises(CorpusError, match="segment is not 0 or 1"):
+        check_encoded(task, given, 1, vocab_size=300)
+
+
+@pytest.mark.parametrize(
     ("columns", "attributes", "said"),
     [
         ([Column("low")], {}, "has a name that another has"),
         ([Column("a"), Column("a")], {}, "has a name that another has"),
         ([Column("a", "bool")], {}, "holds bool"),
+        ([Column("a", "floaty")], {}, "holds floaty; columns hold integers or floats"),
+        ([Column("a", "float32", names=True)], {}, "numbers names in float32"),
+        ([Column("a", shape=(0,))], {}, r"is of shape \(0,\)"),
+        ([Column("segment")], {}, "is called like what says which text"),
+        ([Column("segment", "float32", "token")], {"tokenizes": True}, "is called like what says"),
         ([Column("a", varies=True, shape=(2,))], {}, "is of several kinds"),
         ([Column("a", names=True, varies=True)], {}, "is of several kinds"),
         ([Column("a", each="token")], {}, "is one of tokens, of which the task has none"),
@@ -301,8 +367,14 @@ def test_tasks_of_other_packages_share_no_corpus(tmp_path: Path) -> None:
     class Later(Scans):
         version = 1
 
+    class Elsewhere(Scans):
+        fields: Mapping[str, Field] = {**Scans.fields, "label": Field("label", column="class")}
+
+    class OtherKind(Scans):
+        fields: Mapping[str, Field] = {**Scans.fields, "label": Field("labels")}
+
     tree = scans_tree([tmp_path / "a.jsonl"])
-    kinds = (Scans, Others, Wider, Later)
+    kinds = (Scans, Others, Wider, Later, Elsewhere, OtherKind)
     assert len({corpus_key(make_spec({**tree, "task": kind()})) for kind in kinds}) == len(kinds)
 
     class Doubtful(SequenceClassification):

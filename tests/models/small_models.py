@@ -9,6 +9,7 @@ import torch
 
 from dray.models.build import build_model
 from dray.spec import Spec, make_spec
+from tiny import source_for
 
 VOCAB = 512
 
@@ -29,7 +30,7 @@ def small_spec(
         "model": sizes | model,
         "duration": {"steps": 1},
         "seed": 7,
-        "data": {"train": [{"path": "unused", "label": "label"}], "sequence_tokens": 32},
+        "data": {"train": [source_for(task)], "sequence_tokens": 32},
     }
     if "path" in model:
         tree["tokenizer"] = {"path": model["path"]}

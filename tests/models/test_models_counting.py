@@ -23,6 +23,7 @@ from dray.plan.architectures import _HARMLESS_OPTIONS, HEEDED_OPTIONS
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.parameters import FAMILIES
 from dray.spec import Spec, make_spec
+from tiny import source_for
 
 HEADS = {
     "causal_lm": "AutoModelForCausalLM",
@@ -47,7 +48,7 @@ def tree_of(
     return {
         "name": "t",
         "task": task,
-        "data": {"train": {"path": "none", "label": "label"}, "sequence_tokens": row_tokens},
+        "data": {"train": source_for(task), "sequence_tokens": row_tokens},
         "tokenizer": {"train": "byte_bpe", "vocab_size": 512},
         "model": ({"architecture": architecture} | sizes if architecture else {}) | model,
         "duration": {"steps": 1},

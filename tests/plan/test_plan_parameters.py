@@ -23,6 +23,7 @@ from dray.plan.architectures import is_gated
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.parameters import ROTARY_GATED, Dimensions, count_parameters, load_dimensions
 from dray.spec import Spec, make_spec
+from tiny import source_for
 
 CAUSAL = (*ROTARY_GATED, "gpt2", "gpt_neox")
 COUNTED = (*CAUSAL, "gpt_bigcode", "starcoder2", "nemotron")
@@ -37,7 +38,7 @@ def spec_of(
     dropout: float = 0.0,
     **model: Any,
 ) -> Spec:
-    source: dict[str, Any] = {"path": "none", "label": "label"}
+    source = source_for(task)
     sizes = {"architecture": architecture, "hidden_size": 64, "num_layers": layers, "num_heads": 4}
     return make_spec(
         {
@@ -194,7 +195,7 @@ def test_sizes_come_from_a_folder(tmp_path: Path) -> None:
             {
                 "name": "t",
                 "task": task,
-                "data": {"train": {"path": "none", "label": "l"}, "sequence_tokens": 96},
+                "data": {"train": source_for(task), "sequence_tokens": 96},
                 "tokenizer": {"path": str(tmp_path)},
                 "model": {"path": str(tmp_path / architecture)},
                 "duration": {"steps": 1},

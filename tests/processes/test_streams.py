@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from dray import cli
 from dray.cli import main
 from dray.errors import Interrupted
 from dray.processes.signals import Stopped, Wishes, stops
-from dray.processes.streams import Forgiving
+from dray.processes.streams import Forgiving, Results
 
 
 def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -42,6 +43,24 @@ def test_a_terminal_that_takes_ascii_alone_gets_other_signs(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "raw corpus -> token shards" in done.stdout
     assert done.stdout.isascii()
+
+
+def test_numbers_that_json_has_no_words_for_are_null():
+    document = {"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": None}, "e": Path("x")}
+    stream = io.StringIO()
+    Results(stream).say_json(document)
+    Results(stream).say_record(document)
+    whole, _, record = stream.getvalue().rstrip().rpartition("\n")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for text in (whole, record):
+        assert json.loads(text, parse_constant=refuse) == {
+            "a": [None, 1.5, [None]],
+            "b": {"c": None, "d": None},
+            "e": "x",
+        }
 
 
 def test_json_stays_json_in_ascii(tmp_path: Path):

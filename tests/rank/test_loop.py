@@ -4,28 +4,35 @@ does without."""
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dray.corpus.prepare import Corpus
 from dray.corpus.stream import RowStream, remember_manifest
+from dray.doctor import diagnose
 from dray.errors import BadNumbers, CheckpointDamaged, StoreError
 from dray.rank.group import Ranks, choose_interface
 from dray.release.evaluate import evaluate
 from dray.release.trained import load_trained
-from dray.runs import CheckpointReader, Run, verify_checkpoint
+from dray.runs import CheckpointReader, Run, choose_checkpoint, verify_checkpoint
+from dray.show.report import format_summary
 from dray.spec import make_spec
 from dray.storage.filesystem import RangeReader
+from dray.tasks.regression import Regression
+from dray.tasks.sequence_classification import SequenceClassification
 from dray.train.driver import train_locally
 from failing_proxy import FailingProxy, failing_proxy
 from random_corpus import build_random_corpus
 from rank_host import RankHost, rank_host
+from remarks import Remarks
 from tiny import tiny_tree
 
 SEED = 2**32 - 1  # the greatest that a spec allows
@@ -89,6 +96,113 @@ def test_a_validated_step_is_saved_after_its_validation(tmp_path: Path, corpus: 
     assert [step for step in range(1, 6) if stream.validates_after(step)] == [2, 4, 5]
     remember_manifest(corpus.folder, corpus.manifest)
     assert not replace(stream).validates_after(2)
+
+
+def labelled_rows(folder: Path, held_out: list[int]) -> Corpus:
+    """Rows of two classes to train on, and held-out ones of the classes that are given."""
+    parts = [
+        build_random_corpus(
+            folder / name,
+            [32],
+            tokens=64,
+            task=SequenceClassification(),
+            values={"label": np.array(classes, np.int32)},
+            labels=("0", "1"),
+        )
+        for name, classes in (("train", [0, 1]), ("held", held_out))
+    ]
+    (source,) = parts[1].manifest.train.sources
+    shutil.copytree(folder / "held", folder / "train" / "held")
+    shards = tuple(
+        shard.model_copy(update={"file": f"held/{shard.file}"}) for shard in source.shards
+    )
+    held = parts[1].manifest.train.model_copy(
+        update={"sources": (source.model_copy(update={"shards": shards}),)}
+    )
+    return Corpus(parts[0].folder, parts[0].manifest.model_copy(update={"validation": held}))
+
+
+def train_labelled(storage: Path, corpus: Corpus, display: Remarks, **sections: Any) -> Run:
+    tree = tiny_tree(
+        Path("texts"),
+        **{
+            "task": "sequence_classification",
+            "data": {"train": [{"path": "texts", "label": "label"}]},
+            "checkpoint": {"every_steps": 1, "keep_last": 9},
+            **sections,
+        },
+    )
+    return train_locally(make_spec(tree), storage=str(storage), corpus=corpus, display=display).run
+
+
+def test_an_undefined_metric_neither_stops_a_run_nor_ranks_its_checkpoints(tmp_path: Path) -> None:
+    corpus, display = labelled_rows(tmp_path, [0]), Remarks()
+    rule = {"metric": "auc", "every_steps": 1, "patience": 1, "max_rows": 8}
+    run = train_labelled(tmp_path / "runs", corpus, display, validation=rule)
+    assert [row["auc"] for row in run.validations()] == [None] * 6
+    assert all(row["loss"] > 0 and row["recall"] is None for row in run.validations())
+    assert [event["step"] for event in events(run, "metric_undefined")] == [1]
+    assert sum("auc is undefined at step 1" in line for line in display.lines) == 1
+    assert "auc undefined" in "\n".join(display.lines)
+    assert "auc was undefined at step 1" in "\n".join(diagnose(run).notes)
+    assert "auc undefined" in format_summary(run)
+    with pytest.raises(StoreError, match="no sound checkpoint best"):
+        choose_checkpoint(run, "best")
+    assert evaluate(str(tmp_path / "runs"), run.name)["auc"] is None
+
+
+def test_a_run_that_was_stopped_early_is_complete_until_it_gets_more_patience(
+    tmp_path: Path,
+) -> None:
+    corpus, storage = labelled_rows(tmp_path, [0, 1]), tmp_path / "runs"
+
+    def again(patience: int, display: Remarks) -> Run:
+        rule = {"every_steps": 1, "patience": patience, "max_rows": 8}
+        return train_labelled(
+            storage,
+            corpus,
+            display,
+            optimizer={"learning_rate": 1.0},
+            duration={"steps": 40},
+            validation=rule,
+        )
+
+    run = again(1, Remarks())
+    stopped, remarks = run.latest_checkpoint(), Remarks()
+    assert stopped is not None
+    assert (stopped.step < 40, stopped.without_better) == (True, 1)
+    assert again(1, remarks).latest_checkpoint() == stopped
+    assert [line for line in remarks.lines if "is complete at step" in line] == [
+        f"tiny is complete at step {stopped.step}: 1 validations in a row were no better; a larger "
+        "validation.patience would go on"
+    ]
+    assert (len(run.attempts()), run.status) == (1, "completed")
+    further = again(2, Remarks()).latest_checkpoint()
+    assert further is not None
+    assert further.step > stopped.step
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_by_its_numbers_and_not_in_its_metrics(
+    tmp_path: Path,
+) -> None:
+    task, display = Regression(), Remarks()
+    values = {"label": np.array([3e38], np.float32)}
+    corpus = build_random_corpus(tmp_path / "rows", [32], tokens=64, task=task, values=values)
+    held_out = corpus.manifest.model_copy(update={"validation": corpus.manifest.train})
+    with pytest.raises(BadNumbers, match="the loss is not finite"):
+        train_labelled(
+            tmp_path / "runs",
+            Corpus(corpus.folder, held_out),
+            display,
+            task="regression",
+            numerics={"max_skipped_steps": 4},
+            validation={"every_steps": 1, "patience": 1, "max_rows": 8},
+        )
+    run = Run.open(tmp_path / "runs", "tiny")
+    assert [row["loss"] for row in run.validations()] == [None] * 3
+    assert all(row["mae"] > 1e38 for row in run.validations())
+    assert [event["reason"] for event in events(run, "metric_undefined")] == ["it is not finite"]
+    assert sum("loss is undefined at step 1" in line for line in display.lines) == 1
 
 
 def test_dropout_draws_anew_at_every_place_under_any_seed() -> None:

@@ -13,7 +13,8 @@ from dray.release.evaluate import make_evaluation_spec
 from dray.release.generate import fit_prompt
 from dray.release.measuring import batch_rows
 from dray.spec import Source, make_spec
-from dray.tasks.metrics import ClassificationMetrics
+from dray.spec.tasks import make_task
+from dray.tasks.metrics import ClassificationMetrics, EntityMetrics, TokenMetrics
 
 LINES = {"path": "lines.txt", "format": "lines"}
 CSV = {
@@ -27,7 +28,7 @@ CSV = {
 
 
 def read_as(data: str, *train: Any, validation: Any = None, task: str = "causal_lm") -> Source:
-    """The source that a value of `--data` becomes."""
+    """The source that a value of `--data` becomes, of a run with that spec."""
     tree = {
         "name": "x",
         "task": task,
@@ -35,7 +36,24 @@ def read_as(data: str, *train: Any, validation: Any = None, task: str = "causal_
         "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
         "duration": {"steps": 1},
     }
-    return make_evaluation_spec(make_spec(tree), [data], "tok").data.train[0]
+    return make_evaluation_spec(make_spec(tree, kept=True), [data], "tok").data.train[0]
+
+
+def test_what_a_run_began_with_without_effect_does_not_keep_it_from_being_evaluated() -> None:
+    """Specs that would be refused now."""
+    tree = {
+        "name": "x",
+        "task": "regression",
+        "data": {"train": [{"path": "a.csv", "label": "stars"}]},
+        "model": {"architecture": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 1},
+        "duration": {"steps": 1},
+        "validation": {"patience": 2},
+        "regularization": {"label_smoothing": 0.1},
+    }
+    with pytest.raises(UserError, match=r"validation\.patience = 2"):
+        make_spec(tree)
+    spec = make_evaluation_spec(make_spec(tree, kept=True), ["b.csv"], "tok")
+    assert spec.data.train[0].label == "stars"
 
 
 @pytest.mark.parametrize(
@@ -132,3 +150,41 @@ def test_metrics_of_a_slice_say_what_they_cannot_tell() -> None:
     # failure.
     values, undefined = metrics_of([2, 2], [2, 2], 5)
     assert (values["recall"], values["f1"], undefined) == (1.0, 1.0, ("auc",))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("task", "output"),
+    [
+        ("sequence_classification", "scores"),
+        ({"name": "sequence_classification", "labels": "many"}, "scores"),
+        ("regression", "numbers"),
+    ],
+)
+def test_what_a_diverged_model_gives_has_no_metrics(task: Any, output: str, bad: float) -> None:
+    made = make_task(task)
+    metrics = made.new_metrics()
+    labels = torch.tensor([[1, 0], [0, 1]]) if made.num_outputs is None else torch.ones(2)
+    if made.head.problem_type == "single_label_classification":
+        labels = torch.tensor([1, 0])
+    found = torch.full((2, 2) if made.num_outputs is None else (2,), bad)
+    metrics.update({"labels": labels}, {output: found, "loss_sum": torch.tensor(bad)})
+    values = made.measured(metrics, None)
+    assert values.pop("num_targets") == 2
+    assert set(values) == set(made.metrics)
+    assert set(values.values()) == {None}
+
+
+def test_tags_and_tokens_of_a_diverged_model_are_no_guesses() -> None:
+    labels, lost = torch.tensor([[0, 1, 1]]), torch.tensor(float("nan"))
+    place = {"document": torch.zeros(1), "window": torch.zeros(1)}
+    entities = EntityMetrics(("O", "B-X"))
+    entities.update(
+        {"labels": labels, **place}, {"scores": torch.full((1, 3, 2), torch.nan), "loss_sum": lost}
+    )
+    tokens = TokenMetrics()
+    tokens.update({"labels": labels}, {"loss_sum": lost, "num_correct": torch.tensor(2)})
+    for task, metrics in ((make_task("token_classification"), entities), (make_task(None), tokens)):
+        values = task.measured(metrics, None)
+        assert values.pop("num_targets") == 3
+        assert set(values.values()) == {None}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from dray.errors import CheckpointsLost
-from dray.runs import Run, find_resume_checkpoint, fork_run
+from dray.runs import Run, choose_checkpoint, find_resume_checkpoint, fork_run
 from dray.storage.filesystem import delete_folder
 from sharded_model import PLAN, make_test_spec, save
 
@@ -57,3 +59,10 @@ def test_a_fork_does_not_fall_back_to_its_origin(storage: str, run: Run) -> None
     fork.set_aside(save(fork, 20), "a bit flipped")
     with pytest.raises(CheckpointsLost, match="step 20"):
         find_resume_checkpoint(fork)
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
+def test_the_best_is_one_whose_metric_is_defined(local_run: Run, nothing: float | None) -> None:
+    for step, loss in ((10, nothing), (20, 2.0), (30, 1.0), (40, nothing)):
+        save(local_run, step, validation={"loss": loss})
+    assert choose_checkpoint(local_run, "best").step == 30

@@ -50,11 +50,14 @@ def test_keep_last(run: Run) -> None:
         ("loss", {10: 1.0, 20: 3.0, 30: 2.0, 40: 4.0}, [10, 30, 40]),
         ("accuracy", {10: 0.1, 20: 0.9, 30: 0.2, 40: 0.3}, [20, 40]),
         ("loss", {10: float("nan"), 20: 3.0, 30: 2.0, 40: 4.0}, [20, 30, 40]),
+        ("loss", {10: None, 20: float("inf"), 30: 2.0, 40: 4.0}, [30, 40]),
         ("loss", {40: 4.0}, [40]),
         ("perplexity", {10: 1.0, 20: 3.0}, [10, 20, 40]),
     ],
 )
-def test_keep_best(local_run: Run, metric: str, values: dict[int, float], kept: list[int]) -> None:
+def test_keep_best(
+    local_run: Run, metric: str, values: dict[int, float | None], kept: list[int]
+) -> None:
     for step in (10, 20, 30, 40):
         save(local_run, step, **({"validation": {metric: values[step]}} if step in values else {}))
     apply_retention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,27 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("model.hidden_size=100", "hidden_size 100 is not a multiple of num_heads 6"),
         ("model.num_layers=null", "`num_layers` is needed"),
         ("zero.stage=7", "zero.stage = 7"),
+        ("zero=3", "zero = 3: a mapping such as {stage: 3} is wanted"),
+        ("duration=100", "duration = 100: a mapping such as {steps: 100} is wanted"),
+        ("duration=[1]", r"duration = \[1\]: a mapping of steps, epochs, tokens is wanted"),
+        ("task=[causal_lm]", "task = \\['causal_lm'\\]: the name of a task, or a mapping"),
+        ("task=5", "task = 5: the name of a task"),
+        ("task=true", "task = True: the name of a task"),
+        ("task={name: [a]}", "task: name = \\['a'\\]: the name of a task is a word"),
+        ("task.share=0.3", "task: causal_lm has no setting share; its settings: none"),
+        (
+            "task={name: masked_lm, share: 2}",
+            "^the command line: task: share = 2: input should be less than 1",
+        ),
+        (
+            "data.validation=null validation.patience=3",
+            "validation.patience = 3: without data.validation there is nothing to validate on",
+        ),
+        (
+            "task=regression data.train={path: x, label: y} regularization.label_smoothing=0.1",
+            "label_smoothing = 0.1: regression has no classes to smooth",
+        ),
+        ("data.train={path: x, label: y}", "data: label = 'y': causal_lm reads text; leave it out"),
         ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher, not 0"),
         ("precision=int8", "precision = 'int8'"),
         (
@@ -153,7 +175,7 @@ def test_a_mistake_is_one_line_that_says_where_and_what(
     spec_file: Path, override: str, message: str
 ):
     with pytest.raises(SpecError, match=message) as caught:
-        load_spec(spec_file, [override])
+        load_spec(spec_file, re.split(r" (?=[a-z._]+=)", override))
     assert "\n" not in str(caught.value)
 
 
@@ -311,7 +333,9 @@ def test_what_needs_whole_matrices_is_refused_where_zero_cuts_them(
     name: str, zero: dict[str, object], key: str
 ):
     tree = {**TREE, "optimizer": {"name": name, "learning_rate": 0.5}, "zero": zero}
-    with pytest.raises(SpecError, match=rf"zero\.{key}.*{name} goes by whole.*give zero\.stage=0"):
+    with pytest.raises(
+        SpecError, match=rf"zero\.{key}.*{name} goes by .*whole.*give zero\.stage=0"
+    ):
         make_spec(tree)
     assert make_spec({**tree, "zero": {"stage": 0}}).zero.stage == 0
 

@@ -35,6 +35,21 @@ def make_rows(task: MaskedLM) -> pa.Table:
     return rows.append_column("row_id", pa.array([0, 1, -1]))
 
 
+def test_a_row_where_nothing_was_drawn_hides_a_whole_word() -> None:
+    """Rows of words of three tokens each, at a share so small that nothing is drawn."""
+    task = MaskedLM(MaskedLM.Settings(share=1e-9)).on(CORPUS)
+    tokens = np.tile(np.array([1, 7, 8, 9, 10, 11, 12, 2], np.uint32), (40, 1))
+    starts = np.tile(np.array([SPECIAL, 1, 0, 0, 1, 0, 0, SPECIAL], np.uint8), (40, 1))
+    values = {"input_ids": tokens, "num_tokens": np.full(40, 8, np.int32), "starts": starts}
+    table = pa.Table.from_batches([make_batch(stored_columns(task, 8, "uint32"), values)])
+    words = {(1, 2, 3), (4, 5, 6)}
+    hidden = (task.collate(table, draw=5)["labels"] != IGNORED).tolist()
+    assert {tuple(i for i, is_hidden in enumerate(row) if is_hidden) for row in hidden} == words
+    task = MaskedLM(MaskedLM.Settings(share=1e-9, whole_words=False)).on(CORPUS)
+    hidden = (task.collate(table, draw=5)["labels"] != IGNORED).sum(dim=1)
+    assert hidden.tolist() == [1] * 40
+
+
 def test_a_thorough_evaluation_hides_each_token_by_itself() -> None:
     torch.manual_seed(0)
     config = BertConfig(

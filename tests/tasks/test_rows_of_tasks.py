@@ -7,16 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
+from dray.corpus.chunks import Tools
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.shards import read_groups
+from dray.corpus.tokenizing import TokenizerInfo
 from dray.errors import CorpusError
 from dray.spec import Spec, make_spec
 from dray.spec import Tokenizer as Tokenizers
 from dray.storage.filesystem import open_filesystem
 from dray.tasks import IGNORED, draw_of
+from dray.tasks.rows import SEPARATOR
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -108,6 +112,44 @@ def test_numbers_are_read_and_what_is_none_is_a_bad_record(tmp_path: Path) -> No
     assert (task.num_labels, task.num_targets(batch)) == (1, 40)
 
 
+def test_a_number_that_rows_cannot_hold_costs_its_record(tmp_path: Path) -> None:
+    """As infinity it would count as no target at all."""
+    records: list[dict[str, Any]] = [{"text": f"text {n}", "label": n / 4} for n in range(40)]
+    records += [{"text": f"far {n}", "label": n} for n in (1e39, -1e39, 10**400, 3.4e38)]
+    folder = write(tmp_path / "in", records)
+    spec = spec_of(folder, "regression", data={**labelled(folder), "max_bad_share": 0.5})
+    corpus = prepare(spec, str(tmp_path / "runs"))
+    assert (corpus.manifest.num_bad, corpus.manifest.train.num_rows) == (3, 41)
+    lines = (Path(corpus.folder) / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == [
+        "'label' is beyond 3.4e+38",
+        "'label' is beyond 3.4e+38",
+        "'label' is beyond what a float holds",
+    ]
+    task = spec.task.on(corpus.manifest)
+    assert task.num_targets(task.collate(rows_of(corpus))) == 41
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (
+            [{"text": "a", "price": "x"}, {"text": "b"}],
+            r"2 of its 2 records are unreadable \(first: 'price' is no number",
+        ),
+        ([{"text": "a"}, {"text": "b"}], "no label column 'price'; columns: text"),
+        ([{"price": 1}, {"price": "x"}], "no text column 'text'; columns: price"),
+    ],
+)
+def test_the_fault_that_is_told_is_the_one_there_is(
+    tmp_path: Path, records: list[dict[str, Any]], said: str
+) -> None:
+    folder = write(tmp_path / "in", records)
+    source = {"path": str(folder), "label": "price"}
+    with pytest.raises(CorpusError, match=said):
+        prepare(spec_of(folder, "regression", data={"train": source}), str(tmp_path / "runs"))
+
+
 CONLL = """-DOCSTART- -X- O
 
 Ada B-person
@@ -183,6 +225,18 @@ def test_a_word_that_is_nothing_to_the_tokeniser_is_counted(tmp_path: Path) -> N
     assert (packing.num_truncated_documents, packing.num_truncated_tokens) == (1, 1)
     assert "1 training document lost 1 token" in "\n".join(corpus.describe())
 
+    info = TokenizerInfo(4, 1, None, "tokenizers", (), ())
+    tools = Tools(f"{corpus.folder}/tokenizer", info, 32)
+    texts = pa.array([SEPARATOR.join(words) for words in (["\x07", "Ada", "\x07"], ["wrote"])])
+    encoded = spec.task.encode(texts.cast(pa.large_string()), None, tools)
+    assert encoded.untold == {0: [0, 2]}
+    join = spec.task.join_predictions
+    assert join([["B-PER"]], {}, encoded.untold[0]) == {
+        "prediction": [None, "B-PER", None],
+        "num_untold": 2,
+    }
+    assert join([["O", "O"], ["O"]], {}) == {"prediction": ["O", "O", "O"]}
+
 
 def test_what_is_hidden_depends_on_seed_step_and_row_alone(tmp_path: Path) -> None:
     records = [{"text": " ".join(WORDS * 3)} for _ in range(3)] + [
@@ -192,8 +246,6 @@ def test_what_is_hidden_depends_on_seed_step_and_row_alone(tmp_path: Path) -> No
     corpus = prepare(spec, str(tmp_path / "runs"))
     assert corpus.manifest.mask_token_id is not None
     task, table = spec.task.on(corpus.manifest), rows_of(corpus)
-    import pyarrow as pa
-
     table = table.append_column("row_id", pa.array(range(table.num_rows), pa.int64()))
     first, again = (task.collate(table, draw_of(7, 3)) for _ in range(2))
     other = task.collate(table, draw_of(7, 4))

@@ -29,6 +29,20 @@ ANSWER_SECONDS = 3.0
 """A node that cannot be connected to for so long is lost."""
 
 
+def require_connected(where: str) -> None:
+    """Raise PlanError where no Ray is connected: what needs one must not start or join whichever
+    Ray there may be, which nobody would end."""
+    import ray
+
+    if not ray.is_initialized():
+        raise PlanError(
+            where,
+            "no Ray is connected",
+            "its work is done on one",
+            "connect Ray first: ray.init(…), or a block of dray.cluster.connection.connect(…)",
+        )
+
+
 def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 1) -> Shape:
     """The shape of the connected cluster, by the smallest node of those that can hold a worker, if
     any can. Where its nodes cannot hold so many workers, those count too that its autoscaler may

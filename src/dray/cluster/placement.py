@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from dray.cluster.nodes import count_in, has_room, live_resources
+from dray.cluster.nodes import count_in, has_room, live_resources, require_connected
 from dray.errors import PlanError, RunFailed
 from dray.spec import Resources
 
@@ -136,7 +136,9 @@ def reserved(resources: Resources) -> Iterator[Placement]:
     """A place for a run of these resources for as long as the block runs.
 
     It is asked for at once and may come later: `train` waits for it, and so does `Placement.wait`.
+    Raises PlanError where no Ray is connected.
     """
+    require_connected("reserved")
     from ray.util.placement_group import placement_group, remove_placement_group
 
     group = placement_group(make_bundles(resources), strategy="PACK")

@@ -278,7 +278,13 @@ class _ChunkWriter:
 
         with translated(explain):
             encoded: Encoded = task.encode(texts, targets, self._tools)
-        return check_encoded(task, encoded, len(texts))
+        return check_encoded(
+            task,
+            encoded,
+            len(texts),
+            vocab_size=self._job.info.vocab_size,
+            num_names=len(self._tools.names),
+        )
 
     def close(self) -> None:
         """Write what has been gathered as a chunk."""

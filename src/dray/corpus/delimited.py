@@ -383,8 +383,9 @@ def make_delimited(file: InputFile, source: Source, wanted: Wanted) -> Delimited
     places = {name: index for index, name in reversed(list(enumerate(columns)))}
     if not source.header or wanted.text_column.isdigit():
         places = {str(index): index for index in range(len(columns))} | places
-    if fields and any(name not in places for name in wanted.columns):
-        raise missing_column(file.name, wanted, columns)
+    absent = next((part for part in wanted.parts if part[1] not in places), None)
+    if fields and absent is not None:
+        raise missing_column(file.name, absent, columns)
     for name in wanted.columns:
         if columns.count(name) > 1:
             raise repeated_column(file.name, name)

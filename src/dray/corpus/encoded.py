@@ -6,6 +6,7 @@ Refuses columns that rows cannot have, and documents that are not as they are de
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 
 from dray.corpus.packing import Varying
 from dray.errors import CorpusError
-from dray.tasks.rows import Column, Encoded
+from dray.tasks.rows import SEGMENT, Column, Encoded
 
 RESERVED = {
     "input_ids",
@@ -41,10 +42,7 @@ def check_columns(task: Any) -> None:
         where = f"column {column.name!r} of task {task.name}"
         if column.name in RESERVED or names.count(column.name) > 1:
             raise CorpusError(where, "has a name that another has", "names are unique", "rename it")
-        if np.dtype(column.dtype).kind not in "iuf":
-            raise CorpusError(
-                where, f"holds {column.dtype}", "columns hold integers or floats", "uint8 does"
-            )
+        _check_column(where, column)
         if sum(flags) > 1 or (column.names and any(flags[:3])):
             raise CorpusError(
                 where,
@@ -70,16 +68,59 @@ def check_columns(task: Any) -> None:
         )
 
 
-def check_encoded(task: Any, encoded: Encoded, num_texts: int) -> Encoded:
-    """The documents, with columns of the types that are declared. Raises CorpusError for what is
-    not as the task declares it, or was not counted."""
+def _check_column(where: str, column: Column) -> None:
+    """Raises CorpusError for a column that holds what no column can."""
+    try:
+        kind: str = np.dtype(column.dtype).kind
+    except TypeError:
+        kind = "none"
+    if kind not in ("i", "u", "f"):
+        raise CorpusError(
+            where, f"holds {column.dtype}", "columns hold integers or floats", "uint8 does"
+        )
+    if column.names and kind == "f":
+        raise CorpusError(
+            where, f"numbers names in {column.dtype}", "they are numbered by integers", "int32 does"
+        )
+    if any(not isinstance(size, int) or size < 1 for size in column.shape):
+        raise CorpusError(
+            where, f"is of shape {column.shape}", "an array has something in it", "leave it out"
+        )
+    if column.name == SEGMENT and (column.each != "token" or kind == "f"):
+        raise CorpusError(
+            where,
+            "is called like what says which text of its row a token is of",
+            "models get it as token_type_ids",
+            "rename it",
+        )
+
+
+def check_encoded(
+    task: Any,
+    encoded: Encoded,
+    num_texts: int,
+    *,
+    vocab_size: int = 0,
+    num_names: int | None = None,
+) -> Encoded:
+    """The documents, with tokens of a vocabulary of that size and columns of the types that are
+    declared. `num_names`: how many names of classes have numbers by now. Raises CorpusError for
+    what is not as the task declares it, or was not counted."""
     lengths = _integers(task, "lengths", encoded.lengths)
     if len(lengths) and (lengths.min() < 0 or lengths.max() >= 2**31):
         raise _wrong(task, "lengths", "are below 0, or 2^31 or more")
     num_documents, num_tokens = len(lengths), int(lengths.sum())
-    if task.tokenizes and len(encoded.tokens) != num_tokens:
-        raise _wrong(task, "tokens", f"are {len(encoded.tokens):,}, but {num_tokens:,} by lengths")
-    _check_records(task, encoded, num_documents, num_texts)
+    tokens = encoded.tokens
+    if task.tokenizes:
+        if len(tokens) != num_tokens:
+            raise _wrong(task, "tokens", f"are {len(tokens):,}, but {num_tokens:,} by lengths")
+        tokens = _checked_tokens(task, tokens, vocab_size)
+    num_lost = encoded.num_lost
+    if num_lost is not None:
+        num_lost = _integers(task, "num_lost", num_lost)
+        if num_lost.shape != lengths.shape or (num_lost < 0).any():
+            raise _wrong(task, "num_lost", f"is no number from 0 for each of {num_documents:,}")
+    records = _check_records(task, encoded, num_documents, num_texts)
     declared = {column.name: column for column in task.columns if column.name != DOCUMENT}
     if declared.keys() != encoded.columns.keys():
         raise _wrong(task, "columns", f"are {sorted(encoded.columns)}, not {sorted(declared)}")
@@ -87,23 +128,66 @@ def check_encoded(task: Any, encoded: Encoded, num_texts: int) -> Encoded:
         name: _checked(task, column, encoded.columns[name], num_documents, num_tokens)
         for name, column in declared.items()
     }
-    return Encoded(
-        encoded.tokens, lengths, columns, encoded.records, encoded.num_lost, encoded.refused
+    for name, column in declared.items():
+        if column.names or column.hot:
+            _check_numbers(task, column, columns[name], num_names)
+        if name == SEGMENT and columns[name].size and not 0 <= columns[name].max() <= 1:
+            raise _wrong(task, name, "is not 0 or 1, for the text of its row that a token is of")
+    return replace(
+        encoded,
+        tokens=tokens,
+        lengths=lengths,
+        columns=columns,
+        records=records,
+        num_lost=num_lost,
     )
 
 
-def _check_records(task: Any, encoded: Encoded, num_documents: int, num_texts: int) -> None:
-    """Raises CorpusError where it is not said of each record what became of it."""
+def _checked_tokens(task: Any, tokens: Any, vocab_size: int) -> npt.NDArray[np.unsignedinteger]:
+    """Tokens in the dtype that rows keep those of the vocabulary in."""
+    ids = np.asarray(tokens)
+    if ids.dtype.kind not in "iu":
+        raise _wrong(task, "tokens", f"are {ids.dtype}, not integers")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise _wrong(
+            task, "tokens", f"are {ids.min()} to {ids.max()}, of a vocabulary of {vocab_size:,}"
+        )
+    return ids.astype("uint16" if vocab_size <= 2**16 else "uint32", copy=False)
+
+
+def _check_numbers(task: Any, column: Column, values: Any, num_names: int | None) -> None:
+    """Raises CorpusError for classes that nobody has named; a negative number is of none, but in a
+    list."""
+    numbers = values.flatten().to_numpy(zero_copy_only=False) if column.hot else values
+    if not numbers.size:
+        return
+    if (column.hot and numbers.min() < 0) or (num_names is not None and numbers.max() >= num_names):
+        raise _wrong(
+            task,
+            column.name,
+            f"has {numbers.min()} to {numbers.max()}, not the numbers that Tools.number gives",
+        )
+
+
+def _check_records(
+    task: Any, encoded: Encoded, num_documents: int, num_texts: int
+) -> npt.NDArray[np.int64] | None:
+    """The record of each document, where the task says it. Raises CorpusError where it is not said
+    of each record what became of it."""
     if encoded.records is None and num_documents != num_texts:
         raise _wrong(task, "documents", f"are {num_documents:,} of {num_texts:,}, without records")
     if encoded.records is None and not encoded.refused:
-        return
+        return None
+    records = None if encoded.records is None else _integers(task, "records", encoded.records)
+    if records is not None and records.shape != (num_documents,):
+        raise _wrong(task, "records", f"are {records.size:,} of {num_documents:,} documents")
     given, refused = set(range(num_texts)), set(encoded.refused)
-    told = given if encoded.records is None else set(np.asarray(encoded.records).tolist())
+    told = given if records is None else set(records.tolist())
     if (told & refused) or (told | refused) - given:
         raise _wrong(task, "records", "name some that were refused, or not given")
     if missing := given - told - refused:
         raise _wrong(task, "records", f"say nothing of number {min(missing)}: name it in refused")
+    return records
 
 
 def _checked(task: Any, column: Column, values: Any, num_documents: int, num_tokens: int) -> Any:
@@ -114,9 +198,12 @@ def _checked(task: Any, column: Column, values: Any, num_documents: int, num_tok
     if isinstance(values, pa.Array | pa.ChunkedArray) and values.null_count:
         raise _wrong(task, column.name, "has nulls")
     if column.hot:
-        return values
+        lists = _joined_lists(task, column, values)
+        if not pa.types.is_integer(lists.type.value_type):
+            raise _wrong(task, column.name, f"has {lists.type.value_type} values, not classes")
+        return lists
     if column.varies:
-        return _checked_lists(task, column, values)
+        return _checked_lists(task, column, _joined_lists(task, column, values))
     array = np.asarray(values)
     if array.shape[1:] != column.shape:
         raise _wrong(
@@ -125,14 +212,19 @@ def _checked(task: Any, column: Column, values: Any, num_documents: int, num_tok
     return _cast(task, column, array)
 
 
-def _checked_lists(task: Any, column: Column, lists: Any) -> pa.Array:
+def _joined_lists(task: Any, column: Column, lists: Any) -> pa.Array:
+    """A column of lists of numbers as one array."""
     if isinstance(lists, pa.ChunkedArray):
         lists = pa.concat_arrays(lists.chunks)
     if not isinstance(lists, pa.ListArray | pa.LargeListArray):
         raise _wrong(task, column.name, f"is a {type(lists).__name__}, not lists of numbers")
-    values = lists.flatten()
-    if values.null_count:
+    if lists.flatten().null_count:
         raise _wrong(task, column.name, "has nulls")
+    return lists
+
+
+def _checked_lists(task: Any, column: Column, lists: pa.Array) -> pa.Array:
+    values = lists.flatten()
     numbers = _cast(task, column, values.to_numpy(zero_copy_only=False))
     return Varying(numbers, pc.list_value_length(lists).to_numpy()).lists()
 
@@ -148,7 +240,12 @@ def _cast(task: Any, column: Column, values: npt.NDArray[Any]) -> npt.NDArray[An
             raise _wrong(
                 task, column.name, f"has {values.min()} to {values.max()}, beyond {wanted}"
             )
-    return values.astype(wanted, copy=False)
+    with np.errstate(over="ignore"):
+        cast = values.astype(wanted, copy=False)
+    if wanted.kind == "f" and (lost := np.isinf(cast) & np.isfinite(values)).any():
+        # What is infinite counts as none: a document would silently have no target.
+        raise _wrong(task, column.name, f"has {values[lost].flat[0]}, beyond {wanted}")
+    return cast
 
 
 def _integers(task: Any, name: str, values: Any) -> npt.NDArray[np.int64]:

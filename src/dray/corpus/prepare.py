@@ -24,6 +24,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from dray.cluster.nodes import require_connected
 from dray.cluster.placement import Placement
 from dray.corpus.account import describe
 from dray.corpus.checking import (
@@ -351,7 +352,7 @@ def prepare(
     `progress` gets a line now and then. `labels`: the classes of a trained model that the corpus is
     to measure, in the order of their ids; it may lack some of them. `placement`: where the work is
     done, instead of wherever Ray has a free CPU. Raises CorpusError for inputs that cannot become a
-    corpus, StoreError for a storage that cannot be written.
+    corpus, StoreError for a storage that cannot be written, PlanError where no Ray is connected.
     """
     say = progress or (lambda line: None)
     spec = with_tokenizer_folder(spec, storage)
@@ -364,6 +365,7 @@ def prepare(
     found = _find(spec, folder)
     if found:
         return found
+    require_connected("prepare")
     filesystem, root = open_filesystem(place)
     require_writable(filesystem, root, place)
     made = [

@@ -41,6 +41,7 @@ from dray.corpus.records import (
     BadRecord,
     RecordParser,
     Wanted,
+    absent_part,
     missing_column,
     repeated_column,
 )
@@ -251,7 +252,7 @@ class SpanReader:
         parser = make_parser(self.span.file, self.source, self.wanted)
         name = self.span.file.name
         skip = self.span.start == 0 and parser.skips_first_record
-        num_found, num_missing = 0, 0
+        num_found, reasons = 0, set[str]()
         for offset, data, lost in parser.cut(chunks, self.max_record_bytes):
             size = len(data) + sum(item.num_bytes for item in lost)
             if skip and data:
@@ -261,10 +262,13 @@ class SpanReader:
             documents.bad += [_bad(name, base, item) for item in lost]
             documents.num_bytes = size
             num_found += len(documents.texts)
-            num_missing += sum(item.reason.startswith("no column") for item in documents.bad)
+            if not num_found:
+                told = (item.reason for item in documents.bad)
+                reasons.update(reason for reason in told if reason.startswith("no column"))
             yield documents
-        if num_missing and not num_found:
-            raise missing_column(name, self.wanted, parser.columns)
+        absent = None if num_found else absent_part(self.wanted, parser.columns, reasons)
+        if absent is not None:
+            raise missing_column(name, absent, parser.columns)
 
     def _parse(self, parser: RecordParser, data: bytes, offset: int) -> Documents:
         """A block of whole records: at once if nothing in it is odd, else one by one."""
@@ -439,9 +443,10 @@ def _read_group(
 def _check_columns(schema: pa.Schema, name: str, wanted: Wanted) -> None:
     """Raises CorpusError for columns that are missing, there twice, or of another kind than text
     and labels."""
-    for column in wanted.columns:
+    for part in wanted.parts:
+        column = part[1]
         if column not in schema.names:
-            raise missing_column(name, wanted, schema.names)
+            raise missing_column(name, part, schema.names)
         if schema.names.count(column) > 1:
             raise repeated_column(name, column)
     strings = (*STRINGS, pa.types.is_binary, pa.types.is_large_binary)

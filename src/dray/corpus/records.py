@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 from dray.corpus.bytes_in import Blocks
 from dray.corpus.labels import label_name, label_names
 from dray.errors import CorpusError
-from dray.spec import Field, Source
+from dray.spec import TEXT_KINDS, Field, Source
 from dray.tasks.rows import SEPARATOR
 
 MAX_EXACT = 2.0**53
-TEXT_KINDS = ("text", "words", "bytes")
 PLAIN = {"text": Field("text"), "label": Field("label", wanted=False)}
 """The fields of a text with or without a class."""
 
@@ -62,6 +61,8 @@ class Wanted:
     texts: tuple[tuple[str, str, str], ...]
     """(field, column, kind) of each."""
     target: tuple[str, str, str] | None = None
+    most: float = math.inf
+    """The greatest size of a target that is a number."""
 
     @classmethod
     def of(cls, source: Source, fields: Mapping[str, Field], form: str = "") -> Wanted:
@@ -73,7 +74,9 @@ class Wanted:
         }
         texts = [part for part in found.values() if part[2] in TEXT_KINDS]
         targets = [part for part in found.values() if part[2] not in TEXT_KINDS]
-        return cls(tuple(texts), targets[0] if targets else None)
+        if not targets:
+            return cls(tuple(texts))
+        return cls(tuple(texts), targets[0], fields[targets[0][0]].most)
 
     @property
     def is_plain(self) -> bool:
@@ -108,6 +111,12 @@ class Wanted:
             if self.target is None
             else _READERS[self.target[2]](self.target[1], values[self.target[1]])
         )
+        if (
+            self.target is not None
+            and self.target[2] == "number"
+            and abs(float(target)) > self.most
+        ):
+            raise BadRecord(f"{self.target[1]!r} is beyond {self.most:.3g}")
         if self.target is not None and self.target[2] == "tags":
             num_words, num_tags = (text.count(SEPARATOR) + 1 for text in (texts[0], target))
             if num_words != num_tags:
@@ -173,6 +182,8 @@ def _read_labels(column: str, value: Any) -> str:
 def _read_number(column: str, value: Any) -> str:
     try:
         number = float(value)
+    except OverflowError as error:  # a whole number of hundreds of digits
+        raise BadRecord(f"{column!r} is beyond what a float holds") from error
     except (TypeError, ValueError) as error:
         raise BadRecord(f"{column!r} is no number") from error
     if isinstance(value, bool) or not math.isfinite(number):
@@ -191,10 +202,21 @@ _READERS: dict[str, Callable[[str, Any], str]] = {
 }
 
 
-def missing_column(where: str, wanted: Wanted, columns: Sequence[str]) -> CorpusError:
-    """The error for a file without one of the columns."""
-    missing = [part for part in wanted.parts if part[1] not in columns]
-    field, column, _ = (missing or wanted.parts)[0]
+def absent_part(
+    wanted: Wanted, columns: Sequence[str], reasons: Collection[str]
+) -> tuple[str, str, str] | None:
+    """What no record of a file has, where that is why one is bad; a column that some record has is
+    not what the file lacks."""
+    for part in wanted.parts:
+        told = (f"no column {part[1]!r}", f"no column {part[1]}:")
+        if part[1] not in columns and any(reason.startswith(told) for reason in reasons):
+            return part
+    return None
+
+
+def missing_column(where: str, part: tuple[str, str, str], columns: Sequence[str]) -> CorpusError:
+    """The error for a file without the column of a part of its documents."""
+    field, column, _ = part
     known = f"columns: {', '.join(columns)}" if columns else "it has no columns"
     key = field if field in ("text", "label") else f"columns.{field}"
     return CorpusError(

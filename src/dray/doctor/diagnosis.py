@@ -128,6 +128,7 @@ class _Examination:
         self.failures: list[dict[str, Any]] = self._read(
             "the failures", lambda: load_failures(run), []
         )
+        self._note_undefined_metric()
         self.checkpoints_lost = ""
         self.resume_step: int | None = self._read("the checkpoints", self._find_resume_step, None)
         self.values = self._make_values()
@@ -140,6 +141,15 @@ class _Examination:
         except (DrayError, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             self.notes.append(f"{what} cannot be read: {shorten(str(error))}")
             return fallback
+
+    def _note_undefined_metric(self) -> None:
+        """A run whose checkpoints nothing ranks is not ill, but rarely what was wanted."""
+        told = [event for event in self.events if event.get("kind") == "metric_undefined"]
+        for event in told[-1:]:
+            self.notes.append(
+                f"validation.metric {event.get('metric')} was undefined at step "
+                f"{event.get('step')}: {event.get('reason')}; such a validation ranks no checkpoint"
+            )
 
     def _find_resume_step(self) -> int | None:
         for info in self.run.checkpoints(verified_only=False):

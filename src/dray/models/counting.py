@@ -176,7 +176,7 @@ def _answer(asked: _Asked) -> dict[str, Any]:
 def main() -> None:
     """Answer what is asked on the standard input."""
     asked = json.load(sys.stdin)
-    spec = make_spec(asked.pop("spec"))
+    spec = make_spec(asked.pop("spec"), kept=True)
     print(json.dumps(_answer(_Asked(spec=spec, **asked))))
 
 

@@ -714,8 +714,8 @@ def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator
         yield f"gradients of the micro batches add up in bf16{instead}"
     if not spec.optimizer.elementwise and setting.num_ranks > 1:
         yield (
-            f"{spec.optimizer.name} goes by whole matrices: every rank keeps all of them, and all "
-            "that it keeps for them"
+            f"{spec.optimizer.name} goes by {spec.optimizer.unit}: every rank keeps all of them, "
+            "and all that it keeps for them"
         )
     if setting.stage >= 2 and batch.accumulation > 1:
         yield (

@@ -11,9 +11,10 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
@@ -68,6 +69,22 @@ def open_streams() -> None:
             stream.reconfigure(errors="other_signs")
 
 
+def make_json(document: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:
+    """A document as JSON that every program reads: a number that is not finite is null, for which
+    Python would write words that JSON has not."""
+    return json.dumps(
+        _with_nulls(document), indent=indent, ensure_ascii=ascii_only, default=str, allow_nan=False
+    )
+
+
+def _with_nulls(document: Any) -> Any:
+    if isinstance(document, Mapping):
+        return {key: _with_nulls(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_with_nulls(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
+
+
 class Results:
     """The stream for a command's result. Its methods raise ReaderLeft, and StoreError where nothing
     can be written."""
@@ -90,11 +107,11 @@ class Results:
         self._say_json(record, indent=None)
 
     def _say_json(self, document: Any, indent: int | None) -> None:
-        text = json.dumps(document, indent=indent, ensure_ascii=False, default=str)
+        text = make_json(document, indent=indent)
         try:
             text.encode(self.stream.encoding or "utf-8")
         except UnicodeEncodeError:
-            text = json.dumps(document, indent=indent, default=str)
+            text = make_json(document, indent=indent, ascii_only=True)
         self.say(text)
 
     def finish(self) -> None:

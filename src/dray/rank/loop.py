@@ -53,7 +53,7 @@ from dray.rank.pulse import Pulse
 from dray.rank.saving import Outcome, Saver
 from dray.rank.schedule import learning_rate
 from dray.runs import CheckpointReader, Run, inspect_checkpoint
-from dray.runs.records import Event, Report, StepReport, ValidationReport
+from dray.runs.records import Event, Report, StepReport, ValidationReport, finite
 from dray.tasks import Task, TaskMetrics
 
 _MEASURED_STEPS = 6  # the first of them is not typical
@@ -96,7 +96,7 @@ class _Progress:
     on."""
     best: float | None = None
     validations_without_better: int = 0
-    last_validation: dict[str, float] = field(default_factory=dict)
+    last_validation: dict[str, float | None] = field(default_factory=dict)
     last_validation_step: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
@@ -228,6 +228,7 @@ class _Loop:
             step=attempt.start_step, saved_step=attempt.start_step if self.newest else -1
         )
         self.metrics: TaskMetrics | None = None
+        self.is_undefined_told = False
 
     def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
         manifest = self.job.manifest
@@ -271,6 +272,7 @@ class _Loop:
             self.engine.restore(reader, state["optimizer_step"], state["loss_scale"])
         for name in ("tokens", "best", "validations_without_better"):
             setattr(self.progress, name, state[name])
+        self.progress.best = finite(self.progress.best)  # older versions kept what was not
         self._restore_chain(state.get("rows_chain"))
         self.progress.last_validation = state["validation"]
         self.progress.last_validation_step = state["validation_step"]
@@ -505,21 +507,36 @@ class _Loop:
         return "early_stopped" if out_of_patience else ""
 
     def _end_validation(self, step: int, metrics: TaskMetrics) -> bool:
-        """Merge the ranks' metrics and report them. Returns whether patience has run out."""
-        values = self.task.new_metrics().merge(self.ranks.gather(metrics.state())).compute()
-        progress, rule, held_out = self.progress, self.spec.validation, self.job.manifest.validation
-        if held_out is not None:
-            values = self.task.complete(values, held_out)
+        """Merge the ranks' metrics and report them. Returns whether patience has run out.
+
+        A value that is undefined says nothing of the model: it is neither better nor worse.
+        """
+        merged = self.task.new_metrics().merge(self.ranks.gather(metrics.state()))
+        values = self.task.measured(merged, self.job.manifest.validation)
+        progress, rule = self.progress, self.spec.validation
         progress.last_validation, progress.last_validation_step = values, step
         if self.ranks.rank == 0:
             self.reporter.send(ValidationReport(self.attempt, step, values))
-        score = values[rule.metric] * self.spec.metric_sign
+        value = values.get(rule.metric)
+        if value is None:
+            self._tell_undefined(step, rule.metric, on_these_rows=rule.metric in merged.undefined())
+            return False
+        score = value * self.spec.metric_sign
         better = progress.best is None or score < progress.best
         progress.best = score if better else progress.best
         progress.validations_without_better = (
             0 if better else progress.validations_without_better + 1
         )
         return rule.patience is not None and progress.validations_without_better >= rule.patience
+
+    def _tell_undefined(self, step: int, metric: str, *, on_these_rows: bool) -> None:
+        """Say once an attempt that a validation could not rank the model, and why."""
+        if self.ranks.rank != 0 or self.is_undefined_told:
+            return
+        self.is_undefined_told = True
+        reason = "the held-out rows do not define it" if on_these_rows else "it is not finite"
+        told = {"metric": metric, "reason": reason}
+        self.reporter.send(Event("metric_undefined", self.attempt, step, told))
 
     def _save(self, *, last: bool = False) -> None:
         """Begin a checkpoint of the current step; the last one, and one before the group ends, are

@@ -74,8 +74,7 @@ def evaluate(
             metrics = measure(trained, task, corpus, split, first=0, end=split.num_rows)
     if report is not None:
         report.update(task.report(metrics))
-    values: dict[str, float | None] = {**task.complete(metrics.compute(), split)}
-    values |= dict.fromkeys(metrics.undefined())
+    values: dict[str, float | None] = task.measured(metrics, split)
     told = {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows}
     return told | ({} if weights == "trained" else {"weights": weights}) | values
 
@@ -135,7 +134,7 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
     cleaning = tree["data"]["cleaning"] | {"deduplicate": "none"}
     tree["data"] |= {"train": sources, "validation": None, "cleaning": cleaning}
     tree["tokenizer"] = {"path": tokenizer_folder}
-    return make_spec(tree, "--data")
+    return make_spec(tree, "--data", kept=True)
 
 
 def _as_source(text: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ line of its own that says why.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,14 +23,15 @@ from dray.corpus.manifest import Manifest
 from dray.corpus.packing import Aligned
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
-from dray.corpus.records import TEXT_KINDS
 from dray.corpus.rows import pad_rows, row_values
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.tokenizing import TokenizerInfo
 from dray.errors import SpecError, StoreError
+from dray.processes.streams import make_json
 from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import batch_rows
 from dray.release.trained import Trained, Weights, load_trained
+from dray.spec import TEXT_KINDS
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
@@ -92,7 +92,7 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
     try:
         with open(partial, "w", encoding="utf-8") as file:
             for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(make_json(record) + "\n")
         os.rename(partial, path)
     except OSError as error:
         raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
@@ -121,10 +121,11 @@ class _Predictor:
         found: list[list[Any]] = [[] for _ in range(len(texts))]
         for place, prediction in self._predict(encoded):
             found[int(records[place])].append((place, prediction))
-        for text, pieces in zip(texts.to_pylist(), found, strict=True):
+        for place, (text, pieces) in enumerate(zip(texts.to_pylist(), found, strict=True)):
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
             given = _given(text, fields)
-            yield {**given, **self.task.join_predictions(values, given)}
+            untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}
+            yield {**given, **self.task.join_predictions(values, given, **untold)}
 
     @torch.no_grad()
     def _predict(self, encoded: Encoded) -> Iterator[tuple[int, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dray.errors import CheckpointsLost, StoreError
 from dray.runs.checkpoint_manifest import CheckpointInfo
 from dray.runs.layout import REJECTED_FILE
+from dray.runs.records import finite
 from dray.runs.run import Run
 
 
@@ -47,9 +48,13 @@ def choose_checkpoint(run: Run, step: str | int | None) -> CheckpointInfo:
     elif step == "best":
         spec = run.spec()
         metric, sign = spec.validation.metric, spec.metric_sign
-        scored = [info for info in found if metric in info.metrics]
+        scored = [
+            (sign * value, info)
+            for info in found
+            if (value := finite(info.metrics.get(metric))) is not None
+        ]
         if scored:
-            return min(scored, key=lambda info: sign * info.metrics[metric])
+            return min(scored, key=lambda item: item[0])[1]
     else:
         for info in found:
             if str(info.step) == str(step):

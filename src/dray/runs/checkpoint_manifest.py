@@ -247,7 +247,7 @@ class CheckpointManifest:
         return Shapes(self.metadata)
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | None]:
         """`metadata["validation"]`, unless `metadata["validation_step"]` says that it belongs to
         another step."""
         if self.metadata.get("validation_step", self.step) != self.step:
@@ -305,7 +305,9 @@ class CheckpointInfo:
     path: str
     num_bytes: int
     verified: bool
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    without_better: int = 0
+    """Validations in a row by then that were no better than the best, as patience counts them."""
     problem: str = ""
     committed: bool = True
     set_aside: bool = False

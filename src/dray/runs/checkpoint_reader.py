@@ -97,7 +97,8 @@ def inspect_checkpoint(filesystem: pafs.FileSystem, path: str) -> CheckpointInfo
         manifest = load_manifest(filesystem, path, sizes)
     except (StoreError, OSError) as error:
         return replace(info, problem=make_damage(error))
-    return replace(info, verified=True, metrics=manifest.metrics)
+    without_better = int(manifest.metadata.get("validations_without_better") or 0)
+    return replace(info, verified=True, metrics=manifest.metrics, without_better=without_better)
 
 
 def load_manifest(

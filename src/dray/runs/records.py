@@ -14,6 +14,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
+def finite(value: object) -> float | None:
+    """A number that says something; none where it is not finite, or not there. What is none ranks
+    nothing and counts for nothing, and JSON has no other word for it."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
 @dataclass(frozen=True)
 class AttemptRecord:
     """One start of the worker group, as its run keeps it."""
@@ -162,11 +170,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """The metrics of a validation pass, merged over the ranks."""
+    """The metrics of a validation pass, merged over the ranks; none is one that is undefined."""
 
     attempt: int
     step: int
-    values: Mapping[str, float]
+    values: Mapping[str, float | None]
 
     def to_row(self) -> dict[str, Any]:
         """As the run's log of validations keeps it."""

@@ -9,11 +9,10 @@ for a person to find out.
 
 from __future__ import annotations
 
-import math
-
 from dray.runs.checkpoint_manifest import CheckpointInfo
 from dray.runs.layout import DELETING_FILE, MARKER_FILE
 from dray.runs.pins import pinned_checkpoints
+from dray.runs.records import finite
 from dray.runs.run import Run
 from dray.storage.filesystem import delete_file, delete_folder, write_bytes
 
@@ -77,8 +76,8 @@ def _best(
     rows = {row["step"]: row for row in run.validations(since=oldest)} if keep_best else {}
     ranked = []
     for info in sound:
-        value = rows.get(info.step, info.metrics).get(metric)
-        if value is not None and not math.isnan(value):  # a NaN is never among the best
+        value = finite(rows.get(info.step, info.metrics).get(metric))
+        if value is not None:
             ranked.append((sign * value, -info.step, info.path))
     return [path for _, _, path in sorted(ranked)[:keep_best]]
 

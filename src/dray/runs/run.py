@@ -212,7 +212,8 @@ class Run:
         """The spec as last run. Raises StoreError if it is not there."""
         path = f"{self.path}/{SPEC_FILE}"
         try:
-            return make_spec(read_yaml(read_bytes(self.filesystem, path).decode()), path)
+            tree = read_yaml(read_bytes(self.filesystem, path).decode())
+            return make_spec(tree, path, kept=True)
         except (FileNotFoundError, UnicodeDecodeError, BadYaml, SpecError) as error:
             raise StoreError(
                 path, f"cannot be read ({error})", way_out="start the run again with its spec"

@@ -71,7 +71,7 @@ class Display:
             self._logged_at = now
             self.say(text)
 
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
+    def validation(self, step: int, values: Mapping[str, float | None]) -> None:
         """Show the metrics of one validation."""
         self.say(f"step {step}  validation  {format_values(values)}")
 
@@ -101,6 +101,7 @@ def format_loss(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def format_values(values: Mapping[str, float]) -> str:
+def format_values(values: Mapping[str, float | None]) -> str:
     """Metrics by name on one line."""
-    return "  ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in values.items())
+    shown = {name: "undefined" if v is None else f"{v:.6g}" for name, v in values.items()}
+    return "  ".join(f"{name.replace('_', ' ')} {text}" for name, text in shown.items())

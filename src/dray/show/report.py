@@ -70,7 +70,7 @@ def format_summary(run: Run) -> str:
         at = summary["validation"].get("step")
         lines.append(f"  validation   {format_values(validation)}  (step {at})")
     compressors = run.record().get("compressors")
-    if compressors and "bits_per_byte" in validation:
+    if compressors and validation.get("bits_per_byte") is not None:
         others = ", ".join(f"{name} {value:.3f}" for name, value in compressors.items())
         lines.append(
             f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}"

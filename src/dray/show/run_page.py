@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,6 +12,7 @@ from dray.doctor.diagnosis import Past
 from dray.errors import caught
 from dray.plan import format_bytes, format_seconds
 from dray.runs import Run
+from dray.runs.records import finite
 from dray.show.html import Page
 from dray.show.plots import COLORS, Line, draw_lines, draw_spans
 from dray.show.report import load_account
@@ -104,7 +104,7 @@ def read_curves(run: Run, num_steps: int, columns: Sequence[str] = COLUMNS) -> C
         curves.memory_bytes = max(curves.memory_bytes, float(row.get("memory_bytes_max") or 0.0))
         for name in columns:
             value = row.get(name)
-            if (number := _finite(value)) is not None:
+            if (number := finite(value)) is not None:
                 sums[name].append(number)
     if last is not None:
         close(last)
@@ -124,7 +124,7 @@ def _add_curves(page: Page, run: Run, curves: Curves) -> None:
     ]
 
     def values(name: str) -> list[float | None]:
-        return [_finite(row.get(name)) for row in validations]
+        return [finite(row.get(name)) for row in validations]
 
     def curve(name: str, color: str = COLORS[0]) -> list[Line]:
         return [Line(name, curves.steps, curves.values[name], color=color)]
@@ -346,10 +346,6 @@ def _seconds(time: object) -> float | None:
         return datetime.fromisoformat(str(time)).timestamp()
     except ValueError:
         return None
-
-
-def _finite(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _number(value: object, form: str = ".6g") -> str | None:

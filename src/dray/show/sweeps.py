@@ -79,7 +79,7 @@ class _TrialDisplay(Display):
     def step(self, row: Mapping[str, Any]) -> None:
         pass
 
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
+    def validation(self, step: int, values: Mapping[str, float | None]) -> None:
         pass
 
     def say(self, text: str) -> None:

@@ -38,7 +38,16 @@ from dray.spec.sections import (
     Watchdog,
 )
 from dray.spec.spec import Spec
-from dray.spec.tasks import Direction, Field, Head, NoSettings, default_task, find_task, task_names
+from dray.spec.tasks import (
+    TEXT_KINDS,
+    Direction,
+    Field,
+    Head,
+    NoSettings,
+    default_task,
+    find_task,
+    task_names,
+)
 from dray.spec.yaml_reading import BadYaml, read_yaml
 
 __all__ = [
@@ -46,6 +55,7 @@ __all__ = [
     "NAME_RULE",
     "OPTIMIZERS",
     "RUN_NAME",
+    "TEXT_KINDS",
     "BadYaml",
     "Cleaning",
     "Direction",

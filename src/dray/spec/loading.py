@@ -116,10 +116,12 @@ def load_spec(spec: str | Path, overrides: Sequence[str] = ()) -> Spec:
     return make_spec(load_tree(str(spec), overrides), str(spec), overrides)
 
 
-def make_spec(tree: Any, where: str = "spec", overrides: Sequence[str] = ()) -> Spec:
+def make_spec(
+    tree: Any, where: str = "spec", overrides: Sequence[str] = (), *, kept: bool = False
+) -> Spec:
     """Validate a tree of plain values. Raises SpecError that names the first offending dotted path,
     and `where` it was given: there, or in one of the `overrides` that the tree has taken in
-    already."""
+    already. `kept`: a run has it, and nothing in it is refused only for being without effect."""
     if not isinstance(tree, Mapping):
         raise SpecError(
             where,
@@ -128,7 +130,7 @@ def make_spec(tree: Any, where: str = "spec", overrides: Sequence[str] = ()) -> 
             "`dray init NAME` writes one to start from",
         )
     try:
-        return Spec.model_validate(dict(tree))
+        return Spec.model_validate(dict(tree), context={"kept": kept})
     except ValidationError as error:
         raise translate(error, where, overrides) from error
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -71,6 +71,8 @@ def translate(
     message = redact(str(first["msg"]).removeprefix("Value error, "))
     if first["type"] == "string_pattern_mismatch":  # a run's name, the only pattern
         message = NAME_RULE
+    if first["type"] == "model_type":
+        message = _wanted_mapping(model, first)
     if not path:
         return SpecError(where, message)
     given = (
@@ -79,6 +81,27 @@ def translate(
         else f" = {shown_words(repr(first['input']))}"
     )
     return SpecError(where, f"{path}{given}: {message[:1].lower()}{message[1:]}")
+
+
+def _sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The sections of a section, and those in them."""
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield kind
+                yield from _sections(kind)
+
+
+def _wanted_mapping(model: type[BaseModel], finding: Mapping[str, Any]) -> str:
+    """What belongs where something else than a section stands; one value is taken for that of its
+    first key."""
+    name, given = finding["ctx"]["class_name"], finding["input"]
+    keys = next(
+        (list(kind.model_fields) for kind in _sections(model) if kind.__name__ == name), ["keys"]
+    )
+    if isinstance(given, str | int | float):
+        return f"a mapping such as {{{keys[0]}: {shown_words(str(given))}}} is wanted"
+    return f"a mapping of {', '.join(keys)} is wanted"
 
 
 def _suggest(model: type[BaseModel], unknown: str, tags: Collection[str]) -> str:

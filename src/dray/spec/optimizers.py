@@ -38,6 +38,8 @@ class Optimizer(Section):
 
     elementwise: ClassVar[bool] = True
     """Whether each element is updated by itself: then ZeRO may cut parameters anywhere."""
+    unit: ClassVar[str] = "whole matrices"
+    """What is updated together, where elements are not updated by themselves."""
     working_copies: ClassVar[int] = 0
     """Copies in fp32 of what is updated at once that come and go in an update."""
     parts_hidden: ClassVar[bool] = False
@@ -97,6 +99,7 @@ class AdamW8bit(Optimizer):
 
     elementwise: ClassVar[bool] = False
     parts_hidden: ClassVar[bool] = True
+    unit: ClassVar[str] = "blocks of whole tensors, with a scale each"
     package: ClassVar[str | None] = "bitsandbytes"
     block_elements: ClassVar[int] = 256
     """Elements of a matrix that share a scale: the package's own number."""

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.sections import (
@@ -37,7 +37,7 @@ from dray.spec.sections import (
     Watchdog,
     Zero,
 )
-from dray.spec.tasks import TaskChoice
+from dray.spec.tasks import TaskChoice, check_fields
 
 
 class Spec(Section):
@@ -96,6 +96,7 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        check_fields(self.task)
         validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
         for source in (*self.data.train, *validation):
             for name in source.columns:
@@ -133,8 +134,9 @@ class Spec(Section):
         for key, value in (("stage", self.zero.stage), ("offload", self.zero.offload)):
             if not self.optimizer.elementwise and value not in (0, "auto", "none"):
                 raise ValueError(
-                    f"zero.{key} = {value}: {self.optimizer.name} goes by whole matrices, which "
-                    "ZeRO 1 to 3 cut up; give zero.stage=0 zero.offload=none, or another optimizer"
+                    f"zero.{key} = {value}: {self.optimizer.name} goes by "
+                    f"{self.optimizer.unit}, which ZeRO 1 to 3 cut up; give zero.stage=0 "
+                    "zero.offload=none, or another optimizer"
                 )
         if self.duration.steps is not None:
             self.schedule.check_length(self.duration.steps)
@@ -145,6 +147,32 @@ class Spec(Section):
         if self.is_auto and (why := self.why_no_law):
             key = "optimizer.learning_rate" if self.batch.global_rows else "batch.global_rows"
             raise ValueError(f"{key} = auto: {why}; give a number")
+        return self
+
+    @model_validator(mode="after")
+    def _means_something(self, info: ValidationInfo) -> Self:
+        """Refuse what would be silently without effect, except in a spec that a run has kept: it
+        was let through when the run began, and the run stays what it is."""
+        if info.context and info.context.get("kept"):
+            return self
+        if self.validation.patience is not None and self.data.validation is None:
+            raise ValueError(
+                f"validation.patience = {self.validation.patience}: without data.validation there "
+                "is nothing to validate on; give it, or leave patience out"
+            )
+        smoothing = self.regularization.label_smoothing
+        if smoothing and self.task.num_outputs is not None:
+            raise ValueError(
+                f"regularization.label_smoothing = {smoothing:g}: {self.task.name} has no classes "
+                "to smooth; leave it out"
+            )
+        validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
+        for source in (*self.data.train, *validation):
+            if source.label is not None and "label" not in self.task.fields:
+                raise ValueError(
+                    f"data: label = {source.label!r}: {self.task.name} reads "
+                    f"{', '.join(self.task.fields)}; leave it out"
+                )
         return self
 
     @property

@@ -10,16 +10,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, PlainSerializer, ValidationError
 
-from dray.errors import SpecError
+from dray.errors import SpecError, caught, one_line, translated
 from dray.spec.sections import Section, Source
 
 GROUP = "dray.tasks"
+OWN_PACKAGE = "dray"
+MOST_IN_FP32 = (2 - 2**-23) * 2.0**127
+TEXT_KINDS = ("text", "words", "bytes")
+"""Kinds of fields that make a document; a field of another kind is its target."""
 Direction = Literal["lower", "higher"]
 """Which values of a metric are better."""
 
@@ -39,6 +43,9 @@ class Field:
     """Where it is, unless a source says otherwise."""
     place: int | None = None
     """Which column of lines of words it is, unless a source says otherwise."""
+    most: float = MOST_IN_FP32
+    """The greatest size of a `number`; a record with a greater one is a bad record. By itself it is
+    what fp32 holds, since a greater number would become infinite there."""
 
     def column_in(self, source: Source, name: str, form: str = "") -> str | None:
         """The column of a source that holds the field of that name; None: there is none."""
@@ -94,16 +101,30 @@ class TaskKind(Protocol):
 
 
 @cache
-def _known() -> dict[str, EntryPoint]:
-    found = {point.name: point for point in entry_points(group=GROUP)}
+def _known() -> dict[str, list[EntryPoint]]:
+    """The entry points of each name: more than one where packages want the same."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        same = found.setdefault(point.name, [])
+        if all(other.value != point.value for other in same):
+            same.append(point)
     if not found:
-        raise SpecError(
-            "dray",
-            "is on the path, but not installed",
-            "tasks are found by the entry points of what is installed",
-            "pip install dray, or -e its folder",
-        )
+        raise _not_installed()
     return found
+
+
+def _not_installed() -> SpecError:
+    return SpecError(
+        "dray",
+        "is on the path, but not installed",
+        "tasks are found by the entry points of what is installed",
+        "pip install dray, or -e its folder",
+    )
+
+
+def _package(point: EntryPoint) -> str:
+    """Who declares an entry point."""
+    return point.module.partition(".")[0] if point.dist is None else point.dist.name
 
 
 def task_names() -> list[str]:
@@ -111,30 +132,67 @@ def task_names() -> list[str]:
     return sorted(_known())
 
 
+@cache
 def find_task(name: str) -> type[TaskKind]:
-    """The class of an installed task."""
-    kind: type[TaskKind] = _known()[name].load()
+    """The class of an installed task. Raises SpecError where its package is broken, names it
+    otherwise than the class does, or is not the only one with a task of that name."""
+    where, points = f"task {name}", _known()[name]
+    if len(points) > 1:
+        packages = " and ".join(sorted(map(_package, points)))
+        raise SpecError(
+            where, f"is in several packages: {packages}", "names are unique", "uninstall one"
+        )
+    (point,) = points
+    place = f"{point.value} of the package {_package(point)}"
+    with translated(
+        lambda error: SpecError(
+            where,
+            f"{place} cannot be loaded ({type(error).__name__}: {one_line(error)})",
+            "its entry point names a class on dray.tasks.Task",
+            "mend that package, or uninstall it",
+        )
+    ):
+        kind: type[TaskKind] = point.load()
+    own = getattr(kind, "name", None)
+    if not isinstance(kind, type) or own != name:
+        # A run keeps the class' own name, by which nobody would find it again.
+        raise SpecError(
+            where,
+            f"{place} is " + ("no task" if own is None else f"a task that is called {own!r}"),
+            "an entry point and its class have one name",
+            f"call the entry point {own}" if isinstance(own, str) else "name a class on Task",
+        )
     return kind
 
 
 @cache
 def default_task() -> str:
-    """The name of the task that a spec means which names none."""
-    return next(name for name in task_names() if find_task(name).is_default)
+    """The name of the task that a spec means which names none: one of dray's own, so that what else
+    is installed changes no spec's meaning."""
+    for points in _known().values():
+        for point in points:
+            if point.module.partition(".")[0] == OWN_PACKAGE and point.load().is_default:
+                return point.name
+    raise _not_installed()
 
 
 def make_task(value: Any) -> Any:
-    """The task that a spec names: a name, or a mapping with `name` and the task's settings. Raises
-    ValueError."""
+    """The task that a spec names: a name, or a mapping with `name` and the task's settings; without
+    a name, the default one. Raises ValueError, and SpecError as `find_task` does."""
     if isinstance(value, Mapping):
         settings = dict(value)
         name = settings.pop("name", None)
     elif value is None or isinstance(value, str):
-        name, settings = value or default_task(), {}
-    else:
+        name, settings = value, {}
+    elif all(hasattr(value, part) for part in ("name", "Settings", "fields", "settings")):
         return value  # a task already
+    else:
+        raise ValueError("the name of a task, or a mapping with its `name` and settings, is wanted")
+    name = default_task() if name is None else name
+    if not isinstance(name, str):
+        raise ValueError(f"name = {_shown(name)}: the name of a task is a word")
     if name not in _known():
-        near = difflib.get_close_matches(str(name), task_names(), n=2, cutoff=0.4)
+        near = difflib.get_close_matches(name, task_names(), n=2, cutoff=0.4)
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"there is no task {name!r}, but {', '.join(task_names())}{meant}")
     kind = find_task(name)
@@ -146,7 +204,32 @@ def make_task(value: Any) -> Any:
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.Settings.model_fields) or "none"
             raise ValueError(f"{name} has no setting {key}; its settings: {known}") from error
-        raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from error
+        if first["type"] == "missing":
+            raise ValueError(f"{name}: {key} is missing; it has no default") from error
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" = {_shown(first['input'])}" if key else ""
+        raise ValueError(f"{key or name}{given}: {message[:1].lower()}{message[1:]}") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def check_fields(task: Any) -> None:
+    """Raises ValueError for a task whose records dray cannot read: a document is some texts, or
+    files, and at most one target."""
+    targets = [name for name, field in task.fields.items() if field.kind not in TEXT_KINDS]
+    if len(targets) > 1:
+        raise ValueError(
+            f"task: {task.name} reads {' and '.join(targets)} of a record, which has one target "
+            "besides its texts; make one field of them"
+        )
+    if len(targets) == len(task.fields):
+        raise ValueError(
+            f"task: {task.name} reads no text of a record; a document is one or more fields of the "
+            f"kinds {', '.join(TEXT_KINDS)}"
+        )
 
 
 def dump_task(task: Any) -> Any:
@@ -161,7 +244,8 @@ class _Schema:
 
     @staticmethod
     def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
-        kinds = [find_task(name) for name in task_names()]
+        # A package that is broken matters to whoever names its task.
+        kinds = [kind for name in task_names() if (kind := caught(partial(find_task, name))[0])]
         chosen = [
             {
                 "type": "object",

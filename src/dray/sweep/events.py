@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
@@ -103,10 +102,3 @@ def from_json(row: Mapping[str, Any], where: str) -> Event:
             f"holds a row that is no event of a sweep ({type(error).__name__}: {error})",
             way_out="put the file back from a copy of the sweep",
         ) from error
-
-
-def finite(value: object) -> float | None:
-    """A metric's value; none where it is not finite, or not there."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

@@ -13,6 +13,7 @@ from dray.errors import Cause, RunFailed, UserError, caught, one_line
 from dray.redaction import redact
 from dray.runs import Run, find_resume_checkpoint
 from dray.runs.layout import make_trial_name
+from dray.runs.records import finite
 from dray.show.progress import Display
 from dray.spec import Spec, make_spec
 from dray.sweep.events import (
@@ -23,7 +24,6 @@ from dray.sweep.events import (
     Begun,
     Ended,
     Reported,
-    finite,
 )
 from dray.sweep.space import Space, with_values
 from dray.sweep.study import Scale
@@ -106,6 +106,8 @@ def run_trial(
 
     def tell(row: Mapping[str, Any]) -> None:
         step = int(row["step"])
+        if finite(row.get(metric)) is None and finite(row.get("loss")) is not None:
+            return  # the held-out rows do not define the metric: the run itself has said so
         report(
             Reported(
                 number,

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from dray.tasks.rows import SEGMENT
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -82,6 +84,6 @@ def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor
     if pad_token_id is not None:
         input_ids = input_ids.masked_fill(~mask, pad_token_id)
     batch = {"input_ids": input_ids, "attention_mask": mask.long()}
-    if "segment" in table.column_names:
-        batch["token_type_ids"] = matrix(table, "segment")[:, :width].contiguous()
+    if SEGMENT in table.column_names:
+        batch["token_type_ids"] = matrix(table, SEGMENT)[:, :width].contiguous()
     return batch

@@ -59,7 +59,7 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
     token and is IGNORED at others, `window` counts the rows of one document.
 
     Words stand between spaces, as in a text. One of which no token begins (a rare mark that is
-    nothing to the tokeniser) has no place for its tag, and counts as lost.
+    nothing to the tokeniser) has no place for its tag, counts as lost, and is untold.
     """
     room = tools.row_tokens - len(tools.prefix) - len(tools.suffix)
     sentences = [text.split(SEPARATOR) for text in texts.to_pylist()]
@@ -70,6 +70,7 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
     tokens: list[int] = []
     tags: list[int] = []
     lengths, records, windows, lost = [], [], [], []
+    untold: dict[int, Sequence[int]] = {}
     done = 0
     joined = [" ".join(words) for words in sentences]
     encoded = zip(sentences, joined, tools.encode_words(joined), strict=True)
@@ -85,6 +86,8 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
         own[begins] = numbers[done + word_of[begins]]
         inside[begins] = goes_on[done + word_of[begins]]
         done += len(words)
+        if missing := sorted(set(range(len(words))) - set(word_of[begins].tolist())):
+            untold[record] = missing
         for nth, (start, stop) in enumerate(_windows(begins, inside, room)):
             tokens += ids[start:stop]
             tags += own[start:stop].tolist()
@@ -98,6 +101,7 @@ def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools)
         {"tag": np.array(tags, np.int32), "window": np.array(windows, np.int32)},
         records=np.array(records, np.int64),
         num_lost=np.array(lost, np.int64),
+        untold=untold,
     )
 
 

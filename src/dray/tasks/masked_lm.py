@@ -90,15 +90,16 @@ class MaskedLM(Task):
             random = np.random.Generator(np.random.Philox(key=key))
             chosen[row], fates[row], others[row] = random.random((3, width))
         drawn = torch.from_numpy(chosen)
+        first = torch.arange(width).expand(num_rows, -1)
         if self.settings.whole_words:  # a word goes by what its first token drew
             begins = (starts == 1) | ~may_hide
             begins[:, 0] = True
-            first = torch.where(begins, torch.arange(width), 0).cummax(dim=1).values
+            first = torch.where(begins, first, 0).cummax(dim=1).values
             drawn = drawn.gather(1, first)
         hidden = may_hide & (drawn < self.settings.share)
         lonely = may_hide.any(dim=1) & ~hidden.any(dim=1)  # a row without a target teaches nothing
-        lowest = torch.where(may_hide, drawn, 2.0).argmin(dim=1)
-        hidden[lonely, lowest[lonely]] = True
+        lowest = torch.where(may_hide, drawn, 2.0).argmin(dim=1, keepdim=True)
+        hidden |= lonely[:, None] & may_hide & (first == first.gather(1, lowest))
         fate = torch.from_numpy(fates)
         other = (torch.from_numpy(others) * self.vocab_size).long()
         shown = torch.where(hidden & (fate < 0.8), int(self.mask_token_id or 0), tokens)

@@ -15,6 +15,11 @@ from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output
 
 
+def total(losses: Sequence[float]) -> float:
+    """The exact sum; NaN where not all are finite."""
+    return math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+
+
 class TokenMetrics:
     """Summed loss, targets and correctly predicted tokens; `perplexity` names the exponential of
     the mean loss."""
@@ -49,12 +54,13 @@ class TokenMetrics:
         `num_targets`."""
         count = max(1, self._num_targets)
         loss = (
-            math.fsum(self._losses) / count
+            total(self._losses) / count
         )  # exact, so independent of the order of batches and ranks
         return {
             "loss": loss,
             self._perplexity: math.exp(min(loss, 700.0)),
-            "accuracy": self._num_correct / count,
+            # Where a loss is not finite the model has diverged, and its first guess is none.
+            "accuracy": self._num_correct / count if math.isfinite(loss) else math.nan,
             "num_targets": float(self._num_targets),
         }
 
@@ -67,6 +73,7 @@ class _Gathered:
     """Metrics that need every row: what ranks have adds up to lists."""
 
     names: tuple[str, ...]
+    """The loss first."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
@@ -90,8 +97,11 @@ class _Gathered:
     def compute(self) -> dict[str, float]:
         if not self._wanted:
             return dict.fromkeys((*self.names, "num_targets"), 0.0)
-        loss = math.fsum(self._losses) / len(self._wanted)
-        return {"loss": loss, **self._measure(), "num_targets": float(len(self._wanted))}
+        # What a diverged model gives has no metrics; the run that asks is told so, and goes on.
+        sound = bool(torch.tensor(self._found, dtype=torch.float64).isfinite().all())
+        values = self._measure() if sound else dict.fromkeys(self.names[1:], math.nan)
+        loss = total(self._losses) / len(self._wanted)
+        return {"loss": loss, **values, "num_targets": float(len(self._wanted))}
 
     def undefined(self) -> tuple[str, ...]:
         return () if self._wanted else self.names
@@ -284,10 +294,14 @@ class EntityMetrics(_Gathered):
         wanted, found = self._sentences()
         pairs = zip(chain(*wanted), chain(*found), strict=True)
         same = sum(one == other for one, other in pairs)
+        loss, num_targets = total(self._losses) / self._num_words, float(self._num_words)
+        if not math.isfinite(loss):  # the tags are those of a model that has diverged
+            nothing = dict.fromkeys(self.names[1:] if self._entities else ("accuracy",), math.nan)
+            return {"loss": loss, **nothing, "num_targets": num_targets}
         values = {
-            "loss": math.fsum(self._losses) / self._num_words,
+            "loss": loss,
             "accuracy": same / self._num_words,
-            "num_targets": float(self._num_words),
+            "num_targets": num_targets,
         }
         if not self._entities:
             return values

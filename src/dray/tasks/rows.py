@@ -23,6 +23,11 @@ IGNORED = -100
 """The label of a position without a target."""
 
 
+SEGMENT = "segment"
+"""The column that says which text of its row a token is of, 0 or 1, if the task has it: models get
+it as `token_type_ids`."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of rows, of numbers."""
@@ -93,6 +98,9 @@ class Encoded:
     """The record of each document, where it is not the one at its place."""
     num_lost: npt.NDArray[np.int64] | None = None
     """Tokens of each document that its row had no room for."""
+    untold: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Places in some records of what nothing can be told of: words that are no token. A task that
+    has them gets them back as `untold` of `join_predictions`."""
     refused: Mapping[int, str] = field(default_factory=dict)
     """Records that are no documents, such as images that cannot be decoded, and why in two or
     three words: they are left out, and counted by reason."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -135,12 +136,16 @@ class Task:
     def row_settings(self) -> dict[str, Any]:
         """What of the task decides over its rows: a part of a corpus' key. It is a class' own: one
         that says nothing shares no corpus with another class, nor with itself under other settings,
-        columns or another version."""
+        fields, columns or another version."""
         return {
             "packs_rows": self.packs,
             "task": self.name,
             "version": self.version,
             "settings": self.settings.model_dump(mode="json"),
+            "fields": {
+                name: [field.kind, field.column, field.place, field.most]
+                for name, field in self.fields.items()
+            },
             "columns": [vars(column) for column in self.columns],
         }
 
@@ -204,9 +209,11 @@ class Task:
         """What the model tells of each row of a batch."""
         raise NotImplementedError
 
-    def join_predictions(self, pieces: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    def join_predictions(
+        self, pieces: Sequence[Any], given: Mapping[str, Any], untold: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """What is told of a record, from that of its rows in their order: `prediction`, and what
-        goes with it."""
+        goes with it. `untold`: `Encoded.untold` of the record; it is given where there is any."""
         (only,) = pieces
         return dict(only)
 
@@ -214,6 +221,16 @@ class Task:
         """Rows of a table that tells more than the metrics do, by what they are of."""
         found: dict[str, dict[str, float]] = getattr(metrics, "report", dict)()
         return found
+
+    def measured(self, metrics: TaskMetrics, held: Held | None) -> dict[str, float | None]:
+        """The metrics of a whole validation by name; None for one whose value stands for nothing on
+        its rows, or is not finite."""
+        values, undefined = metrics.compute(), metrics.undefined()
+        values = values if held is None else self.complete(values, held)
+        return {
+            name: None if name in undefined or not math.isfinite(value) else float(value)
+            for name, value in values.items()
+        }
 
     def complete(self, values: Mapping[str, float], held: Held) -> dict[str, float]:
         """The metrics of a whole validation, with those that need to know of its rows."""

@@ -91,11 +91,14 @@ class TokenClassification(Task):
             for guess, labels in zip(guesses, batch["labels"], strict=True)
         ]
 
-    def join_predictions(self, pieces: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """A tag for each word; none begins at one that is nothing to the tokeniser."""
-        tags = [tag for piece in pieces for tag in piece]
-        missing = len(given["tokens"]) - len(tags)
-        return {"prediction": tags, **({"num_untold": missing} if missing else {})}
+    def join_predictions(
+        self, pieces: Sequence[Any], given: Mapping[str, Any], untold: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """A tag for each word, in its place; None for one that is nothing to the tokeniser."""
+        tags: list[str | None] = [tag for piece in pieces for tag in piece]
+        for place in sorted(untold):
+            tags.insert(place, None)
+        return {"prediction": tags, **({"num_untold": len(untold)} if untold else {})}
 
     def new_metrics(self) -> TaskMetrics:
         from dray.tasks.metrics import EntityMetrics

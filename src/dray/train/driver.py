@@ -25,7 +25,7 @@ from dray.plan import Shape, local_shape
 from dray.rank.initial_weights import held
 from dray.rank.job import Job, not_shared
 from dray.redaction import redact
-from dray.runs import Run, Trackers, build_trackers, find_resume_checkpoint
+from dray.runs import CheckpointInfo, Run, Trackers, build_trackers, find_resume_checkpoint
 from dray.runs.drivers import Heart
 from dray.show.progress import Display
 from dray.show.report import format_diagnosis
@@ -179,7 +179,7 @@ def _drive(
     spec, plan = job.spec, job.plan
     num_steps, newest = plan.num_steps or 0, find_resume_checkpoint(run)
     done = newest.step if newest else 0
-    if (ended := _ended_before(run, job, done, display)) is not None:
+    if (ended := _ended_before(run, job, newest, display)) is not None:
         return ended
     driver = run.take_over()
     job = replace(job, driver=driver.number)
@@ -227,16 +227,32 @@ def _drive(
     return Ended(run, status, reason)
 
 
-def _ended_before(run: Run, job: Job, done: int, display: Display) -> Ended | None:
+def _ended_before(
+    run: Run, job: Job, newest: CheckpointInfo | None, display: Display
+) -> Ended | None:
     """How a run that has come this far ends without a further step; none: there are some to do."""
+    done = newest.step if newest else 0
     if done >= (job.plan.num_steps or 0):
         display.say(f"{run.name} is complete at step {done}; {_what_would_go_on(job.spec)}")
         return Ended(run, "completed")
+    if newest is not None and _is_out_of_patience(run, job.spec, newest):
+        display.say(
+            f"{run.name} is complete at step {done}: {newest.without_better} validations in a row "
+            f"were no better; a larger validation.patience would go on"
+        )
+        return Ended(run, "early_stopped")
     if job.until_step is not None and done >= job.until_step:
         return Ended(run, "stopped", _paused(job))
     if done:
         display.say(f"{run.name} goes on from step {done}")
     return None
+
+
+def _is_out_of_patience(run: Run, spec: Spec, newest: CheckpointInfo) -> bool:
+    """Whether the run was stopped early, by as much patience as it has now. A fork goes on from its
+    origin's last step whatever ended that."""
+    patience, own = spec.validation.patience, newest.path.startswith(f"{run.path}/")
+    return own and patience is not None and newest.without_better >= patience
 
 
 def _paused(job: Job) -> str:

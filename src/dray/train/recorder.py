@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -15,7 +14,7 @@ from dray.doctor.stalls import find_straggler
 from dray.errors import StorageFailed
 from dray.plan import Plan
 from dray.runs import Run, Trackers
-from dray.runs.records import Ended, Event, Report, StepReport, ValidationReport
+from dray.runs.records import Ended, Event, Report, StepReport, ValidationReport, finite
 from dray.show.progress import Display
 from dray.storage.retrying import OUTAGE_SECONDS
 from dray.train.caller import Wish
@@ -179,10 +178,16 @@ class Recorder:
 
     def _tell(self, event: Event) -> None:
         """Say what a person should know: what was taken of given weights, of a save that failed,
-        and once an attempt that nothing can be deleted."""
+        and once an attempt that nothing can be deleted, or that nothing ranks its checkpoints."""
         problem = event.fields.get("problem")
         if event.kind == "weights_taken":
             self._display.say(event.fields["report"])
+        elif event.kind == "metric_undefined" and self._is_new("undefined", event.attempt):
+            self._display.say(
+                f"validation.metric {event.fields['metric']} is undefined at step {event.step}: "
+                f"{event.fields['reason']}; such a validation ranks no checkpoint and does not "
+                "count for validation.patience"
+            )
         elif event.kind == "checkpoint_failed":
             self._display.say(f"step {event.step} could not be saved: {problem}")
         elif event.kind == "retention_failed" and self._is_new("retention", event.attempt):
@@ -197,9 +202,8 @@ class Recorder:
         return new
 
     def _show_validation(self, report: ValidationReport) -> None:
-        self._trackers.log(
-            report.step, {f"validation_{name}": value for name, value in report.values.items()}
-        )
+        told = {f"validation_{k}": v for k, v in report.values.items() if v is not None}
+        self._trackers.log(report.step, told)
         self._display.validation(report.step, report.values)
 
 
@@ -220,9 +224,9 @@ def make_metrics_row(reports: Sequence[StepReport], plan: Plan) -> dict[str, Any
         "step": first.step,
         "attempt": first.attempt,
         "num_ranks": first.num_ranks,
-        "loss": _finite(sum(report.loss_sum for report in reports) / max(1, first.num_targets)),
+        "loss": finite(sum(report.loss_sum for report in reports) / max(1, first.num_targets)),
         "learning_rate": first.learning_rate,
-        "grad_norm": _finite(first.grad_norm),
+        "grad_norm": finite(first.grad_norm),
         "applied": first.applied,
         "tokens": first.tokens,
         "seconds": seconds,
@@ -245,8 +249,3 @@ def make_metrics_row(reports: Sequence[StepReport], plan: Plan) -> dict[str, Any
         "memory_bytes_max": max(report.memory_bytes for report in reports),
         "time": first.time,
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no word for what is not finite."""
-    return value if math.isfinite(value) else None
