@@ -31,9 +31,10 @@ import torch
 import torch.distributed as dist
 
 from bench.report import RESULTS, ROOT
-from dray.models.build import build_model, parameter_groups
+from dray.models.build import build_model
 from dray.models.config import auto_class
 from dray.models.counting import count_model
+from dray.models.groups import parameter_groups
 from dray.plan import make_plan, parse_shape
 from dray.rank.engine import build_engine
 from dray.rank.group import Ranks, build_ranks

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from dray.models.build import build_model, parameter_groups
+from dray.models.build import build_model
+from dray.models.groups import parameter_groups
 from dray.plan import Plan, local_shape, make_plan
 from dray.processes.heap import prepare_process
 from dray.rank.device import pin, send

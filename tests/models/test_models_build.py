@@ -9,7 +9,8 @@ import torch
 from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from torch import nn
 
-from dray.models.build import enable_activation_checkpointing, num_parameters, parameter_groups
+from dray.models.build import enable_activation_checkpointing, num_parameters
+from dray.models.groups import parameter_groups
 from dray.models.initialize import initialize_weights, restore_rotary_buffers
 
 

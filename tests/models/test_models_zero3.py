@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from torch import nn
 
-from dray.models.build import num_parameters, parameter_groups
+from dray.models.build import num_parameters
+from dray.models.groups import parameter_groups
 from dray.spec import Spec
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "modernbert", "distilbert", "gemma2")

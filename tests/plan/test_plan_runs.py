@@ -14,7 +14,8 @@ CODE = """
 import json, sys, torch
 import dray.tasks.losses
 from dray.rank.engine import build_engine
-from dray.models.build import build_model, parameter_groups
+from dray.models.build import build_model
+from dray.models.groups import parameter_groups
 from dray.plan import make_plan, parse_shape
 from dray.rank.group import build_ranks, join_alone
 from dray.spec import make_spec

@@ -149,7 +149,7 @@ def test_an_error_that_nobody_foresaw_is_one_line(
     def fail(arguments: Any) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_runs", fail)
+    monkeypatch.setattr(cli.parser, "runs_command", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["runs"]) == code
     out, err = capsys.readouterr()

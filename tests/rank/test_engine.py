@@ -40,7 +40,8 @@ def make_case(
 
 
 def build(spec: Spec, plan: Plan, ranks: Ranks) -> Any:
-    from dray.models.build import build_model, parameter_groups
+    from dray.models.build import build_model
+    from dray.models.groups import parameter_groups
     from dray.rank.engine import build_engine
     from dray.tasks.causal_lm import CausalLM
 

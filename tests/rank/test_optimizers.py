@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dray.errors import SpecError
-from dray.models.build import build_model, parameter_groups, part_hidden
+from dray.models.build import build_model
+from dray.models.groups import parameter_groups, part_hidden
 from dray.plan import make_plan, parse_shape
 from dray.plan.parameters import count_parameters, load_dimensions
 from dray.rank.group import Ranks

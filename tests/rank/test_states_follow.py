@@ -139,7 +139,7 @@ def build(place: Place, ranks: Ranks, *, initial: bool, kind: type[nn.Module] = 
     from deepspeed.accelerator import get_accelerator
 
     import dray.models.build
-    from dray.models.build import parameter_groups
+    from dray.models.groups import parameter_groups
     from dray.rank.engine import build_engine
     from dray.rank.hooks import build_hooks
 

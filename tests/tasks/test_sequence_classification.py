@@ -15,7 +15,8 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
-from dray.models.build import build_model, parameter_groups
+from dray.models.build import build_model
+from dray.models.groups import parameter_groups
 from dray.spec import Spec, make_spec
 from dray.tasks import IGNORED
 from dray.tasks.sequence_classification import SequenceClassification

@@ -20,6 +20,7 @@ from torch import nn
 from dray.errors import SpecError, one_line, translated
 from dray.models.config import auto_class, make_config
 from dray.models.folder import FolderWeights
+from dray.models.groups import find_blocks, hidden_matrices
 from dray.models.initialize import (
     Gathering,
     initialize_weights,
@@ -28,6 +29,7 @@ from dray.models.initialize import (
 )
 from dray.models.source import find_folder
 from dray.models.weights import Weights, load_weights
+from dray.models.width import scale_initial_weights, width_factor
 from dray.processes.imports import first_import
 from dray.spec import Head, Spec
 
@@ -94,6 +96,7 @@ def build_model(
         restore_rotary_buffers(model)
     elif not spec.model.origin or num_blocks is not None:
         initialize_weights(model, spec.seed, gathering)
+        scale_initial_weights(model, width_factor(spec), gathering)
     else:
         weights = weights or FolderWeights(find_folder(str(spec.model.path)))
         report = load_weights(model, weights, spec.seed, gathering)
@@ -113,20 +116,6 @@ def _make_thin(config: Any, num_blocks: int) -> None:
 def enable_activation_checkpointing(model: Any) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that a model repeats, each of which transformers can checkpoint by itself; none
-    where an architecture has no such layers."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found: list[nn.Module] = []
-    inner: set[nn.Module] = set()
-    for module in model.modules():  # outer ones first
-        if isinstance(module, GradientCheckpointingLayer) and module not in inner:
-            found.append(module)
-            inner.update(module.modules())
-    return found
 
 
 def compile_model(model: nn.Module, backend: str = "inductor") -> None:
@@ -161,68 +150,6 @@ def num_parameters(model: nn.Module) -> int:
     )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters as the optimiser's groups: with weight decay, and (norms, biases,
-    embeddings) without.
-
-    A head tied to the embedding counts as embedding. Works on partitioned parameters: it goes by
-    the kind of the module and the full shape. Empty groups are left out.
-    """
-    spared: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    seen: set[int] = set()
-    for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
-        is_spared = isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue
-            seen.add(id(parameter))
-            num_dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            flat = num_dimensions < 2 or name.endswith("bias") or "embedding" in name
-            (spared if is_spared or flat else decayed).append(parameter)
-    order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["params"].sort(key=lambda parameter: order[id(parameter)])  # type: ignore[attr-defined]
-    return [group for group in groups if group["params"]]
-
-
-def part_hidden(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The optimiser's groups, each parted by `hidden`: the matrices of the model's blocks, and the
-    rest. Raises SpecError for a model without such matrices."""
-    hidden = _hidden_matrices(model)
-    parted = []
-    for group in groups:
-        for is_hidden in (True, False):
-            parameters = [p for p in group["params"] if (id(p) in hidden) is is_hidden]
-            if parameters:
-                parted.append({**group, "params": parameters, "hidden": is_hidden})
-    return parted
-
-
-def _hidden_matrices(model: nn.Module) -> set[int]:
-    """The ids of the matrices of a model's blocks, tables that are looked up aside. Raises
-    SpecError."""
-    found = {
-        id(parameter)
-        for block in find_blocks(model)
-        for module in block.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() == 2 and not isinstance(module, nn.Embedding)
-    }
-    if not found:
-        raise SpecError(
-            "optimizer",
-            f"{type(model).__name__} has no matrices in blocks that transformers knows",
-            "which are updated otherwise than embeddings and heads",
-            "give optimizer.name=adamw",
-        )
-    return found
-
-
 def check_builds(spec: Spec, config: Any) -> Any:
     """The model of a configuration on the meta device, where it holds nothing. Raises SpecError for
     a configuration that transformers takes and cannot build, or that the optimiser cannot
@@ -237,7 +164,7 @@ def check_builds(spec: Spec, config: Any) -> Any:
     ):
         model = _construct(config, spec.task.head, torch.device("meta"), torch.float32)
     if spec.optimizer.parts_hidden:
-        _hidden_matrices(model)
+        hidden_matrices(model)
     return model
 
 

@@ -309,7 +309,7 @@ class _Owned:
 
 
 def _count(model: Any, config: Any, head: Head) -> ParameterCount:
-    from dray.models.build import find_blocks
+    from dray.models.groups import find_blocks
 
     owned = list(_owned(model))
     total = sum(one.size for one in owned)

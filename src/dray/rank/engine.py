@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dray.errors import StoreError
-from dray.models.build import compile_model, part_hidden
+from dray.models.build import compile_model
+from dray.models.groups import part_hidden
 from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
 from dray.processes.imports import first_import
@@ -166,7 +167,7 @@ class Engine:
         """Update the weights, unless `withhold` (bool) says not to or the gradient norm, which all
         ranks share, is not finite. dray itself does not wait for the device here."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_scale", 1.0)
         self._withhold, self._norm, self._withheld = withhold, None, None
         scale = self.loss_scale
         if not self._layout.measures_norm:

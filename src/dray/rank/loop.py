@@ -35,10 +35,11 @@ from dray.models.build import (
     enable_activation_checkpointing,
     import_transformers,
     one_document_a_row,
-    parameter_groups,
 )
 from dray.models.config import make_kept_config
+from dray.models.groups import parameter_groups
 from dray.models.initialize import restore_rotary_buffers
+from dray.models.width import width_factor, with_rates
 from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
 from dray.processes.heap import prepare_heap
 from dray.rank.device import Clock, Reading, is_queued, send
@@ -256,7 +257,8 @@ class _Loop:
         return module
 
     def _make_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        return parameter_groups(model, self.spec.optimizer.weight_decay)
+        groups = parameter_groups(model, self.spec.optimizer.weight_decay)
+        return with_rates(model, groups, width_factor(self.spec))
 
     def _make_objective(self, model: torch.nn.Module) -> torch.nn.Module:
         return self.task.objective(model, self.spec.regularization.label_smoothing)

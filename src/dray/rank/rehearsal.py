@@ -181,7 +181,8 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, config: Config, folder: str) ->
 def _build_thin(
     spec: Spec, plan: Plan, config: Config, ranks: Ranks, sizes: Dimensions, *, num_blocks: int
 ) -> Engine:
-    from dray.models.build import build_model, enable_activation_checkpointing, parameter_groups
+    from dray.models.build import build_model, enable_activation_checkpointing
+    from dray.models.groups import parameter_groups
     from dray.rank.engine import build_engine
     from dray.rank.hooks import build_hooks
 

@@ -33,6 +33,14 @@ class State(NamedTuple):
         return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
 
 
+class WidthTransfer(Section):
+    """Maximal update parametrisation: what is best for a narrow model stays best for a wide one."""
+
+    base_hidden_size: Annotated[Int, Field(ge=8)]
+    """Width of the model whose learning rate, decay and deviation of the initial weights are given.
+    A wider one has more heads of attention, of the same size."""
+
+
 class Optimizer(Section):
     """What all optimisers share."""
 
@@ -53,6 +61,11 @@ class Optimizer(Section):
     """Peak learning rate."""
     weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.1
     """Decoupled weight decay; it spares norms, biases and embeddings."""
+    width_transfer: Annotated[
+        WidthTransfer | None, Field(exclude_if=lambda given: given is None)
+    ] = None
+    """Scale rates and initial weights so that the best learning rate is that of a narrower model.
+    AdamW alone. None: no scaling."""
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         """What is kept for a parameter of that shape, zeros before the first update. `is_hidden`:

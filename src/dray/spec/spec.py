@@ -150,6 +150,22 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _wide(self) -> Self:
+        if self.optimizer.width_transfer is None:
+            return self
+        why = ""
+        if self.optimizer.name not in ("adamw", "adamw_8bit"):
+            why = f"it is AdamW's, and the optimizer is {self.optimizer.name}"
+        elif self.model.hidden_size is None:
+            why = f"the model starts from {self.model.origin}, whose weights are what they are"
+        elif self.model.tie_embeddings and self.task.head.over == "vocabulary":
+            why = "a tied head cannot have another rate than the embedding; give "
+            why += "model.tie_embeddings=false"
+        if why:
+            raise ValueError(f"optimizer.width_transfer: {why}")
+        return self
+
+    @model_validator(mode="after")
     def _means_something(self, info: ValidationInfo) -> Self:
         """Refuse what would be silently without effect, except in a spec that a run has kept: it
         was let through when the run began, and the run stays what it is."""
@@ -166,13 +182,6 @@ class Spec(Section):
                 f"regularization.label_smoothing = {smoothing:g}: {self.task.name} has no classes "
                 "to smooth; leave it out"
             )
-        validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
-        for source in (*self.data.train, *validation):
-            if source.label is not None and "label" not in self.task.fields:
-                raise ValueError(
-                    f"data: label = {source.label!r}: {self.task.name} reads "
-                    f"{', '.join(self.task.fields)}; leave it out"
-                )
         return self
 
     @property
