@@ -111,7 +111,7 @@ def test_at_the_base_nothing_changes() -> None:
     [
         ({"model": {"tie_embeddings": True}}, "model.tie_embeddings=false"),
         ({"model": {"path": "folder"}}, "starts from folder"),
-        ({"optimizer": {"name": "sgd"}}, "AdamW's"),
+        ({"optimizer": {"name": "sgd"}}, "unknown key optimizer.width_transfer"),
         ({"optimizer": {"width_transfer": {"base": 64}}}, "did you mean"),
     ],
 )

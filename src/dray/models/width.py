@@ -30,8 +30,8 @@ Groups = list[dict[str, Any]]
 
 def width_factor(spec: Spec) -> float:
     """How many times as wide as its base a spec's model is; 1 without a base."""
-    transfer = spec.optimizer.width_transfer
-    return 1.0 if transfer is None else (spec.model.hidden_size or 0) / transfer.base_hidden_size
+    base = spec.optimizer.base_hidden_size
+    return 1.0 if base is None else (spec.model.hidden_size or base) / base
 
 
 def scale_initial_weights(model: Any, factor: float, gathering: Gathering = no_gathering) -> None:

@@ -61,11 +61,11 @@ class Optimizer(Section):
     """Peak learning rate."""
     weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.1
     """Decoupled weight decay; it spares norms, biases and embeddings."""
-    width_transfer: Annotated[
-        WidthTransfer | None, Field(exclude_if=lambda given: given is None)
-    ] = None
-    """Scale rates and initial weights so that the best learning rate is that of a narrower model.
-    AdamW alone. None: no scaling."""
+
+    @property
+    def base_hidden_size(self) -> int | None:
+        """Width of the model whose rate is given; none: this one's own."""
+        return None
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         """What is kept for a parameter of that shape, zeros before the first update. `is_hidden`:
@@ -101,6 +101,15 @@ class AdamW(Optimizer):
     """Decay of the second moment."""
     epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
     """Term added to the denominator."""
+    width_transfer: Annotated[
+        WidthTransfer | None, Field(exclude_if=lambda given: given is None)
+    ] = None
+    """Scale rates and initial weights so that the best learning rate is that of a narrower model.
+    None: no scaling."""
+
+    @property
+    def base_hidden_size(self) -> int | None:
+        return self.width_transfer and self.width_transfer.base_hidden_size
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         return State("exp_avg", shape), State("exp_avg_sq", shape)
@@ -129,6 +138,15 @@ class AdamW8bit(Optimizer):
     """Term added to the denominator."""
     least_elements: Annotated[Int, Field(ge=1)] = 4096
     """Matrices with fewer elements keep their moments in fp32."""
+    width_transfer: Annotated[
+        WidthTransfer | None, Field(exclude_if=lambda given: given is None)
+    ] = None
+    """Scale rates and initial weights so that the best learning rate is that of a narrower model.
+    None: no scaling."""
+
+    @property
+    def base_hidden_size(self) -> int | None:
+        return self.width_transfer and self.width_transfer.base_hidden_size
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         size = math.prod(shape)

@@ -151,12 +151,10 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _wide(self) -> Self:
-        if self.optimizer.width_transfer is None:
+        if self.optimizer.base_hidden_size is None:
             return self
         why = ""
-        if self.optimizer.name not in ("adamw", "adamw_8bit"):
-            why = f"it is AdamW's, and the optimizer is {self.optimizer.name}"
-        elif self.model.hidden_size is None:
+        if self.model.hidden_size is None:
             why = f"the model starts from {self.model.origin}, whose weights are what they are"
         elif self.model.tie_embeddings and self.task.head.over == "vocabulary":
             why = "a tied head cannot have another rate than the embedding; give "
