@@ -109,7 +109,7 @@ class AdamW(Optimizer):
 
     @property
     def base_hidden_size(self) -> int | None:
-        return self.width_transfer and self.width_transfer.base_hidden_size
+        return None if self.width_transfer is None else self.width_transfer.base_hidden_size
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         return State("exp_avg", shape), State("exp_avg_sq", shape)
@@ -146,7 +146,7 @@ class AdamW8bit(Optimizer):
 
     @property
     def base_hidden_size(self) -> int | None:
-        return self.width_transfer and self.width_transfer.base_hidden_size
+        return None if self.width_transfer is None else self.width_transfer.base_hidden_size
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         size = math.prod(shape)
