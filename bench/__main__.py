@@ -16,6 +16,7 @@ PARTS = (
     "bench.scale",
     "bench.finetuning",
     "bench.planned",
+    "bench.sweeps",
 )
 
 if __name__ == "__main__":
