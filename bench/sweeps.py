@@ -1,11 +1,12 @@
 """Sweeps: what a trial costs beside its training, what a driver of many trials takes, and what
-searches find for what they spend: `python -m bench.sweeps [overhead] [many] [searches]`.
+searches find for what they spend: `python -m bench.sweeps [overhead] [many] [searches] [width]`.
 
 overhead: seconds from a trial's last step to the next one's first, one trial at a time, beside
 stock Ray Tune with a TorchTrainer a trial (bench/stock_tune.py), the arms in turn.
 many: 200 trials that do next to nothing: the driver's memory, results a second, results lost.
 searches: the loss reached against the compute spent, on ../shared/data/corpus_en: a grid of 48
 points, and searches with about a tenth of its compute.
+width: the losses of some rates at width 128 and at 512, with width transfer and without.
 """
 
 from __future__ import annotations
@@ -298,12 +299,83 @@ def measure_searches(folder: Path, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+# ---- widths ------------------------------------------------------------------------------------
+
+WIDTHS, WIDTH_RATES = (128, 512), [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+
+
+def measure_width(folder: Path) -> list[dict[str, Any]]:
+    """The loss of each rate at two widths, with width transfer from the narrower one and without."""
+    rows = []
+    for transfer in (True, False):
+        for width in WIDTHS:
+            if width == WIDTHS[0] and not transfer:
+                continue  # the base is what it is
+            optimizer: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1}
+            if transfer:
+                optimizer["width_transfer"] = {"base_hidden_size": WIDTHS[0]}
+            model = {
+                "architecture": "llama",
+                "hidden_size": width,
+                "num_layers": 2,
+                "num_heads": width // 64,
+                "tie_embeddings": False,
+            }
+            tree = {
+                **SEARCHED,
+                "model": model,
+                "optimizer": optimizer,
+                "duration": {"steps": 120},
+                "batch": {"global_rows": 8},
+            }
+            space = {
+                "parameters": {"optimizer.learning_rate": {"grid": WIDTH_RATES}},
+                "search": "grid",
+                "scheduler": "none",
+                "concurrency": 1,
+            }
+            name = f"width-{width}-{'with' if transfer else 'without'}"
+            for trial in summarize(run_sweep(folder, name, tree, space))["trials"]:
+                rate = trial["parameters"]["optimizer.learning_rate"]
+                loss = trial["metrics"].get("loss")
+                rows.append({"width": width, "transfer": transfer, "rate": rate, "loss": loss})
+                print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def _width_table(rows: Sequence[dict[str, Any]]) -> str:
+    arms = [(128, True), (512, True), (512, False)]
+    lines = [
+        "| learning rate | width 128, the base | width 512, transferred | width 512, as it is |",
+        "|--:|--:|--:|--:|",
+    ]
+    losses = {(row["width"], row["transfer"], row["rate"]): row["loss"] for row in rows}
+    for rate in WIDTH_RATES:
+        cells = [losses[(*arm, rate)] for arm in arms]
+        shown = ["diverged" if loss is None else f"{loss:.4f}" for loss in cells]
+        lines.append(f"| {rate:g} | {' | '.join(shown)} |")
+    found = {
+        arm: {rate: loss for rate in WIDTH_RATES if (loss := losses[(*arm, rate)]) is not None}
+        for arm in arms
+    }
+    chosen = min(found[arms[0]], key=lambda rate: found[arms[0]][rate])
+    lines.append("")
+    for arm, words in ((arms[1], "transferred"), (arms[2], "as it is")):
+        best = min(found[arm].values())
+        above = found[arm].get(chosen, float("inf")) / best - 1
+        lines.append(
+            f"The best rate of the base ({chosen:g}) at width 512, {words}: {above:+.2%} above the "
+            "best loss there."
+        )
+    return "\n".join(lines)
+
+
 # ---- tables ------------------------------------------------------------------------------------
 
 
 def _overhead_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| workers a trial | arm | seconds from a trial's last step to the next one's first | most |",
+        "| workers | arm | seconds from a trial's last step to the next one's first | most |",
         "|--:|---|--:|--:|",
     ]
     lines += [
@@ -344,7 +416,7 @@ def _search_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=["overhead", "many", "searches"])
+    parser.add_argument("parts", nargs="*", default=["overhead", "many", "searches", "width"])
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-sweeps-") as place:
@@ -358,6 +430,9 @@ def main() -> None:
         if "searches" in arguments.parts:
             found = measure_searches(folder, arguments.seeds)
             write_section("sweep-searches", _search_table(found), found)
+        if "width" in arguments.parts:
+            widths = measure_width(folder)
+            write_section("width", _width_table(widths), widths)
 
 
 if __name__ == "__main__":
