@@ -305,7 +305,7 @@ WIDTHS, WIDTH_RATES = (128, 512), [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
 
 
 def measure_width(folder: Path) -> list[dict[str, Any]]:
-    """The loss of each rate at two widths, with width transfer from the narrower one and without."""
+    """The loss of each rate at two widths, with width transfer from the narrower and without."""
     rows = []
     for transfer in (True, False):
         for width in WIDTHS:
