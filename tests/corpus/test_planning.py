@@ -56,6 +56,7 @@ def prepare_here(
         (prepare, "LABELLED_GROUP_ROWS", 16),
         (prepare, "MIN_CHUNK_BYTES", 1 << 15),
         (prepare, "PARTITION_BYTES", 1 << 17),
+        (prepare, "require_connected", lambda where: None),
         (prepare, "run_stage", run_here),
         (prepare, "run_task", lambda job, function, item: function(job, item)),
     ):

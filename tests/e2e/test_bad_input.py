@@ -43,7 +43,7 @@ def refused(arguments: list[str], storage: Path, capsys: Any) -> str:
     [
         ("batch.globl_rows=3", "did you mean batch.global_rows?"),
         ("batch.global_rows=many", "batch.global_rows = 'many'"),
-        ("optimizer.learning_rate=-1", "greater than 0"),
+        ("optimizer.learning_rate=-1", "a number above 0"),
         ("batch={global_rows: 10, micro_rows: 4}", "not a multiple of 2 ranks × 4 rows (8)"),
         ("model.architecture=lama", "llama"),
         ("model={path: nowhere}", "nowhere"),

@@ -138,13 +138,13 @@ def build(place: Place, ranks: Ranks, *, initial: bool, kind: type[nn.Module] = 
     """The engine, with its weights, or with those that a restore is to replace."""
     from deepspeed.accelerator import get_accelerator
 
-    import dray.models.build
+    import dray.models.groups
     from dray.models.groups import parameter_groups
     from dray.rank.engine import build_engine
     from dray.rank.hooks import build_hooks
 
     get_accelerator().is_fp16_supported = lambda: True
-    dray.models.build.find_blocks = lambda model: [model.up, model.down]
+    dray.models.groups.find_blocks = lambda model: [model.up, model.down]
     spec, plan = make_place(place)
 
     def build_model(constructing: Any, gathering: Any) -> nn.Module:

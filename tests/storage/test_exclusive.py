@@ -6,14 +6,16 @@ from __future__ import annotations
 import http.server
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import fs as pafs
 
 from dray.errors import StorageFailed, StoreError
 from dray.runs import CheckpointWriter, Run, create_run
+from dray.storage import exclusive
 from dray.storage.exclusive import _build_store, _s3_settings, create_exclusive
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, write_bytes
 from dray.storage.retrying import patience
@@ -214,8 +216,20 @@ def test_where_nothing_is_conditional_the_last_one_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old way, which other filesystems are left with: of simultaneous writers all but one see
-    that they lost."""
+    that they lost. fsspec's memory is no store for threads, so each of its operations is let go by
+    itself: they may still come in any order."""
     monkeypatch.setattr("dray.storage.exclusive.SETTLE_SECONDS", 0.2)
+    alone = threading.Lock()
+
+    def one_by_one(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with alone:
+                return operation(*arguments)
+
+        return call
+
+    for name in ("exists", "read_bytes", "write_bytes"):
+        monkeypatch.setattr(exclusive, name, one_by_one(getattr(exclusive, name)))
     filesystem, path = open_filesystem(f"memory://{os.urandom(6).hex()}")
     won: list[int] = []
 
