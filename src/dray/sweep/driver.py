@@ -21,7 +21,7 @@ from typing import Any
 from dray.cluster.connection import connect
 from dray.cluster.placement import Placement, reserved
 from dray.corpus.prepare import Corpus, prepare
-from dray.errors import Interrupted, RunFailed, UserError, one_line
+from dray.errors import Interrupted, RunFailed, UserError, caught, one_line
 from dray.plan import Law, Plan, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import make_corpus_plan
@@ -187,6 +187,9 @@ class _Work:
         self._at_work: set[int] = set()
         self._reason = ""
         self._number: int | None = None
+        """Of the signal that asked for it."""
+        self._broken: BaseException | None = None
+        """What ended a seat."""
         self._preparing = threading.Lock()
         self._hours = 0.0
         for _, event in sweep.events():
@@ -208,21 +211,18 @@ class _Work:
         parent.start(self._setting.space.model_dump(mode="json", exclude_defaults=True))
         begun = time.monotonic()
         sweep.update(status="running", reason="")
-        status, reason = "failed", ""
+        status, reason = "failed", "its driver ended"
         try:
             with heart, display.trials(self._summary), stops(noted=True) as signals:
                 self._follow(seats, begun, signals)
             status, reason = self._name_end()
-        except BaseException as error:
-            reason = one_line(error)
-            raise
         finally:
             hours = self._hours + (time.monotonic() - begun) / 3600
             sweep.update(status=status, reason=reason, hours=hours)
             parent.finish(self._ending(status))
             sweep.release(driver)
-        if heart.replaced is not None:
-            raise heart.replaced
+        if error := heart.replaced or self._broken:
+            raise error
         best = self.study.best()
         if best is not None:
             place = sweep.keep_best(
@@ -261,6 +261,8 @@ class _Work:
     def _name_end(self) -> tuple[str, str]:
         """The status of the sweep, and why."""
         study = self.study
+        if self._broken is not None:
+            return "failed", self._reason
         if self._number is not None:
             return "interrupted", self._reason
         if cause := study.ruin():
@@ -288,22 +290,26 @@ class _Work:
     # ---- a seat's thread ------------------------------------------------------------------------
 
     def _sit(self) -> None:
-        """Run one trial after the other in a placement, until none is left. A seat that has nothing
-        to do holds no placement: the others' trials may need the room, to begin again elsewhere."""
+        """Run trials until none is left. What is no trial's failure, e.g. a storage that no longer
+        takes the log, ends the sweep."""
+        _, error = caught(self._run_trials)
+        if error is not None:
+            self._broken = self._broken or error
+            self._stop(f"{type(error).__name__}: {one_line(error)}")
+
+    def _run_trials(self) -> None:
+        """One trial after the other in a placement. A seat that has nothing to do holds none: the
+        others' trials may need the room, to begin again elsewhere."""
         keys = self._setting.space.parameters
         shares_place = not any(path.startswith("resources.") for path in keys)
-        try:
-            while self._wait_for_work():
-                if shares_place:
-                    with self._place(self._setting.spec) as placement:
-                        while placement is not None and (begun := self._take()) is not None:
-                            self._try(begun, placement)
-                elif (begun := self._take()) is not None:
-                    with self._place(self._trial_spec(begun)) as placement:
+        while self._wait_for_work():
+            if shares_place:
+                with self._place(self._setting.spec) as placement:
+                    while placement is not None and (begun := self._take()) is not None:
                         self._try(begun, placement)
-        except Exception as error:
-            self._display.say(f"a seat is given up: {type(error).__name__}: {one_line(error)}")
-            self._stop(one_line(error))
+            elif (begun := self._take()) is not None:
+                with self._place(self._trial_spec(begun)) as placement:
+                    self._try(begun, placement)
 
     def _wait_for_work(self) -> bool:
         """Whether a trial can begin; waits while those at work may still have to begin again."""

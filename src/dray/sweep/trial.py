@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dray.cluster.placement import Placement
 from dray.corpus.prepare import Corpus
 from dray.doctor import diagnose
-from dray.errors import Cause, RunFailed, UserError, caught, one_line
+from dray.errors import Cause, RunFailed, StorageFailed, UserError, caught, one_line
 from dray.redaction import redact
 from dray.runs import Run, find_resume_checkpoint
 from dray.runs.layout import make_trial_name
@@ -138,8 +139,9 @@ def run_trial(
             tell(row)
     if how := judged():
         return ended(how)
-    try:
-        done = train(
+    done, error = caught(
+        partial(
+            train,
             spec,
             storage=storage,
             run_name=make_trial_name(sweep, begun.parent) if begun.parent else name,
@@ -151,17 +153,31 @@ def run_trial(
             stop=stop,
             display=display,
         )
-    except RunFailed as error:
-        cause, why = _diagnose(storage, name)
+    )
+    if error is not None:  # also a mistake of dray's own ends one trial, not the sweep
+        cause, why = _explain(error, storage, name)
         status = DIVERGED if cause in BAD_NUMBERS else judged() or FAILED
-        return ended(status, cause, redact(why or one_line(error)))
-    except UserError as error:
-        return ended(FAILED, Cause.CONFIGURATION, redact(one_line(error)))
-    except Exception as error:  # a mistake of dray's own ends one trial, not the sweep
-        return ended(FAILED, Cause.CODE, redact(f"{type(error).__name__}: {one_line(error)}"))
+        return ended(status, cause, redact(why))
     if how := judged():  # also of one that came to its end before it heard of it
         return ended(how)
-    return ended(STOPPED, reason=done.reason) if done.status == "stopped" else ended(COMPLETED)
+    if done is not None and done.status == "stopped":
+        return ended(STOPPED, reason=done.reason)
+    return ended(COMPLETED)
+
+
+def _explain(error: BaseException, storage: str, name: str) -> tuple[str, str]:
+    """The cause of a failure, in the words of `dray doctor`, and a sentence about it."""
+    if isinstance(error, RunFailed):
+        run = Run.find(storage, name)
+        found = caught(partial(diagnose, run))[0] if run is not None else None
+        if found is not None:
+            return found.fault, found.cause
+        return Cause.UNKNOWN, one_line(error)
+    if isinstance(error, StorageFailed):
+        return Cause.STORAGE, one_line(error)
+    if isinstance(error, UserError):
+        return Cause.CONFIGURATION, one_line(error)
+    return Cause.CODE, f"{type(error).__name__}: {one_line(error)}"
 
 
 def _tokens_of(storage: str, sweep: str, begun: Begun) -> int:
@@ -172,10 +188,3 @@ def _tokens_of(storage: str, sweep: str, begun: Begun) -> int:
     rows = parent.iterate_history(["step", "tokens"])
     before = [int(row["tokens"]) for row in rows if int(row["step"]) <= begun.parent_step]
     return max(before, default=0)
-
-
-def _diagnose(storage: str, name: str) -> tuple[str, str]:
-    """The cause of a failure and a sentence about it, as `dray doctor` has them."""
-    run = Run.find(storage, name)
-    found = caught(lambda: diagnose(run))[0] if run is not None else None
-    return (Cause.UNKNOWN, "") if found is None else (found.fault, found.cause)
