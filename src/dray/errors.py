@@ -187,15 +187,15 @@ class RunFailed(DrayError):
 
 class Interrupted(DrayError):
     """Stopped on request by a signal; `step` is the step of the newest checkpoint, 0 if there is
-    none."""
+    none. `state` says in words what is saved of something else than a run."""
 
-    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
-        self.step, self.number, self.exit_code = step, number, 128 + number
-        state = f"state saved at step {step}" if step else "nothing had been saved yet"
-        super().__init__(f"interrupted by {signal.Signals(number).name}; {state}")
+    def __init__(self, step: int, number: int = signal.SIGINT, state: str = "") -> None:
+        self.step, self.number, self.exit_code, self.state = step, number, 128 + number, state
+        saved = f"state saved at step {step}" if step else "nothing had been saved yet"
+        super().__init__(f"interrupted by {signal.Signals(number).name}; {state or saved}")
 
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int]]:
-        return type(self), (self.step, self.number)
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int, str]]:
+        return type(self), (self.step, self.number, self.state)
 
 
 def first_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from dray.errors import Interrupted, RunFailed, UserError, caught, one_line
 from dray.plan import Law, Plan, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import make_corpus_plan
+from dray.redaction import take_in_all
 from dray.runs.drivers import Heart
 from dray.runs.trackers import Ending, MlflowParent
 from dray.show.sweeps import SweepDisplay
@@ -41,6 +42,8 @@ from dray.sweep.trial import Cadence, make_trial_spec, run_trial
 
 LOOK_SECONDS = 0.5
 """How often the driver looks at the clock and at signals."""
+KEEP_HOURS = 30 / 3600
+"""How often the hours used so far are kept: so many are forgotten where a driver is killed."""
 DATA_KEYS = ("task", "data", "tokenizer")
 """Sections of a spec that decide its corpus."""
 
@@ -62,6 +65,7 @@ def tune(
     many trials were lost by one cause, or none gave a result; Interrupted when a person stopped it,
     with the state of every trial saved.
     """
+    tree = take_in_all(dict(tree))  # what is kept has no credentials
     check_space(space, tree, space_name)
     spec = make_spec(tree)
     resources = fixed(spec.resources)
@@ -230,12 +234,13 @@ class _Work:
             )
             display.say(f"the spec of the best trial: {shown(place)}")
         if status == "interrupted":
-            raise Interrupted(0, self._number or signal.SIGINT)
+            number = self._number or signal.SIGINT
+            raise Interrupted(0, number, "every trial is saved; the same command goes on")
         if status == "failed":
             raise RunFailed(f"the sweep {sweep.name} failed: {reason}")
 
     def _follow(self, seats: int, begun: float, signals: Wishes) -> None:
-        limit = self._setting.space.budget.hours
+        limit, kept = self._setting.space.budget.hours, self._hours
         threads = [
             threading.Thread(target=self._sit, name=f"seat-{index}", daemon=True)
             for index in range(seats)
@@ -246,6 +251,9 @@ class _Work:
             with self._changed:
                 self._changed.wait(LOOK_SECONDS)
             hours = self._hours + (time.monotonic() - begun) / 3600
+            if hours - kept > KEEP_HOURS:
+                kept = hours
+                self._setting.sweep.update(hours=hours)
             if signals and self._number is None:
                 self._number = signals.numbers[0]
                 self._stop(f"stopped by {signal.Signals(self._number).name}")

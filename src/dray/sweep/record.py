@@ -198,7 +198,9 @@ class Sweep:
 def make_fingerprint(tree: Mapping[str, Any], space: Space) -> str:
     """What makes a sweep this one: what its spec trains, and how its space is searched."""
     searched = space.model_dump(mode="json", exclude=set(CHANGEABLE))
-    text = json.dumps([make_spec(tree).fingerprint(), searched], sort_keys=True)
+    spec = make_spec(tree)
+    trained = [spec.fingerprint(), spec.validation.metric, spec.duration.model_dump()]
+    text = json.dumps([trained, searched], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
