@@ -70,7 +70,7 @@ def main() -> None:
     trials, workers, steps, log = (*map(int, sys.argv[1:4]), sys.argv[4])
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory() as storage:
-        ray.init(num_cpus=workers + 1, log_to_driver=False, include_dashboard=False)
+        ray.init("local", num_cpus=workers + 1, log_to_driver=False, include_dashboard=False)
         tuner = tune.Tuner(
             tune.with_resources(run_trial, {"CPU": 0.01}),
             param_space={
