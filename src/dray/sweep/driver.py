@@ -21,7 +21,7 @@ from typing import Any
 from dray.cluster.connection import connect
 from dray.cluster.placement import Placement, reserved
 from dray.corpus.prepare import Corpus, prepare
-from dray.errors import Interrupted, RunFailed, UserError, caught, one_line
+from dray.errors import Cause, Interrupted, RunFailed, UserError, caught, one_line
 from dray.plan import Law, Plan, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import make_corpus_plan
@@ -31,7 +31,7 @@ from dray.runs.trackers import Ending, MlflowParent
 from dray.show.sweeps import SweepDisplay
 from dray.spec import Resources, Spec, make_spec
 from dray.storage.filesystem import shown
-from dray.sweep.events import FAILED, Begun, Ended, Reported
+from dray.sweep.events import FAILED, STOPPED, Begun, Ended, Reported
 from dray.sweep.policies import make_policy
 from dray.sweep.record import Sweep
 from dray.sweep.room import count_here, count_in_cluster, count_in_memory, fixed
@@ -175,11 +175,7 @@ class _Work:
         self._setting, self._display = setting, display
         sweep, spec, space, scale = setting.sweep, setting.spec, setting.space, setting.scale
         self._metric = space.metric or spec.validation.metric
-        grace = space.scheduler.grace_steps or max(
-            1, round(scale.total_steps / space.scheduler.reduction_factor**2)
-        )
-        if space.scheduler.name == "pbt":
-            grace = space.scheduler.every_steps or max(1, scale.total_steps // 5)
+        grace = space.scheduler.first_look(scale.total_steps)
         has_rungs = space.scheduler.name != "none"
         own = spec.validation.every_steps
         self._cadence = Cadence(min(grace, own or grace) if has_rungs else own)
@@ -314,10 +310,11 @@ class _Work:
             if shares_place:
                 with self._place(self._setting.spec) as placement:
                     while placement is not None and (begun := self._take()) is not None:
-                        self._try(begun, placement)
+                        self._try(begun, self._trial_spec(begun), placement)
             elif (begun := self._take()) is not None:
-                with self._place(self._trial_spec(begun)) as placement:
-                    self._try(begun, placement)
+                spec = self._trial_spec(begun)
+                with self._place(spec) as placement:
+                    self._try(begun, spec, placement)
 
     def _wait_for_work(self) -> bool:
         """Whether a trial can begin; waits while those at work may still have to begin again."""
@@ -367,14 +364,13 @@ class _Work:
                 self._setting.tree, self._setting.space, begun, self._setting.scale, self._cadence
             )
         except UserError as error:
-            return Ended(begun.trial, FAILED, cause="configuration", reason=one_line(error))
+            return Ended(begun.trial, FAILED, cause=Cause.CONFIGURATION, reason=one_line(error))
 
-    def _try(self, begun: Begun, placement: Placement | None) -> None:
+    def _try(self, begun: Begun, spec: Spec | Ended, placement: Placement | None) -> None:
         """Run a trial and record how it ended."""
         number = begun.trial
-        spec = self._trial_spec(begun)
         if isinstance(spec, Ended) or placement is None:
-            ended = spec if isinstance(spec, Ended) else Ended(number, "stopped")
+            ended = spec if isinstance(spec, Ended) else Ended(number, STOPPED)
         else:
             spec = spec.model_copy(update={"resources": fixed(spec.resources)})
             ended = self._run(spec, begun, placement)
@@ -394,7 +390,7 @@ class _Work:
         try:
             corpus = self._find_corpus(spec)
         except UserError as error:
-            return Ended(number, FAILED, cause="data", reason=one_line(error))
+            return Ended(number, FAILED, cause=Cause.DATA, reason=one_line(error))
         return run_trial(
             spec,
             begun,

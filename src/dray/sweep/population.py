@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dray.sweep.events import PRUNED, Begun, Ended
 from dray.sweep.search import draw
-from dray.sweep.space import Parameter, Space, Value, rounded, settle
+from dray.sweep.space import Parameter, Space, Value, settle
 
 if TYPE_CHECKING:
     from dray.sweep.study import Study, Trial
@@ -30,7 +30,7 @@ class Population:
         self._study = study
         scheduler, total = study.space.scheduler, study.scale.total_steps
         self._size = scheduler.population
-        every = scheduler.every_steps or max(1, total // 5)
+        every = scheduler.first_look(total)
         self._bounds = [*range(every, total, every), total]
         """The steps at which lines are compared."""
 
@@ -179,11 +179,4 @@ def _near(
     if given.listed is not None:
         place = given.listed.index(value) + chance.choice((-1, 1))
         return given.listed[min(max(place, 0), len(given.listed) - 1)]
-    low, high = given.ends()
-    near = min(max(float(value) * chance.choice(factors), low), high)
-    if given.randint is not None:
-        return round(near)
-    if given.quniform is not None:
-        step = given.quniform[2]
-        near = min(high, low + step * round((near - low) / step))
-    return rounded(near)
+    return given.nearest(float(value) * chance.choice(factors))

@@ -148,7 +148,14 @@ class Parameter(Section):
         low, high = getattr(self, self.kind)[:2]
         if self.loguniform is not None:
             return rounded(math.exp(chance.uniform(math.log(low), math.log(high))))
-        value = chance.uniform(low, high)
+        return self.nearest(chance.uniform(low, high))
+
+    def nearest(self, value: float) -> Value:
+        """The value of a range that is nearest to a number."""
+        low, high = self.ends()
+        value = min(max(value, low), high)
+        if self.randint is not None:
+            return round(value)
         if self.quniform is not None:
             step = self.quniform[2]
             value = min(high, low + step * round((value - low) / step))
@@ -212,6 +219,13 @@ class Scheduler(Section):
     """Of `pbt`: how likely a value is drawn anew …"""
     factors: tuple[Annotated[Float, Field(gt=0)], Annotated[Float, Field(gt=0)]] = (0.8, 1.25)
     """… instead of being multiplied by one of these."""
+
+    def first_look(self, total_steps: int) -> int:
+        """The step at which trials of so many are first compared: a population's interval, the
+        first rung of the others."""
+        if self.name == "pbt":
+            return self.every_steps or max(1, total_steps // 5)
+        return self.grace_steps or max(1, round(total_steps / self.reduction_factor**2))
 
 
 class Budget(Section):

@@ -230,14 +230,12 @@ class Study:
                 return trial.begun_again()
         if self._population is not None:
             return self._population.next()
-        if self.spent():
+        if not self._may_draw():
             return None
         number = self.next_number
         drawing, repeat = divmod(number - 1, self.space.repeats)
-        if self.space.search.name == "grid" and drawing >= len(self.space.cells()):
-            return None
         if repeat:
-            drawn = dict(self._repeats(drawing)[0].drawn)
+            drawn = dict(self.trials[number - 1].drawn)
         else:
             drawn = draw(self.space, drawing, self.known(), self.scale.mode, self.tree)
         parameters = settle(self.space, drawn, self.spec)
@@ -261,6 +259,10 @@ class Study:
             return judged or self._population.next() is not None
         if waiting:
             return True
+        return self._may_draw()
+
+    def _may_draw(self) -> bool:
+        """Whether neither the budget nor the combinations of a grid are used up."""
         wanted = self.num_wanted
         return not self.spent() and (wanted is None or len(self.trials) < wanted)
 
@@ -306,12 +308,8 @@ class Study:
         """The drawing with the best mean: of those whose trials all went to their end, else of
         those that reported anything."""
         sign, found = self.scale.sign, list[tuple[bool, float, Best]]()
-        groups = [
-            self._repeats(drawing)
-            for drawing in sorted({trial.drawing for trial in self.trials.values()})
-        ]
-        if self._population is not None:
-            groups = [[trial] for trial in self.trials.values()]
+        is_bred = self._population is not None
+        groups = [[trial] for trial in self.trials.values()] if is_bred else self._drawings()
         for trials in groups:
             reports = [(trial, report) for trial in trials if (report := trial.best(sign))]
             if not reports or any(trial.status in (DIVERGED, FAILED) for trial in trials):
@@ -328,14 +326,17 @@ class Study:
 
     def known(self) -> list[Known]:
         """Each drawing as the search sees it."""
-        return [self._known(index) for index in sorted({t.drawing for t in self.trials.values()})]
+        return [self._known(trials) for trials in self._drawings()]
 
-    def _repeats(self, drawing: int) -> list[Trial]:
-        return [trial for trial in self.trials.values() if trial.drawing == drawing]
+    def _drawings(self) -> list[list[Trial]]:
+        """The trials of each drawing."""
+        found: dict[int, list[Trial]] = {}
+        for trial in self.trials.values():
+            found.setdefault(trial.drawing, []).append(trial)
+        return [found[drawing] for drawing in sorted(found)]
 
-    def _known(self, drawing: int) -> Known:
+    def _known(self, trials: Sequence[Trial]) -> Known:
         """A drawing as the search sees it: the mean of its repeats."""
-        trials = self._repeats(drawing)
         drawn = trials[0].drawn
         if not all(trial.is_over for trial in trials):
             return Known(drawn, None, False)
