@@ -161,7 +161,7 @@ def _with_trial(tree: Mapping[str, Any], trial: str, storage: str) -> dict[str, 
     from dray.cli.looking import split_place
     from dray.sweep.record import Sweep
     from dray.sweep.space import with_values
-    from dray.sweep.summary import find_parameters
+    from dray.sweep.summary import find_trial
 
     place, name = split_place(trial, storage)
     sweep, slash, which = name.rpartition("/")
@@ -169,7 +169,7 @@ def _with_trial(tree: Mapping[str, Any], trial: str, storage: str) -> dict[str, 
         raise StoreError(
             f"--from-trial {trial}", "names no trial", "a trial is SWEEP/0007 or SWEEP/best"
         )
-    return with_values(tree, find_parameters(Sweep.open(place, sweep), which))
+    return with_values(tree, find_trial(Sweep.open(place, sweep), which).parameters)
 
 
 def tune_command(arguments: argparse.Namespace) -> int:

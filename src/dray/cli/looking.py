@@ -19,14 +19,11 @@ def locate(arguments: argparse.Namespace) -> tuple[str, str]:
     folder, _, last = name.rpartition("/")
     if last != "best" or not folder:
         return storage, name
+    from dray.runs.layout import make_trial_name
     from dray.sweep.record import Sweep
-    from dray.sweep.summary import summarize
+    from dray.sweep.summary import find_trial
 
-    sweep = Sweep.open(storage, folder)
-    best = summarize(sweep)["best"]
-    if best is None:
-        raise StoreError(f"sweep {folder!r}", "no trial has a result yet", way_out="dray show it")
-    return storage, str(best["name"])
+    return storage, make_trial_name(folder, find_trial(Sweep.open(storage, folder), last).number)
 
 
 def split_place(given: str, storage: str) -> tuple[str, str]:

@@ -13,12 +13,12 @@ from dray.runs.layout import make_trial_name
 from dray.show.html import Page
 from dray.show.plots import COLORS, Line, draw_bars, draw_lines, draw_parallel, draw_points
 from dray.show.sweeps import shown
-from dray.sweep.events import COMPLETED, Reported
+from dray.sweep.events import COMPLETED, Event, Reported
 from dray.sweep.importance import measure_importance
 from dray.sweep.record import Sweep
 from dray.sweep.space import LAWFUL, Parameter, Value
 from dray.sweep.study import Study, Trial
-from dray.sweep.summary import load_study, summarize
+from dray.sweep.summary import load_study, summarize_record
 
 MOST_LINES = 200
 """Trials whose curves are drawn: the newest."""
@@ -26,12 +26,14 @@ MOST_LINES = 200
 
 def make_sweep_page(sweep: Sweep) -> Page:
     """The page of a sweep."""
-    summary = summarize(sweep)
+    record, events = sweep.record(), [event for _, event in sweep.events()]
     page = Page(f"Sweep {sweep.name}")
-    if not summary["trials"]:
+    if not events:
         page.note("No trial has begun yet.")
         return page
-    study, metric = load_study(sweep), str(summary["metric"])
+    study = load_study(sweep, record, events)
+    summary = summarize_record(sweep, record, study)
+    metric = str(summary["metric"])
     cost = _cost(study)
     best = summary["best"]
     page.facts(
@@ -43,7 +45,7 @@ def make_sweep_page(sweep: Sweep) -> Page:
             "metric": f"{metric} ({summary['mode']})",
             "best": _spread(best["value"], best["deviation"]) if best else "none yet",
             "best trial": best["name"] if best else "",
-            **_beside_law(sweep, best),
+            **_beside_law(record.get("law"), best),
             "steps": f"{summary['steps']:,}",
             "tokens": f"{summary['tokens']:,}",
             "time in steps": format_seconds(cost["seconds"]),
@@ -57,7 +59,7 @@ def make_sweep_page(sweep: Sweep) -> Page:
     if best:
         page.section("The best", "" if best["is_complete"] else "It was stopped before its end.")
         page.table(["key", "value"], [[k, shown(v)] for k, v in best["parameters"].items()])
-    _add_search(page, sweep, study, metric)
+    _add_search(page, events, study, metric)
     _add_parameters(page, study, metric)
     _add_trials(page, summary, metric)
     page.section("Space")
@@ -66,9 +68,8 @@ def make_sweep_page(sweep: Sweep) -> Page:
     return page
 
 
-def _beside_law(sweep: Sweep, best: dict[str, Any] | None) -> dict[str, str]:
+def _beside_law(law: dict[str, Any] | None, best: dict[str, Any] | None) -> dict[str, str]:
     """What the Step Law said, and how far from it the best lay."""
-    law = sweep.record().get("law")
     if not law:
         return {}
     numbers = dict(zip(LAWFUL, (law["learning_rate"], law["global_rows"]), strict=True))
@@ -104,7 +105,7 @@ def _progress(study: Study, trial: Trial) -> float:
     return max(0.0, last - trial.parent_step)
 
 
-def _add_search(page: Page, sweep: Sweep, study: Study, metric: str) -> None:
+def _add_search(page: Page, events: Sequence[Event], study: Study, metric: str) -> None:
     """How the trials did, and how soon the best was there."""
     best = study.best()
     lines = []
@@ -131,17 +132,17 @@ def _add_search(page: Page, sweep: Sweep, study: Study, metric: str) -> None:
             (
                 "Best so far against steps spent",
                 draw_lines(
-                    [_best_so_far(sweep, study)], x_label="steps of all trials", y_label=metric
+                    [_best_so_far(events, study)], x_label="steps of all trials", y_label=metric
                 ),
             ),
         ]
     )
 
 
-def _best_so_far(sweep: Sweep, study: Study) -> Line:
+def _best_so_far(events: Sequence[Event], study: Study) -> Line:
     sign, spent, best = study.scale.sign, dict[int, float](), math.inf
     xs, ys = list[float](), list[float | None]()
-    for _, event in sweep.events():
+    for event in events:
         if not isinstance(event, Reported):
             continue
         spent[event.trial] = event.progress - study.trials[event.trial].parent_step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -12,6 +12,7 @@ from dray.errors import StoreError
 from dray.plan import Law
 from dray.runs.layout import make_trial_name
 from dray.spec import make_spec
+from dray.sweep.events import Event
 from dray.sweep.policies import NoPolicy
 from dray.sweep.record import Sweep
 from dray.sweep.space import LAWFUL, Space, around_law, find_in, make_space, with_values
@@ -21,8 +22,15 @@ from dray.sweep.study import WAITING, Best, Scale, Study, Trial
 def summarize(sweep: Sweep) -> dict[str, Any]:
     """What `dray show SWEEP --json` prints: name, status, metric, mode, trials, best, …"""
     record = sweep.record()
-    status, kept = record["status"], record.get("scale")
-    if kept is None:  # its corpus was not there yet
+    return summarize_record(sweep, record, load_study(sweep, record) if "scale" in record else None)
+
+
+def summarize_record(
+    sweep: Sweep, record: Mapping[str, Any], study: Study | None
+) -> dict[str, Any]:
+    """The same of what has been read already; `study` is none for a sweep without trials."""
+    status = record["status"]
+    if study is None:  # its corpus was not there yet
         return {
             "name": sweep.name,
             "status": status,
@@ -33,7 +41,6 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
             "trials": [],
             "best": None,
         }
-    study = load_study(sweep, record)
     if status == "running" and not sweep.is_driven(time.time()):
         status = "interrupted"
     if status != "running":
@@ -46,8 +53,13 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def load_study(sweep: Sweep, record: Mapping[str, Any] | None = None) -> Study:
-    """What is known of a sweep, by its log; for looking at it, not for going on with it."""
+def load_study(
+    sweep: Sweep,
+    record: Mapping[str, Any] | None = None,
+    events: Iterable[Event] | None = None,
+) -> Study:
+    """What is known of a sweep, by its log; for looking at it, not for going on with it. `record`
+    and `events`: what has been read of it already."""
     record = record or sweep.record()
     if "scale" not in record:
         raise StoreError(f"sweep {sweep.name!r}", "has begun no trial yet")
@@ -55,7 +67,7 @@ def load_study(sweep: Sweep, record: Mapping[str, Any] | None = None) -> Study:
     if record.get("law"):
         tree, space = with_law(tree, space, Law(**record["law"]))
     study = Study(space, tree, make_spec(tree), Scale(**record["scale"]), NoPolicy())
-    for _, event in sweep.events():
+    for event in (event for _, event in sweep.events()) if events is None else events:
         study.apply(event)
     return study
 
@@ -68,8 +80,8 @@ def with_law(tree: Mapping[str, Any], space: Space, law: Law) -> tuple[Mapping[s
     return with_values(tree, asked), around_law(space, law.learning_rate, law.global_rows)
 
 
-def find_parameters(sweep: Sweep, which: str) -> dict[str, Any]:
-    """The values of a trial, by its number or `best`. Raises StoreError if there is none."""
+def find_trial(sweep: Sweep, which: str) -> Trial:
+    """A trial by its number or `best`. Raises StoreError if there is none."""
     study = load_study(sweep)
     best = study.best() if which == "best" else None
     number = best.trial.number if best else int(which) if which.isdecimal() else 0
@@ -79,7 +91,7 @@ def find_parameters(sweep: Sweep, which: str) -> dict[str, Any]:
             f"has no trial {which!r}" if which != "best" else "no trial has a result yet",
             way_out=f"`dray show {sweep.name}` lists them",
         )
-    return dict(study.trials[number].parameters)
+    return study.trials[number]
 
 
 def summarize_study(study: Study, name: str, status: str, metric: str) -> dict[str, Any]:
