@@ -160,16 +160,13 @@ def explore(
     space: Space, drawn: Mapping[str, Value], chance: random.Random, tree: Mapping[str, Value]
 ) -> dict[str, Value]:
     """Parameters near those of a better trial, some of them drawn anew."""
-    found: dict[str, Value] = {}
-    for path in space.in_order():
-        if not space.is_active(path, found, tree):
-            continue
-        given = space.parameters[path]
+
+    def choose(path: str, given: Parameter) -> Value:
         if path not in drawn or chance.random() < space.scheduler.resample:
-            found[path] = given.draw(chance)
-        else:
-            found[path] = _near(given, drawn[path], chance, space.scheduler.factors)
-    return found
+            return given.draw(chance)
+        return _near(given, drawn[path], chance, space.scheduler.factors)
+
+    return space.choose(choose, tree)
 
 
 def _near(

@@ -44,7 +44,8 @@ def draw(
     """The values of the drawing `number`, counted from 0, where `known` are those before it.
     `tree`: the spec, which conditions may ask."""
     if space.search.name == "grid":
-        return _only_active(space, _cell(space, number), tree)
+        cell = _cell(space, number)
+        return space.choose(lambda path, given: cell[path], tree)
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -80,16 +81,6 @@ def _draw(
     return _suggest(study.ask(), space, tree)
 
 
-def _only_active(
-    space: Space, values: Mapping[str, Value], tree: Mapping[str, Any]
-) -> dict[str, Value]:
-    drawn: dict[str, Value] = {}
-    for path in space.in_order():
-        if space.is_active(path, drawn, tree):
-            drawn[path] = values[path]
-    return drawn
-
-
 def _build_sampler(space: Space, number: int) -> optuna.samplers.BaseSampler:
     import optuna
 
@@ -111,12 +102,9 @@ def _build_sampler(space: Space, number: int) -> optuna.samplers.BaseSampler:
 
 
 def _suggest(trial: optuna.Trial, space: Space, tree: Mapping[str, Any]) -> dict[str, Value]:
-    drawn: dict[str, Value] = {}
-    for path in space.in_order():
-        if space.is_active(path, drawn, tree):
-            given = space.parameters[path]
-            drawn[path] = _decode(given, trial._suggest(path, _distribution(given)))
-    return drawn
+    return space.choose(
+        lambda path, given: _decode(given, trial._suggest(path, _distribution(given))), tree
+    )
 
 
 def remember(space: Space, known: Known) -> optuna.trial.FrozenTrial:

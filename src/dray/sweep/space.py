@@ -10,7 +10,7 @@ import difflib
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -348,6 +348,17 @@ class Space(Section):
                 return False
         return True
 
+    def choose(
+        self, choose: Callable[[str, Parameter], Value], tree: Mapping[str, Any]
+    ) -> dict[str, Value]:
+        """A value for each parameter that counts beside those before it. `tree`: the spec, which
+        conditions may ask."""
+        chosen: dict[str, Value] = {}
+        for path in self.in_order():
+            if self.is_active(path, chosen, tree):
+                chosen[path] = choose(path, self.parameters[path])
+        return chosen
+
     def cells(self) -> list[dict[str, Value]]:
         """Every combination of the listed values that a grid goes through: of all parameters under
         `search: grid`, else of those of the kind `grid`."""
@@ -474,13 +485,8 @@ def _premises(space: Space, path: str) -> dict[str, Value]:
 
 def _probes(space: Space, tree: Mapping[str, Any]) -> Iterator[dict[str, Value]]:
     chance = random.Random(space.search.seed)
-    order = space.in_order()
     for _ in range(PROBES):
-        drawn: dict[str, Value] = {}
-        for path in order:
-            if space.is_active(path, drawn, tree):
-                drawn[path] = space.parameters[path].draw(chance)
-        yield drawn
+        yield space.choose(lambda path, given: given.draw(chance), tree)
 
 
 def _try(tree: Mapping[str, Any], values: Mapping[str, Value], where: str, path: str) -> None:
