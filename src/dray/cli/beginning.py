@@ -173,11 +173,10 @@ def _with_trial(tree: Mapping[str, Any], trial: str, storage: str) -> dict[str, 
 
 
 def tune_command(arguments: argparse.Namespace) -> int:
-    from dray.show.sweeps import format_sweep
+    from dray.cli.looking import say_sweep
     from dray.spec import load_tree
     from dray.sweep.driver import tune
     from dray.sweep.space import OVERRIDE, load_space
-    from dray.sweep.summary import summarize
 
     of_space = [item for item in arguments.overrides if item.startswith(OVERRIDE)]
     of_spec = [item for item in arguments.overrides if not item.startswith(OVERRIDE)]
@@ -191,9 +190,24 @@ def tune_command(arguments: argparse.Namespace) -> int:
         address=arguments.address,
         verbose=arguments.verbose,
     )
-    summary = summarize(sweep)
-    if arguments.json:
-        arguments.out.say_json(summary)
-    else:
-        arguments.out.say(format_sweep(summary))
+    say_sweep(sweep, arguments)
+    return 0
+
+
+def ladder_command(arguments: argparse.Namespace) -> int:
+    from dray.cli.looking import say_sweep
+    from dray.ladder.driver import DEFAULT_BUDGET, climb, parse_budget
+    from dray.spec import load_tree
+
+    sweep = climb(
+        load_tree(arguments.spec, arguments.overrides),
+        budget=parse_budget(arguments.budget or DEFAULT_BUDGET, "--budget"),
+        wanted=parse_budget(arguments.wanted, "--for") if arguments.wanted else None,
+        price_per_hour=arguments.price_per_hour,
+        storage=arguments.storage,
+        name=arguments.run_name,
+        address=arguments.address,
+        verbose=arguments.verbose,
+    )
+    say_sweep(sweep, arguments)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dray.errors import StoreError
 
@@ -68,14 +68,7 @@ def show_command(arguments: argparse.Namespace) -> int:
     storage, name = locate(arguments)
     sweep = _find_sweep(storage, name)
     if sweep is not None:
-        from dray.show.sweeps import format_sweep
-        from dray.sweep.summary import summarize
-
-        summary = summarize(sweep)
-        if arguments.json:
-            arguments.out.say_json(summary)
-        else:
-            arguments.out.say(format_sweep(summary))
+        say_sweep(sweep, arguments)
         return 0
     run = Run.open(storage, name)
     if arguments.json:
@@ -85,16 +78,53 @@ def show_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def say_sweep(sweep: Sweep, arguments: argparse.Namespace) -> None:
+    """Show a sweep; of a ladder its forecast, too."""
+    from dray.show.ladders import format_forecast
+    from dray.show.sweeps import format_sweep
+    from dray.sweep.summary import summarize
+
+    summary = summarize(sweep)
+    is_ladder, forecast = _forecast(sweep)
+    if arguments.json:
+        arguments.out.say_json({**summary, "forecast": forecast} if is_ladder else summary)
+    elif is_ladder:
+        arguments.out.say(f"{format_sweep(summary)}\n{format_forecast(forecast)}")
+    else:
+        arguments.out.say(format_sweep(summary))
+
+
+def _forecast(sweep: Sweep) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a sweep is a ladder, and what it tells so far."""
+    record = sweep.record()
+    if "ladder" not in record:
+        return False, None
+    from dray.ladder.forecast import load_forecast
+    from dray.spec import make_spec
+    from dray.sweep.summary import load_study
+
+    study = load_study(sweep, record) if "scale" in record else None
+    found = study and load_forecast(make_spec(record["spec"]), record["ladder"], study)
+    return True, found.to_json() if found else None
+
+
 def report_command(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from dray.ladder.page import add_forecast
     from dray.runs import Run
     from dray.show.run_page import make_run_page
     from dray.sweep.page import make_sweep_page
 
     storage, name = locate(arguments)
     sweep = _find_sweep(storage, name)
-    page = make_run_page(Run.open(storage, name)) if sweep is None else make_sweep_page(sweep)
+    if sweep is None:
+        page = make_run_page(Run.open(storage, name))
+    else:
+        page = make_sweep_page(sweep)
+        _, forecast = _forecast(sweep)
+        if forecast is not None:
+            add_forecast(page, forecast)
     path = Path(arguments.file or f"{name.replace('/', '-')}-report.html")
     try:
         path.write_text(page.render(), encoding="utf-8")

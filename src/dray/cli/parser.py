@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from dray import __version__
 from dray.cli.beginning import (
     init_command,
+    ladder_command,
     plan_command,
     prepare_command,
     train_command,
@@ -91,6 +92,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_cluster(tune)
     _add_json(tune)
+
+    ladder = _add_spec(
+        commands, "ladder", ladder_command, "smaller models of it, and the loss that they foretell"
+    )
+    ladder.add_argument(
+        "--budget",
+        metavar="AMOUNT",
+        help="what the smaller models may take together: 5%% of the spec's compute (the default), "
+        "flops=3e15, hours=2 or money=50",
+    )
+    ladder.add_argument(
+        "--for",
+        dest="wanted",
+        metavar="AMOUNT",
+        help="what the real run may take, to be told the best model for it (default: what the spec "
+        "takes)",
+    )
+    ladder.add_argument(
+        "--price-per-hour", type=float, metavar="PRICE", help="of one worker, for amounts of money"
+    )
+    ladder.add_argument(
+        "--run", dest="run_name", help="name of the ladder (default: the spec's name and -ladder)"
+    )
+    _add_cluster(ladder)
+    _add_json(ladder)
 
     _add_uses(commands)
 

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from dray.spec import Spec
 
+BATCH_TOKENS_EXPONENT = 0.571
+"""Of tokens in the batch."""
+
 
 class Law(BaseModel):
     """What the Step Law says of a run."""
@@ -35,7 +38,7 @@ def step_law_rate(num_parameters: float, num_tokens: float) -> float:
 
 def step_law_batch_tokens(num_tokens: float) -> float:
     """Tokens of the global batch."""
-    return float(0.58 * num_tokens**0.571)
+    return float(0.58 * num_tokens**BATCH_TOKENS_EXPONENT)
 
 
 def find_law(spec: Spec, num_parameters: int, num_rows: int | None) -> Law | None:
@@ -53,7 +56,8 @@ def find_law(spec: Spec, num_parameters: int, num_rows: int | None) -> Law | Non
     elif given:
         tokens = float((duration.steps or 1) * given * row)
     else:  # both follow from the steps: B = 0.58 · (steps · B)^0.571
-        tokens = (duration.steps or 1) * (0.58 * (duration.steps or 1) ** 0.571) ** (1 / 0.429)
+        steps = duration.steps or 1
+        tokens = steps * step_law_batch_tokens(steps) ** (1 / (1 - BATCH_TOKENS_EXPONENT))
     rows = given or round_rows(step_law_batch_tokens(tokens) / row)
     if duration.steps is not None:
         tokens = float(duration.steps * rows * row)

@@ -58,8 +58,10 @@ def tune(
     address: str | None = None,
     verbose: bool = False,
     display: SweepDisplay | None = None,
+    ladder: Mapping[str, Any] | None = None,
 ) -> Sweep:
-    """Sweep a spec (as plain values), or go on with the sweep of that name.
+    """Sweep a spec (as plain values), or go on with the sweep of that name. `ladder`: of what its
+    trials are the rungs, which its record keeps.
 
     Raises UserError for what the caller can mend, before anything is written; RunFailed when too
     many trials were lost by one cause, or none gave a result; Interrupted when a person stopped it,
@@ -88,6 +90,8 @@ def tune(
         if space.concurrency != "auto" and space.concurrency > room:
             display.say(f"concurrency {space.concurrency}: there is room for {room} trials at once")
         sweep = Sweep.begin(storage, name, tree, space)
+        if ladder is not None:
+            sweep.update(ladder=dict(ladder))
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
             display.say(line)
@@ -304,7 +308,7 @@ class _Work:
     def _run_trials(self) -> None:
         """One trial after the other in a placement. A seat that has nothing to do holds none: the
         others' trials may need the room, to begin again elsewhere."""
-        keys = self._setting.space.parameters
+        keys = self._setting.space.paths
         shares_place = not any(path.startswith("resources.") for path in keys)
         while self._wait_for_work():
             if shares_place:

@@ -158,7 +158,7 @@ def _add_parameters(page: Page, study: Study, metric: str) -> None:
     """Which parameters mattered, and where the good values lie."""
     sign, space = study.scale.sign, study.space
     trials = [trial for trial in study.trials.values() if trial.best(sign) is not None]
-    if not trials:
+    if not trials or not space.parameters:
         return
     page.section("The parameters")
     known = study.known()

@@ -45,6 +45,8 @@ def draw(
     `tree`: the spec, which conditions may ask."""
     if space.search.name == "grid":
         cell = _cell(space, number)
+        if space.points:
+            return cell
         return space.choose(lambda path, given: cell[path], tree)
     import optuna
 

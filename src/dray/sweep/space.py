@@ -273,8 +273,11 @@ def _as_named(value: Any) -> Any:
 class Space(Section):
     """A search space, whole."""
 
-    parameters: dict[str, Parameter]
+    parameters: dict[str, Parameter] = Field(default={})
     """Dotted path of the spec → its values."""
+    points: Annotated[tuple[dict[str, Value], ...], Field(exclude_if=lambda given: not given)] = ()
+    """Instead of parameters: values that go together (dotted path → value), each of these tried in
+    turn."""
     ties: dict[str, Tie] = Field(default={})
     """Dotted path of the space → what it follows."""
     metric: str | None = None
@@ -296,9 +299,19 @@ class Space(Section):
     max_failures: Annotated[Int, Field(ge=1)] = 5
     """So many trials lost by one cause end the sweep."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_turn(cls, given: Any) -> Any:
+        """Points are a grid of their own."""
+        if isinstance(given, Mapping) and given.get("points") and given.get("search") is None:
+            return {**given, "search": {"name": "grid"}}
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.parameters:
+        if self.points:
+            self._check_points()
+        elif not self.parameters:
             raise ValueError("parameters is empty: name at least one key of the spec")
         for path, tie in self.ties.items():
             if path not in self.parameters:
@@ -321,6 +334,19 @@ class Space(Section):
                 raise ValueError(f"parameters.{path}: the law gives {' and '.join(LAWFUL)} alone")
         _ = self.in_order()
         return self
+
+    def _check_points(self) -> None:
+        if self.parameters:
+            raise ValueError("points: they stand instead of parameters; give one of the two")
+        if not all(self.points):
+            raise ValueError("points: one of them is empty; name at least one key of the spec")
+        if self.search.name != "grid" or self.scheduler.name == "pbt":
+            raise ValueError("points: they are tried in turn; leave search and pbt out")
+
+    @property
+    def paths(self) -> list[str]:
+        """Every key of the spec that trials have values of their own for."""
+        return list(dict.fromkeys([*self.parameters, *(key for at in self.points for key in at)]))
 
     def in_order(self) -> list[str]:
         """The paths, each after those that it depends on. Raises ValueError for a circle."""
@@ -360,8 +386,10 @@ class Space(Section):
         return chosen
 
     def cells(self) -> list[dict[str, Value]]:
-        """Every combination of the listed values that a grid goes through: of all parameters under
-        `search: grid`, else of those of the kind `grid`."""
+        """Every combination of the listed values that a grid goes through: the points, or of all
+        parameters under `search: grid`, else of those of the kind `grid`."""
+        if self.points:
+            return [dict(point) for point in self.points]
         paths = [
             path
             for path, given in self.parameters.items()
@@ -440,11 +468,11 @@ def check_space(space: Space, tree: Mapping[str, Any], where: str) -> None:
     """Raise SpecError for a space that does not suit the spec: a path that it has not, a value that
     it refuses, a metric that its task lacks, nothing to validate on."""
     spec = make_spec(tree)
-    for path in space.parameters:
+    for path in space.paths:
         if any(path == key or path.startswith(f"{key}.") for key in FIXED):
             raise SpecError(
                 where,
-                f"parameters.{path}",
+                f"{'points' if space.points else 'parameters'}: {path}",
                 "a sweep compares what changes the result",
                 "leave it out",
             )
@@ -468,9 +496,9 @@ def check_space(space: Space, tree: Mapping[str, Any], where: str) -> None:
         raise SpecError(where, f"metric = {space.metric}: {spec.task.name} has no such", "", hint)
     for path, given in space.parameters.items():
         for value in given.ends():
-            _try(tree, {**_premises(space, path), path: value}, where, path)
-    for drawn in _probes(space, tree):
-        _try(tree, settle(space, drawn, spec), where, "")
+            _try(tree, {**_premises(space, path), path: value}, where, f"parameters.{path}")
+    for drawn in space.points or _probes(space, tree):
+        _try(tree, settle(space, drawn, spec), where, "points" if space.points else "parameters")
 
 
 def _premises(space: Space, path: str) -> dict[str, Value]:
@@ -489,13 +517,12 @@ def _probes(space: Space, tree: Mapping[str, Any]) -> Iterator[dict[str, Value]]
         yield space.choose(lambda path, given: given.draw(chance), tree)
 
 
-def _try(tree: Mapping[str, Any], values: Mapping[str, Value], where: str, path: str) -> None:
+def _try(tree: Mapping[str, Any], values: Mapping[str, Value], where: str, place: str) -> None:
     """Raise SpecError if the spec refuses these values."""
     try:
         make_spec(with_values(tree, values))
     except SpecError as error:
         shown = ", ".join(f"{key}={shown_words(str(value))}" for key, value in values.items())
-        place = f"parameters.{path}" if path else "parameters"
         raise SpecError(
             where, f"{place}: the spec refuses {shown} ({error.what})", error.rule, error.way_out
         ) from error

@@ -1,0 +1,188 @@
+"""A ladder from a spec: its rungs, trained as a sweep, and the record of what it is a ladder of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dray.cluster.connection import connect
+from dray.corpus.prepare import prepare
+from dray.errors import SpecError
+from dray.ladder.rungs import (
+    Rung,
+    check_ladder,
+    make_point,
+    make_rungs,
+    make_target,
+    transfers_width,
+)
+from dray.plan import Plan, with_numbers
+from dray.rank.job import make_corpus_plan
+from dray.redaction import take_in_all
+from dray.show.sweeps import SweepDisplay
+from dray.spec import Spec, make_spec
+from dray.sweep.driver import tune
+from dray.sweep.record import Sweep
+from dray.sweep.room import fixed
+from dray.sweep.space import make_space, with_values
+
+UNITS = ("share", "flops", "hours", "money")
+DEFAULT_BUDGET = "share=0.05"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of compute, in one of the UNITS."""
+
+    option: str
+    """Where a person gave it, for messages."""
+    unit: str
+    """`share`: of the spec's own compute; `hours`: of all its workers; `money`: at a price."""
+    amount: float
+
+    def flops(self, target: Rung, flops_per_hour: float | None, price: float | None) -> float:
+        """The same in FLOPs; `flops_per_hour` of all workers, `price` of an hour of them. Raises
+        SpecError for what is not known."""
+        if self.unit == "share":
+            return self.amount * target.flops
+        if self.unit == "flops":
+            return self.amount
+        if flops_per_hour is None:
+            raise SpecError(
+                self.option,
+                f"{self.unit}: this hardware's speed is not known",
+                "hours and money become FLOPs by the plan's speed",
+                f"give {self.option} flops=… or share=…",
+            )
+        if self.unit == "hours":
+            return self.amount * flops_per_hour
+        if price is None:
+            raise SpecError(
+                self.option,
+                "money: an hour has no price",
+                "money buys hours of workers",
+                "give --price-per-hour, of one worker",
+            )
+        return self.amount / price * flops_per_hour
+
+
+def parse_budget(text: str, option: str) -> Budget:
+    """`share=0.05` or `5%`, `flops=3e15`, `hours=2`, `money=500`. Raises SpecError."""
+    unit, equals, number = text.partition("=")
+    scale = 1.0
+    if not equals and text.endswith("%"):
+        unit, number, scale = "share", text[:-1], 0.01
+    try:
+        amount = float(number) * scale
+    except ValueError:
+        amount = math.nan
+    if unit not in UNITS or not amount > 0 or math.isinf(amount):
+        raise SpecError(
+            f"{option} {text}",
+            "is no amount",
+            f"an amount is one of {', '.join(f'{name}=NUMBER' for name in UNITS)}, or 5%, above 0",
+            f"e.g. {option} {DEFAULT_BUDGET}",
+        )
+    return Budget(option, unit, amount)
+
+
+def climb(
+    tree: Mapping[str, Any],
+    *,
+    budget: Budget,
+    wanted: Budget | None = None,
+    price_per_hour: float | None = None,
+    storage: str = "./runs",
+    name: str | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+    display: SweepDisplay | None = None,
+) -> Sweep:
+    """Train the ladder of a spec (as plain values), or go on with it.
+
+    `budget`: what its rungs may take together. `wanted`: what the real run may take, for which the
+    best model is looked for (none: what the spec takes). `price_per_hour`: of one worker. Raises
+    UserError for what the caller can mend, and what `tune` raises.
+    """
+    if price_per_hour is not None and not price_per_hour > 0:
+        raise SpecError(f"--price-per-hour {price_per_hour:g}", "is no price", "it is above 0")
+    tree = take_in_all(dict(tree))
+    spec = make_spec(tree)
+    check_ladder(spec)
+    spec = spec.model_copy(update={"resources": fixed(spec.resources)})
+    name = name or f"{spec.name}-ladder"
+    display = display or SweepDisplay()
+    resources = spec.resources
+    with connect(
+        address,
+        num_cpus=resources.max_workers * resources.cpus_per_worker + resources.reader_cpus,
+        cpus_per_worker=resources.cpus_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        num_workers=resources.max_workers,
+        verbose=verbose,
+    ) as connection:
+        corpus = prepare(spec, storage, display.say)
+        plan = make_corpus_plan(spec, connection.shape, corpus.manifest)
+        if plan.law is not None:
+            spec = with_numbers(spec, plan.law.learning_rate, plan.law.global_rows)
+        manifest = corpus.manifest
+        target = make_target(spec, manifest.train.num_rows, manifest.vocab_size)
+        in_flops = _converter(plan, target, spec, price_per_hour)
+        rungs = make_rungs(spec, target, in_flops(budget), manifest.vocab_size)
+        for line in _describe(spec, target, rungs):
+            display.say(line)
+        points = [make_point(spec, target, rung) for rung in rungs]
+        settled = {
+            "optimizer.learning_rate": spec.optimizer.learning_rate,
+            "batch.global_rows": spec.batch.global_rows,
+            "validation.every_steps": None,
+            "validation.metric": "loss",
+        }
+        return tune(
+            with_values(tree, settled),
+            make_space({"points": points, "metric": "loss", "scheduler": "none"}),
+            storage=storage,
+            name=name,
+            space_name="the ladder",
+            address=address,
+            verbose=verbose,
+            display=display,
+            ladder={
+                "target": target.to_json(),
+                "rungs": [rung.to_json() for rung in rungs],
+                "flops": None if wanted is None else in_flops(wanted),
+                "vocab_size": manifest.vocab_size,
+                "corpus_tokens": manifest.train.num_rows * spec.data.sequence_tokens,
+            },
+        )
+
+
+def _converter(
+    plan: Plan, target: Rung, spec: Spec, price_per_hour: float | None
+) -> Callable[[Budget], float]:
+    per_hour = None
+    if plan.step_seconds and plan.num_steps:
+        per_hour = target.flops / (plan.step_seconds * plan.num_steps / 3600)
+    price = None if price_per_hour is None else price_per_hour * spec.resources.max_workers
+    return lambda budget: budget.flops(target, per_hour, price)
+
+
+def _describe(spec: Spec, target: Rung, rungs: list[Rung]) -> list[str]:
+    sizes = {rung.size: None for rung in rungs}
+    share = sum(rung.flops for rung in rungs) / target.flops
+    rate = (
+        "the learning rate by width transfer from the spec's width"
+        if transfers_width(spec)
+        else "the spec's learning rate at every width: it could be transferred for AdamW with "
+        "model.tie_embeddings=false"
+    )
+    shapes = ", ".join(f"{size.num_layers} × {size.hidden_size}" for size in sizes)
+    return [
+        f"a ladder of {len(rungs)} rungs (layers × width: {shapes}; "
+        f"{rungs[0].num_tokens:,} to {max(rung.num_tokens for rung in rungs):,} tokens) takes "
+        f"{share:.1%} of the compute of the spec: {target.size.num_parameters:,} parameters on "
+        f"{target.num_tokens:,} tokens, {target.flops:.3g} FLOPs",
+        f"{rate}; with the square root of the batch, which falls with the tokens",
+    ]

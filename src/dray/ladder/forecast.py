@@ -1,0 +1,139 @@
+"""What a ladder tells: the spec's loss, and the model that would do best for a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dray.ladder.rungs import Rung, like_sizes
+from dray.ladder.scaling import LEAST_RUNGS, Measured, ScalingLaw, fit_again, fit_law
+from dray.spec import Spec
+from dray.sweep.events import COMPLETED
+from dray.sweep.study import Study
+
+LEVEL = 0.9
+"""Of intervals: between these quantiles of the laws fitted to rungs drawn again."""
+GROWTH = 4
+"""Models of up to so many times the spec's heads and layers are looked at for the best one."""
+MOST_EPOCHS = 4.0
+"""Tokens seen more often than that teach less than new ones do (Muennighoff et al. 2023, arXiv
+2305.16264): the law, which was fitted to new ones, says nothing of them."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and how sure it is."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a ladder tells."""
+
+    law: ScalingLaw
+    rungs: tuple[tuple[Rung, float], ...]
+    """With the loss that each came to."""
+    target: Rung
+    loss: Interval
+    """Of the spec itself."""
+    check: float | None
+    """The largest rung's loss as the law of the others foretells it, ÷ what it is, less 1; None:
+    the others are too few."""
+    best: Rung
+    """The model that would do best with `flops`."""
+    best_loss: Interval
+    flops: float
+    epochs: float
+    """How often the best model would see each token of the corpus."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As `dray show --json` prints it."""
+        return {
+            "loss": vars(self.loss),
+            "target": self.target.to_json(),
+            "law": vars(self.law),
+            "check": self.check,
+            "rungs": [
+                {**rung.to_json(), "loss": loss, "fitted": _loss(self.law, rung)}
+                for rung, loss in self.rungs
+            ],
+            "best": {
+                **self.best.to_json(),
+                "loss": vars(self.best_loss),
+                "epochs": self.epochs,
+                "is_seen_too_often": self.epochs > MOST_EPOCHS,
+            },
+            "budget_flops": self.flops,
+            "share": sum(rung.flops for rung, _ in self.rungs) / self.target.flops,
+        }
+
+
+def load_forecast(spec: Spec, ladder: Mapping[str, Any], study: Study) -> Forecast | None:
+    """The forecast of a sweep that is a ladder, by what its record says (`ladder`) and its trials;
+    none while too few rungs have been trained."""
+    kept = [Rung.from_json(rung) for rung in ladder["rungs"]]
+    rungs = [
+        (kept[trial.drawing], float(trial.reports[-1].value))
+        for trial in study.trials.values()
+        if trial.status == COMPLETED and trial.reports and trial.reports[-1].value is not None
+    ]
+    if len(rungs) < LEAST_RUNGS:
+        return None
+    target = Rung.from_json(ladder["target"])
+    measured = [_measured(rung, loss) for rung, loss in rungs]
+    law = fit_law(measured)
+    again = fit_again(measured, law)
+    budget = ladder.get("flops") or target.flops
+    best = find_best(law, spec, budget, ladder["vocab_size"])
+    return Forecast(
+        law=law,
+        rungs=tuple(rungs),
+        target=target,
+        loss=_interval(law, again, target),
+        check=_check(measured, law),
+        best=best,
+        best_loss=_interval(law, again, best),
+        flops=budget,
+        epochs=best.num_tokens / ladder["corpus_tokens"],
+    )
+
+
+def find_best(law: ScalingLaw, spec: Spec, flops: float, vocab_size: int | None) -> Rung:
+    """The model, by the law, that does best for so many FLOPs, of sizes that are like the spec's
+    own: the whole budget goes into its tokens."""
+    sizes = like_sizes(spec, GROWTH, vocab_size)
+    rungs = [Rung(size, max(1, round(flops / size.flops_per_token))) for size in sizes]
+    return min(rungs, key=lambda rung: _loss(law, rung))
+
+
+def _check(measured: Sequence[Measured], law: ScalingLaw) -> float | None:
+    """How far off the largest rung is, foretold by those that are smaller."""
+    largest = max(measured, key=lambda item: item.num_parameters * item.num_tokens)
+    others = [item for item in measured if item.num_parameters < largest.num_parameters]
+    if len(others) < LEAST_RUNGS:
+        return None
+    foretold = fit_law(others, starts=[law]).loss(largest.num_parameters, largest.num_tokens)
+    return foretold / largest.loss - 1
+
+
+def _measured(rung: Rung, loss: float) -> Measured:
+    return Measured(rung.size.num_parameters, rung.num_tokens, loss)
+
+
+def _loss(law: ScalingLaw, rung: Rung) -> float:
+    return law.loss(rung.size.num_parameters, rung.num_tokens)
+
+
+def _interval(law: ScalingLaw, again: Sequence[ScalingLaw], rung: Rung) -> Interval:
+    losses = sorted(_loss(other, rung) for other in again)
+    edge = (1 - LEVEL) / 2
+    return Interval(
+        _loss(law, rung),
+        losses[math.floor(edge * (len(losses) - 1))],
+        losses[math.ceil((1 - edge) * (len(losses) - 1))],
+    )

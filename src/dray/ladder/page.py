@@ -1,0 +1,59 @@
+"""A ladder's part of its sweep's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dray.show.html import Page
+from dray.show.ladders import describe_best, describe_law, shown_interval
+from dray.show.plots import Line, draw_lines
+
+
+def add_forecast(page: Page, forecast: Mapping[str, Any]) -> None:
+    """What the ladder tells, with its rungs and the law through them."""
+    check = forecast["check"]
+    page.section("The forecast", "Intervals hold nine tenths of the laws of rungs drawn again.")
+    page.facts(
+        {
+            "loss of the spec": shown_interval(forecast["loss"]),
+            "law": describe_law(forecast["law"]),
+            "compute of the ladder": f"{forecast['share']:.1%} of the spec's",
+            "its largest rung by the others": "" if check is None else f"{check:+.2%}",
+        }
+    )
+    page.note(f"Best for {forecast['budget_flops']:.3g} FLOPs: {describe_best(forecast['best'])}.")
+    by_size: dict[int, list[Mapping[str, Any]]] = {}
+    for rung in forecast["rungs"]:
+        by_size.setdefault(rung["num_parameters"], []).append(rung)
+    lines = []
+    for size, rungs in sorted(by_size.items()):
+        ordered = sorted(rungs, key=lambda rung: rung["flops"])
+        flops = [rung["flops"] for rung in ordered]
+        lines.append(Line(f"{size:,}", flops, [rung["loss"] for rung in ordered], marked=True))
+    target = forecast["target"]
+    lines.append(
+        Line("the spec, foretold", [target["flops"]], [forecast["loss"]["value"]], marked=True)
+    )
+    page.plots(
+        [
+            (
+                "Loss against compute, a line for each number of parameters",
+                draw_lines(lines, x_label="FLOPs", y_label="loss", log_x=True),
+            )
+        ]
+    )
+    page.table(
+        ["parameters", "layers × width", "tokens", "FLOPs", "loss", "by the law"],
+        [
+            [
+                f"{rung['num_parameters']:,}",
+                f"{rung['num_layers']} × {rung['hidden_size']}",
+                f"{rung['num_tokens']:,}",
+                f"{rung['flops']:.3g}",
+                f"{rung['loss']:.4f}",
+                f"{rung['fitted'] / rung['loss'] - 1:+.2%}",
+            ]
+            for rung in forecast["rungs"]
+        ],
+    )

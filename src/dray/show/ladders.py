@@ -1,0 +1,68 @@
+"""What a person sees of a ladder's forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from dray.show.report import rendered
+
+
+def format_forecast(forecast: Mapping[str, Any] | None) -> str:
+    """The forecast of a ladder as `Forecast.to_json` has it, as lines and a table."""
+    if forecast is None:
+        return "  forecast  too few rungs have been trained yet"
+    target, best = forecast["target"], forecast["best"]
+    lines = [
+        f"  forecast  loss {shown_interval(forecast['loss'])} of the spec: "
+        f"{target['num_parameters']:,} parameters on {target['num_tokens']:,} tokens; the ladder "
+        f"took {forecast['share']:.1%} of its compute",
+        f"  best      for {forecast['budget_flops']:.3g} FLOPs: {describe_best(best)}",
+        f"  law       {describe_law(forecast['law'])}",
+    ]
+    if forecast["check"] is not None:
+        lines.append(
+            f"  check     its largest rung, foretold by the smaller ones, is off by "
+            f"{forecast['check']:+.2%}"
+        )
+    table = Table(box=None, pad_edge=False)
+    for title in ("parameters", "layers × width", "tokens", "loss", "by the law"):
+        table.add_column(title, justify="right")
+    for rung in forecast["rungs"]:
+        table.add_row(
+            f"{rung['num_parameters']:,}",
+            f"{rung['num_layers']} × {rung['hidden_size']}",
+            f"{rung['num_tokens']:,}",
+            f"{rung['loss']:.4f}",
+            f"{rung['fitted'] / rung['loss'] - 1:+.2%}",
+        )
+    return "\n".join([*lines, rendered(table)])
+
+
+def describe_law(law: Mapping[str, float]) -> str:
+    """The law with its numbers."""
+    return (
+        f"L = {law['irreducible']:.3g} + {law['by_size']:.3g} / N^{law['alpha']:.3g} + "
+        f"{law['by_tokens']:.3g} / D^{law['beta']:.3g}"
+    )
+
+
+def describe_best(best: Mapping[str, Any]) -> str:
+    """The model that would do best, and what is to be said of it."""
+    text = (
+        f"{best['num_layers']} layers × {best['hidden_size']} ({best['num_parameters']:,} "
+        f"parameters) on {best['num_tokens']:,} tokens, loss {shown_interval(best['loss'])}"
+    )
+    if best["is_seen_too_often"]:
+        text += (
+            f"; that is {best['epochs']:.1f} epochs of this corpus, and the law speaks of new "
+            "tokens: it wants more data"
+        )
+    return text
+
+
+def shown_interval(found: Mapping[str, float]) -> str:
+    """A number with its interval."""
+    return f"{found['value']:.4f} ({found['low']:.4f} to {found['high']:.4f})"
