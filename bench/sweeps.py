@@ -238,7 +238,7 @@ def make_arms() -> dict[str, dict[str, Any]]:
         "batch.global_rows": {"choice": [1, 2, 4], "around": "law"},
     }
     asha = {"name": "asha", "reduction_factor": 3, "grace_steps": 20}
-    cheap = {"trials": 12}
+    cheap = {"trials": 9}
     return {
         "grid of 48": {"parameters": grid, "search": "grid", "scheduler": "none"},
         "random": {

@@ -23,7 +23,7 @@ from dray.errors import PlanError, RunFailed
 from dray.ledger import verify_ledger
 from dray.processes.signals import STOPS
 from dray.runs import Run, verify_checkpoint
-from dray.spec import Spec, make_spec
+from dray.spec import Resources, Spec, make_spec
 from dray.train import train
 from tiny import tiny_tree
 
@@ -262,3 +262,14 @@ def test_the_example_of_the_docs_runs(
     assert found[3.0] is None
     assert found[0.003] < 6.0
     assert Run.open(storage, "rate-3.0").status == "stopped"
+
+
+def test_who_waits_says_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dray.cluster.placement.WAITING_SECONDS", 0.0)
+    resources = Resources(workers=4)
+    said: list[str] = []
+    with reserved(resources) as first, reserved(resources) as second:
+        first.wait()
+        with pytest.raises(RunFailed, match="stopped while it waited"):
+            second.wait(said.append, lambda: "enough" if said else "")
+    assert said == ["waiting for its placement of 5 × (1 CPU): free now are 1 of 6 CPUs"]

@@ -8,6 +8,7 @@ Ray's business, and nobody counts how many runs fit at once.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -84,13 +85,13 @@ class Placement:
             if now - roomy > GROW_SECONDS:
                 raise PlanError(
                     "placement",
-                    f"no nodes could hold its bundles {[dict(item) for item in self.bundles]}",
+                    f"no nodes could hold its bundles {format_bundles(self.bundles)}",
                     f"they were waited for for {GROW_SECONDS:.0f} s",
                     "make the group of make_bundles(spec.resources)",
                 )
             if not told and now - begun > WAITING_SECONDS:
                 told = True
-                say("waiting for its placement: the cluster has no room for it yet")
+                say(f"waiting for its placement of {format_bundles(self.bundles)}: {free_now()}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,26 @@ def make_bundles(resources: Resources) -> list[dict[str, float]]:
     the most it may have, and one for those who read."""
     worker = worker_bundle(resources.cpus_per_worker, resources.gpus_per_worker)
     return [dict(worker) for _ in range(resources.max_workers)] + [{"CPU": resources.reader_cpus}]
+
+
+def format_bundles(bundles: Sequence[Mapping[str, Any]]) -> str:
+    """Bundles in a line, equal ones together."""
+    counts = Counter(
+        ", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles
+    )
+    return " + ".join(
+        f"{count} × ({text})" if count > 1 else f"({text})" for text, count in counts.items()
+    )
+
+
+def free_now() -> str:
+    """What of the cluster's CPUs and GPUs nobody holds, in words."""
+    import ray
+
+    has, free = ray.cluster_resources(), ray.available_resources()
+    return "free now are " + " and ".join(
+        f"{free.get(name, 0.0):g} of {has[name]:g} {name}s" for name in ("CPU", "GPU") if name in has
+    )
 
 
 def make_least_bundles(resources: Resources) -> list[dict[str, float]]:

@@ -26,9 +26,9 @@ from dray.spec import Model, Spec
 MOST_SIZES, LEAST_SIZES = 4, 3
 """Sizes of a ladder: a law in two variables wants a spread of both."""
 STRETCHES = (0.25, 0.5, 1.0)
-"""Each size is trained for these shares of the ladder's longest length."""
+"""Each size is trained for these shares of its longest length."""
 MOST_SHARE = 0.5
-"""The longest length, of the target's own, however much could be paid for."""
+"""No rung sees more of the target's tokens than that, however much could be paid for."""
 LEAST_STEPS = 40
 """A rung of fewer steps says little but how its first steps went."""
 MOST_ASPECT = 1.51
@@ -119,9 +119,9 @@ def make_size(spec: Spec, model: Model, vocab_size: int | None = None) -> Size:
 def make_rungs(
     spec: Spec, target: Rung, budget: float, vocab_size: int | None = None
 ) -> list[Rung]:
-    """The rungs that together take `budget` FLOPs: each of three or four sizes for each of three
-    lengths. Of the ladders that it pays for, the one from which it is about as far to the target in
-    parameters as in tokens. Raises PlanError where it pays for none."""
+    """The rungs that together take `budget` FLOPs. Of the ladders that it pays for, the one from
+    which it is about as far to the target in parameters as in tokens. Raises PlanError where it
+    pays for none."""
     sizes = sorted(smaller_sizes(spec, vocab_size), key=lambda size: size.num_parameters)
     ladders = [_Ladder(target, tuple(_descend(sizes, largest))) for largest in sizes]
     ladders = [ladder for ladder in ladders if len(ladder.sizes) >= LEAST_SIZES]
@@ -133,58 +133,59 @@ def make_rungs(
             "a rung keeps the width of a head and about the width by depth of the spec",
             "give a model with more heads and layers",
         )
-    paid = [ladder for ladder in ladders if _is_long_enough(spec, ladder, budget)]
+    paid = [ladder for ladder in ladders if ladder.is_long_enough(spec, budget)]
     if not paid:
-        least = min(_least_budget(spec, ladder) for ladder in ladders)
+        halvings = [target.flops / 2**power for power in range(40)]
+        enough = [
+            flops
+            for flops in halvings
+            if any(ladder.is_long_enough(spec, flops) for ladder in ladders)
+        ]
+        least = min(enough, default=target.flops)
         raise PlanError(
             "--budget",
             f"{budget:.3g} FLOPs pay for no ladder of this spec",
-            f"its smallest takes {least:.3g}, {least / target.flops:.1%} of the spec's own: a rung "
-            f"is {LEAST_STEPS} steps at least",
+            f"its smallest takes up to {least:.3g}, {least / target.flops:.1%} of the spec's own: "
+            f"a rung has {LEAST_STEPS} steps at least",
             "give more",
         )
     best = min(paid, key=lambda ladder: ladder.reach(budget))
-    return [_whole_steps(spec, target, rung) for rung in best.rungs(best.share(budget))]
+    return [_whole_steps(spec, target, rung) for rung in best.rungs(budget)]
 
 
 @dataclass(frozen=True)
 class _Ladder:
-    """Sizes that are all trained for the same lengths."""
+    """Sizes whose longest trainings all take the same compute, so that the small ones see many
+    tokens and the large ones few: the design of Hoffmann et al. 2022 (approach 2, isoFLOP)."""
 
     target: Rung
     sizes: tuple[Size, ...]
+    """The smallest first."""
 
-    def share(self, budget: float) -> float:
-        """The longest length that the budget pays for, of the target's."""
-        whole = sum(rung.flops for rung in self.rungs(1.0))
-        return min(MOST_SHARE, budget / whole)
-
-    def rungs(self, share: float) -> list[Rung]:
-        tokens = share * self.target.num_tokens
+    def rungs(self, budget: float) -> list[Rung]:
+        """The rungs that together take so many FLOPs, or what MOST_SHARE leaves of them."""
+        longest = budget / (len(self.sizes) * sum(STRETCHES))
+        most = MOST_SHARE * self.target.num_tokens
         return [
-            Rung(size, max(1, round(tokens * stretch)))
+            Rung(size, max(1, round(min(most, longest / size.flops_per_token) * stretch)))
             for size in self.sizes
             for stretch in STRETCHES
         ]
 
     def reach(self, budget: float) -> float:
         """How many times as large the target is, in what it is further away in."""
-        size = self.target.size.num_parameters / self.sizes[-1].num_parameters
-        return max(size, 1 / self.share(budget))
+        rungs = self.rungs(budget)
+        return max(
+            self.target.size.num_parameters / self.sizes[-1].num_parameters,
+            self.target.num_tokens / max(rung.num_tokens for rung in rungs),
+        )
 
-
-def _is_long_enough(spec: Spec, ladder: _Ladder, budget: float) -> bool:
-    """Whether its shortest rung has steps enough to tell anything."""
-    shortest = ladder.rungs(ladder.share(budget))[0]
-    return _num_steps(spec, num_rows_of(spec, ladder.target, shortest), shortest) >= LEAST_STEPS
-
-
-def _least_budget(spec: Spec, ladder: _Ladder) -> float:
-    """About the FLOPs at which it would be."""
-    whole = sum(rung.flops for rung in ladder.rungs(1.0))
-    shares = [2.0**-power for power in range(40)]
-    enough = [share for share in shares if _is_long_enough(spec, ladder, share * whole)]
-    return min(enough, default=1.0) * whole
+    def is_long_enough(self, spec: Spec, budget: float) -> bool:
+        """Whether its shortest rung has steps enough to tell anything."""
+        return all(
+            _num_steps(spec, num_rows_of(spec, self.target, rung), rung) >= LEAST_STEPS
+            for rung in self.rungs(budget)
+        )
 
 
 def smaller_sizes(spec: Spec, vocab_size: int | None = None) -> Iterator[Size]:

@@ -1,8 +1,7 @@
 """The law of a ladder's losses, L(N, D) = E + A / N^α + B / D^β, fitted and drawn again.
 
 Hoffmann et al. 2022 (arXiv 2203.15556, approach 3): the Huber loss, with δ = 10⁻³, of the
-differences of logarithms is minimised by L-BFGS from a grid of starts. N counts all parameters, D
-tokens.
+differences of logarithms is minimised from several starts. N counts all parameters, D tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 HUBER_DELTA = 1e-3
-RESAMPLINGS = 200
+RESAMPLINGS = 100
 LEAST_RUNGS = 6
 """The law has five numbers."""
 MOST_EXPONENT = 2.0
@@ -56,31 +55,51 @@ def fit_law(measured: Sequence[Measured], starts: Iterable[ScalingLaw] = ()) -> 
     """The law that fits best; from `starts` alone where there are some. Raises ValueError for fewer
     than LEAST_RUNGS."""
     import numpy as np
-    from scipy.optimize import minimize
+    from scipy.optimize import least_squares
 
     if len(measured) < LEAST_RUNGS:
         raise ValueError(f"{len(measured)} rungs: the law wants at least {LEAST_RUNGS}")
-    # Sizes and tokens are taken relative to their means, by which the numbers hardly depend on each
-    # other.
+    # Sizes and tokens are taken relative to their means, by which the law's numbers hardly depend
+    # on each other: log E, log A and log B (both at the means), α, β.
     sizes = np.log([float(item.num_parameters) for item in measured])
     tokens = np.log([float(item.num_tokens) for item in measured])
     losses = np.log([item.loss for item in measured])
     middle = float(sizes.mean()), float(tokens.mean())
     sizes, tokens = sizes - middle[0], tokens - middle[1]
 
-    def cost(numbers: np.ndarray) -> tuple[float, np.ndarray]:
-        return _cost(numbers, sizes, tokens, losses)
+    def terms(numbers: np.ndarray) -> np.ndarray:
+        rest, by_size, by_tokens, alpha, beta = numbers
+        return np.exp(
+            [np.full_like(sizes, rest), by_size - alpha * sizes, by_tokens - beta * tokens]
+        )
+
+    def residuals(numbers: np.ndarray) -> np.ndarray:
+        return np.log(terms(numbers).sum(axis=0)) - losses
+
+    def slopes(numbers: np.ndarray) -> np.ndarray:
+        parts = terms(numbers)
+        shares = parts / parts.sum(axis=0)
+        return np.stack([*shares, -shares[1] * sizes, -shares[2] * tokens], axis=1)
 
     level = float(losses.mean())
-    bounds = [(level - 12, level + 2)] * 3 + [(0.0, MOST_EXPONENT)] * 2
+    low = [level - 12.0] * 3 + [0.0] * 2
+    high = [level + 2.0] * 3 + [MOST_EXPONENT] * 2
     begins = [_to_numbers(law, middle) for law in starts] or [
-        (level + math.log(rest), level + math.log(part), level + math.log(part), alpha, beta)
-        for rest, part, alpha, beta in itertools.product(
-            (0.2, 0.5, 0.8), (0.05, 0.2), (0.1, 0.3, 0.6), (0.1, 0.3, 0.6)
-        )
+        (level + math.log(rest), *[level + math.log((1 - rest) / 2)] * 2, alpha, beta)
+        for rest, alpha, beta in itertools.product((0.3, 0.7), (0.2, 0.6), (0.2, 0.6))
     ]
-    found = [minimize(cost, begin, jac=True, method="L-BFGS-B", bounds=bounds) for begin in begins]
-    best = min(found, key=lambda item: float(item.fun))
+    found = [
+        least_squares(
+            residuals,
+            np.clip(begin, low, high),
+            jac=slopes,
+            bounds=(low, high),
+            loss="huber",
+            f_scale=HUBER_DELTA,
+        )
+        for begin in begins
+    ]
+    best = min(found, key=lambda item: float(item.cost))
     return _from_numbers([float(number) for number in best.x], middle)
 
 
@@ -102,38 +121,6 @@ def fit_again(measured: Sequence[Measured], law: ScalingLaw, seed: int = 0) -> l
         ):
             laws.append(fit_law(drawn, starts=[law]))
     return laws
-
-
-def _cost(
-    numbers: np.ndarray, sizes: np.ndarray, tokens: np.ndarray, losses: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """The Huber loss of log-losses and its gradient; `numbers`: log E, log A, log B (both at the
-    mean size and tokens), α, β."""
-    import numpy as np
-
-    rest, by_size, by_tokens, alpha, beta = numbers
-    terms = np.stack(
-        [np.full_like(sizes, rest), by_size - alpha * sizes, by_tokens - beta * tokens]
-    )
-    top = terms.max(axis=0)
-    weights = np.exp(terms - top)
-    whole = weights.sum(axis=0)
-    residual = top + np.log(whole) - losses
-    shares = weights / whole
-    small = np.abs(residual) <= HUBER_DELTA
-    cost = np.where(small, 0.5 * residual**2, HUBER_DELTA * (np.abs(residual) - 0.5 * HUBER_DELTA))
-    slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
-    gradient = np.array(
-        [
-            (slope * shares[0]).sum(),
-            (slope * shares[1]).sum(),
-            (slope * shares[2]).sum(),
-            (-slope * shares[1] * sizes).sum(),
-            (-slope * shares[2] * tokens).sum(),
-        ]
-    )
-    scale = 1 / HUBER_DELTA**2  # of the order of 1, by which L-BFGS knows when it is done
-    return float(cost.sum() * scale), gradient * scale
 
 
 def _to_numbers(law: ScalingLaw, middle: tuple[float, float]) -> tuple[float, ...]:

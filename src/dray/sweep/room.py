@@ -7,11 +7,9 @@ hold nothing. What could never be given is refused before anything starts.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dray.cluster.nodes import growing_resources, has_room
-from dray.cluster.placement import make_bundles
+from dray.cluster.placement import format_bundles, make_bundles
 from dray.errors import PlanError
 from dray.plan import Plan, local_shape
 from dray.spec import Resources
@@ -64,7 +62,7 @@ def count_in_cluster(resources: Resources) -> int:
         raise _impossible(
             resources,
             f"{len(nodes)} nodes, those counted that may still join, have {cpus:g} CPUs and "
-            f"{gpus:g} GPUs, and no room for its bundles {_shown(bundles)}",
+            f"{gpus:g} GPUs, and no room for its bundles {format_bundles(bundles)}",
         )
     return min(least, MOST_AT_ONCE)
 
@@ -86,9 +84,3 @@ def _impossible(resources: Resources, there: str) -> PlanError:
         "a trial that can never start is refused",
         "give fewer resources.workers, or --address of a larger cluster",
     )
-
-
-def _shown(bundles: Sequence[Mapping[str, Any]]) -> str:
-    return " + ".join(
-        ", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles[:4]
-    ) + (" + …" if len(bundles) > 4 else "")

@@ -1,0 +1,116 @@
+"""A ladder on a real Ray: its rungs are runs, it goes on, and it foretells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dray.cli import main
+from dray.runs import Run
+from dray.sweep.record import Sweep
+from dray.sweep.summary import summarize
+from tiny import tiny_tree
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def make_tree(corpus: Path) -> dict[str, Any]:
+    return tiny_tree(
+        corpus,
+        name="whole",
+        data={"sequence_tokens": 32},
+        model={"num_layers": 3, "tie_embeddings": False},
+        duration={"steps": None, "tokens": 60_000},
+        schedule={"name": "cosine", "warmup_steps": 10},
+        resources={"workers": 1},
+        zero={"stage": 0},
+    )
+
+
+@pytest.fixture(scope="module")
+def climbed(
+    local_ray: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """The words of a ladder's command, and its storage."""
+    folder = tmp_path_factory.mktemp("ladder")
+    spec = folder / "whole.yaml"
+    spec.write_text(yaml.safe_dump(make_tree(tiny_corpus)))
+    words = [str(spec), "--budget", "40%", "--storage", str(folder / "runs")]
+    assert main(["ladder", *words]) == 0
+    return words, folder / "runs"
+
+
+def test_each_rung_is_a_run_and_together_they_foretell(
+    climbed: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, storage = climbed
+    capsys.readouterr()
+    assert main(["show", "whole-ladder", "--storage", str(storage), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    forecast = shown["forecast"]
+    assert len(shown["trials"]) == len(forecast["rungs"]) >= 9
+    assert 0.2 < forecast["share"] <= 0.4
+    for trial, rung in zip(shown["trials"], forecast["rungs"], strict=True):
+        run = Run.open(str(storage), trial["name"])
+        assert run.summary()["status"] == "completed"
+        assert trial["tokens"] == rung["num_tokens"]
+        assert run.validations()[-1]["loss"] == pytest.approx(rung["loss"])
+    loss = forecast["loss"]
+    assert loss["low"] <= loss["value"] <= loss["high"]
+    assert loss["value"] < max(rung["loss"] for rung in forecast["rungs"])
+    best = forecast["best"]
+    assert best["flops"] == pytest.approx(forecast["target"]["flops"], rel=0.01)
+    assert best["loss"]["value"] <= loss["value"]
+
+
+def test_it_goes_on_and_says_what_it_tells(
+    climbed: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is trained again; another budget of the real run is answered from the same rungs."""
+    words, storage = climbed
+    before = len(Sweep.open(str(storage), "whole-ladder").events())
+    capsys.readouterr()
+    assert main(["ladder", *words, "--for", "share=20"]) == 0
+    said = capsys.readouterr().out
+    assert "forecast  loss" in said
+    assert "epochs of this corpus" in said, "the corpus is too small for that"
+    assert len(Sweep.open(str(storage), "whole-ladder").events()) == before
+    assert summarize(Sweep.open(str(storage), "whole-ladder"))["status"] == "completed"
+
+
+def test_its_page(climbed: tuple[list[str], Path], tmp_path: Path) -> None:
+    _, storage = climbed
+    page = tmp_path / "page.html"
+    words = ["report", "whole-ladder", "--storage", str(storage), "--out", str(page)]
+    assert main(words) == 0
+    text = page.read_text()
+    assert "The forecast" in text
+    assert text.count("<svg") >= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "1e9"], "is no amount"),
+        (["--budget", "flops=5"], "pay for no ladder"),
+        (["--for", "money=5"], "--price-per-hour"),
+        (["--price-per-hour", "-1"], "is no price"),
+        (["--budget", "30%"], "points differs"),
+        (["task=regression"], "label"),
+    ],
+)
+def test_what_is_refused(
+    climbed: tuple[list[str], Path],
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given, _ = climbed
+    capsys.readouterr()
+    assert main(["ladder", *given, *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
