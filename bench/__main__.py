@@ -17,6 +17,7 @@ PARTS = (
     "bench.finetuning",
     "bench.planned",
     "bench.sweeps",
+    "bench.ladder",
 )
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def climbed(
 def test_each_rung_is_a_run_and_together_they_foretell(
     climbed: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words, storage = climbed
+    _, storage = climbed
     capsys.readouterr()
     assert main(["show", "whole-ladder", "--storage", str(storage), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

@@ -359,3 +359,23 @@ def test_a_space_around_the_law(storage: str, tiny_corpus: Path) -> None:
         )
     assert "the best:" in make_sweep_page(sweep).render()
     assert not load_spec(f"{sweep.path}/best.yaml").is_auto
+
+
+def test_trials_that_share_a_cpu(tiny_corpus: Path, storage: str, capfd: Any) -> None:
+    """Each holds half of what the spec says, and is what it would be alone."""
+    space = make_space(
+        {
+            "parameters": {"optimizer.learning_rate": {"grid": [1e-3, 3e-3]}},
+            "search": "grid",
+            "scheduler": "none",
+            "packing": 2,
+        }
+    )
+    sweep = tune(make_tree(tiny_corpus), space, storage=storage, name="packed")
+    assert "each takes 0.5 CPUs" in capfd.readouterr().err
+    trials = summarize(sweep)["trials"]
+    assert [trial["status"] for trial in trials] == ["completed"] * 2
+    for trial in trials:
+        spec = Run.open(storage, trial["name"]).spec()
+        assert spec.resources.cpus_per_worker == 0.5
+    assert load_spec(str(Path(storage, "packed", "best.yaml"))).resources.cpus_per_worker == 1

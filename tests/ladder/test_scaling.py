@@ -16,9 +16,7 @@ TARGET = 4e6, 1e7
 def measure(noise: float, seed: int = 0) -> list[Measured]:
     chance = random.Random(seed)
     return [
-        Measured(
-            int(size), int(tokens), TRUE.loss(size, tokens) * (1 + chance.gauss(0, noise))
-        )
+        Measured(int(size), int(tokens), TRUE.loss(size, tokens) * (1 + chance.gauss(0, noise)))
         for size in (8e4, 2e5, 4e5, 8e5)
         for tokens in (2e5, 5e5, 1.2e6)
     ]

@@ -47,7 +47,7 @@ def connect(
     *,
     num_cpus: float,
     cpus_per_worker: float = 0.0,
-    gpus_per_worker: int = 0,
+    gpus_per_worker: float = 0,
     num_workers: int = 1,
     verbose: bool = False,
 ) -> Iterator[Connection]:
@@ -152,7 +152,7 @@ def _connected(
     *,
     num_cpus: float,
     cpus_per_worker: float,
-    gpus_per_worker: int,
+    gpus_per_worker: float,
     verbose: bool,
 ) -> Iterator[bool]:
     """Ray for as long as the block runs; whether it is a local one."""

@@ -43,7 +43,7 @@ def require_connected(where: str) -> None:
         )
 
 
-def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 1) -> Shape:
+def live_shape(cpus_per_worker: float, gpus_per_worker: float, num_workers: int = 1) -> Shape:
     """The shape of the connected cluster, by the smallest node of those that can hold a worker, if
     any can. Where its nodes cannot hold so many workers, those count too that its autoscaler may
     still add."""
@@ -77,7 +77,7 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: int, num_workers: int = 
     return _with_accelerator(shape, [*there, *coming], ids if gpus_per_worker else [])
 
 
-def placed_shape(group: Any, gpus_per_worker: int, of_workers: Collection[int]) -> Shape:
+def placed_shape(group: Any, gpus_per_worker: float, of_workers: Collection[int]) -> Shape:
     """The shape of the bundles `of_workers` of a placement group, once it is there. What fits into
     them is known by then (`placement.find_seats`): here it counts how fast that is, and how much
     memory goes with it, which is a like share of each node's, by all that the group has there."""
@@ -167,7 +167,9 @@ def _ask_accelerator(node_ids: Sequence[str]) -> Accelerator | None:
     return make_accelerator(cards) if cards else None
 
 
-def can_hold(resources: Mapping[str, float], cpus_per_worker: float, gpus_per_worker: int) -> bool:
+def can_hold(
+    resources: Mapping[str, float], cpus_per_worker: float, gpus_per_worker: float
+) -> bool:
     """Whether a node with these resources has room for a worker."""
     return count_in(resources, {"CPU": cpus_per_worker, "GPU": gpus_per_worker}) > 0
 
@@ -180,7 +182,7 @@ def count_in(has: Mapping[str, float], wanted: Mapping[str, float]) -> int:
     )
 
 
-def may_grow(cpus_per_worker: float, gpus_per_worker: int) -> bool:
+def may_grow(cpus_per_worker: float, gpus_per_worker: float) -> bool:
     """Whether an autoscaler may still add a node that can hold a worker."""
 
     def serves(resources: Mapping[str, float]) -> bool:
@@ -241,7 +243,7 @@ def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
 def find_nodes_without(
     sees: Callable[[], bool],
     cpus_per_worker: float,
-    gpus_per_worker: int,
+    gpus_per_worker: float,
     among: Collection[str] | None = None,
 ) -> list[str]:
     """Addresses of the nodes that may hold a rank (`among` those with these ids, if given), and on

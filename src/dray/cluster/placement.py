@@ -139,7 +139,9 @@ def free_now() -> str:
 
     has, free = ray.cluster_resources(), ray.available_resources()
     return "free now are " + " and ".join(
-        f"{free.get(name, 0.0):g} of {has[name]:g} {name}s" for name in ("CPU", "GPU") if name in has
+        f"{free.get(name, 0.0):g} of {has[name]:g} {name}s"
+        for name in ("CPU", "GPU")
+        if name in has
     )
 
 
@@ -193,7 +195,7 @@ def find_seats(resources: Resources, bundles: Sequence[Mapping[str, float]]) -> 
 
 
 def _does_not_fit(resources: Resources, what: str) -> PlanError:
-    gpus = f" and {resources.gpus_per_worker} GPU" if resources.gpus_per_worker else ""
+    gpus = f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
     return PlanError(
         "placement",
         what,
@@ -217,7 +219,7 @@ def remove_groups(prefix: str) -> None:
                 remove_placement_group(get_placement_group(found["name"]))
 
 
-def worker_bundle(cpus_per_worker: float, gpus_per_worker: int) -> dict[str, float]:
+def worker_bundle(cpus_per_worker: float, gpus_per_worker: float) -> dict[str, float]:
     """What one worker takes."""
     gpus = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {}
     return {"CPU": cpus_per_worker, **gpus}

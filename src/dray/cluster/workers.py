@@ -45,12 +45,12 @@ def fork_environment(kind: str, job: Mapping[str, Any]) -> dict[str, str]:
     return {} if own else {"py_executable": forkserver.make_command(kind)}
 
 
-def server_of_ranks(gpus_per_worker: int) -> str:
+def server_of_ranks(gpus_per_worker: float) -> str:
     """What has touched CUDA cannot be forked, and libraries do so when they are imported."""
     return "light" if gpus_per_worker else "full"
 
 
-def environment_of_ranks(gpus_per_worker: int) -> dict[str, str]:
+def environment_of_ranks(gpus_per_worker: float) -> dict[str, str]:
     """The runtime environment of the connected job's workers that compute as ranks do."""
     import ray
 
@@ -65,7 +65,7 @@ class WarmNodes:
     A server stays for as long as it has a child: one on each node does nothing else.
     """
 
-    def __init__(self, cpus_per_worker: float, gpus_per_worker: int) -> None:
+    def __init__(self, cpus_per_worker: float, gpus_per_worker: float) -> None:
         import ray
 
         self._cpus, self._gpus = cpus_per_worker, gpus_per_worker
@@ -127,7 +127,7 @@ def run_workers(
     data_config: Any,
     num_workers: int | tuple[int, int],
     cpus_per_worker: float,
-    gpus_per_worker: int,
+    gpus_per_worker: float,
     recovery: Any,
     name: str,
     scratch: str,

@@ -137,7 +137,7 @@ def climb(
         settled = {
             "optimizer.learning_rate": spec.optimizer.learning_rate,
             "batch.global_rows": spec.batch.global_rows,
-            "batch.micro_rows": "auto",  # one that divides the spec's batch need not divide a rung's
+            "batch.micro_rows": "auto",  # what divides the spec's batch need not divide a rung's
             "validation.every_steps": None,
             "validation.metric": "loss",
         }

@@ -69,12 +69,14 @@ def fit_law(measured: Sequence[Measured], starts: Iterable[ScalingLaw] = ()) -> 
 
     def terms(numbers: np.ndarray) -> np.ndarray:
         rest, by_size, by_tokens, alpha, beta = numbers
-        return np.exp(
-            [np.full_like(sizes, rest), by_size - alpha * sizes, by_tokens - beta * tokens]
-        )
+        rests = np.full_like(sizes, rest)
+        logs = np.stack([rests, by_size - alpha * sizes, by_tokens - beta * tokens])
+        parts: np.ndarray = np.exp(logs)
+        return parts
 
     def residuals(numbers: np.ndarray) -> np.ndarray:
-        return np.log(terms(numbers).sum(axis=0)) - losses
+        found: np.ndarray = np.log(terms(numbers).sum(axis=0)) - losses
+        return found
 
     def slopes(numbers: np.ndarray) -> np.ndarray:
         parts = terms(numbers)

@@ -149,7 +149,7 @@ class _Question:
         return (
             None
             if card is None or card.memory_bytes is None
-            else int(GPU_USABLE * card.memory_bytes)
+            else int(GPU_USABLE * card.memory_bytes * self.spec.resources.gpus_per_worker)
         )
 
     def ranks_per_node(self, num_ranks: int) -> int:
@@ -186,13 +186,14 @@ class _Question:
         )
 
     def peak_flops(self, num_ranks: int) -> float | None:
-        return peak_flops_per_rank(
+        peak = peak_flops_per_rank(
             self.shape,
             self.precision,
             on_gpu=self.on_gpu,
             num_ranks=num_ranks,
             cpus_per_worker=self.spec.resources.cpus_per_worker,
         )
+        return peak * self.spec.resources.gpus_per_worker if peak and self.on_gpu else peak
 
     def step_seconds(self, setting: _Setting) -> float | None:
         """Estimated seconds of a step; None where the hardware's speed is unknown."""
@@ -381,7 +382,7 @@ def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> in
     where = f"resources.workers = {fewest if fewest == most else [fewest, most]}"
     capacity = most
     if on_gpu:
-        capacity = shape.num_accelerators // resources.gpus_per_worker
+        capacity = int((shape.num_accelerators + 1e-9) // resources.gpus_per_worker)
         if capacity < fewest:
             what = f"{shape.name or 'the cluster'} has {shape.num_accelerators} GPUs"
             way_out = (
@@ -393,7 +394,7 @@ def _rank_count(spec: Spec, shape: Shape, *, on_gpu: bool, with_ray: bool) -> in
             raise PlanError(
                 where,
                 what,
-                f"{fewest} workers × {resources.gpus_per_worker} GPU are asked for",
+                f"{fewest} workers × {resources.gpus_per_worker:g} GPU are asked for",
                 way_out,
             )
     if not shape.oversubscribe:

@@ -447,8 +447,9 @@ class Resources(Section):
     """Number of workers (ranks), or `[fewest, most]` for an elastic group."""
     cpus_per_worker: Annotated[Float, Field(gt=0)] = 1
     """Logical CPUs of a worker; its compute threads."""
-    gpus_per_worker: Annotated[Int, Field(ge=0, le=1)] = 0
-    """GPUs of a worker: 0 or 1."""
+    gpus_per_worker: Annotated[Float, Field(ge=0, le=1)] = 0
+    """GPUs of a worker: 0 or 1; of a run with one worker also a share of one, whose rest others may
+    use."""
     reader_cpus: Annotated[Float, Field(gt=0)] = 1
     """CPUs left to Ray Data for reading; without any, workers would wait for rows for ever."""
     max_failures: Annotated[Int, Field(ge=0)] = 3
@@ -458,6 +459,11 @@ class Resources(Section):
     def _ordered(self) -> Self:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers {list(self.workers)}: the first must not exceed the second")
+        if 0 < self.gpus_per_worker < 1 and self.workers != 1:
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g}: only a run of one worker shares a "
+                "GPU; two ranks of a run cannot talk on one; give workers=1"
+            )
         return self
 
     @property

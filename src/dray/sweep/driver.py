@@ -34,7 +34,7 @@ from dray.storage.filesystem import shown
 from dray.sweep.events import FAILED, STOPPED, Begun, Ended, Reported
 from dray.sweep.policies import make_policy
 from dray.sweep.record import Sweep
-from dray.sweep.room import count_here, count_in_cluster, count_in_memory, fixed
+from dray.sweep.room import count_here, count_in_cluster, count_in_memory, fixed, most_packed, pack
 from dray.sweep.space import Space, check_space
 from dray.sweep.study import Scale, Study
 from dray.sweep.summary import make_best_spec, summarize_study, summarize_trial, with_law
@@ -96,6 +96,12 @@ def tune(
         for line in corpus.describe() if corpus.is_new else ():
             display.say(line)
         plan = make_corpus_plan(spec, connection.shape, corpus.manifest)
+        packed = pack(resources, plan, space.packing)
+        if packed != resources:
+            spec = spec.model_copy(update={"resources": packed})
+            room = count_here(packed) if connection.local else count_in_cluster(packed)
+            seats = room if space.concurrency == "auto" else min(room, space.concurrency)
+            display.say(f"small trials are packed: each takes {_describe(packed)}")
         if connection.local and (fits := count_in_memory(plan)) < seats:
             display.say(f"memory has room for {fits} trials at once, CPUs for {seats}")
             seats = fits
@@ -109,6 +115,11 @@ def tune(
     return sweep
 
 
+def _describe(resources: Resources) -> str:
+    gpus = f"{resources.gpus_per_worker:g} GPU and " if resources.gpus_per_worker else ""
+    return f"{gpus}{resources.cpus_per_worker:g} CPUs"
+
+
 def _has_cluster() -> bool:
     import ray
 
@@ -120,7 +131,7 @@ def _cpus_here(resources: Resources, space: Space, address: str | None) -> float
     a_trial = resources.max_workers * resources.cpus_per_worker + resources.reader_cpus
     if address is not None or _has_cluster():
         return a_trial
-    room = count_here(resources)
+    room = count_here(resources) * most_packed(resources, space.packing)
     return a_trial * (room if space.concurrency == "auto" else min(room, space.concurrency))
 
 
@@ -170,6 +181,11 @@ class _Setting:
     space: Space
     scale: Scale
     corpus: Corpus
+
+    @property
+    def sweeps_resources(self) -> bool:
+        """Whether trials differ in what they take."""
+        return any(path.startswith("resources.") for path in self.space.paths)
 
 
 class _Work:
@@ -308,10 +324,8 @@ class _Work:
     def _run_trials(self) -> None:
         """One trial after the other in a placement. A seat that has nothing to do holds none: the
         others' trials may need the room, to begin again elsewhere."""
-        keys = self._setting.space.paths
-        shares_place = not any(path.startswith("resources.") for path in keys)
         while self._wait_for_work():
-            if shares_place:
+            if not self._setting.sweeps_resources:
                 with self._place(self._setting.spec) as placement:
                     while placement is not None and (begun := self._take()) is not None:
                         self._try(begun, self._trial_spec(begun), placement)
@@ -337,7 +351,7 @@ class _Work:
         if isinstance(spec, Ended):
             yield None
             return
-        with reserved(fixed(spec.resources)) as placement:
+        with reserved(spec.resources) as placement:
             try:
                 placement.wait(self._display.say, self._nothing_left)
             except RunFailed:
@@ -363,10 +377,12 @@ class _Work:
             return None
 
     def _trial_spec(self, begun: Begun) -> Spec | Ended:
+        setting = self._setting
         try:
-            return make_trial_spec(
-                self._setting.tree, self._setting.space, begun, self._setting.scale, self._cadence
-            )
+            spec = make_trial_spec(setting.tree, setting.space, begun, setting.scale, self._cadence)
+            sweeps = setting.sweeps_resources
+            resources = fixed(spec.resources) if sweeps else setting.spec.resources
+            return spec.model_copy(update={"resources": resources})
         except UserError as error:
             return Ended(begun.trial, FAILED, cause=Cause.CONFIGURATION, reason=one_line(error))
 
@@ -376,7 +392,6 @@ class _Work:
         if isinstance(spec, Ended) or placement is None:
             ended = spec if isinstance(spec, Ended) else Ended(number, STOPPED)
         else:
-            spec = spec.model_copy(update={"resources": fixed(spec.resources)})
             ended = self._run(spec, begun, placement)
         with self._changed:
             self._record(ended)

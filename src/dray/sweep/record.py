@@ -46,7 +46,7 @@ from dray.sweep.space import Space, make_space
 
 LOG = "log"
 SPACE_FILE, SPEC_FILE, BEST_FILE = "space.yaml", "spec.yaml", "best.yaml"
-CHANGEABLE = ("budget", "concurrency", "retries", "max_failures")
+CHANGEABLE = ("budget", "concurrency", "packing", "retries", "max_failures")
 """Keys of a space that may change when a sweep goes on: they say how far it goes, not how."""
 
 

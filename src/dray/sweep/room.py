@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 
-from dray.cluster.nodes import growing_resources, has_room
+from dray.cluster.nodes import count_in, growing_resources, has_room
 from dray.cluster.placement import format_bundles, make_bundles
 from dray.errors import PlanError
-from dray.plan import Plan, local_shape
+from dray.plan import Plan, format_bytes, local_shape
 from dray.spec import Resources
 
+MOST_PACKED = 4
+"""Trials that share a GPU by themselves: more wait for each other's kernels."""
 MOST_AT_ONCE = 512
 """Trials at once of one driver: each is a thread of it."""
 
@@ -23,15 +25,52 @@ def fixed(resources: Resources) -> Resources:
     return resources.model_copy(update={"workers": resources.min_workers})
 
 
+def most_packed(resources: Resources, packing: int | str) -> int:
+    """How many trials may come to share what one worker has."""
+    if packing == "auto":
+        return MOST_PACKED if resources.workers == 1 and resources.gpus_per_worker else 1
+    return int(packing)
+
+
+def pack(resources: Resources, plan: Plan, packing: int | str) -> Resources:
+    """The resources of trials like the planned one, so many of which share what one worker has.
+
+    Raises PlanError for more than fit, and for trials of several workers: two ranks of one trial
+    would come to lie on one GPU.
+    """
+    if packing == 1 or (packing == "auto" and (resources.workers != 1 or not plan.on_gpu)):
+        return resources
+    if resources.workers != 1:
+        raise PlanError(
+            f"packing = {packing}",
+            f"a trial has {resources.max_workers} workers",
+            "trials of one worker alone share a GPU or CPUs",
+            "leave packing out, or give resources.workers=1",
+        )
+    if not plan.on_gpu:
+        share = resources.cpus_per_worker / int(packing)
+        return resources.model_copy(update={"cpus_per_worker": share})
+    limit, needed = plan.memory_limit_bytes, plan.memory.total
+    fits = MOST_PACKED if limit is None else max(1, int(limit // needed))
+    if packing != "auto" and int(packing) > fits:
+        raise PlanError(
+            f"packing = {packing}",
+            f"a trial takes {format_bytes(needed)} of a GPU's {format_bytes(limit or 0)}",
+            f"{fits} of them fit",
+            f"give packing={fits} or less",
+        )
+    number = min(fits, MOST_PACKED) if packing == "auto" else int(packing)
+    share = resources.gpus_per_worker / number
+    return resources.model_copy(update={"gpus_per_worker": share})
+
+
 def count_here(resources: Resources) -> int:
     """How many trials of these resources this machine can run at once. Readers come on top, as for
     a run of its own: they mostly wait. Raises PlanError for none."""
     cpus = float(os.cpu_count() or 1)
     gpus = float(local_shape().accelerators_per_node)
     wanted = _wanted(resources)
-    fits = int(cpus // wanted["CPU"]) if wanted["CPU"] else MOST_AT_ONCE
-    if wanted["GPU"]:
-        fits = min(fits, int(gpus // wanted["GPU"]))
+    fits = count_in({"CPU": cpus, "GPU": gpus}, wanted)
     if fits < 1:
         has = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if wanted["GPU"] else "")
         raise _impossible(resources, f"this machine has {has}")

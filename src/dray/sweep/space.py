@@ -292,6 +292,11 @@ class Space(Section):
     """What it may cost."""
     concurrency: Annotated[Int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at once; `auto`: as many as there is room for, or may come."""
+    packing: Annotated[Int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        default="auto", exclude_if=lambda given: given == "auto"
+    )
+    """Trials of one worker that share what a worker has, its GPU, or without one its CPUs; `auto`:
+    as many as a GPU's memory holds, four at most; CPUs are not shared."""
     repeats: Annotated[Int, Field(ge=1)] = 1
     """How often each drawing is tried, with another seed each time; means are compared."""
     retries: Annotated[Int, Field(ge=0)] = 1

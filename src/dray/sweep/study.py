@@ -118,7 +118,7 @@ class Scale:
     """Of its batch."""
     seed: int
     """Of the spec."""
-    gpus: int = 0
+    gpus: float = 0.0
     """That a trial holds."""
     workers: int = 1
     counts_steps: bool = False

@@ -111,6 +111,8 @@ def _train(job: Job, attempt: Attempt, reporter: Posting, pulse: Pulse, local_ra
     device = torch.device("cuda", local_rank) if job.plan.on_gpu else torch.device("cpu")
     if job.plan.on_gpu:
         torch.cuda.set_device(device)
+        if (share := job.spec.resources.gpus_per_worker) < 1:  # others are on that card, too
+            torch.cuda.set_per_process_memory_fraction(share)
     ranks = group.join(
         device,
         rank=pulse.rank,
