@@ -108,6 +108,10 @@ def test_ranges_that_are_none(given: dict[str, Any], said: str) -> None:
         ({"parameters": RATE, "search": "grid"}, "needs choice or grid"),
         ({"parameters": RATE, "search": "bohb", "budget": {"trials": 1}}, "hpbandster"),
         ({"parameters": RATE, "budget": {"trial": 1}}, "did you mean budget.trials"),
+        ({"parameters": RATE, "max_trials": 1}, "did you mean budget.trials"),
+        ({"points": [{"seed": 1}], "parameters": RATE}, "give one of the two"),
+        ({"points": [{"seed": 1}, {}]}, "one of them is empty"),
+        ({"points": [{"seed": 1}], "search": "random"}, "tried in turn"),
         (
             {"parameters": RATE, "budget": {"trials": 1}, "ties": {"x": {"to": "y"}}},
             "no such parameter",
@@ -178,3 +182,19 @@ def test_draws_lie_in_their_ranges() -> None:
 def test_a_task_that_was_given_by_its_name_keeps_it() -> None:
     changed = with_values({"task": "masked_lm"}, {"task.share": 0.3})
     assert changed == {"task": {"name": "masked_lm", "share": 0.3}}
+
+
+def test_points_are_tried_in_turn_and_checked_whole() -> None:
+    points = [
+        {"model.hidden_size": 32, "model.num_heads": 2},
+        {"model.hidden_size": 48, "model.num_heads": 3},
+    ]
+    space = make_space({"points": points})
+    check_space(space, TREE, "sp.yaml")
+    assert space.cells() == points
+    assert space.paths == ["model.hidden_size", "model.num_heads"]
+    assert make_space(space.model_dump(mode="json")) == space, "as a sweep's record keeps it"
+    with pytest.raises(SpecError, match=r"points: the spec refuses model\.hidden_size=50"):
+        check_space(make_space({"points": [{"model.hidden_size": 50}]}), TREE, "sp.yaml")
+    with pytest.raises(SpecError, match="points: name"):
+        check_space(make_space({"points": [{"name": "a"}]}), TREE, "sp.yaml")

@@ -14,7 +14,7 @@ from dray.plan.hardware import (
     match_accelerator,
     parse_shape,
 )
-from dray.plan.laws import Law, describe_law, with_numbers
+from dray.plan.laws import LAWFUL, Law, describe_law, with_numbers
 from dray.plan.machine import (
     Card,
     find_cards,
@@ -37,6 +37,7 @@ from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
 __all__ = [
     "ACCELERATORS",
+    "LAWFUL",
     "Accelerator",
     "BatchPlan",
     "Buckets",

@@ -18,6 +18,10 @@ BATCH_TOKENS_EXPONENT = 0.571
 """Of tokens in the batch."""
 
 
+LAWFUL = ("optimizer.learning_rate", "batch.global_rows")
+"""What the Step Law gives."""
+
+
 class Law(BaseModel):
     """What the Step Law says of a run."""
 
@@ -29,6 +33,10 @@ class Law(BaseModel):
     """N: without the vocabulary's."""
     num_tokens: int
     """D."""
+
+    def numbers(self) -> dict[str, float]:
+        """What it gives, by the spec's dotted paths."""
+        return dict(zip(LAWFUL, (self.learning_rate, self.global_rows), strict=True))
 
 
 def step_law_rate(num_parameters: float, num_tokens: float) -> float:

@@ -15,6 +15,10 @@ from dray.redaction import redact
 from dray.spec.sections import NAME_RULE, Source
 from dray.spec.spec import Spec
 
+ALIKE = 0.8
+"""So much alike, a sibling of a key is what was meant, not one elsewhere whose name is a part of
+it."""
+
 
 def shown_words(text: str, width: int = 200) -> str:
     """A user's own words, without secrets, fit for a line."""
@@ -116,6 +120,12 @@ def _suggest(model: type[BaseModel], unknown: str, tags: Collection[str]) -> str
     near = difflib.get_close_matches(
         word, names or [key.rpartition(".")[2] for key in known], n=1, cutoff=0.5
     )
+    part = next(
+        (key for key in known if key.rpartition(".")[2] in word.split("_") and key not in siblings),
+        None,
+    )
+    if part and not (near and difflib.SequenceMatcher(None, word, near[0]).ratio() > ALIKE):
+        return f"did you mean {part}?"
     if near and names:
         return f"did you mean {near[0]}?" if not section else f"did you mean {section}.{near[0]}?"
     elsewhere = near or [key for key in known if key.rpartition(".")[2] == word]

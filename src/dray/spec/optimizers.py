@@ -88,11 +88,9 @@ class Optimizer(Section):
             )
 
 
-class AdamW(Optimizer):
-    """AdamW: two moments of each element."""
+class Adam(Optimizer):
+    """What all kinds of AdamW share: two moments."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimiser's name."""
     learning_rate: Annotated[Float, Field(ge=0, le=10), *AUTO] = 1.0e-3
     """Peak learning rate; `auto`: by the Step Law."""
     beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
@@ -111,11 +109,18 @@ class AdamW(Optimizer):
     def base_hidden_size(self) -> int | None:
         return None if self.width_transfer is None else self.width_transfer.base_hidden_size
 
+
+class AdamW(Adam):
+    """AdamW: two moments of each element."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimiser's name."""
+
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         return State("exp_avg", shape), State("exp_avg_sq", shape)
 
 
-class AdamW8bit(Optimizer):
+class AdamW8bit(Adam):
     """AdamW whose two moments take a byte an element and a number for each 256 of them, in the
     matrices of the model's blocks; embeddings, heads, norms and biases keep theirs in fp32."""
 
@@ -128,25 +133,8 @@ class AdamW8bit(Optimizer):
 
     name: Literal["adamw_8bit"] = "adamw_8bit"
     """The optimiser's name."""
-    learning_rate: Annotated[Float, Field(ge=0, le=10), *AUTO] = 1.0e-3
-    """Peak learning rate; `auto`: by the Step Law."""
-    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
-    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the second moment."""
-    epsilon: Annotated[Float, Field(gt=0, le=1)] = 1.0e-8
-    """Term added to the denominator."""
     least_elements: Annotated[Int, Field(ge=1)] = 4096
     """Matrices with fewer elements keep their moments in fp32."""
-    width_transfer: Annotated[
-        WidthTransfer | None, Field(exclude_if=lambda given: given is None)
-    ] = None
-    """Scale rates and initial weights so that the best learning rate is that of a narrower model.
-    None: no scaling."""
-
-    @property
-    def base_hidden_size(self) -> int | None:
-        return None if self.width_transfer is None else self.width_transfer.base_hidden_size
 
     def states(self, shape: Size, *, is_hidden: bool) -> tuple[State, ...]:
         size = math.prod(shape)

@@ -20,7 +20,7 @@ COMPLETED, PRUNED, DIVERGED, FAILED, STOPPED = (
 an error; with the sweep, which may go on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Begun:
     """A trial starts, or starts again."""
 
@@ -45,7 +45,7 @@ class Begun:
     """That checkpoint's step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reported:
     """A trial was validated."""
 
@@ -64,7 +64,7 @@ class Reported:
     """All that the validation measured, as far as it is finite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ended:
     """A start of a trial is over."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dray.plan import format_seconds
+from dray.plan import Law, format_seconds
 from dray.runs.layout import make_trial_name
 from dray.show.html import Page
 from dray.show.plots import COLORS, Line, draw_bars, draw_lines, draw_parallel, draw_points
@@ -16,7 +16,7 @@ from dray.show.sweeps import shown
 from dray.sweep.events import COMPLETED, Event, Reported
 from dray.sweep.importance import measure_importance
 from dray.sweep.record import Sweep
-from dray.sweep.space import LAWFUL, Parameter, Value
+from dray.sweep.space import Parameter, Value
 from dray.sweep.study import Study, Trial
 from dray.sweep.summary import load_study, summarize_record
 
@@ -34,7 +34,7 @@ def make_sweep_page(sweep: Sweep) -> Page:
     study = load_study(sweep, record, events)
     summary = summarize_record(sweep, record, study)
     metric = str(summary["metric"])
-    cost = _cost(study)
+    cost = study.cost()
     best = summary["best"]
     page.facts(
         {
@@ -48,11 +48,11 @@ def make_sweep_page(sweep: Sweep) -> Page:
             **_beside_law(record.get("law"), best),
             "steps": f"{summary['steps']:,}",
             "tokens": f"{summary['tokens']:,}",
-            "time in steps": format_seconds(cost["seconds"]),
+            "time in steps": format_seconds(cost.hours * 3600),
             "hours of the clock": f"{summary['hours']:.2f}" if summary.get("hours") else "",
-            **({"GPU hours": f"{cost['gpu_hours']:.2f}"} if study.scale.gpus else {}),
-            **({"money": f"{cost['money']:.2f}"} if cost["money"] else {}),
-            "steps saved by stopping": f"{cost['saved']:.0%}",
+            **({"GPU hours": f"{cost.gpu_hours:.2f}"} if study.scale.gpus else {}),
+            **({"money": f"{cost.money:.2f}"} if cost.money else {}),
+            "steps saved by stopping": f"{_saved(study):.0%}",
             "folder": sweep.uri,
         }
     )
@@ -68,33 +68,23 @@ def make_sweep_page(sweep: Sweep) -> Page:
     return page
 
 
-def _beside_law(law: dict[str, Any] | None, best: dict[str, Any] | None) -> dict[str, str]:
+def _beside_law(kept: dict[str, Any] | None, best: dict[str, Any] | None) -> dict[str, str]:
     """What the Step Law said, and how far from it the best lay."""
-    if not law:
+    if not kept:
         return {}
-    numbers = dict(zip(LAWFUL, (law["learning_rate"], law["global_rows"]), strict=True))
     found = (best or {}).get("parameters", {})
     return {
         f"the Step Law's {path.rpartition('.')[2].replace('_', ' ')}": f"{number:.3g}"
         + (f"; the best: {found[path] / number:.2g} times that" if path in found else "")
-        for path, number in numbers.items()
+        for path, number in Law(**kept).numbers().items()
     }
 
 
-def _cost(study: Study) -> dict[str, float]:
-    """What it took, and which share of the steps stopping has saved."""
-    trials = list(study.trials.values())
-    seconds = sum(trial.seconds for trial in trials)
-    over = [trial for trial in trials if trial.is_over]
+def _saved(study: Study) -> float:
+    """Which share of the steps stopping has saved."""
+    over = [trial for trial in study.trials.values() if trial.is_over]
     done = sum(_progress(study, trial) for trial in over)
-    whole = max(1.0, float(len(over) * study.scale.total_steps))
-    price = study.space.budget.price_per_hour or 0.0
-    return {
-        "seconds": seconds,
-        "gpu_hours": seconds / 3600 * study.scale.gpus,
-        "money": seconds / 3600 * study.scale.workers * price,
-        "saved": max(0.0, 1 - done / whole),
-    }
+    return max(0.0, 1 - done / max(1.0, float(len(over) * study.scale.total_steps)))
 
 
 def _progress(study: Study, trial: Trial) -> float:

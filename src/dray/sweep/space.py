@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dray.errors import SpecError
+from dray.plan import LAWFUL, Law
 from dray.spec import (
     Float,
     Int,
@@ -36,8 +37,6 @@ OVERRIDE = "space."
 """How an override of a space's key begins on the command line."""
 FIXED = ("name", "tracking", "validation.metric", "checkpoint", "watchdog")
 """Keys that do not change what a trial learns: to sweep them compares nothing."""
-LAWFUL = ("optimizer.learning_rate", "batch.global_rows")
-"""What the Step Law gives."""
 PROBES = 64
 """So many specs of values drawn at random are looked at before a sweep starts."""
 SPACES = Packaged("dray.tune_spaces", "space", "a space is a UTF-8 text file of YAML")
@@ -447,9 +446,9 @@ def with_values(tree: Mapping[str, Any], values: Mapping[str, Value]) -> dict[st
     return changed
 
 
-def around_law(space: Space, learning_rate: float, global_rows: int) -> Space:
+def around_law(space: Space, law: Law) -> Space:
     """The space with the law's numbers in the places that are around it."""
-    numbers = dict(zip(LAWFUL, (learning_rate, float(global_rows)), strict=True))
+    numbers = law.numbers()
     parameters = {
         path: given.times(numbers[path], whole=path == LAWFUL[1]) if given.around else given
         for path, given in space.parameters.items()

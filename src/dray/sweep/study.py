@@ -107,6 +107,16 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What trials took."""
+
+    hours: float
+    gpu_hours: float
+    money: float
+    """At the budget's price of an hour of a worker; 0 without one."""
+
+
+@dataclass(frozen=True)
 class Scale:
     """How trials are measured."""
 
@@ -275,18 +285,23 @@ class Study:
 
     def spent(self) -> str:
         """Which limit of the budget is used up; empty: none. The driver looks at the clock."""
-        budget, trials = self.space.budget, self.trials.values()
-        hours = sum(trial.seconds for trial in trials) / 3600
+        budget, cost = self.space.budget, self.cost()
         used = {
-            "trials": (budget.trials, float(len(trials))),
-            "steps": (budget.steps, float(sum(trial.step for trial in trials))),
-            "tokens": (budget.tokens, float(sum(trial.tokens for trial in trials))),
-            "gpu_hours": (budget.gpu_hours, hours * self.scale.gpus),
-            "money": (budget.money, hours * self.scale.workers * (budget.price_per_hour or 0.0)),
+            "trials": (budget.trials, float(len(self.trials))),
+            "steps": (budget.steps, float(sum(trial.step for trial in self.trials.values()))),
+            "tokens": (budget.tokens, float(sum(trial.tokens for trial in self.trials.values()))),
+            "gpu_hours": (budget.gpu_hours, cost.gpu_hours),
+            "money": (budget.money, cost.money),
         }
         return next(
             (name for name, (limit, has) in used.items() if limit is not None and has >= limit), ""
         )
+
+    def cost(self) -> Cost:
+        """What the trials' steps took so far."""
+        hours = sum(trial.seconds for trial in self.trials.values()) / 3600
+        price = self.space.budget.price_per_hour or 0.0
+        return Cost(hours, hours * self.scale.gpus, hours * self.scale.workers * price)
 
     def ruin(self) -> str:
         """The cause by which too many trials were lost for the sweep to go on; empty: none."""

@@ -15,7 +15,7 @@ from dray.spec import make_spec
 from dray.sweep.events import Event
 from dray.sweep.policies import NoPolicy
 from dray.sweep.record import Sweep
-from dray.sweep.space import LAWFUL, Space, around_law, find_in, make_space, with_values
+from dray.sweep.space import Space, around_law, find_in, make_space, with_values
 from dray.sweep.study import WAITING, Best, Scale, Study, Trial
 
 
@@ -75,9 +75,9 @@ def load_study(
 def with_law(tree: Mapping[str, Any], space: Space, law: Law) -> tuple[Mapping[str, Any], Space]:
     """Spec and space with the law's numbers where they ask for them."""
     spec = make_spec(tree)
-    numbers = dict(zip(LAWFUL, (law.learning_rate, law.global_rows), strict=True))
-    asked = {path: numbers[path] for path in LAWFUL if not find_in(spec.model_dump(), path)}
-    return with_values(tree, asked), around_law(space, law.learning_rate, law.global_rows)
+    given = spec.model_dump()
+    asked = {path: number for path, number in law.numbers().items() if not find_in(given, path)}
+    return with_values(tree, asked), around_law(space, law)
 
 
 def find_trial(sweep: Sweep, which: str) -> Trial:
