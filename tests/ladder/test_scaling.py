@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dray.ladder.scaling import Measured, ScalingLaw, fit_again, fit_law
+from dray.ladder.scaling import Measured, ScalingLaw, fit_again, fit_law, is_enough
 
 TRUE = ScalingLaw(irreducible=1.8, by_size=40.0, by_tokens=300.0, alpha=0.35, beta=0.37)
 """Of about what Hoffmann et al. found, for small models."""
@@ -53,5 +53,11 @@ def test_fits_are_the_same_again() -> None:
 
 
 def test_too_few_rungs() -> None:
+    rungs = measure(0.0)
+    assert is_enough(rungs)
     with pytest.raises(ValueError, match="at least 6"):
-        fit_law(measure(0.0)[:5])
+        fit_law(rungs[:5])
+    two_sizes = [*rungs[:6], *rungs[:6]]
+    assert not is_enough(two_sizes)
+    with pytest.raises(ValueError, match="of 3 sizes and 3 lengths"):
+        fit_law(two_sizes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.ladder.rungs import Rung, like_sizes
-from dray.ladder.scaling import LEAST_RUNGS, Measured, ScalingLaw, fit_again, fit_law
+from dray.ladder.scaling import Measured, ScalingLaw, fit_again, fit_law, is_enough
 from dray.spec import Spec
 from dray.sweep.events import COMPLETED
 from dray.sweep.study import Study
@@ -82,10 +82,10 @@ def load_forecast(spec: Spec, ladder: Mapping[str, Any], study: Study) -> Foreca
         for trial in study.trials.values()
         if trial.status == COMPLETED and trial.reports and trial.reports[-1].value is not None
     ]
-    if len(rungs) < LEAST_RUNGS:
+    measured = [_measured(rung, loss) for rung, loss in rungs]
+    if not is_enough(measured):
         return None
     target = Rung.from_json(ladder["target"])
-    measured = [_measured(rung, loss) for rung, loss in rungs]
     law = fit_law(measured)
     again = fit_again(measured, law)
     budget = ladder.get("flops") or target.flops
@@ -115,7 +115,7 @@ def _check(measured: Sequence[Measured], law: ScalingLaw) -> float | None:
     """How far off the largest rung is, foretold by those that are smaller."""
     largest = max(measured, key=lambda item: item.num_parameters * item.num_tokens)
     others = [item for item in measured if item.num_parameters < largest.num_parameters]
-    if len(others) < LEAST_RUNGS:
+    if not is_enough(others):
         return None
     foretold = fit_law(others, starts=[law]).loss(largest.num_parameters, largest.num_tokens)
     return foretold / largest.loss - 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 HUBER_DELTA = 1e-3
 RESAMPLINGS = 100
-LEAST_RUNGS = 6
-"""The law has five numbers."""
+LEAST_RUNGS, LEAST_SPREAD = 6, 3
+"""The law has five numbers; of fewer sizes or lengths an exponent cannot be told."""
 MOST_EXPONENT = 2.0
 """α and β lie between 0 and this: what is found there in practice is 0.2 to 0.8."""
 
@@ -51,14 +52,24 @@ class ScalingLaw:
         )
 
 
+def is_enough(measured: Sequence[Measured]) -> bool:
+    """Whether a law can be fitted to these rungs."""
+    sizes = {item.num_parameters for item in measured}
+    tokens = {item.num_tokens for item in measured}
+    return len(measured) >= LEAST_RUNGS and min(len(sizes), len(tokens)) >= LEAST_SPREAD
+
+
 def fit_law(measured: Sequence[Measured], starts: Iterable[ScalingLaw] = ()) -> ScalingLaw:
-    """The law that fits best; from `starts` alone where there are some. Raises ValueError for fewer
-    than LEAST_RUNGS."""
+    """The law that fits best; from `starts` alone where there are some. Raises ValueError for rungs
+    that are not enough."""
     import numpy as np
     from scipy.optimize import least_squares
 
-    if len(measured) < LEAST_RUNGS:
-        raise ValueError(f"{len(measured)} rungs: the law wants at least {LEAST_RUNGS}")
+    if not is_enough(measured):
+        raise ValueError(
+            f"{len(measured)} rungs: the law wants at least {LEAST_RUNGS}, of {LEAST_SPREAD} sizes "
+            f"and {LEAST_SPREAD} lengths"
+        )
     # Sizes and tokens are taken relative to their means, by which the law's numbers hardly depend
     # on each other: log E, log A and log B (both at the means), α, β.
     sizes = np.log([float(item.num_parameters) for item in measured])
@@ -106,21 +117,13 @@ def fit_law(measured: Sequence[Measured], starts: Iterable[ScalingLaw] = ()) -> 
 
 
 def fit_again(measured: Sequence[Measured], law: ScalingLaw, seed: int = 0) -> list[ScalingLaw]:
-    """Laws of the rungs drawn again with replacement, for intervals. A draw of fewer than three
-    sizes or lengths tells nothing of an exponent and is drawn anew."""
-    import random
-
+    """Laws of the rungs drawn again with replacement, for intervals. A draw that is not enough is
+    drawn anew."""
     chance = random.Random(seed)
     laws = list[ScalingLaw]()
     while len(laws) < RESAMPLINGS:
         drawn = chance.choices(measured, k=len(measured))
-        if (
-            min(
-                len({item.num_parameters for item in drawn}),
-                len({item.num_tokens for item in drawn}),
-            )
-            >= 3
-        ):
+        if is_enough(drawn):
             laws.append(fit_law(drawn, starts=[law]))
     return laws
 
