@@ -23,7 +23,7 @@ from dray.rank.job import make_corpus_plan
 from dray.redaction import take_in_all
 from dray.show.sweeps import SweepDisplay
 from dray.spec import Spec, make_spec
-from dray.sweep.driver import tune
+from dray.sweep.driver import cpus_here, tune
 from dray.sweep.record import Sweep
 from dray.sweep.room import fixed
 from dray.sweep.space import make_space, with_values
@@ -117,7 +117,7 @@ def climb(
     resources = spec.resources
     with connect(
         address,
-        num_cpus=resources.max_workers * resources.cpus_per_worker + resources.reader_cpus,
+        num_cpus=cpus_here(resources, address),
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
         num_workers=resources.max_workers,

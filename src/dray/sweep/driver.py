@@ -79,7 +79,7 @@ def tune(
     display = display or SweepDisplay()
     with connect(
         address,
-        num_cpus=_cpus_here(resources, space, address),
+        num_cpus=cpus_here(resources, address, space.concurrency, space.packing),
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
         num_workers=resources.max_workers,
@@ -126,13 +126,18 @@ def _has_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
 
 
-def _cpus_here(resources: Resources, space: Space, address: str | None) -> float:
+def cpus_here(
+    resources: Resources,
+    address: str | None,
+    concurrency: int | str = "auto",
+    packing: int | str = "auto",
+) -> float:
     """CPUs of a Ray that is started for the sweep: of all trials at once, with their readers."""
     a_trial = resources.max_workers * resources.cpus_per_worker + resources.reader_cpus
     if address is not None or _has_cluster():
         return a_trial
-    room = count_here(resources) * most_packed(resources, space.packing)
-    return a_trial * (room if space.concurrency == "auto" else min(room, space.concurrency))
+    room = count_here(resources) * most_packed(resources, packing)
+    return a_trial * (room if isinstance(concurrency, str) else min(room, concurrency))
 
 
 def _keep_law(sweep: Sweep, spec: Spec, plan: Plan) -> Law | None:
