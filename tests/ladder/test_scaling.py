@@ -52,6 +52,16 @@ def test_fits_are_the_same_again() -> None:
     assert fit_again(rungs, law)[:3] == fit_again(rungs, law)[:3]
 
 
+def test_what_the_losses_do_not_tell_is_said() -> None:
+    assert fit_law(measure(0.0)).untold == []
+    flat = [Measured(rung.num_parameters, rung.num_tokens, 3.0) for rung in measure(0.0)]
+    same_sizes = [
+        Measured(rung.num_parameters, rung.num_tokens, 2.0 + 1e4 / rung.num_tokens**0.9)
+        for rung in flat
+    ]
+    assert "parameters" in fit_law(same_sizes).untold
+
+
 def test_too_few_rungs() -> None:
     rungs = measure(0.0)
     assert is_enough(rungs)

@@ -57,6 +57,7 @@ class Forecast:
             "loss": vars(self.loss),
             "target": self.target.to_json(),
             "law": vars(self.law),
+            "untold": self.law.untold,
             "check": self.check,
             "rungs": [
                 {**rung.to_json(), "loss": loss, "fitted": _loss(self.law, rung)}

@@ -17,7 +17,7 @@ def add_forecast(page: Page, forecast: Mapping[str, Any]) -> None:
     page.facts(
         {
             "loss of the spec": shown_interval(forecast["loss"]),
-            "law": describe_law(forecast["law"]),
+            "law": describe_law(forecast),
             "compute of the ladder": f"{forecast['share']:.1%} of the spec's",
             "its largest rung by the others": "" if check is None else f"{check:+.2%}",
         }

@@ -23,6 +23,8 @@ LEAST_RUNGS, LEAST_SPREAD = 6, 3
 MOST_EXPONENT = 2.0
 """α and β lie between 0 and this: what is found there in practice is 0.2 to 0.8."""
 
+EDGE = 0.01
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -42,6 +44,17 @@ class ScalingLaw:
     by_tokens: float
     alpha: float
     beta: float
+
+    @property
+    def untold(self) -> list[str]:
+        """What the losses did not tell the way of: an exponent at the edge of where it is looked
+        for is none."""
+        exponents = {"parameters": self.alpha, "tokens": self.beta}
+        return [
+            name
+            for name, exponent in exponents.items()
+            if not EDGE < exponent < MOST_EXPONENT - EDGE
+        ]
 
     def loss(self, num_parameters: float, num_tokens: float) -> float:
         """What a model of so many parameters would come to on so many tokens."""

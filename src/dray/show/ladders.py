@@ -20,7 +20,7 @@ def format_forecast(forecast: Mapping[str, Any] | None) -> str:
         f"{target['num_parameters']:,} parameters on {target['num_tokens']:,} tokens; the ladder "
         f"took {forecast['share']:.1%} of its compute",
         f"  best      for {forecast['budget_flops']:.3g} FLOPs: {describe_best(best)}",
-        f"  law       {describe_law(forecast['law'])}",
+        f"  law       {describe_law(forecast)}",
     ]
     if forecast["check"] is not None:
         lines.append(
@@ -41,12 +41,19 @@ def format_forecast(forecast: Mapping[str, Any] | None) -> str:
     return "\n".join([*lines, rendered(table)])
 
 
-def describe_law(law: Mapping[str, float]) -> str:
-    """The law with its numbers."""
-    return (
+def describe_law(forecast: Mapping[str, Any]) -> str:
+    """The law with its numbers, and what they do not tell."""
+    law = forecast["law"]
+    text = (
         f"L = {law['irreducible']:.3g} + {law['by_size']:.3g} / N^{law['alpha']:.3g} + "
         f"{law['by_tokens']:.3g} / D^{law['beta']:.3g}"
     )
+    if forecast["untold"]:
+        text += (
+            f"; these rungs hardly tell how the loss goes with {' and '.join(forecast['untold'])}: "
+            "give a larger --budget"
+        )
+    return text
 
 
 def describe_best(best: Mapping[str, Any]) -> str:
