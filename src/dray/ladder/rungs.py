@@ -31,8 +31,11 @@ MOST_SHARE = 0.5
 """No rung sees more of the target's tokens than that, however much could be paid for."""
 LEAST_STEPS = 40
 """A rung of fewer steps says little but how its first steps went."""
-MOST_ASPECT = 1.51
+MOST_ASPECT = 2.0
 """Width ÷ depth of a rung is that of the spec, up to this factor."""
+LEAST_LAYERS = 2
+"""Of a rung of a deeper spec: one layer alone cannot copy what it has seen (Olsson et al. 2022,
+arXiv 2209.11895), and its losses lie on a law of their own."""
 FEW_HEADS = 4
 """Of a model with fewer heads, rungs may have heads half as wide."""
 
@@ -201,7 +204,7 @@ def like_sizes(spec: Spec, growth: int, vocab_size: int | None = None) -> Iterat
     width, layers = int(spec.model.hidden_size or 0), int(spec.model.num_layers or 1)
     unit = _width_unit(spec.model)
     for narrow in range(unit, growth * width + 1, unit):
-        for depth in range(1, growth * layers + 1):
+        for depth in range(min(LEAST_LAYERS, layers), growth * layers + 1):
             aspect = (narrow / width) / (depth / layers)
             if 1 / MOST_ASPECT <= aspect <= MOST_ASPECT:
                 yield make_size(spec, resize(spec.model, narrow, depth), vocab_size)
