@@ -36,7 +36,7 @@ MOST_ASPECT = 2.0
 LEAST_LAYERS = 2
 """Of a rung of a deeper spec: one layer alone cannot copy what it has seen (Olsson et al. 2022,
 arXiv 2209.11895), and its losses lie on a law of their own."""
-FEW_HEADS = 4
+FEW_HEADS = 8
 """Of a model with fewer heads, rungs may have heads half as wide."""
 
 
@@ -158,8 +158,10 @@ def make_rungs(
 
 @dataclass(frozen=True)
 class _Ladder:
-    """Sizes whose longest trainings all take the same compute, so that the small ones see many
-    tokens and the large ones few: the design of Hoffmann et al. 2022 (approach 2, isoFLOP)."""
+    """Sizes whose longest trainings have tokens in proportion to their parameters, so that all are
+    as far in their learning as the target is, in the main: with far fewer tokens a parameter the
+    size hardly matters to a loss, and nothing would be told of it (as in Bhagia et al. 2024, arXiv
+    2412.04403)."""
 
     target: Rung
     sizes: tuple[Size, ...]
@@ -167,10 +169,11 @@ class _Ladder:
 
     def rungs(self, budget: float) -> list[Rung]:
         """The rungs that together take so many FLOPs, or what MOST_SHARE leaves of them."""
-        longest = budget / (len(self.sizes) * sum(STRETCHES))
+        whole = sum(size.flops_per_token * size.num_parameters for size in self.sizes)
+        per_parameter = budget / (whole * sum(STRETCHES))
         most = MOST_SHARE * self.target.num_tokens
         return [
-            Rung(size, max(1, round(min(most, longest / size.flops_per_token) * stretch)))
+            Rung(size, max(1, round(min(most, per_parameter * size.num_parameters) * stretch)))
             for size in self.sizes
             for stretch in STRETCHES
         ]
