@@ -1,5 +1,5 @@
 """A model's loss foretold by smaller ones for a twentieth of its compute, and what it came to:
-`python -m bench.ladder [--budget 5%] [--storage DIR]`.
+`python -m bench.ladder [--budgets 5% 25%] [--storage DIR]`.
 
 The model is 0.9 M parameters on one epoch of ../shared/data/corpus_en in short tokens (9.8 M of
 them), some twenty minutes of a core. Both commands go on where they were stopped.
@@ -55,18 +55,30 @@ def run(words: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--budget", default="5%")
+    parser.add_argument("--budgets", nargs="+", default=["5%", "25%"])
     parser.add_argument("--storage", help="a folder to keep (default: a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-ladder-") as place:
         spec = Path(place, "small.yaml")
         spec.write_text(json.dumps(TREE))
         storage = arguments.storage or place
-        ladder = run(["ladder", str(spec), "--budget", arguments.budget, "--storage", storage])
+        ladders = [
+            run(
+                [
+                    *("ladder", str(spec), "--budget", budget, "--storage", storage),
+                    *("--run", f"small-ladder-{budget.rstrip('%')}"),
+                ]
+            )
+            for budget in arguments.budgets
+        ]
         whole = run(["train", str(spec), "--storage", storage])
-    forecast, loss = ladder["forecast"], whole["validation"]["loss"]
-    figures = {"forecast": forecast, "loss": loss, "trials": ladder["trials"]}
-    write_section("ladder", _table(forecast, loss), figures)
+    write_figures([ladder["forecast"] for ladder in ladders], whole["validation"]["loss"])
+
+
+def write_figures(forecasts: list[dict[str, Any]], loss: float) -> None:
+    """Both ladders beside what the model came to, into the docs."""
+    tables = "\n\n".join(_table(forecast, loss) for forecast in forecasts)
+    write_section("ladder", tables, {"forecasts": forecasts, "loss": loss})
 
 
 def _table(forecast: dict[str, Any], loss: float) -> str:
