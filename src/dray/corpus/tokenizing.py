@@ -37,6 +37,7 @@ from dray.corpus.tokenizer_folder import (
     special_tokens,
 )
 from dray.errors import CorpusError, caught, first_line
+from dray.processes.imports import whole
 from dray.storage.filesystem import list_files, open_filesystem, read_bytes, shown, write_bytes
 
 PAD, MASK = "<|pad|>", "<|mask|>"
@@ -407,9 +408,9 @@ def _load_slow(files: dict[str, bytes]) -> Any:
 
 def load_auto_tokenizer(folder: str) -> Any:
     """What transformers makes of a local folder; code that it holds is not run."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return whole("transformers").AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
 
 
 def describe(files: dict[str, bytes], sample: Sequence[str], needs_end: bool) -> TokenizerInfo:

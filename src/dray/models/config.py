@@ -18,6 +18,7 @@ from typing import Any
 from dray.errors import SpecError, caught, first_line, one_line, translated
 from dray.models.source import find_folder
 from dray.plan.architectures import OFFSET_POSITIONS, default_intermediate_size, position_rows
+from dray.processes.imports import whole
 from dray.spec import Head, Spec
 from dray.storage.packages import in_package
 
@@ -131,23 +132,20 @@ def make_config(
 
 def auto_class(head: Head) -> Any:
     """The transformers class that builds models with a head."""
-    import transformers
-
-    return getattr(transformers, head.auto_class)
+    return getattr(whole("transformers"), head.auto_class)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a folder whole, with what transformers takes for granted, as a run keeps
     it. Raises SpecError."""
-    from transformers import AutoConfig
-
+    auto_config = whole("transformers").AutoConfig
     rule = "an architecture that transformers knows is wanted; remote code is never run"
     with translated(
         lambda error: SpecError(
             "model.path", f"{folder}: config.json cannot be used ({first_line(error)})", rule
         )
     ):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = auto_config.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise SpecError(
             "model.path", f"{folder} holds quantised weights", "training starts from full ones"
@@ -165,9 +163,7 @@ def make_kept_config(model: Any) -> dict[str, Any]:
 
 def _kept_config(kept: Mapping[str, Any]) -> Any:
     """The configuration that a run keeps, as transformers' own."""
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[kept["model_type"]].from_dict(dict(kept))
+    return whole("transformers").CONFIG_MAPPING[kept["model_type"]].from_dict(dict(kept))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -194,10 +190,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
-    from transformers import CONFIG_MAPPING
-
+    architectures = whole("transformers").CONFIG_MAPPING
     model, known = spec.model, _names_for(spec.task.head)
-    if model.architecture not in CONFIG_MAPPING:
+    if model.architecture not in architectures:
         raise SpecError(
             "model.architecture",
             f"{model.architecture!r} is unknown to transformers",
@@ -220,7 +215,7 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
             f"give {spec.data.sequence_tokens} or more",
         )
     positions = position_rows(str(model.architecture), positions, pad_token_id)
-    default = CONFIG_MAPPING[model.architecture]()
+    default = architectures[model.architecture]()
     hidden, heads = int(model.hidden_size or 0), int(model.num_heads or 0)
     fields: dict[str, Any] = {
         "vocab_size": rows,

@@ -9,11 +9,25 @@ are not installed.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from dray.errors import SpecError
+
+_importing = threading.RLock()
+"""Held by the thread that imports a library that puts another module into its own place."""
+
+
+def whole(library: str) -> Any:
+    """The library, once it has been imported whole: for those like transformers, whose package
+    exchanges itself at the end of its import. A thread that meets another one's import waits for
+    it, but is then given the half that was exchanged."""
+    with _importing:
+        return import_module(library)
 
 
 def require_package(name: str, extra: str, what: str) -> None:
@@ -36,11 +50,13 @@ def first_import(library: str, *, without: tuple[str, ...]) -> Iterator[None]:
     A library that is loaded has asked already what there is, and would trip over an answer that
     changes.
     """
-    hidden = [] if library in sys.modules else [name for name in without if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: what Python calls absent
-    try:
-        yield
-    finally:
-        for name in hidden:
-            if sys.modules.get(name) is None:
-                sys.modules.pop(name, None)
+    with _importing:
+        loaded = library in sys.modules
+        hidden = [] if loaded else [name for name in without if name not in sys.modules]
+        sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: what Python calls absent
+        try:
+            yield
+        finally:
+            for name in hidden:
+                if sys.modules.get(name) is None:
+                    sys.modules.pop(name, None)
