@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dray.show.html import Page
-from dray.show.ladders import describe_best, describe_law, shown_interval
+from dray.show.ladders import RUNG_TITLES, describe_best, describe_law, rung_cells, shown_interval
 from dray.show.plots import Line, draw_lines
 
 
@@ -43,17 +43,4 @@ def add_forecast(page: Page, forecast: Mapping[str, Any]) -> None:
             )
         ]
     )
-    page.table(
-        ["parameters", "layers × width", "tokens", "FLOPs", "loss", "by the law"],
-        [
-            [
-                f"{rung['num_parameters']:,}",
-                f"{rung['num_layers']} × {rung['hidden_size']}",
-                f"{rung['num_tokens']:,}",
-                f"{rung['flops']:.3g}",
-                f"{rung['loss']:.4f}",
-                f"{rung['fitted'] / rung['loss'] - 1:+.2%}",
-            ]
-            for rung in forecast["rungs"]
-        ],
-    )
+    page.table(RUNG_TITLES, [rung_cells(rung) for rung in forecast["rungs"]])

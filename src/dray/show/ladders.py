@@ -10,6 +10,9 @@ from rich.table import Table
 from dray.show.report import rendered
 
 
+RUNG_TITLES = ("parameters", "layers × width", "tokens", "FLOPs", "loss", "by the law")
+
+
 def format_forecast(forecast: Mapping[str, Any] | None) -> str:
     """The forecast of a ladder as `Forecast.to_json` has it, as lines and a table."""
     if forecast is None:
@@ -28,17 +31,23 @@ def format_forecast(forecast: Mapping[str, Any] | None) -> str:
             f"{forecast['check']:+.2%}"
         )
     table = Table(box=None, pad_edge=False)
-    for title in ("parameters", "layers × width", "tokens", "loss", "by the law"):
+    for title in RUNG_TITLES:
         table.add_column(title, justify="right")
     for rung in forecast["rungs"]:
-        table.add_row(
-            f"{rung['num_parameters']:,}",
-            f"{rung['num_layers']} × {rung['hidden_size']}",
-            f"{rung['num_tokens']:,}",
-            f"{rung['loss']:.4f}",
-            f"{rung['fitted'] / rung['loss'] - 1:+.2%}",
-        )
+        table.add_row(*rung_cells(rung))
     return "\n".join([*lines, rendered(table)])
+
+
+def rung_cells(rung: Mapping[str, Any]) -> list[str]:
+    """A rung as a row of a table with RUNG_TITLES."""
+    return [
+        f"{rung['num_parameters']:,}",
+        f"{rung['num_layers']} × {rung['hidden_size']}",
+        f"{rung['num_tokens']:,}",
+        f"{rung['flops']:.3g}",
+        f"{rung['loss']:.4f}",
+        f"{rung['fitted'] / rung['loss'] - 1:+.2%}",
+    ]
 
 
 def describe_law(forecast: Mapping[str, Any]) -> str:
