@@ -109,6 +109,7 @@ def _forecast(sweep: Sweep) -> tuple[bool, dict[str, Any] | None]:
 
 
 def report_command(arguments: argparse.Namespace) -> int:
+    from functools import partial
     from pathlib import Path
 
     from dray.ladder.page import add_forecast
@@ -121,10 +122,9 @@ def report_command(arguments: argparse.Namespace) -> int:
     if sweep is None:
         page = make_run_page(Run.open(storage, name))
     else:
-        page = make_sweep_page(sweep)
         _, forecast = _forecast(sweep)
-        if forecast is not None:
-            add_forecast(page, forecast)
+        first = partial(add_forecast, forecast=forecast) if forecast is not None else None
+        page = make_sweep_page(sweep, first=first)
     path = Path(arguments.file or f"{name.replace('/', '-')}-report.html")
     try:
         path.write_text(page.render(), encoding="utf-8")

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from dray.show.report import rendered
 
-
 RUNG_TITLES = ("parameters", "layers × width", "tokens", "FLOPs", "loss", "by the law")
 
 

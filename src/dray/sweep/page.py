@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -24,8 +24,8 @@ MOST_LINES = 200
 """Trials whose curves are drawn: the newest."""
 
 
-def make_sweep_page(sweep: Sweep) -> Page:
-    """The page of a sweep."""
+def make_sweep_page(sweep: Sweep, *, first: Callable[[Page], None] | None = None) -> Page:
+    """The page of a sweep; `first` adds what is to be looked at before its trials."""
     record, events = sweep.record(), [event for _, event in sweep.events()]
     page = Page(f"Sweep {sweep.name}")
     if not events:
@@ -56,11 +56,14 @@ def make_sweep_page(sweep: Sweep) -> Page:
             "folder": sweep.uri,
         }
     )
-    if best:
+    if first is not None:
+        first(page)
+    if best and first is None:
         page.section("The best", "" if best["is_complete"] else "It was stopped before its end.")
         page.table(["key", "value"], [[k, shown(v)] for k, v in best["parameters"].items()])
-    _add_search(page, events, study, metric)
-    _add_parameters(page, study, metric)
+    if study.space.parameters:
+        _add_search(page, events, study, metric)
+        _add_parameters(page, study, metric)
     _add_trials(page, summary, metric)
     page.section("Space")
     space = study.space.model_dump(mode="json", exclude_defaults=True)
@@ -148,7 +151,7 @@ def _add_parameters(page: Page, study: Study, metric: str) -> None:
     """Which parameters mattered, and where the good values lie."""
     sign, space = study.scale.sign, study.space
     trials = [trial for trial in study.trials.values() if trial.best(sign) is not None]
-    if not trials or not space.parameters:
+    if not trials:
         return
     page.section("The parameters")
     known = study.known()
