@@ -16,6 +16,7 @@ from dray.ladder.rungs import (
     make_point,
     make_rungs,
     make_target,
+    scaled_sizes,
 )
 from dray.plan import make_plan, parse_shape
 from dray.spec import Spec, make_spec
@@ -130,11 +131,26 @@ def test_specs_without_a_ladder(tree: dict[str, Any], said: str) -> None:
 
 
 def test_what_pays_for_no_ladder() -> None:
-    with pytest.raises(PlanError, match=r"pay for no ladder .*give more"):
+    with pytest.raises(PlanError, match=r"pay for no ladder .*give --budget flops=") as caught:
         ladder_of(tree_of(), 1e-5)
+    least = float(str(caught.value).rpartition("flops=")[2].split()[0])
+    target = ladder_of(tree_of())[1]
+    assert ladder_of(tree_of(), 1.05 * least / target.flops)
+    with pytest.raises(PlanError, match=r"no budget pays .* longer duration"):
+        ladder_of(tree_of(duration={"steps": None, "tokens": 3000}), 1000)
     small = {"architecture": "llama", "hidden_size": 32, "num_layers": 1, "num_heads": 1}
     with pytest.raises(PlanError, match="fewer than 3 smaller sizes"):
         ladder_of(tree_of(model=small))
+
+
+def test_the_sizes_that_the_best_is_looked_for_among() -> None:
+    spec = make_spec(tree_of())
+    sizes = scaled_sizes(spec)
+    counts = [size.num_parameters for size in sizes]
+    assert counts == sorted(set(counts))
+    assert sizes[0].hidden_size <= 32
+    assert sizes[-1].hidden_size >= 32 * 192
+    assert all(size.num_layers == round(4 * size.hidden_size / 192) for size in sizes[20:])
 
 
 def test_amounts() -> None:

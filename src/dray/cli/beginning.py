@@ -196,13 +196,13 @@ def tune_command(arguments: argparse.Namespace) -> int:
 
 def ladder_command(arguments: argparse.Namespace) -> int:
     from dray.cli.looking import say_sweep
-    from dray.ladder.driver import DEFAULT_BUDGET, climb, parse_budget
+    from dray.ladder.driver import climb, parse_budget
     from dray.spec import load_tree
 
     sweep = climb(
         load_tree(arguments.spec, arguments.overrides),
-        budget=parse_budget(arguments.budget or DEFAULT_BUDGET, "--budget"),
-        wanted=parse_budget(arguments.wanted, "--for") if arguments.wanted else None,
+        budget=parse_budget(arguments.budget, "--budget"),
+        wanted=None if arguments.wanted is None else parse_budget(arguments.wanted, "--for"),
         price_per_hour=arguments.price_per_hour,
         storage=arguments.storage,
         name=arguments.run_name,

@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     from dray.sweep.record import Sweep
 
 
-def locate(arguments: argparse.Namespace) -> tuple[str, str]:
+def locate(arguments: argparse.Namespace, *, sweeps: bool = False) -> tuple[str, str]:
     """Storage and name of a run given by name or by the path of its folder. A trial of a sweep is
-    SWEEP/0007, and the best one SWEEP/best."""
+    SWEEP/0007, and the best one SWEEP/best. Raises StoreError for a sweep, unless `sweeps` may be
+    named."""
     storage, name = split_place(arguments.run, arguments.storage)
     folder, _, last = name.rpartition("/")
+    if not sweeps and _find_sweep(storage, name) is not None:
+        raise StoreError(
+            f"run {name!r}",
+            "is a sweep, whose trials are runs",
+            way_out=f"name one of them: {name}/0001, or {name}/best",
+        )
     if last != "best" or not folder:
         return storage, name
     from dray.runs.layout import make_trial_name
@@ -65,7 +72,7 @@ def show_command(arguments: argparse.Namespace) -> int:
     from dray.runs import Run
     from dray.show.report import format_summary, load_account
 
-    storage, name = locate(arguments)
+    storage, name = locate(arguments, sweeps=True)
     sweep = _find_sweep(storage, name)
     if sweep is not None:
         say_sweep(sweep, arguments)
@@ -89,7 +96,8 @@ def say_sweep(sweep: Sweep, arguments: argparse.Namespace) -> None:
     if arguments.json:
         arguments.out.say_json({**summary, "forecast": forecast} if is_ladder else summary)
     elif is_ladder:
-        arguments.out.say(f"{format_sweep(summary)}\n{format_forecast(forecast)}")
+        whole = format_sweep(summary, with_best=False)  # of rungs none has won
+        arguments.out.say(f"{whole}\n{format_forecast(forecast)}")
     else:
         arguments.out.say(format_sweep(summary))
 
@@ -117,13 +125,13 @@ def report_command(arguments: argparse.Namespace) -> int:
     from dray.show.run_page import make_run_page
     from dray.sweep.page import make_sweep_page
 
-    storage, name = locate(arguments)
+    storage, name = locate(arguments, sweeps=True)
     sweep = _find_sweep(storage, name)
     if sweep is None:
         page = make_run_page(Run.open(storage, name))
     else:
-        _, forecast = _forecast(sweep)
-        first = partial(add_forecast, forecast=forecast) if forecast is not None else None
+        is_ladder, forecast = _forecast(sweep)
+        first = partial(add_forecast, forecast=forecast) if is_ladder else None
         page = make_sweep_page(sweep, first=first)
     path = Path(arguments.file or f"{name.replace('/', '-')}-report.html")
     try:

@@ -98,9 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     ladder.add_argument(
         "--budget",
+        default="5%",
         metavar="AMOUNT",
         help="what the smaller models may take together: 5%% of the spec's compute (the default), "
-        "flops=3e15, hours=2 or money=50",
+        "or share=0.05, flops=3e15, hours=2, money=50",
     )
     ladder.add_argument(
         "--for",

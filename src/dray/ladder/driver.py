@@ -9,8 +9,9 @@ from typing import Any
 
 from dray.cluster.connection import connect
 from dray.corpus.prepare import prepare
-from dray.errors import SpecError
+from dray.errors import SpecError, StoreError
 from dray.ladder.rungs import (
+    MOST_SHARE,
     Rung,
     check_ladder,
     make_point,
@@ -21,6 +22,7 @@ from dray.ladder.rungs import (
 from dray.plan import Plan, with_numbers
 from dray.rank.job import make_corpus_plan
 from dray.redaction import take_in_all
+from dray.runs import check_storage
 from dray.show.sweeps import SweepDisplay
 from dray.spec import Spec, make_spec
 from dray.sweep.driver import cpus_here, tune
@@ -29,7 +31,6 @@ from dray.sweep.room import fixed
 from dray.sweep.space import make_space, with_values
 
 UNITS = ("share", "flops", "hours", "money")
-DEFAULT_BUDGET = "share=0.05"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class Budget:
     unit: str
     """`share`: of the spec's own compute; `hours`: of all its workers; `money`: at a price."""
     amount: float
+
+    @property
+    def text(self) -> str:
+        """As a person would give it."""
+        return f"{self.unit}={self.amount:.10g}"
+
+    def check(self, price: float | None) -> None:
+        """Raise SpecError for money without a price."""
+        if self.unit == "money" and price is None:
+            raise SpecError(
+                self.option,
+                "money: an hour has no price",
+                "money buys hours of workers",
+                "give --price-per-hour, of one worker",
+            )
 
     def flops(self, target: Rung, flops_per_hour: float | None, price: float | None) -> float:
         """The same in FLOPs; `flops_per_hour` of all workers, `price` of an hour of them. Raises
@@ -58,14 +74,8 @@ class Budget:
             )
         if self.unit == "hours":
             return self.amount * flops_per_hour
-        if price is None:
-            raise SpecError(
-                self.option,
-                "money: an hour has no price",
-                "money buys hours of workers",
-                "give --price-per-hour, of one worker",
-            )
-        return self.amount / price * flops_per_hour
+        self.check(price)
+        return self.amount / (price or 1.0) * flops_per_hour
 
 
 def parse_budget(text: str, option: str) -> Budget:
@@ -83,7 +93,7 @@ def parse_budget(text: str, option: str) -> Budget:
             f"{option} {text}",
             "is no amount",
             f"an amount is one of {', '.join(f'{name}=NUMBER' for name in UNITS)}, or 5%, above 0",
-            f"e.g. {option} {DEFAULT_BUDGET}",
+            f"e.g. {option} 5%",
         )
     return Budget(option, unit, amount)
 
@@ -112,12 +122,21 @@ def climb(
     spec = make_spec(tree)
     check_ladder(spec)
     spec = spec.model_copy(update={"resources": fixed(spec.resources)})
+    for amount in (budget, wanted):
+        if amount is not None:
+            amount.check(price_per_hour)
     name = name or f"{spec.name}-ladder"
+    begun = _find_begun(storage, name, budget)
     display = display or SweepDisplay()
     resources = spec.resources
+    num_cpus = cpus_here(resources, address)
+    if begun is None and spec.duration.epochs is None and not spec.is_auto:
+        target = make_target(spec, 0)  # what no corpus could change is refused before it is read
+        if budget.unit in ("share", "flops"):
+            make_rungs(spec, target, budget.flops(target, None, None))
     with connect(
         address,
-        num_cpus=cpus_here(resources, address),
+        num_cpus=num_cpus,
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
         num_workers=resources.max_workers,
@@ -130,8 +149,8 @@ def climb(
         manifest = corpus.manifest
         target = make_target(spec, manifest.train.num_rows, manifest.vocab_size)
         in_flops = _converter(plan, target, spec, price_per_hour)
-        rungs = make_rungs(spec, target, in_flops(budget), manifest.vocab_size)
-        for line in _describe(spec, target, rungs):
+        rungs = begun or make_rungs(spec, target, in_flops(budget), manifest.vocab_size)
+        for line in _describe(spec, target, rungs, in_flops(budget)):
             display.say(line)
         points = [make_point(spec, target, rung) for rung in rungs]
         settled = {
@@ -143,7 +162,14 @@ def climb(
         }
         return tune(
             with_values(tree, settled),
-            make_space({"points": points, "metric": "loss", "scheduler": "none"}),
+            make_space(
+                {
+                    "points": points,
+                    "metric": "loss",
+                    "scheduler": "none",
+                    "budget": _make_limit(budget, price_per_hour),
+                }
+            ),
             storage=storage,
             name=name,
             space_name="the ladder",
@@ -153,11 +179,48 @@ def climb(
             ladder={
                 "target": target.to_json(),
                 "rungs": [rung.to_json() for rung in rungs],
+                "budget": budget.text,
                 "flops": None if wanted is None else in_flops(wanted),
                 "vocab_size": manifest.vocab_size,
                 "corpus_tokens": manifest.train.num_rows * spec.data.sequence_tokens,
             },
         )
+
+
+def _find_begun(storage: str, name: str, budget: Budget) -> list[Rung] | None:
+    """The rungs of the ladder of that name, if it has begun: it goes on with them, though the plan
+    of another machine would make others of an amount of hours. Raises StoreError for another budget
+    or a name that something else has."""
+    check_storage(storage)
+    sweep = Sweep.check_name(storage, name)
+    if sweep is None:
+        return None
+    kept = sweep.record().get("ladder")
+    if kept is None:
+        raise StoreError(
+            f"sweep {name!r}",
+            "is no ladder",
+            "a ladder and another sweep do not share a folder",
+            "choose another with --run",
+        )
+    if kept["budget"] != budget.text:
+        raise StoreError(
+            f"ladder {name!r}",
+            f"was begun with --budget {kept['budget']}",
+            "its rungs are those of its budget",
+            f"give --budget {kept['budget']}, or begin another ladder with --run NEW_NAME",
+        )
+    return [Rung.from_json(rung) for rung in kept["rungs"]]
+
+
+def _make_limit(budget: Budget, price_per_hour: float | None) -> dict[str, Any]:
+    """The sweep's own limit: hours and money become FLOPs by the speed of the spec itself, which
+    small rungs do not reach, and are held to the letter."""
+    if budget.unit == "hours":
+        return {"hours": budget.amount}
+    if budget.unit == "money":
+        return {"money": budget.amount, "price_per_hour": price_per_hour}
+    return {}
 
 
 def _converter(
@@ -170,20 +233,24 @@ def _converter(
     return lambda budget: budget.flops(target, per_hour, price)
 
 
-def _describe(spec: Spec, target: Rung, rungs: list[Rung]) -> list[str]:
+def _describe(spec: Spec, target: Rung, rungs: list[Rung], budget: float) -> list[str]:
     sizes = {rung.size: None for rung in rungs}
     share = sum(rung.flops for rung in rungs) / target.flops
-    rate = (
-        "the learning rate by width transfer from the spec's width"
-        if transfers_width(spec)
-        else "the spec's learning rate at every width: it could be transferred for AdamW with "
-        "model.tie_embeddings=false"
-    )
+    rate = "the learning rate by width transfer"
+    if not transfers_width(spec):
+        rate = "one learning rate for every width"
+        if "width_transfer" in type(spec.optimizer).model_fields:
+            rate += ": model.tie_embeddings=false would let it be transferred"
     shapes = ", ".join(f"{size.num_layers} × {size.hidden_size}" for size in sizes)
+    cut = (
+        f" (of {budget / target.flops:.1%}: no rung sees more than {MOST_SHARE:.0%} of its tokens)"
+        if share < 0.9 * budget / target.flops
+        else ""
+    )
     return [
         f"a ladder of {len(rungs)} rungs (layers × width: {shapes}; "
         f"{rungs[0].num_tokens:,} to {max(rung.num_tokens for rung in rungs):,} tokens) takes "
-        f"{share:.1%} of the compute of the spec: {target.size.num_parameters:,} parameters on "
-        f"{target.num_tokens:,} tokens, {target.flops:.3g} FLOPs",
+        f"{share:.1%} of the compute of the spec{cut}: {target.size.num_parameters:,} parameters "
+        f"on {target.num_tokens:,} tokens, {target.flops:.3g} FLOPs",
         f"{rate}; with the square root of the batch, which falls with the tokens",
     ]

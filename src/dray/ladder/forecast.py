@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dray.ladder.rungs import Rung, like_sizes
+from dray.ladder.rungs import Rung, scaled_sizes
 from dray.ladder.scaling import Measured, ScalingLaw, fit_again, fit_law, is_enough
 from dray.spec import Spec
 from dray.sweep.events import COMPLETED
@@ -15,8 +15,6 @@ from dray.sweep.study import Study
 
 LEVEL = 0.9
 """Of intervals: between these quantiles of the laws fitted to rungs drawn again."""
-GROWTH = 4
-"""Models of up to so many times the spec's heads and layers are looked at for the best one."""
 MOST_EPOCHS = 4.0
 """Tokens seen more often than that teach less than new ones do (Muennighoff et al. 2023, arXiv
 2305.16264): the law, which was fitted to new ones, says nothing of them."""
@@ -42,14 +40,28 @@ class Forecast:
     loss: Interval
     """Of the spec itself."""
     check: float | None
-    """The largest rung's loss as the law of the others foretells it, ÷ what it is, less 1; None:
-    the others are too few."""
+    """The loss of the largest size's longest rung as the law of the others foretells it, ÷ what it
+    is, less 1; None: the others are too few."""
+    missing: tuple[str, ...]
+    """Rungs that the law does without, and why."""
     best: Rung
     """The model that would do best with `flops`."""
     best_loss: Interval
+    edge: str
+    """Where the best lies among the sizes looked at, if at an edge: then a better one may lie
+    beyond."""
     flops: float
     epochs: float
     """How often the best model would see each token of the corpus."""
+
+    def reach(self, rung: Rung) -> dict[str, float]:
+        """How many times beyond the ladder a rung lies, in parameters and in tokens."""
+        sizes = [known.size.num_parameters for known, _ in self.rungs]
+        tokens = [known.num_tokens for known, _ in self.rungs]
+        return {
+            "parameters": rung.size.num_parameters / max(sizes),
+            "tokens": rung.num_tokens / max(tokens),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """As `dray show --json` prints it."""
@@ -59,6 +71,8 @@ class Forecast:
             "law": vars(self.law),
             "untold": self.law.untold,
             "check": self.check,
+            "missing": list(self.missing),
+            "reach": self.reach(self.target),
             "rungs": [
                 {**rung.to_json(), "loss": loss, "fitted": _loss(self.law, rung)}
                 for rung, loss in self.rungs
@@ -66,6 +80,8 @@ class Forecast:
             "best": {
                 **self.best.to_json(),
                 "loss": vars(self.best_loss),
+                "reach": self.reach(self.best),
+                "edge": self.edge,
                 "epochs": self.epochs,
                 "is_seen_too_often": self.epochs > MOST_EPOCHS,
             },
@@ -78,11 +94,14 @@ def load_forecast(spec: Spec, ladder: Mapping[str, Any], study: Study) -> Foreca
     """The forecast of a sweep that is a ladder, by what its record says (`ladder`) and its trials;
     none while too few rungs have been trained."""
     kept = [Rung.from_json(rung) for rung in ladder["rungs"]]
-    rungs = [
-        (kept[trial.drawing], float(trial.reports[-1].value))
-        for trial in study.trials.values()
-        if trial.status == COMPLETED and trial.reports and trial.reports[-1].value is not None
-    ]
+    rungs, missing = list[tuple[Rung, float]](), list[str]()
+    for trial in study.trials.values():
+        loss = trial.reports[-1].value if trial.reports else None
+        if trial.status == COMPLETED and loss is not None:
+            rungs.append((kept[trial.drawing], loss))
+        else:
+            missing.append(f"{trial.number:04d} {trial.cause or trial.status}")
+    missing += [f"{number + 1:04d} not begun" for number in range(len(study.trials), len(kept))]
     measured = [_measured(rung, loss) for rung, loss in rungs]
     if not is_enough(measured):
         return None
@@ -90,36 +109,44 @@ def load_forecast(spec: Spec, ladder: Mapping[str, Any], study: Study) -> Foreca
     law = fit_law(measured)
     again = fit_again(measured, law)
     budget = ladder.get("flops") or target.flops
-    best = find_best(law, spec, budget, ladder["vocab_size"])
+    best, edge = find_best(law, spec, budget, ladder["vocab_size"])
     return Forecast(
         law=law,
         rungs=tuple(rungs),
         target=target,
         loss=_interval(law, again, target),
-        check=_check(measured, law),
+        check=_check(measured),
+        missing=tuple(missing),
         best=best,
         best_loss=_interval(law, again, best),
+        edge=edge,
         flops=budget,
         epochs=best.num_tokens / ladder["corpus_tokens"],
     )
 
 
-def find_best(law: ScalingLaw, spec: Spec, flops: float, vocab_size: int | None) -> Rung:
-    """The model, by the law, that does best for so many FLOPs, of sizes that are like the spec's
-    own: the whole budget goes into its tokens."""
-    sizes = like_sizes(spec, GROWTH, vocab_size)
-    rungs = [Rung(size, max(1, round(flops / size.flops_per_token))) for size in sizes]
-    return min(rungs, key=lambda rung: _loss(law, rung))
+def find_best(
+    law: ScalingLaw, spec: Spec, flops: float, vocab_size: int | None
+) -> tuple[Rung, str]:
+    """The model, by the law, that does best for so many FLOPs, of sizes like the spec's own: the
+    whole budget goes into its tokens. And where it lies among the sizes looked at, if at an
+    edge."""
+    rungs = [
+        Rung(size, max(1, round(flops / size.flops_per_token)))
+        for size in scaled_sizes(spec, vocab_size)
+    ]
+    best = min(rungs, key=lambda rung: _loss(law, rung))
+    edges = {rungs[0]: "the smallest size", rungs[-1]: "the largest size"}
+    return best, edges.get(best, "")
 
 
-def _check(measured: Sequence[Measured], law: ScalingLaw) -> float | None:
-    """How far off the largest rung is, foretold by those that are smaller."""
-    largest = max(measured, key=lambda item: item.num_parameters * item.num_tokens)
-    others = [item for item in measured if item.num_parameters < largest.num_parameters]
+def _check(measured: Sequence[Measured]) -> float | None:
+    """How far off the longest rung of the largest size is, foretold by all others."""
+    largest = max(measured, key=lambda item: (item.num_parameters, item.num_tokens))
+    others = [item for item in measured if item != largest]
     if not is_enough(others):
         return None
-    foretold = fit_law(others, starts=[law]).loss(largest.num_parameters, largest.num_tokens)
-    return foretold / largest.loss - 1
+    return fit_law(others).loss(largest.num_parameters, largest.num_tokens) / largest.loss - 1
 
 
 def _measured(rung: Rung, loss: float) -> Measured:

@@ -6,20 +6,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from dray.show.html import Page
-from dray.show.ladders import RUNG_TITLES, describe_best, describe_law, rung_cells, shown_interval
+from dray.show.ladders import (
+    RUNG_TITLES,
+    TOO_FEW,
+    describe_best,
+    describe_law,
+    describe_reach,
+    rung_cells,
+    shown_interval,
+)
 from dray.show.plots import Line, draw_lines
 
 
-def add_forecast(page: Page, forecast: Mapping[str, Any]) -> None:
+def add_forecast(page: Page, forecast: Mapping[str, Any] | None) -> None:
     """What the ladder tells, with its rungs and the law through them."""
-    check = forecast["check"]
     page.section("The forecast", "Intervals hold nine tenths of the laws of rungs drawn again.")
+    if forecast is None:
+        page.note(f"There is none: {TOO_FEW}.")
+        return
+    check = forecast["check"]
     page.facts(
         {
             "loss of the spec": shown_interval(forecast["loss"]),
             "law": describe_law(forecast),
             "compute of the ladder": f"{forecast['share']:.1%} of the spec's",
             "its largest rung by the others": "" if check is None else f"{check:+.2%}",
+            "without the rungs": ", ".join(forecast["missing"]),
+            "the spec lies beyond": describe_reach(forecast["reach"]),
         }
     )
     page.note(f"Best for {forecast['budget_flops']:.3g} FLOPs: {describe_best(forecast['best'])}.")

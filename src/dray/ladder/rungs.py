@@ -31,8 +31,12 @@ MOST_SHARE = 0.5
 """No rung sees more of the target's tokens than that, however much could be paid for."""
 LEAST_STEPS = 40
 """A rung of fewer steps says little but how its first steps went."""
+MOST_TRIED = 16.0
+"""No ladder takes more than so many times the target's own compute."""
 MOST_ASPECT = 2.0
 """Width ÷ depth of a rung is that of the spec, up to this factor."""
+MOST_WIDER = 64
+"""Models of up to so many times the spec's width are looked at for the best one."""
 LEAST_LAYERS = 2
 """Of a rung of a deeper spec: one layer alone cannot copy what it has seen (Olsson et al. 2022,
 arXiv 2209.11895), and its losses lie on a law of their own."""
@@ -125,6 +129,16 @@ def make_rungs(
     """The rungs that together take `budget` FLOPs. Of the ladders that it pays for, the one from
     which it is about as far to the target in parameters as in tokens. Raises PlanError where it
     pays for none."""
+    ladders = _find_ladders(spec, target, vocab_size)
+    paid = [ladder for ladder in ladders if ladder.is_long_enough(spec, budget)]
+    if not paid:
+        raise _pays_for_none(spec, target, budget, ladders)
+    best = min(paid, key=lambda ladder: ladder.reach(budget))
+    return [_whole_steps(spec, target, rung) for rung in best.rungs(budget)]
+
+
+def _find_ladders(spec: Spec, target: Rung, vocab_size: int | None) -> list[_Ladder]:
+    """A ladder below each size. Raises PlanError where the model leaves no room for one."""
     sizes = sorted(smaller_sizes(spec, vocab_size), key=lambda size: size.num_parameters)
     ladders = [_Ladder(target, tuple(_descend(sizes, largest))) for largest in sizes]
     ladders = [ladder for ladder in ladders if len(ladder.sizes) >= LEAST_SIZES]
@@ -136,24 +150,30 @@ def make_rungs(
             "a rung keeps the width of a head and about the width by depth of the spec",
             "give a model with more heads and layers",
         )
-    paid = [ladder for ladder in ladders if ladder.is_long_enough(spec, budget)]
-    if not paid:
-        halvings = [target.flops / 2**power for power in range(40)]
-        enough = [
-            flops
-            for flops in halvings
-            if any(ladder.is_long_enough(spec, flops) for ladder in ladders)
-        ]
-        least = min(enough, default=target.flops)
-        raise PlanError(
+    return ladders
+
+
+def _pays_for_none(
+    spec: Spec, target: Rung, budget: float, ladders: Sequence[_Ladder]
+) -> PlanError:
+    """What is to be said of a budget, with the least that would do, to a tenth."""
+    least = MOST_TRIED * target.flops
+    if not any(ladder.is_long_enough(spec, least) for ladder in ladders):
+        return PlanError(
             "--budget",
-            f"{budget:.3g} FLOPs pay for no ladder of this spec",
-            f"its smallest takes up to {least:.3g}, {least / target.flops:.1%} of the spec's own: "
-            f"a rung has {LEAST_STEPS} steps at least",
-            "give more",
+            f"no budget pays for a ladder of this spec: it has {target.num_tokens:,} tokens",
+            f"a rung has {LEAST_STEPS} steps at least, and {MOST_SHARE:.0%} of the tokens at most",
+            "give a longer duration, or a smaller batch.global_rows",
         )
-    best = min(paid, key=lambda ladder: ladder.reach(budget))
-    return [_whole_steps(spec, target, rung) for rung in best.rungs(budget)]
+    while any(ladder.is_long_enough(spec, least / 1.1) for ladder in ladders):
+        least /= 1.1
+    return PlanError(
+        "--budget",
+        f"{budget:.3g} FLOPs pay for no ladder of this spec",
+        f"its smallest takes {least:.2g}, {least / target.flops:.1%} of the spec's own: a rung has "
+        f"{LEAST_STEPS} steps at least",
+        f"give --budget flops={least:.2g} or more",
+    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +209,8 @@ class _Ladder:
     def is_long_enough(self, spec: Spec, budget: float) -> bool:
         """Whether its shortest rung has steps enough to tell anything."""
         return all(
-            _num_steps(spec, num_rows_of(spec, self.target, rung), rung) >= LEAST_STEPS
+            _whole_steps(spec, self.target, rung).num_tokens
+            >= LEAST_STEPS * num_rows_of(spec, self.target, rung) * spec.data.sequence_tokens
             for rung in self.rungs(budget)
         )
 
@@ -197,20 +218,27 @@ class _Ladder:
 def smaller_sizes(spec: Spec, vocab_size: int | None = None) -> Iterator[Size]:
     """Every size below the spec's own, of about its width by depth."""
     width, layers = int(spec.model.hidden_size or 0), int(spec.model.num_layers or 1)
-    for size in like_sizes(spec, 1, vocab_size):
-        if (size.hidden_size, size.num_layers) != (width, layers):
-            yield size
+    unit = _width_unit(spec.model)
+    for narrow in range(unit, width + 1, unit):
+        for depth in range(min(LEAST_LAYERS, layers), layers + 1):
+            aspect = (narrow / width) / (depth / layers)
+            is_like = 1 / MOST_ASPECT <= aspect <= MOST_ASPECT
+            if is_like and (narrow, depth) != (width, layers):
+                yield make_size(spec, resize(spec.model, narrow, depth), vocab_size)
 
 
-def like_sizes(spec: Spec, growth: int, vocab_size: int | None = None) -> Iterator[Size]:
-    """Every size of about the spec's width by depth, of up to `growth` times either."""
+def scaled_sizes(spec: Spec, vocab_size: int | None = None) -> list[Size]:
+    """Sizes of the spec's width by depth, from the narrowest to MOST_WIDER times as wide, an eighth
+    of a doubling apart; the smallest first."""
     width, layers = int(spec.model.hidden_size or 0), int(spec.model.num_layers or 1)
     unit = _width_unit(spec.model)
-    for narrow in range(unit, growth * width + 1, unit):
-        for depth in range(min(LEAST_LAYERS, layers), growth * layers + 1):
-            aspect = (narrow / width) / (depth / layers)
-            if 1 / MOST_ASPECT <= aspect <= MOST_ASPECT:
-                yield make_size(spec, resize(spec.model, narrow, depth), vocab_size)
+    steps = math.ceil(8 * math.log2(MOST_WIDER * width / unit))
+    widths = {unit * max(1, round(2 ** (step / 8))) for step in range(steps + 1)}
+    depths = {narrow: max(1, round(layers * narrow / width)) for narrow in sorted(widths)}
+    return [
+        make_size(spec, resize(spec.model, narrow, depth), vocab_size)
+        for narrow, depth in depths.items()
+    ]
 
 
 def _width_unit(model: Model) -> int:
@@ -297,5 +325,9 @@ def _num_steps(spec: Spec, rows: int, rung: Rung) -> int:
 
 def _whole_steps(spec: Spec, target: Rung, rung: Rung) -> Rung:
     """The rung without the tokens that do not fill its last step."""
-    step_tokens = num_rows_of(spec, target, rung) * spec.data.sequence_tokens
-    return Rung(rung.size, max(1, rung.num_tokens // step_tokens) * step_tokens)
+    for _ in range(4):  # with fewer tokens its batch may be smaller, too
+        step_tokens = num_rows_of(spec, target, rung) * spec.data.sequence_tokens
+        if rung.num_tokens % step_tokens == 0:
+            break
+        rung = Rung(rung.size, max(1, rung.num_tokens // step_tokens) * step_tokens)
+    return rung

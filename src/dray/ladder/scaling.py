@@ -24,6 +24,8 @@ MOST_EXPONENT = 2.0
 """α and β lie between 0 and this: what is found there in practice is 0.2 to 0.8."""
 
 EDGE = 0.01
+TOLERANCE = 1e-5
+"""Of the cost and of the law's numbers: losses are known to a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,16 @@ class ScalingLaw:
         )
 
 
+OTHER_START = ScalingLaw(irreducible=1.0, by_size=10.0, by_tokens=10.0, alpha=0.2, beta=0.2)
+"""Where fits to rungs drawn again begin besides the law of all rungs, so that they may end
+elsewhere."""
+
+
 def is_enough(measured: Sequence[Measured]) -> bool:
-    """Whether a law can be fitted to these rungs."""
+    """Whether a law can be fitted to these rungs; one that was drawn twice counts once."""
     sizes = {item.num_parameters for item in measured}
     tokens = {item.num_tokens for item in measured}
-    return len(measured) >= LEAST_RUNGS and min(len(sizes), len(tokens)) >= LEAST_SPREAD
+    return len(set(measured)) >= LEAST_RUNGS and min(len(sizes), len(tokens)) >= LEAST_SPREAD
 
 
 def fit_law(measured: Sequence[Measured], starts: Iterable[ScalingLaw] = ()) -> ScalingLaw:
@@ -122,6 +129,8 @@ def fit_law(measured: Sequence[Measured], starts: Iterable[ScalingLaw] = ()) -> 
             bounds=(low, high),
             loss="huber",
             f_scale=HUBER_DELTA,
+            ftol=TOLERANCE,
+            xtol=TOLERANCE,
         )
         for begin in begins
     ]
@@ -137,7 +146,7 @@ def fit_again(measured: Sequence[Measured], law: ScalingLaw, seed: int = 0) -> l
     while len(laws) < RESAMPLINGS:
         drawn = chance.choices(measured, k=len(measured))
         if is_enough(drawn):
-            laws.append(fit_law(drawn, starts=[law]))
+            laws.append(fit_law(drawn, starts=[law, OTHER_START]))
     return laws
 
 

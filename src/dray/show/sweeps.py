@@ -86,7 +86,7 @@ class _TrialDisplay(Display):
         self._whole.say(f"trial {self._number:04d}: {text}")
 
 
-def format_sweep(summary: Mapping[str, Any]) -> str:
+def format_sweep(summary: Mapping[str, Any], *, with_best: bool = True) -> str:
     """A sweep as a page: where it stands, its trials, what was best."""
     wanted = summary.get("num_trials")
     lines = [
@@ -96,7 +96,7 @@ def format_sweep(summary: Mapping[str, Any]) -> str:
     if summary.get("reason"):
         lines.append(f"  reason  {summary['reason']}")
     best = summary["best"]
-    if best is not None:
+    if best is not None and with_best:
         values = "  ".join(f"{path} {shown(value)}" for path, value in best["parameters"].items())
         spread = "" if best["deviation"] is None else f" ± {best['deviation']:.3g}"
         early = "" if best["is_complete"] else " (stopped before its end)"

@@ -34,7 +34,15 @@ from dray.storage.filesystem import shown
 from dray.sweep.events import FAILED, STOPPED, Begun, Ended, Reported
 from dray.sweep.policies import make_policy
 from dray.sweep.record import Sweep
-from dray.sweep.room import count_here, count_in_cluster, count_in_memory, fixed, most_packed, pack
+from dray.sweep.room import (
+    check_packing,
+    count_here,
+    count_in_cluster,
+    count_in_memory,
+    fixed,
+    most_packed,
+    pack,
+)
 from dray.sweep.space import Space, check_space
 from dray.sweep.study import Scale, Study
 from dray.sweep.summary import make_best_spec, summarize_study, summarize_trial, with_law
@@ -73,6 +81,7 @@ def tune(
     resources = fixed(spec.resources)
     spec = spec.model_copy(update={"resources": resources})
     name = name or f"{spec.name}-sweep"
+    check_packing(resources, space.packing)
     if address is None and not _has_cluster():
         count_here(resources)  # before anything is started or written
     Sweep.check(storage, name, tree, space)
@@ -249,7 +258,7 @@ class _Work:
         if error := heart.replaced or self._broken:
             raise error
         best = self.study.best()
-        if best is not None:
+        if best is not None and "ladder" not in sweep.record():
             place = sweep.keep_best(
                 make_best_spec(self._setting.tree, sweep.name, best, self._metric)
             )

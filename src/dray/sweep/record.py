@@ -97,6 +97,16 @@ class Sweep:
         """Raise StoreError if the sweep of that name is another one or is being driven, a run has
         its name, or the storage cannot be written. Writes nothing."""
         check_storage(storage)
+        sweep = cls.check_name(storage, name)
+        if sweep is not None:
+            sweep._check_same(tree, space)
+            check_free(sweep.filesystem, sweep.path, f"sweep {name!r}")
+        return sweep or cls(storage, name)
+
+    @classmethod
+    def check_name(cls, storage: str, name: str) -> Sweep | None:
+        """The sweep of that name, if there is one. Raises StoreError for a name that is none, or a
+        run's."""
         sweep = cls(storage, name)
         if exists(sweep.filesystem, f"{sweep.path}/{RUN_FILE}"):
             raise StoreError(
@@ -105,10 +115,7 @@ class Sweep:
                 "a sweep and a run do not share a folder",
                 "choose another with --run",
             )
-        if exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}"):
-            sweep._check_same(tree, space)
-            check_free(sweep.filesystem, sweep.path, f"sweep {name!r}")
-        return sweep
+        return sweep if exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}") else None
 
     def _begin(self, tree: Mapping[str, Any], space: Space) -> None:
         require_writable(self.filesystem, self.path, self.uri)

@@ -32,21 +32,26 @@ def most_packed(resources: Resources, packing: int | str) -> int:
     return int(packing)
 
 
-def pack(resources: Resources, plan: Plan, packing: int | str) -> Resources:
-    """The resources of trials like the planned one, so many of which share what one worker has.
-
-    Raises PlanError for more than fit, and for trials of several workers: two ranks of one trial
-    would come to lie on one GPU.
-    """
-    if packing == 1 or (packing == "auto" and (resources.workers != 1 or not plan.on_gpu)):
-        return resources
-    if resources.workers != 1:
+def check_packing(resources: Resources, packing: int | str) -> None:
+    """Raise PlanError for trials of several workers that are to share what one has."""
+    if packing not in ("auto", 1) and resources.workers != 1:
         raise PlanError(
             f"packing = {packing}",
             f"a trial has {resources.max_workers} workers",
-            "trials of one worker alone share a GPU or CPUs",
+            "trials of one worker alone share a GPU or CPUs: two ranks of a trial would come to "
+            "lie on one GPU",
             "leave packing out, or give resources.workers=1",
         )
+
+
+def pack(resources: Resources, plan: Plan, packing: int | str) -> Resources:
+    """The resources of trials like the planned one, so many of which share what one worker has.
+
+    Raises PlanError for more than fit, and as `check_packing` does.
+    """
+    check_packing(resources, packing)
+    if packing == 1 or (packing == "auto" and (resources.workers != 1 or not plan.on_gpu)):
+        return resources
     if not plan.on_gpu:
         share = resources.cpus_per_worker / int(packing)
         return resources.model_copy(update={"cpus_per_worker": share})
