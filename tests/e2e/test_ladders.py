@@ -74,10 +74,12 @@ def test_it_goes_on_and_says_what_it_tells(
     words, storage = climbed
     before = len(Sweep.open(str(storage), "whole-ladder").events())
     capsys.readouterr()
-    assert main(["ladder", *words, "--for", "share=20"]) == 0
-    said = capsys.readouterr().out
-    assert "forecast  loss" in said
-    assert "epochs of this corpus" in said, "the corpus is too small for that"
+    assert main(["ladder", *words, "--for", "share=20", "--json"]) == 0
+    forecast = json.loads(capsys.readouterr().out)["forecast"]
+    assert forecast["budget_flops"] == pytest.approx(20 * forecast["target"]["flops"])
+    assert forecast["best"]["flops"] == pytest.approx(forecast["budget_flops"], rel=0.01)
+    assert main(["show", "whole-ladder", "--storage", str(storage)]) == 0
+    assert "forecast  loss" in capsys.readouterr().out
     assert len(Sweep.open(str(storage), "whole-ladder").events()) == before
     assert summarize(Sweep.open(str(storage), "whole-ladder"))["status"] == "completed"
 
@@ -118,7 +120,7 @@ def test_what_pays_for_no_ladder_is_refused_before_anything_is_written(
     ("words", "said"),
     [
         (["--budget", "1e9"], "is no amount"),
-        (["--budget", "flops=5"], "pay for no ladder"),
+        (["--budget", "flops=5"], "was begun with"),
         (["--for", "money=5"], "--price-per-hour"),
         (["--price-per-hour", "-1"], "is no price"),
         (["--budget", "30%"], "was begun with --budget share=0.4"),

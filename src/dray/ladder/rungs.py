@@ -25,6 +25,8 @@ from dray.spec import Model, Spec
 
 MOST_SIZES, LEAST_SIZES = 4, 3
 """Sizes of a ladder: a law in two variables wants a spread of both."""
+LEAST_STRIDE = 1.2
+"""From one size to the next smaller one: about 2 where there is such a size, this at least."""
 STRETCHES = (0.25, 0.5, 1.0)
 """Each size is trained for these shares of its longest length."""
 MOST_SHARE = 0.5
@@ -275,7 +277,7 @@ def _descend(sizes: Sequence[Size], largest: Size) -> list[Size]:
     for step in range(1, MOST_SIZES):
         wanted = math.log(largest.num_parameters / 2**step)
         nearest = min(sizes, key=lambda size: abs(math.log(size.num_parameters) - wanted))
-        if nearest.num_parameters < chosen[-1].num_parameters / 1.3:
+        if nearest.num_parameters < chosen[-1].num_parameters / LEAST_STRIDE:
             chosen.append(nearest)
     return chosen[::-1]
 
