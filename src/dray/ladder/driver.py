@@ -116,27 +116,19 @@ def climb(
     best model is looked for (none: what the spec takes). `price_per_hour`: of one worker. Raises
     UserError for what the caller can mend, and what `tune` raises.
     """
-    if price_per_hour is not None and not price_per_hour > 0:
-        raise SpecError(f"--price-per-hour {price_per_hour:g}", "is no price", "it is above 0")
     tree = take_in_all(dict(tree))
     spec = make_spec(tree)
-    check_ladder(spec)
     spec = spec.model_copy(update={"resources": fixed(spec.resources)})
-    for amount in (budget, wanted):
-        if amount is not None:
-            amount.check(price_per_hour)
     name = name or f"{spec.name}-ladder"
     begun = _find_begun(storage, name, budget)
+    _check(spec, budget, wanted, price_per_hour)
+    if begun is None:
+        _check_new(spec, budget)
     display = display or SweepDisplay()
     resources = spec.resources
-    num_cpus = cpus_here(resources, address)
-    if begun is None and spec.duration.epochs is None and not spec.is_auto:
-        target = make_target(spec, 0)  # what no corpus could change is refused before it is read
-        if budget.unit in ("share", "flops"):
-            make_rungs(spec, target, budget.flops(target, None, None))
     with connect(
         address,
-        num_cpus=num_cpus,
+        num_cpus=cpus_here(resources, address),
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
         num_workers=resources.max_workers,
@@ -153,15 +145,8 @@ def climb(
         for line in _describe(spec, target, rungs, in_flops(budget)):
             display.say(line)
         points = [make_point(spec, target, rung) for rung in rungs]
-        settled = {
-            "optimizer.learning_rate": spec.optimizer.learning_rate,
-            "batch.global_rows": spec.batch.global_rows,
-            "batch.micro_rows": "auto",  # what divides the spec's batch need not divide a rung's
-            "validation.every_steps": None,
-            "validation.metric": "loss",
-        }
         return tune(
-            with_values(tree, settled),
+            with_values(tree, _settle(spec)),
             make_space(
                 {
                     "points": points,
@@ -185,6 +170,36 @@ def climb(
                 "corpus_tokens": manifest.train.num_rows * spec.data.sequence_tokens,
             },
         )
+
+
+def _check(spec: Spec, budget: Budget, wanted: Budget | None, price_per_hour: float | None) -> None:
+    """Raise UserError for what no corpus could change, before one is read."""
+    if price_per_hour is not None and not price_per_hour > 0:
+        raise SpecError(f"--price-per-hour {price_per_hour:g}", "is no price", "it is above 0")
+    check_ladder(spec)
+    for amount in (budget, wanted):
+        if amount is not None:
+            amount.check(price_per_hour)
+
+
+def _check_new(spec: Spec, budget: Budget) -> None:
+    """Raise PlanError for a budget that pays for no ladder, as far as that can be told without a
+    corpus."""
+    if spec.duration.epochs is None and not spec.is_auto and budget.unit in ("share", "flops"):
+        target = make_target(spec, num_rows=0)
+        make_rungs(spec, target, budget.flops(target, None, None))
+
+
+def _settle(spec: Spec) -> dict[str, Any]:
+    """What all rungs have besides what the spec says. A micro batch that divides the spec's batch
+    need not divide theirs."""
+    return {
+        "optimizer.learning_rate": spec.optimizer.learning_rate,
+        "batch.global_rows": spec.batch.global_rows,
+        "batch.micro_rows": "auto",
+        "validation.every_steps": None,
+        "validation.metric": "loss",
+    }
 
 
 def _find_begun(storage: str, name: str, budget: Budget) -> list[Rung] | None:

@@ -98,9 +98,7 @@ def tune(
         seats = room if space.concurrency == "auto" else min(room, space.concurrency)
         if space.concurrency != "auto" and space.concurrency > room:
             display.say(f"concurrency {space.concurrency}: there is room for {room} trials at once")
-        sweep = Sweep.begin(storage, name, tree, space)
-        if ladder is not None:
-            sweep.update(ladder=dict(ladder))
+        sweep = Sweep.begin(storage, name, tree, space, ladder)
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
             display.say(line)

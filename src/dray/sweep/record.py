@@ -82,12 +82,22 @@ class Sweep:
         return sweep
 
     @classmethod
-    def begin(cls, storage: str, name: str, tree: Mapping[str, Any], space: Space) -> Sweep:
-        """Begin a sweep, or go on with the one of that name. Raises StoreError as `check` does."""
+    def begin(
+        cls,
+        storage: str,
+        name: str,
+        tree: Mapping[str, Any],
+        space: Space,
+        ladder: Mapping[str, Any] | None = None,
+    ) -> Sweep:
+        """Begin a sweep, or go on with the one of that name. `ladder`: of what its trials are the
+        rungs. Raises StoreError as `check` does."""
         sweep = cls.check(storage, name, tree, space)
         if not exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}"):
-            sweep._begin(tree, space)
+            sweep._begin(tree, space, {} if ladder is None else {"ladder": dict(ladder)})
             sweep._check_same(tree, space)  # two may have begun at once: one of them was faster
+        elif ladder is not None:
+            sweep.update(ladder=dict(ladder))
         text = yaml.safe_dump(space.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         write_bytes(sweep.filesystem, f"{sweep.path}/{SPACE_FILE}", text.encode())
         return sweep
@@ -117,7 +127,7 @@ class Sweep:
             )
         return sweep if exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}") else None
 
-    def _begin(self, tree: Mapping[str, Any], space: Space) -> None:
+    def _begin(self, tree: Mapping[str, Any], space: Space, besides: Mapping[str, Any]) -> None:
         require_writable(self.filesystem, self.path, self.uri)
         spec = make_spec(tree)
         record = {
@@ -129,6 +139,7 @@ class Sweep:
             "fingerprint": make_fingerprint(tree, space),
             "spec": dict(tree),
             "space": space.model_dump(mode="json"),
+            **besides,
         }
         write_bytes(self.filesystem, f"{self.path}/{SPEC_FILE}", dump_spec(spec).encode())
         create_exclusive(self.filesystem, f"{self.path}/{SWEEP_FILE}", make_json(record, indent=1))
