@@ -63,7 +63,8 @@ def test_a_stopped_worker_is_found_and_ended(
     assert causes(run) == ["hang"]
     other = next(rank for rank in (0, 1) if rank not in hang["ranks"])
     stacks = Path(run.uri, "stacks", f"a0001-r{other:05d}.txt").read_text()
-    assert "_train_step" in stacks  # the one that waited shows where
+    # The one that waited shows where; steps are so short that the stop may fall into a save.
+    assert "_train_step" in stacks or "_save" in stacks
 
 
 @pytest.mark.slow

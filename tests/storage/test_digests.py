@@ -93,16 +93,18 @@ def test_a_cache_that_is_broken_or_cannot_be_written_is_no_failure(
 
 def test_a_file_that_is_written_meanwhile_has_no_digest(tmp_path: Path) -> None:
     path = tmp_path / "growing"
-    path.write_bytes(b"x" * (8 << 20))
-    ended = threading.Event()
+    path.write_bytes(b"x" * (64 << 20))  # enough for the writer to have its turn meanwhile
+    begun, ended = threading.Event(), threading.Event()
 
     def grow() -> None:
         with path.open("ab", buffering=0) as stream:
             while not ended.is_set():
                 stream.write(b"y")
+                begun.set()
 
     writer = threading.Thread(target=grow)
     writer.start()
+    begun.wait()
     try:
         with pytest.raises(FileChanges, match="growing changes while it is read"):
             digest_files([str(path)])
