@@ -16,17 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import write_section
-from bench.training import CORPUS
+from bench.sweeps import TREE as BASE
 
 TREE: dict[str, Any] = {
     "name": "small",
     "task": "causal_lm",
-    "data": {
-        "train": [f"{CORPUS}/*.jsonl.gz"],
-        "validation": {"share": 0.02},
-        "sequence_tokens": 128,
-    },
-    "tokenizer": {"train": "byte_bpe", "vocab_size": 512, "sample_bytes": 2_000_000},
+    "data": BASE["data"],
+    "tokenizer": {**BASE["tokenizer"], "vocab_size": 512},
     "model": {
         "architecture": "llama",
         "hidden_size": 128,

@@ -60,7 +60,7 @@ def foretell(
         "vocab_size": 512,
         "corpus_tokens": 40_000_000,
     }
-    return spec, load_forecast(spec, ladder, study)
+    return spec, load_forecast(ladder, study)
 
 
 def test_the_spec_is_foretold_and_the_largest_rung_checked() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dray.errors import PlanError, SpecError
-from dray.ladder.driver import parse_budget
+from dray.ladder.driver import parse_amount
 from dray.ladder.rungs import (
     LEAST_STEPS,
     Rung,
@@ -157,7 +157,7 @@ def test_amounts() -> None:
     target = ladder_of(tree_of())[1]
 
     def flops(text: str, price: float | None = None) -> float:
-        return parse_budget(text, "--budget").flops(target, 1e12, price)
+        return parse_amount(text, "--budget").flops(target, 1e12, price)
 
     assert flops("5%") == pytest.approx(0.05 * target.flops)
     assert flops("share=0.1") == pytest.approx(0.1 * target.flops)
@@ -167,10 +167,10 @@ def test_amounts() -> None:
     with pytest.raises(SpecError, match="price-per-hour"):
         flops("money=10")
     with pytest.raises(SpecError, match="speed is not known"):
-        parse_budget("hours=2", "--for").flops(target, None, None)
+        parse_amount("hours=2", "--for").flops(target, None, None)
 
 
 @pytest.mark.parametrize("text", ["5", "0%", "share=-1", "flops=nan", "hours=inf", "eur=3", "%"])
 def test_what_is_no_amount(text: str) -> None:
     with pytest.raises(SpecError, match="is no amount"):
-        parse_budget(text, "--budget")
+        parse_amount(text, "--budget")

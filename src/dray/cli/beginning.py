@@ -196,13 +196,13 @@ def tune_command(arguments: argparse.Namespace) -> int:
 
 def ladder_command(arguments: argparse.Namespace) -> int:
     from dray.cli.looking import say_sweep
-    from dray.ladder.driver import climb, parse_budget
+    from dray.ladder.driver import climb, parse_amount
     from dray.spec import load_tree
 
     sweep = climb(
         load_tree(arguments.spec, arguments.overrides),
-        budget=parse_budget(arguments.budget, "--budget"),
-        wanted=None if arguments.wanted is None else parse_budget(arguments.wanted, "--for"),
+        budget=parse_amount(arguments.budget, "--budget"),
+        wanted=None if arguments.wanted is None else parse_amount(arguments.wanted, "--for"),
         price_per_hour=arguments.price_per_hour,
         storage=arguments.storage,
         name=arguments.run_name,

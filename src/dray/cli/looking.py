@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dray.errors import StoreError
 
@@ -87,37 +87,26 @@ def show_command(arguments: argparse.Namespace) -> int:
 
 def say_sweep(sweep: Sweep, arguments: argparse.Namespace) -> None:
     """Show a sweep; of a ladder its forecast, too."""
+    from dray.ladder.forecast import load_forecast
     from dray.show.ladders import format_forecast
     from dray.show.sweeps import format_sweep
-    from dray.sweep.summary import summarize
+    from dray.sweep.summary import load_study, summarize_record
 
-    summary = summarize(sweep)
-    is_ladder, forecast = _forecast(sweep)
-    if arguments.json:
-        arguments.out.say_json({**summary, "forecast": forecast} if is_ladder else summary)
-    elif is_ladder:
-        whole = format_sweep(summary, with_best=False)  # of rungs none has won
-        arguments.out.say(f"{whole}\n{format_forecast(forecast)}")
-    else:
-        arguments.out.say(format_sweep(summary))
-
-
-def _forecast(sweep: Sweep) -> tuple[bool, dict[str, Any] | None]:
-    """Whether a sweep is a ladder, and what it tells so far."""
     record = sweep.record()
-    if "ladder" not in record:
-        return False, None
-    from dray.ladder.forecast import load_forecast
-    from dray.spec import make_spec
-    from dray.sweep.summary import load_study
-
     study = load_study(sweep, record) if "scale" in record else None
-    found = study and load_forecast(make_spec(record["spec"]), record["ladder"], study)
-    return True, found.to_json() if found else None
+    summary = summarize_record(sweep, record, study)
+    text = format_sweep(summary, with_best="ladder" not in record)  # of rungs none has won
+    if "ladder" in record:
+        found = load_forecast(record["ladder"], study)
+        summary["forecast"] = found.to_json() if found else None
+        text += f"\n{format_forecast(summary['forecast'])}"
+    if arguments.json:
+        arguments.out.say_json(summary)
+    else:
+        arguments.out.say(text)
 
 
 def report_command(arguments: argparse.Namespace) -> int:
-    from functools import partial
     from pathlib import Path
 
     from dray.ladder.page import add_forecast
@@ -127,12 +116,11 @@ def report_command(arguments: argparse.Namespace) -> int:
 
     storage, name = locate(arguments, sweeps=True)
     sweep = _find_sweep(storage, name)
-    if sweep is None:
-        page = make_run_page(Run.open(storage, name))
-    else:
-        is_ladder, forecast = _forecast(sweep)
-        first = partial(add_forecast, forecast=forecast) if is_ladder else None
-        page = make_sweep_page(sweep, first=first)
+    page = (
+        make_run_page(Run.open(storage, name))
+        if sweep is None
+        else make_sweep_page(sweep, first=add_forecast)
+    )
     path = Path(arguments.file or f"{name.replace('/', '-')}-report.html")
     try:
         path.write_text(page.render(), encoding="utf-8")

@@ -91,7 +91,7 @@ class Placement:
                 )
             if not told and now - begun > WAITING_SECONDS:
                 told = True
-                say(f"waiting for its placement of {format_bundles(self.bundles)}: {free_now()}")
+                say(f"waiting for its placement of {format_bundles(self.bundles)}: {_free_now()}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def format_bundles(bundles: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def free_now() -> str:
+def _free_now() -> str:
     """What of the cluster's CPUs and GPUs nobody holds, in words."""
     import ray
 

@@ -34,37 +34,27 @@ UNITS = ("share", "flops", "hours", "money")
 
 
 @dataclass(frozen=True)
-class Budget:
-    """An amount of compute, in one of the UNITS."""
+class Amount:
+    """So much compute, in one of the UNITS."""
 
     option: str
     """Where a person gave it, for messages."""
     unit: str
     """`share`: of the spec's own compute; `hours`: of all its workers; `money`: at a price."""
-    amount: float
+    number: float
 
     @property
     def text(self) -> str:
         """As a person would give it."""
-        return f"{self.unit}={self.amount:.10g}"
-
-    def check(self, price: float | None) -> None:
-        """Raise SpecError for money without a price."""
-        if self.unit == "money" and price is None:
-            raise SpecError(
-                self.option,
-                "money: an hour has no price",
-                "money buys hours of workers",
-                "give --price-per-hour, of one worker",
-            )
+        return f"{self.unit}={self.number:.10g}"
 
     def flops(self, target: Rung, flops_per_hour: float | None, price: float | None) -> float:
         """The same in FLOPs; `flops_per_hour` of all workers, `price` of an hour of them. Raises
         SpecError for what is not known."""
         if self.unit == "share":
-            return self.amount * target.flops
+            return self.number * target.flops
         if self.unit == "flops":
-            return self.amount
+            return self.number
         if flops_per_hour is None:
             raise SpecError(
                 self.option,
@@ -73,36 +63,50 @@ class Budget:
                 f"give {self.option} flops=… or share=…",
             )
         if self.unit == "hours":
-            return self.amount * flops_per_hour
-        self.check(price)
-        return self.amount / (price or 1.0) * flops_per_hour
+            return self.number * flops_per_hour
+        return self.number / self._require_price(price) * flops_per_hour
+
+    def check(self, price: float | None) -> None:
+        """Raise SpecError for money without a price."""
+        if self.unit == "money":
+            self._require_price(price)
+
+    def _require_price(self, price: float | None) -> float:
+        if price is None:
+            raise SpecError(
+                self.option,
+                "money: an hour has no price",
+                "money buys hours of workers",
+                "give --price-per-hour, of one worker",
+            )
+        return price
 
 
-def parse_budget(text: str, option: str) -> Budget:
+def parse_amount(text: str, option: str) -> Amount:
     """`share=0.05` or `5%`, `flops=3e15`, `hours=2`, `money=500`. Raises SpecError."""
     unit, equals, number = text.partition("=")
     scale = 1.0
     if not equals and text.endswith("%"):
         unit, number, scale = "share", text[:-1], 0.01
     try:
-        amount = float(number) * scale
+        value = float(number) * scale
     except ValueError:
-        amount = math.nan
-    if unit not in UNITS or not amount > 0 or math.isinf(amount):
+        value = math.nan
+    if unit not in UNITS or not value > 0 or math.isinf(value):
         raise SpecError(
             f"{option} {text}",
             "is no amount",
             f"an amount is one of {', '.join(f'{name}=NUMBER' for name in UNITS)}, or 5%, above 0",
             f"e.g. {option} 5%",
         )
-    return Budget(option, unit, amount)
+    return Amount(option, unit, value)
 
 
 def climb(
     tree: Mapping[str, Any],
     *,
-    budget: Budget,
-    wanted: Budget | None = None,
+    budget: Amount,
+    wanted: Amount | None = None,
     price_per_hour: float | None = None,
     storage: str = "./runs",
     name: str | None = None,
@@ -172,7 +176,7 @@ def climb(
         )
 
 
-def _check(spec: Spec, budget: Budget, wanted: Budget | None, price_per_hour: float | None) -> None:
+def _check(spec: Spec, budget: Amount, wanted: Amount | None, price_per_hour: float | None) -> None:
     """Raise UserError for what no corpus could change, before one is read."""
     if price_per_hour is not None and not price_per_hour > 0:
         raise SpecError(f"--price-per-hour {price_per_hour:g}", "is no price", "it is above 0")
@@ -182,7 +186,7 @@ def _check(spec: Spec, budget: Budget, wanted: Budget | None, price_per_hour: fl
             amount.check(price_per_hour)
 
 
-def _check_new(spec: Spec, budget: Budget) -> None:
+def _check_new(spec: Spec, budget: Amount) -> None:
     """Raise PlanError for a budget that pays for no ladder, as far as that can be told without a
     corpus."""
     if spec.duration.epochs is None and not spec.is_auto and budget.unit in ("share", "flops"):
@@ -202,7 +206,7 @@ def _settle(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _find_begun(storage: str, name: str, budget: Budget) -> list[Rung] | None:
+def _find_begun(storage: str, name: str, budget: Amount) -> list[Rung] | None:
     """The rungs of the ladder of that name, if it has begun: it goes on with them, though the plan
     of another machine would make others of an amount of hours. Raises StoreError for another budget
     or a name that something else has."""
@@ -228,24 +232,24 @@ def _find_begun(storage: str, name: str, budget: Budget) -> list[Rung] | None:
     return [Rung.from_json(rung) for rung in kept["rungs"]]
 
 
-def _make_limit(budget: Budget, price_per_hour: float | None) -> dict[str, Any]:
+def _make_limit(budget: Amount, price_per_hour: float | None) -> dict[str, Any]:
     """The sweep's own limit: hours and money become FLOPs by the speed of the spec itself, which
     small rungs do not reach, and are held to the letter."""
     if budget.unit == "hours":
-        return {"hours": budget.amount}
+        return {"hours": budget.number}
     if budget.unit == "money":
-        return {"money": budget.amount, "price_per_hour": price_per_hour}
+        return {"money": budget.number, "price_per_hour": price_per_hour}
     return {}
 
 
 def _converter(
     plan: Plan, target: Rung, spec: Spec, price_per_hour: float | None
-) -> Callable[[Budget], float]:
+) -> Callable[[Amount], float]:
     per_hour = None
     if plan.step_seconds and plan.num_steps:
         per_hour = target.flops / (plan.step_seconds * plan.num_steps / 3600)
     price = None if price_per_hour is None else price_per_hour * spec.resources.max_workers
-    return lambda budget: budget.flops(target, per_hour, price)
+    return lambda amount: amount.flops(target, per_hour, price)
 
 
 def _describe(spec: Spec, target: Rung, rungs: list[Rung], budget: float) -> list[str]:

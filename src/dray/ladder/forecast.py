@@ -90,9 +90,11 @@ class Forecast:
         }
 
 
-def load_forecast(spec: Spec, ladder: Mapping[str, Any], study: Study) -> Forecast | None:
+def load_forecast(ladder: Mapping[str, Any], study: Study | None) -> Forecast | None:
     """The forecast of a sweep that is a ladder, by what its record says (`ladder`) and its trials;
     none while too few rungs have been trained."""
+    if study is None:
+        return None
     kept = [Rung.from_json(rung) for rung in ladder["rungs"]]
     rungs, missing = list[tuple[Rung, float]](), list[str]()
     for trial in study.trials.values():
@@ -109,7 +111,7 @@ def load_forecast(spec: Spec, ladder: Mapping[str, Any], study: Study) -> Foreca
     law = fit_law(measured)
     again = fit_again(measured, law)
     budget = ladder.get("flops") or target.flops
-    best, edge = find_best(law, spec, budget, ladder["vocab_size"])
+    best, edge = find_best(law, study.spec, budget, ladder["vocab_size"])
     return Forecast(
         law=law,
         rungs=tuple(rungs),

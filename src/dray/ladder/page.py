@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dray.ladder.forecast import load_forecast
 from dray.show.html import Page
 from dray.show.ladders import (
     RUNG_TITLES,
@@ -16,14 +17,20 @@ from dray.show.ladders import (
     shown_interval,
 )
 from dray.show.plots import Line, draw_lines
+from dray.sweep.study import Study
 
 
-def add_forecast(page: Page, forecast: Mapping[str, Any] | None) -> None:
-    """What the ladder tells, with its rungs and the law through them."""
+def add_forecast(page: Page, record: Mapping[str, Any], study: Study) -> None:
+    """What a sweep tells that is a ladder, with its rungs and the law through them; of another
+    sweep nothing."""
+    if "ladder" not in record:
+        return
     page.section("The forecast", "Intervals hold nine tenths of the laws of rungs drawn again.")
-    if forecast is None:
+    found = load_forecast(record["ladder"], study)
+    if found is None:
         page.note(f"There is none: {TOO_FEW}.")
         return
+    forecast = found.to_json()
     check = forecast["check"]
     page.facts(
         {

@@ -35,6 +35,7 @@ from dray.sweep.events import FAILED, STOPPED, Begun, Ended, Reported
 from dray.sweep.policies import make_policy
 from dray.sweep.record import Sweep
 from dray.sweep.room import (
+    at_once,
     check_packing,
     count_here,
     count_in_cluster,
@@ -94,10 +95,8 @@ def tune(
         num_workers=resources.max_workers,
         verbose=verbose,
     ) as connection:
-        room = count_here(resources) if connection.local else count_in_cluster(resources)
-        seats = room if space.concurrency == "auto" else min(room, space.concurrency)
-        if space.concurrency != "auto" and space.concurrency > room:
-            display.say(f"concurrency {space.concurrency}: there is room for {room} trials at once")
+        count = count_here if connection.local else count_in_cluster
+        count(resources)  # a trial that can never start is refused before anything is written
         sweep = Sweep.begin(storage, name, tree, space, ladder)
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
@@ -106,9 +105,11 @@ def tune(
         packed = pack(resources, plan, space.packing)
         if packed != resources:
             spec = spec.model_copy(update={"resources": packed})
-            room = count_here(packed) if connection.local else count_in_cluster(packed)
-            seats = room if space.concurrency == "auto" else min(room, space.concurrency)
             display.say(f"small trials are packed: each takes {_describe(packed)}")
+        room = count(packed)
+        if space.concurrency != "auto" and space.concurrency > room:
+            display.say(f"concurrency {space.concurrency}: there is room for {room} trials at once")
+        seats = at_once(room, space.concurrency)
         if connection.local and (fits := count_in_memory(plan)) < seats:
             display.say(f"memory has room for {fits} trials at once, CPUs for {seats}")
             seats = fits
@@ -144,7 +145,7 @@ def cpus_here(
     if address is not None or _has_cluster():
         return a_trial
     room = count_here(resources) * most_packed(resources, packing)
-    return a_trial * (room if isinstance(concurrency, str) else min(room, concurrency))
+    return a_trial * at_once(room, concurrency)
 
 
 def _keep_law(sweep: Sweep, spec: Spec, plan: Plan) -> Law | None:

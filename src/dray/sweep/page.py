@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -24,8 +24,11 @@ MOST_LINES = 200
 """Trials whose curves are drawn: the newest."""
 
 
-def make_sweep_page(sweep: Sweep, *, first: Callable[[Page], None] | None = None) -> Page:
-    """The page of a sweep; `first` adds what is to be looked at before its trials."""
+def make_sweep_page(
+    sweep: Sweep, *, first: Callable[[Page, Mapping[str, Any], Study], None] | None = None
+) -> Page:
+    """The page of a sweep; `first` adds what is to be looked at before its trials, by the record
+    and what is known of them."""
     record, events = sweep.record(), [event for _, event in sweep.events()]
     page = Page(f"Sweep {sweep.name}")
     if not events:
@@ -57,11 +60,13 @@ def make_sweep_page(sweep: Sweep, *, first: Callable[[Page], None] | None = None
         }
     )
     if first is not None:
-        first(page)
-    if best and first is None:
-        page.section("The best", "" if best["is_complete"] else "It was stopped before its end.")
-        page.table(["key", "value"], [[k, shown(v)] for k, v in best["parameters"].items()])
-    if study.space.parameters:
+        first(page, record, study)
+    if "ladder" not in record:  # of rungs none has won
+        if best:
+            page.section(
+                "The best", "" if best["is_complete"] else "It was stopped before its end."
+            )
+            page.table(["key", "value"], [[k, shown(v)] for k, v in best["parameters"].items()])
         _add_search(page, events, study, metric)
         _add_parameters(page, study, metric)
     _add_trials(page, summary, metric)
@@ -151,7 +156,7 @@ def _add_parameters(page: Page, study: Study, metric: str) -> None:
     """Which parameters mattered, and where the good values lie."""
     sign, space = study.scale.sign, study.space
     trials = [trial for trial in study.trials.values() if trial.best(sign) is not None]
-    if not trials:
+    if not trials or not space.parameters:
         return
     page.section("The parameters")
     known = study.known()

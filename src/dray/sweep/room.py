@@ -25,6 +25,11 @@ def fixed(resources: Resources) -> Resources:
     return resources.model_copy(update={"workers": resources.min_workers})
 
 
+def at_once(room: int, concurrency: int | str) -> int:
+    """How many trials run at once where there is room for so many."""
+    return room if isinstance(concurrency, str) else min(room, concurrency)
+
+
 def most_packed(resources: Resources, packing: int | str) -> int:
     """How many trials may come to share what one worker has."""
     if packing == "auto":
