@@ -149,6 +149,7 @@ def test_the_sizes_that_the_best_is_looked_for_among() -> None:
     counts = [size.num_parameters for size in sizes]
     assert counts == sorted(set(counts))
     assert sizes[0].hidden_size <= 32
+    assert min(size.num_layers for size in sizes) == 2, "of one layer the law says nothing"
     assert sizes[-1].hidden_size >= 32 * 192
     assert all(size.num_layers == round(4 * size.hidden_size / 192) for size in sizes[20:])
 

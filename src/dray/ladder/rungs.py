@@ -236,7 +236,8 @@ def scaled_sizes(spec: Spec, vocab_size: int | None = None) -> list[Size]:
     unit = _width_unit(spec.model)
     steps = math.ceil(8 * math.log2(MOST_WIDER * width / unit))
     widths = {unit * max(1, round(2 ** (step / 8))) for step in range(steps + 1)}
-    depths = {narrow: max(1, round(layers * narrow / width)) for narrow in sorted(widths)}
+    least = min(LEAST_LAYERS, layers)
+    depths = {narrow: max(least, round(layers * narrow / width)) for narrow in sorted(widths)}
     return [
         make_size(spec, resize(spec.model, narrow, depth), vocab_size)
         for narrow, depth in depths.items()
