@@ -65,6 +65,7 @@ class Rung:
 
     size: Size
     num_tokens: int
+    """Of its rows, the little padding of packed ones among them."""
 
     @property
     def flops(self) -> float:
