@@ -161,17 +161,15 @@ def measure_stream(_: argparse.Namespace) -> Iterator[Check]:
             tracemalloc.start()
             steps, largest = 0, 0
             for window in stream.windows():
-                steps += sum(
-                    segment.last - segment.first + 1
-                    for segment in window
-                    if segment.kind == "train"
-                )
-                largest = max(largest, *(segment.last - segment.first + 1 for segment in window))
+                for load in window:
+                    trained = [part for part in load if part.kind == "train"]
+                    steps += sum(part.last - part.first + 1 for part in trained)
+                    largest = max(largest, sum(map(stream.rows_of, load)))
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
             if steps != num_steps:
                 raise RuntimeError(f"the segments hold {steps} steps instead of {num_steps}")
-    block = largest * 128 * (2 * manifest.sequence_tokens + 24)
+    block = largest * (2 * manifest.sequence_tokens + 24)
     yield Check(
         "memory of the segments of 10^5 and of 10^7 steps",
         "flat",

@@ -221,13 +221,23 @@ def test_what_ray_is_given_grows_neither_with_the_run_nor_with_the_corpus(
     assert max(sizes[1]) - max(sizes[0]) < 50
 
 
+def test_short_segments_share_a_block(corpus: Corpus):
+    """Steps that are validated one by one: each gets the rows that it would read alone."""
+    stream = make_stream(corpus, validate_every=1)
+    segments = list(stream.segments())
+    assert [len(load) for load in stream.loads()] == [32, 28]
+    for rank in range(stream.num_ranks):
+        received = list(check_rows(stream, stream.blocks(rank), rank))
+        assert [segment for segment, _ in received] == segments
+        for segment, rows in received:
+            assert rows.equals(stream.read_block((segment,), rank))
+
+
 def test_blocks_are_bounded_in_bytes_however_long_the_run(random_corpus: Corpus):
     stream = make_stream(random_corpus, global_rows=4096, rows_per_rank=2048, num_steps=10**7)
     row_bytes = 16 * 2 + 24
-    for segment in islice(stream.segments(), 100):
-        assert (
-            segment.last - segment.first + 1
-        ) * stream.rows_per_rank * row_bytes <= stream.block_bytes
+    for load in islice(stream.loads(), 100):
+        assert sum(map(stream.rows_of, load)) * row_bytes <= stream.block_bytes
 
 
 def test_a_corpus_that_is_not_the_runs_own_is_refused(random_corpus: Corpus):

@@ -2,13 +2,13 @@
 iterator.
 
 A `RowStream` is a small frozen description of what a worker group reads from one step on. It is cut
-into segments (some steps, or a part of a validation pass), and each segment into one block a rank.
-Ray Data runs one read task a block and hands block k to rank k mod num_ranks; the worker checks
-every row id it receives against the order, so that a stream that were ever out of order would fail
-instead of training on the wrong rows.
+into segments (some steps, or a part of a validation pass), and these into loads: a load is one
+block a rank, of one long segment or of several short ones. Ray Data runs one read task a block and
+hands block k to rank k mod num_ranks; the worker checks every row id it receives against the order,
+so that a stream that were ever out of order would fail instead of training on the wrong rows.
 
 Nothing here grows with the run or the corpus: segments are made as they are needed, Ray Data plans
-a window of them at a time, and a read task names the corpus, whose manifest each process loads
+a window of loads at a time, and a read task names the corpus, whose manifest each process loads
 once.
 """
 
@@ -36,8 +36,14 @@ vanishes."""
 SEGMENT_BYTES = 64 * 1024 * 1024
 """Bytes of rows in the blocks of all ranks together: the groups that they share stay in a reader's
 memory."""
+LOAD_SEGMENTS = 32
+"""Segments in one load at most. Where steps are small and validated often, a read task for each of
+them costs more than the step."""
 WINDOW_TASKS, LEAST_WINDOW = 2048, 32
-"""Read tasks that Ray Data plans at a time, and the segments that a window holds at least."""
+"""Read tasks that Ray Data plans at a time, and the loads that a window holds at least."""
+
+Load = tuple[Segment, ...]
+"""Consecutive segments, whose rows for a rank come in one block."""
 
 
 def make_order(manifest: Manifest, seed: int) -> Order:
@@ -121,11 +127,15 @@ class RowStream:
         )
         return due and self.num_validation_rows > 0
 
-    def segments(self) -> Iterator[Segment]:
-        """The blocks of every rank, in the order in which they are consumed."""
+    @cached_property
+    def _most_rows(self) -> tuple[int, int]:
+        """Rows of one rank's block, and of the blocks of all ranks together."""
         row_bytes = self.manifest.row_bytes
-        rows_per_block = max(1, self.block_bytes // row_bytes)
-        rows_per_segment = max(1, SEGMENT_BYTES // row_bytes)
+        return max(1, self.block_bytes // row_bytes), max(1, SEGMENT_BYTES // row_bytes)
+
+    def segments(self) -> Iterator[Segment]:
+        """Steps and parts of validation passes, in the order in which they are consumed."""
+        rows_per_block, rows_per_segment = self._most_rows
         micro_batches = max(
             1, min(rows_per_block, rows_per_segment // self.num_ranks) // self.micro_rows
         )
@@ -140,17 +150,40 @@ class RowStream:
             validation_rows_per_block=micro_batches * self.micro_rows * self.num_ranks,
         )
 
-    def windows(self) -> Iterator[list[Segment]]:
-        """The segments, as many at a time as Ray Data plans at once."""
-        segments = self.segments()
-        while window := list(
-            islice(segments, max(LEAST_WINDOW, self.window_tasks // self.num_ranks))
-        ):
+    def loads(self) -> Iterator[Load]:
+        """The segments, as many together as fit into a block a rank."""
+        rows_per_block, rows_per_segment = self._most_rows
+        load, held = list[Segment](), 0
+        for segment in self.segments():
+            rows = self.rows_of(segment)
+            if load and (
+                held + rows > rows_per_block
+                or (held + rows) * self.num_ranks > rows_per_segment
+                or len(load) == LOAD_SEGMENTS
+            ):
+                yield tuple(load)
+                load, held = [], 0
+            load.append(segment)
+            held += rows
+        if load:
+            yield tuple(load)
+
+    def windows(self) -> Iterator[list[Load]]:
+        """The loads, as many at a time as Ray Data plans at once."""
+        loads = self.loads()
+        while window := list(islice(loads, max(LEAST_WINDOW, self.window_tasks // self.num_ranks))):
             yield window
 
+    def rows_of(self, segment: Segment) -> int:
+        """Rows of a segment in one rank's block, the empty slots included."""
+        if segment.kind == "train":
+            return (segment.last - segment.first + 1) * self.rows_per_rank
+        num_rows = segment.stop_row - segment.start_row
+        return -(-num_rows // (self.num_ranks * self.micro_rows)) * self.micro_rows
+
     def row_ids(self, segment: Segment, rank: int) -> Ints:
-        """Row ids of one rank's block; PADDING where a slot is empty. A multiple of `micro_rows`
-        long."""
+        """Row ids of a segment for one rank; PADDING where a slot is empty. `rows_of` long, a
+        multiple of `micro_rows`."""
         if segment.kind == "train":
             steps = np.arange(segment.first, segment.last + 1, dtype=np.int64)
             slots = rank * self.rows_per_rank + np.arange(self.rows_per_rank, dtype=np.int64)
@@ -161,24 +194,40 @@ class RowStream:
                 positions.shape
             )
             return ids.reshape(-1)
-        num_rows = segment.stop_row - segment.start_row
-        share = -(-num_rows // (self.num_ranks * self.micro_rows)) * self.micro_rows
+        num_rows, share = segment.stop_row - segment.start_row, self.rows_of(segment)
         slots = rank * share + np.arange(share, dtype=np.int64)
         return np.where(slots < num_rows, segment.start_row + slots, PADDING)
 
-    def read_block(self, segment: Segment, rank: int) -> pa.Table:
+    def read_block(self, load: Load, rank: int) -> pa.Table:
         """One rank's block: the columns of the token shards and `row_id` (int64; PADDING for rows
-        to ignore)."""
-        ids = self.row_ids(segment, rank)
-        split = self.manifest.train if segment.kind == "train" else self.manifest.validation
-        if split is None:
-            raise ValueError(f"the corpus {self.key} has no validation rows for {segment}")
-        return read_rows(self.folder, self.manifest, split, ids)
+        to ignore), segment after segment."""
+        pieces: dict[Segment, pa.Table] = {}
+        for kind, split in (
+            ("train", self.manifest.train),
+            ("validation", self.manifest.validation),
+        ):
+            segments = [segment for segment in load if segment.kind == kind]
+            if not segments:
+                continue
+            if split is None:
+                raise ValueError(f"the corpus {self.key} has no validation rows for {segments[0]}")
+            ids = np.concatenate([self.row_ids(segment, rank) for segment in segments])
+            rows = read_rows(self.folder, self.manifest, split, ids)
+            pieces |= dict(self.cut(rows, segments))
+        block = pa.concat_tables(pieces[segment] for segment in load)
+        return block if len(load) == 1 else block.combine_chunks()
+
+    def cut(self, block: pa.Table, load: Iterable[Segment]) -> Iterator[tuple[Segment, pa.Table]]:
+        """The rows of each segment of a block, none of them copied."""
+        start = 0
+        for segment in load:
+            yield segment, block.slice(start, self.rows_of(segment))
+            start += self.rows_of(segment)
 
     def blocks(self, rank: int) -> Iterator[pa.Table]:
         """One rank's blocks without Ray."""
-        for segment in self.segments():
-            yield self.read_block(segment, rank)
+        for load in self.loads():
+            yield self.read_block(load, rank)
 
 
 def read_rows(folder: str, manifest: Manifest, split: Split, ids: Ints) -> pa.Table:
@@ -225,7 +274,7 @@ def _take(table: pa.Table, indices: Ints) -> pa.Table:
 
 
 def build_dataset(stream: RowStream, num_cpus: float = 1.0, **options: Any) -> Any:
-    """The stream as a Ray Dataset of one block a segment and rank, in the order of consumption.
+    """The stream as a Ray Dataset of one block a load and rank, in the order of consumption.
 
     Each execution gives the next window of the stream; `streaming_split` executes a dataset anew
     whenever all ranks begin an iteration, so `iterate_windows` asks for one window after the other.
@@ -246,13 +295,13 @@ def build_dataset(stream: RowStream, num_cpus: float = 1.0, **options: Any) -> A
 
 
 def build_datasource(stream: RowStream) -> Any:
-    """What gives Ray Data its read tasks: those of the next window at each execution, one a segment
+    """What gives Ray Data its read tasks: those of the next window at each execution, one a load
     and rank."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
     class _Rows(Datasource):  # type: ignore[misc]
-        windows: Iterator[list[Segment]] | None = None
+        windows: Iterator[list[Load]] | None = None
 
         def estimate_inmemory_data_size(self) -> int | None:
             return None
@@ -263,20 +312,20 @@ def build_datasource(stream: RowStream) -> Any:
             if (
                 data_context is None
             ):  # planning asks what a task is like; an execution tells its context
-                return [_task(next(reader.segments()), 0)]
+                return [_task(next(reader.loads()), 0)]
             if self.windows is None:
                 self.windows = reader.windows()
             return [
-                _task(segment, rank)
-                for segment in next(self.windows, [])
+                _task(load, rank)
+                for load in next(self.windows, [])
                 for rank in range(reader.num_ranks)
             ]
 
-    def _task(segment: Segment, rank: int) -> ReadTask:
+    def _task(load: Load, rank: int) -> ReadTask:
         metadata = BlockMetadata(
             num_rows=None, size_bytes=BLOCK_BYTES, input_files=None, exec_stats=None
         )
-        return ReadTask(lambda: [reader.read_block(segment, rank)], metadata)
+        return ReadTask(lambda: [reader.read_block(load, rank)], metadata)
 
     # The tasks are pickled one by one: without what it has cached the stream is small.
     reader = replace(stream)
@@ -299,16 +348,15 @@ def iterate_windows(
 def check_rows(
     stream: RowStream, blocks: Iterable[pa.Table], rank: int
 ) -> Iterator[tuple[Segment, pa.Table]]:
-    """Pairs each segment with its block, and proves that the block holds exactly the rows that the
+    """Each segment with its rows, after the proof that its block holds exactly the rows that the
     order asks for."""
     arrived = iter(blocks)
-    for segment in stream.segments():
+    for load in stream.loads():
         block = next(arrived, None)
+        at = f"{load[0].kind} of step {load[0].first}"
         if block is None:
-            raise RuntimeError(f"the stream ended before {segment.kind} of step {segment.first}")
-        if not np.array_equal(block.column("row_id").to_numpy(), stream.row_ids(segment, rank)):
-            raise RuntimeError(
-                f"the stream is out of order at {segment.kind} of step {segment.first} on rank "
-                f"{rank}"
-            )
-        yield segment, block
+            raise RuntimeError(f"the stream ended before {at}")
+        wanted = np.concatenate([stream.row_ids(segment, rank) for segment in load])
+        if not np.array_equal(block.column("row_id").to_numpy(), wanted):
+            raise RuntimeError(f"the stream is out of order at {at} on rank {rank}")
+        yield from stream.cut(block, load)
