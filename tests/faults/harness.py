@@ -44,7 +44,12 @@ def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
             "duration": {"steps": STEPS},
             "batch": {"global_rows": 48, "micro_rows": 6},
             "checkpoint": {"every_steps": EVERY, "keep_last": 4},
-            "watchdog": {"silent_seconds": 6, "stuck_seconds": 8, "stuck_steps": 4},
+            "watchdog": {
+                "silent_seconds": 6,
+                "long_silence_seconds": 40,  # steps are so short that a last beat may be of a save
+                "stuck_seconds": 8,
+                "stuck_steps": 4,
+            },
             **sections,
         },
     )

@@ -23,7 +23,6 @@ from harness import (
     random_rank,
     slowed,
     steps_of,
-    stop,
     wait_for,
 )
 
@@ -53,18 +52,19 @@ def test_a_killed_worker_costs_at_most_an_interval(
 
 
 def test_a_stopped_worker_is_found_and_ended(
-    storage: str, tiny_corpus: Path, undisturbed: Run, measured
+    storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault
 ):
     """a worker stopped (SIGSTOP): no sign of life"""
-    run = disturbed(storage, tiny_corpus, "stopped", {8: lambda: stop(random_rank())})
+    happened = name_fault("dray.rank.loop:_Loop._checkpoint_due:before 8", "stop")
+    run = disturbed(storage, tiny_corpus, "stopped", {})
+    assert happened.exists()
     measured(run, undisturbed)
     hang = next(event for event in run.events() if event["kind"] == "hang")
     assert "no sign of life" in hang["reason"]
     assert causes(run) == ["hang"]
     other = next(rank for rank in (0, 1) if rank not in hang["ranks"])
     stacks = Path(run.uri, "stacks", f"a0001-r{other:05d}.txt").read_text()
-    # The one that waited shows where; steps are so short that the stop may fall into a save.
-    assert "_train_step" in stacks or "_save" in stacks
+    assert "_train_step" in stacks  # the one that waited shows where
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_a_deadlock_that_holds_the_interpreters_lock(
     storage: str, tiny_corpus: Path, undisturbed: Run, measured, name_fault
 ):
     """a deadlock in one rank that holds Python's lock: no thread of it runs"""
-    happened = name_fault("dray.rank.loop:_Loop._checkpoint_due:before", "deadlock")
+    happened = name_fault("dray.rank.loop:_Loop._checkpoint_due:before 8", "deadlock")
     run = disturbed(storage, tiny_corpus, "deadlocked", {})
     assert happened.exists()
     measured(run, undisturbed)

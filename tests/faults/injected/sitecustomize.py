@@ -3,10 +3,11 @@ test names a fault.
 
 The file that DRAY_FAULT_FILE names holds, once a test has written it,
 `module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first
-call of that function in any process, the process does the action. The flag file is created with
-O_EXCL, so that of all processes and attempts just one does it, once. At the moment `late` the
-function returns False for PAUSE_SECONDS from the first time on that it had True to return; at the
-moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
+call of that function in any process, the process does the action; `before 8` is before its eighth
+call in that process. The flag file is created with O_EXCL, so that of all processes and attempts
+just one does it, once. At the moment `late` the function returns False for PAUSE_SECONDS from the
+first time on that it had True to return; at the moment `slow` every call takes PAUSE_SECONDS
+longer, in all processes.
 
 A module is armed when it is loaded, or, in a fork of a process that had loaded it, when that
 begins.
@@ -31,6 +32,10 @@ from typing import Any
 
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _fail() -> None:
@@ -69,6 +74,7 @@ def _starve() -> None:
 
 ACTIONS = {
     "kill": _kill,
+    "stop": _stop,
     "fail": _fail,
     "deadlock": _deadlock,
     "hasten_clock": _hasten_clock,
@@ -96,16 +102,18 @@ def _arm(module: ModuleType, qualified: str, moment: str, flag: str, action: str
     armed_for = _named_fault()
     if getattr(original, "armed_for", None) == armed_for:
         return
-    late_until = 0.0
+    late_until, calls = 0.0, 0
+    moment, _, nth = moment.partition(" ")
 
     @functools.wraps(original)
     def faulty(*arguments: Any, **named: Any) -> Any:
-        nonlocal late_until
+        nonlocal late_until, calls
         if _named_fault() != armed_for:  # of an earlier test
             return original(*arguments, **named)
         if moment == "slow":
             time.sleep(PAUSE_SECONDS)
-        if moment == "before" and _is_first(flag):
+        calls += 1
+        if moment == "before" and calls >= int(nth or 1) and _is_first(flag):
             ACTIONS[action]()
         result = original(*arguments, **named)
         if moment == "after" and _is_first(flag):
