@@ -185,6 +185,10 @@ class RunFailed(DrayError):
         return type(self), (str(self), self.diagnosis)
 
 
+class StoppedWaiting(RunFailed):
+    """A run that was told to stop before it had a place to begin in."""
+
+
 class Interrupted(DrayError):
     """Stopped on request by a signal; `step` is the step of the newest checkpoint, 0 if there is
     none. `state` says in words what is saved of something else than a run."""

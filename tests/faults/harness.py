@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -122,8 +123,24 @@ class Nodes:
         self.cluster = Cluster()
         self.nodes: list[Any] = []
 
-    def start(self) -> None:
-        self.cluster.add_node(num_cpus=1, include_dashboard=False)
+    def start(self, *, with_jobs: bool = False) -> None:
+        """`with_jobs`: with the server that takes jobs, at `jobs`, and the agent that starts
+        them."""
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        self.cluster.add_node(
+            num_cpus=1,
+            include_dashboard=with_jobs,
+            dashboard_port=0,
+            dashboard_agent_listen_port=port,  # the usual one may be another Ray's
+        )
+        if with_jobs:
+            wait_for(lambda: _connects(port), "the agent of the head")
+
+    @property
+    def jobs(self) -> str:
+        return f"http://{self.cluster.webui_url}"
 
     @property
     def address(self) -> str:
@@ -169,6 +186,12 @@ class Nodes:
         if self.cluster.head_node is not None:
             self.remove_head()
         ask_own_ray()
+
+
+def _connects(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:

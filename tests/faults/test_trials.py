@@ -151,16 +151,21 @@ def test_a_trial_is_taken_up_again_after_a_failure(
 
 
 class Sweeping:
-    """A `dray tune` of its own."""
+    """A `dray tune` of its own; `jobs`: a job of the server there."""
 
-    def __init__(self, spec: Path, space: Path, storage: str, name: str, *more: str) -> None:
+    def __init__(
+        self, spec: Path, space: Path, storage: str, name: str, *, jobs: str | None = None
+    ) -> None:
         self.storage, self.name, self.out = storage, name, spec.parent / f"{name}.out"
         words = ["tune", str(spec), "--space", str(space), "--storage", storage, "--run", name]
-        words += more
+        command = [sys.executable, "-m", "dray.cli", *words]
+        if jobs is not None:
+            ray = str(Path(sys.executable).with_name("ray"))
+            command = [ray, "job", "submit", "--address", jobs, "--", *command]
         with self.out.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dray.cli", *words, "--json"],
-                stdout=subprocess.DEVNULL,
+                command,
+                stdout=out,
                 stderr=out,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
@@ -227,7 +232,7 @@ def test_a_sweep_whose_driver_is_killed_twice_ends_as_if_it_had_been_left_alone(
 
 @pytest.mark.slow
 def test_a_sweep_survives_the_loss_of_a_node(tiny_corpus: Path, tmp_path: Path):
-    """a node with a trial on it is lost: the trial begins again on another one"""
+    """one of two nodes is lost during a sweep that `ray job submit` began"""
     rates = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
     resources = {"workers": 1, "cpus_per_worker": Nodes.RANK_CPUS, "max_failures": 3}
     tree = make_tree(tiny_corpus, duration={"steps": 24}, resources=resources)
@@ -243,14 +248,13 @@ def test_a_sweep_survives_the_loss_of_a_node(tiny_corpus: Path, tmp_path: Path):
         )
     )
     nodes = Nodes()
-    nodes.start()
+    nodes.start(with_jobs=True)
     try:
-        nodes.add(1)
-        driver = Sweeping(spec, space, storage, "nodes", "--address", nodes.address)
+        nodes.add(2)
+        driver = Sweeping(spec, space, storage, "nodes", jobs=nodes.jobs)
         driver.wait_for_trial(2)
         wait_for(lambda: steps_of(storage, "nodes/0002") >= 2, "two steps of the second trial")
         nodes.remove()
-        nodes.add(1)
         assert driver.process.wait(500) == 0, driver.out.read_text()
     finally:
         nodes.shut_down()

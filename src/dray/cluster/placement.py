@@ -14,14 +14,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from dray.cluster.nodes import count_in, has_room, live_resources, require_connected
-from dray.errors import PlanError, RunFailed
+from dray.cluster.nodes import (
+    count_in,
+    has_room,
+    head_is_gone,
+    live_resources,
+    require_connected,
+)
+from dray.errors import PlanError, StoppedWaiting
 from dray.spec import Resources
 
 READY_SECONDS = 1.0
 """How often a group that is not there yet is looked at."""
 WAITING_SECONDS = 30.0
 """After which it is told that there is no room yet, or that no worker has started."""
+MEND_SECONDS, MEND_LOOK_SECONDS = 20.0, 5.0
+"""How long Ray may take to put what a group lost with a node elsewhere, and how often that is
+looked at."""
 GROW_SECONDS = 1800.0
 """How long an autoscaler may take to add the nodes that a run needs."""
 
@@ -50,9 +59,16 @@ class Placement:
 
     def is_removed(self) -> bool:
         """Whether somebody has taken the group away."""
+        return self._state() == "REMOVED"
+
+    def is_broken(self) -> bool:
+        """Whether a part of the group was lost with a node, and is not elsewhere yet."""
+        return self._state() == "RESCHEDULING"
+
+    def _state(self) -> str:
         from ray.util.placement_group import placement_group_table
 
-        return bool(placement_group_table(self.group).get("state", "REMOVED") == "REMOVED")
+        return str(placement_group_table(self.group).get("state", "REMOVED"))
 
     def node_ids(self) -> set[str]:
         """The nodes that its bundles are on, once it is there."""
@@ -66,7 +82,7 @@ class Placement:
         stop: Callable[[], str] = lambda: "",
     ) -> None:
         """Wait until the group is there; `say` gets a line once that takes long. Raises PlanError
-        if it has been taken away, or no nodes could hold it for GROW_SECONDS, and RunFailed if
+        if it has been taken away, or no nodes could hold it for GROW_SECONDS, and StoppedWaiting if
         `stop` gives a reason why nobody wants it any more."""
         told, begun = False, time.monotonic()
         roomy = begun
@@ -79,9 +95,11 @@ class Placement:
                     "keep the group until `train` has returned",
                 )
             if reason := stop():
-                raise RunFailed(f"stopped while it waited for its placement: {reason}")
+                raise StoppedWaiting(f"stopped while it waited for its placement: {reason}")
             now = time.monotonic()
-            roomy = now if has_room(live_resources(), self.bundles) else roomy
+            # Of a broken group the rest may lie where the lost part would fit.
+            is_roomy = has_room(live_resources(), self.bundles) and not self.is_broken()
+            roomy = now if is_roomy else roomy
             if now - roomy > GROW_SECONDS:
                 raise PlanError(
                     "placement",
@@ -92,6 +110,29 @@ class Placement:
             if not told and now - begun > WAITING_SECONDS:
                 told = True
                 say(f"waiting for its placement of {format_bundles(self.bundles)}: {_free_now()}")
+
+
+class Mending:
+    """Watches a group that may lose a part with a node.
+
+    Ray looks for another place for the lost part alone. The rest stays, and may lie just where the
+    lost part would fit, or be what another broken group waits for: a group that does not become
+    whole soon is to be given back for a new one, which Ray gives as a whole or not at all.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._looked_at = self._whole_at = time.monotonic()
+
+    def is_hopeless(self) -> bool:
+        """Whether the group has been broken for MEND_SECONDS. It is looked at every few seconds."""
+        now = time.monotonic()
+        # To ask a head that is gone blocks for a minute.
+        if now - self._looked_at > MEND_LOOK_SECONDS and not head_is_gone():
+            self._looked_at = now
+            if not self._placement.is_broken():
+                self._whole_at = now
+        return self._looked_at - self._whole_at > MEND_SECONDS
 
 
 @dataclass(frozen=True)

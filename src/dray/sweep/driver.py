@@ -19,9 +19,17 @@ from functools import partial
 from typing import Any
 
 from dray.cluster.connection import connect
-from dray.cluster.placement import Placement, reserved
+from dray.cluster.placement import Mending, Placement, reserved
 from dray.corpus.prepare import Corpus, prepare
-from dray.errors import Cause, Interrupted, RunFailed, UserError, caught, one_line
+from dray.errors import (
+    Cause,
+    Interrupted,
+    RunFailed,
+    StoppedWaiting,
+    UserError,
+    caught,
+    one_line,
+)
 from dray.plan import Law, Plan, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import make_corpus_plan
@@ -340,7 +348,11 @@ class _Work:
         while self._wait_for_work():
             if not self._setting.sweeps_resources:
                 with self._place(self._setting.spec) as placement:
-                    while placement is not None and (begun := self._take()) is not None:
+                    while (
+                        placement is not None
+                        and not placement.is_broken()
+                        and (begun := self._take()) is not None
+                    ):
                         self._try(begun, self._trial_spec(begun), placement)
             elif (begun := self._take()) is not None:
                 spec = self._trial_spec(begun)
@@ -367,7 +379,7 @@ class _Work:
         with reserved(spec.resources) as placement:
             try:
                 placement.wait(self._display.say, self._nothing_left)
-            except RunFailed:
+            except StoppedWaiting:
                 yield None
                 return
             yield placement
@@ -433,7 +445,7 @@ class _Work:
             metric=self._metric,
             scale=self._setting.scale,
             report=self._report,
-            stop=partial(self._why_stop, number),
+            stop=partial(self._why_stop, number, Mending(placement)),
             judged=partial(self._judged, number),
             display=self._display.of_trial(number),
         )
@@ -462,6 +474,9 @@ class _Work:
         with self._changed:
             return self.study.verdict(number)
 
-    def _why_stop(self, number: int) -> str:
+    def _why_stop(self, number: int, mending: Mending) -> str:
         with self._changed:
-            return self._reason or self.study.verdict(number)
+            reason = self._reason or self.study.verdict(number)
+        if not reason and mending.is_hopeless():
+            return "it lost a part of its placement with a node; it begins again in a new one"
+        return reason

@@ -10,7 +10,15 @@ from typing import Any
 from dray.cluster.placement import Placement
 from dray.corpus.prepare import Corpus
 from dray.doctor import diagnose
-from dray.errors import Cause, RunFailed, StorageFailed, UserError, caught, one_line
+from dray.errors import (
+    Cause,
+    RunFailed,
+    StoppedWaiting,
+    StorageFailed,
+    UserError,
+    caught,
+    one_line,
+)
 from dray.redaction import redact
 from dray.runs import Run, find_resume_checkpoint
 from dray.runs.layout import make_trial_name
@@ -155,6 +163,8 @@ def run_trial(
         )
     )
     if error is not None:  # also a mistake of dray's own ends one trial, not the sweep
+        if isinstance(error, StoppedWaiting):  # it has not begun
+            return ended(STOPPED, reason=str(error))
         cause, why = _explain(error, storage, name)
         status = DIVERGED if cause in BAD_NUMBERS else judged() or FAILED
         return ended(status, cause, redact(why))
