@@ -26,7 +26,7 @@ from dray.processes.signals import Stopped, stops
 from dray.processes.streams import ReaderLeft, Results, open_streams, results_apart, warn
 from dray.redaction import redact
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_parser", "main", "parse"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     with results_apart() as out, stops():
         try:
-            arguments = _parse(argv, out)
+            arguments = parse(argv, out)
             return int(arguments.command(arguments))
         except ReaderLeft:
             return 0
@@ -86,7 +86,7 @@ def _tell_unexpected(error: BaseException, argv: Sequence[str] | None) -> int:
     return UserError.exit_code if isinstance(error, OSError) else RunFailed.exit_code
 
 
-def _parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
     """The arguments of a command, and `out` for its result. Raises SystemExit where the parser has
     said all."""
     parser = build_parser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dray.errors import StoreError
@@ -56,6 +57,8 @@ def runs_command(arguments: argparse.Namespace) -> int:
     from dray.sweep.record import list_sweeps
     from dray.sweep.summary import summarize
 
+    if arguments.address:
+        return _say_jobs(arguments)
     summaries = [run.summary() for run in list_runs(arguments.storage)]
     if arguments.json:
         arguments.out.say_json(summaries)
@@ -65,6 +68,18 @@ def runs_command(arguments: argparse.Namespace) -> int:
         arguments.out.say(format_runs(summaries))
     if sweeps:
         arguments.out.say(format_sweeps(sweeps))
+    return 0
+
+
+def _say_jobs(arguments: argparse.Namespace) -> int:
+    from dray.jobs import JobServer
+    from dray.show.report import format_jobs
+
+    jobs = JobServer(arguments.address).jobs()
+    if arguments.json:
+        arguments.out.say_json([asdict(job) for job in jobs])
+    else:
+        arguments.out.say(format_jobs([asdict(job) for job in jobs]))
     return 0
 
 

@@ -22,6 +22,7 @@ from dray.cli.looking import (
     show_command,
     verify_command,
 )
+from dray.cli.submitting import add_options, stop_command, submit_command
 from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
 from dray.errors import UserError
 from dray.processes.streams import warn
@@ -121,9 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_uses(commands)
 
-    runs = _add(commands, "runs", runs_command, "list the runs of a storage")
-    _add_storage(runs)
-    _add_json(runs)
+    _add_jobs(commands)
 
     show = _add_run(commands, "show", show_command, "what a run did and has")
     _add_json(show)
@@ -152,6 +151,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_json(verify)
     return parser
+
+
+def _add_jobs(commands: Any) -> None:
+    """What is done at a cluster from elsewhere, and the list of runs."""
+    submit = _add(
+        commands, "submit", submit_command, "the same command through a cluster's server of jobs"
+    )
+    add_options(submit)
+    submit.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="COMMAND …", help="train SPEC …, tune SPEC …, …"
+    )
+    stop = _add(commands, "stop", stop_command, "end a submitted run, its state saved")
+    stop.add_argument("run", metavar="RUN", help="name of the run or sweep")
+    stop.add_argument("--address", metavar="URL", help="of the server of jobs")
+
+    runs = _add(commands, "runs", runs_command, "list the runs of a storage, or a cluster's jobs")
+    _add_storage(runs)
+    runs.add_argument("--address", metavar="URL", help="list the jobs of this server of jobs")
+    _add_json(runs)
 
 
 def _add_uses(commands: Any) -> None:

@@ -44,6 +44,16 @@ def format_runs(summaries: Sequence[Mapping[str, Any]]) -> str:
     return rendered(table)
 
 
+def format_jobs(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """A table of a cluster's jobs, one a line."""
+    if not jobs:
+        return "no jobs of dray's there"
+    table = _table("job", "status", "run", "storage", "command")
+    for job in jobs:
+        table.add_row(job["id"], job["status"], job["run"], job["storage"], job["command"])
+    return rendered(table)
+
+
 def format_summary(run: Run) -> str:
     """One run: where it stands, its losses as a line, its validation, its attempts and
     checkpoints."""

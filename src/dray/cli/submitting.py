@@ -1,0 +1,254 @@
+"""Commands that speak with a cluster's server of jobs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from dray.errors import PlanError, StoreError
+from dray.processes.streams import warn
+from dray.redaction import take_in
+
+if TYPE_CHECKING:
+    from dray.jobs import Job, JobServer
+    from dray.spec import Source
+
+SUBMITTED = ("prepare", "train", "tune", "ladder", "evaluate", "predict")
+"""Commands that a cluster can run for somebody elsewhere."""
+
+
+def submit_command(arguments: argparse.Namespace) -> int:
+    from dray.jobs import JobServer, make_package
+
+    words, inner = _read_words(arguments)
+    run = _name(inner, words[0])
+    package = make_package(_find_names(inner), arguments.max_package * 1000**2)
+    server = JobServer(_address(arguments))
+    job, is_new = server.submit(words, package, run, inner.storage)
+    left = f", {package.num_left_out:,} hidden files left out" if package.num_left_out else ""
+    warn(
+        f"{job.id} submitted with {len(package.files):,} files, "
+        f"{package.num_bytes / 1e6:,.1f} MB{left}"
+        if is_new
+        else f"{job.id} is at work on {run} already; it is followed from its beginning",
+        prefix="",
+    )
+    return _attend(server, job, arguments)
+
+
+def stop_command(arguments: argparse.Namespace) -> int:
+    from dray.jobs import JobServer
+
+    server = JobServer(_address(arguments))
+    job = server.find(arguments.run)
+    if job is None or job.is_over:
+        what = f"ended as {job.status}" if job else "is not there"
+        raise StoreError(f"a job of the run {arguments.run!r}", f"{what} on {server.address}")
+    warn(f"{job.id} is told to save its state and to end", prefix="")
+    job = server.stop(job)
+    arguments.out.say(f"{job.id}  {job.status}")
+    return 0
+
+
+def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Namespace]:
+    """The words of the submitted command, and what they mean. Options of `submit` may stand among
+    them."""
+    from dray.cli import parse
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_options(own, argparse.SUPPRESS)
+    _, words = own.parse_known_args(arguments.words, namespace=arguments)
+    if not words or words[0] not in SUBMITTED:
+        raise PlanError(
+            "dray submit",
+            f"{words[0]!r} is no command for a cluster" if words else "no command is given",
+            f"a cluster runs {', '.join(SUBMITTED)}",
+        )
+    for word in words:
+        if take_in(word.rpartition("=")[2]) != word.rpartition("=")[2]:
+            raise PlanError(
+                "dray submit",
+                "a word of the command holds credentials",
+                "the server of jobs keeps and shows the commands of its jobs",
+                "leave them out, and give them to the cluster's nodes through their environment",
+            )
+    inner = parse(words, arguments.out)
+    written = [inner.storage, *filter(None, [getattr(inner, "file", None)])]
+    for place in written:
+        if "://" not in place and not place.startswith("/"):
+            raise PlanError(
+                f"--storage {place}" if place == inner.storage else f"--out {place}",
+                "lies in a job's working directory, which goes away with the job",
+                "what a job writes is named by a URI, or by an absolute path that the whole "
+                "cluster sees",
+                "give e.g. --storage s3://BUCKET/runs",
+            )
+    return words, inner
+
+
+def _name(inner: argparse.Namespace, command: str) -> str:
+    """What the job is known by: the run or sweep that it works on."""
+    if command in ("evaluate", "predict"):
+        return f"{inner.run.rstrip('/').rpartition('/')[2]}-{command}"
+    given = getattr(inner, "fork", None) or getattr(inner, "run_name", None)
+    endings = {"tune": "-sweep", "ladder": "-ladder", "prepare": "-prepare"}
+    return str(given or f"{_load(inner)['name']}{endings.get(command, '')}")
+
+
+def _load(inner: argparse.Namespace) -> dict[str, Any]:
+    from dray.spec import load_tree
+    from dray.sweep.space import OVERRIDE
+
+    return load_tree(inner.spec, [o for o in inner.overrides if not o.startswith(OVERRIDE)])
+
+
+def _find_names(inner: argparse.Namespace) -> list[str]:
+    """What a command names of this machine: spec, space, data, tokeniser and model."""
+    from pathlib import Path
+
+    from dray.jobs.package import local_names
+    from dray.spec import make_spec
+
+    named = [getattr(inner, key, None) for key in ("spec", "space")]
+    names = [name for name in named if name and Path(name).is_file()]
+    if getattr(inner, "spec", None):
+        spec = make_spec(_load(inner), inner.spec)
+        validation = spec.data.validation
+        held_out = getattr(validation, "path", None) and validation
+        for source in (*spec.data.train, *([held_out] if held_out else [])):
+            names += _find_inputs(source)
+        names += local_names([path for path in (spec.tokenizer.path, spec.model.path) if path])
+    for given in getattr(inner, "data", None) or ():
+        names += _find_inputs(_source(given))
+    return names
+
+
+def _source(given: str) -> Source:
+    import yaml
+
+    from dray.spec import Source
+
+    found = yaml.safe_load(given)
+    return Source.model_validate(found if isinstance(found, dict) else {"path": given})
+
+
+def _find_inputs(source: Any) -> list[str]:
+    """The files of a source that lie on this machine, as `dray prepare` would find them."""
+    import os
+
+    from dray.corpus.sources import find_files
+    from dray.jobs.package import local_names
+
+    paths = local_names(source.paths)
+    if not paths:
+        return []
+    files = find_files(source.model_copy(update={"path": tuple(paths)}), "data")
+    return [os.path.relpath(file.path) for file in files]
+
+
+def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
+    """Follow a job to its end, or to what was asked for; the exit code."""
+    from dray.jobs.arrival import ARRIVAL, RESULT
+    from dray.jobs.server import exit_code
+
+    different: list[str] = []
+    before: list[str] = []  # what Ray says before the command begins
+
+    def tell(line: str) -> None:
+        if line.startswith(ARRIVAL):
+            before.clear()
+            said = line.removeprefix(ARRIVAL).strip()
+            different.append(said if said != "equal" else "")
+            if arguments.detach and not different[0]:
+                raise _Arrived
+        elif not different:
+            before.append(line)
+        elif line.startswith(RESULT):
+            arguments.out.say(line.removeprefix(RESULT).removeprefix(" "))
+        elif not arguments.wait:
+            print(line, file=sys.stderr, flush=True)
+
+    try:
+        with suppress(_Arrived):
+            job = server.follow(job, tell)
+            return _end(job, different, before, exit_code(job))
+    except KeyboardInterrupt:
+        warn(f"{job.id} goes on without you", prefix="")
+    how = f"--address {server.address}"
+    warn(
+        f"the same command follows it again; `dray stop {job.run} {how}` ends it; "
+        f"`dray runs {how}` lists all",
+        prefix="",
+    )
+    return 0
+
+
+class _Arrived(Exception):
+    """The command has begun on the cluster."""
+
+
+def _end(job: Job, different: Sequence[str], before: Sequence[str], code: int) -> int:
+    """Tell how a job ended. Raises PlanError if its command could not begin."""
+    if different and different[0]:
+        raise PlanError(
+            "--address",
+            f"the cluster has other versions: {different[0]}",
+            "both sides have the same",
+            "install the cluster's versions here, or yours there",
+        )
+    if "No module named dray" in job.message or "No module named 'dray" in job.message:
+        raise PlanError(
+            "--address",
+            "the cluster's Python has no dray",
+            "the head and each node that works have it",
+            "pip install 'dray[cluster]' there, or use an image that has it",
+        )
+    if not different:
+        print("\n".join(before), file=sys.stderr)
+    if code:
+        warn(f"{job.id}  {job.status}, exit code {code}", prefix="")
+    return code
+
+
+def _address(arguments: argparse.Namespace) -> str:
+    import os
+
+    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not address:
+        raise PlanError(
+            "--address",
+            "no cluster is named",
+            "the address of its server of jobs, http://HEAD:8265 if nothing else was said, or "
+            "RAY_API_SERVER_ADDRESS",
+        )
+    return str(address)
+
+
+def add_options(parser: argparse.ArgumentParser, default: Any = None) -> None:
+    """The options of `submit`, which may stand before and after its command."""
+    false = False if default is None else default
+    parser.add_argument(
+        "--address",
+        default=default,
+        metavar="URL",
+        help="of the server of jobs: http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
+    )
+    parser.add_argument(
+        "--wait", action="store_true", default=false, help="say nothing but the result and the end"
+    )
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        default=false,
+        help="come back once the command has begun there",
+    )
+    parser.add_argument(
+        "--max-package",
+        type=int,
+        default=100 if default is None else default,
+        metavar="MB",
+        help="of the files that go with the command (default: 100)",
+    )

@@ -1,0 +1,242 @@
+"""The server of jobs of a Ray cluster, over HTTP: submit, follow, stop and list dray's jobs.
+
+A job is known by its run: a second submit of the same command for the same run and storage finds
+the first one, which is still at work, and follows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import shlex
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from dray.errors import PlanError, RunFailed
+from dray.jobs.arrival import versions_here
+from dray.jobs.package import Package, staged
+
+STOP_SECONDS = 300
+"""How long a job that is told to stop may take to save its state before it is killed. Ray's usual
+3 s are too short for any."""
+LOOK_SECONDS = 1.0
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers of what is none of the user's business."""
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of dray's as the server tells of it."""
+
+    id: str
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    command: str
+    run: str
+    storage: str
+    exit_code: int | None
+    message: str
+    began: float | None
+    """Seconds since 1970; none: not yet."""
+    ended: float | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in _ENDED
+
+
+class JobServer:
+    """A connected server of jobs. Raises PlanError where none answers, where it wants another
+    token, and where its Ray is another one."""
+
+    def __init__(self, address: str) -> None:
+        self.address = _checked(address)
+        self._client = self._connect()
+
+    def _connect(self) -> Any:
+        try:
+            import_module("aiohttp")
+        except ImportError as error:
+            raise PlanError(
+                "dray submit",
+                f"needs {error.name}, which is not installed",
+                way_out="pip install 'dray[cluster]'",
+            ) from error
+        import requests
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        headers = _token_header(self.address)
+        try:
+            client = JobSubmissionClient(self.address, headers=headers)
+        except AuthenticationError as error:
+            which = "another token than the one that is here" if headers else "a token"
+            raise PlanError(
+                "--address",
+                f"the cluster at {self.address} wants {which}",
+                "it lies in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in "
+                "RAY_AUTH_TOKEN",
+                "copy it from the head (`ray get-auth-token` there)",
+            ) from error
+        except (ConnectionError, requests.exceptions.RequestException, RuntimeError) as error:
+            raise PlanError(
+                "--address",
+                f"no server of jobs answers at {self.address}",
+                "it is the address of the dashboard, http://HEAD:8265 if nothing else was said",
+                "ray start --head there, or open the port by `ssh -L 8265:localhost:8265 HEAD`",
+            ) from error
+        there, here = client._server_ray_version, versions_here()["ray"]
+        if there != here:
+            raise PlanError(
+                "--address",
+                f"the cluster has ray {there} and here is {here}",
+                "both sides have the same Ray",
+                f"pip install 'ray=={there}' here, or change the cluster",
+            )
+        return client
+
+    def jobs(self) -> list[Job]:
+        """All jobs of dray's, the newest last."""
+        found = [_read(details) for details in self._client.list_jobs()]
+        return sorted((job for job in found if job), key=lambda job: job.began or 0.0)
+
+    def find(self, run: str, storage: str | None = None) -> Job | None:
+        """The newest job of a run; of whatever storage if none is given."""
+        jobs = [j for j in self.jobs() if j.run == run and storage in (None, j.storage)]
+        return jobs[-1] if jobs else None
+
+    def look(self, job: Job) -> Job:
+        """The same job as it is now."""
+        return self._look(job.id)
+
+    def _look(self, name: str) -> Job:
+        found = _read(self._client.get_job_info(name))
+        if found is None:
+            raise RunFailed(f"the job {name} is not on {self.address} any more")
+        return found
+
+    def submit(
+        self, words: Sequence[str], package: Package, run: str, storage: str
+    ) -> tuple[Job, bool]:
+        """Have the cluster run a command of dray; the job, and whether it is a new one."""
+        before = [job for job in self.jobs() if (job.run, job.storage) == (run, storage)]
+        if before and not before[-1].is_over:
+            return before[-1], False
+        # Two that submit at once choose the same name, and Ray takes it once.
+        place = hashlib.sha256(f"{storage}\0{run}".encode()).hexdigest()[:8]
+        name = f"dray-{run.replace('/', '-')}-{place}-{len(before) + 1}"
+        begin = ["python", "-m", "dray.cli.arrival", json.dumps(versions_here()), "--", *words]
+        command = f"cd {shlex.quote(str(package.here))} && exec {shlex.join(begin)}"
+        with staged(package) as folder:
+            try:
+                self._client.submit_job(
+                    entrypoint=command,
+                    submission_id=name,
+                    runtime_env={
+                        "working_dir": str(folder),
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                    },
+                    metadata={
+                        "dray_run": run,
+                        "dray_storage": storage,
+                        "dray_command": shlex.join(words),
+                    },
+                )
+            except RuntimeError as error:
+                if found := self.find(run, storage):
+                    return found, False
+                raise RunFailed(f"the cluster did not take the job: {_line(error)}") from error
+        return self._look(name), True
+
+    def follow(self, job: Job, tell: Callable[[str], object]) -> Job:
+        """Tell what a job writes, line by line, from its beginning to its end."""
+
+        async def tail() -> None:
+            rest = ""
+            chunks: AsyncIterator[str] = self._client.tail_job_logs(job.id)
+            async for chunk in chunks:
+                *lines, rest = (rest + chunk).split("\n")
+                for line in lines:
+                    tell(line)
+            if rest:
+                tell(rest)
+
+        asyncio.run(tail())
+        return self.wait(job)
+
+    def wait(self, job: Job) -> Job:
+        """The job once it has ended."""
+        while not (now := self.look(job)).is_over:
+            time.sleep(LOOK_SECONDS)
+        return now
+
+    def stop(self, job: Job) -> Job:
+        """Have a job save its state and end; it is killed after STOP_SECONDS."""
+        self._client.stop_job(job.id)
+        return self.wait(job)
+
+
+def exit_code(job: Job) -> int:
+    """Of a job that has ended: its command's own, if it came so far."""
+    if job.exit_code is not None:
+        return job.exit_code
+    return 0 if job.status == "SUCCEEDED" else 143 if job.status == "STOPPED" else 3
+
+
+def _read(details: Any) -> Job | None:
+    metadata = details.metadata or {}
+    if "dray_run" not in metadata:
+        return None
+    return Job(
+        details.submission_id,
+        str(getattr(details.status, "value", details.status)),
+        metadata.get("dray_command", ""),
+        metadata["dray_run"],
+        metadata.get("dray_storage", ""),
+        getattr(details, "driver_exit_code", None),
+        details.message or "",
+        details.start_time / 1000 if details.start_time else None,
+        details.end_time / 1000 if details.end_time else None,
+    )
+
+
+def _token_header(address: str) -> dict[str, str]:
+    """The header with this machine's token, if it has one and the server wants one."""
+    import requests
+
+    try:
+        asked = requests.get(f"{address}/api/version", timeout=10)
+    except requests.exceptions.RequestException:
+        return {}
+    if asked.status_code not in (401, 403):
+        return {}
+    loader = import_module("ray._raylet").AuthenticationTokenLoader.instance()
+    return dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+
+
+def _checked(address: str) -> str:
+    if not address.startswith(("http://", "https://")):
+        raise PlanError(
+            f"--address {address}",
+            "is no address of a server of jobs",
+            "it begins with http:// or https://; its port is the dashboard's, 8265 if nothing else "
+            "was said",
+            "give http://HEAD:8265",
+        )
+    return address.rstrip("/")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
