@@ -67,7 +67,7 @@ def test_too_much_is_refused_with_the_largest_file_named(home: Path):
 
 
 def test_what_is_not_there_is_refused(home: Path):
-    with pytest.raises(SpecError, match="missing.txt: is not there"):
+    with pytest.raises(SpecError, match=r"missing\.txt: is not there"):
         make_package(["missing.txt"], working_directory=home)
 
 

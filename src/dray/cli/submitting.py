@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 SUBMITTED = ("prepare", "train", "tune", "ladder", "evaluate", "predict")
 """Commands that a cluster can run for somebody elsewhere."""
+UNSAID_LINES = 20
+"""Lines of a job that are shown only if it fails."""
 
 
 def submit_command(arguments: argparse.Namespace) -> int:
@@ -155,26 +158,26 @@ def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
     from dray.jobs.server import exit_code
 
     different: list[str] = []
-    before: list[str] = []  # what Ray says before the command begins
+    unsaid = deque[str](maxlen=UNSAID_LINES)  # by Ray before the command begins, or with --wait
 
     def tell(line: str) -> None:
         if line.startswith(ARRIVAL):
-            before.clear()
+            unsaid.clear()
             said = line.removeprefix(ARRIVAL).strip()
             different.append(said if said != "equal" else "")
             if arguments.detach and not different[0]:
                 raise _Arrived
-        elif not different:
-            before.append(line)
         elif line.startswith(RESULT):
             arguments.out.say(line.removeprefix(RESULT).removeprefix(" "))
-        elif not arguments.wait:
+        elif arguments.wait or not different:
+            unsaid.append(line)
+        else:
             print(line, file=sys.stderr, flush=True)
 
     try:
         with suppress(_Arrived):
             job = server.follow(job, tell)
-            return _end(job, different, before, exit_code(job))
+            return _end(job, different, unsaid, exit_code(job))
     except KeyboardInterrupt:
         warn(f"{job.id} goes on without you", prefix="")
     how = f"--address {server.address}"
@@ -190,7 +193,7 @@ class _Arrived(Exception):
     """The command has begun on the cluster."""
 
 
-def _end(job: Job, different: Sequence[str], before: Sequence[str], code: int) -> int:
+def _end(job: Job, different: Sequence[str], unsaid: Iterable[str], code: int) -> int:
     """Tell how a job ended. Raises PlanError if its command could not begin."""
     if different and different[0]:
         raise PlanError(
@@ -206,9 +209,8 @@ def _end(job: Job, different: Sequence[str], before: Sequence[str], code: int) -
             "the head and each node that works have it",
             "pip install 'dray[cluster]' there, or use an image that has it",
         )
-    if not different:
-        print("\n".join(before), file=sys.stderr)
     if code:
+        print("\n".join(unsaid), file=sys.stderr)
         warn(f"{job.id}  {job.status}, exit code {code}", prefix="")
     return code
 
