@@ -26,6 +26,7 @@ LEVELS = {
     "models": 5,
     "runs": 5,
     "cluster": 5,
+    "jobs": 5,
     "tasks": 6,
     "doctor": 6,
     "corpus": 7,

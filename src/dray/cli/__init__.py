@@ -11,22 +11,19 @@ state saved (143 by SIGTERM, 129 by SIGHUP). Whatever goes wrong is one line on 
 
 from __future__ import annotations
 
-import argparse
-import os
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 
-from dray.cli.parser import build_parser
-from dray.errors import DrayError, RunFailed, SpecError, StoreError, UserError
+from dray.cli.parser import build_parser, parse
+from dray.errors import DrayError, RunFailed, UserError
 from dray.processes.signals import Stopped, stops
-from dray.processes.streams import ReaderLeft, Results, open_streams, results_apart, warn
+from dray.processes.streams import ReaderLeft, open_streams, results_apart, warn
 from dray.redaction import redact
 
-__all__ = ["build_parser", "main", "parse"]
+__all__ = ["build_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,43 +81,3 @@ def _tell_unexpected(error: BaseException, argv: Sequence[str] | None) -> int:
     except OSError:
         warn(f"{what[:300]}; this was not foreseen; --verbose shows the traceback")
     return UserError.exit_code if isinstance(error, OSError) else RunFailed.exit_code
-
-
-def parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
-    """The arguments of a command, and `out` for its result. Raises SystemExit where the parser has
-    said all."""
-    parser = build_parser()
-    try:
-        with redirect_stdout(out.stream):
-            arguments, rest = parser.parse_known_args(argv)
-    except SystemExit:
-        out.finish()
-        raise
-    # argparse takes positionals only in one run; overrides may stand after options too.
-    if rest and (not hasattr(arguments, "overrides") or any(item.startswith("-") for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
-    for text in sys.argv[1:] if argv is None else argv:
-        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
-            raise SpecError(
-                ascii(text)[:200],
-                "is not UTF-8",
-                "arguments are text that files and records can hold",
-                "rename the file, or set LANG=C.UTF-8",
-            )
-    if getattr(arguments, "storage", None) == "":
-        raise StoreError(
-            "--storage", "is empty", "runs need a folder or a URI", "leave it out for ./runs"
-        )
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise StoreError(
-            "the working directory",
-            f"cannot be used ({error.strerror})",
-            "relative paths start there",
-            "cd into a folder that exists",
-        ) from error
-    arguments.out = out
-    return arguments

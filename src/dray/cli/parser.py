@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
 from dray import __version__
@@ -22,10 +25,10 @@ from dray.cli.looking import (
     show_command,
     verify_command,
 )
-from dray.cli.submitting import add_options, stop_command, submit_command
+from dray.cli.submitting import add_options, arrive_command, stop_command, submit_command
 from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
-from dray.errors import UserError
-from dray.processes.streams import warn
+from dray.errors import SpecError, StoreError, UserError
+from dray.processes.streams import Results, warn
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -153,15 +156,60 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
+    """The arguments of a command, and `out` for its result. Raises SystemExit where the parser has
+    said all, and UserError for what no command can begin with."""
+    parser = build_parser()
+    try:
+        with redirect_stdout(out.stream):
+            arguments, rest = parser.parse_known_args(argv)
+    except SystemExit:
+        out.finish()
+        raise
+    # argparse takes positionals only in one run; overrides may stand after options too.
+    if rest and (not hasattr(arguments, "overrides") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    for text in sys.argv[1:] if argv is None else argv:
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+            raise SpecError(
+                ascii(text)[:200],
+                "is not UTF-8",
+                "arguments are text that files and records can hold",
+                "rename the file, or set LANG=C.UTF-8",
+            )
+    if getattr(arguments, "storage", None) == "":
+        raise StoreError(
+            "--storage", "is empty", "runs need a folder or a URI", "leave it out for ./runs"
+        )
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise StoreError(
+            "the working directory",
+            f"cannot be used ({error.strerror})",
+            "relative paths start there",
+            "cd into a folder that exists",
+        ) from error
+    arguments.out = out
+    return arguments
+
+
 def _add_jobs(commands: Any) -> None:
     """What is done at a cluster from elsewhere, and the list of runs."""
     submit = _add(
         commands, "submit", submit_command, "the same command through a cluster's server of jobs"
     )
+    submit.set_defaults(parse=parse)
     add_options(submit)
     submit.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="COMMAND …", help="train SPEC …, tune SPEC …, …"
     )
+    arrive = commands.add_parser("arrive")  # nobody types it
+    arrive.set_defaults(command=arrive_command, parse=parse)
+    arrive.add_argument("versions")
+    arrive.add_argument("words", nargs=argparse.REMAINDER)
     stop = _add(commands, "stop", stop_command, "end a submitted run, its state saved")
     stop.add_argument("run", metavar="RUN", help="name of the run or sweep")
     stop.add_argument("--address", metavar="URL", help="of the server of jobs")

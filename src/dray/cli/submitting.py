@@ -7,10 +7,10 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dray.errors import PlanError, StoreError
-from dray.processes.streams import warn
+from dray.processes.streams import Results, warn
 from dray.redaction import take_in
 
 if TYPE_CHECKING:
@@ -56,11 +56,42 @@ def stop_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def arrive_command(arguments: argparse.Namespace) -> int:
+    """How a submitted command begins on the cluster: the versions of both sides are compared before
+    anything else."""
+    import json
+
+    from dray.jobs.arrival import ARRIVAL, compare, versions_here
+
+    different = compare(json.loads(arguments.versions), versions_here())
+    print(f"{ARRIVAL} {different or 'equal'}", file=sys.stderr, flush=True)
+    if different:
+        return PlanError.exit_code
+    words = arguments.words[arguments.words[0] == "--" :]
+    inner = arguments.parse(words, arguments.out)
+    inner.out = Results(cast(TextIO, _Marked(arguments.out.stream)))
+    return int(inner.command(inner))
+
+
+class _Marked:
+    """A stream that marks each line: a job has one log, for its result and for all other words."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.encoding = stream, stream.encoding
+
+    def write(self, text: str) -> int:
+        from dray.jobs.arrival import RESULT
+
+        self._stream.write("".join(f"{RESULT} {line}" for line in text.splitlines(keepends=True)))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Namespace]:
     """The words of the submitted command, and what they mean. Options of `submit` may stand among
     them."""
-    from dray.cli import parse
-
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_options(own, argparse.SUPPRESS)
     _, words = own.parse_known_args(arguments.words, namespace=arguments)
@@ -78,7 +109,7 @@ def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Name
                 "the server of jobs keeps and shows the commands of its jobs",
                 "leave them out, and give them to the cluster's nodes through their environment",
             )
-    inner = parse(words, arguments.out)
+    inner = arguments.parse(words, arguments.out)
     written = [inner.storage, *filter(None, [getattr(inner, "file", None)])]
     for place in written:
         if "://" not in place and not place.startswith("/"):

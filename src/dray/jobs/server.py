@@ -137,7 +137,7 @@ class JobServer:
         # Two that submit at once choose the same name, and Ray takes it once.
         place = hashlib.sha256(f"{storage}\0{run}".encode()).hexdigest()[:8]
         name = f"dray-{run.replace('/', '-')}-{place}-{len(before) + 1}"
-        begin = ["python", "-m", "dray.cli.arrival", json.dumps(versions_here()), "--", *words]
+        begin = ["python", "-m", "dray.cli", "arrive", json.dumps(versions_here()), "--", *words]
         command = f"cd {shlex.quote(str(package.here))} && exec {shlex.join(begin)}"
         with staged(package) as folder:
             try:
