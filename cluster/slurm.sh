@@ -57,6 +57,12 @@ until [ "$(ray list nodes --address "$head_ip:$PORT" --filter state=ALIVE --form
     echo "dray: not all of ${#nodes[@]} nodes have joined the cluster within 300 s" >&2
     exit 1
   fi
+  for step in "${steps[@]}"; do
+    if ! kill -0 "$step" 2> /dev/null; then
+      echo "dray: Ray did not start on one of the nodes: see above" >&2
+      exit 1
+    fi
+  done
   sleep 2
 done
 
