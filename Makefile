@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults soak bench models docs clean
+.PHONY: setup setup-dev demo test check slow faults slurm soak bench models docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -50,6 +50,10 @@ check: setup-dev
 	$(BIN)/ruff format --check --quiet src tests bench docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contracts
+
+# cluster/slurm.sh on a real Slurm of this machine: as root, with Debian's slurmctld, slurmd and munge. Three minutes.
+slurm: setup-dev
+	$(BIN)/python -m pytest tests/cluster/test_slurm.py -m slow
 
 # 15 minutes of random faults an arm, beside the stock arm.
 soak: setup-dev

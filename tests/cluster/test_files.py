@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -48,7 +49,6 @@ def test_a_clouds_head_holds_no_rank_and_its_workers_come_only_when_needed(name:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_kuberay_takes_each_manifest(name: str):
-    jsonschema = pytest.importorskip("jsonschema")
     if not DEFINITIONS.is_dir():
         pytest.skip("KubeRay's definitions are not here")
     own = 0
