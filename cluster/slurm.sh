@@ -50,9 +50,17 @@ for node in "${nodes[@]:1}"; do
   steps+=($!)
 done
 
+count_nodes() {
+  RAY_ADDRESS="$head_ip:$PORT" python - 2> /dev/null << 'END' || echo 0
+import ray
+
+ray.init(logging_level="ERROR", log_to_driver=False)
+print(sum(node["Alive"] for node in ray.nodes()))
+END
+}
+
 deadline=$((SECONDS + 300))
-until [ "$(ray list nodes --address "$head_ip:$PORT" --filter state=ALIVE --format json 2> /dev/null \
-  | python -c 'import json, sys; print(len(json.load(sys.stdin)))' 2> /dev/null || echo 0)" -ge "${#nodes[@]}" ]; do
+until [ "$(count_nodes | tail -1)" -ge "${#nodes[@]}" ]; do
   if [ "$SECONDS" -gt "$deadline" ]; then
     echo "dray: not all of ${#nodes[@]} nodes have joined the cluster within 300 s" >&2
     exit 1
