@@ -17,6 +17,7 @@
     │   ├── BadNumbers            losses or gradients are not finite
     │   └── LossSpike             the loss leapt, and its rows are to be left out
     ├── RunFailed                 exit code 3: a run that began and could not end
+    │   └── StoppedWaiting        it was told to stop before it had a place to begin in
     └── Interrupted               exit code 130 (128 + the signal): stopped on request, state saved
 
 A `UserError` says four things in one line: where, what, the rule, the way out. Exceptions that a

@@ -39,7 +39,8 @@ def home(tmp_path: Path, tiny_corpus: Path) -> Path:
 
 def environment(token: Path | None) -> dict[str, str]:
     kept = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
-    return kept | ({"RAY_AUTH_TOKEN_PATH": str(token)} if token else {"HOME": "/nowhere"})
+    # A home without a token, where nothing is written.
+    return kept | ({"RAY_AUTH_TOKEN_PATH": str(token)} if token else {"HOME": "/proc"})
 
 
 def dray(home: Path, token: Path | None, *words: str) -> subprocess.CompletedProcess[str]:
