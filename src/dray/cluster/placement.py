@@ -122,17 +122,20 @@ class Mending:
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
-        self._looked_at = self._whole_at = time.monotonic()
+        self._looked_at = time.monotonic()
+        self._broken_since: float | None = None
 
     def is_hopeless(self) -> bool:
-        """Whether the group has been broken for MEND_SECONDS. It is looked at every few seconds."""
+        """Whether the group has been seen broken for MEND_SECONDS. It is looked at every few
+        seconds."""
         now = time.monotonic()
         # To ask a head that is gone blocks for a minute.
         if now - self._looked_at > MEND_LOOK_SECONDS and not head_is_gone():
             self._looked_at = now
-            if not self._placement.is_broken():
-                self._whole_at = now
-        return self._looked_at - self._whole_at > MEND_SECONDS
+            is_broken = self._placement.is_broken()
+            self._broken_since = (self._broken_since or now) if is_broken else None
+        since = self._broken_since
+        return since is not None and self._looked_at - since > MEND_SECONDS
 
 
 @dataclass(frozen=True)
