@@ -212,6 +212,9 @@ def _add_jobs(commands: Any) -> None:
     arrive.add_argument("words", nargs=argparse.REMAINDER)
     stop = _add(commands, "stop", stop_command, "end a submitted run, its state saved")
     stop.add_argument("run", metavar="RUN", help="name of the run or sweep")
+    stop.add_argument(
+        "--storage", metavar="DIR_OR_URI", help="where it lies, if others have its name"
+    )
     stop.add_argument("--address", metavar="URL", help="of the server of jobs")
 
     runs = _add(commands, "runs", runs_command, "list the runs of a storage, or a cluster's jobs")

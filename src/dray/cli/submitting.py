@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dray.errors import PlanError, StoreError
+from dray.processes.signals import Stopped
 from dray.processes.streams import Results, warn
-from dray.redaction import take_in
+from dray.redaction import redact, take_in
 
 if TYPE_CHECKING:
     from dray.jobs import Job, JobServer
@@ -27,7 +32,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
     from dray.jobs import JobServer, make_package
 
     words, inner = _read_words(arguments)
-    run = _name(inner, words[0])
+    run = _name(inner, words)
     package = make_package(_find_names(inner), arguments.max_package * 1000**2)
     server = JobServer(_address(arguments))
     job, is_new = server.submit(words, package, run, inner.storage)
@@ -46,10 +51,19 @@ def stop_command(arguments: argparse.Namespace) -> int:
     from dray.jobs import JobServer
 
     server = JobServer(_address(arguments))
-    job = server.find(arguments.run)
-    if job is None or job.is_over:
-        what = f"ended as {job.status}" if job else "is not there"
+    jobs = server.find(arguments.run)
+    if arguments.storage:
+        jobs = [job for job in jobs if job.storage == arguments.storage]
+    if not jobs or jobs[0].is_over:
+        what = f"ended as {jobs[0].status}" if jobs else "is not there"
         raise StoreError(f"a job of the run {arguments.run!r}", f"{what} on {server.address}")
+    if len(jobs) > 1:
+        raise StoreError(
+            f"the run {arguments.run!r}",
+            f"is at work in {', '.join(job.storage for job in jobs)}",
+            way_out="say which one by --storage",
+        )
+    job = jobs[0]
     warn(f"{job.id} is told to save its state and to end", prefix="")
     job = server.stop(job)
     arguments.out.say(f"{job.id}  {job.status}")
@@ -82,7 +96,10 @@ class _Marked:
     def write(self, text: str) -> int:
         from dray.jobs.arrival import RESULT
 
-        self._stream.write("".join(f"{RESULT} {line}" for line in text.splitlines(keepends=True)))
+        # Whatever else stands in the last line of the log ends there. Other signs at which Python
+        # splits lines may stand within JSON.
+        lines = text.removesuffix("\n").split("\n")
+        self._stream.write("\n" + "".join(f"{RESULT} {line}\n" for line in lines))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -102,34 +119,54 @@ def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Name
             f"a cluster runs {', '.join(SUBMITTED)}",
         )
     for word in words:
-        if take_in(word.rpartition("=")[2]) != word.rpartition("=")[2]:
-            raise PlanError(
-                "dray submit",
-                "a word of the command holds credentials",
-                "the server of jobs keeps and shows the commands of its jobs",
-                "leave them out, and give them to the cluster's nodes through their environment",
-            )
+        _check_for_secrets(word, "a word of the command")
     inner = arguments.parse(words, arguments.out)
-    written = [inner.storage, *filter(None, [getattr(inner, "file", None)])]
-    for place in written:
-        if "://" not in place and not place.startswith("/"):
-            raise PlanError(
-                f"--storage {place}" if place == inner.storage else f"--out {place}",
-                "lies in a job's working directory, which goes away with the job",
-                "what a job writes is named by a URI, or by an absolute path that the whole "
-                "cluster sees",
-                "give e.g. --storage s3://BUCKET/runs",
-            )
+    if "://" not in inner.storage and not inner.storage.startswith("/"):
+        raise PlanError(
+            f"--storage {inner.storage}",
+            "lies in a job's working directory, which goes away with the job",
+            "what a job writes is named by a URI, or by an absolute path that the whole cluster "
+            "sees",
+            "give e.g. --storage s3://BUCKET/runs",
+        )
+    out = getattr(inner, "file", None)
+    if out is not None and not out.startswith("/"):
+        raise PlanError(
+            f"--out {out}",
+            "lies in a job's working directory, which goes away with the job",
+            "predictions are written to a file that the head sees",
+            "give an absolute path, or leave --out out: they come here",
+        )
     return words, inner
 
 
-def _name(inner: argparse.Namespace, command: str) -> str:
-    """What the job is known by: the run or sweep that it works on."""
-    if command in ("evaluate", "predict"):
-        return f"{inner.run.rstrip('/').rpartition('/')[2]}-{command}"
+def _check_for_secrets(text: str, what: str) -> None:
+    """Raise PlanError for credentials: the server of jobs keeps and shows what it is given."""
+    uris = re.findall(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'\[\]{},]+", text)
+    if redact(text, {}) != text or any(take_in(uri) != uri for uri in uris):
+        raise PlanError(
+            "dray submit",
+            f"{what} holds credentials",
+            "the server of jobs keeps and shows what it is given",
+            "leave them out, and give them to the cluster's nodes through their environment",
+        )
+
+
+def _name(inner: argparse.Namespace, words: Sequence[str]) -> str:
+    """What the job is known by: the run or sweep that it works on; of what only reads a run, the
+    very command."""
+    from dray.spec import NAME_RULE, RUN_NAME
+
+    if words[0] in ("evaluate", "predict"):
+        which = hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
+        last = re.sub(r"[^A-Za-z0-9._-]", "-", inner.run.rstrip("/").rpartition("/")[2])
+        return f"{last}-{words[0]}-{which}"
     given = getattr(inner, "fork", None) or getattr(inner, "run_name", None)
     endings = {"tune": "-sweep", "ladder": "-ladder", "prepare": "-prepare"}
-    return str(given or f"{_load(inner)['name']}{endings.get(command, '')}")
+    name = str(given or f"{_load(inner)['name']}{endings.get(words[0], '')}")
+    if not re.match(RUN_NAME, name):
+        raise PlanError(f"--run {name}"[:200], "not a name", NAME_RULE)
+    return name
 
 
 def _load(inner: argparse.Namespace) -> dict[str, Any]:
@@ -148,6 +185,15 @@ def _find_names(inner: argparse.Namespace) -> list[str]:
 
     named = [getattr(inner, key, None) for key in ("spec", "space")]
     names = [name for name in named if name and Path(name).is_file()]
+    for name in names:
+        if Path(name).is_absolute():
+            raise PlanError(
+                name,
+                "is an absolute path, which is the cluster's own",
+                "what lies here is named relative to the working directory",
+                f"give {os.path.relpath(name)}",
+            )
+        _check_for_secrets(Path(name).read_text(encoding="utf-8", errors="replace"), name)
     if getattr(inner, "spec", None):
         spec = make_spec(_load(inner), inner.spec)
         validation = spec.data.validation
@@ -171,8 +217,6 @@ def _source(given: str) -> Source:
 
 def _find_inputs(source: Any) -> list[str]:
     """The files of a source that lie on this machine, as `dray prepare` would find them."""
-    import os
-
     from dray.corpus.sources import find_files
     from dray.jobs.package import local_names
 
@@ -205,19 +249,21 @@ def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
         else:
             print(line, file=sys.stderr, flush=True)
 
+    left = 0
     try:
         with suppress(_Arrived):
             job = server.follow(job, tell)
             return _end(job, different, unsaid, exit_code(job))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         warn(f"{job.id} goes on without you", prefix="")
+        left = 128 + error.number if isinstance(error, Stopped) and error.number != SIGINT else 0
     how = f"--address {server.address}"
     warn(
         f"the same command follows it again; `dray stop {job.run} {how}` ends it; "
         f"`dray runs {how}` lists all",
         prefix="",
     )
-    return 0
+    return left
 
 
 class _Arrived(Exception):
@@ -233,7 +279,7 @@ def _end(job: Job, different: Sequence[str], unsaid: Iterable[str], code: int) -
             "both sides have the same",
             "install the cluster's versions here, or yours there",
         )
-    if "No module named dray" in job.message or "No module named 'dray" in job.message:
+    if "No module named dray\n" in f"{job.message}\n" or "No module named 'dray'" in job.message:
         raise PlanError(
             "--address",
             "the cluster's Python has no dray",
@@ -241,14 +287,13 @@ def _end(job: Job, different: Sequence[str], unsaid: Iterable[str], code: int) -
             "pip install 'dray[cluster]' there, or use an image that has it",
         )
     if code:
-        print("\n".join(unsaid), file=sys.stderr)
+        for line in unsaid:
+            print(line, file=sys.stderr)
         warn(f"{job.id}  {job.status}, exit code {code}", prefix="")
     return code
 
 
 def _address(arguments: argparse.Namespace) -> str:
-    import os
-
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
         raise PlanError(

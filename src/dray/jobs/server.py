@@ -112,10 +112,11 @@ class JobServer:
         found = [_read(details) for details in self._client.list_jobs()]
         return sorted((job for job in found if job), key=lambda job: job.began or 0.0)
 
-    def find(self, run: str, storage: str | None = None) -> Job | None:
-        """The newest job of a run; of whatever storage if none is given."""
-        jobs = [j for j in self.jobs() if j.run == run and storage in (None, j.storage)]
-        return jobs[-1] if jobs else None
+    def find(self, run: str) -> list[Job]:
+        """The jobs of a run that have not ended, one a storage; if there are none, its newest
+        one."""
+        jobs = [job for job in self.jobs() if job.run == run]
+        return [job for job in jobs if not job.is_over] or jobs[-1:]
 
     def look(self, job: Job) -> Job:
         """The same job as it is now."""
@@ -132,11 +133,12 @@ class JobServer:
     ) -> tuple[Job, bool]:
         """Have the cluster run a command of dray; the job, and whether it is a new one."""
         before = [job for job in self.jobs() if (job.run, job.storage) == (run, storage)]
-        if before and not before[-1].is_over:
-            return before[-1], False
+        if at_work := _still_at_work(before, words):
+            return at_work, False
         # Two that submit at once choose the same name, and Ray takes it once.
         place = hashlib.sha256(f"{storage}\0{run}".encode()).hexdigest()[:8]
-        name = f"dray-{run.replace('/', '-')}-{place}-{len(before) + 1}"
+        number = max((int(job.id.rpartition("-")[2]) for job in before), default=0) + 1
+        name = f"dray-{run.replace('/', '-')}-{place}-{number}"
         begin = ["python", "-m", "dray.cli", "arrive", json.dumps(versions_here()), "--", *words]
         command = f"cd {shlex.quote(str(package.here))} && exec {shlex.join(begin)}"
         with staged(package) as folder:
@@ -154,9 +156,10 @@ class JobServer:
                         "dray_command": shlex.join(words),
                     },
                 )
-            except RuntimeError as error:
-                if found := self.find(run, storage):
-                    return found, False
+            except (RuntimeError, ValueError, OSError) as error:
+                now = [job for job in self.jobs() if (job.run, job.storage) == (run, storage)]
+                if at_work := _still_at_work(now, words):
+                    return at_work, False
                 raise RunFailed(f"the cluster did not take the job: {_line(error)}") from error
         return self._look(name), True
 
@@ -186,6 +189,21 @@ class JobServer:
         """Have a job save its state and end; it is killed after STOP_SECONDS."""
         self._client.stop_job(job.id)
         return self.wait(job)
+
+
+def _still_at_work(jobs: Sequence[Job], words: Sequence[str]) -> Job | None:
+    """The newest of a run's jobs, if it has not ended. Raises PlanError if it does something
+    else."""
+    if not jobs or jobs[-1].is_over:
+        return None
+    if jobs[-1].command != shlex.join(words):
+        raise PlanError(
+            "dray submit",
+            f"{jobs[-1].id} is at work on {jobs[-1].run} with another command: {jobs[-1].command}",
+            "a run has one job at a time",
+            f"wait for it, or `dray stop {jobs[-1].run}`, or give --run another name",
+        )
+    return jobs[-1]
 
 
 def exit_code(job: Job) -> int:
