@@ -103,6 +103,9 @@ def test_a_second_submit_follows_the_first_and_a_stop_saves_the_state(home: Path
         stderr=subprocess.PIPE,
         text=True,
     )
+    other = dray(home, head.token, "submit", *words, "optimizer.learning_rate=0.1")
+    assert other.returncode == 2
+    assert "is at work on long with another command" in other.stderr
     assert second.stderr is not None
     lines: list[str] = []
     for line in second.stderr:
@@ -147,6 +150,16 @@ def test_a_mistake_there_has_its_exit_code_here(home: Path, head: Head):
             ["train", "spec.yaml", "--storage", "s3://KEY:SECRET12345@b/runs"],
             "a word of the command holds credentials",
         ),
+        (
+            ["train", "spec.yaml", "--storage", "s3://b/runs?secret_key=SECRET12345"],
+            "a word of the command holds credentials",
+        ),
+        (
+            ["train", "spec.yaml", "--storage", "/x", "data.train=[s3://K:SECRET12345@b/a]"],
+            "a word of the command holds credentials",
+        ),
+        (["train", "spec.yaml", "--storage", "/x", "--run", "a?b"], "not a name"),
+        (["train", "/proc/self/status", "--storage", "/x"], "/proc/self/status"),
         (
             ["train", "spec.yaml", "--storage", "/x", "--max-package", "0"],
             "the package would have 5 files",

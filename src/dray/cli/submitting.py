@@ -207,12 +207,10 @@ def _find_names(inner: argparse.Namespace) -> list[str]:
 
 
 def _source(given: str) -> Source:
-    import yaml
-
+    from dray.release.evaluate import as_source
     from dray.spec import Source
 
-    found = yaml.safe_load(given)
-    return Source.model_validate(found if isinstance(found, dict) else {"path": given})
+    return Source.model_validate({"format": "text", **as_source(given)})  # only its files matter
 
 
 def _find_inputs(source: Any) -> list[str]:

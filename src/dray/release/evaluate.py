@@ -121,7 +121,7 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
     """
     sources = []
     for text in data:
-        value = _as_source(text)
+        value = as_source(text)
         given = value.get("path")
         paths = [
             path
@@ -137,7 +137,7 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
     return make_spec(tree, "--data", kept=True)
 
 
-def _as_source(text: str) -> dict[str, Any]:
+def as_source(text: str) -> dict[str, Any]:
     """A value of `--data` as a source: a path, or a mapping. Raises SpecError."""
     if os.path.lexists(text):
         return {"path": text}
