@@ -33,6 +33,7 @@ def home(tmp_path: Path, tiny_corpus: Path) -> Path:
     (tmp_path / "work").mkdir()
     tree = {**tiny_tree(Path("../texts")), "resources": {"workers": 1}}
     (tmp_path / "work" / "spec.yaml").write_text(yaml.safe_dump(tree))
+    shutil.copyfile(tmp_path / "texts" / "part-0.jsonl", tmp_path / "held_out.jsonl")
     (tmp_path / "runs").mkdir()
     return tmp_path / "work"
 
@@ -159,6 +160,13 @@ def test_a_mistake_there_has_its_exit_code_here(home: Path, head: Head):
             "a word of the command holds credentials",
         ),
         (["train", "spec.yaml", "--storage", "/x", "--run", "a?b"], "not a name"),
+        (
+            [
+                *("train", "spec.yaml", "--storage", "/x", "--max-package", "0"),
+                "data.validation={path: ../held_out.jsonl}",
+            ],
+            "the package would have 6 files",
+        ),
         (["train", "/proc/self/status", "--storage", "/x"], "/proc/self/status"),
         (
             ["train", "spec.yaml", "--storage", "/x", "--max-package", "0"],

@@ -197,8 +197,7 @@ def _find_names(inner: argparse.Namespace) -> list[str]:
     if getattr(inner, "spec", None):
         spec = make_spec(_load(inner), inner.spec)
         validation = spec.data.validation
-        held_out = getattr(validation, "path", None) and validation
-        for source in (*spec.data.train, *([held_out] if held_out else [])):
+        for source in (*spec.data.train, *(validation if isinstance(validation, tuple) else ())):
             names += _find_inputs(source)
         names += local_names([path for path in (spec.tokenizer.path, spec.model.path) if path])
     for given in getattr(inner, "data", None) or ():
