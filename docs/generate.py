@@ -126,7 +126,9 @@ def cli_page() -> str:
     actions = next(
         action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
     )
-    for name, command in actions.choices.items():
+    for listed in actions._choices_actions:  # those with a line in the help
+        name = listed.dest
+        command = actions.choices[name]
         command.formatter_class = wide
         lines.append(f"\n## dray {name}\n\n```\n{command.format_help().strip()}\n```\n")
     return "\n".join(lines)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from dray.cluster.nodes import answers
+from ports import free_ports
 
 BIN = Path(sys.executable).parent
 
@@ -25,15 +27,6 @@ class Head:
     jobs: str
     """Of its server of jobs."""
     token: Path
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody uses now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for found in sockets:
-            found.bind(("127.0.0.1", 0))
-        return [found.getsockname()[1] for found in sockets]
 
 
 @contextmanager
@@ -61,7 +54,7 @@ def started_head(*, num_cpus: int = 4, seconds: float = 120) -> Iterator[Head]:
         process = subprocess.Popen(words, stdout=out, stderr=out, env=environment)
     try:
         deadline = time.monotonic() + seconds
-        while not all(map(_connects, (gcs, jobs, agent))):
+        while not all(answers("127.0.0.1", port) for port in (gcs, jobs, agent)):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the head did not start: {(folder / 'out').read_text()}")
             time.sleep(0.2)
@@ -72,9 +65,3 @@ def started_head(*, num_cpus: int = 4, seconds: float = 120) -> Iterator[Head]:
             process.wait(30)
         process.kill()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _connects(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import yaml
 from dray.cluster.autoscaler import Limits, NodeType, read_limits
 from dray.cluster.nodes import answers
 from dray.runs import Run
+from ports import free_ports
 from tiny import tiny_tree
 
 CONFIG: dict[str, Any] = {
@@ -56,24 +56,18 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def growing() -> Iterator[str]:
     """The address of a head with one CPU, whose autoscaler may add two nodes of two."""
     with tempfile.TemporaryDirectory(prefix="grow", dir="/tmp") as folder:
-        config, port = Path(folder, "config.yaml"), free_port()
+        config, (port, *others) = Path(folder, "config.yaml"), free_ports(4)
         provider = {**CONFIG["provider"], "gcs_address": f"127.0.0.1:{port}"}
         config.write_text(yaml.safe_dump({**CONFIG, "provider": provider}))
         options = {
             "port": port,
-            "dashboard-port": free_port(),
-            "dashboard-agent-listen-port": free_port(),
-            "ray-client-server-port": free_port(),
+            "dashboard-port": others[0],
+            "dashboard-agent-listen-port": others[1],
+            "ray-client-server-port": others[2],
             "temp-dir": f"{folder}/r",
             "autoscaling-config": config,
             "num-cpus": 1,

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from dray.runs import Run, verify_checkpoint
-from heads import free_ports
+from ports import free_ports
 from tiny import tiny_tree
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm.sh"

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from heads import Head, free_ports, started_head
+from heads import Head, started_head
+from ports import free_ports
 from tiny import tiny_tree
 
 

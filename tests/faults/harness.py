@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,11 +23,13 @@ from typing import Any
 import psutil
 import yaml
 
+from dray.cluster.nodes import answers
 from dray.ledger import verify_ledger
 from dray.runs import Run, verify_checkpoint
 from dray.runs.evidence import load_failures
 from dray.spec import make_spec
 from dray.train.driver import train
+from ports import free_ports
 from tiny import tiny_tree
 
 STEPS, EVERY = 24, 6
@@ -58,10 +59,6 @@ def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
 
 def kill(process: psutil.Process) -> None:
     process.send_signal(signal.SIGKILL)
-
-
-def stop(process: psutil.Process) -> None:
-    process.send_signal(signal.SIGSTOP)
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
@@ -126,9 +123,7 @@ class Nodes:
     def start(self, *, with_jobs: bool = False) -> None:
         """`with_jobs`: with the server that takes jobs, at `jobs`, and the agent that starts
         them."""
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        (port,) = free_ports(1)
         self.cluster.add_node(
             num_cpus=1,
             include_dashboard=with_jobs,
@@ -136,7 +131,7 @@ class Nodes:
             dashboard_agent_listen_port=port,  # the usual one may be another Ray's
         )
         if with_jobs:
-            wait_for(lambda: _connects(port), "the agent of the head")
+            wait_for(lambda: answers("127.0.0.1", port), "the agent of the head")
 
     @property
     def jobs(self) -> str:
@@ -186,12 +181,6 @@ class Nodes:
         if self.cluster.head_node is not None:
             self.remove_head()
         ask_own_ray()
-
-
-def _connects(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:

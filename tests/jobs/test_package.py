@@ -36,9 +36,7 @@ def listed(folder: Path) -> set[str]:
 
 
 def test_paths_stay_what_they_are(home: Path):
-    package = make_package(
-        ["spec.yaml", "../shared/data", "texts"], working_directory=home / "project"
-    )
+    package = make_package(["spec.yaml", "../shared/data", "texts"], 10**6, home / "project")
     assert package.root == home
     assert str(package.here) == "project"
     assert package.num_left_out == 1  # .env; what is under a hidden folder is not looked at
@@ -55,7 +53,7 @@ def test_paths_stay_what_they_are(home: Path):
 
 
 def test_nothing_named_is_an_empty_folder(home: Path):
-    package = make_package([], working_directory=home / "project")
+    package = make_package([], 0, home / "project")
     assert (package.files, str(package.here), package.num_bytes) == ((), ".", 0)
     with staged(package) as folder:
         assert listed(folder) == {".here"}
@@ -68,19 +66,19 @@ def test_too_much_is_refused_with_the_largest_file_named(home: Path):
 
 def test_what_is_not_there_is_refused(home: Path):
     with pytest.raises(SpecError, match=r"missing\.txt: is not there"):
-        make_package(["missing.txt"], working_directory=home)
+        make_package(["missing.txt"], 10**6, home)
 
 
 @pytest.mark.parametrize("target", ["../../../etc/passwd", "../other.txt", "nowhere"])
 def test_a_link_out_of_its_folder_is_refused(home: Path, target: str):
     (home / "shared/data/link.txt").symlink_to(target)
     with pytest.raises(SpecError, match=r"link.txt: is a symbolic link that leads out"):
-        make_package(["shared/data"], working_directory=home)
+        make_package(["shared/data"], 10**6, home)
 
 
 def test_a_link_within_its_folder_is_sent_as_what_it_leads_to(home: Path):
     (home / "shared/data/link.txt").symlink_to("a.txt")
-    package = make_package(["shared/data"], working_directory=home)
+    package = make_package(["shared/data"], 10**6, home)
     with staged(package) as folder:
         assert (folder / "shared/data/link.txt").read_text() == "a" * 100
         assert not (folder / "shared/data/link.txt").is_symlink()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from dray.models.build import num_parameters
 from dray.models.groups import parameter_groups
 from dray.spec import Spec
+from ports import free_ports
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "modernbert", "distilbert", "gemma2")
 
@@ -83,12 +83,6 @@ def run_rank(rank: int, port: int, specs: list[tuple[str, Spec]], results: Any) 
     torch.distributed.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[Any, Any]]:
     """Models built here without ZeRO, and what two ranks made of the same specs under ZeRO-3."""
@@ -106,7 +100,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
         results = manager.dict()
         processes = [
             context.Process(target=run_rank, args=(rank, port, specs, results))
-            for port in [free_port()]
+            for port in free_ports(1)
             for rank in range(2)
         ]
         for process in processes:

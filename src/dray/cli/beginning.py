@@ -176,11 +176,10 @@ def tune_command(arguments: argparse.Namespace) -> int:
     from dray.cli.looking import say_sweep
     from dray.spec import load_tree
     from dray.sweep.driver import tune
-    from dray.sweep.space import OVERRIDE, load_space
+    from dray.sweep.space import load_space, split_overrides
 
-    of_space = [item for item in arguments.overrides if item.startswith(OVERRIDE)]
-    of_spec = [item for item in arguments.overrides if not item.startswith(OVERRIDE)]
-    space = load_space(arguments.space, [item.removeprefix(OVERRIDE) for item in of_space])
+    of_spec, of_space = split_overrides(arguments.overrides)
+    space = load_space(arguments.space, of_space)
     sweep = tune(
         load_tree(arguments.spec, of_spec),
         space,

@@ -25,7 +25,7 @@ from dray.cli.looking import (
     show_command,
     verify_command,
 )
-from dray.cli.submitting import add_options, arrive_command, stop_command, submit_command
+from dray.cli.submitting import OPTIONS, add_options, arrive_command, stop_command, submit_command
 from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
 from dray.errors import SpecError, StoreError, UserError
 from dray.processes.streams import Results, warn
@@ -201,7 +201,7 @@ def _add_jobs(commands: Any) -> None:
     submit = _add(
         commands, "submit", submit_command, "the same command through a cluster's server of jobs"
     )
-    submit.set_defaults(parse=parse)
+    submit.set_defaults(parse=parse, **OPTIONS)
     add_options(submit)
     submit.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="COMMAND …", help="train SPEC …, tune SPEC …, …"

@@ -8,8 +8,10 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -30,6 +32,7 @@ UNSAID_LINES = 20
 
 def submit_command(arguments: argparse.Namespace) -> int:
     from dray.jobs import JobServer, make_package
+    from dray.plan import format_bytes
 
     words, inner = _read_words(arguments)
     run = _name(inner, words)
@@ -39,7 +42,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
     left = f", {package.num_left_out:,} hidden files left out" if package.num_left_out else ""
     warn(
         f"{job.id} submitted with {len(package.files):,} files, "
-        f"{package.num_bytes / 1e6:,.1f} MB{left}"
+        f"{format_bytes(package.num_bytes)}{left}"
         if is_new
         else f"{job.id} is at work on {run} already; it is followed from its beginning",
         prefix="",
@@ -75,10 +78,10 @@ def arrive_command(arguments: argparse.Namespace) -> int:
     anything else."""
     import json
 
-    from dray.jobs.arrival import ARRIVAL, compare, versions_here
+    from dray.jobs.arrival import ARRIVAL, EQUAL, compare, versions_here
 
     different = compare(json.loads(arguments.versions), versions_here())
-    print(f"{ARRIVAL} {different or 'equal'}", file=sys.stderr, flush=True)
+    print(f"{ARRIVAL} {different or EQUAL}", file=sys.stderr, flush=True)
     if different:
         return PlanError.exit_code
     words = arguments.words[arguments.words[0] == "--" :]
@@ -109,8 +112,10 @@ class _Marked:
 def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Namespace]:
     """The words of the submitted command, and what they mean. Options of `submit` may stand among
     them."""
+    from dray.storage.filesystem import is_uri
+
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_options(own, argparse.SUPPRESS)
+    add_options(own)
     _, words = own.parse_known_args(arguments.words, namespace=arguments)
     if not words or words[0] not in SUBMITTED:
         raise PlanError(
@@ -121,7 +126,7 @@ def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Name
     for word in words:
         _check_for_secrets(word, "a word of the command")
     inner = arguments.parse(words, arguments.out)
-    if "://" not in inner.storage and not inner.storage.startswith("/"):
+    if not is_uri(inner.storage) and not os.path.isabs(inner.storage):
         raise PlanError(
             f"--storage {inner.storage}",
             "lies in a job's working directory, which goes away with the job",
@@ -130,7 +135,7 @@ def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Name
             "give e.g. --storage s3://BUCKET/runs",
         )
     out = getattr(inner, "file", None)
-    if out is not None and not out.startswith("/"):
+    if out is not None and not os.path.isabs(out):
         raise PlanError(
             f"--out {out}",
             "lies in a job's working directory, which goes away with the job",
@@ -171,9 +176,10 @@ def _name(inner: argparse.Namespace, words: Sequence[str]) -> str:
 
 def _load(inner: argparse.Namespace) -> dict[str, Any]:
     from dray.spec import load_tree
-    from dray.sweep.space import OVERRIDE
+    from dray.sweep.space import split_overrides
 
-    return load_tree(inner.spec, [o for o in inner.overrides if not o.startswith(OVERRIDE)])
+    of_spec, _ = split_overrides(inner.overrides)
+    return load_tree(inner.spec, of_spec)
 
 
 def _find_names(inner: argparse.Namespace) -> list[str]:
@@ -212,7 +218,7 @@ def _source(given: str) -> Source:
     return Source.model_validate({"format": "text", **as_source(given)})  # only its files matter
 
 
-def _find_inputs(source: Any) -> list[str]:
+def _find_inputs(source: Source) -> list[str]:
     """The files of a source that lie on this machine, as `dray prepare` would find them."""
     from dray.corpus.sources import find_files
     from dray.jobs.package import local_names
@@ -224,33 +230,50 @@ def _find_inputs(source: Any) -> list[str]:
     return [os.path.relpath(file.path) for file in files]
 
 
-def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
-    """Follow a job to its end, or to what was asked for; the exit code."""
-    from dray.jobs.arrival import ARRIVAL, RESULT
-    from dray.jobs.server import exit_code
+@dataclass
+class _Listener:
+    """Takes the lines of a job: the result goes to standard output, and the others to standard
+    error, or are kept for the case that the job fails."""
 
-    different: list[str] = []
-    unsaid = deque[str](maxlen=UNSAID_LINES)  # by Ray before the command begins, or with --wait
+    out: Results
+    silent: bool
+    """What the command says is kept, too, and not only what Ray says before it begins."""
+    leaves: bool
+    """It is enough to hear that the command has begun."""
+    arrived: bool = False
+    different: str = ""
+    """What of the versions differs there."""
+    unsaid: deque[str] = field(default_factory=lambda: deque(maxlen=UNSAID_LINES))
 
-    def tell(line: str) -> None:
+    def hear(self, line: str) -> None:
+        """Take a line. Raises _Enough."""
+        from dray.jobs.arrival import ARRIVAL, EQUAL, RESULT
+
         if line.startswith(ARRIVAL):
-            unsaid.clear()
-            said = line.removeprefix(ARRIVAL).strip()
-            different.append(said if said != "equal" else "")
-            if arguments.detach and not different[0]:
-                raise _Arrived
+            self.unsaid.clear()
+            self.arrived, said = True, line.removeprefix(ARRIVAL).strip()
+            self.different = said if said != EQUAL else ""
+            if self.leaves and not self.different:
+                raise _Enough
         elif line.startswith(RESULT):
-            arguments.out.say(line.removeprefix(RESULT).removeprefix(" "))
-        elif arguments.wait or not different:
-            unsaid.append(line)
+            self.out.say(line.removeprefix(RESULT).removeprefix(" "))
+        elif self.silent or not self.arrived:
+            self.unsaid.append(line)
         else:
             print(line, file=sys.stderr, flush=True)
 
+
+class _Enough(Exception):
+    """Nothing more is to be heard."""
+
+
+def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
+    """Follow a job to its end, or to what was asked for; the exit code."""
+    listener = _Listener(arguments.out, silent=arguments.wait, leaves=arguments.detach)
     left = 0
     try:
-        with suppress(_Arrived):
-            job = server.follow(job, tell)
-            return _end(job, different, unsaid, exit_code(job))
+        with suppress(_Enough):
+            return _end(server.follow(job, listener.hear), listener)
     except KeyboardInterrupt as error:
         warn(f"{job.id} goes on without you", prefix="")
         left = 128 + error.number if isinstance(error, Stopped) and error.number != SIGINT else 0
@@ -263,16 +286,14 @@ def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
     return left
 
 
-class _Arrived(Exception):
-    """The command has begun on the cluster."""
+def _end(job: Job, listener: _Listener) -> int:
+    """Tell how a job ended; its exit code. Raises PlanError if its command could not begin."""
+    from dray.jobs.server import exit_code
 
-
-def _end(job: Job, different: Sequence[str], unsaid: Iterable[str], code: int) -> int:
-    """Tell how a job ended. Raises PlanError if its command could not begin."""
-    if different and different[0]:
+    if listener.different:
         raise PlanError(
             "--address",
-            f"the cluster has other versions: {different[0]}",
+            f"the cluster has other versions: {listener.different}",
             "both sides have the same",
             "install the cluster's versions here, or yours there",
         )
@@ -283,8 +304,8 @@ def _end(job: Job, different: Sequence[str], unsaid: Iterable[str], code: int) -
             "the head and each node that works have it",
             "pip install 'dray[cluster]' there, or use an image that has it",
         )
-    if code:
-        for line in unsaid:
+    if code := exit_code(job):
+        for line in listener.unsaid:
             print(line, file=sys.stderr)
         warn(f"{job.id}  {job.status}, exit code {code}", prefix="")
     return code
@@ -302,28 +323,24 @@ def _address(arguments: argparse.Namespace) -> str:
     return str(address)
 
 
-def add_options(parser: argparse.ArgumentParser, default: Any = None) -> None:
-    """The options of `submit`, which may stand before and after its command."""
-    false = False if default is None else default
-    parser.add_argument(
+OPTIONS = {"address": None, "wait": False, "detach": False, "max_package": 100}
+"""What the options of `submit` are where they are not given."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `submit`, which are read twice: they may stand before its command and among
+    the words of it. So they have no defaults of their own."""
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add(
         "--address",
-        default=default,
         metavar="URL",
         help="of the server of jobs: http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
     )
-    parser.add_argument(
-        "--wait", action="store_true", default=false, help="say nothing but the result and the end"
-    )
-    parser.add_argument(
-        "--detach",
-        action="store_true",
-        default=false,
-        help="come back once the command has begun there",
-    )
-    parser.add_argument(
+    add("--wait", action="store_true", help="say nothing but the result and the end")
+    add("--detach", action="store_true", help="come back once the command has begun there")
+    add(
         "--max-package",
         type=int,
-        default=100 if default is None else default,
         metavar="MB",
-        help="of the files that go with the command (default: 100)",
+        help=f"of the files that go with the command (default: {OPTIONS['max_package']})",
     )

@@ -26,6 +26,12 @@ from dray.processes.signals import kept_handlers
 from dray.processes.streams import warn
 
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+TOKEN_RULE = (
+    "it lies in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in "
+    "RAY_AUTH_TOKEN",
+    "copy it from the head (`ray get-auth-token` there)",
+)
+"""Where the token of a cluster is looked for, and where it comes from."""
 _ONLOOKERS = ("start_api_server", "start_monitor", "start_log_monitor")
 _RAYLET = "start_raylet"
 """Methods of Ray's node, private ones: where a version of Ray has them no more, it starts all that
@@ -54,6 +60,12 @@ def _forget_token() -> None:
     raylet = _raylet()
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def token_header() -> dict[str, str]:
+    """The token that is here as a header of HTTP; none: there is none."""
+    loader = _raylet().AuthenticationTokenLoader.instance()
+    return dict(loader.get_token_for_http_header(ignore_auth_mode=True))
 
 
 def _raylet() -> Any:
@@ -93,17 +105,11 @@ def authenticated(address: str) -> Iterator[None]:
 def _ask_with_token(address: str, refused: Exception) -> None:
     from ray.exceptions import AuthenticationError
 
-    rule = (
-        "it lies in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in "
-        "RAY_AUTH_TOKEN"
-    )
-    way_out = "copy it from the head (`ray get-auth-token` there)"
-    if not _raylet().AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+    if not token_header():
         raise PlanError(
             "--address",
             f"the cluster at {address} uses token authentication and there is no token",
-            rule,
-            way_out,
+            *TOKEN_RULE,
         ) from refused
     try:
         _ask(address)
@@ -112,8 +118,7 @@ def _ask_with_token(address: str, refused: Exception) -> None:
             "--address",
             f"the cluster at {address} uses token authentication with another token than the "
             "one that is here",
-            rule,
-            way_out,
+            *TOKEN_RULE,
         ) from error
 
 

@@ -7,9 +7,9 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-ARRIVAL, RESULT = "dray-arrival:", "dray-result:"
-"""How the line begins that tells what differs between the two sides, and how each line of a
-command's result: a job has one log for both of its streams."""
+ARRIVAL, EQUAL, RESULT = "dray-arrival:", "equal", "dray-result:"
+"""How the line begins that tells what differs between the two sides, its word for nothing, and how
+each line of a command's result begins: a job has one log for both of its streams."""
 COMPARED = ("dray", "ray", "torch")
 
 

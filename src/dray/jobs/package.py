@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from dray.errors import SpecError
+from dray.plan import format_bytes
+from dray.storage.filesystem import is_uri
 
-MOST_BYTES = 100 * 1000**2
-"""Of a package, if nothing else is asked for: it lies in the memory of the cluster's head."""
 LEFT_OUT = frozenset({"__pycache__", "node_modules", "lost+found"})
 """Folders that are never packed; neither are names that begin with a dot (.git, .venv, .env)."""
 
@@ -41,7 +41,7 @@ class Package:
 
 
 def make_package(
-    names: Iterable[str], max_bytes: int = MOST_BYTES, working_directory: Path | None = None
+    names: Iterable[str], max_bytes: int, working_directory: Path | None = None
 ) -> Package:
     """The package of these files and folders, relative to the working directory.
 
@@ -61,9 +61,9 @@ def make_package(
         largest, size = max(found.items(), key=lambda item: item[1])
         raise SpecError(
             os.path.relpath(largest, here),
-            f"the package would have {len(found):,} files and {_megabytes(total)}, of which this "
-            f"one has {_megabytes(size)}",
-            f"a package has {_megabytes(max_bytes)} at most: it lies in the memory of the head",
+            f"the package would have {len(found):,} files and {format_bytes(total)}, of which this "
+            f"one has {format_bytes(size)}",
+            f"a package has {format_bytes(max_bytes)} at most: it lies in the memory of the head",
             "put large files where the whole cluster sees them and name them by a URI or an "
             "absolute path, or give --max-package",
         )
@@ -132,9 +132,5 @@ def local_names(paths: Sequence[str]) -> list[str]:
     return [
         path
         for path in paths
-        if "://" not in path and not path.startswith("python:") and not os.path.isabs(path)
+        if not is_uri(path) and not path.startswith("python:") and not os.path.isabs(path)
     ]
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

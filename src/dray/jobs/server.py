@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from dray.errors import PlanError, RunFailed
+from dray.cluster.local_ray import TOKEN_RULE, token_header
+from dray.errors import PlanError, RunFailed, one_line
 from dray.jobs.arrival import versions_here
 from dray.jobs.package import Package, staged
 
@@ -78,7 +79,7 @@ class JobServer:
 
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
-        headers = _token_header(self.address)
+        headers = _wanted_token(self.address)
         try:
             client = JobSubmissionClient(self.address, headers=headers)
         except AuthenticationError as error:
@@ -86,9 +87,7 @@ class JobServer:
             raise PlanError(
                 "--address",
                 f"the cluster at {self.address} wants {which}",
-                "it lies in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in "
-                "RAY_AUTH_TOKEN",
-                "copy it from the head (`ray get-auth-token` there)",
+                *TOKEN_RULE,
             ) from error
         except (ConnectionError, requests.exceptions.RequestException, RuntimeError) as error:
             raise PlanError(
@@ -118,11 +117,8 @@ class JobServer:
         jobs = [job for job in self.jobs() if job.run == run]
         return [job for job in jobs if not job.is_over] or jobs[-1:]
 
-    def look(self, job: Job) -> Job:
-        """The same job as it is now."""
-        return self._look(job.id)
-
-    def _look(self, name: str) -> Job:
+    def look(self, name: str) -> Job:
+        """A job as it is now. Raises RunFailed if it is not there any more."""
         found = _read(self._client.get_job_info(name))
         if found is None:
             raise RunFailed(f"the job {name} is not on {self.address} any more")
@@ -132,7 +128,7 @@ class JobServer:
         self, words: Sequence[str], package: Package, run: str, storage: str
     ) -> tuple[Job, bool]:
         """Have the cluster run a command of dray; the job, and whether it is a new one."""
-        before = [job for job in self.jobs() if (job.run, job.storage) == (run, storage)]
+        before = self._of(run, storage)
         if at_work := _still_at_work(before, words):
             return at_work, False
         # Two that submit at once choose the same name, and Ray takes it once.
@@ -157,11 +153,13 @@ class JobServer:
                     },
                 )
             except (RuntimeError, ValueError, OSError) as error:
-                now = [job for job in self.jobs() if (job.run, job.storage) == (run, storage)]
-                if at_work := _still_at_work(now, words):
+                if at_work := _still_at_work(self._of(run, storage), words):
                     return at_work, False
-                raise RunFailed(f"the cluster did not take the job: {_line(error)}") from error
-        return self._look(name), True
+                raise RunFailed(f"the cluster did not take the job: {one_line(error)}") from error
+        return self.look(name), True
+
+    def _of(self, run: str, storage: str) -> list[Job]:
+        return [job for job in self.jobs() if (job.run, job.storage) == (run, storage)]
 
     def follow(self, job: Job, tell: Callable[[str], object]) -> Job:
         """Tell what a job writes, line by line, from its beginning to its end."""
@@ -181,7 +179,7 @@ class JobServer:
 
     def wait(self, job: Job) -> Job:
         """The job once it has ended."""
-        while not (now := self.look(job)).is_over:
+        while not (now := self.look(job.id)).is_over:
             time.sleep(LOOK_SECONDS)
         return now
 
@@ -230,7 +228,7 @@ def _read(details: Any) -> Job | None:
     )
 
 
-def _token_header(address: str) -> dict[str, str]:
+def _wanted_token(address: str) -> dict[str, str]:
     """The header with this machine's token, if it has one and the server wants one."""
     import requests
 
@@ -238,10 +236,7 @@ def _token_header(address: str) -> dict[str, str]:
         asked = requests.get(f"{address}/api/version", timeout=10)
     except requests.exceptions.RequestException:
         return {}
-    if asked.status_code not in (401, 403):
-        return {}
-    loader = import_module("ray._raylet").AuthenticationTokenLoader.instance()
-    return dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+    return token_header() if asked.status_code in (401, 403) else {}
 
 
 def _checked(address: str) -> str:
@@ -254,7 +249,3 @@ def _checked(address: str) -> str:
             "give http://HEAD:8265",
         )
     return address.rstrip("/")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

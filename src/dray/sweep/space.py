@@ -42,6 +42,13 @@ PROBES = 64
 SPACES = Packaged("dray.tune_spaces", "space", "a space is a UTF-8 text file of YAML")
 
 
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of a command line for the spec, and those for the space, without what marks
+    them."""
+    of_space = [item.removeprefix(OVERRIDE) for item in overrides if item.startswith(OVERRIDE)]
+    return [item for item in overrides if not item.startswith(OVERRIDE)], of_space
+
+
 class Parameter(Section):
     """The values that one key of the spec may have: one of the six kinds."""
 
