@@ -34,6 +34,9 @@ looked at."""
 GROW_SECONDS = 1800.0
 """How long an autoscaler may take to add the nodes that a run needs."""
 
+_REMOVED, _BROKEN = "REMOVED", "RESCHEDULING"
+"""States of a placement group in Ray's words."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -59,16 +62,16 @@ class Placement:
 
     def is_removed(self) -> bool:
         """Whether somebody has taken the group away."""
-        return self._state() == "REMOVED"
+        return self._state() == _REMOVED
 
     def is_broken(self) -> bool:
         """Whether a part of the group was lost with a node, and is not elsewhere yet."""
-        return self._state() == "RESCHEDULING"
+        return self._state() == _BROKEN
 
     def _state(self) -> str:
         from ray.util.placement_group import placement_group_table
 
-        return str(placement_group_table(self.group).get("state", "REMOVED"))
+        return str(placement_group_table(self.group).get("state", _REMOVED))
 
     def node_ids(self) -> set[str]:
         """The nodes that its bundles are on, once it is there."""
@@ -87,7 +90,8 @@ class Placement:
         told, begun = False, time.monotonic()
         roomy = begun
         while self.is_removed() or not self.group.wait(READY_SECONDS):
-            if self.is_removed():
+            state = self._state()
+            if state == _REMOVED:
                 raise PlanError(
                     "placement",
                     "its group is not there any more",
@@ -98,7 +102,7 @@ class Placement:
                 raise StoppedWaiting(f"stopped while it waited for its placement: {reason}")
             now = time.monotonic()
             # Of a broken group the rest may lie where the lost part would fit.
-            is_roomy = has_room(live_resources(), self.bundles) and not self.is_broken()
+            is_roomy = has_room(live_resources(), self.bundles) and state != _BROKEN
             roomy = now if is_roomy else roomy
             if now - roomy > GROW_SECONDS:
                 raise PlanError(
@@ -258,7 +262,7 @@ def remove_groups(prefix: str) -> None:
     )
 
     for found in placement_group_table().values():
-        if found["name"].startswith(prefix) and found["state"] != "REMOVED":
+        if found["name"].startswith(prefix) and found["state"] != _REMOVED:
             with suppress(ValueError):  # gone meanwhile
                 remove_placement_group(get_placement_group(found["name"]))
 
