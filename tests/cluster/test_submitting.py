@@ -32,6 +32,7 @@ def home(tmp_path: Path, tiny_corpus: Path) -> Path:
     """A working directory with a spec, whose data lies beside it."""
     shutil.copytree(tiny_corpus, tmp_path / "texts")
     (tmp_path / "work").mkdir()
+    (tmp_path / "texts" / ".hidden.jsonl").touch()
     tree = {**tiny_tree(Path("../texts")), "resources": {"workers": 1}}
     (tmp_path / "work" / "spec.yaml").write_text(yaml.safe_dump(tree))
     shutil.copyfile(tmp_path / "texts" / "part-0.jsonl", tmp_path / "held_out.jsonl")
@@ -71,6 +72,7 @@ def test_a_submitted_run_is_the_run_at_home(home: Path, head: Head):
     assert json.loads(done.stdout)["status"] == "completed"
     assert "step 6/6" in done.stderr  # as it is seen at home
     assert "submitted with 5 files" in done.stderr
+    assert "1 file beside them left out" in done.stderr
     assert "ray" not in done.stderr.lower().replace("dray", "")
     secret = head.token.read_text()
     assert secret not in done.stdout + done.stderr

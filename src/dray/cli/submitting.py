@@ -36,10 +36,13 @@ def submit_command(arguments: argparse.Namespace) -> int:
 
     words, inner = _read_words(arguments)
     run = _name(inner, words)
-    package = make_package(_find_names(inner), arguments.max_package * 1000**2)
+    names, num_left_out = _find_names(inner)
+    package = make_package(names, arguments.max_package * 1000**2)
+    num_left_out += package.num_left_out
     server = JobServer(_address(arguments))
     job, is_new = server.submit(words, package, run, inner.storage)
-    left = f", {package.num_left_out:,} hidden files left out" if package.num_left_out else ""
+    beside = f"{num_left_out:,} file{'s' * (num_left_out != 1)} beside them left out"
+    left = f", {beside}" if num_left_out else ""
     warn(
         f"{job.id} submitted with {len(package.files):,} files, "
         f"{format_bytes(package.num_bytes)}{left}"
@@ -182,8 +185,9 @@ def _load(inner: argparse.Namespace) -> dict[str, Any]:
     return load_tree(inner.spec, of_spec)
 
 
-def _find_names(inner: argparse.Namespace) -> list[str]:
-    """What a command names of this machine: spec, space, data, tokeniser and model."""
+def _find_names(inner: argparse.Namespace) -> tuple[list[str], int]:
+    """What a command names of this machine: spec, space, data, tokeniser and model; and how many
+    files of its data's folders are none of the data."""
     from pathlib import Path
 
     from dray.jobs.package import local_names
@@ -200,15 +204,18 @@ def _find_names(inner: argparse.Namespace) -> list[str]:
                 f"give {os.path.relpath(name)}",
             )
         _check_for_secrets(Path(name).read_text(encoding="utf-8", errors="replace"), name)
+    sources = [_source(given) for given in getattr(inner, "data", None) or ()]
     if getattr(inner, "spec", None):
         spec = make_spec(_load(inner), inner.spec)
         validation = spec.data.validation
-        for source in (*spec.data.train, *(validation if isinstance(validation, tuple) else ())):
-            names += _find_inputs(source)
+        sources += [*spec.data.train, *(validation if isinstance(validation, tuple) else ())]
         names += local_names([path for path in (spec.tokenizer.path, spec.model.path) if path])
-    for given in getattr(inner, "data", None) or ():
-        names += _find_inputs(_source(given))
-    return names
+    num_left_out = 0
+    for source in sources:
+        files, beside = _find_inputs(source)
+        names += files
+        num_left_out += beside
+    return names, num_left_out
 
 
 def _source(given: str) -> Source:
@@ -218,16 +225,18 @@ def _source(given: str) -> Source:
     return Source.model_validate({"format": "text", **as_source(given)})  # only its files matter
 
 
-def _find_inputs(source: Source) -> list[str]:
-    """The files of a source that lie on this machine, as `dray prepare` would find them."""
-    from dray.corpus.sources import find_files
+def _find_inputs(source: Source) -> tuple[list[str], int]:
+    """The files of a source that lie on this machine, as `dray prepare` would find them, and how
+    many it would leave out: there its account cannot tell of them."""
+    from dray.corpus.sources import list_source
     from dray.jobs.package import local_names
 
     paths = local_names(source.paths)
     if not paths:
-        return []
-    files = find_files(source.model_copy(update={"path": tuple(paths)}), "data")
-    return [os.path.relpath(file.path) for file in files]
+        return [], 0
+    found = list_source(source.model_copy(update={"path": tuple(paths)}), "data")
+    left_out = sum(item.num_files for item in found.left_out)
+    return [os.path.relpath(file.path) for file in found.files], left_out
 
 
 @dataclass
