@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dray.cluster.gauges import Gauges
 from dray.doctor import diagnose
 from dray.errors import Cause, StorageFailed
 from dray.plan import local_shape, make_plan
@@ -18,6 +19,7 @@ from dray.runs import Run, build_trackers, create_run
 from dray.runs.records import Event, Report, StepReport
 from dray.spec import make_spec
 from dray.train.recorder import Recorder
+from dray.train.watching import Watching
 from remarks import Remarks
 from small_disk import small_disk
 from tiny import tiny_tree
@@ -43,7 +45,8 @@ def make_recorder(storage: Path) -> tuple[Run, Recorder, Listening]:
     run = create_run(storage, "recorded", spec, plan.model_dump(mode="json"))
     run.begin_attempt(2, 0)
     display = Listening()
-    return run, Recorder(run, plan, build_trackers(run, spec), display), display
+    watching = Watching(Gauges(run.name, is_read=False), run, plan.num_steps or 0)
+    return run, Recorder(run, plan, build_trackers(run, spec), display, watching), display
 
 
 def make_records(

@@ -7,15 +7,16 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from dray.errors import PlanError, StoreError
+from dray.errors import PlanError, RunFailed, StoreError, one_line
 from dray.processes.signals import Stopped
 from dray.processes.streams import Results, warn
 from dray.redaction import redact, take_in
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 SUBMITTED = ("prepare", "train", "tune", "ladder", "evaluate", "predict")
 """Commands that a cluster can run for somebody elsewhere."""
+LOOK_SECONDS, SAY_SECONDS, SUPERVISED_SECONDS = 2.0, 60.0, 24 * 3600.0
+"""How often a lost server is looked for, how often that is said, and for how long."""
 UNSAID_LINES = 20
 """Lines of a job that are shown only if it fails."""
 
@@ -35,22 +38,33 @@ def submit_command(arguments: argparse.Namespace) -> int:
     from dray.plan import format_bytes
 
     words, inner = _read_words(arguments)
+    if arguments.supervise and arguments.detach:
+        raise PlanError(
+            "dray submit",
+            "--supervise and --detach exclude each other",
+            "who supervises a job follows it",
+            "leave one of them out",
+        )
     run = _name(inner, words)
     names, num_left_out = _find_names(inner)
     package = make_package(names, arguments.max_package * 1000**2)
     num_left_out += package.num_left_out
     server = JobServer(_address(arguments))
-    job, is_new = server.submit(words, package, run, inner.storage)
-    beside = f"{num_left_out:,} file{'s' * (num_left_out != 1)} beside them left out"
-    left = f", {beside}" if num_left_out else ""
+    submit = partial(server.submit, words, package, run, inner.storage)
+    job, is_new = submit()
+    left = f", {_count(num_left_out, 'file')} beside them left out" if num_left_out else ""
     warn(
-        f"{job.id} submitted with {len(package.files):,} files, "
+        f"{job.id} submitted with {_count(len(package.files), 'file')}, "
         f"{format_bytes(package.num_bytes)}{left}"
         if is_new
         else f"{job.id} is at work on {run} already; it is followed from its beginning",
         prefix="",
     )
-    return _attend(server, job, arguments)
+    return _attend(server, job, arguments, submit)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def stop_command(arguments: argparse.Namespace) -> int:
@@ -276,13 +290,26 @@ class _Enough(Exception):
     """Nothing more is to be heard."""
 
 
-def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
-    """Follow a job to its end, or to what was asked for; the exit code."""
-    listener = _Listener(arguments.out, silent=arguments.wait, leaves=arguments.detach)
-    left = 0
+def _attend(
+    server: JobServer,
+    job: Job,
+    arguments: argparse.Namespace,
+    submit: Callable[[], tuple[Job, bool]],
+) -> int:
+    """Follow a job to its end, or to what was asked for; the exit code. One that is supervised is
+    submitted anew when it is lost."""
+    from dray.jobs import Restarts
+
+    left, restarts = 0, Restarts()
     try:
         with suppress(_Enough):
-            return _end(server.follow(job, listener.hear), listener)
+            while True:
+                listener = _Listener(arguments.out, silent=arguments.wait, leaves=arguments.detach)
+                ended, why = _follow(server, job, listener, supervise=arguments.supervise)
+                if ended is not None and not (why and restarts.lost()):
+                    return _end(ended, listener)
+                warn(f"{job.id} was lost: {why}; it is begun anew", prefix="")
+                job = _begin_anew(server, submit)
     except KeyboardInterrupt as error:
         warn(f"{job.id} goes on without you", prefix="")
         left = 128 + error.number if isinstance(error, Stopped) and error.number != SIGINT else 0
@@ -293,6 +320,40 @@ def _attend(server: JobServer, job: Job, arguments: argparse.Namespace) -> int:
         prefix="",
     )
     return left
+
+
+def _follow(
+    server: JobServer, job: Job, listener: _Listener, *, supervise: bool
+) -> tuple[Job | None, str]:
+    """A job that has ended, if it is known, and by what it was lost, if it was. Raises JobLost
+    where nobody supervises."""
+    from dray.jobs import JobLost, lost_by
+
+    try:
+        ended = server.follow(job, listener.hear)
+    except JobLost as error:
+        if not supervise:
+            raise
+        return None, one_line(error)
+    return ended, lost_by(ended) if supervise else ""
+
+
+def _begin_anew(server: JobServer, submit: Callable[[], tuple[Job, bool]]) -> Job:
+    """The job, submitted once the server is there. Raises RunFailed if it is not for a day."""
+    from dray.plan import format_seconds
+
+    began = told = time.monotonic()
+    while True:
+        if server.answers():
+            with suppress(OSError):  # gone again meanwhile
+                return submit()[0]
+        if time.monotonic() - told > SAY_SECONDS:
+            told = time.monotonic()
+            waited = format_seconds(told - began)
+            warn(f"{server.address} has not answered for {waited}", prefix="")
+        if time.monotonic() - began > SUPERVISED_SECONDS:
+            raise RunFailed(f"{server.address} has not answered for a day")
+        time.sleep(LOOK_SECONDS)
 
 
 def _end(job: Job, listener: _Listener) -> int:
@@ -332,7 +393,13 @@ def _address(arguments: argparse.Namespace) -> str:
     return str(address)
 
 
-OPTIONS = {"address": None, "wait": False, "detach": False, "max_package": 100}
+OPTIONS = {
+    "address": None,
+    "wait": False,
+    "detach": False,
+    "supervise": False,
+    "max_package": 100,
+}
 """What the options of `submit` are where they are not given."""
 
 
@@ -347,6 +414,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--wait", action="store_true", help="say nothing but the result and the end")
     add("--detach", action="store_true", help="come back once the command has begun there")
+    add(
+        "--supervise",
+        action="store_true",
+        help="begin it anew if its driver or the head is lost: it goes on from its checkpoint",
+    )
     add(
         "--max-package",
         type=int,

@@ -7,14 +7,16 @@ a group that the caller of `train` made is used as it is, and left to its maker.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import ray
+from ray.train.v2._internal.callbacks import StateManagerCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -30,6 +32,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from dray.cluster.gauges import has_dashboard
 from dray.cluster.nodes import find_lost_nodes
 from dray.cluster.placement import Placement, Seats, Site
 
@@ -136,6 +139,20 @@ class PlacedTrainController(TrainController):  # type: ignore[misc]
     worker_group_cls = _PlacedGroup
 
 
+class _Shown(StateManagerCallback):  # type: ignore[misc]
+    """The run on the dashboard's Train page: what it is, instead of all that its workers are
+    given."""
+
+    def __init__(self, datasets: Any, settings: Mapping[str, Any]) -> None:
+        super().__init__(datasets)
+        self._settings = dict(settings)
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        shown = copy.copy(train_run_context)
+        object.__setattr__(shown, "train_loop_config", self._settings)  # it is frozen
+        super().after_controller_start(shown)
+
+
 class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Ray Train's trainer for groups in a place of their own. Its controller is told as it starts:
     who ends that ends the run."""
@@ -148,9 +165,10 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         datasets: dict[str, Any],
         started: Callable[[Any], None],
         controller_environment: dict[str, str],
+        shown: Mapping[str, Any],
         **settings: Any,
     ) -> None:
-        self._place = Place(site)
+        self._place, self._shown = Place(site), shown
         self._started, self._controller_environment = started, controller_environment
         # Made anew for each group: Ray pickles them together with the place, which is their own.
         makers = {name: partial(self._place.with_readers, data) for name, data in datasets.items()}
@@ -162,9 +180,9 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         that was killed while its job lives can do neither."""
         callbacks = [self._place, *super()._create_default_callbacks()]
         is_actor = ray.get_runtime_context().worker.mode != ray.SCRIPT_MODE
-        if is_actor and self._place.is_own:
-            return callbacks
-        return [item for item in callbacks if not isinstance(item, PlacementGroupCleanerCallback)]
+        others = () if is_actor and self._place.is_own else (PlacementGroupCleanerCallback,)
+        kept = [item for item in callbacks if not isinstance(item, (StateManagerCallback, *others))]
+        return [*kept, *([_Shown(self.datasets, self._shown)] if has_dashboard() else [])]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -130,6 +130,7 @@ def run_workers(
     gpus_per_worker: float,
     recovery: Any,
     name: str,
+    shown: Mapping[str, Any],
     scratch: str,
     is_local: bool,
     started: Callable[[Any], None],
@@ -139,9 +140,9 @@ def run_workers(
 
     The group starts anew for as long as `recovery`, a callback of Ray Train's controller, does not
     object. `site`: where it may be. `data_config` gets each data set with Ray's options of the
-    tasks that are to read it. `scratch` is a local folder for Ray Train's own notes, which dray
-    does not read. `is_local`: Ray ends with this process. `started` is given the controller, with
-    which the workers end.
+    tasks that are to read it. `shown`: what the dashboard tells of the run. `scratch` is a local
+    folder for Ray Train's own notes, which dray does not read. `is_local`: Ray ends with this
+    process. `started` is given the controller, with which the workers end.
     """
     from ray.exceptions import RayActorError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
@@ -167,6 +168,7 @@ def run_workers(
         work,
         site=site,
         started=started,
+        shown=shown,
         # Nobody takes a laptop's node away; the watcher is one more process.
         controller_environment={_WATCHER: "0"} if is_local and _WATCHER not in os.environ else {},
         train_loop_config=config,

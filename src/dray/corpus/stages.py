@@ -55,7 +55,7 @@ def run_task(job: Preparation, function: Callable[[Preparation, Any], Any], item
     import ray
 
     answer = ray.remote(**job.task_options)(_answer).remote(function, job, 0, item)
-    for _ in _run_tasks(job, _warm_up, [(0, None)]):
+    for _ in _run_tasks(job, "imports", _warm_up, [(0, None)]):
         pass
     return _unwrap(ray.get(answer)[1])
 
@@ -95,6 +95,7 @@ def run_stage(
         for start in range(0, len(missing), TASKS_AT_ONCE)
         for answer in _run_tasks(
             job,
+            stage,
             function,
             [(index, items[index]) for index in missing[start : start + TASKS_AT_ONCE]],
         )
@@ -110,6 +111,7 @@ def run_stage(
 
 def _run_tasks(
     job: Preparation,
+    stage: str,
     function: Callable[[Preparation, Any], dict[str, Any]],
     tasks: Sequence[tuple[int, Any]],
 ) -> Iterator[tuple[int, bytes]]:
@@ -127,6 +129,7 @@ def _run_tasks(
             work, **job.task_options
         )
         dataset.context.enable_progress_bars = False
+        dataset.set_name(f"prepare-{stage}")  # on the dashboard
         for row in dataset.iter_rows():
             yield row["index"], row["answer"]
 

@@ -26,6 +26,8 @@ STOP_SECONDS = 300
 """How long a job that is told to stop may take to save its state before it is killed. Ray's usual
 3 s are too short for any."""
 LOOK_SECONDS = 1.0
+AWAY_SECONDS = 60.0
+"""How long a server that was there may be away, as it is where its head is started again."""
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -33,6 +35,10 @@ _TALKATIVE = (
 )
 """Loggers of what is none of the user's business."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class JobLost(RunFailed):
+    """The server of jobs knows a job no more, or is gone for good: how it ended is not known."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,36 @@ class JobServer:
         jobs = [job for job in self.jobs() if job.run == run]
         return [job for job in jobs if not job.is_over] or jobs[-1:]
 
-    def look(self, name: str) -> Job:
-        """A job as it is now. Raises RunFailed if it is not there any more."""
-        found = _read(self._client.get_job_info(name))
-        if found is None:
-            raise RunFailed(f"the job {name} is not on {self.address} any more")
-        return found
+    def look(self, name: str, patience: float = AWAY_SECONDS) -> Job:
+        """A job as it is now. Raises JobLost if it is not there any more, or if the server has not
+        answered for so many seconds."""
+        import requests
+
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                found = _read(self._client.get_job_info(name))
+                if found is not None:
+                    return found
+                break
+            except (OSError, requests.exceptions.RequestException) as error:
+                if time.monotonic() > deadline:
+                    raise JobLost(
+                        f"{self.address} has not answered for {patience:.0f} s "
+                        f"({one_line(error)[:200]}); whether {name} goes on is not known",
+                        "the same command follows it once the cluster answers again, or begins "
+                        "it anew, and the run goes on from its newest checkpoint",
+                    ) from error
+            except RuntimeError as error:  # what the server says
+                if "does not exist" in str(error) or "status code 404" in str(error):
+                    break
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"{self.address}: {one_line(error)[:300]}") from error
+            time.sleep(LOOK_SECONDS)
+        raise JobLost(
+            f"{self.address} knows the job {name} no more: its head was started anew",
+            "the same command begins it anew, and the run goes on from its newest checkpoint",
+        )
 
     def submit(
         self, words: Sequence[str], package: Package, run: str, storage: str
@@ -158,24 +188,34 @@ class JobServer:
                 raise RunFailed(f"the cluster did not take the job: {one_line(error)}") from error
         return self.look(name), True
 
+    def answers(self) -> bool:
+        """Whether the server is there."""
+        import requests
+
+        try:
+            self._client.get_version()
+        except (OSError, RuntimeError, requests.exceptions.RequestException):
+            return False
+        return True
+
     def _of(self, run: str, storage: str) -> list[Job]:
         return [job for job in self.jobs() if (job.run, job.storage) == (run, storage)]
 
     def follow(self, job: Job, tell: Callable[[str], object]) -> Job:
-        """Tell what a job writes, line by line, from its beginning to its end."""
+        """Tell what a job writes, line by line, from its beginning to its end. A connection that
+        breaks is made anew. Raises JobLost."""
+        import aiohttp
 
-        async def tail() -> None:
-            rest = ""
-            chunks: AsyncIterator[str] = self._client.tail_job_logs(job.id)
-            async for chunk in chunks:
-                *lines, rest = (rest + chunk).split("\n")
-                for line in lines:
-                    tell(line)
-            if rest:
-                tell(rest)
-
-        asyncio.run(tail())
-        return self.wait(job)
+        told = 0
+        while True:
+            lines = _Lines(told, tell)
+            try:
+                asyncio.run(lines.take(self._client.tail_job_logs(job.id)))
+                return self.wait(job)
+            except (RuntimeError, OSError, aiohttp.ClientError):
+                self.look(job.id)
+                told = max(told, lines.number)
+                time.sleep(LOOK_SECONDS)
 
     def wait(self, job: Job) -> Job:
         """The job once it has ended."""
@@ -187,6 +227,29 @@ class JobServer:
         """Have a job save its state and end; it is killed after STOP_SECONDS."""
         self._client.stop_job(job.id)
         return self.wait(job)
+
+
+class _Lines:
+    """Tells the lines of a log but for the first ones, which have been told before."""
+
+    def __init__(self, told: int, tell: Callable[[str], object]) -> None:
+        self._told, self._tell = told, tell
+        self.number = 0
+
+    async def take(self, chunks: AsyncIterator[str]) -> None:
+        rest = ""
+        async for chunk in chunks:
+            *lines, rest = (rest + chunk).split("\n")
+            for line in lines:
+                self._hear(line)
+        if rest:
+            self._hear(rest)
+
+    def _hear(self, line: str) -> None:
+        self.number += 1
+        if self.number > self._told:
+            self._told = self.number
+            self._tell(line)
 
 
 def _still_at_work(jobs: Sequence[Job], words: Sequence[str]) -> Job | None:

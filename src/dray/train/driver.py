@@ -45,6 +45,7 @@ from dray.train.caller import Caller, Observer, Stop
 from dray.train.launching import LocalLauncher, RayLauncher
 from dray.train.recorder import Recorder
 from dray.train.start import look, open_run
+from dray.train.watching import Watching
 
 LAST_WORD_SECONDS = 10.0
 """How long a storage is waited for by each of the last words on a run that has failed."""
@@ -189,9 +190,10 @@ def _drive(
     )
     status, reason = "failed", ""
     trackers = Trackers(run, {})
+    watching = Watching(launcher.gauges(run.name), run, num_steps)
     try:
         trackers = build_trackers(run, spec)
-        recorder = Recorder(run, plan, trackers, display)
+        recorder = Recorder(run, plan, trackers, display, watching)
         run.set_status("running", driver=driver)
         run.update(compressors=job.manifest.validation_compressors)
         with held(None if done else job.weights), display.steps(num_steps, done), heart:
@@ -209,6 +211,7 @@ def _drive(
         # Each is done whatever becomes of the others, from the last one to the first.
         with ExitStack() as words:
             words.callback(trackers.finish, status)
+            words.callback(watching.end)
             words.enter_context(_last_words(status))
             words.callback(run.release, driver)
             words.enter_context(_last_words(status))

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from dray.cluster.gauges import Gauges, build_gauges
 from dray.cluster.nodes import head_is_gone
 from dray.cluster.placement import WAITING_SECONDS, Placement, Seats, Site, remove_groups
 from dray.cluster.workers import WarmNodes, run_workers
@@ -18,10 +19,12 @@ from dray.doctor.hangs import find_hang
 from dray.errors import RunFailed, caught
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import Job
+from dray.redaction import redact_fields
 from dray.runs import Run
+from dray.runs.layout import parse_trial_name
 from dray.runs.records import Report
 from dray.spec import Resources
-from dray.storage.filesystem import is_local
+from dray.storage.filesystem import is_local, shown
 from dray.train.caller import Caller
 from dray.train.mailbox import Beats
 from dray.train.recorder import DRAIN_SECONDS, OBJECT_DRAIN_SECONDS, Recorder
@@ -48,6 +51,9 @@ class LocalLauncher:
     One run at a time: torch's random numbers, threads and process groups are the process' own, so a
     second thread waits.
     """
+
+    def gauges(self, run_name: str) -> Gauges:
+        return Gauges(run_name, is_read=False)
 
     def run(self, job: Job, recorder: Recorder, caller: Caller) -> None:
         with _alone:
@@ -150,6 +156,12 @@ class RayLauncher:
             self._thread.join(END_SECONDS)
         if self._site.placement is None:
             remove_groups(self._site.name)
+
+    def gauges(self, run_name: str) -> Gauges:
+        """Of the run; not of a trial, which its sweep counts: each would leave its series
+        behind."""
+        is_trial = parse_trial_name(run_name) is not None
+        return Gauges(run_name, is_read=False) if is_trial else build_gauges(run_name)
 
     def run(self, job: Job, recorder: Recorder, caller: Caller) -> None:
         import ray
@@ -268,6 +280,7 @@ class RayLauncher:
                     gpus_per_worker=resources.gpus_per_worker,
                     recovery=build_recovery(job, self._mailbox, site),
                     name=job.run_name.replace("/", "-"),
+                    shown=_describe(job),
                     scratch=scratch,
                     is_local=self._is_local,
                     started=self._keep_controller,
@@ -284,6 +297,16 @@ class RayLauncher:
 
     def _keep_controller(self, controller: Any) -> None:
         self._controller = controller
+
+
+def _describe(job: Job) -> dict[str, Any]:
+    """What the dashboard's Train page tells of a run."""
+    return {
+        "run": job.run_name,
+        "storage": shown(job.storage),
+        "steps": job.plan.num_steps,
+        "spec": redact_fields(job.spec.model_dump(mode="json")),
+    }
 
 
 def _make_site(

@@ -18,6 +18,7 @@ from dray.runs.records import Ended, Event, Report, StepReport, ValidationReport
 from dray.show.progress import Display
 from dray.storage.retrying import OUTAGE_SECONDS
 from dray.train.caller import Wish
+from dray.train.watching import Watching
 
 DRAIN_SECONDS, OBJECT_DRAIN_SECONDS = 0.25, 1.0
 """How often the ranks' records are taken and stored: object stores rewrite an object, and GCS takes
@@ -34,8 +35,11 @@ class Recorder:
     while training goes on.
     """
 
-    def __init__(self, run: Run, plan: Plan, trackers: Trackers, display: Display) -> None:
+    def __init__(
+        self, run: Run, plan: Plan, trackers: Trackers, display: Display, watching: Watching
+    ) -> None:
         self._run, self._plan, self._trackers, self._display = run, plan, trackers, display
+        self._watching = watching
         self._open: dict[tuple[int, int], list[StepReport]] = defaultdict(list)
         self.ended: str | None = None
         self.wish: Wish | None = None
@@ -89,6 +93,7 @@ class Recorder:
             for report in reports:
                 self._take(report)
             self._store()
+            self._watching.look()
 
     def _take(self, report: Report) -> None:
         match report:
@@ -99,14 +104,17 @@ class Recorder:
                     del self._open[report.attempt, report.step]
                     self._rows.append(make_metrics_row(ranks, self._plan))
                     self._show_step(self._rows[-1])
+                    self._watching.step(ranks, self._rows[-1])
             case ValidationReport():
                 self._rows.append(report.to_row())
                 self._show_validation(report)
+                self._watching.validation(report.values)
             case Ended():
                 self.ended = report.how
             case Event():
                 self._events.append(report)
                 self._tell(report)
+                self._watching.event(report)
 
     def take_stored(self) -> list[dict[str, Any]]:
         """The metrics rows that have been stored since the last call."""
