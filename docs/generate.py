@@ -1,5 +1,5 @@
-"""Writes the reference pages from the program itself: docs/spec.md, docs/spec.schema.json and
-docs/cli.md.
+"""Writes the reference pages from the program itself: docs/spec.md, docs/spec.schema.json,
+docs/cli.md and docs/gauges.md.
 
 `python docs/generate.py` writes them; `--check` exits with 1 and names the pages that have drifted.
 """
@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dray.cli import build_parser
+from dray.cluster.gauges import GAUGES, PREFIX
 from dray.spec import Optimizer, Spec, default_task, find_task, task_names
 
 HERE = Path(__file__).parent
@@ -144,7 +145,21 @@ def schema_page() -> str:
     return json.dumps(Spec.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-PAGES = {"spec.md": spec_page, "spec.schema.json": schema_page, "cli.md": cli_page}
+def gauges_page() -> str:
+    """docs/gauges.md."""
+    lines = ["# Gauges\n", NOTE, "As Prometheus has them, each with the label `run`.\n"]
+    lines += ["| gauge | further label | |", "|---|---|---|"]
+    for name, (label, says) in GAUGES.items():
+        lines.append(f"| `ray_{PREFIX}{name}` | {f'`{label}`' if label else ''} | {says} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "spec.md": spec_page,
+    "spec.schema.json": schema_page,
+    "cli.md": cli_page,
+    "gauges.md": gauges_page,
+}
 
 
 def main() -> int:

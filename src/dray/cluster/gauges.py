@@ -7,8 +7,8 @@ agents.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -46,27 +46,42 @@ GAUGES: Mapping[str, tuple[str, str]] = {
 }
 """Gauge → the label that it has beside `run`, and what it says."""
 PREFIX = "dray_"
+KEEP_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
 class Gauges:
-    """The gauges of one run or sweep, in a process that is connected to its cluster."""
+    """The gauges of one run or sweep, in a process that is connected to its cluster. `is_read`:
+    whether anybody collects them; otherwise nothing is kept."""
 
-    run: str
-    is_read: bool
-    """Whether anybody collects them; otherwise nothing is kept."""
+    def __init__(self, run: str, *, is_read: bool) -> None:
+        self.run, self.is_read = run, is_read
+        self._values: dict[tuple[str, str], float] = {}
+        self._kept_at = time.monotonic()
 
     def set(self, name: str, value: float | None, label: str = "") -> None:
         """Give a gauge a value; none leaves the one before."""
-        if not self.is_read or value is None:
+        if self.is_read and value is not None:
+            self._values[name, label] = float(value)
+            self._say(name, label)
+
+    def keep(self) -> None:
+        """Have all values stay, which is to be called often: Ray forgets what was not said again
+        within two of its reports, 20 s. So what a driver that hangs has said goes, too."""
+        if time.monotonic() - self._kept_at < KEEP_SECONDS:
             return
+        self._kept_at = time.monotonic()
+        for name, label in list(self._values):  # others set meanwhile
+            self._say(name, label)
+
+    def _say(self, name: str, label: str) -> None:
         key = GAUGES[name][0]
-        _gauge(name).set(float(value), tags={"run": self.run, **({key: label} if key else {})})
+        tags = {"run": self.run, **({key: label} if key else {})}
+        _gauge(name).set(self._values[name, label], tags=tags)
 
 
 def build_gauges(run: str) -> Gauges:
     """The gauges of a run or sweep, read if the connected cluster has a dashboard."""
-    return Gauges(run, has_dashboard())
+    return Gauges(run, is_read=has_dashboard())
 
 
 def has_dashboard() -> bool:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from dray.cluster.connection import connect
+from dray.cluster.gauges import build_gauges
 from dray.cluster.placement import Mending, Placement, reserved
 from dray.corpus.prepare import Corpus, prepare
 from dray.errors import (
@@ -53,7 +54,7 @@ from dray.sweep.room import (
     pack,
 )
 from dray.sweep.space import Space, check_space
-from dray.sweep.study import Scale, Study
+from dray.sweep.study import STATUSES, Scale, Study
 from dray.sweep.summary import make_best_spec, summarize_study, summarize_trial, with_law
 from dray.sweep.trial import Cadence, make_trial_spec, run_trial
 
@@ -233,6 +234,7 @@ class _Work:
         """What ended a seat."""
         self._preparing = threading.Lock()
         self._hours = 0.0
+        self._gauges = build_gauges(sweep.name)
         for _, event in sweep.events():
             self.study.apply(event)
         self.study.interrupt()
@@ -252,6 +254,8 @@ class _Work:
         parent.start(self._setting.space.model_dump(mode="json", exclude_defaults=True))
         begun = time.monotonic()
         sweep.update(status="running", reason="")
+        self._gauges.set("running", 1)
+        self._watch()
         status, reason = "failed", "its driver ended"
         try:
             with heart, display.trials(self._summary), stops(noted=True) as signals:
@@ -261,6 +265,7 @@ class _Work:
             hours = self._hours + (time.monotonic() - begun) / 3600
             sweep.update(status=status, reason=reason, hours=hours)
             parent.finish(self._ending(status))
+            self._gauges.set("running", 0)
             sweep.release(driver)
         if error := heart.replaced or self._broken:
             raise error
@@ -297,6 +302,7 @@ class _Work:
             elif limit is not None and hours >= limit:
                 self._stop(f"its {limit:g} hours are over")
             self._display.look()
+            self._gauges.keep()
 
     def _stop(self, reason: str) -> None:
         with self._changed:
@@ -468,6 +474,21 @@ class _Work:
         """Keep an event, and then go by it."""
         self._setting.sweep.log(event)
         self.study.apply(event)
+        self._gauges.set("progress_timestamp_seconds", time.time())
+        if not isinstance(event, Reported):
+            self._watch()
+
+    def _watch(self) -> None:
+        """Set the gauges of what trials begin and end with."""
+        if not self._gauges.is_read:
+            return
+        numbers = dict.fromkeys(STATUSES, 0)
+        for trial in self.study.trials.values():
+            numbers[trial.status] += 1
+        for status, number in numbers.items():
+            self._gauges.set("sweep_trials", number, status)
+        if (best := self.study.best()) is not None:
+            self._gauges.set("sweep_best", best.value, self._metric)
 
     def _judged(self, number: int) -> str:
         """How a trial ends that the sweep itself has stop; empty: it has not."""

@@ -30,6 +30,7 @@ from dray.sweep.search import Known, draw
 from dray.sweep.space import Space, Value, settle
 
 RUNNING, WAITING = "running", "waiting"
+STATUSES = (RUNNING, WAITING, COMPLETED, PRUNED, DIVERGED, FAILED, STOPPED)
 """A trial that has no end yet: at work, or to be taken up again."""
 HOPELESS = frozenset({Cause.CONFIGURATION, Cause.DATA, Cause.NUMERICS, Cause.SPIKE})
 """Causes that come back whoever tries again."""

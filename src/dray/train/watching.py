@@ -80,7 +80,8 @@ class Watching:
                 self._gauges.set("loss_is_finite", 0)
 
     def look(self) -> None:
-        """Tell of what changes by itself, every few seconds."""
+        """Tell of what changes by itself, every few seconds; to be called often."""
+        self._gauges.keep()
         now = time.monotonic()
         if not self._gauges.is_read or now - self._looked_at < LOOK_SECONDS:
             return
