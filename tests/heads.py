@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from dray.cluster.nodes import answers
 from ports import free_ports
@@ -20,48 +20,78 @@ from ports import free_ports
 BIN = Path(sys.executable).parent
 
 
-@dataclass(frozen=True)
 class Head:
-    address: str
-    """Of the cluster."""
-    jobs: str
-    """Of its server of jobs."""
-    token: Path
+    """A head with a token and a server of jobs, in a folder of its own."""
+
+    def __init__(self, folder: Path, num_cpus: int, environment: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._process: psutil.Popen | None = None
+        gcs, jobs, agent = self._ports = free_ports(3)
+        self.address = f"127.0.0.1:{gcs}"
+        """Of the cluster."""
+        self.jobs = f"http://127.0.0.1:{jobs}"
+        """Of its server of jobs."""
+        self.token = folder / "token"
+        self.token.touch(0o600)
+        self.token.write_text(secrets.token_hex(32))
+        self._environment = {
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "RAY_worker_niceness": "0",
+            **environment,
+        }
+        self._words = [
+            *(str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}"),
+            *(f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"),
+            *("--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}", "--disable-usage-stats"),
+            f"--temp-dir={folder}/r",
+        ]
+
+    @property
+    def process(self) -> psutil.Popen:
+        assert self._process is not None, "it was started"
+        return self._process
+
+    def start(self, seconds: float = 120) -> None:
+        """Start it, or start it again at the same address, and wait until it answers."""
+        out = self._folder / "out"
+        with out.open("wb") as stream:
+            self._process = psutil.Popen(
+                self._words, stdout=stream, stderr=stream, env=self._environment
+            )
+        deadline = time.monotonic() + seconds
+        while not all(answers("127.0.0.1", port) for port in self._ports):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the head did not start: {out.read_text()}")
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """End all of its processes at once, as when its machine loses its power."""
+        everything = [self.process, *self.process.children(recursive=True)]
+        for process in everything:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        if self._process is None:
+            return
+        self.process.terminate()
+        with suppress(psutil.TimeoutExpired):
+            self.process.wait(30)
+        self.kill()
 
 
 @contextmanager
-def started_head(*, num_cpus: int = 4, seconds: float = 120) -> Iterator[Head]:
+def started_head(*, num_cpus: int = 4, **environment: str) -> Iterator[Head]:
     """A head for the time of the block; it ends with all of its processes."""
-    gcs, jobs, agent = free_ports(3)
     folder = Path(tempfile.mkdtemp(prefix="dh"))  # short: sockets lie below it
-    token = folder / "token"
-    token.touch(0o600)
-    token.write_text(secrets.token_hex(32))
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_worker_niceness": "0",
-    }
-    words = [
-        *(str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}"),
-        *(f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"),
-        *("--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}", "--disable-usage-stats"),
-        f"--temp-dir={folder}/r",
-    ]
-    with (folder / "out").open("wb") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, env=environment)
+    head = Head(folder, num_cpus, environment)
     try:
-        deadline = time.monotonic() + seconds
-        while not all(answers("127.0.0.1", port) for port in (gcs, jobs, agent)):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the head did not start: {(folder / 'out').read_text()}")
-            time.sleep(0.2)
-        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{jobs}", token)
+        head.start()
+        yield head
     finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        process.kill()
+        head.end()
         shutil.rmtree(folder, ignore_errors=True)

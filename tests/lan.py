@@ -1,7 +1,7 @@
 """Machines on this one: network namespaces with addresses of their own on one switch.
 
-They share this machine's disk, but for folders that are hidden from a machine. As root, with
-Debian's iproute2.
+Each has a folder for Ray that no other one sees. They share the rest of this machine's disk, but
+for what is hidden from one of them. As root, with Debian's iproute2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,9 @@ def why_none() -> str:
     """Why there can be no such machines here; empty: there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [tool for tool in ("ip", "tc", "unshare", "mount") if shutil.which(tool) is None]
+    missing = [
+        tool for tool in ("ip", "tc", "unshare", "nsenter", "mount") if shutil.which(tool) is None
+    ]
     if missing:
         return f"{', '.join(missing)} not installed (Debian's iproute2)"
     made = subprocess.run(["ip", "netns", "add", "draytry"], capture_output=True, check=False)
@@ -56,15 +58,19 @@ class Machine:
     address: str
     folder: Path
     environment: dict[str, str]
-    hidden: Sequence[Path] = ()
-    """Folders of which this machine has an empty one of its own."""
+    keeper: psutil.Popen
+    """Keeps its namespaces."""
     processes: list[psutil.Popen] = field(default_factory=list)
 
     def words(self, *words: str) -> list[str]:
-        hiding = "".join(f"mount -t tmpfs none {path} && " for path in self.hidden)
-        shell = ["unshare", "--mount", "sh", "-c", f'{hiding}exec "$@"', "sh"]
-        inner = [*shell, *words] if self.hidden else words
-        return ["ip", "netns", "exec", self.name, *inner]
+        return ["nsenter", "--target", str(self.keeper.pid), "--mount", "--net", *words]
+
+    def hide(self, path: Path) -> None:
+        """Let it see an empty folder in the place of this one."""
+        subprocess.run(self.words("mount", "-t", "tmpfs", "none", str(path)), check=True)
+
+    def unhide(self, path: Path) -> None:
+        subprocess.run(self.words("umount", "--lazy", str(path)), check=True)
 
     def start(self, *words: str, log: str, **environment: str) -> psutil.Popen:
         with (self.folder / f"{self.name}-{log}").open("ab") as out:
@@ -104,7 +110,7 @@ class Machine:
         return self.start(
             *(str(BIN / "ray"), "start", "--block", *role, "--node-ip-address", self.address),
             *("--num-cpus", f"{num_cpus:g}", "--disable-usage-stats"),
-            *(() if head else ("--temp-dir", f"{self.folder}/{self.name}")),
+            *(() if head else ("--temp-dir", f"{self.folder}/r")),
             log="ray",
             **environment,
         )
@@ -133,13 +139,35 @@ class Machine:
     def heal(self) -> None:
         ip(*self._port, "up")
 
-    def slow(self, *netem: str) -> None:
-        """Delay, narrow or spoil its link, in tc's words; none: as it was."""
-        verb = ["replace"] if netem else ["del"]
-        rule = ["netem", *netem] if netem else []
-        subprocess.run(
-            ["tc", "-n", self.name, "qdisc", *verb, "dev", "e0", "root", *rule], check=True
-        )
+    def slow(self, rate: str) -> None:
+        """Narrow its link to such a rate, in tc's words, where what waits is late by as much as
+        200 ms; none: as it was. (netem, which also delays and loses, is not in every kernel.)"""
+        rule = ["replace", "dev", "e0", "root", "tbf", "rate", rate, "burst", "32kb"]
+        end = ["del", "dev", "e0", "root"]
+        words = [*rule, "latency", "200ms"] if rate else end
+        subprocess.run(["tc", "-n", self.name, "qdisc", *words], check=True)
+
+
+@contextmanager
+def _machine(
+    name: str, address: str, folder: Path, environment: dict[str, str]
+) -> Iterator[Machine]:
+    ip("netns", "add", name)
+    words = ["ip", "netns", "exec", name, "unshare", "--mount", "sleep", "infinity"]
+    keeper = psutil.Popen(words)
+    machine = Machine(name, address, folder, environment, keeper)
+    try:
+        deadline = time.monotonic() + 10
+        while keeper.name() != "sleep":
+            assert time.monotonic() < deadline, "no namespace"
+            time.sleep(0.02)
+        machine.hide(folder / "r")
+        yield machine
+    finally:
+        machine.kill()
+        keeper.kill()
+        keeper.wait()
+        ip("netns", "del", name)
 
 
 @dataclass(frozen=True)
@@ -171,11 +199,13 @@ def lan(count: int, network: int = 83) -> Iterator[Lan]:
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
     prefix = f"dr{network}"
-    switch = Machine(f"{prefix}x", f"10.{network}.0.254", folder, _environment(token))
+    (folder / "r").mkdir()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        ip("netns", "add", switch.name)
-        stack.callback(ip, "netns", "del", switch.name)
+        environment = _environment(token)
+        switch = stack.enter_context(
+            _machine(f"{prefix}x", f"10.{network}.0.254", folder, environment)
+        )
         ip("-n", switch.name, "link", "add", "br0", "type", "bridge")
         ip("-n", switch.name, "addr", "add", f"{switch.address}/24", "dev", "br0")
         for device in ("br0", "lo"):
@@ -183,12 +213,10 @@ def lan(count: int, network: int = 83) -> Iterator[Lan]:
         machines = []
         for number in range(count):
             letter = chr(ord("a") + number)
-            machine = Machine(
-                f"{prefix}{letter}", f"10.{network}.0.{number + 1}", folder, _environment(token)
+            address = f"10.{network}.0.{number + 1}"
+            machine = stack.enter_context(
+                _machine(f"{prefix}{letter}", address, folder, environment)
             )
-            ip("netns", "add", machine.name)
-            stack.callback(ip, "netns", "del", machine.name)
-            stack.callback(machine.kill)
             cable = ["type", "veth", "peer", "name", f"p{letter}", "netns", switch.name]
             ip("-n", machine.name, "link", "add", "e0", *cable)
             ip("-n", switch.name, "link", "set", f"p{letter}", "master", "br0", "up")
@@ -196,7 +224,6 @@ def lan(count: int, network: int = 83) -> Iterator[Lan]:
             for device in ("e0", "lo"):
                 ip("-n", machine.name, "link", "set", device, "up")
             machines.append(machine)
-        stack.callback(switch.kill)
         switch.start(
             *(sys.executable, "-m", "moto.server", "-H", switch.address, "-p", str(S3_PORT)),
             log="s3",

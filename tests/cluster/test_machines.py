@@ -15,7 +15,9 @@ import psutil
 import pytest
 import yaml
 
+import metadata
 from lan import GCS_PORT, Lan, Machine, lan, needs_lan, wait_for_nodes
+from ports import free_ports
 from tiny import tiny_tree
 
 pytestmark = [pytest.mark.slow, needs_lan]
@@ -38,6 +40,7 @@ def site() -> Iterator[Lan]:
     with lan(4) as found:
         head, *workers, _ = found.machines
         head.start_ray(num_cpus=1)
+        wait_for_nodes(head, 1)
         for worker in workers:
             worker.start_ray(head.address)
         wait_for_nodes(head, 3)
@@ -93,11 +96,11 @@ def test_two_machines_come_to_the_weights_of_one(site: Lan, spec: str, alone: di
 
 def test_over_a_slow_link_they_do_too(site: Lan, spec: str, alone: dict[str, Any]):
     slow = site.machines[1]
-    slow.slow("delay", "15ms", "3ms", "rate", "40mbit")
+    slow.slow("10mbit")
     try:
         ended(begin(site, spec, "slow"), site, "slow")
     finally:
-        slow.slow()
+        slow.slow("")
     assert weights(site.machines[0], site, "slow") == alone
 
 
@@ -141,7 +144,7 @@ def test_a_storage_that_one_machine_does_not_see_is_refused(site: Lan, spec: str
     blind.kill()
     hidden = tmp_path / "here"
     hidden.mkdir()
-    blind.hidden = [hidden]
+    blind.hide(hidden)
     try:
         blind.start_ray(head.address)
         wait_for_nodes(head, 3)
@@ -162,6 +165,64 @@ def test_a_storage_that_one_machine_does_not_see_is_refused(site: Lan, spec: str
         assert blind.address in done.stderr
     finally:
         blind.kill()
-        blind.hidden = []
+        blind.unhide(hidden)
         blind.start_ray(head.address)
         wait_for_nodes(head, 3)
+
+
+def test_a_notice_of_the_cloud_has_the_run_save_and_go_on_elsewhere(
+    site: Lan, spec: str, alone: dict[str, Any], tmp_path: Path
+):
+    """By the metadata server of a spot instance, on the loopback of the machine that is to go."""
+    head, going, _, spare = site.machines
+    going.kill()
+    notice, (port,) = tmp_path / "notice", free_ports(1)
+    server = Path(metadata.__file__)
+    going.start(sys.executable, str(server), "aws", str(port), str(notice), log="metadata")
+    going.start_ray(
+        head.address,
+        AWS_EC2_METADATA_SERVICE_ENDPOINT=f"http://127.0.0.1:{port}",
+        AWS_EC2_METADATA_DISABLED="false",
+    )
+    wait_for_nodes(head, 3)
+    process = begin(site, spec, "spot")
+    at_step(site, "spot", 12, lambda: notice.write_text("120"))
+    spare.start_ray(head.address)
+    ended(process, site, "spot")
+    check_noticed(site, "spot", alone)
+    going.kill()
+    going.start_ray(head.address)
+    spare.kill()
+    wait_for_nodes(head, 3)
+
+
+def test_a_node_that_leaves_has_the_run_save_and_go_on_elsewhere(
+    site: Lan, spec: str, alone: dict[str, Any]
+):
+    """As before a pod of Kubernetes ends."""
+    head, going, _, spare = site.machines
+    process = begin(site, spec, "left")
+
+    def leave() -> None:
+        spare.start_ray(head.address)
+        wait_for_nodes(head, 4)
+        begun = time.monotonic()
+        done = going.dray("leave", "--seconds", "60")
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - begun < 50, "it did not notice that the rank had gone"
+        going.kill()
+
+    at_step(site, "left", 12, leave)
+    ended(process, site, "left")
+    check_noticed(site, "left", alone)
+
+
+def check_noticed(site: Lan, run: str, alone: dict[str, Any]) -> None:
+    head = site.machines[0]
+    assert weights(head, site, run) == alone
+    found = shown(head, site, run)["attempts"]
+    assert [(item["status"], item.get("reason", "")) for item in found] == [
+        ("failed", "preemption"),
+        ("completed", ""),
+    ]
+    assert found[1]["start_step"] == found[0]["end_step"], "a step was done again"

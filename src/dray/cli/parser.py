@@ -25,7 +25,14 @@ from dray.cli.looking import (
     show_command,
     verify_command,
 )
-from dray.cli.submitting import OPTIONS, add_options, arrive_command, stop_command, submit_command
+from dray.cli.submitting import (
+    OPTIONS,
+    add_options,
+    arrive_command,
+    leave_command,
+    stop_command,
+    submit_command,
+)
 from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
 from dray.errors import SpecError, StoreError, UserError
 from dray.processes.streams import Results, warn
@@ -210,6 +217,17 @@ def _add_jobs(commands: Any) -> None:
     arrive.set_defaults(command=arrive_command, parse=parse)
     arrive.add_argument("versions")
     arrive.add_argument("words", nargs=argparse.REMAINDER)
+    leave = _add(
+        commands, "leave", leave_command, "this node goes: its runs save, and go on elsewhere"
+    )
+    leave.add_argument("--address", metavar="HOST:PORT", help="of the cluster (default: its own)")
+    leave.add_argument(
+        "--seconds",
+        type=float,
+        default=25.0,
+        metavar="S",
+        help="until it goes (default: 25; Kubernetes gives a pod 30)",
+    )
     stop = _add(commands, "stop", stop_command, "end a submitted run, its state saved")
     stop.add_argument("run", metavar="RUN", help="name of the run or sweep")
     stop.add_argument(

@@ -90,6 +90,18 @@ def stop_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def leave_command(arguments: argparse.Namespace) -> int:
+    """The node that this runs on is to be taken away."""
+    from dray.cluster.local_ray import authenticated
+    from dray.cluster.notices import find_address, leave
+
+    address = find_address(arguments.address)
+    with authenticated(address):
+        if refused := leave(address, arguments.seconds):
+            raise RunFailed(f"the cluster does not let this node go: {refused}")
+    return 0
+
+
 def arrive_command(arguments: argparse.Namespace) -> int:
     """How a submitted command begins on the cluster: the versions of both sides are compared before
     anything else."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dray.cluster.nodes import can_hold, head_is_gone
+from dray.cluster.notices import pass_on
 from dray.cluster.placement import GROW_SECONDS, Site, worker_bundle
 from dray.errors import RunFailed
 from dray.processes import forkserver
@@ -60,9 +62,9 @@ def environment_of_ranks(gpus_per_worker: float) -> dict[str, str]:
 
 class WarmNodes:
     """Fork servers on the nodes that can hold a rank, so that one that comes to a node need not
-    wait for imports.
+    wait for imports; and somebody there who hears that the node is to be taken away.
 
-    A server stays for as long as it has a child: one on each node does nothing else.
+    A server stays for as long as it has a child: the keeper of its node.
     """
 
     def __init__(self, cpus_per_worker: float, gpus_per_worker: float) -> None:
@@ -89,23 +91,25 @@ class WarmNodes:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        if not self.environment or time.monotonic() - self._looked_at < WARM_SECONDS:
+        if time.monotonic() - self._looked_at < WARM_SECONDS:
             return
         self._looked_at = time.monotonic()
         if head_is_gone():  # to ask it blocks for a minute, and then Ray ends the process
             return
 
         class Keeper:
-            pass
+            def __init__(self, gcs_address: str, node_id: str) -> None:
+                threading.Thread(target=pass_on, args=(gcs_address, node_id), daemon=True).start()
 
         for node in ray.nodes():
             node_id, holds = node["NodeID"], can_hold(node["Resources"], self._cpus, self._gpus)
             if node["Alive"] and holds and node_id not in self._keepers:
                 there = NodeAffinitySchedulingStrategy(node_id, soft=False)
                 actor = ray.remote(
-                    num_cpus=0, scheduling_strategy=there, runtime_env=self.environment
+                    num_cpus=0, scheduling_strategy=there, runtime_env=self.environment or None
                 )(Keeper)
-                self._keepers[node_id] = actor.remote()
+                gcs_address = ray.get_runtime_context().gcs_address
+                self._keepers[node_id] = actor.remote(gcs_address, node_id)
 
 
 def max_wait_seconds(*, grows: bool = False) -> float:
