@@ -7,8 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,41 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def growing() -> Iterator[str]:
-    """The address of a head with one CPU, whose autoscaler may add two nodes of two."""
+@dataclass(frozen=True)
+class Growing:
+    """A head whose autoscaler may add two nodes of two CPUs."""
+
+    address: str
+    process: psutil.Popen
+
+    def nodes(self) -> list[psutil.Process]:
+        """The nodes that were added, by their raylets, which no other process of the head has among
+        its children."""
+        monitor = next(
+            one for one in self.process.children(recursive=True) if "monitor.py" in _line(one)
+        )
+        return [one for one in monitor.children(recursive=True) if "/raylet" in _line(one)[:300]]
+
+
+def _line(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def end(process: psutil.Process) -> None:
+    for one in [*process.children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+@contextmanager
+def growing_head(*, num_cpus: int = 1, idle_minutes: float = 1.0) -> Iterator[Growing]:
     with tempfile.TemporaryDirectory(prefix="grow", dir="/tmp") as folder:
         config, (port, *others) = Path(folder, "config.yaml"), free_ports(4)
         provider = {**CONFIG["provider"], "gcs_address": f"127.0.0.1:{port}"}
-        config.write_text(yaml.safe_dump({**CONFIG, "provider": provider}))
+        changes = {"provider": provider, "idle_timeout_minutes": idle_minutes}
+        config.write_text(yaml.safe_dump({**CONFIG, **changes}))
         options = {
             "port": port,
             "dashboard-port": others[0],
@@ -70,7 +99,7 @@ def growing() -> Iterator[str]:
             "ray-client-server-port": others[2],
             "temp-dir": f"{folder}/r",
             "autoscaling-config": config,
-            "num-cpus": 1,
+            "num-cpus": num_cpus,
             "node-ip-address": "127.0.0.1",
             "include-dashboard": "false",
         }
@@ -94,12 +123,24 @@ def growing() -> Iterator[str]:
                 assert process.poll() is None, "the head has ended"
                 assert time.monotonic() < deadline, "no autoscaler"
                 time.sleep(0.5)
-            yield address
+            yield Growing(address, process)
         finally:
-            for one in [*process.children(recursive=True), process]:
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
+            end(process)
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def growing() -> Iterator[str]:
+    """The address of one with one CPU."""
+    with growing_head() as head:
+        yield head.address
+
+
+@pytest.fixture
+def from_none() -> Iterator[Growing]:
+    """One whose head holds no rank, as a cloud's; nodes that do nothing go after six seconds."""
+    with growing_head(num_cpus=0, idle_minutes=0.1) as head:
+        yield head
 
 
 def test_the_shape_counts_what_may_still_be_added(growing: str):
@@ -147,3 +188,92 @@ def test_a_run_makes_its_cluster_grow(growing: str, tiny_corpus: Path, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     assert Run.open(storage, "tiny").attempts()[0].num_ranks == 2
+
+
+def until(look: Callable[[], object], what: str, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def begin(head: Growing, corpus: Path, folder: Path, **sections: Any) -> psutil.Popen:
+    spec = folder / "spec.yaml"
+    spec.write_text(yaml.safe_dump(tiny_tree(corpus, **sections)))
+    words = ["train", str(spec), "--storage", str(folder / "runs"), "--address", head.address]
+    with (folder / "log").open("wb") as log:
+        return psutil.Popen(
+            [sys.executable, "-m", "dray.cli", *words],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        )
+
+
+@pytest.mark.slow
+def test_an_elastic_run_has_its_cluster_grow_and_go(
+    from_none: Growing, tiny_corpus: Path, tmp_path: Path
+):
+    """From no node that could hold a rank to two and back, with one of them reclaimed on the way:
+    what the run has read is proven by its ledger. Two to three minutes."""
+    process = begin(
+        from_none,
+        tiny_corpus,
+        tmp_path,
+        resources={"workers": [1, 2], "cpus_per_worker": 1.5},
+        duration={"steps": 1200},
+        checkpoint={"every_steps": 50},
+        batch={"global_rows": 16, "micro_rows": 1},
+    )
+    storage = str(tmp_path / "runs")
+
+    def sizes() -> list[int]:
+        run = Run.find(storage, "tiny")
+        rows = [row["num_ranks"] for row in run.metrics()] if run else []
+        return [size for index, size in enumerate(rows) if index == 0 or rows[index - 1] != size]
+
+    said = tmp_path / "log"
+    until(lambda: sizes()[-1:] == [2] or process.poll() is not None, "two ranks")
+    assert process.poll() is None, said.read_text()
+    assert len(from_none.nodes()) == 2
+    end(from_none.nodes()[0])  # reclaimed, without a notice
+    until(lambda: sizes()[-1:] == [1] or process.poll() is not None, "one rank is left")
+    until(lambda: len(from_none.nodes()) == 2, "another node in its place")
+    until(lambda: sizes()[-1:] == [2] or process.poll() is not None, "two ranks again")
+    assert process.wait(400) == 0, said.read_text()
+    found = sizes()
+    assert found[-3:] == [2, 1, 2], found
+    run = Run.open(storage, "tiny")
+    assert run.metrics()[-1]["step"] == 1200
+    done = subprocess.run(
+        [sys.executable, "-m", "dray.cli", "verify", "tiny", "--ledger", "--storage", storage],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    until(lambda: not from_none.nodes(), "the nodes that do nothing are given back", 90)
+
+
+@pytest.mark.slow
+def test_nodes_that_never_come_end_the_run_in_the_time_that_was_given(
+    from_none: Growing, tiny_corpus: Path, tmp_path: Path
+):
+    """Each node that is added goes at once, as where a cloud has no capacity."""
+    begun = time.monotonic()
+    process = begin(
+        from_none,
+        tiny_corpus,
+        tmp_path,
+        resources={"workers": 2, "cpus_per_worker": 1.5, "wait_minutes": 0.75},
+    )
+    while process.poll() is None:
+        for node in from_none.nodes():
+            end(node)
+        assert time.monotonic() - begun < 240, "it waits for ever"
+        time.sleep(0.2)
+    said = (tmp_path / "log").read_text()
+    assert process.returncode == 3, said
+    assert "no group of 2 workers could start for" in said
+    assert "the cluster has no room for it" in said
+    assert Run.open(str(tmp_path / "runs"), "tiny").status == "failed"

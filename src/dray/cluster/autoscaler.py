@@ -7,6 +7,7 @@ Kubernetes the limits are the operator's) a cluster is what is there.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ import yaml
 HEAD_RESOURCE = "node:__internal_head__"
 ANSWER_SECONDS = 30.0
 """How long the head may take to say what its autoscaler may do."""
+_SAID = b"__autoscaling_status"
 _GROUP_LABEL = "ray.io/node-group"
 _DEFAULT_MOST = 2
 """Nodes beside the head where the file does not say how many, as Ray's autoscaler has it."""
@@ -151,3 +153,22 @@ def make_limits(config: Mapping[str, Any]) -> Limits:
         if name != head
     ]
     return Limits(tuple(types), most)
+
+
+def autoscaler_says() -> str:
+    """What the cluster's autoscaler has last said of nodes that are to come and of those that
+    failed, to end a sentence with; empty: there is none, or it has nothing to say."""
+    kv = import_module("ray.experimental.internal_kv")
+    with suppress(Exception):  # another version of Ray may say it otherwise: it is a remark
+        told = json.loads(kv._internal_kv_get(_SAID) or b"{}")
+        report = told.get("autoscaler_report") or {}
+        coming = Counter(report.get("pending_launches") or {})
+        coming.update(kind for _, kind, _ in report.get("pending_nodes") or ())
+        failed = Counter(kind for _, kind in report.get("failed_nodes") or ())
+        parts = [
+            f"{number} of {kind} {what}"
+            for counts, what in ((coming, "on their way"), (failed, "failed"))
+            for kind, number in sorted(counts.items())
+        ]
+        return f"; its autoscaler: {', '.join(parts)}" if parts else ""
+    return ""

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dray.cluster.autoscaler import autoscaler_says
 from dray.cluster.nodes import (
     count_in,
     has_room,
@@ -32,7 +33,7 @@ MEND_SECONDS, MEND_LOOK_SECONDS = 20.0, 5.0
 """How long Ray may take to put what a group lost with a node elsewhere, and how often that is
 looked at."""
 GROW_SECONDS = 1800.0
-"""How long an autoscaler may take to add the nodes that a run needs."""
+"""How long an autoscaler may take to add the nodes of a group, if nothing else is said."""
 
 _REMOVED, _BROKEN = "REMOVED", "RESCHEDULING"
 """States of a placement group in Ray's words."""
@@ -45,6 +46,8 @@ class Placement:
 
     group: Any
     """A `ray.util.placement_group.PlacementGroup`, ready or not."""
+    grow_seconds: float = GROW_SECONDS
+    """How long nodes that could hold it are waited for."""
 
     @property
     def bundles(self) -> tuple[Mapping[str, float], ...]:
@@ -85,8 +88,8 @@ class Placement:
         stop: Callable[[], str] = lambda: "",
     ) -> None:
         """Wait until the group is there; `say` gets a line once that takes long. Raises PlanError
-        if it has been taken away, or no nodes could hold it for GROW_SECONDS, and StoppedWaiting if
-        `stop` gives a reason why nobody wants it any more."""
+        if it has been taken away, or no nodes could hold it for `grow_seconds`, and StoppedWaiting
+        if `stop` gives a reason why nobody wants it any more."""
         told, begun = False, time.monotonic()
         roomy = begun
         while self.is_removed() or not self.group.wait(READY_SECONDS):
@@ -104,11 +107,11 @@ class Placement:
             # Of a broken group the rest may lie where the lost part would fit.
             is_roomy = has_room(live_resources(), self.bundles) and state != _BROKEN
             roomy = now if is_roomy else roomy
-            if now - roomy > GROW_SECONDS:
+            if now - roomy > self.grow_seconds:
                 raise PlanError(
                     "placement",
                     f"no nodes could hold its bundles {format_bundles(self.bundles)}",
-                    f"they were waited for for {GROW_SECONDS:.0f} s",
+                    f"they were waited for for {self.grow_seconds:.0f} s{autoscaler_says()}",
                     "make the group of make_bundles(spec.resources)",
                 )
             if not told and now - begun > WAITING_SECONDS:
@@ -214,7 +217,7 @@ def reserved(resources: Resources) -> Iterator[Placement]:
 
     group = placement_group(make_bundles(resources), strategy="PACK")
     try:
-        yield Placement(group)
+        yield Placement(group, resources.wait_minutes * 60)
     finally:
         remove_placement_group(group)
 

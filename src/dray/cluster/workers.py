@@ -12,7 +12,7 @@ from typing import Any
 
 from dray.cluster.nodes import can_hold, head_is_gone
 from dray.cluster.notices import pass_on
-from dray.cluster.placement import GROW_SECONDS, Site, worker_bundle
+from dray.cluster.placement import Site, worker_bundle
 from dray.errors import RunFailed
 from dray.processes import forkserver
 from dray.processes.heap import HEAP_ENVIRONMENT
@@ -112,14 +112,14 @@ class WarmNodes:
                 self._keepers[node_id] = actor.remote(gcs_address, node_id)
 
 
-def max_wait_seconds(*, grows: bool = False) -> float:
+def max_wait_seconds(grow_seconds: float = 0.0) -> float:
     """How long a run waits for a worker group that cannot start, e.g. for a node that went away,
-    before it fails; `grows`: nodes are to be added for it."""
+    before it fails; where nodes are to be added for it, so long at least."""
     from ray.train.v2._internal import constants
 
     seconds = os.environ.get(constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR)
     usual = MAX_GROUP_STARTS * float(seconds or constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
-    return max(usual, GROW_SECONDS) if grows else usual
+    return max(usual, grow_seconds)
 
 
 def run_workers(

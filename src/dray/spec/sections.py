@@ -452,6 +452,8 @@ class Resources(Section):
     use."""
     reader_cpus: Annotated[Float, Field(gt=0)] = 1
     """CPUs left to Ray Data for reading; without any, workers would wait for rows for ever."""
+    wait_minutes: Annotated[Float, Field(gt=0, le=10_000)] = 30
+    """How long an autoscaler may take to add the nodes that the run needs, before it ends."""
     max_failures: Annotated[Int, Field(ge=0)] = 3
     """Restarts of the worker group after a failure before the run is given up."""
 

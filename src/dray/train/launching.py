@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from dray.cluster.autoscaler import autoscaler_says
 from dray.cluster.gauges import Gauges, build_gauges
 from dray.cluster.nodes import head_is_gone
 from dray.cluster.placement import WAITING_SECONDS, Placement, Seats, Site, remove_groups
@@ -256,7 +257,7 @@ class RayLauncher:
         return (
             "no worker has said anything yet: they are starting, or wait for room in the cluster, "
             f"where {resources.min_workers} workers × {cpus:g} CPUs{also} are taken together or "
-            "not at all"
+            f"not at all{autoscaler_says()}"
         )
 
     def _start_workers(self, job: Job, failure: list[BaseException]) -> threading.Thread:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dray.cluster.autoscaler import autoscaler_says
 from dray.cluster.nodes import find_lost_nodes, has_room, live_resources, may_grow
 from dray.cluster.placement import Site, make_least_bundles
 from dray.cluster.workers import max_wait_seconds
@@ -100,10 +101,10 @@ def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
                 self._grows = site.placement is not None or may_grow(
                     resources.cpus_per_worker, resources.gpus_per_worker
                 )
-            if waited > max_wait_seconds(grows=self._grows):
+            if waited > max_wait_seconds(self._grows * job.spec.resources.wait_minutes * 60):
                 raise RunFailed(
                     f"no group of {job.spec.resources.min_workers} workers could start for "
-                    f"{waited:.0f} s: the cluster has no room for it"
+                    f"{waited:.0f} s: the cluster has no room for it{autoscaler_says()}"
                 )
 
     return Recovery()
