@@ -271,6 +271,8 @@ class _Listener:
     error, or are kept for the case that the job fails."""
 
     out: Results
+    show: Callable[[str], object]
+    """Where its words go."""
     silent: bool
     """What the command says is kept, too, and not only what Ray says before it begins."""
     leaves: bool
@@ -295,7 +297,7 @@ class _Listener:
         elif self.silent or not self.arrived:
             self.unsaid.append(line)
         else:
-            print(line, file=sys.stderr, flush=True)
+            self.show(line)
 
 
 class _Enough(Exception):
@@ -311,17 +313,21 @@ def _attend(
     """Follow a job to its end, or to what was asked for; the exit code. One that is supervised is
     submitted anew when it is lost."""
     from dray.jobs import Restarts
+    from dray.show.progress import Display
 
-    left, restarts = 0, Restarts()
+    left, restarts, ended = 0, Restarts(), None
     try:
-        with suppress(_Enough):
-            while True:
-                listener = _Listener(arguments.out, silent=arguments.wait, leaves=arguments.detach)
+        with suppress(_Enough), Display().relaying() as show:
+            while ended is None:
+                listener = _Listener(
+                    arguments.out, show, silent=arguments.wait, leaves=arguments.detach
+                )
                 ended, why = _follow(server, job, listener, supervise=arguments.supervise)
-                if ended is not None and not (why and restarts.lost()):
-                    return _end(ended, listener)
-                warn(f"{job.id} was lost: {why}; it is begun anew", prefix="")
-                job = _begin_anew(server, submit)
+                if ended is None or (why and restarts.lost()):
+                    show(f"{job.id} was lost: {why}; it is begun anew")
+                    job, ended = _begin_anew(server, submit, show), None
+        if ended is not None:
+            return _end(ended, listener)
     except KeyboardInterrupt as error:
         warn(f"{job.id} goes on without you", prefix="")
         left = 128 + error.number if isinstance(error, Stopped) and error.number != SIGINT else 0
@@ -350,7 +356,9 @@ def _follow(
     return ended, lost_by(ended) if supervise else ""
 
 
-def _begin_anew(server: JobServer, submit: Callable[[], tuple[Job, bool]]) -> Job:
+def _begin_anew(
+    server: JobServer, submit: Callable[[], tuple[Job, bool]], show: Callable[[str], object]
+) -> Job:
     """The job, submitted once the server is there. Raises RunFailed if it is not for a day."""
     from dray.plan import format_seconds
 
@@ -362,7 +370,7 @@ def _begin_anew(server: JobServer, submit: Callable[[], tuple[Job, bool]]) -> Jo
         if time.monotonic() - told > SAY_SECONDS:
             told = time.monotonic()
             waited = format_seconds(told - began)
-            warn(f"{server.address} has not answered for {waited}", prefix="")
+            show(f"{server.address} has not answered for {waited}")
         if time.monotonic() - began > SUPERVISED_SECONDS:
             raise RunFailed(f"{server.address} has not answered for a day")
         time.sleep(LOOK_SECONDS)

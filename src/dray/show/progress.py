@@ -5,11 +5,12 @@ Everything goes to stderr; stdout belongs to results. Nothing here decides anyth
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO, cast
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from dray.processes.streams import Forgiving
 from dray.redaction import redact
 
 LOG_EVERY_SECONDS = 5.0
+_LOGGED_STEP = re.compile(r"step (?P<step>\d+)/(?P<num_steps>\d+)  loss ")
 _live_line = threading.Lock()
 """A terminal has one live line: of several runs at once in a process the others are logged."""
 
@@ -74,6 +76,27 @@ class Display:
     def validation(self, step: int, values: Mapping[str, float | None]) -> None:
         """Show the metrics of one validation."""
         self.say(f"step {step}  validation  {format_values(values)}")
+
+    @contextmanager
+    def relaying(self) -> Iterator[Callable[[str], None]]:
+        """Shows lines that a Display elsewhere has logged as that would show them here: steps move
+        a live line on a terminal."""
+        with ExitStack() as stack:
+
+            def show(line: str) -> None:
+                found = _LOGGED_STEP.match(line)
+                if found is None or not self._console.is_terminal:
+                    self.say(line)
+                    return
+                step, num_steps = int(found["step"]), int(found["num_steps"])
+                if self._live is None:
+                    stack.enter_context(self.steps(num_steps, step))
+                if self._live is None or self._bar is None:  # another one is shown already
+                    self.say(line)
+                    return
+                self._live.update(self._bar, total=num_steps, completed=step, description=line)
+
+            yield show
 
     def say(self, text: str) -> None:
         """Show one remark on a line of its own."""
