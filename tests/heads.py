@@ -69,10 +69,10 @@ class Head:
 
     def kill(self) -> None:
         """End all of its processes at once, as when its machine loses its power."""
-        everything = [self.process, *self.process.children(recursive=True)]
-        for process in everything:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        with suppress(psutil.NoSuchProcess):
+            for process in [self.process, *self.process.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
     def end(self) -> None:
@@ -85,9 +85,11 @@ class Head:
 
 
 @contextmanager
-def started_head(*, num_cpus: int = 4, **environment: str) -> Iterator[Head]:
-    """A head for the time of the block; it ends with all of its processes."""
-    folder = Path(tempfile.mkdtemp(prefix="dh"))  # short: sockets lie below it
+def started_head(
+    *, num_cpus: int = 4, disk: Path | None = None, **environment: str
+) -> Iterator[Head]:
+    """A head for the time of the block, its files on a disk; it ends with all of its processes."""
+    folder = Path(tempfile.mkdtemp(prefix="dh", dir=disk))  # short: sockets lie below it
     head = Head(folder, num_cpus, environment)
     try:
         head.start()

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import yaml
 
 from heads import Head, started_head
 from ports import free_ports
+from small_disk import small_disk
 from tiny import tiny_tree
 
 
@@ -200,3 +203,21 @@ def test_who_may_not_or_cannot_is_told_so(home: Path, head: Head, tmp_path: Path
             done = dray(home, token, *words, "--address", address)
             assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
             assert said in done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_head_is_told(home: Path):
+    """The agent that starts jobs ends first, and soon the head with it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="df", dir="/tmp") as place,
+        small_disk(Path(place, "d"), 60) as disk,
+        started_head(disk=disk) as head,
+    ):
+        with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(2**16))
+        words = ["submit", "train", "spec.yaml", "--storage", str(home.parent / "runs")]
+        done = dray(home, head.token, *words, "--address", head.jobs)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "disk is full" in line

@@ -394,6 +394,13 @@ def _end(job: Job, listener: _Listener) -> int:
             "the head and each node that works have it",
             "pip install 'dray[cluster]' there, or use an image that has it",
         )
+    if "No space left on device" in job.message and not listener.arrived:
+        raise PlanError(
+            "--address",
+            "the disk of the cluster's head is full",
+            "a job's files and logs lie in Ray's folder there (--temp-dir, /tmp/ray)",
+            "make room there",
+        )
     if code := exit_code(job):
         for line in listener.unsaid:
             print(line, file=sys.stderr)

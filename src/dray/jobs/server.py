@@ -100,7 +100,8 @@ class JobServer:
                 "--address",
                 f"no server of jobs answers at {self.address}",
                 "it is the address of the dashboard, http://HEAD:8265 if nothing else was said",
-                "ray start --head there, or open the port by `ssh -L 8265:localhost:8265 HEAD`",
+                "ray start --head there (a head ends where its disk is full), or open the port by "
+                "`ssh -L 8265:localhost:8265 HEAD`",
             ) from error
         there, here = client._server_ray_version, versions_here()["ray"]
         if there != here:
@@ -185,6 +186,14 @@ class JobServer:
             except (RuntimeError, ValueError, OSError) as error:
                 if at_work := _still_at_work(self._of(run, storage), words):
                     return at_work, False
+                if "No available agent" in str(error):
+                    raise PlanError(
+                        "--address",
+                        f"the agent on the head of {self.address} that starts jobs is gone",
+                        "it ends where its log finds no room: the head's disk is full, or its port "
+                        "is another Ray's",
+                        "make room there, and start the head again",
+                    ) from error
                 raise RunFailed(f"the cluster did not take the job: {one_line(error)}") from error
         return self.look(name), True
 
