@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults slurm soak bench models docs clean
+.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench models docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -37,9 +37,9 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n 2
 
-# What takes long and rarely breaks, the faults aside.
+# What takes long and rarely breaks, the faults and clusters aside.
 slow: setup-dev
-	$(BIN)/python -m pytest -m slow --ignore tests/faults
+	$(BIN)/python -m pytest -m slow --ignore tests/faults --ignore tests/cluster
 
 # Every fault of docs/reliability.md; `make test` has the quick ones.
 faults: setup-dev
@@ -50,6 +50,11 @@ check: setup-dev
 	$(BIN)/ruff format --check --quiet src tests bench docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contracts
+
+# Clusters that grow, machines of their own (network namespaces, as root), heads that die, a real Prometheus (Debian's
+# prometheus and prometheus-alertmanager) and Redis (redis-server). A quarter of an hour alone on two cores.
+cluster: setup-dev
+	$(BIN)/python -m pytest tests/cluster tests/security -m slow --deselect tests/cluster/test_slurm.py
 
 # cluster/slurm.sh on a real Slurm of this machine: as root, with Debian's slurmctld, slurmd and munge. Three minutes.
 slurm: setup-dev

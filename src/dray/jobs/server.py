@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -168,6 +169,8 @@ class JobServer:
         name = f"dray-{run.replace('/', '-')}-{place}-{number}"
         begin = ["python", "-m", "dray.cli", "arrive", json.dumps(versions_here()), "--", *words]
         command = f"cd {shlex.quote(str(package.here))} && exec {shlex.join(begin)}"
+        # What goes there was chosen by then: Ray would drop folders called venv without a word.
+        os.environ["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] = ""
         with staged(package) as folder:
             try:
                 self._client.submit_job(
