@@ -20,11 +20,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pyarrow import fs as pafs
 
-from dray.cluster.nodes import require_connected
+from dray.cluster.nodes import find_nodes_without, require_connected
 from dray.cluster.placement import Placement
 from dray.corpus.account import describe
 from dray.corpus.checking import (
@@ -366,6 +367,7 @@ def prepare(
     if found:
         return found
     require_connected("prepare")
+    _check_seen(inputs, placement)
     filesystem, root = open_filesystem(place)
     require_writable(filesystem, root, place)
     made = [
@@ -380,6 +382,37 @@ def prepare(
         for folder in made:  # for nothing, if it is still empty
             with suppress(OSError):
                 os.rmdir(folder)
+
+
+def _check_seen(inputs: _Inputs, placement: Placement | None) -> None:
+    """Raise CorpusError if a node that may read sees other files on its disks than this process
+    does. Of each folder the first and the last file are looked for."""
+    folders: dict[str, list[tuple[str, int]]] = {}
+    here = {
+        place: is_local(open_filesystem(place)[0])
+        for place in {file.place for group in inputs.files for file in group}
+    }
+    for file in (file for group in inputs.files for file in group if here[file.place]):
+        folders.setdefault(os.path.dirname(file.path), []).append((file.path, file.num_bytes))
+    wanted = [file for found in folders.values() for file in {found[0], found[-1]}]
+    if not wanted:
+        return
+    among = None if placement is None else placement.node_ids()
+    if blind := find_nodes_without(partial(_sees, wanted), 1.0, 0.0, among):
+        raise CorpusError(
+            wanted[0][0],
+            f"is not there, or another file, on {', '.join(blind)}",
+            "the raw files are read by every node that has a free CPU",
+            "name a shared file system or a bucket, or put a copy in the same place there",
+        )
+
+
+def _sees(files: Sequence[tuple[str, int]]) -> bool:
+    """Whether the node that this runs on has these files, by their paths and bytes."""
+    try:
+        return all(os.path.getsize(path) == num_bytes for path, num_bytes in files)
+    except OSError:
+        return False
 
 
 def _prepare(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Corpus:
