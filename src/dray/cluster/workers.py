@@ -112,14 +112,13 @@ class WarmNodes:
                 self._keepers[node_id] = actor.remote(gcs_address, node_id)
 
 
-def max_wait_seconds(grow_seconds: float = 0.0) -> float:
+def max_wait_seconds() -> float:
     """How long a run waits for a worker group that cannot start, e.g. for a node that went away,
-    before it fails; where nodes are to be added for it, so long at least."""
+    before it fails; where nodes are to be added for it, the spec says that."""
     from ray.train.v2._internal import constants
 
     seconds = os.environ.get(constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR)
-    usual = MAX_GROUP_STARTS * float(seconds or constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
-    return max(usual, grow_seconds)
+    return MAX_GROUP_STARTS * float(seconds or constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
 
 
 def run_workers(

@@ -85,25 +85,24 @@ def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
         def _bound_wait(self) -> None:
             """End a run that has waited too long for a group that the cluster could not hold if it
             were empty: Ray itself would wait for ever. The end of other runs is waited for."""
+            resources = job.spec.resources
             if site.placement is not None and site.placement.is_removed():
                 raise RunFailed(f"the placement group of {job.run_name} was taken away")
             if self._down_since is None or (
-                site.placement is None
-                and has_room(live_resources(), make_least_bundles(job.spec.resources))
+                site.placement is None and has_room(live_resources(), make_least_bundles(resources))
             ):
                 self._down_since = time.monotonic()
-            waited = time.monotonic() - self._down_since
-            if waited <= max_wait_seconds():
+            waited, growing = time.monotonic() - self._down_since, 60 * resources.wait_minutes
+            if waited <= min(max_wait_seconds(), growing):
                 self._grows = None
                 return
             if self._grows is None:  # asked once: the autoscaler's file is read on the head
-                resources = job.spec.resources
                 self._grows = site.placement is not None or may_grow(
                     resources.cpus_per_worker, resources.gpus_per_worker
                 )
-            if waited > max_wait_seconds(self._grows * job.spec.resources.wait_minutes * 60):
+            if waited > (growing if self._grows else max_wait_seconds()):
                 raise RunFailed(
-                    f"no group of {job.spec.resources.min_workers} workers could start for "
+                    f"no group of {resources.min_workers} workers could start for "
                     f"{waited:.0f} s: the cluster has no room for it{autoscaler_says()}"
                 )
 
