@@ -80,6 +80,7 @@ class Machine:
                 stderr=out,
                 env={**self.environment, **environment},
                 start_new_session=True,
+                cwd=self.folder,
             )
         self.processes.append(process)
         return process
