@@ -77,7 +77,8 @@ class Place(WorkerGroupCallback):  # type: ignore[misc]
         """A data set, and Ray's options of the tasks that read it beside the present group."""
         site, seats = self._site, self._seats
         if not site.reader_cpus or seats is None:
-            return dataset, {"num_cpus": 0.0}
+            # Tasks that ask for no CPU are counted by nobody else.
+            return dataset, {"num_cpus": 0.0, "concurrency": site.readers_at_once}
         return dataset, {
             "num_cpus": site.reader_cpus / max(site.readers_at_once, math.ceil(site.reader_cpus)),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(

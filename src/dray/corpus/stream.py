@@ -273,13 +273,15 @@ def _take(table: pa.Table, indices: Ints) -> pa.Table:
     return pa.table(columns)
 
 
-def build_dataset(stream: RowStream, num_cpus: float = 1.0, **options: Any) -> Any:
+def build_dataset(
+    stream: RowStream, num_cpus: float = 1.0, concurrency: int | None = None, **options: Any
+) -> Any:
     """The stream as a Ray Dataset of one block a load and rank, in the order of consumption.
 
     Each execution gives the next window of the stream; `streaming_split` executes a dataset anew
     whenever all ranks begin an iteration, so `iterate_windows` asks for one window after the other.
     `num_cpus`: logical CPUs of one read task; as many run at once as there are left over where the
-    `options`, Ray's, say that they may be.
+    `options`, Ray's, say that they may be, but no more than `concurrency`.
     """
     import ray.data
 
@@ -287,6 +289,7 @@ def build_dataset(stream: RowStream, num_cpus: float = 1.0, **options: Any) -> A
         build_datasource(stream),
         override_num_blocks=1,
         num_cpus=num_cpus,
+        concurrency=concurrency,
         ray_remote_args=options or None,
     )
     dataset.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
