@@ -14,6 +14,14 @@ from dray.plan.hardware import (
     match_accelerator,
     parse_shape,
 )
+from dray.plan.intervals import (
+    FIRST_SECONDS,
+    FailureRate,
+    SaveInterval,
+    choose_interval,
+    daly_interval,
+    expected_goodput,
+)
 from dray.plan.laws import LAWFUL, Law, describe_law, with_numbers
 from dray.plan.machine import (
     Card,
@@ -37,6 +45,7 @@ from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
 __all__ = [
     "ACCELERATORS",
+    "FIRST_SECONDS",
     "LAWFUL",
     "Accelerator",
     "BatchPlan",
@@ -44,14 +53,19 @@ __all__ = [
     "Card",
     "Counted",
     "Dimensions",
+    "FailureRate",
     "Law",
     "MemoryPlan",
     "ParameterCount",
     "Plan",
     "Precision",
+    "SaveInterval",
     "Shape",
+    "choose_interval",
     "count_parameters",
+    "daly_interval",
     "describe_law",
+    "expected_goodput",
     "find_cards",
     "format_bytes",
     "format_plan",

@@ -160,4 +160,21 @@ def _time(plan: Plan) -> list[str]:
         _row("peak of a rank", peak, plan.precision),
         _row("a step", step, source),
         _row("estimate", time, rate),
+        *_saves(plan),
+    ]
+
+
+def _saves(plan: Plan) -> list[str]:
+    """What `checkpoint: auto` would begin with."""
+    found = plan.save_interval
+    if found is None:
+        return []
+    failures = f"a failure every {format_seconds(found.failure_seconds)} by a published rate"
+    return [
+        _row(
+            "saves, if auto",
+            format_seconds(found.seconds),
+            f"a save holds up {found.held_seconds:.2g} s, {failures}; "
+            f"{found.goodput:.2%} of the time counts",
+        )
     ]
