@@ -20,6 +20,7 @@ from typing import Any
 
 from dray.cluster.connection import connect
 from dray.cluster.placement import Mending, Placement, reserved
+from dray.cluster.survey import survey_cluster
 from dray.corpus.prepare import Corpus, prepare
 from dray.errors import (
     Cause,
@@ -30,7 +31,7 @@ from dray.errors import (
     caught,
     one_line,
 )
-from dray.plan import Law, Plan, num_steps_of, with_numbers
+from dray.plan import Law, Plan, make_demands, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import make_corpus_plan
 from dray.redaction import take_in_all
@@ -39,6 +40,7 @@ from dray.runs.trackers import Ending, MlflowParent
 from dray.show.sweeps import SweepDisplay
 from dray.spec import Resources, Spec, make_spec
 from dray.storage.filesystem import shown
+from dray.sweep.bill import make_bill
 from dray.sweep.events import FAILED, STOPPED, Begun, Ended, Reported
 from dray.sweep.policies import make_policy
 from dray.sweep.record import Sweep
@@ -121,6 +123,11 @@ def tune(
         if connection.local and (fits := count_in_memory(plan)) < seats:
             display.say(f"memory has room for {fits} trials at once, CPUs for {seats}")
             seats = fits
+        for line in make_bill(space, plan, make_demands(spec, plan)).describe():
+            display.say(line)
+        if not connection.local:
+            for line in survey_cluster(resources).remarks():
+                display.say(line)
         law = _keep_law(sweep, spec, plan)
         if law is not None:
             tree, space = with_law(tree, space, law)
