@@ -17,7 +17,10 @@ class Bill(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_trials: int | None
-    """None: no limit says how many."""
+    """None: other limits than their number end it."""
+    hours: float | None
+    """Of the clock, after which it ends whatever was tried; how much that is depends on how many
+    trials run at once. None: no such limit."""
     limit: str
     """Which limit of the budget ends it, if it is not the number of trials."""
     trial_seconds: float | None
@@ -35,8 +38,6 @@ class Bill(BaseModel):
 
     def describe(self) -> list[str]:
         """Lines for a person."""
-        if self.num_trials is None and self.most_seconds is None:
-            return ["no limit of its budget ends it: space.budget.trials=16, or hours, or money"]
         trials = "trials" if self.num_trials is None else f"{self.num_trials} trials"
         lines = [f"{trials} of up to {_time(self.trial_seconds)} each{self._because()}"]
         if self.most_seconds is not None and self.most_worker_hours is not None:
@@ -49,6 +50,8 @@ class Bill(BaseModel):
             most = format_money(self.most_money, self.currency)
             least = f"{format_money(self.least_money)} to " if self._may_stop else ""
             lines.append(f"{least}{most} in all")
+        if self.hours is not None:
+            lines.append(f"it ends after {self.hours:g} hours of the clock")
         if self.checkpoints_bytes is not None:
             lines.append(f"{format_bytes(self.checkpoints_bytes)} of checkpoints at most")
         return lines
@@ -80,6 +83,7 @@ def make_bill(space: Space, plan: Plan, demands: Demands, cost: Cost | None = No
     count = space.num_trials
     return Bill(
         num_trials=count,
+        hours=space.budget.hours,
         limit=limit,
         trial_seconds=seconds,
         least_seconds=least,
