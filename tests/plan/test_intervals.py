@@ -75,9 +75,22 @@ def test_the_published_rate_and_what_a_run_has_seen() -> None:
     assert pytest.approx(50_677, abs=1) == PRIOR_RANK_HOURS
     # 16,384 GPUs for 54 days: 419 failures, once in three hours.
     assert FailureRate().mean_seconds(16_384) / HOUR == pytest.approx(54 * 24 / 419)
-    assert FailureRate(0, PRIOR_RANK_HOURS).hours == 2 * PRIOR_RANK_HOURS
-    seen = FailureRate(failures=999, rank_hours=1e6)  # once in 1,000 hours: the prior is forgotten
-    assert seen.hours == pytest.approx(1050, rel=0.01)
+    assert FailureRate().hours == pytest.approx(PRIOR_RANK_HOURS, rel=1e-6)
+    seen = FailureRate(failures=1000, rank_hours=1e6)
+    assert seen.hours == pytest.approx(1000, rel=0.01)  # the prior is forgotten
+    quiet = [FailureRate(0, hours).hours / PRIOR_RANK_HOURS for hours in (0.0, 1e4, 1e5, 1e6)]
+    assert quiet == sorted(quiet)
+    assert quiet[2] == pytest.approx(10.8, abs=0.2)
+
+
+def test_machines_that_are_lent_are_found_out_within_some_failures() -> None:
+    """Eight of them, gone every two hours without a word: a hundred times as often as a prior of
+    50,677 hours would have it after a day."""
+    found = [FailureRate(n, 16.0 * n).mean_seconds(8) / HOUR for n in (1, 3, 12)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == pytest.approx(70, abs=1)
+    assert found[1] < 6
+    assert found[2] == pytest.approx(2, rel=0.25)
 
 
 def test_intervals_stay_within_their_limits() -> None:

@@ -17,6 +17,12 @@ PRIOR_RANK_HOURS = 54 * 24 * 16_384 / 419
 arXiv:2407.21783, section 3.3.4), once in 50,677 GPU hours. Nothing of the kind is published for
 ranks on CPUs or on machines that are lent until somebody pays more: for them it is assumed, and
 their own failures correct it."""
+PRIOR_SIGMA = math.log(10)
+"""How far a run's rate may lie from that, as the standard deviation of its logarithm: a factor of
+ten. Machines that are lent fail a thousand times as often; a gamma prior, of whatever weight, would
+take as many of the run's failures as hours of the published rate to be talked out of that."""
+_STEP, _BELOW, _ABOVE = 0.02, 700, 1100
+"""Of the grid over the rate's logarithm on which that is integrated."""
 LEAST_SECONDS, MOST_SECONDS = 60.0, 3600.0
 """No interval is shorter or longer. Beyond an hour less than a thousandth is gained where a save
 holds training up for three seconds, and a rate that was assumed too low would cost hours."""
@@ -38,9 +44,21 @@ class FailureRate:
 
     @property
     def hours(self) -> float:
-        """Hours of a rank between two failures: the mean of a gamma distribution whose prior
-        weighs as much as one failure, after a Poisson process has been seen."""
-        return (PRIOR_RANK_HOURS + self.rank_hours) / (1 + self.failures)
+        """Hours of a rank between two failures: one over the mean of the rate, by a log-normal
+        prior whose mean is the published rate and by the Poisson process that was seen. The mean,
+        since what failures cost grows in proportion to their rate."""
+        middle = -math.log(PRIOR_RANK_HOURS) - PRIOR_SIGMA**2 / 2
+        logs = [middle + _STEP * place for place in range(-_BELOW, _ABOVE + 1)]
+        likely = [
+            self.failures * log
+            - self.rank_hours * math.exp(log)
+            - ((log - middle) / PRIOR_SIGMA) ** 2 / 2
+            for log in logs
+        ]
+        most = max(likely)
+        weights = [math.exp(value - most) for value in likely]
+        rates = [weight * math.exp(log) for weight, log in zip(weights, logs, strict=True)]
+        return sum(weights) / sum(rates)
 
     def mean_seconds(self, num_ranks: int) -> float:
         """Mean time between failures of a group, which ends with any of its ranks."""
