@@ -85,4 +85,4 @@ def test_a_grid_says_how_many_there_are_and_nothing_else_does() -> None:
     assert bill.num_trials == 6
     timed = make_bill(space({"hours": 2}), plan, demands)
     assert (timed.num_trials, timed.most_seconds, timed.checkpoints_bytes) == (None, None, None)
-    assert timed.describe()[1:] == ["it ends after 2 hours of the clock"]
+    assert timed.describe()[1:] == ["no more than 2 hours of the clock"]

@@ -51,7 +51,7 @@ class Bill(BaseModel):
             least = f"{format_money(self.least_money)} to " if self._may_stop else ""
             lines.append(f"{least}{most} in all")
         if self.hours is not None:
-            lines.append(f"it ends after {self.hours:g} hours of the clock")
+            lines.append(f"no more than {self.hours:g} hours of the clock")
         if self.checkpoints_bytes is not None:
             lines.append(f"{format_bytes(self.checkpoints_bytes)} of checkpoints at most")
         return lines

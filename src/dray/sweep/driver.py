@@ -107,6 +107,8 @@ def tune(
     ) as connection:
         count = count_here if connection.local else count_in_cluster
         count(resources)  # a trial that can never start is refused before anything is written
+        for line in [] if connection.local else survey_cluster(resources).remarks():
+            display.say(line)
         sweep = Sweep.begin(storage, name, tree, space, ladder)
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
@@ -123,11 +125,8 @@ def tune(
         if connection.local and (fits := count_in_memory(plan)) < seats:
             display.say(f"memory has room for {fits} trials at once, CPUs for {seats}")
             seats = fits
-        for line in make_bill(space, plan, make_demands(spec, plan)).describe():
-            display.say(line)
-        if not connection.local:
-            for line in survey_cluster(resources).remarks():
-                display.say(line)
+        bill = make_bill(space, plan, make_demands(spec, plan))
+        display.say(f"the sweep takes {'; '.join(bill.describe())}")
         law = _keep_law(sweep, spec, plan)
         if law is not None:
             tree, space = with_law(tree, space, law)
