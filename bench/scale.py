@@ -2,7 +2,7 @@
 minutes on two cores.
 
     python -m bench.scale [--sizes 20,200]
-        [--only tasks,stream,opens,preparing,metrics,manifest,driver,attempts]
+        [--only tasks,stream,trillions,opens,preparing,metrics,manifest,driver,attempts,failures]
 
 Each section gives checks: what was looked at, what is wanted, what was found. The command fails if
 one does not hold. `--sizes 20,200,2000` prepares 2 GB as well; text is made as in bench.corpus.
@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import scale_records
+from bench import scale_failures, scale_records
 from bench.corpus import CORPUS, run_arm, train_tokenizer, write_corpus
 from bench.report import Check, write_section
 
@@ -184,6 +185,46 @@ def measure_stream(_: argparse.Namespace) -> Iterator[Check]:
     )
 
 
+def measure_trillions(_: argparse.Namespace) -> Iterator[Check]:
+    """What each process must know of a corpus of 10^13 tokens: 20 TB of rows in 74,506 shards."""
+    import numpy as np
+
+    from dray.corpus.manifest import load_manifest
+    from dray.corpus.stream import make_order
+    from dray.storage.filesystem import open_filesystem
+
+    num_tokens, tokens = 10**13, 2048
+    num_shards = -(-num_tokens // (2**28 // 2))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "corpus"
+        make_large_corpus(folder, num_shards, 100_000, tokens)
+        size = (folder / "manifest.json").stat().st_size
+        begun = time.process_time()
+        tracemalloc.start()
+        manifest = load_manifest(*open_filesystem(str(folder)))
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        loaded = time.process_time() - begun
+    order = make_order(manifest, 0)
+    begun = time.process_time()
+    rows = order.rows_at(np.arange(4 * 10**9, 4 * 10**9 + 2**17))
+    sought = time.process_time() - begun
+    if not 0 <= int(rows.min()) <= int(rows.max()) < manifest.train.num_rows:
+        raise RuntimeError("rows that the corpus does not have")
+    yield Check(
+        f"the manifest of 10^13 tokens, {num_shards:,} shards",
+        "< 20 MB, read in < 5 s, < 200 MB held",
+        f"{size / 1e6:.1f} MB, {loaded:.1f} s, {held / 1e6:.0f} MB",
+        size < 20e6 and loaded < 5 and held < 200e6,
+    )
+    yield Check(
+        f"131,072 positions of {manifest.train.num_rows:,} rows, from the 4·10^9th on",
+        "> 10^5 a second",
+        f"{len(rows) / sought:,.0f} a second",
+        len(rows) / sought > 1e5,
+    )
+
+
 # --- preparing ----------------------------------------------------------------------------------
 
 
@@ -290,9 +331,11 @@ def measure_preparing(arguments: argparse.Namespace) -> Iterator[Check]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Check]]] = {
     "tasks": measure_tasks,
     "stream": measure_stream,
+    "trillions": measure_trillions,
     "opens": measure_opens,
     "preparing": measure_preparing,
     **scale_records.SECTIONS,
+    "failures": scale_failures.measure_failures,
 }
 """A section measures one thing and yields its checks; another one is a line here."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import yaml
 
 from dray.cluster.autoscaler import Limits, NodeType, read_limits
 from dray.cluster.nodes import answers
+from dray.cluster.survey import NodeRoom, Survey
 from dray.runs import Run
 from ports import free_ports
 from tiny import tiny_tree
@@ -169,6 +172,59 @@ def test_the_shape_counts_what_may_still_be_added(growing: str):
     # A worker of two CPUs fits on none that is there; two of one on the head and one to come, and
     # those who read may want another one.
     assert done.stdout.splitlines() == ["2 2 2.0 1.0 True", "3 2 1.0 0.0 True"], done.stderr
+
+
+def test_a_plan_beside_a_cluster_that_may_grow(growing: str, tmp_path: Path):
+    """Two workers of two CPUs: none fits on the head, both on nodes to come."""
+    spec = tmp_path / "growing.yaml"
+    resources = {"workers": 2, "cpus_per_worker": 2}
+    spec.write_text(yaml.safe_dump(tiny_tree(tmp_path, resources=resources)))
+    words = ["plan", str(spec), "--address", growing, "--price", "0.5", "--storage", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "dray.cli", *words, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["shape"]["num_addable"] == 2
+    survey = Survey.model_validate(found["cluster"])
+    assert (survey.workers, survey.wanted_workers) == (0, 2)
+    assert (survey.addable_nodes, survey.addable_workers) == (2, 2)
+    (head,) = survey.nodes
+    disk = shutil.disk_usage("/tmp")
+    assert head.scratch_bytes == disk.total
+    assert head.scratch_free_bytes == pytest.approx(disk.free, rel=0.05)
+    said = "0 of 2 workers have room by now: nodes that the autoscaler may add are waited for"
+    assert said in survey.remarks()
+    assert found["cost"]["price_per_hour"] == 1.0
+
+
+def test_what_a_person_is_told_of_the_nodes():
+    full = NodeRoom(
+        address="10.0.0.1",
+        workers=2,
+        gpus=2.0,
+        accelerator="H100",
+        scratch_bytes=100 * 10**9,
+        scratch_free_bytes=4 * 10**9,
+    )
+    empty = full.model_copy(
+        update={"address": "10.0.0.2", "accelerator": "A100", "scratch_free_bytes": 6 * 10**9}
+    )
+    silent = NodeRoom(address="10.0.0.3", workers=0, gpus=0.0)
+    alike = Survey(nodes=(empty, silent), wanted_workers=2, addable_nodes=0, addable_workers=0)
+    assert alike.remarks() == []
+    assert alike.describe() == [
+        "2 nodes (A100 on 1) with room for 2 workers; 2 are wanted at least"
+    ]
+    mixed = alike.model_copy(update={"nodes": (full, empty, silent)})
+    different, disk = mixed.remarks()
+    assert "different GPUs (A100, H100)" in different
+    assert "node 10.0.0.1: the disk of Ray's session has 4 GB free of 100 GB" in disk
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a plain `pip install` brings: recipes and spaces are found by name from any folder."""
+"""What a plain `pip install` brings: recipes, spaces and prices are found from any folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from dray.plan import load_prices
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +26,8 @@ def test_recipes_and_spaces_come_with_the_wheel(tmp_path: Path) -> None:
         "import dray; from dray.spec import recipe_names\n"
         "from dray.sweep.space import SPACES, load_space\n"
         "print(dray.__file__); print(*recipe_names()); print(*SPACES.names())\n"
-        "[load_space(name) for name in SPACES.names()]"
+        "[load_space(name) for name in SPACES.names()]\n"
+        "from dray.plan import load_prices; print(load_prices().as_of)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],
@@ -40,3 +43,4 @@ def test_recipes_and_spaces_come_with_the_wheel(tmp_path: Path) -> None:
     assert found[1].split() == recipes
     assert found[2].split() == spaces
     assert len(spaces) >= 6
+    assert found[3] == load_prices().as_of

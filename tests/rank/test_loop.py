@@ -98,6 +98,24 @@ def test_a_validated_step_is_saved_after_its_validation(tmp_path: Path, corpus: 
     assert not replace(stream).validates_after(2)
 
 
+def test_a_run_that_finds_its_own_interval_says_so_and_goes_by_what_it_measured(
+    tmp_path: Path, corpus: Corpus
+) -> None:
+    often = {"every_minutes": "auto", "every_steps": 2, "keep_last": 9}
+    run = go(tmp_path, corpus, checkpoint=often, duration={"steps": 6})
+    first, second, *_ = events(run, "save_interval")
+    assert (first["measured"], second["measured"]) == (False, True)
+    saves = events(run, "checkpoint")
+    assert second["held_seconds"] == saves[0]["blocked_seconds"]
+    assert second["commit_seconds"] == saves[0]["seconds"]
+    assert "saves        every " in format_summary(run)
+    again = go(tmp_path, corpus, checkpoint=often, duration={"steps": 8})
+    told = [event for event in events(again, "save_interval") if event["attempt"] == 2]
+    assert not told or told[0]["measured"]  # what the first attempt measured is kept
+    go(tmp_path, corpus, checkpoint={"every_minutes": 7}, duration={"steps": 9})
+    assert "saves   " not in format_summary(run)
+
+
 def labelled_rows(folder: Path, held_out: list[int]) -> Corpus:
     """Rows of two classes to train on, and held-out ones of the classes that are given."""
     parts = [

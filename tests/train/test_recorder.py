@@ -174,6 +174,10 @@ def test_the_time_to_the_next_new_step_is_by_the_drivers_clock(tmp_path: Path) -
     recorder.take([*make_records(1, attempt=2, at=5.0), *make_records(2, attempt=2, at=6.0)])
     recovered = next(event for event in run.events() if event["kind"] == "recovered")
     assert 0 <= recovered["seconds"] < 60
+    # The restart ends with the first step after it, though that is one that is done again.
+    (restarted,) = (event for event in run.events() if event["kind"] == "restarted")
+    assert (restarted["attempt"], restarted["step"]) == (2, 1)
+    assert 0 <= restarted["seconds"] <= recovered["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dray.errors import DrayError, PlanError, SpecError, StoreError
 
 if TYPE_CHECKING:
-    from dray.plan import Plan, Shape
+    from dray.cluster.survey import Survey
+    from dray.plan import Cost, Demands, Plan, Shape
     from dray.spec import Spec
 
 
@@ -39,34 +40,143 @@ def init_command(arguments: argparse.Namespace) -> int:
 
 def plan_command(arguments: argparse.Namespace) -> int:
     from dray.models.counting import make_counted_plan
-    from dray.plan import format_plan, local_shape, parse_shape, with_measured_step
+    from dray.plan import format_plan, with_measured_step
     from dray.rank.rehearsal import find_rehearsal, rehearse
-    from dray.spec import load_spec
+    from dray.spec import load_spec, load_tree
+    from dray.sweep.space import split_overrides
 
-    spec = load_spec(arguments.spec, arguments.overrides)
-    if arguments.shape and arguments.measure:
-        raise PlanError(
-            "--measure",
-            f"--shape {arguments.shape} is not this machine",
-            "only what is here can be measured",
-            "leave one of them out",
-        )
-    shape = parse_shape(arguments.shape) if arguments.shape else local_shape()
+    of_spec, of_space = split_overrides(arguments.overrides)
+    _check_plan_options(arguments, of_space)
+    spec = load_spec(arguments.spec, of_spec)
+    shape, survey = _find_shape(arguments, spec)
     spec, config = _find_run_inputs(spec, arguments.storage)
     plan = _plan_known_corpus(spec, shape, arguments.storage, config) or make_counted_plan(
         spec, shape, config=config
     )
-    measured = None if arguments.shape else find_rehearsal(spec, plan, config)
+    is_here = not (arguments.shape or arguments.instance or arguments.address)
+    measured = find_rehearsal(spec, plan, config) if is_here else None
     if arguments.measure and measured is None:
         spec.optimizer.check_package()
         measured = rehearse(spec, plan, config)
     if measured is not None:
         plan = with_measured_step(plan, measured.step_seconds(plan.batch.accumulation))
+    demands = _find_demands(spec, plan, arguments.storage)
+    cost = _find_cost(arguments, plan, demands)
+    bill = None
+    if arguments.space:
+        from dray.sweep.bill import make_bill
+        from dray.sweep.space import check_space, load_space
+
+        space = load_space(arguments.space, of_space)
+        check_space(space, load_tree(arguments.spec, of_spec), arguments.space)
+        bill = make_bill(space, plan, demands, cost)
     if arguments.json:
-        arguments.out.say_json(plan.model_dump(mode="json"))
-    else:
-        arguments.out.say(format_plan(plan))
+        others = {"demands": demands, "cost": cost, "cluster": survey, "sweep": bill}
+        arguments.out.say_json(
+            {
+                **plan.model_dump(mode="json"),
+                **{key: item and item.model_dump(mode="json") for key, item in others.items()},
+            }
+        )
+        return 0
+    arguments.out.say(format_plan(plan, demands, cost))
+    for title, found in (("cluster", survey), ("sweep", bill)):
+        if found is not None:
+            arguments.out.say("\n".join(["", title, *(f"  {line}" for line in found.describe())]))
     return 0
+
+
+def _check_plan_options(arguments: argparse.Namespace, of_space: Sequence[str]) -> None:
+    """Raise PlanError or SpecError for options that contradict each other."""
+    elsewhere = [
+        f"--{name} {value}"
+        for name in ("shape", "address", "instance")
+        if (value := getattr(arguments, name))
+    ]
+    if arguments.measure and elsewhere:
+        raise PlanError(
+            "--measure",
+            f"{elsewhere[0]} is not this machine",
+            "only what is here can be measured",
+            "leave one of them out",
+        )
+    if arguments.shape and arguments.address:
+        raise PlanError(
+            f"--shape {arguments.shape}",
+            f"--address {arguments.address} has a shape of its own",
+            "a plan is for one of them",
+            "leave one of them out",
+        )
+    if arguments.instance and arguments.price_per_hour is not None:
+        raise SpecError(
+            f"--price {arguments.price_per_hour:g}",
+            f"--instance {arguments.instance} has a price of its own",
+            "one of them says what an hour costs",
+            "leave one of them out, or name a table of your own with --prices",
+        )
+    if arguments.prices and not arguments.instance:
+        raise SpecError(
+            f"--prices {arguments.prices}", "prices nothing", "--instance says what is taken of it"
+        )
+    if of_space and not arguments.space:
+        raise SpecError(f"space.{of_space[0]}", "there is no space", "--space names one")
+
+
+def _find_shape(arguments: argparse.Namespace, spec: Spec) -> tuple[Shape, Survey | None]:
+    """What the plan is for; of a cluster with what it has for the spec's workers."""
+    from dray.plan import find_instance, load_prices, local_shape, make_shape, parse_shape
+
+    if arguments.shape:
+        return parse_shape(arguments.shape), None
+    if not arguments.address:
+        if not arguments.instance:
+            return local_shape(), None
+        found = find_instance(load_prices(arguments.prices), arguments.instance)
+        return make_shape(arguments.instance, found, spec.resources), None
+    from dray.cluster.connection import connect
+    from dray.cluster.survey import survey_cluster
+
+    resources = spec.resources
+    with connect(
+        arguments.address,
+        num_cpus=0,
+        cpus_per_worker=resources.cpus_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        num_workers=resources.max_workers,
+    ) as connection:
+        return connection.shape, survey_cluster(resources)
+
+
+def _find_demands(spec: Spec, plan: Plan, storage: str) -> Demands:
+    """What the run takes of that storage, with what is free there, or the requests to it."""
+    from dray.plan import free_disk_bytes, make_demands
+
+    place = storage.removeprefix("file://")
+    is_uri = "://" in place
+    demands = make_demands(spec, plan, with_requests=is_uri)
+    free = None if is_uri else free_disk_bytes(place)
+    return demands.model_copy(update={"free_bytes": free})
+
+
+def _find_cost(arguments: argparse.Namespace, plan: Plan, demands: Demands) -> Cost | None:
+    """What the run costs, where an hour has a price."""
+    from dray.plan import (
+        check_instance,
+        find_instance,
+        load_prices,
+        price_instances,
+        price_workers,
+    )
+
+    seconds = demands.seconds_with_failures or plan.est_seconds
+    if arguments.instance:
+        prices = load_prices(arguments.prices)
+        instance = find_instance(prices, arguments.instance)
+        check_instance(arguments.instance, instance, plan.shape)
+        return price_instances(prices, arguments.instance, plan.shape.num_nodes, seconds)
+    if arguments.price_per_hour is not None:
+        return price_workers(arguments.price_per_hour, plan.num_ranks, seconds)
+    return None
 
 
 def _find_run_inputs(spec: Spec, storage: str) -> tuple[Spec, Mapping[str, Any] | None]:

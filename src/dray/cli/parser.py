@@ -72,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="time some steps of thin copies of the model on this machine's CPUs, once, and go by "
         "that",
     )
+    _add_prices(plan)
+    plan.add_argument(
+        "--space", help="what a sweep of it will take, by a space file or a packaged one's name"
+    )
+    plan.add_argument("--address", help="for the nodes of this Ray cluster, and beside them")
     _add_json(plan)
 
     prepare = _add_spec(commands, "prepare", prepare_command, "raw corpus → token shards")
@@ -121,9 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the real run may take, to be told the best model for it (default: what the spec "
         "takes)",
     )
-    ladder.add_argument(
-        "--price-per-hour", type=float, metavar="PRICE", help="of one worker, for amounts of money"
-    )
+    _add_price(ladder, "of an hour of one worker, for amounts of money")
     ladder.add_argument(
         "--run", dest="run_name", help="name of the ladder (default: the spec's name and -ladder)"
     )
@@ -341,6 +344,32 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")
     parser.add_argument("--verbose", action="store_true", help="show Ray's own messages")
+
+
+def _add_price(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--price",
+        "--price-per-hour",
+        dest="price_per_hour",
+        type=float,
+        metavar="PRICE",
+        help=text,
+    )
+
+
+def _add_prices(parser: argparse.ArgumentParser) -> None:
+    _add_price(parser, "of an hour of one worker, with its GPU where it has one: what a run costs")
+    parser.add_argument(
+        "--instance",
+        metavar="TYPE",
+        help="what it costs on instances of this type (p5.48xlarge), as many as its workers need "
+        "unless --shape or --address says how many",
+    )
+    parser.add_argument(
+        "--prices",
+        metavar="FILE",
+        help="a table of instances and prices instead of dray's, which holds public ones",
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -7,19 +7,20 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from dray.cluster.autoscaler import find_addable
 from dray.errors import PlanError
 from dray.plan import (
     Accelerator,
-    Card,
     Shape,
     find_cards,
     local_shape,
     make_accelerator,
     match_accelerator,
 )
+
+T = TypeVar("T")
 
 CARDS_SECONDS = 30.0
 """How long the nodes may take to say which GPUs they have."""
@@ -47,7 +48,7 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: float, num_workers: int 
     """The shape of the connected cluster, by the smallest node of those that can hold a worker, if
     any can. Where its nodes cannot hold so many workers, those count too that its autoscaler may
     still add."""
-    alive = _alive_nodes()
+    alive = alive_nodes()
     if not alive:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
 
@@ -149,21 +150,8 @@ def _with_accelerator(
 def _ask_accelerator(node_ids: Sequence[str]) -> Accelerator | None:
     """What the drivers of these nodes say of their cards, the least of all; None where none answers
     in time."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    def ask(node_id: str) -> Any:
-        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(find_cards).remote()
-
-    asked = [ask(node_id) for node_id in node_ids]
-    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=CARDS_SECONDS)
-    cards: list[Card] = []
-    for answer in answered:
-        with suppress(
-            ray.exceptions.RayError
-        ):  # a node that went away, or whose environment lacks dray
-            cards += ray.get(answer)
+    answers = ask_nodes(find_cards, node_ids, CARDS_SECONDS)
+    cards = [card for found in answers.values() for card in found]
     return make_accelerator(cards) if cards else None
 
 
@@ -188,18 +176,18 @@ def may_grow(cpus_per_worker: float, gpus_per_worker: float) -> bool:
     def serves(resources: Mapping[str, float]) -> bool:
         return can_hold(resources, cpus_per_worker, gpus_per_worker)
 
-    return bool(find_addable(_alive_nodes(), 1, serves))
+    return bool(find_addable(alive_nodes(), 1, serves))
 
 
 def live_resources() -> list[dict[str, float]]:
     """What each live node of the connected cluster has."""
-    return [node["Resources"] for node in _alive_nodes()]
+    return [node["Resources"] for node in alive_nodes()]
 
 
 def growing_resources(bundles: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
     """What each live node has, and each node that an autoscaler may still add and that could hold
     one of these bundles."""
-    nodes = _alive_nodes()
+    nodes = alive_nodes()
 
     def serves(resources: Mapping[str, float]) -> bool:
         return any(count_in(resources, bundle) for bundle in bundles)
@@ -221,7 +209,7 @@ def has_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str
     return True
 
 
-def _alive_nodes() -> list[dict[str, Any]]:
+def alive_nodes() -> list[dict[str, Any]]:
     """As `ray.nodes()` tells of them."""
     import ray
 
@@ -231,7 +219,7 @@ def _alive_nodes() -> list[dict[str, Any]]:
 def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
     """Those of the nodes that are dead, or on which no Ray answers: Ray itself takes half a minute
     to be sure."""
-    nodes = {node["NodeID"]: node for node in _alive_nodes()}
+    nodes = {node["NodeID"]: node for node in alive_nodes()}
     return sorted(
         node_id
         for node_id in node_ids
@@ -250,36 +238,41 @@ def find_nodes_without(
     which `sees()` is false; of a cluster of one node nobody is asked. A node that gives no answer
     is left to find out itself."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
     nodes = {
         node["NodeID"]: node["NodeManagerAddress"]
-        for node in _alive_nodes()
+        for node in alive_nodes()
         if node["NodeID"] != here
         and (among is None or node["NodeID"] in among)
         and can_hold(node["Resources"], cpus_per_worker, gpus_per_worker)
     }
+    answers = ask_nodes(sees, list(nodes), SIGHT_SECONDS)
+    return sorted(nodes[node_id] for node_id, seen in answers.items() if not seen)
 
-    def look() -> bool:
-        return sees()
 
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
+def ask_nodes(work: Callable[[], T], node_ids: Sequence[str], seconds: float) -> dict[str, T]:
+    """What `work()` gives on each of these nodes, by their ids; without those that give no answer
+    in so many seconds, went away, or whose environment lacks dray."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def ask() -> T:
+        return work()
+
+    task = ray.remote(num_cpus=0, max_retries=0)(ask)
     asked = {
         task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-        ).remote(): address
-        for node_id, address in nodes.items()
+        ).remote(): node_id
+        for node_id in node_ids
     }
-    done, _ = (
-        ray.wait(list(asked), num_returns=len(asked), timeout=SIGHT_SECONDS) if asked else ([], [])
-    )
-    blind = []
+    done = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)[0] if asked else []
+    answers: dict[str, T] = {}
     for ref in done:
         with suppress(ray.exceptions.RayError):
-            if not ray.get(ref):
-                blind.append(asked[ref])
-    return sorted(blind)
+            answers[asked[ref]] = ray.get(ref)
+    return answers
 
 
 def head_is_gone() -> bool:

@@ -6,6 +6,7 @@ nothing.
 """
 
 from dray.plan.batch import BatchPlan, make_batch, num_steps_of
+from dray.plan.demands import Demands, Requests, make_demands
 from dray.plan.hardware import (
     ACCELERATORS,
     Accelerator,
@@ -14,10 +15,19 @@ from dray.plan.hardware import (
     match_accelerator,
     parse_shape,
 )
+from dray.plan.intervals import (
+    FIRST_SECONDS,
+    FailureRate,
+    SaveInterval,
+    choose_interval,
+    daly_interval,
+    expected_goodput,
+)
 from dray.plan.laws import LAWFUL, Law, describe_law, with_numbers
 from dray.plan.machine import (
     Card,
     find_cards,
+    free_disk_bytes,
     local_shape,
     make_accelerator,
     used_memory_share,
@@ -32,41 +42,70 @@ from dray.plan.parameters import (
     load_dimensions,
 )
 from dray.plan.plan import Plan, make_plan, with_measured_step
-from dray.plan.table import format_bytes, format_plan, format_seconds
+from dray.plan.prices import (
+    Cost,
+    Prices,
+    check_instance,
+    find_instance,
+    load_prices,
+    make_shape,
+    price_instances,
+    price_workers,
+)
+from dray.plan.table import format_bytes, format_money, format_plan, format_seconds
 from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
 __all__ = [
     "ACCELERATORS",
+    "FIRST_SECONDS",
     "LAWFUL",
     "Accelerator",
     "BatchPlan",
     "Buckets",
     "Card",
+    "Cost",
     "Counted",
+    "Demands",
     "Dimensions",
+    "FailureRate",
     "Law",
     "MemoryPlan",
     "ParameterCount",
     "Plan",
     "Precision",
+    "Prices",
+    "Requests",
+    "SaveInterval",
     "Shape",
+    "check_instance",
+    "choose_interval",
     "count_parameters",
+    "daly_interval",
     "describe_law",
+    "expected_goodput",
     "find_cards",
+    "find_instance",
     "format_bytes",
+    "format_money",
     "format_plan",
     "format_seconds",
+    "free_disk_bytes",
     "load_config",
     "load_dimensions",
+    "load_prices",
     "local_shape",
     "make_accelerator",
     "make_batch",
     "make_buckets",
     "make_deepspeed_config",
+    "make_demands",
     "make_plan",
+    "make_shape",
     "match_accelerator",
     "num_steps_of",
     "parse_shape",
+    "price_instances",
+    "price_workers",
     "used_memory_share",
     "with_measured_step",
     "with_numbers",

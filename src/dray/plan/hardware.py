@@ -1,7 +1,7 @@
 """What a plan is made for: accelerators by name, and the shape of a cluster (`2x8xH100`).
 
-Figures are the makers' for dense matrices (no sparsity). It holds no prices: they change faster
-than code. Nothing here looks at a device: `machine.py` does, for the machine that it runs on.
+Figures are the makers' for dense matrices (no sparsity). Prices are `prices.yaml`'s, with their
+date. Nothing here looks at a device: `machine.py` does, for the machine that it runs on.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def parse_shape(text: str) -> Shape:
         )
     if name.lower() == "cpu":
         return _cpu_shape(text, num_nodes * int(count or 1), settings)
-    accelerator = _find_accelerator(text, name, settings)
+    accelerator = _read_accelerator(text, name, settings)
     per_node = int(count or 1)
     # Clouds pair a training GPU with 12 to 26 vCPUs and 100 to 256 GB; the lower end is assumed
     # unless it is told.
@@ -197,8 +197,8 @@ def _cpu_shape(text: str, num_nodes: int, settings: dict[str, float]) -> Shape:
     )
 
 
-def _find_accelerator(text: str, name: str, settings: dict[str, float]) -> Accelerator:
-    known = ACCELERATORS.get(name.lower()) or match_accelerator(name)
+def _read_accelerator(text: str, name: str, settings: dict[str, float]) -> Accelerator:
+    known = find_accelerator(name)
     if (
         known is None
         and name
@@ -238,6 +238,12 @@ def _find_accelerator(text: str, name: str, settings: dict[str, float]) -> Accel
         memory_bytes_per_second=settings.get("bandwidth", base.memory_bytes_per_second),
         link_bytes_per_second=settings.get("link", base.link_bytes_per_second or PCIE * GB),
     )
+
+
+def find_accelerator(name: str) -> Accelerator | None:
+    """The accelerator of the table by its name, or by what a driver calls it; None: it is not
+    there."""
+    return ACCELERATORS.get(name.lower()) or match_accelerator(name)
 
 
 def match_accelerator(reported: str) -> Accelerator | None:

@@ -209,6 +209,15 @@ def _machine_memory_bytes() -> int:
     return total
 
 
+def free_disk_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes that are free on the disk of a path, or of the nearest folder above it that is
+    there."""
+    existing = os.path.abspath(os.path.expanduser(path))
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    return shutil.disk_usage(existing).free
+
+
 def used_memory_share() -> float:
     """Share of this machine's memory, or of its cgroup's, that is in use, without files that could
     be dropped: at 1 the kernel kills."""

@@ -18,6 +18,7 @@ from dray.plan.architectures import WRONG_UNDER_ZERO_3
 from dray.plan.batch import BatchPlan, make_batch, micro_candidates, num_steps_of
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.hardware import Precision, Shape
+from dray.plan.intervals import FailureRate, SaveInterval, choose_interval
 from dray.plan.laws import Law, find_law, with_numbers
 from dray.plan.memory import MASTER_BYTES, Load, MemoryPlan, make_memory
 from dray.plan.parameters import (
@@ -28,7 +29,14 @@ from dray.plan.parameters import (
     count_state_bytes,
     load_dimensions,
 )
-from dray.plan.speed import COMPILE_SECONDS, START_SECONDS, peak_flops_per_rank, step_time
+from dray.plan.speed import (
+    COMPILE_SECONDS,
+    START_SECONDS,
+    hold_seconds,
+    peak_flops_per_rank,
+    step_time,
+    write_seconds,
+)
 from dray.plan.zero_config import make_buckets, make_deepspeed_config
 from dray.spec import Spec
 
@@ -95,6 +103,8 @@ class Plan(BaseModel):
     est_seconds: float | None
     """Of the whole run, start and compilation included; None besides where the number of steps is
     not known yet."""
+    save_interval: SaveInterval | None = None
+    """What `checkpoint: auto` begins with, before the run has measured its own saves."""
     deepspeed: dict[str, Any]
     law: Law | None = None
     """What the Step Law says of it; None: nothing, or its tokens are not known yet."""
@@ -137,6 +147,11 @@ class _Question:
         """What the optimiser and hooks keep for all parameters."""
         averages = 0 if self.spec.regularization.ema is None else MASTER_BYTES * self.count.total
         return count_state_bytes(self.spec.optimizer, self.sizes, self.count) + averages
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """All ranks' files together."""
+        return MASTER_BYTES * self.count.total + self.state_bytes
 
     @property
     def host_limit(self) -> int:
@@ -318,12 +333,13 @@ def _make(
         memory=question.memory(setting),
         memory_limit_bytes=question.rank_limit(setting.num_ranks),
         host_limit_bytes=question.host_limit,
-        checkpoint_bytes=MASTER_BYTES * count.total + question.state_bytes,
+        checkpoint_bytes=question.checkpoint_bytes,
         shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
         compile=compiles,
         activation_checkpointing=setting.checkpointing,
         step_seconds=a_step,
         est_seconds=_run_seconds(num_steps, a_step, compiles=compiles),
+        save_interval=_save_interval(question, setting),
         deepspeed=make_deepspeed_config(
             setting.stage,
             setting.offload,
@@ -335,6 +351,18 @@ def _make(
             on_gpu=question.on_gpu,
         ),
         notes=list(_notes(question, setting, batch)),
+    )
+
+
+def _save_interval(question: _Question, setting: _Setting) -> SaveInterval:
+    """By nominal rates, and the rate of failures that is assumed of every run."""
+    share = question.checkpoint_bytes / setting.num_ranks
+    written = write_seconds(share)
+    return choose_interval(
+        held_seconds=hold_seconds(share, setting.num_ranks, on_gpu=question.on_gpu),
+        commit_seconds=written,
+        restart_seconds=START_SECONDS + COMPILE_SECONDS * setting.compiled + written,
+        failure_seconds=FailureRate().mean_seconds(setting.num_ranks),
     )
 
 

@@ -30,6 +30,13 @@ LINK_SHARE = 0.7
 """What collectives reach of a link's bandwidth."""
 HIDDEN_SHARE = 2 / 3
 """Of a micro batch's computing, what reductions can hide behind: the backward pass."""
+CPU_COPY_RATE = 1.4e9
+"""Bytes a second of a copy into memory that is new to the process, as measured."""
+CALLS_A_SECOND = 2000.0
+"""Calls of all ranks together that an actor takes without being busy with it."""
+WRITE_RATE = 400e6
+"""Bytes a second in which a rank hashes and writes its part of a checkpoint, and reads it back,
+where nothing was measured: a thread on a local disk. A shared file system may be slower."""
 GATHER_OVERHEAD = 0.10
 """What ZeRO-3's hooks add to computing."""
 
@@ -82,6 +89,18 @@ def step_time(load: Load, shape: Shape, peak_flops: float) -> StepTime:
         communication=_communication(load, shape, micro),
         update=_update(load, shape),
     )
+
+
+def hold_seconds(num_bytes: float, num_ranks: int, *, on_gpu: bool) -> float:
+    """For how long a save holds training up: all ranks hand their records in, to one actor, and
+    each copies its part of so many bytes into host memory."""
+    copied = num_bytes / (GPU_LINK_RATE if on_gpu else CPU_COPY_RATE)
+    return num_ranks / CALLS_A_SECOND + copied
+
+
+def write_seconds(num_bytes: float) -> float:
+    """How long a rank writes its part of a checkpoint, or reads it."""
+    return num_bytes / WRITE_RATE
 
 
 def _communication(load: Load, shape: Shape, micro_seconds: float) -> float:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 
+from dray.plan.demands import Demands
 from dray.plan.memory import MEMORY_TERMS
 from dray.plan.plan import Plan
+from dray.plan.prices import Cost
 
 
-def format_plan(plan: Plan) -> str:
-    """Several lines of text, without a trailing newline."""
-    sections = [_hardware(plan), _batch(plan), _model(plan), _memory(plan), _time(plan)]
+def format_plan(plan: Plan, demands: Demands | None = None, cost: Cost | None = None) -> str:
+    """Several lines of text, without a trailing newline; with what the run takes of its storage,
+    and what it costs, where that is given."""
+    sections = [
+        _hardware(plan),
+        _batch(plan),
+        _model(plan),
+        _memory(plan),
+        _time(plan) + ([] if demands is None else _failures(demands)),
+        *([] if demands is None else [_storage(plan, demands)]),
+        *([] if cost is None else [_money(cost)]),
+    ]
     text = "\n\n".join("\n".join(lines) for lines in sections)
     return text + ("\n\n" + "\n".join(f"note: {note}" for note in plan.notes) if plan.notes else "")
 
@@ -38,6 +49,12 @@ def format_seconds(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def format_money(amount: float, currency: str = "") -> str:
+    """To the cent below a hundred, whole above that."""
+    text = f"{amount:,.0f}" if amount >= 100 else f"{amount:.2f}"
+    return f"{text} {currency}".rstrip()
 
 
 def _row(name: str, value: str, remark: str = "") -> str:
@@ -160,4 +177,87 @@ def _time(plan: Plan) -> list[str]:
         _row("peak of a rank", peak, plan.precision),
         _row("a step", step, source),
         _row("estimate", time, rate),
+        *_saves(plan),
+    ]
+
+
+def _saves(plan: Plan) -> list[str]:
+    """What `checkpoint: auto` would begin with."""
+    found = plan.save_interval
+    if found is None:
+        return []
+    failures = f"a failure every {format_seconds(found.failure_seconds)} by a published rate"
+    return [
+        _row(
+            "saves, if auto",
+            format_seconds(found.seconds),
+            f"a save holds up {found.held_seconds:.2g} s, {failures}",
+        )
+    ]
+
+
+def _failures(demands: Demands) -> list[str]:
+    """The time with what goes wrong."""
+    if demands.goodput is None:
+        return []
+    seconds, between = demands.seconds_with_failures, demands.save_seconds
+    saved = "at the end alone" if between is None else f"every {format_seconds(between)}"
+    time = "never" if seconds is None else format_seconds(seconds)
+    return [_row("with failures", time, f"{demands.goodput:.2%} of the time counts, saved {saved}")]
+
+
+def _storage(plan: Plan, demands: Demands) -> list[str]:
+    """Disk, and requests where they are billed."""
+    shards, total = demands.shard_bytes, demands.total_bytes
+    count = "" if demands.num_checkpoints is None else f", of {demands.num_checkpoints:,} in all"
+    lines = [
+        "storage",
+        _row("token shards", "after preparing" if shards is None else format_bytes(shards)),
+        _row(
+            "checkpoints",
+            format_bytes(demands.checkpoints_bytes),
+            f"{demands.kept_checkpoints} × {format_bytes(plan.checkpoint_bytes)} at once{count}",
+        ),
+        _row("records", format_bytes(demands.records_bytes)),
+        _row(
+            "total",
+            "after preparing" if total is None else format_bytes(total),
+            _describe_room(demands),
+        ),
+    ]
+    asked = demands.requests
+    if asked is None:
+        return lines
+    return [
+        *lines,
+        _row("PUT, LIST", _count(asked.total_puts), f"{asked.checkpoint_puts:,} a checkpoint"),
+        _row("GET, HEAD", _count(asked.total_gets), f"{asked.checkpoint_gets:,} a checkpoint"),
+    ]
+
+
+def _describe_room(demands: Demands) -> str:
+    free = demands.free_bytes
+    if free is None:
+        return ""
+    needed = demands.total_bytes or demands.checkpoints_bytes + demands.records_bytes
+    fits = "fits" if needed <= free else "does not fit"
+    return f"of {format_bytes(free)} free: {fits}"
+
+
+def _count(number: int | None) -> str:
+    return "after preparing" if number is None else f"{number:,}"
+
+
+def _money(cost: Cost) -> list[str]:
+    listed = f"listed {cost.as_of}, approximate" if cost.approximate else cost.as_of
+    source = f"{cost.rented}{f'; {listed}' if listed else ''}"
+    known = cost.money is not None and cost.hours is not None
+    return [
+        "money",
+        _row("an hour", format_money(cost.price_per_hour, cost.currency), source),
+        _row(
+            "the run",
+            format_money(cost.money or 0.0, cost.currency) if known else "unknown",
+            f"{format_seconds(3600 * (cost.hours or 0.0))}, failures included" if known else "",
+        ),
     ]

@@ -42,6 +42,7 @@ from dray.models.initialize import restore_rotary_buffers
 from dray.models.width import width_factor, with_rates
 from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
 from dray.processes.heap import prepare_heap
+from dray.rank.cadence import build_cadence
 from dray.rank.device import Clock, Reading, is_queued, send
 from dray.rank.engine import Engine, build_engine, import_deepspeed
 from dray.rank.feeding import StepRows, ValidationRows, feed
@@ -55,6 +56,7 @@ from dray.rank.saving import Outcome, Saver
 from dray.rank.schedule import learning_rate
 from dray.runs import CheckpointReader, Run, inspect_checkpoint
 from dray.runs.records import Event, Report, StepReport, ValidationReport, finite
+from dray.runs.uptime import INTERVAL
 from dray.tasks import Task, TaskMetrics
 
 _MEASURED_STEPS = 6  # the first of them is not typical
@@ -216,6 +218,7 @@ class _Loop:
             ranks=ranks,
             wait_stored=reporter.wait_stored,
         )
+        self.cadence = build_cadence(run, self.spec.checkpoint, self.plan, self.attempt, ranks.rank)
         self.numbers = Watch(self.spec.numerics)
         self.clock = Clock(ranks.device)
         self.queued: deque[_Queued] = deque()
@@ -292,6 +295,7 @@ class _Loop:
         """Do the work of the stream to its end, or until all ranks agree to stop. Returns how it
         ended."""
         ended = ""
+        self._tell_interval()
         with closing(feed(stream, blocks, self.task, self.ranks, self.spec.seed)) as pieces:
             while not ended:
                 self.pulse.enter("data")
@@ -480,12 +484,7 @@ class _Loop:
         return bool(every) and step % (every or 1) == 0
 
     def _minutes_due(self) -> bool:
-        minutes = self.spec.checkpoint.every_minutes
-        return (
-            self.ranks.rank == 0
-            and minutes is not None
-            and time.monotonic() - self.progress.saved_at > minutes * 60
-        )
+        return self.cadence is not None and self.cadence.is_due(self.progress.saved_at)
 
     def _validate(self, rows: ValidationRows) -> str:
         """One part of a validation pass. Returns how the run ended, if it did."""
@@ -551,8 +550,10 @@ class _Loop:
         self._settle()  # what is saved must be known to be sound
         self.pulse.enter("save")
         if progress.saved_step != progress.step:
+            begun = time.perf_counter()
             self.reporter.flush()  # no step is committed whose metrics could still be lost
-            self._report_save(self.saver.begin(progress.step, self._metadata()))
+            waited = time.perf_counter() - begun
+            self._report_save(self.saver.begin(progress.step, self._metadata(), waited))
             progress.saved_step, progress.saved_at, progress.save_due = (
                 progress.step,
                 time.monotonic(),
@@ -580,10 +581,20 @@ class _Loop:
             told["problem"] = outcome.problem
         kind = "checkpoint_failed" if outcome.problem else "checkpoint"
         self.reporter.send(Event(kind, self.attempt, outcome.step, told))
+        if self.cadence is not None and not outcome.problem:
+            self.cadence.learn(outcome.blocked_seconds, outcome.seconds)
+            self._tell_interval()
         if outcome.kept_for:
             self.reporter.send(
                 Event("retention_failed", self.attempt, outcome.step, {"problem": outcome.kept_for})
             )
+
+    def _tell_interval(self) -> None:
+        """Say how often the run saves where it finds that out itself, once, and when that has
+        changed by much."""
+        news = self.cadence and self.cadence.news()
+        if news:
+            self.reporter.send(Event(INTERVAL, self.attempt, self.progress.step, news))
 
     def _metadata(self) -> dict[str, Any]:
         progress = self.progress

@@ -40,7 +40,9 @@ class Outcome:
     step: int
     problem: str
     seconds: float
+    """From its begin to the commit."""
     blocked_seconds: float
+    """Training waited for so long."""
     kept_for: str = ""
     """Why older checkpoints could not be deleted, on rank 0: the save is as good as any other, the
     storage fills up."""
@@ -67,16 +69,18 @@ class Saver:
         self._outcome: Outcome | None = None
         self._failed_in_a_row, self._failing_since = 0, 0.0
 
-    def begin(self, step: int, metadata: dict[str, Any]) -> Outcome | None:
+    def begin(
+        self, step: int, metadata: dict[str, Any], waited_seconds: float = 0.0
+    ) -> Outcome | None:
         """Copy the state of this step and write it in the background. Returns the outcome of the
-        save before.
+        save before. `waited_seconds`: for which training has waited for this save already.
 
         Raises SaveFailed as `finish` does.
         """
         before = self.finish()
         begun = time.perf_counter()
         self._copy = HostCopy(self._owned(), self._stream)
-        blocked = time.perf_counter() - begun
+        blocked = waited_seconds + time.perf_counter() - begun
         self._thread = threading.Thread(
             target=self._write,
             args=(step, metadata, self._copy, blocked),

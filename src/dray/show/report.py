@@ -17,6 +17,7 @@ from dray.errors import UserError
 from dray.ledger import LedgerReport
 from dray.plan import format_bytes, format_seconds
 from dray.runs import CheckpointReport, Run
+from dray.runs.uptime import describe_interval, find_interval
 from dray.show.progress import format_loss, format_values
 from dray.storage.filesystem import open_filesystem
 
@@ -86,6 +87,8 @@ def format_summary(run: Run) -> str:
             f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}"
         )
     lines += _describe_data(run)
+    if told := find_interval(run):
+        lines.append(f"  saves        {describe_interval(told)}")
     for attempt in summary["attempts"]:
         lines.append(
             f"  attempt {attempt['attempt']:<4} {attempt['num_ranks']} ranks from step "

@@ -22,6 +22,7 @@ from dray.spec.optimizers import OPTIMIZERS, Optimizer, State
 from dray.spec.sections import (
     NAME_RULE,
     RUN_NAME,
+    Checkpoint,
     Cleaning,
     Duration,
     Ema,
@@ -57,6 +58,7 @@ __all__ = [
     "RUN_NAME",
     "TEXT_KINDS",
     "BadYaml",
+    "Checkpoint",
     "Cleaning",
     "Direction",
     "Duration",

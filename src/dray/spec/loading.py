@@ -148,8 +148,8 @@ _ALTERNATIVES = {
     "tokenizer": ("path", "run", "train"),
 }
 """Keys of which a section has one: an override replaces the one that is there."""
-_NAMED = ("task",)
-"""Sections that may be given by their name alone."""
+_SHORT = {"task": "name", "checkpoint": "every_minutes"}
+"""Sections that may be given by one word, and the key that it stands for."""
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -184,8 +184,8 @@ def with_value(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]
     node = changed
     for parent in parents:
         child = node.get(parent)
-        if isinstance(child, str) and parent in _NAMED:
-            child = {"name": child}
+        if isinstance(child, str) and parent in _SHORT:
+            child = {_SHORT[parent]: child}
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
         node = node[parent]
     alternatives = _ALTERNATIVES.get(parents[-1], ()) if parents else ()

@@ -55,6 +55,16 @@ AUTO = BeforeValidator(_read_auto), PlainSerializer(lambda number: number or "au
 """Of a number that a law may give: `auto` is 0 until then (`plan.laws`)."""
 
 
+AutoMinutes = Annotated[Float, Field(ge=0), *AUTO]
+
+
+def _or_the_word_auto(schema: dict[str, Any]) -> None:
+    """The JSON schema of a section that may be given as `auto`."""
+    whole = {**schema}
+    schema.clear()
+    schema |= {"anyOf": [whole, {"const": "auto"}]}
+
+
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 NAME_RULE = "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit"
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
@@ -387,16 +397,26 @@ class Validation(Section):
 
 
 class Checkpoint(Section):
-    """When checkpoints are committed and which are kept. One is always committed at the end."""
+    """When checkpoints are committed and which are kept. One is always committed at the end; `auto`
+    is short for {every_minutes: auto}."""
+
+    model_config = ConfigDict(json_schema_extra=_or_the_word_auto)
 
     every_steps: Annotated[Int, Field(ge=1)] | None = None
     """Steps between checkpoints."""
-    every_minutes: Annotated[Float, Field(gt=0)] | None = None
-    """Minutes between checkpoints."""
+    every_minutes: AutoMinutes | None = None
+    """Minutes between checkpoints; `auto`: as many as lose the least time to saves and to failures
+    together (Daly 2006), by what the run's own saves take and how often it fails, 1 to 60."""
     keep_last: Annotated[Int, Field(ge=1)] = 2
     """How many of the newest are kept."""
     keep_best: Annotated[Int, Field(ge=0)] = 0
     """How many of the best by `validation.metric` are kept besides."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        """`checkpoint: auto`."""
+        return {"every_minutes": given} if given == "auto" else given
 
 
 class Numerics(Section):

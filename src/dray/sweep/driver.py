@@ -21,6 +21,7 @@ from typing import Any
 from dray.cluster.connection import connect
 from dray.cluster.gauges import build_gauges
 from dray.cluster.placement import Mending, Placement, reserved
+from dray.cluster.survey import survey_cluster
 from dray.corpus.prepare import Corpus, prepare
 from dray.errors import (
     Cause,
@@ -31,7 +32,7 @@ from dray.errors import (
     caught,
     one_line,
 )
-from dray.plan import Law, Plan, num_steps_of, with_numbers
+from dray.plan import Law, Plan, make_demands, num_steps_of, with_numbers
 from dray.processes.signals import Wishes, stops
 from dray.rank.job import make_corpus_plan
 from dray.redaction import take_in_all
@@ -40,6 +41,7 @@ from dray.runs.trackers import Ending, MlflowParent
 from dray.show.sweeps import SweepDisplay
 from dray.spec import Resources, Spec, make_spec
 from dray.storage.filesystem import shown
+from dray.sweep.bill import make_bill
 from dray.sweep.events import FAILED, STOPPED, Begun, Ended, Reported
 from dray.sweep.policies import make_policy
 from dray.sweep.record import Sweep
@@ -106,6 +108,8 @@ def tune(
     ) as connection:
         count = count_here if connection.local else count_in_cluster
         count(resources)  # a trial that can never start is refused before anything is written
+        for line in [] if connection.local else survey_cluster(resources).remarks():
+            display.say(line)
         sweep = Sweep.begin(storage, name, tree, space, ladder)
         corpus = prepare(spec, storage, display.say)
         for line in corpus.describe() if corpus.is_new else ():
@@ -122,6 +126,8 @@ def tune(
         if connection.local and (fits := count_in_memory(plan)) < seats:
             display.say(f"memory has room for {fits} trials at once, CPUs for {seats}")
             seats = fits
+        bill = make_bill(space, plan, make_demands(spec, plan))
+        display.say(f"the sweep takes {'; '.join(bill.describe())}")
         law = _keep_law(sweep, spec, plan)
         if law is not None:
             tree, space = with_law(tree, space, law)

@@ -396,6 +396,14 @@ class Space(Section):
                 chosen[path] = choose(path, self.parameters[path])
         return chosen
 
+    @property
+    def num_trials(self) -> int | None:
+        """How many trials there will be, as far as the space says it."""
+        limits = [self.budget.trials]
+        if self.search.name == "grid":
+            limits.append(len(self.cells()) * self.repeats)
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def cells(self) -> list[dict[str, Value]]:
         """Every combination of the listed values that a grid goes through: the points, or of all
         parameters under `search: grid`, else of those of the kind `grid`."""

@@ -313,10 +313,7 @@ class Study:
     @property
     def num_wanted(self) -> int | None:
         """How many trials there will be, as far as that is known."""
-        limits = [self.space.budget.trials]
-        if self.space.search.name == "grid":
-            limits.append(len(self.space.cells()) * self.space.repeats)
-        return min((limit for limit in limits if limit is not None), default=None)
+        return self.space.num_trials
 
     # ---- what was found -------------------------------------------------------------------------
 

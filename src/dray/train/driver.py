@@ -18,6 +18,7 @@ from functools import partial
 from dray.cluster.connection import connect
 from dray.cluster.nodes import find_nodes_without, placed_shape
 from dray.cluster.placement import Placement, find_seats
+from dray.cluster.survey import survey_cluster
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.errors import Cause, Interrupted, RunFailed, StorageFailed, caught
@@ -113,6 +114,9 @@ def train(
             _check_nodes(
                 absolute(storage), spec, placement.node_ids() if placement is not None else None
             )
+            if placement is None:  # a sweep looks once, for all its trials
+                for line in survey_cluster(resources).remarks():
+                    display.say(line)
         begun = time.monotonic()
 
         def prepared(spec: Spec) -> Corpus:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from dray.plan.speed import CALLS_A_SECOND
 from dray.runs.records import Beat, RankFailure, Report
 
 Beats = dict[int, tuple[Beat, float]]
@@ -15,15 +16,12 @@ Beats = dict[int, tuple[Beat, float]]
 FEW_RANKS, LOOK_SECONDS = 64, 1.0
 """Beats of more ranks than that are given to the driver once in so many seconds: a hang takes far
 longer to tell."""
-RANKS_A_SECOND = 2000.0
-"""So many heartbeats and posts of all ranks an actor takes in a second without being busy with
-it."""
 
 
 def pace(seconds: float, num_ranks: int) -> float:
     """How often a rank of so many should speak, if `seconds` is what it would do in a small group:
     an actor takes some thousand calls a second, whoever sends them."""
-    return max(seconds, num_ranks / RANKS_A_SECOND)
+    return max(seconds, num_ranks / CALLS_A_SECOND)
 
 
 class Mailbox:

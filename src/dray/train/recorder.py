@@ -15,6 +15,7 @@ from dray.errors import StorageFailed
 from dray.plan import Plan
 from dray.runs import Run, Trackers
 from dray.runs.records import Ended, Event, Report, StepReport, ValidationReport, finite
+from dray.runs.uptime import INTERVAL, RESTARTED, describe_interval
 from dray.show.progress import Display
 from dray.storage.retrying import OUTAGE_SECONDS
 from dray.train.caller import Wish
@@ -52,6 +53,7 @@ class Recorder:
         self._told: set[tuple[Any, ...]] = set()
         self._lock = threading.RLock()
         self._newest, self._newest_time, self._attempt = 0, 0.0, 0
+        self._latest_attempt, self._latest_time = 0, 0.0
 
     @property
     def step_seconds(self) -> float | None:
@@ -148,8 +150,12 @@ class Recorder:
                 raise
 
     def _show_step(self, row: dict[str, Any]) -> None:
+        arrived = time.monotonic()  # the rows' own times are by the clocks of the ranks
+        if 0 < self._latest_attempt < row["attempt"]:
+            seconds = max(0.0, arrived - self._latest_time - row["seconds"])
+            self._events.append(Event(RESTARTED, row["attempt"], row["step"], {"seconds": seconds}))
+        self._latest_attempt, self._latest_time = row["attempt"], arrived
         if row["step"] > self._newest:
-            arrived = time.monotonic()  # the rows' own times are by the clocks of the ranks
             if self._newest and row["attempt"] > self._attempt:
                 seconds = arrived - self._newest_time
                 self._events.append(
@@ -185,11 +191,14 @@ class Recorder:
         )
 
     def _tell(self, event: Event) -> None:
-        """Say what a person should know: what was taken of given weights, of a save that failed,
-        and once an attempt that nothing can be deleted, or that nothing ranks its checkpoints."""
+        """Say what a person should know: what was taken of given weights, how often the run saves
+        where it finds that out itself, of a save that failed, and once an attempt that nothing can
+        be deleted, or that nothing ranks its checkpoints."""
         problem = event.fields.get("problem")
         if event.kind == "weights_taken":
             self._display.say(event.fields["report"])
+        elif event.kind == INTERVAL:
+            self._display.say(f"checkpoints: {describe_interval(event.fields)}")
         elif event.kind == "metric_undefined" and self._is_new("undefined", event.attempt):
             self._display.say(
                 f"validation.metric {event.fields['metric']} is undefined at step {event.step}: "

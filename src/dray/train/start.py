@@ -8,6 +8,7 @@ newest checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,18 @@ from typing import Any
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
 from dray.corpus.prepare import Corpus, corpus_key, describe_changes, with_tokenizer_folder
 from dray.corpus.tokenizer_folder import TOKENIZER_JSON
-from dray.errors import CorpusError, SpecError, StoreError, one_line, translated
+from dray.errors import CorpusError, PlanError, SpecError, StoreError, one_line, translated
 from dray.models.counting import make_counted_plan
 from dray.models.source import Pretrained, check_weights, find_pretrained
-from dray.plan import Shape, describe_law, with_numbers
+from dray.plan import (
+    Plan,
+    Shape,
+    describe_law,
+    format_bytes,
+    free_disk_bytes,
+    make_demands,
+    with_numbers,
+)
 from dray.rank.initial_weights import (
     Origin,
     RunWeights,
@@ -44,6 +53,7 @@ from dray.storage.filesystem import (
     absolute,
     child,
     exists,
+    is_local,
     list_files,
     open_filesystem,
     read_bytes,
@@ -145,6 +155,7 @@ def open_run(
             import_transformers()
         given = with_tokenizer_folder(spec, start.storage)
         plan = make_counted_plan(given, shape, with_ray=with_ray, config=config)
+        _check_disk(start, spec, plan)
         spec = spec.model_copy(
             update={"precision": plan.precision} if spec.precision == "auto" else {}
         )
@@ -154,6 +165,7 @@ def open_run(
         _check_width(spec, corpus)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
+    _check_disk(start, spec, plan)
     if spec.is_auto and plan.law is not None:
         spec = with_numbers(spec, plan.law.learning_rate, plan.law.global_rows)
         say(describe_law(plan.law))
@@ -191,6 +203,35 @@ def open_run(
         config,
         origin,
         run_nonce=str(run.record().get("nonce", "")),
+    )
+
+
+def _check_disk(start: Start, spec: Spec, plan: Plan) -> None:
+    """Raise PlanError where the storage is a disk with less room than the run will take for the
+    checkpoints that it keeps: it would train, and save nothing."""
+    filesystem, path = open_filesystem(start.storage)
+    run = start.run
+    if not is_local(filesystem):
+        return
+    there = run.checkpoints(verified_only=False) if run is not None else []
+    if there and there[-1].step >= (plan.num_steps or math.inf):
+        return  # it has done all its steps
+    demands = make_demands(spec, plan)
+    # How many there will be is not known before the corpus is, nor without a speed to go by.
+    at_once = 1 if demands.num_checkpoints is None else demands.kept_checkpoints
+    held = sum(info.num_bytes for info in there)
+    needed, free = at_once * plan.checkpoint_bytes - held, free_disk_bytes(path)
+    if needed <= free:
+        return
+    each = format_bytes(plan.checkpoint_bytes)
+    kept = f"{at_once} of {each} at once" if at_once > 1 else each
+    fewer = spec.checkpoint.keep_last + spec.checkpoint.keep_best > 1
+    raise PlanError(
+        f"--storage {shown(start.storage)}",
+        f"has {format_bytes(free)} free",
+        f"the run's checkpoints take {format_bytes(needed)}{' more' if held else ''} ({kept})",
+        f"{'keep fewer (checkpoint.keep_last=1), ' if fewer else ''}free some, or name another "
+        "--storage",
     )
 
 
