@@ -17,6 +17,7 @@
     │   ├── BadNumbers            losses or gradients are not finite
     │   └── LossSpike             the loss leapt, and its rows are to be left out
     ├── RunFailed                 exit code 3: a run that began and could not end
+    │   ├── JobLost               its job is lost: nobody knows how it ended
     │   └── StoppedWaiting        it was told to stop before it had a place to begin in
     └── Interrupted               exit code 130 (128 + the signal): stopped on request, state saved
 
@@ -184,6 +185,10 @@ class RunFailed(DrayError):
 
     def __reduce__(self) -> tuple[type[RunFailed], tuple[str, str]]:
         return type(self), (str(self), self.diagnosis)
+
+
+class JobLost(RunFailed):
+    """The server of jobs knows a job no more, or is gone: how it ended is not known."""
 
 
 class StoppedWaiting(RunFailed):

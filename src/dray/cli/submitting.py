@@ -16,7 +16,7 @@ from functools import partial
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from dray.errors import PlanError, RunFailed, StoreError, one_line
+from dray.errors import JobLost, PlanError, RunFailed, StoreError, one_line
 from dray.processes.signals import Stopped
 from dray.processes.streams import Results, warn
 from dray.redaction import redact, take_in
@@ -345,7 +345,7 @@ def _follow(
 ) -> tuple[Job | None, str]:
     """A job that has ended, if it is known, and by what it was lost, if it was. Raises JobLost
     where nobody supervises."""
-    from dray.jobs import JobLost, lost_by
+    from dray.jobs import lost_by
 
     try:
         ended = server.follow(job, listener.hear)

@@ -6,12 +6,11 @@ begins there, once the versions are compared.
 """
 
 from dray.jobs.package import Package, make_package, staged
-from dray.jobs.server import Job, JobLost, JobServer
+from dray.jobs.server import Job, JobServer
 from dray.jobs.supervising import Restarts, lost_by
 
 __all__ = [
     "Job",
-    "JobLost",
     "JobServer",
     "Package",
     "Restarts",

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from dray.cluster.local_ray import TOKEN_RULE, token_header
-from dray.errors import PlanError, RunFailed, one_line
+from dray.errors import JobLost, PlanError, RunFailed, one_line
 from dray.jobs.arrival import versions_here
 from dray.jobs.package import Package, staged
 
@@ -36,10 +36,6 @@ _TALKATIVE = (
 )
 """Loggers of what is none of the user's business."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-class JobLost(RunFailed):
-    """The server of jobs knows a job no more, or is gone for good: how it ended is not known."""
 
 
 @dataclass(frozen=True)
