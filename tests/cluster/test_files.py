@@ -4,6 +4,7 @@ shellcheck."""
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,6 +46,34 @@ def test_a_clouds_head_holds_no_rank_and_its_workers_come_only_when_needed(name:
     markets = {kind.get("labels", {}).get("market") for kind in types.values()}
     assert {"spot", "on-demand"} <= markets
     assert all(kind.get("min_workers", 0) == 0 for kind in types.values())
+
+
+def test_rays_own_code_starts_a_node_of_each_kind_on_aws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On moto's EC2, in the place of AWS: keys, subnet, security group and image are found or made
+    by Ray's bootstrap code, and its provider starts an instance of each type. Of Google Cloud and
+    Azure there is nothing like it: their files are held to Ray's schema alone."""
+    moto = pytest.importorskip("moto", reason="moto is not installed")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, "test")
+    with moto.mock_aws():
+        from ray.autoscaler._private.aws.config import bootstrap_aws
+        from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+        config = bootstrap_aws(load_launcher("aws.yaml"))
+        provider = AWSNodeProvider(config["provider"], "dray")
+        for name, kind in config["available_node_types"].items():
+            node_config = {**kind["node_config"], "MinCount": 1, "MaxCount": 1}
+            del node_config["IamInstanceProfile"]  # of an account that is there
+            tags = {"ray-node-name": name, "ray-user-node-type": name}
+            (made,) = provider.create_node(node_config, tags, 1).values()
+            assert made.instance_type == kind["node_config"]["InstanceType"]
+            is_spot = "InstanceMarketOptions" in kind["node_config"]
+            assert (made.instance_lifecycle == "spot") == is_spot
+            assert made.placement["AvailabilityZone"] == config["provider"]["availability_zone"]
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -96,3 +125,66 @@ def test_the_shell_is_sound():
         [shellcheck, str(CLUSTER / "slurm.sh")], capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.slow
+def test_the_images_steps_make_an_environment_with_all_of_dray(tmp_path: Path):
+    """The copies and installations of the Dockerfile, those as root aside, in an empty folder in
+    the place of the image. Minutes, most of them downloads."""
+    text = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
+    home, is_root = str(tmp_path), True
+    environment = {"HOME": home, "PATH": f"{home}/venv/bin:{os.environ['PATH']}"}
+    environment |= {name: os.environ[name] for name in os.environ if name.startswith("PIP_")}
+    for line in text.splitlines():
+        word, _, rest = line.partition(" ")
+        rest = rest.replace("/home/ray", home)
+        match word:
+            case "USER":
+                is_root = rest == "root"
+            case "COPY":
+                *sources, target = [item for item in rest.split() if not item.startswith("--")]
+                for source in sources:  # as Docker does: links stay links
+                    place = Path(target, source) if target.endswith("/") else Path(target)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy2
+                    copy(
+                        ROOT / source,
+                        place,
+                        **({"symlinks": True} if copy is not shutil.copy2 else {}),
+                    )
+            case "RUN" if not is_root:
+                done = subprocess.run(
+                    ["sh", "-c", rest],
+                    cwd=home,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                assert done.returncode == 0, done.stderr[-3000:]
+    for words in (
+        ["plan", "quickstart"],
+        ["init", "x", "--recipe", "quickstart"],
+        ["tune", "--help"],
+    ):
+        done = subprocess.run(
+            [f"{home}/venv/bin/dray", *words],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    code = "from dray.sweep.space import SPACES; print(*SPACES.names()); import aiohttp, mlflow"
+    done = subprocess.run(
+        [f"{home}/venv/bin/python", "-c", code],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == sorted(
+        path.stem for path in (ROOT / "tune_spaces").glob("*.yaml")
+    ), done.stderr
