@@ -166,7 +166,11 @@ def _machine(
         yield machine
     finally:
         machine.kill()
-        keeper.kill()
+        # What has left its parents, as `ray start` does without --block.
+        left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=False)
+        for pid in left.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         keeper.wait()
         ip("netns", "del", name)
 
