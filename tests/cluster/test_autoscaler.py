@@ -21,9 +21,12 @@ import pytest
 import yaml
 
 from dray.cluster.autoscaler import Limits, NodeType, read_limits
+from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
 from dray.cluster.survey import NodeRoom, Survey
+from dray.corpus.prepare import prepare
 from dray.runs import Run
+from dray.spec import make_spec
 from ports import free_ports
 from tiny import tiny_tree
 
@@ -312,24 +315,31 @@ def test_an_elastic_run_has_its_cluster_grow_and_go(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_prepared", [False, True])
 def test_nodes_that_never_come_end_the_run_in_the_time_that_was_given(
-    from_none: Growing, tiny_corpus: Path, tmp_path: Path
+    from_none: Growing, tiny_corpus: Path, tmp_path: Path, is_prepared: bool
 ):
     """Each node that is added goes at once, as where a cloud has no capacity."""
+    resources = {"workers": 2, "cpus_per_worker": 1.5, "wait_minutes": 0.75}
+    storage = str(tmp_path / "runs")
+    if is_prepared:
+        spec = make_spec(tiny_tree(tiny_corpus, resources=resources))
+        with connect(None, num_cpus=1):
+            prepare(spec, storage)
     begun = time.monotonic()
-    process = begin(
-        from_none,
-        tiny_corpus,
-        tmp_path,
-        resources={"workers": 2, "cpus_per_worker": 1.5, "wait_minutes": 0.75},
-    )
+    process = begin(from_none, tiny_corpus, tmp_path, resources=resources)
     while process.poll() is None:
         for node in from_none.nodes():
             end(node)
         assert time.monotonic() - begun < 240, "it waits for ever"
         time.sleep(0.2)
     said = (tmp_path / "log").read_text()
-    assert process.returncode == 3, said
-    assert "no group of 2 workers could start for" in said
-    assert "the cluster has no room for it" in said
-    assert Run.open(str(tmp_path / "runs"), "tiny").status == "failed"
+    if is_prepared:
+        assert process.returncode == 3, said
+        assert "no group of 2 workers could start for" in said
+        assert "the cluster has no room for it" in said
+        assert Run.open(storage, "tiny").status == "failed"
+    else:
+        assert process.returncode == 2, said
+        assert "no node with a CPU came within 45 s" in said
+        assert Run.find(storage, "tiny") is None

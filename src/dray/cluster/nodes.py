@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from dray.cluster.autoscaler import find_addable
+from dray.cluster.autoscaler import autoscaler_says, find_addable
 from dray.errors import PlanError
 from dray.plan import (
     Accelerator,
@@ -193,6 +194,26 @@ def growing_resources(bundles: Sequence[Mapping[str, float]]) -> list[Mapping[st
         return any(count_in(resources, bundle) for bundle in bundles)
 
     return [*(node["Resources"] for node in nodes), *find_addable(nodes, 1_000, serves)]
+
+
+def wait_for_cpu(seconds: float, say: Callable[[str], object]) -> None:
+    """Wait until a node has a CPU, where none has: one is asked of the autoscaler. Raises PlanError
+    after so many seconds."""
+    import ray
+
+    if any(count_in(node, {"CPU": 1.0}) for node in live_resources()):
+        return
+    say("no node has a CPU: one is waited for")
+    asked = ray.remote(num_cpus=1, max_retries=-1)(os.getpid).remote()
+    if ray.wait([asked], timeout=seconds)[0]:
+        return
+    ray.cancel(asked, force=True)
+    raise PlanError(
+        "cluster",
+        f"no node with a CPU came within {seconds:.0f} s{autoscaler_says()}",
+        "rows are prepared by tasks of one CPU each",
+        "add a node, or give the autoscaler longer (resources.wait_minutes)",
+    )
 
 
 def has_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:

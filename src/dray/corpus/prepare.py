@@ -25,7 +25,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from dray.cluster.nodes import find_nodes_without, require_connected
+from dray.cluster.nodes import find_nodes_without, require_connected, wait_for_cpu
 from dray.cluster.placement import Placement
 from dray.corpus.account import describe
 from dray.corpus.checking import (
@@ -367,6 +367,8 @@ def prepare(
     if found:
         return found
     require_connected("prepare")
+    if placement is None:
+        wait_for_cpu(60 * spec.resources.wait_minutes, say)
     _check_seen(inputs, placement)
     filesystem, root = open_filesystem(place)
     require_writable(filesystem, root, place)
