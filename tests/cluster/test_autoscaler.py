@@ -289,21 +289,27 @@ def test_an_elastic_run_has_its_cluster_grow_and_go(
     )
     storage = str(tmp_path / "runs")
 
-    def sizes() -> list[int]:
+    def newest() -> tuple[int, int]:
+        """Ranks and step."""
         run = Run.find(storage, "tiny")
-        rows = [row["num_ranks"] for row in run.metrics()] if run else []
-        return [size for index, size in enumerate(rows) if index == 0 or rows[index - 1] != size]
+        rows = run.metrics() if run else []
+        return (rows[-1]["num_ranks"], rows[-1]["step"]) if rows else (0, 0)
 
-    said = tmp_path / "log"
-    until(lambda: sizes()[-1:] == [2] or process.poll() is not None, "two ranks")
-    assert process.poll() is None, said.read_text()
+    def reached(num_ranks: int, step: int) -> None:
+        def is_there() -> bool:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            return newest()[0] == num_ranks and newest()[1] >= step
+
+        until(is_there, f"{num_ranks} ranks at step {step}, but {newest()}")
+
+    reached(2, 150)
     assert len(from_none.nodes()) == 2
     end(from_none.nodes()[0])  # reclaimed, without a notice
-    until(lambda: sizes()[-1:] == [1] or process.poll() is not None, "one rank is left")
-    assert process.poll() is None, said.read_text()
+    reached(1, 200)
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130, said.read_text()
-    assert sizes()[-2:] == [2, 1]
+    assert process.wait(120) == 130, (tmp_path / "log").read_text()
+    sizes = [attempt.num_ranks for attempt in Run.open(storage, "tiny").attempts()]
+    assert sizes[-2:] == [2, 1]
     done = subprocess.run(
         [sys.executable, "-m", "dray.cli", "verify", "tiny", "--ledger", "--storage", storage],
         capture_output=True,
