@@ -116,7 +116,7 @@ def test_a_machine_that_is_cut_off_and_comes_back(site: Lan, spec: str, alone: d
     cut.heal()
     assert weights(head, site, "cut") == alone
     assert [item["status"] for item in found["attempts"]] == ["failed", "completed"]
-    assert found["attempts"][0]["reason"] == "lost_worker"
+    assert found["attempts"][0]["reason"] == "node_loss"
     wait_for_nodes(head, 3)  # the one that was given up has ended itself
     time.sleep(5)
     assert weights(head, site, "cut") == alone  # and has written nothing
