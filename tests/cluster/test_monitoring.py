@@ -98,7 +98,7 @@ TROUBLES: dict[str, dict[str, str]] = {
     "DrayCheckpointTooOld": {"checkpoint_timestamp_seconds": "0+60x60 3600x340"},
     "DraySavesFail": {"failed_saves": "0x180 1x220"},
     "DrayDiskFilling": {"storage_free_bytes": "500e9-4e9x400"},
-    "DrayFailures": {'failures{run="r",cause="lost_worker"}': "_x170 1+1x6 6x300"},
+    "DrayFailures": {'failures{run="r",cause="node_loss"}': "_x170 1+1x6 6x300"},
 }
 """Alert → what differs from that where it is to fire, 200 minutes later."""
 
@@ -116,7 +116,7 @@ def test_each_alert_fires_for_its_trouble_alone(alert: str, tmp_path: Path):
     def fires(series: dict[str, str]) -> bool:
         labels = {"run": "r", **alerts()[alert]["labels"]}
         if alert == "DrayFailures":
-            labels["cause"] = "lost_worker"
+            labels["cause"] = "node_loss"
         test = {
             "interval": "1m",
             "input_series": [{"series": key, "values": text} for key, text in series.items()],
