@@ -21,7 +21,7 @@ from ports import free_ports
 from tiny import tiny_tree
 
 pytestmark = [pytest.mark.slow, needs_lan]
-STEPS = 40
+STEPS = 80
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def spec(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     # A rank to a machine of two CPUs, and the reader on the head's one.
     tree = tiny_tree(tiny_corpus, resources={"workers": 2, "cpus_per_worker": 1.5})
     tree |= {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 10}}
+    tree["batch"] = {"global_rows": 128, "micro_rows": 4}  # time for a fault to befall a step
     path.write_text(yaml.safe_dump(tree))
     return str(path)
 
@@ -121,9 +122,9 @@ def test_a_machine_that_is_cut_off_and_comes_back(site: Lan, spec: str, alone: d
     time.sleep(5)
     assert weights(head, site, "cut") == alone  # and has written nothing
     cut.kill()
-    cut.start_ray(head.address)
-    wait_for_nodes(head, 4)
     spare.kill()
+    wait_for_nodes(head, 2)
+    cut.start_ray(head.address)
     wait_for_nodes(head, 3)
 
 
@@ -135,6 +136,7 @@ def test_a_machine_that_loses_its_power(site: Lan, spec: str, alone: dict[str, A
     ended(process, site, "dead")
     assert weights(head, site, "dead") == alone
     spare.kill()
+    wait_for_nodes(head, 2)
     dead.start_ray(head.address)
     wait_for_nodes(head, 3)
 
@@ -142,6 +144,7 @@ def test_a_machine_that_loses_its_power(site: Lan, spec: str, alone: dict[str, A
 def test_a_storage_that_one_machine_does_not_see_is_refused(site: Lan, spec: str, tmp_path: Path):
     head, blind = site.machines[:2]
     blind.kill()
+    wait_for_nodes(head, 2)
     hidden = tmp_path / "here"
     hidden.mkdir()
     blind.hide(hidden)
@@ -165,6 +168,7 @@ def test_a_storage_that_one_machine_does_not_see_is_refused(site: Lan, spec: str
         assert blind.address in done.stderr
     finally:
         blind.kill()
+        wait_for_nodes(head, 2)
         blind.unhide(hidden)
         blind.start_ray(head.address)
         wait_for_nodes(head, 3)
@@ -176,6 +180,7 @@ def test_a_notice_of_the_cloud_has_the_run_save_and_go_on_elsewhere(
     """By the metadata server of a spot instance, on the loopback of the machine that is to go."""
     head, going, _, spare = site.machines
     going.kill()
+    wait_for_nodes(head, 2)
     notice, (port,) = tmp_path / "notice", free_ports(1)
     server = Path(metadata.__file__)
     going.start(sys.executable, str(server), "aws", str(port), str(notice), log="metadata")
@@ -191,8 +196,9 @@ def test_a_notice_of_the_cloud_has_the_run_save_and_go_on_elsewhere(
     ended(process, site, "spot")
     check_noticed(site, "spot", alone)
     going.kill()
-    going.start_ray(head.address)
     spare.kill()
+    wait_for_nodes(head, 2)
+    going.start_ray(head.address)
     wait_for_nodes(head, 3)
 
 

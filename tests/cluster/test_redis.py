@@ -91,6 +91,7 @@ def test_a_head_that_comes_back_knows_its_nodes_and_jobs(
     (head, worker), storage = found.machines, found.storage
     tree = tiny_tree(tiny_corpus, resources={"workers": 1}, duration={"steps": STEPS})
     tree |= {"checkpoint": {"every_steps": 10}}
+    tree["batch"] = {"global_rows": 128, "micro_rows": 4}  # time for a fault to befall a step
     (head.folder / "spec.yaml").write_text(yaml.safe_dump(tree))
     plain = ["train", f"{head.folder}/spec.yaml", "--storage", storage, "--run"]
     assert head.dray(*plain, "alone").returncode == 0

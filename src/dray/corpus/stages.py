@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 from dray.corpus.parts import Preparation, load_record, record_name, staged
-from dray.errors import UserError
+from dray.errors import StorageNotShared, UserError, one_line
 from dray.storage.filesystem import list_files, shown
 from dray.storage.retrying import retry
 
@@ -40,6 +41,17 @@ def _answer(
         return index, pickle.dumps(retry(lambda: function(job, item), shown(job.folder)))
     except UserError as error:
         return index, pickle.dumps(error)
+    except FileNotFoundError as error:
+        # The nodes were looked at before; this one may have joined since.
+        return index, pickle.dumps(
+            StorageNotShared(
+                shown(job.folder),
+                f"lacks on {socket.gethostname()} what was there for another task "
+                f"({one_line(error)[:300]})",
+                "every node that prepares rows sees the same storage and raw files",
+                "name a shared file system or a bucket, or mount it there, too",
+            )
+        )
 
 
 def _unwrap(answer: bytes) -> Any:
