@@ -15,6 +15,7 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from dray.errors import visible
 from dray.plan import format_bytes, format_seconds
 from dray.processes.streams import Forgiving
 from dray.redaction import redact
@@ -77,7 +78,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Show one remark on a line of its own."""
-        self._console.print(redact(text), markup=False)
+        self._console.print(visible(redact(text)), markup=False)
 
     def _line(self, row: Mapping[str, Any], now: float) -> str:
         step = int(row["step"])
