@@ -285,7 +285,7 @@ class CheckpointManifest:
                 partitions,
                 others,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(where, f"not a checkpoint's manifest ({error!r})") from error
 
 

@@ -93,7 +93,7 @@ def parse_json(content: bytes, path: str) -> dict[str, Any]:
     """A file's content as a JSON mapping. Raises StoreError if it is something else."""
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(
             path,
             f"not JSON ({error})",
@@ -534,7 +534,7 @@ def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
     for line in content.split(b"\n")[:-1]:  # what follows the last newline is torn
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             yield row
