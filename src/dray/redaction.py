@@ -222,6 +222,7 @@ class _Credentials:
 _held: dict[str, _Credentials] = {}
 """Clean place without its query → its credentials. They hold for everything below the place."""
 _held_lock = Lock()
+_hidden: set[str] = set()
 _asked = {"at": -_ASK_EVERY_SECONDS}
 
 
@@ -371,13 +372,14 @@ def _is_secret_parameter(name: str, signed: bool) -> bool:
     )
 
 
+def hide(secret: str) -> None:
+    """Have `redact` hide a secret that this process has read from elsewhere, such as a file."""
+    _hidden.add(secret)
+
+
 def _held_values() -> list[str]:
     """Every credential that this process holds, longest first."""
     with _held_lock:
-        found = {
-            value
-            for item in _held.values()
-            for value in item.values()
-            if len(value) >= _SHORTEST_VALUE
-        }
+        held = [value for item in _held.values() for value in item.values()]
+    found = {value for value in (*held, *_hidden) if len(value) >= _SHORTEST_VALUE}
     return sorted(found, key=len, reverse=True)

@@ -188,6 +188,7 @@ def test_what_cannot_be_submitted_is_one_line(home: Path, words: list[str], said
 
 def test_who_may_not_or_cannot_is_told_so(home: Path, head: Head, tmp_path: Path):
     wrong = tmp_path / "wrong"
+    wrong.touch(0o600)
     wrong.write_text("0" * 64)
     (port,) = free_ports(1)
     for token, address, said in (
