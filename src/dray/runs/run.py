@@ -207,11 +207,18 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """run.json: name, created, status, fingerprint, identity, corpus, and what `update`
-        added."""
+        added. Raises StoreError for one that is no record of a run."""
+        path = f"{self.path}/{RUN_FILE}"
         # Records of earlier versions may hold URIs with credentials.
-        return cast(
-            "dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{RUN_FILE}"))
-        )
+        found = cast("dict[str, Any]", take_in_all(load_json(self.filesystem, path)))
+        if not all(isinstance(found.get(name), str) for name in ("status", "fingerprint")):
+            raise StoreError(
+                path,
+                "is no record of a run",
+                "it has a status and a fingerprint",
+                "put the file back from a copy of the run",
+            )
+        return found
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json. One process at a time: the driver."""
