@@ -72,9 +72,16 @@ def _forget_token() -> None:
 
 def token_header() -> dict[str, str]:
     """The token that is here as a header of HTTP; none: there is none. It is hidden in all that
-    this process says from then on. Warns where its file can be read by others."""
+    this process says from then on. Warns where its file can be read by others. Raises PlanError for
+    a file that was named and holds none."""
+    from ray.exceptions import AuthenticationError
+
     loader = _raylet().AuthenticationTokenLoader.instance()
-    header = dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+    try:
+        header = dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+    except AuthenticationError as error:
+        place = os.environ.get(_TOKEN_PATH, "")
+        raise PlanError(_TOKEN_PATH, f"{place} holds no token", *TOKEN_RULE) from error
     for value in header.values():
         hide(str(value).rpartition(" ")[2])
     if header and not os.environ.get(_TOKEN):
@@ -140,8 +147,8 @@ def check_open(address: str, host: str) -> None:
     """Raise PlanError for a cluster that asked for no token and is not on loopback: whoever reaches
     it runs code where this run's data and credentials are. One that OPEN_CLUSTER names is let pass,
     and so is the one whose job this process is."""
-    named = os.environ.get(OPEN_CLUSTER, "").split(",")
-    if _is_loopback(host) or host in named or IN_JOB in os.environ:
+    named = host and host in os.environ.get(OPEN_CLUSTER, "").split(",")
+    if _is_loopback(host) or named or IN_JOB in os.environ:
         return
     raise PlanError(
         "--address",
@@ -154,6 +161,8 @@ def check_open(address: str, host: str) -> None:
 
 def _is_loopback(host: str) -> bool:
     """Whether a host is this machine by an address that no other machine reaches."""
+    if not host:
+        return False
     try:
         found = {str(place[4][0]) for place in socket.getaddrinfo(host.strip("[]"), None)}
     except OSError:
