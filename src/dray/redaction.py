@@ -106,6 +106,23 @@ def _redact_value(value: Any) -> Any:
     return [_redact_value(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def redact_error(error: BaseException) -> None:
+    """Apply `redact` to the texts of an error, and of those that led to it, in place: for an error
+    that others will write down."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        one.args = tuple(_redact_value(value) for value in one.args)
+        if isinstance(one, OSError):  # which says these in place of its arguments
+            for name in ("strerror", "filename", "filename2"):
+                setattr(one, name, _redact_value(getattr(one, name)))
+        left += [one.__cause__, one.__context__]
+
+
 def names_secret(name: str) -> bool:
     """Whether a variable or key of that name holds a secret: AWS_SECRET_ACCESS_KEY and
     WANDB_API_KEY do, pad_token_id and num_tokens do not."""

@@ -80,9 +80,11 @@ def test_a_run_over_tls(home: Path, head: Head, certificates: dict[str, str], tm
     context = ssl.create_default_context(cafile=certificates["RAY_TLS_CA_CERT"])
     context.load_cert_chain(certificates["RAY_TLS_SERVER_CERT"], certificates["RAY_TLS_SERVER_KEY"])
     context.set_alpn_protocols(["h2"])
-    with socket.create_connection((host, int(port)), 10) as plain:
-        with context.wrap_socket(plain, server_hostname=host) as secured:
-            assert secured.version() in ("TLSv1.2", "TLSv1.3")
+    with (
+        socket.create_connection((host, int(port)), 10) as plain,
+        context.wrap_socket(plain, server_hostname=host) as secured,
+    ):
+        assert secured.version() in ("TLSv1.2", "TLSv1.3")
 
 
 @pytest.mark.slow

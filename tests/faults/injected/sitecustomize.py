@@ -5,9 +5,9 @@ The file that DRAY_FAULT_FILE names holds, once a test has written it,
 `module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first
 call of that function in any process, the process does the action; `before 8` is before its eighth
 call in that process. The flag file is created with O_EXCL, so that of all processes and attempts
-just one does it, once; for the flag file `always` all do it each time. At the moment `late` the function returns False for PAUSE_SECONDS from the
-first time on that it had True to return; at the moment `slow` every call takes PAUSE_SECONDS
-longer, in all processes.
+just one does it, once; for the flag file `always` all do it each time. At the moment `late` the
+function returns False for PAUSE_SECONDS from the first time on that it had True to return; at the
+moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
 
 A module is armed when it is loaded, or, in a fork of a process that had loaded it, when that
 begins.
