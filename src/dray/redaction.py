@@ -119,7 +119,8 @@ def redact_error(error: BaseException) -> None:
         one.args = tuple(_redact_value(value) for value in one.args)
         if isinstance(one, OSError):  # which says these in place of its arguments
             for name in ("strerror", "filename", "filename2"):
-                setattr(one, name, _redact_value(getattr(one, name)))
+                if isinstance(text := getattr(one, name), str):
+                    setattr(one, name, redact(text))
         left += [one.__cause__, one.__context__]
 
 
