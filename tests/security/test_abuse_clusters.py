@@ -22,7 +22,7 @@ from dray.cluster import local_ray
 from dray.cluster.local_ray import check_open
 from dray.errors import PlanError, SpecError
 from dray.jobs import make_package, staged
-from heads import Head, dray, started_head
+from heads import Head, dray, environment, started_head
 from tiny import tiny_tree
 
 
@@ -237,6 +237,30 @@ def test_a_local_ray_leaves_no_token_behind(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("True ")
     assert not (tmp_path / ".ray").exists()
+
+
+def test_the_command_line_of_a_driver(home: Path, head: Head):
+    """Ray shows it to all who see the cluster's jobs."""
+    code = (
+        "import sys, ray\n"
+        "from ray.job_submission import JobSubmissionClient\n"
+        "from dray.cluster.connection import connect\n"
+        "with connect(sys.argv[1], num_cpus=1):\n"
+        "    print([job.entrypoint for job in JobSubmissionClient(sys.argv[2]).list_jobs()])\n"
+    )
+    secret = "s3://AKIDEXAMPLEKEY:CANARY42%2Fsecret@bucket/x"
+    done = subprocess.run(
+        [sys.executable, "-c", code, head.address, head.jobs, secret],
+        cwd=home,
+        env=environment(head.token, RAY_AUTH_MODE="token"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "s3://***@bucket/x" in done.stdout
+    assert "CANARY42" not in done.stdout
 
 
 # ---- what goes there ---------------------------------------------------------------------------

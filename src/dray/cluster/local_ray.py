@@ -26,7 +26,7 @@ from dray.errors import DrayError, PlanError, RunFailed
 from dray.processes import worker_setup
 from dray.processes.signals import kept_handlers
 from dray.processes.streams import warn
-from dray.redaction import hide
+from dray.redaction import hide, redact
 
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 TOKEN_RULE = (
@@ -218,6 +218,23 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+@contextmanager
+def command_without_secrets() -> Iterator[None]:
+    """Have a Ray that is joined in the block keep this process' command line without secrets: it is
+    shown to all who may see the cluster's jobs. Ray's function for it is private: where a version
+    has it no more, the command line is kept as it is."""
+    utils = import_module("ray._private.utils")
+    own = getattr(utils, "get_entrypoint_name", None)
+    if own is None:
+        yield
+        return
+    utils.get_entrypoint_name = lambda: redact(own())
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = own
+
+
 # ---- a Ray of our own --------------------------------------------------------------------------
 
 
@@ -257,7 +274,8 @@ def _start(folder: str, options: dict[str, Any]) -> None:
     for is_last in (False, True):
         try:
             leanness = nullcontext() if options.get("include_dashboard") else lean()
-            with _without_orphans(), kept_handlers(), leanness, _groups_of_their_own():
+            quiet = command_without_secrets()
+            with _without_orphans(), kept_handlers(), leanness, _groups_of_their_own(), quiet:
                 ray.init(address="local", _temp_dir=f"{folder}/r", **options)
             return
         except Exception as error:  # Ray raises Exception itself
