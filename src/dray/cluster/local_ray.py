@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import socket
+import ssl
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dray.errors import DrayError, PlanError, RunFailed
+from dray.errors import DrayError, PlanError, RunFailed, one_line
 from dray.processes import worker_setup
 from dray.processes.signals import kept_handlers
 from dray.processes.streams import warn
@@ -38,6 +39,10 @@ TOKEN_RULE = (
 OPEN_CLUSTER = "DRAY_OPEN_CLUSTER"
 """The variable that names hosts, with commas between them, whose clusters may go without a
 token."""
+_TLS_PARTS = ("CA_CERT", "SERVER_CERT", "SERVER_KEY")
+TLS_RULE = "both sides have RAY_USE_TLS=1 and certificates of one authority, or neither has"
+TLS_WAY_OUT = "docs/security.md makes some"
+TLS_SECONDS = 3.0
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets for the command of a job."""
 _ONLOOKERS = ("start_api_server", "start_monitor", "start_log_monitor")
@@ -116,14 +121,16 @@ def authenticated(address: str) -> Iterator[None]:
     """Have Ray send the token that lies there, while the block is connected to a cluster that wants
     one, and no token to one that wants none.
 
-    Raises PlanError where it wants one and there is none, or another one; and where it wants none
-    though others can reach it (`check_open`).
+    Raises PlanError where it wants one and there is none, or another one; where it wants none
+    though others can reach it (`check_open`); and where one side alone speaks TLS, or they do not
+    take each other's certificates.
     """
     from ray.exceptions import AuthenticationError
 
     if address.startswith("ray://"):
         yield
         return
+    _check_tls(address)
     changes = {_MODE: "disabled"}
     try:
         with _environment(changes):
@@ -141,6 +148,59 @@ def authenticated(address: str) -> Iterator[None]:
         return
     with _environment(changes):
         yield
+
+
+def _check_tls(address: str) -> None:
+    """Raise PlanError where Ray would try for many minutes to speak with a cluster that speaks TLS
+    otherwise than this process is told to."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    names = {part: os.environ.get(f"RAY_TLS_{part}", "") for part in _TLS_PARTS}
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if _refusal(host, int(port), context, listens=False):
+            return
+        what = "speaks TLS, and this process does not"
+    elif not all(names.values()):
+        missing = ", ".join(f"RAY_TLS_{part}" for part, name in names.items() if not name)
+        raise PlanError("RAY_USE_TLS", f"is set without {missing}", TLS_RULE, TLS_WAY_OUT)
+    else:
+        try:
+            context = ssl.create_default_context(cafile=names["CA_CERT"])
+            context.load_cert_chain(names["SERVER_CERT"], names["SERVER_KEY"])
+        except OSError as error:  # ssl.SSLError is one
+            raise PlanError(
+                "RAY_USE_TLS",
+                f"its files cannot be used ({one_line(error)})",
+                TLS_RULE,
+                TLS_WAY_OUT,
+            ) from error
+        reason = _refusal(host, int(port), context)
+        if not reason:
+            return
+        what = f"and this process do not agree on TLS ({reason})"
+    raise PlanError("--address", f"the cluster at {address} {what}", TLS_RULE, TLS_WAY_OUT)
+
+
+def _refusal(host: str, port: int, context: ssl.SSLContext, *, listens: bool = True) -> str:
+    """Why no TLS is spoken there; empty: it is. `listens`: hear whether the other side takes our
+    certificate, which it says after the handshake."""
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host, port), TLS_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            if not listens:
+                return ""
+            secured.settimeout(1.0)
+            with suppress(TimeoutError):  # it has nothing against it
+                return "" if secured.recv(1) else "the connection was closed"
+            return ""
+    except OSError as error:
+        return one_line(error)
 
 
 def check_open(address: str, host: str) -> None:
