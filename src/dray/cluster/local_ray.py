@@ -283,7 +283,7 @@ def command_without_secrets() -> Iterator[None]:
     """Have a Ray that is joined in the block keep this process' command line without secrets: it is
     shown to all who may see the cluster's jobs. Ray's function for it is private: where a version
     has it no more, the command line is kept as it is."""
-    utils = import_module("ray._private.utils")
+    utils: Any = import_module("ray._private.utils")
     own = getattr(utils, "get_entrypoint_name", None)
     if own is None:
         yield
