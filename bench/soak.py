@@ -47,6 +47,7 @@ from bench.recovery import (
 )
 from bench.report import write_section
 from bench.training import ROOT, STOCK
+from dray.cluster.local_ray import OPEN_CLUSTER
 from dray.runs import Run
 
 STEPS, MICRO_ROWS, WORKERS = 1_000_000, 16, 2
@@ -113,7 +114,12 @@ class Arm:
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "RAY_ADDRESS": self.cluster.address, "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "RAY_ADDRESS": self.cluster.address,
+                    OPEN_CLUSTER: self.cluster.address.rpartition(":")[0],
+                    "OMP_NUM_THREADS": "1",
+                },
             )
 
     def follow(self, seconds: float, faults: list[Fault]) -> tuple[Steps, float]:

@@ -41,7 +41,10 @@ class _Lanes(LoadScopeScheduling):
 @cache
 def _needs_ray(file: str) -> bool:
     path = Path(__file__).parents[1] / file
-    return path.parent.name in RAY_FOLDERS or "local_ray" in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    return path.parent.name in RAY_FOLDERS or any(
+        word in text for word in ("local_ray", "started_head", "hostile")
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,10 +1,12 @@
-"""A head of a Ray cluster with a token and a server of jobs, as `ray start --head` makes it."""
+"""A head of a Ray cluster with a token and a server of jobs, as `ray start --head` makes it, and
+commands of dray's that use it."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,10 +23,13 @@ BIN = Path(sys.executable).parent
 
 
 class Head:
-    """A head with a token and a server of jobs, in a folder of its own."""
+    """A head with a server of jobs, in a folder of its own."""
 
-    def __init__(self, folder: Path, num_cpus: int, environment: Mapping[str, str]) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, num_cpus: int, variables: Mapping[str, str], *, is_open: bool
+    ) -> None:
+        self.folder = folder
+        """Ray's own files lie in `r` below it."""
         self._process: psutil.Popen | None = None
         gcs, jobs, agent = self._ports = free_ports(3)
         self.address = f"127.0.0.1:{gcs}"
@@ -34,18 +39,19 @@ class Head:
         self.token = folder / "token"
         self.token.touch(0o600)
         self.token.write_text(secrets.token_hex(32))
+        guarded = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
         self._environment = {
             **os.environ,
             "PATH": f"{BIN}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            **({"RAY_AUTH_MODE": "disabled"} if is_open else guarded),
             "RAY_worker_niceness": "0",
-            **environment,
+            **variables,
         }
         self._words = [
             *(str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}"),
             *(f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"),
-            *("--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}", "--disable-usage-stats"),
+            f"--dashboard-host={'0.0.0.0' if is_open else '127.0.0.1'}",
+            *(f"--num-cpus={num_cpus}", "--disable-usage-stats"),
             f"--temp-dir={folder}/r",
         ]
 
@@ -56,7 +62,7 @@ class Head:
 
     def start(self, seconds: float = 120) -> None:
         """Start it, or start it again at the same address, and wait until it answers."""
-        out = self._folder / "out"
+        out = self.folder / "out"
         with out.open("wb") as stream:
             self._process = psutil.Popen(
                 self._words, stdout=stream, stderr=stream, env=self._environment
@@ -84,13 +90,41 @@ class Head:
         self.kill()
 
 
+def environment(token: Path | None, **variables: str) -> dict[str, str]:
+    """Of somebody who has that token, or none."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+    # A home without a token, where nothing is written.
+    own = {"RAY_AUTH_TOKEN_PATH": str(token)} if token else {"HOME": "/proc"}
+    return kept | own | variables
+
+
+def dray(
+    home: Path, token: Path | None, *words: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A command of dray's in a folder, run to its end by somebody who has that token, or none."""
+    return subprocess.run(
+        [sys.executable, "-m", "dray.cli", *words],
+        cwd=home,
+        env=environment(token, **variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 @contextmanager
 def started_head(
-    *, num_cpus: int = 4, disk: Path | None = None, **environment: str
+    *,
+    num_cpus: int = 4,
+    disk: Path | None = None,
+    is_open: bool = False,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Head]:
-    """A head for the time of the block, its files on a disk; it ends with all of its processes."""
+    """A head for the time of the block, its files on a disk; it ends with all of its processes.
+    `is_open`: one that asks for no token and listens on all addresses."""
     folder = Path(tempfile.mkdtemp(prefix="dh", dir=disk))  # short: sockets lie below it
-    head = Head(folder, num_cpus, environment)
+    head = Head(folder, num_cpus, variables or {}, is_open=is_open)
     try:
         head.start()
         yield head

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
-from dray.redaction import HIDDEN, names_secret, redact, redact_fields
+from dray.redaction import HIDDEN, names_secret, redact, redact_error, redact_fields
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
@@ -116,3 +118,14 @@ def test_a_tree_keeps_its_form():
 )
 def test_names(name: str, is_one: bool):
     assert names_secret(name) is is_one
+
+
+def test_an_error_is_freed_of_secrets_with_those_that_led_to_it():
+    cause = OSError(2, f"secret_key={SECRET}", f"s3://me:{SECRET}@bucket")
+    error = RuntimeError(f"password={SECRET}", 3)
+    error.__cause__ = cause
+    cause.__context__ = error  # a circle
+    redact_error(error)
+    assert SECRET not in "".join(traceback.format_exception(error))
+    assert error.args[1] == 3
+    assert cause.errno == 2

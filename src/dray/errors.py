@@ -27,6 +27,7 @@ room both raises and catches stay in that room.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,16 @@ from enum import StrEnum
 from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|\r(?!\n)"
+)
+
+
+def visible(text: str) -> str:
+    """The text with those signs escaped that would steer a terminal, break a line where nobody sees
+    it, or turn round what stands there: names and documents come from anybody."""
+    return _STEERING.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
 class Cause(StrEnum):
@@ -70,7 +81,7 @@ class DrayError(Exception):
 class UserError(DrayError):
     """A mistake that its maker can mend: `where: what; rule; way out`.
 
-    The parts are kept as attributes, so that a program can read them too.
+    The parts are kept as they are given, so that a program can read them too.
     """
 
     exit_code = 2
@@ -78,7 +89,7 @@ class UserError(DrayError):
     def __init__(self, where: str, what: str, rule: str = "", way_out: str = "") -> None:
         self.where, self.what, self.rule, self.way_out = where, what, rule, way_out
         tail = "; ".join(part for part in (what, rule, way_out) if part)
-        super().__init__(f"{where}: {tail}".replace("\n", " "))
+        super().__init__(visible(f"{where}: {tail}".replace("\n", " ")))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, str]]:
         # Crosses process borders (Ray) with its parts intact.

@@ -106,6 +106,24 @@ def _redact_value(value: Any) -> Any:
     return [_redact_value(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def redact_error(error: BaseException) -> None:
+    """Apply `redact` to the texts of an error, and of those that led to it, in place: for an error
+    that others will write down."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        one.args = tuple(_redact_value(value) for value in one.args)
+        if isinstance(one, OSError):  # which says these in place of its arguments
+            for name in ("strerror", "filename", "filename2"):
+                if isinstance(text := getattr(one, name), str):
+                    setattr(one, name, redact(text))
+        left += [one.__cause__, one.__context__]
+
+
 def names_secret(name: str) -> bool:
     """Whether a variable or key of that name holds a secret: AWS_SECRET_ACCESS_KEY and
     WANDB_API_KEY do, pad_token_id and num_tokens do not."""
@@ -222,6 +240,7 @@ class _Credentials:
 _held: dict[str, _Credentials] = {}
 """Clean place without its query → its credentials. They hold for everything below the place."""
 _held_lock = Lock()
+_hidden: set[str] = set()
 _asked = {"at": -_ASK_EVERY_SECONDS}
 
 
@@ -371,13 +390,14 @@ def _is_secret_parameter(name: str, signed: bool) -> bool:
     )
 
 
+def hide(secret: str) -> None:
+    """Have `redact` hide a secret that this process has read from elsewhere, such as a file."""
+    _hidden.add(secret)
+
+
 def _held_values() -> list[str]:
     """Every credential that this process holds, longest first."""
     with _held_lock:
-        found = {
-            value
-            for item in _held.values()
-            for value in item.values()
-            if len(value) >= _SHORTEST_VALUE
-        }
+        held = [value for item in _held.values() for value in item.values()]
+    found = {value for value in (*held, *_hidden) if len(value) >= _SHORTEST_VALUE}
     return sorted(found, key=len, reverse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from heads import Head, started_head
+from heads import Head, dray, environment, started_head
 from ports import free_ports
 from small_disk import small_disk
 from tiny import tiny_tree
@@ -41,24 +40,6 @@ def home(tmp_path: Path, tiny_corpus: Path) -> Path:
     shutil.copyfile(tmp_path / "texts" / "part-0.jsonl", tmp_path / "held_out.jsonl")
     (tmp_path / "runs").mkdir()
     return tmp_path / "work"
-
-
-def environment(token: Path | None) -> dict[str, str]:
-    kept = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
-    # A home without a token, where nothing is written.
-    return kept | ({"RAY_AUTH_TOKEN_PATH": str(token)} if token else {"HOME": "/proc"})
-
-
-def dray(home: Path, token: Path | None, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dray.cli", *words],
-        cwd=home,
-        env=environment(token),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def hashes(home: Path, storage: Path, run: str) -> dict[str, Any]:
@@ -191,6 +172,7 @@ def test_what_cannot_be_submitted_is_one_line(home: Path, words: list[str], said
 
 def test_who_may_not_or_cannot_is_told_so(home: Path, head: Head, tmp_path: Path):
     wrong = tmp_path / "wrong"
+    wrong.touch(0o600)
     wrong.write_text("0" * 64)
     (port,) = free_ports(1)
     for token, address, said in (

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
+from dray.cluster.local_ray import OPEN_CLUSTER
 from dray.cluster.nodes import answers
 from dray.ledger import verify_ledger
 from dray.runs import Run, verify_checkpoint
@@ -300,12 +301,14 @@ class Training:
             "--run",
             name,
         ]
+        # The clusters of these tests ask for no token, and not all are on loopback.
+        named = {OPEN_CLUSTER: address.rpartition(":")[0]} if address else {}
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
                 [*command, *(("--address", address) if address else ())],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **named, **(environment or {})},
                 start_new_session=True,
             )
 

@@ -21,7 +21,7 @@ def init_command(arguments: argparse.Namespace) -> int:
 
     from dray.spec import NAME_RULE, RUN_NAME, load_text
 
-    if not re.match(RUN_NAME, arguments.name):
+    if not re.fullmatch(RUN_NAME, arguments.name):
         raise SpecError(repr(arguments.name)[:200], "not a name", NAME_RULE)
     text = load_text(arguments.recipe)
     path = Path(f"{arguments.name}.yaml")

@@ -198,7 +198,7 @@ def _name(inner: argparse.Namespace, words: Sequence[str]) -> str:
     given = getattr(inner, "fork", None) or getattr(inner, "run_name", None)
     endings = {"tune": "-sweep", "ladder": "-ladder", "prepare": "-prepare"}
     name = str(given or f"{_load(inner)['name']}{endings.get(words[0], '')}")
-    if not re.match(RUN_NAME, name):
+    if not re.fullmatch(RUN_NAME, name):
         raise PlanError(f"--run {name}"[:200], "not a name", NAME_RULE)
     return name
 
@@ -403,7 +403,7 @@ def _end(job: Job, listener: _Listener) -> int:
         )
     if code := exit_code(job):
         for line in listener.unsaid:
-            print(line, file=sys.stderr)
+            warn(line, prefix="")
         warn(f"{job.id}  {job.status}, exit code {code}", prefix="")
     return code
 

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dray.cluster.local_ray import authenticated, local_ray
+from dray.cluster.local_ray import authenticated, command_without_secrets, local_ray
 from dray.cluster.nodes import answers, live_shape
 from dray.cluster.workers import fork_environment, server_of_ranks
 from dray.errors import PlanError
@@ -182,7 +182,7 @@ def _connected(
         return
     with authenticated(address):
         try:
-            with kept_handlers():
+            with kept_handlers(), command_without_secrets():
                 ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_answer(address) from error

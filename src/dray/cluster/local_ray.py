@@ -1,5 +1,5 @@
-"""Ray before it is connected to: the token that a cluster wants, and a local Ray that nobody else
-can reach or read.
+"""Ray before it is connected to: the token that a cluster wants, the refusal of one that wants
+none, and a local Ray that nobody else can reach or read.
 
 A local Ray lives in a folder of its own that only its user can enter, with a token that is in no
 file. So nothing is left in the home folder or in the way of another Ray on this machine. Of a Ray
@@ -8,22 +8,26 @@ that does not start no process stays.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 import shutil
+import socket
+import ssl
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dray.errors import DrayError, PlanError, RunFailed
+from dray.errors import DrayError, PlanError, RunFailed, one_line
 from dray.processes import worker_setup
 from dray.processes.signals import kept_handlers
 from dray.processes.streams import warn
+from dray.redaction import hide, redact
 
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 TOKEN_RULE = (
@@ -32,6 +36,15 @@ TOKEN_RULE = (
     "copy it from the head (`ray get-auth-token` there)",
 )
 """Where the token of a cluster is looked for, and where it comes from."""
+OPEN_CLUSTER = "DRAY_OPEN_CLUSTER"
+"""The variable that names hosts, with commas between them, whose clusters may go without a
+token."""
+_TLS_PARTS = ("CA_CERT", "SERVER_CERT", "SERVER_KEY")
+TLS_RULE = "both sides have RAY_USE_TLS=1 and certificates of one authority, or neither has"
+TLS_WAY_OUT = "docs/security.md makes some"
+TLS_SECONDS = 3.0
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray sets for the command of a job."""
 _ONLOOKERS = ("start_api_server", "start_monitor", "start_log_monitor")
 _RAYLET = "start_raylet"
 """Methods of Ray's node, private ones: where a version of Ray has them no more, it starts all that
@@ -63,9 +76,36 @@ def _forget_token() -> None:
 
 
 def token_header() -> dict[str, str]:
-    """The token that is here as a header of HTTP; none: there is none."""
+    """The token that is here as a header of HTTP; none: there is none. It is hidden in all that
+    this process says from then on. Warns where its file can be read by others. Raises PlanError for
+    a file that was named and holds none."""
+    from ray.exceptions import AuthenticationError
+
     loader = _raylet().AuthenticationTokenLoader.instance()
-    return dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+    try:
+        header = dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+    except AuthenticationError as error:
+        place = os.environ.get(_TOKEN_PATH, "")
+        raise PlanError(_TOKEN_PATH, f"{place} holds no token", *TOKEN_RULE) from error
+    for value in header.values():
+        hide(str(value).rpartition(" ")[2])
+    if header and not os.environ.get(_TOKEN):
+        _warn_of_readers(os.environ.get(_TOKEN_PATH) or str(_home_token()))
+    return header
+
+
+def _home_token() -> Path:
+    """Where Ray itself looks for a token. Raises RuntimeError where there is no home."""
+    return Path.home() / ".ray" / "auth_token"
+
+
+@cache
+def _warn_of_readers(path: str) -> None:
+    """Say, once, that the file of a token can be read by others, to whoever can change it."""
+    with suppress(OSError):
+        found = Path(path).stat()
+        if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077:
+            warn(f"{path} holds a cluster's token and others can read it: chmod 600 {path}")
 
 
 def _raylet() -> Any:
@@ -79,18 +119,26 @@ def _raylet() -> Any:
 @contextmanager
 def authenticated(address: str) -> Iterator[None]:
     """Have Ray send the token that lies there, while the block is connected to a cluster that wants
-    one.
+    one, and no token to one that wants none.
 
-    Raises PlanError where it wants one and there is none, or another one.
+    Raises PlanError where it wants one and there is none, or another one; where it wants none
+    though others can reach it (`check_open`); and where one side alone speaks TLS, or they do not
+    take each other's certificates.
     """
     from ray.exceptions import AuthenticationError
 
     if address.startswith("ray://"):
         yield
         return
+    _check_tls(address)
+    changes = {_MODE: "disabled"}
     try:
-        _ask(address)
-        changes: dict[str, str] = {}
+        with _environment(changes):
+            answered = _ask(address)
+        if answered:
+            check_open(address, address.rpartition(":")[0])
+        else:
+            changes = {}  # nothing is known of it: connecting will tell
     except AuthenticationError as error:
         changes = {_MODE: "token"}
         with _environment(changes):
@@ -100,6 +148,86 @@ def authenticated(address: str) -> Iterator[None]:
         return
     with _environment(changes):
         yield
+
+
+def _check_tls(address: str) -> None:
+    """Raise PlanError where Ray would try for many minutes to speak with a cluster that speaks TLS
+    otherwise than this process is told to."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    names = {part: os.environ.get(f"RAY_TLS_{part}", "") for part in _TLS_PARTS}
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if _refusal(host, int(port), context, listens=False):
+            return
+        what = "speaks TLS, and this process does not"
+    elif not all(names.values()):
+        missing = ", ".join(f"RAY_TLS_{part}" for part, name in names.items() if not name)
+        raise PlanError("RAY_USE_TLS", f"is set without {missing}", TLS_RULE, TLS_WAY_OUT)
+    else:
+        try:
+            context = ssl.create_default_context(cafile=names["CA_CERT"])
+            context.load_cert_chain(names["SERVER_CERT"], names["SERVER_KEY"])
+        except OSError as error:  # ssl.SSLError is one
+            raise PlanError(
+                "RAY_USE_TLS",
+                f"its files cannot be used ({one_line(error)})",
+                TLS_RULE,
+                TLS_WAY_OUT,
+            ) from error
+        reason = _refusal(host, int(port), context)
+        if not reason:
+            return
+        what = f"and this process do not agree on TLS ({reason})"
+    raise PlanError("--address", f"the cluster at {address} {what}", TLS_RULE, TLS_WAY_OUT)
+
+
+def _refusal(host: str, port: int, context: ssl.SSLContext, *, listens: bool = True) -> str:
+    """Why no TLS is spoken there; empty: it is. `listens`: hear whether the other side takes our
+    certificate, which it says after the handshake."""
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host, port), TLS_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            if not listens:
+                return ""
+            secured.settimeout(1.0)
+            with suppress(TimeoutError):  # it has nothing against it
+                return "" if secured.recv(1) else "the connection was closed"
+            return ""
+    except OSError as error:
+        return one_line(error)
+
+
+def check_open(address: str, host: str) -> None:
+    """Raise PlanError for a cluster that asked for no token and is not on loopback: whoever reaches
+    it runs code where this run's data and credentials are. One that OPEN_CLUSTER names is let pass,
+    and so is the one whose job this process is."""
+    named = host and host in os.environ.get(OPEN_CLUSTER, "").split(",")
+    if _is_loopback(host) or named or IN_JOB in os.environ:
+        return
+    raise PlanError(
+        "--address",
+        f"the cluster at {address} asks for no token",
+        "whoever reaches such a cluster runs code on it",
+        f"start it with RAY_AUTH_MODE=token (docs/security.md); to use it as it is: "
+        f"{OPEN_CLUSTER}={host}",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine by an address that no other machine reaches."""
+    if not host:
+        return False
+    try:
+        found = {str(place[4][0]) for place in socket.getaddrinfo(host.strip("[]"), None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(one.partition("%")[0]).is_loopback for one in found)
 
 
 def _ask_with_token(address: str, refused: Exception) -> None:
@@ -122,9 +250,9 @@ def _ask_with_token(address: str, refused: Exception) -> None:
         ) from error
 
 
-def _ask(address: str) -> None:
-    """Ask the cluster for a word. Raises AuthenticationError; what else goes wrong is found out by
-    connecting."""
+def _ask(address: str) -> bool:
+    """Ask the cluster for a word; whether it gave one. Raises AuthenticationError; what else goes
+    wrong is found out by connecting."""
     from ray.exceptions import AuthenticationError, RayError
 
     with _silent_stderr():
@@ -133,7 +261,8 @@ def _ask(address: str) -> None:
         except AuthenticationError:
             raise
         except (RayError, RuntimeError, ValueError):
-            return
+            return False
+    return True
 
 
 @contextmanager
@@ -147,6 +276,23 @@ def _silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextmanager
+def command_without_secrets() -> Iterator[None]:
+    """Have a Ray that is joined in the block keep this process' command line without secrets: it is
+    shown to all who may see the cluster's jobs. Ray's function for it is private: where a version
+    has it no more, the command line is kept as it is."""
+    utils: Any = import_module("ray._private.utils")
+    own = getattr(utils, "get_entrypoint_name", None)
+    if own is None:
+        yield
+        return
+    utils.get_entrypoint_name = lambda: redact(own())
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = own
 
 
 # ---- a Ray of our own --------------------------------------------------------------------------
@@ -188,7 +334,8 @@ def _start(folder: str, options: dict[str, Any]) -> None:
     for is_last in (False, True):
         try:
             leanness = nullcontext() if options.get("include_dashboard") else lean()
-            with _without_orphans(), kept_handlers(), leanness, _groups_of_their_own():
+            quiet = command_without_secrets()
+            with _without_orphans(), kept_handlers(), leanness, _groups_of_their_own(), quiet:
                 ray.init(address="local", _temp_dir=f"{folder}/r", **options)
             return
         except Exception as error:  # Ray raises Exception itself
@@ -281,7 +428,7 @@ def _has_own_token() -> bool:
     ):
         return True
     try:
-        found = (Path.home() / ".ray" / "auth_token").stat()
+        found = _home_token().stat()
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return False
     return (

@@ -83,7 +83,7 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
         )
     else:
         lines.append(f"rows         {manifest.train.num_rows:,}, without tokens")
-    return lines
+    return [line.replace("\n", "\\n") for line in lines]  # as a file's name may have them
 
 
 def _describe_truncated(manifest: Manifest) -> str:

@@ -30,8 +30,9 @@ from dray.corpus.sources import InputFile
 
 BLOCK_BYTES = 4 * 1024 * 1024
 READ_BYTES = 256 * 1024
-ZSTD_FEED_BYTES = 4096
-"""Compressed bytes given to zstd at once: its output is bounded by 128 KiB for every 4 bytes."""
+ZSTD_FEED_BYTES = 512
+"""Compressed bytes given to zstd at once, whose output of 128 KiB for every 4 bytes nothing else
+bounds: 16 MiB here. Larger feeds are no faster."""
 XZ_MEMORY_BYTES = 512 * 1024 * 1024
 
 

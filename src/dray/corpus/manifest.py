@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pyarrow import fs as pafs
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from dray.errors import CorpusError, StoreError
 from dray.runs import Run
@@ -35,8 +35,8 @@ class Shard(_Record):
 
     file: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
     """Path below the corpus folder, and of nothing else: a manifest may come from anybody."""
-    num_rows: int
-    num_bytes: int
+    num_rows: Annotated[int, Field(ge=0)]
+    num_bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
@@ -52,6 +52,12 @@ class SourceRows(_Record):
     num_text_bytes: int
     """UTF-8 bytes of the cleaned text in these rows."""
     shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.num_rows != sum(shard.num_rows for shard in self.shards):
+            raise ValueError("the shards have other rows in all than their source")
+        return self
 
 
 class Split(_Record):
@@ -145,7 +151,7 @@ class Manifest(_Record):
     version: int
     key: str
     sequence_tokens: int
-    group_rows: int
+    group_rows: Annotated[int, Field(ge=1)]
     """Rows in a group, the unit of reading: one Arrow record batch. Only the last group of a source
     may be shorter."""
     vocab_size: int
@@ -223,7 +229,7 @@ def load_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest:
             f"a complete corpus has a {MANIFEST}",
             "`dray prepare` makes one",
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CorpusError(
             path, "is not a manifest", "it is written by `dray prepare`", "delete the folder"
         ) from error
@@ -261,12 +267,12 @@ def load_source_files(filesystem: pafs.FileSystem, folder: str) -> tuple[SourceF
     """What each input file of a corpus gave, in reading order. Raises CorpusError for a corpus
     without that account."""
     try:
-        tree = json.loads(read_bytes(filesystem, f"{folder}/{SOURCE_FILES}"))
-    except FileNotFoundError:  # version 2 kept it in the manifest
-        tree = json.loads(read_bytes(filesystem, f"{folder}/{MANIFEST}")).get("source_files")
-    try:
+        try:
+            tree = json.loads(read_bytes(filesystem, f"{folder}/{SOURCE_FILES}"))
+        except FileNotFoundError:  # version 2 kept it in the manifest
+            tree = json.loads(read_bytes(filesystem, f"{folder}/{MANIFEST}")).get("source_files")
         return _SOURCE_FILES.validate_python(tree)
-    except ValidationError as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise CorpusError(
             f"{folder}/{SOURCE_FILES}",
             "is not the account of a corpus' source files",

@@ -7,6 +7,7 @@ anything odd; both ways give the same documents.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,10 +126,9 @@ class _Record(dict[str, Any]):
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        names = [name for name, _ in pairs]
         self.repeated = (
-            {name for name in self if names.count(name) > 1}
-            if len(self) < len(names)
+            {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+            if len(self) < len(pairs)
             else frozenset[str]()
         )
 

@@ -45,15 +45,16 @@ def make_package(
 ) -> Package:
     """The package of these files and folders, relative to the working directory.
 
-    Raises SpecError for what is not there or leads out of its folder by a symbolic link, and for
-    more than `max_bytes` altogether.
+    Raises SpecError for what is not there, is hidden, or leads elsewhere by a symbolic link, and
+    for more than `max_bytes` altogether.
     """
     here = Path(os.path.abspath(working_directory or Path.cwd()))
     found: dict[Path, int] = {}
     num_left_out = 0
     for name in names:
         place = Path(os.path.normpath(here / name))
-        files, left_out = _list(place, name)
+        _check_way(place, name, here)
+        files, left_out = _list(place)
         found.update(files)
         num_left_out += left_out
     total = sum(found.values())
@@ -76,10 +77,31 @@ def make_package(
     )
 
 
-def _list(place: Path, name: str) -> tuple[dict[Path, int], int]:
-    """The files of a place with their sizes, and how many were left out."""
+def _check_way(place: Path, name: str, here: Path) -> None:
+    """Raise SpecError for a place that is not there, is hidden, or is reached by a link out of the
+    folder that its name begins in: a spec, and the folders beside it, may come from anybody."""
     if not place.exists():
         raise SpecError(name, "is not there", "what a command names goes with it")
+    parts = PurePath(os.path.relpath(place, here)).parts
+    if any(part.startswith(".") and part != ".." for part in parts):
+        raise SpecError(
+            name,
+            "is hidden",
+            "nothing hidden goes to a cluster: keys and settings lie in such files",
+            "copy it to a name without the dot",
+        )
+    base = here.joinpath(*(part for part in parts if part == "..")).resolve()
+    if not place.resolve().is_relative_to(base):
+        raise SpecError(
+            name,
+            f"leads by a symbolic link to {place.resolve()}",
+            f"what goes to a cluster lies below {base}, where its name begins",
+            "name that place itself, or put a copy in its place",
+        )
+
+
+def _list(place: Path) -> tuple[dict[Path, int], int]:
+    """The files of a place with their sizes, and how many were left out."""
     if not place.is_dir():
         return {place: place.stat().st_size}, 0
     found: dict[Path, int] = {}

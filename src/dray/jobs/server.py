@@ -17,8 +17,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+from urllib.parse import urlsplit
 
-from dray.cluster.local_ray import TOKEN_RULE, token_header
+from dray.cluster.local_ray import TOKEN_RULE, check_open, token_header
 from dray.errors import JobLost, PlanError, RunFailed, one_line
 from dray.jobs.arrival import versions_here
 from dray.jobs.package import Package, staged
@@ -300,14 +301,19 @@ def _read(details: Any) -> Job | None:
 
 
 def _wanted_token(address: str) -> dict[str, str]:
-    """The header with this machine's token, if it has one and the server wants one."""
+    """The header with this machine's token, if it has one and the server wants one. Raises
+    PlanError for one that wants none though others can reach it."""
     import requests
 
     try:
         asked = requests.get(f"{address}/api/version", timeout=10)
     except requests.exceptions.RequestException:
         return {}
-    return token_header() if asked.status_code in (401, 403) else {}
+    if asked.status_code in (401, 403):
+        return token_header()
+    if asked.ok:
+        check_open(address, urlsplit(address).hostname or "")
+    return {}
 
 
 def _checked(address: str) -> str:

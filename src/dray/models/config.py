@@ -42,6 +42,13 @@ NUM_EXPERTS = (
     "num_moe_experts",
 )
 """Where a configuration says how many experts a mixture has."""
+_BRINGS_CODE = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("attn_implementation", "experts_implementation")
+    for prefix in ("", "_")
+    for suffix in ("", "_internal")
+) | {"auto_map", "use_kernels"}
+"""Fields by which a configuration names code that transformers would fetch and run."""
 _EXPERTS_ALIGNED = 16
 """The experts' widths of a mixture must be a multiple of 16 bytes: their products are grouped."""
 _TWICE = {
@@ -151,7 +158,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "model.path", f"{folder} holds quantised weights", "training starts from full ones"
         )
     tree: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return tree
+    return {name: value for name, value in tree.items() if name not in _BRINGS_CODE}
 
 
 def make_kept_config(model: Any) -> dict[str, Any]:
@@ -162,8 +169,15 @@ def make_kept_config(model: Any) -> dict[str, Any]:
 
 
 def _kept_config(kept: Mapping[str, Any]) -> Any:
-    """The configuration that a run keeps, as transformers' own."""
-    return whole("transformers").CONFIG_MAPPING[kept["model_type"]].from_dict(dict(kept))
+    """The configuration that a run keeps, as transformers' own. Raises SpecError."""
+    tree = {name: value for name, value in kept.items() if name not in _BRINGS_CODE}
+    rule = "it is what dray wrote there when the run began"
+    with translated(
+        lambda error: SpecError(
+            "model.json", f"the run's configuration cannot be used ({first_line(error)})", rule
+        )
+    ):
+        return whole("transformers").CONFIG_MAPPING[tree["model_type"]].from_dict(tree)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -178,7 +192,15 @@ def weight_files(folder: Path) -> list[Path]:
             "weights are read from safetensors, never pickles",
             "save the model with transformers' save_pretrained, or `dray export`",
         )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    with translated(
+        lambda error: SpecError(
+            "model.path",
+            f"{index} cannot be used ({first_line(error)})",
+            "the folder must be whole",
+        )
+    ):
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({str(name) for name in listed})
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise SpecError(

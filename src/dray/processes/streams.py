@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
-from dray.errors import StoreError
+from dray.errors import StoreError, visible
 from dray.redaction import redact
 
 _SIGNS = {
@@ -93,9 +93,9 @@ class Results:
         self.stream = stream
 
     def say(self, text: str) -> None:
-        """Print a part of the result."""
+        """Print a part of the result, without signs that steer a terminal."""
         with self._told():
-            self.stream.write(text + "\n")
+            self.stream.write(visible(text) + "\n")
             self.stream.flush()
 
     def say_json(self, document: Any) -> None:
@@ -172,10 +172,10 @@ def results_apart() -> Iterator[Results]:
 
 
 def warn(text: str, prefix: str = "dray: ") -> None:
-    """Say something on standard error, freed of secrets. Where nobody can hear it, it is not
-    said."""
+    """Say something on standard error, freed of secrets and of signs that steer a terminal. Where
+    nobody can hear it, it is not said."""
     with suppress(OSError, ValueError):
-        print(f"{prefix}{redact(text)}", file=sys.stderr, flush=True)
+        print(f"{prefix}{visible(redact(text))}", file=sys.stderr, flush=True)
 
 
 class Forgiving:

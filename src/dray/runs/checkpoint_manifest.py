@@ -33,6 +33,9 @@ MODEL_STATES = ("param", *WHOLE_STATES)
 """All others are what the optimiser and hooks keep for a parameter, each under a name of its
 own."""
 
+_NOT_ONE = (ValueError, LookupError, TypeError, OverflowError, AttributeError, RecursionError)
+"""What a text raises that is read as a manifest and is none."""
+
 Ints = NDArray[np.int64]
 Key = tuple[str, str]
 """(parameter, state)."""
@@ -236,10 +239,10 @@ class CheckpointManifest:
                     np.full(len(given[0]), index),
                     *(np.array(column, dtype=np.int64) for column in given),
                 )
-        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+            places |= columns.places(shapes, where, self.files)
+            _check_all_there(places, shapes, where)
+        except _NOT_ONE as error:
             raise StoreError(where, f"not a checkpoint's manifest ({error!r})") from error
-        places |= columns.places(shapes, where, self.files)
-        _check_all_there(places, shapes, where)
         return places
 
     @property
@@ -285,7 +288,7 @@ class CheckpointManifest:
                 partitions,
                 others,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except _NOT_ONE as error:
             raise StoreError(where, f"not a checkpoint's manifest ({error!r})") from error
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
@@ -114,7 +115,7 @@ def load_manifest(
         marker = json.loads(read_bytes(filesystem, f"{path}/{MARKER_FILE}"))
         expected = str(marker["manifest_sha256"])
         content = read_bytes(filesystem, f"{path}/{MANIFEST_FILE}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(path, f"the marker {MARKER_FILE} is unreadable", rule) from error
     except FileNotFoundError as error:
         raise StoreError(path, f"{MANIFEST_FILE} is missing", rule) from error
@@ -357,7 +358,8 @@ def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
         header.pop("__metadata__", None)
         tensors: dict[str, _Tensor] = {}
         for key, value in header.items():
-            (begin, end), count = value["data_offsets"], math.prod(value["shape"])
+            begin, end = map(operator.index, value["data_offsets"])
+            count = math.prod(map(operator.index, value["shape"]))
             if (
                 not 0 <= begin <= end <= num_bytes - 8 - length
                 or end - begin != count * _DTYPE_BYTES[value["dtype"]]
@@ -365,7 +367,10 @@ def read_header(stream: Any, num_bytes: int, where: str) -> dict[str, _Tensor]:
                 raise ValueError(f"{key} does not fit")
             tensors[key] = _Tensor(value["dtype"], count, 8 + length + begin)
         return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+        pa.ArrowException,
+    ) as error:
         raise StoreError(where, f"not a safetensors file ({error})") from error
 
 

@@ -39,13 +39,13 @@ RESERVED_NAMES = frozenset({CORPORA})
 SWEEP_FILE = "sweep.json"
 """What makes a folder in a storage a sweep, whose trials are runs in it."""
 
-_CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
-_RANK_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
-_ATTEMPT_FILE = re.compile(r"(\d{4,})\.json")
-_FAILURE_FILE = re.compile(r"a(\d{4,})\.json")
-_RANK_EVIDENCE = re.compile(r"a(\d{4,})-r(\d{5,})\.(?:log|txt|json)")
-_TRIAL_NAME = re.compile(r"([^/]+)/(\d{4,})")
-_DRIVER_FILE = re.compile(r"(\d{4,})\.json")
+_CHECKPOINT_FOLDER = re.compile(r"step-([0-9]{8,})-a([0-9]{4,})")
+_RANK_FILE = re.compile(r"rank-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
+_ATTEMPT_FILE = re.compile(r"([0-9]{4,})\.json")
+_FAILURE_FILE = re.compile(r"a([0-9]{4,})\.json")
+_RANK_EVIDENCE = re.compile(r"a([0-9]{4,})-r([0-9]{5,})\.(?:log|txt|json)")
+_TRIAL_NAME = re.compile(r"([^/]+)/([0-9]{4,})")
+_DRIVER_FILE = re.compile(r"([0-9]{4,})\.json")
 
 
 class RunFolder(Protocol):
@@ -81,13 +81,28 @@ def parse_checkpoint_owner(path: str) -> str:
     return path.rpartition(f"/{CHECKPOINTS}/")[0]
 
 
+def check_kept_checkpoint(path: str) -> str:
+    """The path of a checkpoint below the storage, as a record keeps it, if it is one: a record may
+    come from anybody. Raises StoreError."""
+    owner, folder = parse_checkpoint_owner(path), path.rstrip("/").rpartition("/")[2]
+    if not owner or parse_checkpoint_folder(folder) is None:
+        raise StoreError(
+            f"checkpoint {ascii(path)[:200]}",
+            "is no checkpoint of a run in this storage",
+            "records keep RUN/checkpoints/step-…",
+        )
+    check_run_name(owner)
+    return path
+
+
 def check_run_name(name: str) -> str:
     """The name, if it is safe as a folder's name, or that of a trial of a sweep. Raises
     StoreError."""
     trial = parse_trial_name(name)
-    if not re.fullmatch(RUN_NAME.rstrip("$"), trial[0] if trial else name):
-        raise StoreError(f"run {name!r}", "not a name for a run", NAME_RULE)
-    if name in RESERVED_NAMES:
+    folder = trial[0] if trial else name
+    if not re.fullmatch(RUN_NAME, folder):
+        raise StoreError(f"run {ascii(name)[:200]}", "not a name for a run", NAME_RULE)
+    if folder in RESERVED_NAMES:
         raise StoreError(
             f"run {name!r}", "the name is taken by dray itself", way_out="choose another with --run"
         )

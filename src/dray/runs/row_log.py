@@ -59,6 +59,8 @@ WRITE_ROWS = 8192
 TOGETHER, FEWEST_TOGETHER = 16, 4
 """How many requests to a storage are under way at once, and from how many on."""
 KEPT_FOLDERS = 8
+NUMBERS = ("step", "attempt")
+"""By which rows are put in order: what has anything else there is no row of dray's."""
 SHARED = "shared"
 """The writer of parts on a disk, where all processes append to the same ones."""
 
@@ -93,7 +95,7 @@ def parse_json(content: bytes, path: str) -> dict[str, Any]:
     """A file's content as a JSON mapping. Raises StoreError if it is something else."""
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(
             path,
             f"not JSON ({error})",
@@ -534,9 +536,11 @@ def _parsed(content: bytes) -> Iterator[dict[str, Any]]:
     for line in content.split(b"\n")[:-1]:  # what follows the last newline is torn
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and not any(
+            isinstance(row.get(name), (str, list, dict)) for name in NUMBERS
+        ):
             yield row
 
 

@@ -58,6 +58,7 @@ from dray.runs.layout import (
     RUN_FILE,
     SPEC_FILE,
     VALIDATION,
+    check_kept_checkpoint,
     check_run_name,
     make_attempt_file,
     parse_attempt_file,
@@ -134,21 +135,29 @@ class Run:
 
     def find_path(self, kept: str) -> str:
         """The path that a record keeps, where the storage is now. Records of earlier versions hold
-        it whole."""
-        if not kept.startswith(f"{self.storage_path}/") and (
-            below := _CHECKPOINT_BELOW.search(kept) or _CHECKPOINT_BELOW.search(f"/{kept}")
+        it whole. Raises StoreError for one that is no checkpoint's."""
+        below = kept.removeprefix(f"{self.storage_path}/")
+        if below == kept and (
+            found := _CHECKPOINT_BELOW.search(kept) or _CHECKPOINT_BELOW.search(f"/{kept}")
         ):
-            return f"{self.storage_path}/{below[0].lstrip('/')}"
-        return kept
+            below = found[0].lstrip("/")
+        return f"{self.storage_path}/{check_kept_checkpoint(below)}"
 
     @property
     def corpus(self) -> str:
         """Where the run's corpus lies (absolute path or URI); empty if none is on record.
 
-        One below the storage moves with it, one elsewhere stays where it was.
+        One below the storage moves with it, one elsewhere stays where it was. Raises StoreError for
+        one that only pretends to lie below.
         """
         record = self.record()
         kept, key = record.get("corpus") or "", record.get("corpus_key")
+        if ".." in kept.split("/"):
+            raise StoreError(
+                f"run {self.name!r}",
+                f"its corpus {kept!r} leaves the storage",
+                "what lies elsewhere is named by an absolute path or a URI",
+            )
         if not kept or not (is_uri(kept) or os.path.isabs(kept)):
             return kept and child(self.storage, *kept.split("/"))
         if key and not exists(
@@ -198,11 +207,18 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """run.json: name, created, status, fingerprint, identity, corpus, and what `update`
-        added."""
+        added. Raises StoreError for one that is no record of a run."""
+        path = f"{self.path}/{RUN_FILE}"
         # Records of earlier versions may hold URIs with credentials.
-        return cast(
-            "dict[str, Any]", take_in_all(load_json(self.filesystem, f"{self.path}/{RUN_FILE}"))
-        )
+        found = cast("dict[str, Any]", take_in_all(load_json(self.filesystem, path)))
+        if not all(isinstance(found.get(name), str) for name in ("status", "fingerprint")):
+            raise StoreError(
+                path,
+                "is no record of a run",
+                "it has a status and a fingerprint",
+                "put the file back from a copy of the run",
+            )
+        return found
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json. One process at a time: the driver."""
@@ -249,8 +265,11 @@ class Run:
 
     def origin(self) -> dict[str, Any] | None:
         """What a fork started from: run, step, attempt, checkpoint (path below the storage),
-        fingerprint, differing."""
-        return cast("dict[str, Any] | None", self.record().get("origin"))
+        fingerprint, differing. Raises StoreError for a checkpoint that lies elsewhere."""
+        origin = cast("dict[str, Any] | None", self.record().get("origin"))
+        if origin is not None:
+            check_kept_checkpoint(origin["checkpoint"])
+        return origin
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from dray.errors import visible
 from dray.redaction import redact
 
 _STYLE = """
@@ -91,4 +92,4 @@ class Page:
 
 
 def _text(value: str) -> str:
-    return escape(redact(value))
+    return escape(visible(redact(value)))

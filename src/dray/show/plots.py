@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dray.errors import visible
 from dray.processes.imports import require_package
 
 COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
@@ -75,14 +76,14 @@ def draw_lines(
             axes.plot(
                 xs,
                 ys,
-                label=line.name,
+                label=_plain(line.name),
                 color=line.color or COLORS[index % len(COLORS)],
                 linewidth=1.3,
                 marker="o" if line.marked or len(points) == 1 else None,
                 markersize=3,
             )
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(_plain(x_label))
+        axes.set_ylabel(_plain(y_label))
         if log and all(y > 0 for _, points in shown for _, y in points):
             axes.set_yscale("log")
         if log_x:
@@ -107,7 +108,7 @@ def draw_spans(
         for time, text, color in marks:
             axes.axvline(time, color=color, linewidth=1)
             axes.annotate(
-                text,
+                _plain(text),
                 (time, len(rows) - 0.4),
                 rotation=0,
                 fontsize=7,
@@ -115,10 +116,10 @@ def draw_spans(
                 ha="left",
                 va="bottom",
             )
-        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.set_yticks(range(len(rows)), [_plain(name) for name, *_ in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4 + bool(marks))
         axes.invert_yaxis() if not marks else None
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(_plain(x_label))
         axes.grid(visible=False, axis="y")
     return drawn[0]
 
@@ -132,10 +133,10 @@ def draw_bars(
     with _figure(5.2, 0.7 + 0.26 * len(names)) as (_, axes, drawn):
         places = range(len(names))
         axes.barh(places, values, xerr=errors, color=COLORS[0], height=0.6, ecolor="#57606a")
-        axes.set_yticks(places, names)
+        axes.set_yticks(places, list(map(_plain, names)))
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(_plain(x_label))
         axes.grid(visible=False, axis="y")
     return drawn[0]
 
@@ -155,13 +156,15 @@ def draw_points(
         for index, (name, group) in enumerate(points.items()):
             if group:
                 xs, ys = zip(*group, strict=True)
-                axes.scatter(xs, ys, s=16, label=name, color=COLORS[index % len(COLORS)], alpha=0.8)
+                axes.scatter(
+                    xs, ys, s=16, label=_plain(name), color=COLORS[index % len(COLORS)], alpha=0.8
+                )
         if log_x:
             axes.set_xscale("log")
         if ticks is not None:
-            axes.set_xticks(range(len(ticks)), ticks)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+            axes.set_xticks(range(len(ticks)), list(map(_plain, ticks)))
+        axes.set_xlabel(_plain(x_label))
+        axes.set_ylabel(_plain(y_label))
         if len(points) > 1:
             axes.legend(fontsize=7)
     return drawn[0]
@@ -186,15 +189,20 @@ def draw_parallel(
                 xs, ys = zip(*there, strict=True)
                 width = 2.2 if value == 0 else 0.9
                 axes.plot(xs, ys, color=colors(min(1.0, value) * 0.9), linewidth=width, alpha=0.85)
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), list(map(_plain, names)))
         axes.set_yticks([])
         axes.set_ylim(-0.12, 1.12)
         axes.grid(visible=False)
         for axis, (low, high) in enumerate(labels):
             axes.axvline(axis, color="#8c959f", linewidth=0.8)
-            axes.annotate(low, (axis, -0.03), ha="center", va="top", fontsize=7)
-            axes.annotate(high, (axis, 1.03), ha="center", va="bottom", fontsize=7)
+            axes.annotate(_plain(low), (axis, -0.03), ha="center", va="top", fontsize=7)
+            axes.annotate(_plain(high), (axis, 1.03), ha="center", va="bottom", fontsize=7)
     return drawn[0]
+
+
+def _plain(text: str) -> str:
+    """A text that matplotlib draws as it is, and does not read as a formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def _finite(line: Line) -> list[tuple[float, float]]:

@@ -14,8 +14,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from dray.errors import visible
 from dray.plan import format_bytes, format_seconds
 from dray.processes.streams import Forgiving
 from dray.redaction import redact
@@ -94,13 +96,15 @@ class Display:
                 if self._live is None or self._bar is None:  # another one is shown already
                     self.say(line)
                     return
-                self._live.update(self._bar, total=num_steps, completed=step, description=line)
+                self._live.update(
+                    self._bar, total=num_steps, completed=step, description=_as_text(line)
+                )
 
             yield show
 
     def say(self, text: str) -> None:
         """Show one remark on a line of its own."""
-        self._console.print(redact(text), markup=False)
+        self._console.print(visible(redact(text)), markup=False)
 
     def _line(self, row: Mapping[str, Any], now: float) -> str:
         step = int(row["step"])
@@ -117,6 +121,11 @@ class Display:
             parts.append(f"ETA {format_seconds(left)}")
         parts.append(f"{format_bytes(row['memory_bytes_max'])} a rank")
         return "  ".join(parts)
+
+
+def _as_text(line: str) -> str:
+    """A line from elsewhere, without signs that steer a terminal or style a text."""
+    return escape(visible(redact(line)))
 
 
 def format_loss(loss: float | None) -> str:

@@ -90,7 +90,7 @@ class Spec(Section):
         """What a run has trained means something under that run's tokeniser alone."""
         model = given.get("model") if isinstance(given, Mapping) else None
         name = model.get("run") if isinstance(model, Mapping) else None
-        if given.get("tokenizer") is not None or not re.match(RUN_NAME, str(name or "")):
+        if given.get("tokenizer") is not None or not re.fullmatch(RUN_NAME, str(name or "")):
             return given  # what is wrong with a name is said of the key that somebody typed
         return {**given, "tokenizer": {"run": name}}
 

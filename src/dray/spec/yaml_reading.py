@@ -2,8 +2,9 @@
 silence.
 
 Refuses besides what only looks like a text of a person: values that unfold to more than MAX_VALUES
-by aliases, nest deeper than MAX_DEPTH, or hold characters that no file name and no file of text can
-hold.
+by aliases or merges, nest deeper than MAX_DEPTH, are numbers of more than MAX_DIGITS, or hold
+characters that no file name and no file of text can hold. It does so before it has cost more than
+reading the text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import yaml
 
 from dray.errors import first_line
 
-MAX_VALUES, MAX_DEPTH = 100_000, 50
+MAX_VALUES, MAX_DEPTH, MAX_DIGITS = 100_000, 50, 100
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class BadYaml(ValueError):
@@ -23,7 +25,41 @@ class BadYaml(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which knows where a key stood before."""
+    """PyYAML's safe loader, which knows where a key stood before, and gives up early."""
+
+    depth = -1
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise BadYaml(f"nested deeper than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        # A number to the base 60, as YAML has them, takes PyYAML the square of its length.
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise BadYaml(
+                f"a number of more than {MAX_DIGITS} signs, in line {node.start_mark.line + 1}"
+            )
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names into a mapping, unless that unfolds to too much: the same few lines
+        may be merged by many, and those by others."""
+        num_values = 0
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for inner in merged:
+                    if isinstance(inner, yaml.MappingNode):
+                        self.flatten_mapping(inner)
+                        num_values += len(inner.value)
+                    if num_values > MAX_VALUES:
+                        raise BadYaml(f"holds more than {MAX_VALUES:,} values, its merges unfolded")
+        super().flatten_mapping(node)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(

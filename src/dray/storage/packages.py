@@ -19,6 +19,10 @@ def in_package(place: str) -> str:
     package, _, inner = place.removeprefix(PACKAGE_SCHEME).partition("/")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = list(found.submodule_search_locations or ()) if found is not None else []
+    if ".." in inner.split("/"):
+        raise StoreError(
+            place, "leads out of the package", "PATH names what the package itself holds"
+        )
     if not folders:
         raise StoreError(
             place,

@@ -64,7 +64,7 @@ class Sweep:
     @classmethod
     def find(cls, storage: str | os.PathLike[str], name: str) -> Sweep | None:
         """The sweep of that name, if there is one."""
-        if not re.match(RUN_NAME, name):
+        if not re.fullmatch(RUN_NAME, name):
             return None
         sweep = cls(storage, name)
         return sweep if exists(sweep.filesystem, f"{sweep.path}/{SWEEP_FILE}") else None

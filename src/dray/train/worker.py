@@ -20,6 +20,7 @@ from dray.corpus.stream import RowStream, build_dataset, iterate_windows
 from dray.doctor.hangs import agreement_seconds
 from dray.rank.job import Attempt, Job, begin_attempt, check_shared, make_attempt, make_stream
 from dray.rank.pulse import Pulse
+from dray.redaction import redact_error
 from dray.runs import Run
 from dray.runs.records import Ended
 from dray.train.posting import Posting
@@ -78,12 +79,20 @@ def build_data_config() -> Any:
 
 
 def run_rank(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs. Ray writes an error that ends it into its own logs, so that
+    is freed of secrets."""
+    try:
+        _run(config["job"], config["mailbox"])
+    except BaseException as error:
+        redact_error(error)
+        raise
+
+
+def _run(job: Job, mailbox: Any) -> None:
     import ray
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
-    job: Job = config["job"]
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()
     check_shared(job)
@@ -92,7 +101,7 @@ def run_rank(config: dict[str, Any]) -> None:
     pulse = Pulse(rank)
     pulse.attempt, pulse.step = attempt.number, attempt.start_step
     pulse.dump_stacks_on_signal()
-    with Posting(config["mailbox"], pulse, num_ranks) as reporter:
+    with Posting(mailbox, pulse, num_ranks) as reporter:
         _train(job, attempt, reporter, pulse, context.get_local_rank())
 
 

@@ -5,9 +5,9 @@ The file that DRAY_FAULT_FILE names holds, once a test has written it,
 `module:qualified.name:moment:flag file[:action]`: at the moment (`before` or `after`) of the first
 call of that function in any process, the process does the action; `before 8` is before its eighth
 call in that process. The flag file is created with O_EXCL, so that of all processes and attempts
-just one does it, once. At the moment `late` the function returns False for PAUSE_SECONDS from the
-first time on that it had True to return; at the moment `slow` every call takes PAUSE_SECONDS
-longer, in all processes.
+just one does it, once; for the flag file `always` all do it each time. At the moment `late` the
+function returns False for PAUSE_SECONDS from the first time on that it had True to return; at the
+moment `slow` every call takes PAUSE_SECONDS longer, in all processes.
 
 A module is armed when it is loaded, or, in a fork of a process that had loaded it, when that
 begins.
@@ -42,6 +42,13 @@ def _fail() -> None:
     raise RuntimeError("a mistake in the code")
 
 
+def _leak() -> None:
+    """As a library that says in its error how it was called."""
+    kept = {name: text for name, text in os.environ.items() if name in _SECRETS}
+    uris = [f"s3://me:{text}@bucket/x?secret_key={text}" for text in kept.values()]
+    raise RuntimeError(f"{kept} {' '.join(kept.values())} {' '.join(uris)}")
+
+
 def _deadlock() -> None:
     """Lock a mutex twice, with the interpreter's lock held: no other thread of this process ever
     runs again."""
@@ -72,10 +79,13 @@ def _starve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (kilobytes * 1024 + 2**24, resource.RLIM_INFINITY))
 
 
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
+
 ACTIONS = {
     "kill": _kill,
     "stop": _stop,
     "fail": _fail,
+    "leak": _leak,
     "deadlock": _deadlock,
     "hasten_clock": _hasten_clock,
     "starve": _starve,
@@ -86,6 +96,8 @@ PAUSE_SECONDS = 3.0
 
 
 def _is_first(flag: str) -> bool:
+    if flag == "always":
+        return True
     try:
         os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
