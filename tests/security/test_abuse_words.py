@@ -138,9 +138,10 @@ def test_signs_that_steer_in_the_log_of_a_job(capsys: pytest.CaptureFixture[str]
     from dray.cli.submitting import _Listener
 
     out = io.StringIO()
-    listener = _Listener(Results(out), silent=False, leaves=False, arrived=True)
-    listener.hear(f"from the cluster {STEERING}")
-    listener.hear(f"dray-result: {STEERING}")
+    with Display().relaying() as show:
+        listener = _Listener(Results(out), show, silent=False, leaves=False, arrived=True)
+        listener.hear(f"from the cluster {STEERING}")
+        listener.hear(f"dray-result: {STEERING}")
     told = capsys.readouterr().err + out.getvalue()
     assert not STEERS.search(told)
     assert told.count("reversed") == 2
