@@ -22,6 +22,7 @@ import yaml
 
 from dray.cluster.autoscaler import Limits, NodeType, read_limits
 from dray.cluster.connection import connect
+from dray.cluster.needs import Node
 from dray.cluster.nodes import answers
 from dray.cluster.survey import NodeRoom, Survey
 from dray.corpus.prepare import prepare
@@ -151,14 +152,15 @@ def from_none() -> Iterator[Growing]:
 
 
 def test_the_shape_counts_what_may_still_be_added(growing: str):
-    assert read_limits(growing) == Limits((NodeType("two", {"CPU": 2.0}, 2),), 2)
+    assert read_limits(growing) == Limits((NodeType("two", Node({"CPU": 2.0}, None), 2),), 2)
     assert read_limits("127.0.0.1:1") is None
     code = (
         "import sys\n"
         "from dray.cluster.connection import connect\n"
+        "from dray.cluster.needs import Needs\n"
         "for num_workers in (1, 2):\n"
         "    cpus = 3 - num_workers\n"
-        "    with connect(sys.argv[1], num_cpus=1, cpus_per_worker=cpus,\n"
+        "    with connect(sys.argv[1], num_cpus=1, worker=Needs({'CPU': cpus}),\n"
         "                 num_workers=num_workers) as connection:\n"
         "        shape = connection.shape\n"
         "        print(shape.num_nodes, shape.num_addable, shape.cpus_per_node,\n"

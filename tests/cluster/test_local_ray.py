@@ -87,6 +87,7 @@ def test_a_local_ray_starts_what_a_run_needs_and_works():
     script = textwrap.dedent("""
         import os, psutil, ray
         from dray.cluster.connection import connect
+        from dray.cluster.needs import Needs
         with connect(None, num_cpus=2):
             answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=120)
             children = psutil.Process().children(recursive=True)
@@ -130,9 +131,10 @@ def test_a_local_ray_ends_with_the_last_who_uses_it():
     script = textwrap.dedent("""
         import threading, ray
         from dray.cluster.connection import connect
+        from dray.cluster.needs import Needs
         both, one_left, found = threading.Barrier(2), threading.Event(), []
         def use(name):
-            with connect(None, num_cpus=2, cpus_per_worker=1) as connection:
+            with connect(None, num_cpus=2, worker=Needs({"CPU": 1})) as connection:
                 both.wait()
                 found.append(connection.local and connection.shape.oversubscribe)
                 if name == "a":

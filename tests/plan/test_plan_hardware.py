@@ -7,7 +7,7 @@ import os
 import pytest
 
 from dray.errors import PlanError
-from dray.plan import ACCELERATORS, Shape, local_shape, parse_shape
+from dray.plan import ACCELERATORS, Shape, check_accelerator, local_shape, parse_shape
 
 
 def test_named_shapes() -> None:
@@ -98,3 +98,38 @@ def test_the_table_is_sane() -> None:
         assert card.fp32_flops is not None
         assert card.half_flops > card.fp32_flops
         assert 16 * 2**30 <= card.memory_bytes <= 512 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        (None, "1x8xA100"),
+        ("H100", "1x8xH100"),
+        ("H100", "2x8xh100-pcie"),
+        ("A100", "1x8xA100-80G"),
+        ("AMD-Instinct-MI300X-OAM", "1x8xMI300X"),
+        ("RTX-PRO-6000", "1x4xRTX-PRO-6000(memory=96GB,tflops=500)"),
+        ("H100", "1x8xunknown"),
+        ("H100", "1x8x(memory=96GB,tflops=500)"),
+        ("H100", "4xCPU(cpus=16,memory=64GB)"),
+    ],
+)
+def test_a_shape_of_the_card_that_is_asked_for(asked: str | None, shape: str) -> None:
+    check_accelerator(asked, parse_shape(shape))
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        ("H100", "1x8xA100"),
+        ("L40", "1x8xL40S"),
+        ("A100-80G", "1x8xA100"),
+        ("Intel-GPU-Max-1550", "1x8xMine(memory=96GB,tflops=500)"),
+    ],
+)
+def test_a_shape_of_another_card_is_refused(asked: str, shape: str) -> None:
+    with pytest.raises(PlanError) as refused:
+        check_accelerator(asked, parse_shape(shape))
+    card = parse_shape(shape).accelerator
+    assert card is not None
+    assert f"resources.accelerator = {asked}: {shape} has {card.name};" in str(refused.value)

@@ -125,14 +125,15 @@ def test_gpus_of_a_cluster_that_nothing_knows_are_planned_for_without_a_memory_c
     and finds none."""
     code = (
         "import ray\n"
-        "from dray.cluster.connection import live_shape\n"
+        "from dray.cluster.needs import Needs\n"
+        "from dray.cluster.nodes import live_shape\n"
         "ray.init(address='local', num_cpus=4, num_gpus=2, include_dashboard=False, "
         "log_to_driver=False,\n"
         "         resources={'accelerator_type:B9000': 1})\n"
-        "shape = live_shape(1, 1)\n"
+        "shape = live_shape(Needs({'CPU': 1, 'GPU': 1}))\n"
         "print('GPU', shape.num_accelerators, shape.accelerator.name, "
         "shape.accelerator.memory_bytes)\n"
-        "print('CPU', live_shape(1, 0).accelerator.name)\n"
+        "print('CPU', live_shape(Needs({'CPU': 1})).accelerator.name)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True

@@ -122,6 +122,11 @@ def test_a_persons_own_table_on_the_command_line(
     assert demands["free_bytes"] > 0
     assert main([*words, "p5.48xlarge"]) == 2
     assert "there are none, two" in capsys.readouterr().err
+    for card, code in (("H100", 0), ("A100", 2)):
+        assert main([*words, "two", *gpus, f"resources.accelerator={card}"]) == code
+    assert "accelerator = A100: 2 × two has H100; " in capsys.readouterr().err
+    at_home = ["plan", "quickstart", "resources.labels={zone: b}"]
+    assert main(at_home) == 0  # which nodes there will be nobody knows
 
 
 def test_options_that_contradict_each_other(

@@ -102,6 +102,21 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
             "resources.workers=yes",
             "resources.workers = True: a number is wanted, not true or false",
         ),
+        (
+            "resources.labels={zone: 1}",
+            'resources.labels: zone: 1 is no word; put it in quotes: "1"',
+        ),
+        ("resources.labels={zone: yes}", 'zone: True is no word; put it in quotes: "true"'),
+        ("resources.labels={zone: a b}", "zone: a b: names and values are up to 63 letters"),
+        ("resources.labels={a/b/c: d}", "a/b/c: d: names and values are up to 63 letters"),
+        (
+            "resources={labels: {zone: b}, workers: [1, 2]}",
+            r"labels beside workers \[1, 2\]: .* an elastic group .*; give workers=2, or labels={}",
+        ),
+        (
+            "resources.accelerator=H100",
+            "accelerator H100 beside gpus_per_worker 0: .*; give gpus_per_worker=1, or",
+        ),
         ("resources.workers=[4,2]", "workers \\[4, 2\\]: the first must not exceed the second"),
         (
             "optimizer.learning_rate=-1",
@@ -342,3 +357,34 @@ def test_what_needs_whole_matrices_is_refused_where_zero_cuts_them(
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads(name: str):
     assert load_spec(name).name == name
+
+
+def test_every_label_that_is_taken_is_one_to_ray():
+    """Its own check lies in a module that imports Ray, which a spec must not."""
+    rays = pytest.importorskip("ray._private.label_utils")
+    taken = []
+    for name in ("zone", "ray.io/market-type", "a.b-c/d_e", "-a", "a/b/c", "x" * 64, "a b", "ä"):
+        for value in ("b", "!b", "in(a, b)", "!in(a,b)", "in()", "!!b", "", "not(b)", "x" * 64):
+            try:
+                labels = make_spec(
+                    {**TREE, "resources": {"labels": {name: value}}}
+                ).resources.labels
+            except SpecError:
+                continue
+            assert rays.validate_label_selector(labels) is None
+            assert labels == {name: value.replace(" ", "")}
+            taken.append(labels)
+    assert len(taken) == 3 * 4
+
+
+def test_a_card_and_labels_are_place_and_stand_in_a_spec_only_where_they_are_given(spec_file: Path):
+    plain = load_spec(spec_file)
+    placed = load_spec(
+        spec_file,
+        ["resources={workers: 2, gpus_per_worker: 1, accelerator: H100, labels: {zone: b}}"],
+    )
+    assert plain.fingerprint() == placed.fingerprint()
+    assert make_spec(yaml.safe_load(dump_spec(placed))) == placed
+    assert not {"accelerator", "labels"} & set(yaml.safe_load(dump_spec(plain))["resources"])
+    bare = load_spec(spec_file, ["resources.labels=null", "resources.accelerator=null"])
+    assert bare == plain

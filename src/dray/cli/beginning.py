@@ -124,24 +124,34 @@ def _check_plan_options(arguments: argparse.Namespace, of_space: Sequence[str]) 
 
 def _find_shape(arguments: argparse.Namespace, spec: Spec) -> tuple[Shape, Survey | None]:
     """What the plan is for; of a cluster with what it has for the spec's workers."""
-    from dray.plan import find_instance, load_prices, local_shape, make_shape, parse_shape
+    from dray.plan import (
+        check_accelerator,
+        find_instance,
+        load_prices,
+        local_shape,
+        make_shape,
+        parse_shape,
+    )
 
-    if arguments.shape:
-        return parse_shape(arguments.shape), None
-    if not arguments.address:
-        if not arguments.instance:
-            return local_shape(), None
-        found = find_instance(load_prices(arguments.prices), arguments.instance)
-        return make_shape(arguments.instance, found, spec.resources), None
+    if arguments.shape or not arguments.address:
+        if arguments.shape:
+            shape = parse_shape(arguments.shape)
+        elif arguments.instance:
+            found = find_instance(load_prices(arguments.prices), arguments.instance)
+            shape = make_shape(arguments.instance, found, spec.resources)
+        else:
+            shape = local_shape()
+        check_accelerator(spec.resources.accelerator, shape)
+        return shape, None
     from dray.cluster.connection import connect
+    from dray.cluster.needs import make_worker_needs
     from dray.cluster.survey import survey_cluster
 
     resources = spec.resources
     with connect(
         arguments.address,
         num_cpus=0,
-        cpus_per_worker=resources.cpus_per_worker,
-        gpus_per_worker=resources.gpus_per_worker,
+        worker=make_worker_needs(resources),
         num_workers=resources.max_workers,
     ) as connection:
         return connection.shape, survey_cluster(resources)

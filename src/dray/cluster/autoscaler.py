@@ -2,7 +2,8 @@
 
 Its limits are in the cluster's memory where a provider reports them there; Ray's own autoscaler
 reports none, and is asked for the file that it was started with, on the head. Without either (on
-Kubernetes the limits are the operator's) a cluster is what is there.
+Kubernetes the limits are the operator's) a cluster is what is there. Only version 2 of Ray's
+autoscaler goes by labels: version 1 adds whatever has the resources.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from typing import Any
 import psutil
 import yaml
 
+from dray.cluster.needs import Node
+
 HEAD_RESOURCE = "node:__internal_head__"
 ANSWER_SECONDS = 30.0
 """How long the head may take to say what its autoscaler may do."""
 _SAID = b"__autoscaling_status"
+_VERSION_2 = "autoscaler/v2/monitor.py"
+"""Stands in the command line of the autoscaler's process."""
 _GROUP_LABEL = "ray.io/node-group"
 _DEFAULT_MOST = 2
 """Nodes beside the head where the file does not say how many, as Ray's autoscaler has it."""
@@ -33,7 +38,7 @@ class NodeType:
     """One kind of node, and how many of them there may be."""
 
     name: str
-    resources: Mapping[str, float]
+    node: Node
     most: int
 
 
@@ -46,32 +51,30 @@ class Limits:
     """Nodes of all types beside the head."""
 
 
-Serves = Callable[[Mapping[str, float]], bool]
-"""Whether a node with these resources is of any use."""
+Serves = Callable[[Node], bool]
+"""Whether such a node is of any use."""
 
 
-def find_addable(
-    nodes: Sequence[Mapping[str, Any]], most: int, serves: Serves
-) -> list[Mapping[str, float]]:
-    """The resources of each node of use that may still join those that are alive (as `ray.nodes()`
-    has them), but for no more than `most` of a type."""
+def find_addable(nodes: Sequence[Mapping[str, Any]], most: int, serves: Serves) -> list[Node]:
+    """Each node of use that may still join those that are alive (as `ray.nodes()` has them), but
+    for no more than `most` of a type."""
     limits = _reported_limits() or _configured_limits(nodes)
     return [] if limits is None else count_addable(limits, nodes, most, serves)
 
 
 def count_addable(
     limits: Limits, nodes: Sequence[Mapping[str, Any]], most: int, serves: Serves
-) -> list[Mapping[str, float]]:
+) -> list[Node]:
     """As `find_addable`, of known limits."""
     workers = [node for node in nodes if HEAD_RESOURCE not in node["Resources"]]
     there = Counter(_type_of(node, limits.types) for node in workers)
-    found: list[Mapping[str, float]] = []
+    found: list[Node] = []
     for kind in limits.types:
-        if not serves(kind.resources):
+        if not serves(kind.node):
             continue
         room = limits.most - len(workers) - len(found)
         count = min(kind.most - there[kind.name], room, most)
-        found += [kind.resources] * max(0, count)
+        found += [kind.node] * max(0, count)
     return found
 
 
@@ -84,7 +87,7 @@ def _type_of(node: Mapping[str, Any], types: Sequence[NodeType]) -> str:
     alike = (
         kind.name
         for kind in types
-        if all(has.get(name, 0.0) == kind.resources.get(name, 0.0) for name in ("CPU", "GPU"))
+        if all(has.get(name, 0.0) == kind.node.resources.get(name, 0.0) for name in ("CPU", "GPU"))
     )
     return next(alike, "")
 
@@ -97,7 +100,7 @@ def _reported_limits() -> Limits | None:
     types = [
         NodeType(
             group.name,
-            {name: float(amount) for name, amount in group.resources.items()},
+            Node({name: float(amount) for name, amount in group.resources.items()}, None),
             many if group.max_count < 0 else group.max_count,
         )
         for group in config.node_group_configs
@@ -135,18 +138,21 @@ def read_limits(gcs_address: str) -> Limits | None:
         if file and options.get("--gcs-address", "").rpartition(":")[2] == port:
             # A file that is being written, or is none of Ray's.
             with suppress(OSError, yaml.YAMLError, ValueError, TypeError, AttributeError):
-                text = Path(file).expanduser().read_text(encoding="utf-8")
-                return make_limits(yaml.safe_load(text))
+                config = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+                return make_limits(config, with_labels=any(_VERSION_2 in word for word in words))
     return None
 
 
-def make_limits(config: Mapping[str, Any]) -> Limits:
+def make_limits(config: Mapping[str, Any], *, with_labels: bool) -> Limits:
     """The limits of an autoscaler's configuration, as `ray up` takes it."""
     most, head = int(config.get("max_workers", _DEFAULT_MOST)), config.get("head_node_type")
     types = [
         NodeType(
             name,
-            {key: float(amount) for key, amount in (kind.get("resources") or {}).items()},
+            Node(
+                {key: float(amount) for key, amount in (kind.get("resources") or {}).items()},
+                (kind.get("labels") or {}) if with_labels else None,
+            ),
             int(kind.get("max_workers", most)),
         )
         for name, kind in (config.get("available_node_types") or {}).items()

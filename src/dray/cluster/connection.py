@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.cluster.local_ray import authenticated, command_without_secrets, local_ray
-from dray.cluster.nodes import answers, live_shape
+from dray.cluster.needs import Needs
+from dray.cluster.nodes import answers, check_connected, live_shape
 from dray.cluster.workers import fork_environment, server_of_ranks
 from dray.errors import PlanError
 from dray.plan import Shape, local_shape
@@ -31,6 +32,8 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
+NO_WORKER = Needs()
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -45,8 +48,7 @@ def connect(
     address: str | None,
     *,
     num_cpus: float,
-    cpus_per_worker: float = 0.0,
-    gpus_per_worker: float = 0,
+    worker: Needs = NO_WORKER,
     num_workers: int = 1,
     verbose: bool = False,
 ) -> Iterator[Connection]:
@@ -56,7 +58,8 @@ def connect(
 
     Of a cluster only nodes that can hold a worker count: a head is often smaller, or has neither
     CPUs nor GPUs. A local Ray is oversubscribed on purpose: on a laptop two workers and a reader
-    share two cores. Raises PlanError when the address does not answer.
+    share two cores. Raises PlanError when the address does not answer, or no node has the GPU or
+    the labels that a worker asks for.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -69,8 +72,7 @@ def connect(
                 _connected(
                     _find_cluster(address or os.environ.get("RAY_ADDRESS")),
                     num_cpus=num_cpus,
-                    cpus_per_worker=cpus_per_worker,
-                    gpus_per_worker=gpus_per_worker,
+                    worker=worker,
                     verbose=verbose,
                 )
             )
@@ -88,9 +90,8 @@ def connect(
                 f"this needs {num_cpus:g}, and they share it: the first one's size holds for all",
                 "start the largest first, or call ray.init(num_cpus=…) before",
             )
-        shape = (
-            local_shape() if is_local else live_shape(cpus_per_worker, gpus_per_worker, num_workers)
-        )
+        check_connected(worker)
+        shape = local_shape() if is_local else live_shape(worker, num_workers)
         yield Connection(local=is_local, shape=shape)
 
 
@@ -150,8 +151,7 @@ def _connected(
     address: str | None,
     *,
     num_cpus: float,
-    cpus_per_worker: float,
-    gpus_per_worker: float,
+    worker: Needs,
     verbose: bool,
 ) -> Iterator[bool]:
     """Ray for as long as the block runs; whether it is a local one."""
@@ -168,7 +168,7 @@ def _connected(
         json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
     )
     light = fork_environment(
-        f"light:{server_of_ranks(gpus_per_worker)}" if cpus_per_worker else "light", submitted
+        f"light:{server_of_ranks(worker.gpus)}" if worker.resources else "light", submitted
     )
     options = {"log_to_driver": verbose, "logging_level": level, "runtime_env": light}
     if not address:

@@ -49,8 +49,15 @@ class Place(WorkerGroupCallback):  # type: ignore[misc]
         self._seats = site.seats
         self._group: Any = None
 
-    def take(self, num_workers: int, worker: dict[str, float], strategy: str) -> Any:
-        """A place for a worker group, which Ray Train waits for."""
+    def take(
+        self,
+        num_workers: int,
+        worker: dict[str, float],
+        selectors: list[dict[str, str]] | None,
+        strategy: str,
+    ) -> Any:
+        """A place for a worker group, which Ray Train waits for. `selectors`: which labels the
+        nodes of each worker must have."""
         site = self._site
         if site.placement is not None:
             self._group = site.placement.group
@@ -60,6 +67,7 @@ class Place(WorkerGroupCallback):  # type: ignore[misc]
         self._group = placement_group(
             [dict(worker) for _ in range(num_workers)] + readers,
             strategy=strategy,
+            bundle_label_selector=selectors and [*selectors, *({} for _ in readers)],
             name=f"{site.name}-{uuid.uuid4().hex[:12]}",
         )
         return DefaultPlacementGroupHandle(self._group)
@@ -116,7 +124,10 @@ class _Given(DefaultPlacementGroupHandle):  # type: ignore[misc]
 class _PlacedGroup(WorkerGroup):  # type: ignore[misc]
     def _create_placement_group(self, scaling_config: Any, context: Any) -> Any:
         return self._place().take(
-            context.num_workers, context.resources_per_worker, context.placement_strategy
+            context.num_workers,
+            context.resources_per_worker,
+            context.label_selector,
+            context.placement_strategy,
         )
 
     def _create_workers(

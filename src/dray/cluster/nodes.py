@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from dray.cluster.autoscaler import autoscaler_says, find_addable
+from dray.cluster.needs import Needs, Node, check_offered
 from dray.errors import PlanError
 from dray.plan import (
     Accelerator,
@@ -45,7 +46,16 @@ def require_connected(where: str) -> None:
         )
 
 
-def live_shape(cpus_per_worker: float, gpus_per_worker: float, num_workers: int = 1) -> Shape:
+def check_connected(worker: Needs) -> None:
+    """Raise PlanError where the worker asks for a GPU or labels that no node of the connected
+    cluster has, nor one that its autoscaler may add."""
+    if worker.accelerator or worker.labels:
+        alive = alive_nodes()
+        addable = find_addable(alive, 1, lambda node: True)
+        check_offered(worker, [*map(Node.of, alive), *addable])
+
+
+def live_shape(worker: Needs, num_workers: int = 1) -> Shape:
     """The shape of the connected cluster, by the smallest node of those that can hold a worker, if
     any can. Where its nodes cannot hold so many workers, those count too that its autoscaler may
     still add."""
@@ -53,33 +63,32 @@ def live_shape(cpus_per_worker: float, gpus_per_worker: float, num_workers: int 
     if not alive:
         raise PlanError("cluster", "no node is alive", way_out="ray start --head")
 
-    def seats(resources: Mapping[str, float]) -> int:
-        return count_in(resources, {"CPU": cpus_per_worker, "GPU": gpus_per_worker})
-
-    holding = [node for node in alive if seats(node["Resources"])]
+    seats = worker.count_on
+    holding = [node for node in alive if seats(Node.of(node))]
     spare = [node["Resources"].get("CPU", 0.0) for node in alive if node not in holding]
-    lacking = num_workers - sum(seats(node["Resources"]) for node in holding)
+    lacking = num_workers - sum(seats(Node.of(node)) for node in holding)
     cpus = sum(node["Resources"].get("CPU", 0.0) for node in alive)
-    if lacking > 0 or cpus < num_workers * cpus_per_worker + 1:
+    if lacking > 0 or cpus < num_workers * worker.cpus + 1:
         lacking += 1  # a CPU for those who read, wherever that is
     # The least of the nodes is planned with: a smaller kind would make all others as small.
-    least = min((seats(node["Resources"]) for node in holding), default=1)
+    least = min((seats(Node.of(node)) for node in holding), default=1)
     coming = (
-        find_addable(alive, lacking, lambda resources: seats(resources) >= least)
-        if cpus_per_worker and lacking > 0
+        find_addable(alive, lacking, lambda node: seats(node) >= least)
+        if worker.resources and lacking > 0
         else []
     )
+    added = [node.resources for node in coming]
     there = [node["Resources"] for node in (holding if holding or coming else alive)]
-    shape = _shape_of([*there, *coming]).model_copy(
+    shape = _shape_of([*there, *added]).model_copy(
         update={"spare_cpus": max(spare, default=0.0), "num_addable": len(coming)}
     )
     if not shape.accelerators_per_node:
         return shape
     ids = [node["NodeID"] for node in holding]
-    return _with_accelerator(shape, [*there, *coming], ids if gpus_per_worker else [])
+    return _with_accelerator(shape, [*there, *added], ids if worker.gpus else [])
 
 
-def placed_shape(group: Any, gpus_per_worker: float, of_workers: Collection[int]) -> Shape:
+def placed_shape(group: Any, of_workers: Collection[int]) -> Shape:
     """The shape of the bundles `of_workers` of a placement group, once it is there. What fits into
     them is known by then (`placement.find_seats`): here it counts how fast that is, and how much
     memory goes with it, which is a like share of each node's, by all that the group has there."""
@@ -140,9 +149,7 @@ def _with_accelerator(
     shape: Shape, nodes: Sequence[Mapping[str, float]], ask: Sequence[str]
 ) -> Shape:
     """The shape with its GPUs: as the nodes with the ids `ask` say, else as Ray calls them."""
-    label = "accelerator_type:"
-    kinds = [key.removeprefix(label) for node in nodes for key in node if key.startswith(label)]
-    kind = min(kinds, default="unknown")
+    kind = min((kind for node in nodes for kind in Node(node).kinds), default="unknown")
     card = _ask_accelerator(ask) if ask else None
     unknown = Accelerator(name=kind, memory_bytes=None, half_flops=None, fp32_flops=None)
     return shape.model_copy(update={"accelerator": card or match_accelerator(kind) or unknown})
@@ -156,44 +163,25 @@ def _ask_accelerator(node_ids: Sequence[str]) -> Accelerator | None:
     return make_accelerator(cards) if cards else None
 
 
-def can_hold(
-    resources: Mapping[str, float], cpus_per_worker: float, gpus_per_worker: float
-) -> bool:
-    """Whether a node with these resources has room for a worker."""
-    return count_in(resources, {"CPU": cpus_per_worker, "GPU": gpus_per_worker}) > 0
-
-
-def count_in(has: Mapping[str, float], wanted: Mapping[str, float]) -> int:
-    """How often `wanted` can be taken from what there is; 1 where nothing is wanted."""
-    return min(
-        (int((has.get(name, 0.0) + 1e-9) // amount) for name, amount in wanted.items() if amount),
-        default=1,
-    )
-
-
-def may_grow(cpus_per_worker: float, gpus_per_worker: float) -> bool:
+def may_grow(worker: Needs) -> bool:
     """Whether an autoscaler may still add a node that can hold a worker."""
-
-    def serves(resources: Mapping[str, float]) -> bool:
-        return can_hold(resources, cpus_per_worker, gpus_per_worker)
-
-    return bool(find_addable(alive_nodes(), 1, serves))
+    return bool(find_addable(alive_nodes(), 1, lambda node: worker.count_on(node) > 0))
 
 
-def live_resources() -> list[dict[str, float]]:
-    """What each live node of the connected cluster has."""
-    return [node["Resources"] for node in alive_nodes()]
+def live_nodes() -> list[Node]:
+    """The live nodes of the connected cluster."""
+    return [Node.of(node) for node in alive_nodes()]
 
 
-def growing_resources(bundles: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """What each live node has, and each node that an autoscaler may still add and that could hold
-    one of these bundles."""
+def growing_nodes(bundles: Sequence[Needs]) -> list[Node]:
+    """The live nodes, and those that an autoscaler may still add and that could hold one of these
+    bundles."""
     nodes = alive_nodes()
 
-    def serves(resources: Mapping[str, float]) -> bool:
-        return any(count_in(resources, bundle) for bundle in bundles)
+    def serves(node: Node) -> bool:
+        return any(bundle.count_on(node) for bundle in bundles)
 
-    return [*(node["Resources"] for node in nodes), *find_addable(nodes, 1_000, serves)]
+    return [*map(Node.of, nodes), *find_addable(nodes, 1_000, serves)]
 
 
 def wait_for_cpu(seconds: float, say: Callable[[str], object]) -> None:
@@ -201,7 +189,7 @@ def wait_for_cpu(seconds: float, say: Callable[[str], object]) -> None:
     after so many seconds."""
     import ray
 
-    if any(count_in(node, {"CPU": 1.0}) for node in live_resources()):
+    if any(Needs({"CPU": 1.0}).count_on(node) for node in live_nodes()):
         return
     say("no node has a CPU: one is waited for")
     asked = ray.remote(num_cpus=1, max_retries=-1)(os.getpid).remote()
@@ -214,20 +202,6 @@ def wait_for_cpu(seconds: float, say: Callable[[str], object]) -> None:
         "rows are prepared by tasks of one CPU each",
         "add a node, or give the autoscaler longer (resources.wait_minutes)",
     )
-
-
-def has_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
-    """Whether nodes with these resources could hold all bundles, if nobody else held anything."""
-    left = [dict(node) for node in nodes]
-    for bundle in sorted(
-        bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0)), reverse=True
-    ):
-        node = next((node for node in left if count_in(node, bundle)), None)
-        if node is None:
-            return False
-        for name, amount in bundle.items():
-            node[name] = node.get(name, 0.0) - amount
-    return True
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -250,14 +224,11 @@ def find_lost_nodes(node_ids: Collection[str]) -> list[str]:
 
 
 def find_nodes_without(
-    sees: Callable[[], bool],
-    cpus_per_worker: float,
-    gpus_per_worker: float,
-    among: Collection[str] | None = None,
+    sees: Callable[[], bool], worker: Needs, among: Collection[str] | None = None
 ) -> list[str]:
-    """Addresses of the nodes that may hold a rank (`among` those with these ids, if given), and on
-    which `sees()` is false; of a cluster of one node nobody is asked. A node that gives no answer
-    is left to find out itself."""
+    """Addresses of the nodes that may hold such a worker (`among` those with these ids, if given),
+    and on which `sees()` is false; of a cluster of one node nobody is asked. A node that gives no
+    answer is left to find out itself."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -266,7 +237,7 @@ def find_nodes_without(
         for node in alive_nodes()
         if node["NodeID"] != here
         and (among is None or node["NodeID"] in among)
-        and can_hold(node["Resources"], cpus_per_worker, gpus_per_worker)
+        and worker.count_on(Node.of(node))
     }
     answers = ask_nodes(sees, list(nodes), SIGHT_SECONDS)
     return sorted(nodes[node_id] for node_id, seen in answers.items() if not seen)

@@ -15,13 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.cluster.autoscaler import autoscaler_says
-from dray.cluster.nodes import (
-    count_in,
-    has_room,
-    head_is_gone,
-    live_resources,
-    require_connected,
-)
+from dray.cluster.needs import KIND, Needs, Node, count_in, has_room, make_worker_needs
+from dray.cluster.nodes import alive_nodes, head_is_gone, live_nodes, require_connected
 from dray.errors import PlanError, StoppedWaiting
 from dray.spec import Resources
 
@@ -48,11 +43,19 @@ class Placement:
     """A `ray.util.placement_group.PlacementGroup`, ready or not."""
     grow_seconds: float = GROW_SECONDS
     """How long nodes that could hold it are waited for."""
+    selectors: Sequence[Mapping[str, str]] = ()
+    """The `bundle_label_selector` that the group was made with, which Ray does not tell."""
 
     @property
     def bundles(self) -> tuple[Mapping[str, float], ...]:
         """What each bundle has, by resource."""
         return tuple(self.group.bundle_specs)
+
+    @property
+    def needs(self) -> list[Needs]:
+        """What each bundle takes of a node."""
+        selectors = self.selectors or [{}] * len(self.bundles)
+        return [Needs(has, labels) for has, labels in zip(self.bundles, selectors, strict=True)]
 
     def task_options(self) -> dict[str, Any]:
         """Ray's options of a task that works for the run, in whichever bundle has room: one CPU, or
@@ -105,18 +108,18 @@ class Placement:
                 raise StoppedWaiting(f"stopped while it waited for its placement: {reason}")
             now = time.monotonic()
             # Of a broken group the rest may lie where the lost part would fit.
-            is_roomy = has_room(live_resources(), self.bundles) and state != _BROKEN
+            is_roomy = has_room(live_nodes(), self.needs) and state != _BROKEN
             roomy = now if is_roomy else roomy
             if now - roomy > self.grow_seconds:
                 raise PlanError(
                     "placement",
-                    f"no nodes could hold its bundles {format_bundles(self.bundles)}",
+                    f"no nodes could hold its bundles {format_bundles(self.needs)}",
                     f"they were waited for for {self.grow_seconds:.0f} s{autoscaler_says()}",
                     "make the group of make_bundles(spec.resources)",
                 )
             if not told and now - begun > WAITING_SECONDS:
                 told = True
-                say(f"waiting for its placement of {format_bundles(self.bundles)}: {_free_now()}")
+                say(f"waiting for its placement of {format_bundles(self.needs)}: {_free_now()}")
 
 
 class Mending:
@@ -167,18 +170,26 @@ class Site:
     """Which bundles of the placement's group are used."""
 
 
+def make_needs(resources: Resources) -> list[Needs]:
+    """What the bundles of a group for a run of these resources take: one a worker, of an elastic
+    group for the most it may have, and one for those who read, wherever that is."""
+    worker = make_worker_needs(resources)
+    return [worker] * resources.max_workers + [Needs({"CPU": resources.reader_cpus})]
+
+
 def make_bundles(resources: Resources) -> list[dict[str, float]]:
-    """The bundles of a group for a run of these resources: one a worker, of an elastic group for
-    the most it may have, and one for those who read."""
-    worker = worker_bundle(resources.cpus_per_worker, resources.gpus_per_worker)
-    return [dict(worker) for _ in range(resources.max_workers)] + [{"CPU": resources.reader_cpus}]
+    """The bundles of such a group, as Ray takes them."""
+    return [dict(needs.resources) for needs in make_needs(resources)]
 
 
-def format_bundles(bundles: Sequence[Mapping[str, Any]]) -> str:
+def make_selectors(resources: Resources) -> list[dict[str, str]]:
+    """The `bundle_label_selector` of such a group."""
+    return [dict(needs.labels) for needs in make_needs(resources)]
+
+
+def format_bundles(bundles: Sequence[Needs]) -> str:
     """Bundles in a line, equal ones together."""
-    counts = Counter(
-        ", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles
-    )
+    counts = Counter(map(str, bundles))
     return " + ".join(
         f"{count} × ({text})" if count > 1 else f"({text})" for text, count in counts.items()
     )
@@ -196,13 +207,12 @@ def _free_now() -> str:
     )
 
 
-def make_least_bundles(resources: Resources) -> list[dict[str, float]]:
+def make_least_needs(resources: Resources) -> list[Needs]:
     """What a run of these resources cannot do without; those who read for an elastic group ask for
     nothing."""
-    worker = worker_bundle(resources.cpus_per_worker, resources.gpus_per_worker)
-    workers = [dict(worker) for _ in range(resources.min_workers)]
+    workers = [make_worker_needs(resources)] * resources.min_workers
     is_elastic = isinstance(resources.workers, tuple)
-    return workers if is_elastic else [*workers, {"CPU": resources.reader_cpus}]
+    return workers if is_elastic else [*workers, Needs({"CPU": resources.reader_cpus})]
 
 
 @contextmanager
@@ -215,9 +225,10 @@ def reserved(resources: Resources) -> Iterator[Placement]:
     require_connected("reserved")
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group(make_bundles(resources), strategy="PACK")
+    bundles, selectors = make_bundles(resources), make_selectors(resources)
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
     try:
-        yield Placement(group, resources.wait_minutes * 60)
+        yield Placement(group, resources.wait_minutes * 60, selectors)
     finally:
         remove_placement_group(group)
 
@@ -225,7 +236,7 @@ def reserved(resources: Resources) -> Iterator[Placement]:
 def find_seats(resources: Resources, bundles: Sequence[Mapping[str, float]]) -> Seats:
     """As many workers as the bundles can hold, of those that are asked for, and a bundle that has
     CPUs left for reading. A bundle may hold several. Raises PlanError for too few."""
-    worker = worker_bundle(resources.cpus_per_worker, resources.gpus_per_worker)
+    worker = make_worker_needs(resources).resources
     room = [count_in(bundle, worker) for bundle in bundles]
 
     def seats_lost(index: int) -> int:
@@ -245,8 +256,28 @@ def find_seats(resources: Resources, bundles: Sequence[Mapping[str, float]]) -> 
     return Seats(tuple(seats[: resources.max_workers]), reader)
 
 
+def check_labels(placement: Placement, seats: Seats, worker: Needs) -> None:
+    """Raise PlanError where a worker would sit on a node without the labels that it asks for: a
+    group that is there may have been made without them."""
+    from ray.util.placement_group import placement_group_table
+
+    places = placement_group_table(placement.group)["bundles_to_node_id"]
+    nodes = {node["NodeID"]: node for node in alive_nodes()}
+    for index in seats.workers:
+        node = nodes.get(places[index])  # one that went away is waited for
+        if node is not None and not worker.matches(Node.of(node).labels):
+            raise PlanError(
+                "placement",
+                f"its bundle {index} is on {node['NodeManagerAddress']}, which is none of the "
+                "nodes of resources.labels",
+                ", ".join(f"{name}={value}" for name, value in worker.labels.items()),
+                "make the group with bundle_label_selector=make_selectors(spec.resources)",
+            )
+
+
 def _does_not_fit(resources: Resources, what: str) -> PlanError:
-    gpus = f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
+    name = f"GPU ({KIND}{resources.accelerator})" if resources.accelerator else "GPU"
+    gpus = f" and {resources.gpus_per_worker:g} {name}" if resources.gpus_per_worker else ""
     return PlanError(
         "placement",
         what,
@@ -268,12 +299,6 @@ def remove_groups(prefix: str) -> None:
         if found["name"].startswith(prefix) and found["state"] != _REMOVED:
             with suppress(ValueError):  # gone meanwhile
                 remove_placement_group(get_placement_group(found["name"]))
-
-
-def worker_bundle(cpus_per_worker: float, gpus_per_worker: float) -> dict[str, float]:
-    """What one worker takes."""
-    gpus = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {}
-    return {"CPU": cpus_per_worker, **gpus}
 
 
 def _less(bundle: Mapping[str, float], cpus: float) -> dict[str, float]:

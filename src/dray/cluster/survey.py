@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dray.cluster.autoscaler import find_addable
-from dray.cluster.nodes import alive_nodes, ask_nodes, count_in
+from dray.cluster.needs import Node, make_worker_needs
+from dray.cluster.nodes import alive_nodes, ask_nodes
 from dray.plan import format_bytes
 from dray.spec import Resources
 
@@ -22,7 +23,6 @@ SURVEY_SECONDS = 30.0
 """How long the nodes may take to answer."""
 FULL_SHARE = 0.95
 """Of a disk: from there on Ray spills nothing to it (`RAY_local_fs_capacity_threshold`)."""
-_KIND = "accelerator_type:"
 
 
 class NodeRoom(BaseModel):
@@ -107,33 +107,29 @@ class Survey(BaseModel):
 
 def survey_cluster(resources: Resources) -> Survey:
     """Look at the connected cluster for workers of these resources."""
-    wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    seats = make_worker_needs(resources).count_on
     alive = alive_nodes()
     disks = ask_nodes(find_scratch, [node["NodeID"] for node in alive], SURVEY_SECONDS)
     nodes = tuple(
-        _make_room(node, count_in(node["Resources"], wanted), disks.get(node["NodeID"]))
-        for node in alive
+        _make_room(node, seats(Node.of(node)), disks.get(node["NodeID"])) for node in alive
     )
     lacking = resources.max_workers - sum(node.workers for node in nodes)
-    coming = (
-        find_addable(alive, lacking, lambda has: count_in(has, wanted) > 0) if lacking > 0 else []
-    )
+    coming = find_addable(alive, lacking, lambda node: seats(node) > 0) if lacking > 0 else []
     return Survey(
         nodes=nodes,
         wanted_workers=resources.min_workers,
         addable_nodes=len(coming),
-        addable_workers=sum(count_in(has, wanted) for has in coming),
+        addable_workers=sum(map(seats, coming)),
     )
 
 
 def _make_room(node: dict[str, Any], workers: int, disk: tuple[int, int] | None) -> NodeRoom:
-    has = node["Resources"]
-    kinds = sorted(key.removeprefix(_KIND) for key in has if key.startswith(_KIND))
+    kinds = Node.of(node).kinds
     size, free = disk or (None, None)
     return NodeRoom(
         address=node["NodeManagerAddress"],
         workers=workers,
-        gpus=has.get("GPU", 0.0),
+        gpus=node["Resources"].get("GPU", 0.0),
         accelerator=kinds[0] if kinds else "",
         scratch_bytes=size,
         scratch_free_bytes=free,

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dray.cluster.nodes import can_hold, head_is_gone
+from dray.cluster.needs import Needs, Node
+from dray.cluster.nodes import head_is_gone
 from dray.cluster.notices import pass_on
-from dray.cluster.placement import Site, worker_bundle
+from dray.cluster.placement import Site
 from dray.errors import RunFailed
 from dray.processes import forkserver
 from dray.processes.heap import HEAP_ENVIRONMENT
@@ -67,13 +68,13 @@ class WarmNodes:
     A server stays for as long as it has a child: the keeper of its node.
     """
 
-    def __init__(self, cpus_per_worker: float, gpus_per_worker: float) -> None:
+    def __init__(self, worker: Needs) -> None:
         import ray
 
-        self._cpus, self._gpus = cpus_per_worker, gpus_per_worker
+        self._worker = worker
         context = ray.get_runtime_context()
         self.environment = fork_environment(
-            f"light:{server_of_ranks(gpus_per_worker)}", context.runtime_env
+            f"light:{server_of_ranks(worker.gpus)}", context.runtime_env
         )
         """The runtime environment of an actor that keeps its node's servers."""
         self._keepers: dict[str, Any] = {context.get_node_id(): None}  # the mailbox is there
@@ -102,7 +103,7 @@ class WarmNodes:
                 threading.Thread(target=pass_on, args=(gcs_address, node_id), daemon=True).start()
 
         for node in ray.nodes():
-            node_id, holds = node["NodeID"], can_hold(node["Resources"], self._cpus, self._gpus)
+            node_id, holds = node["NodeID"], self._worker.count_on(Node.of(node))
             if node["Alive"] and holds and node_id not in self._keepers:
                 there = NodeAffinitySchedulingStrategy(node_id, soft=False)
                 actor = ray.remote(
@@ -129,8 +130,7 @@ def run_workers(
     datasets: dict[str, Any],
     data_config: Any,
     num_workers: int | tuple[int, int],
-    cpus_per_worker: float,
-    gpus_per_worker: float,
+    worker: Needs,
     recovery: Any,
     name: str,
     shown: Mapping[str, Any],
@@ -179,8 +179,9 @@ def run_workers(
         dataset_config=data_config,
         scaling_config=ScalingConfig(
             num_workers=num_workers,
-            use_gpu=bool(gpus_per_worker),
-            resources_per_worker=worker_bundle(cpus_per_worker, gpus_per_worker),
+            use_gpu=bool(worker.gpus),
+            resources_per_worker=dict(worker.resources),
+            label_selector=dict(worker.labels) or None,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         backend_config=Processes(),
@@ -190,7 +191,7 @@ def run_workers(
             callbacks=[recovery],
             worker_runtime_env={
                 "env_vars": HEAP_ENVIRONMENT,
-                **environment_of_ranks(gpus_per_worker),
+                **environment_of_ranks(worker.gpus),
             },
             failure_config=FailureConfig(
                 max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1

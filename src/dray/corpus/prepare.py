@@ -25,6 +25,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from dray.cluster.needs import Needs
 from dray.cluster.nodes import find_nodes_without, require_connected, wait_for_cpu
 from dray.cluster.placement import Placement
 from dray.corpus.account import describe
@@ -400,7 +401,7 @@ def _check_seen(inputs: _Inputs, placement: Placement | None) -> None:
     if not wanted:
         return
     among = None if placement is None else placement.node_ids()
-    if blind := find_nodes_without(partial(_sees, wanted), 1.0, 0.0, among):
+    if blind := find_nodes_without(partial(_sees, wanted), Needs({"CPU": 1.0}), among):
         raise CorpusError(
             wanted[0][0],
             f"is not there, or another file, on {', '.join(blind)}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.cluster.connection import connect
+from dray.cluster.needs import make_worker_needs
 from dray.corpus.prepare import prepare
 from dray.errors import SpecError, StoreError
 from dray.ladder.rungs import (
@@ -133,8 +134,7 @@ def climb(
     with connect(
         address,
         num_cpus=cpus_here(resources, address),
-        cpus_per_worker=resources.cpus_per_worker,
-        gpus_per_worker=resources.gpus_per_worker,
+        worker=make_worker_needs(resources),
         num_workers=resources.max_workers,
         verbose=verbose,
     ) as connection:

@@ -12,6 +12,7 @@ from dray.plan.hardware import (
     Accelerator,
     Precision,
     Shape,
+    check_accelerator,
     match_accelerator,
     parse_shape,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "Requests",
     "SaveInterval",
     "Shape",
+    "check_accelerator",
     "check_instance",
     "choose_interval",
     "count_parameters",

@@ -260,6 +260,24 @@ def match_accelerator(reported: str) -> Accelerator | None:
     return max(found, key=lambda card: len(card.name), default=None)
 
 
+def check_accelerator(asked: str | None, shape: Shape) -> None:
+    """Raise PlanError for a shape whose GPUs are others than those that Ray calls `asked`. Ray has
+    one name for a kind in all its sizes: H100 is an H100-PCIe, too."""
+    card = shape.accelerator
+    if not asked or card is None or card.name.lower() in ("unknown", "accelerator"):
+        return
+    words, of_card = (re.findall(r"[a-z0-9]+", name.lower()) for name in (asked, card.name))
+    known = match_accelerator(asked)
+    if set(words) <= set(of_card) or (known is not None and known.name == card.name):
+        return
+    raise PlanError(
+        f"resources.accelerator = {asked}",
+        f"{shape.name or 'this machine'} has {card.name}",
+        "a run starts on no other GPU than its own",
+        f"give resources.accelerator={card.name}, or null for any",
+    )
+
+
 def _read_settings(text: str, inside: str) -> dict[str, float]:
     units = {"": 1, "gb": GB, "gib": GIB, "tb": 10**12, "tib": 2**40, "mb": 10**6, "mib": 2**20}
     names = (

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dray.cluster.connection import connect
+from dray.cluster.needs import Needs
 from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
@@ -62,7 +63,7 @@ def evaluate(
                 connect(
                     address,
                     num_cpus=workers or 1,
-                    cpus_per_worker=1.0 if workers else 0.0,
+                    worker=Needs({"CPU": 1.0} if workers else {}),
                     verbose=verbose,
                 )
             )

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dray.cluster.nodes import count_in, live_resources
+from dray.cluster.needs import Needs
+from dray.cluster.nodes import live_nodes
 from dray.cluster.workers import environment_of_ranks
 from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus
@@ -64,10 +65,10 @@ def measure_on_workers(
     """
     import ray
 
-    nodes = live_resources()
-    num_gpus = int(any(count_in(node, {"GPU": 1.0}) for node in nodes))
+    nodes = live_nodes()
+    num_gpus = int(any(Needs({"GPU": 1.0}).count_on(node) for node in nodes))
     wanted = {"CPU": 1.0, **({"GPU": float(num_gpus)} if num_gpus else {})}
-    if not any(count_in(node, wanted) for node in nodes):
+    if not any(Needs(wanted).count_on(node) for node in nodes):
         raise PlanError(
             "--workers",
             f"no node has {' and '.join(f'{has:g} {name}' for name, has in wanted.items())}",

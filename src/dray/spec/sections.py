@@ -6,6 +6,7 @@ said here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -456,6 +457,28 @@ def _as_pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+_WORD = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL = re.compile(rf"(?:{_WORD}/)?{_WORD}")
+_LABEL_VALUE = re.compile(rf"!?(?:{_WORD}|in\({_WORD}(?:, ?{_WORD})*\))")
+"""Of Ray's label selectors, whose words are those of Kubernetes."""
+
+
+def _read_labels(labels: Any) -> Any:
+    if not isinstance(labels, dict):
+        return {} if labels is None else labels
+    for name, value in labels.items():
+        if not isinstance(value, str):
+            word = str(value).lower() if isinstance(value, bool) else value
+            raise ValueError(f'{name}: {value!r} is no word; put it in quotes: "{word}"')
+        if not _LABEL.fullmatch(str(name)) or not _LABEL_VALUE.fullmatch(value):
+            raise ValueError(
+                f"{name}: {value}: names and values are up to 63 letters, digits, `-`, `_` and "
+                "`.`; a value may also be !value, in(a, b) or !in(a, b)"
+            )
+    # Ray takes a space behind a comma for a part of the value.
+    return {name: value.replace(" ", "") for name, value in labels.items()}
+
+
 class Resources(Section):
     """The workers and what each of them gets. Place, not identity."""
 
@@ -470,6 +493,17 @@ class Resources(Section):
     gpus_per_worker: Annotated[Float, Field(ge=0, le=1)] = 0
     """GPUs of a worker: 0 or 1; of a run with one worker also a share of one, whose rest others may
     use."""
+    accelerator: Annotated[
+        str | None, Field(min_length=1, max_length=100, exclude_if=lambda given: given is None)
+    ] = None
+    """Ray's name of the GPU that each worker must have, e.g. `H100`."""
+    labels: Annotated[
+        dict[str, str],
+        BeforeValidator(_read_labels),
+        Field(exclude_if=lambda given: not given),
+    ] = {}
+    """Ray's labels of the nodes that workers may be on, e.g. `{zone: b}`; `!b`, `in(a, b)` and
+    `!in(a, b)` are values, too. Not of an elastic group, whose nodes Ray counts without them."""
     reader_cpus: Annotated[Float, Field(gt=0)] = 1
     """CPUs left to Ray Data for reading; without any, workers would wait for rows for ever."""
     wait_minutes: Annotated[Float, Field(gt=0, le=10_000)] = 30
@@ -485,6 +519,20 @@ class Resources(Section):
             raise ValueError(
                 f"gpus_per_worker = {self.gpus_per_worker:g}: only a run of one worker shares a "
                 "GPU; two ranks of a run cannot talk on one; give workers=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _placed(self) -> Self:
+        if self.accelerator is not None and not self.gpus_per_worker:
+            raise ValueError(
+                f"accelerator {self.accelerator} beside gpus_per_worker 0: it is the GPU of a "
+                "worker; give gpus_per_worker=1, or accelerator=null"
+            )
+        if self.labels and isinstance(self.workers, tuple):
+            raise ValueError(
+                f"labels beside workers {list(self.workers)}: Ray counts the nodes of an elastic "
+                f"group without their labels; give workers={self.workers[1]}, or labels={{}}"
             )
         return self
 

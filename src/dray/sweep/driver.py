@@ -20,6 +20,7 @@ from typing import Any
 
 from dray.cluster.connection import connect
 from dray.cluster.gauges import build_gauges
+from dray.cluster.needs import make_worker_needs
 from dray.cluster.placement import Mending, Placement, reserved
 from dray.cluster.survey import survey_cluster
 from dray.corpus.prepare import Corpus, prepare
@@ -101,8 +102,7 @@ def tune(
     with connect(
         address,
         num_cpus=cpus_here(resources, address, space.concurrency, space.packing),
-        cpus_per_worker=resources.cpus_per_worker,
-        gpus_per_worker=resources.gpus_per_worker,
+        worker=make_worker_needs(resources),
         num_workers=resources.max_workers,
         verbose=verbose,
     ) as connection:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 
-from dray.cluster.nodes import count_in, growing_resources, has_room
-from dray.cluster.placement import format_bundles, make_bundles
+from dray.cluster.needs import count_in, has_room
+from dray.cluster.nodes import growing_nodes
+from dray.cluster.placement import format_bundles, make_needs
 from dray.errors import PlanError
 from dray.plan import Plan, format_bytes, local_shape
 from dray.spec import Resources
@@ -97,8 +98,8 @@ def count_in_memory(plan: Plan) -> int:
 def count_in_cluster(resources: Resources) -> int:
     """How many trials of these resources the connected cluster can run at once, with all nodes that
     its autoscaler may add. Raises PlanError for none."""
-    bundles = make_bundles(resources)
-    nodes = growing_resources(bundles)
+    bundles = make_needs(resources)
+    nodes = growing_nodes(bundles)
     least, most = 0, 1
     while most <= MOST_AT_ONCE and has_room(nodes, bundles * most):
         least, most = most, most * 2
@@ -106,8 +107,8 @@ def count_in_cluster(resources: Resources) -> int:
         middle = (least + most) // 2
         least, most = (middle, most) if has_room(nodes, bundles * middle) else (least, middle)
     if not least:
-        cpus = sum(node.get("CPU", 0.0) for node in nodes)
-        gpus = sum(node.get("GPU", 0.0) for node in nodes)
+        cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
+        gpus = sum(node.resources.get("GPU", 0.0) for node in nodes)
         raise _impossible(
             resources,
             f"{len(nodes)} nodes, those counted that may still join, have {cpus:g} CPUs and "

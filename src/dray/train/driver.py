@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from dray.cluster.connection import connect
+from dray.cluster.needs import make_worker_needs
 from dray.cluster.nodes import find_nodes_without, placed_shape
-from dray.cluster.placement import Placement, find_seats
+from dray.cluster.placement import Placement, check_labels, find_seats
 from dray.cluster.survey import survey_cluster
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
@@ -100,8 +101,7 @@ def train(
     with connect(
         address,
         num_cpus=resources.max_workers * resources.cpus_per_worker + resources.reader_cpus,
-        cpus_per_worker=resources.cpus_per_worker,
-        gpus_per_worker=resources.gpus_per_worker,
+        worker=make_worker_needs(resources),
         num_workers=resources.max_workers,
         verbose=verbose,
     ) as connection:
@@ -109,7 +109,8 @@ def train(
         caller = Caller(observer, stop)
         if placement is not None and seats is not None:
             placement.wait(display.say, lambda: wish.reason if (wish := caller.wish()) else "")
-            shape = placed_shape(placement.group, resources.gpus_per_worker, seats.workers)
+            check_labels(placement, seats, make_worker_needs(resources))
+            shape = placed_shape(placement.group, seats.workers)
         if not connection.local:
             _check_nodes(
                 absolute(storage), spec, placement.node_ids() if placement is not None else None
@@ -332,9 +333,7 @@ def _check_nodes(storage: str, spec: Spec, among: set[str] | None) -> None:
     write_whole(filesystem, token, lambda stream: stream.write(b"dray"), durable=False)
     try:
         sees = partial(_sees, storage, token)
-        blind = find_nodes_without(
-            sees, spec.resources.cpus_per_worker, spec.resources.gpus_per_worker, among
-        )
+        blind = find_nodes_without(sees, make_worker_needs(spec.resources), among)
     finally:
         delete_file(filesystem, token)
     if blind:

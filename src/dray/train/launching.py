@@ -13,6 +13,7 @@ from typing import Any
 
 from dray.cluster.autoscaler import autoscaler_says
 from dray.cluster.gauges import Gauges, build_gauges
+from dray.cluster.needs import make_worker_needs
 from dray.cluster.nodes import head_is_gone
 from dray.cluster.placement import WAITING_SECONDS, Placement, Seats, Site, remove_groups
 from dray.cluster.workers import WarmNodes, run_workers
@@ -130,7 +131,7 @@ class RayLauncher:
         from dray.train.posting import build_mailbox
 
         self._is_local = is_local
-        self._warm = WarmNodes(resources.cpus_per_worker, resources.gpus_per_worker)
+        self._warm = WarmNodes(make_worker_needs(resources))
         self._mailbox = build_mailbox(self._warm.environment)
         self._controller: Any = None
         self._thread: threading.Thread | None = None
@@ -252,11 +253,11 @@ class RayLauncher:
     def _describe_waiting(self, resources: Resources) -> str:
         if self._site.placement is not None:
             return "no worker has said anything yet: its placement is there, so they are starting"
-        cpus, reader = resources.cpus_per_worker, self._site.reader_cpus
+        worker, reader = make_worker_needs(resources), self._site.reader_cpus
         also = f" and {reader:g} for reading" if reader else ""
         return (
             "no worker has said anything yet: they are starting, or wait for room in the cluster, "
-            f"where {resources.min_workers} workers × {cpus:g} CPUs{also} are taken together or "
+            f"where {resources.min_workers} workers × ({worker}){also} are taken together or "
             f"not at all{autoscaler_says()}"
         )
 
@@ -277,8 +278,7 @@ class RayLauncher:
                     datasets={"rows": job},
                     data_config=build_data_config(),
                     num_workers=len(site.seats.workers) if site.seats else resources.workers,
-                    cpus_per_worker=resources.cpus_per_worker,
-                    gpus_per_worker=resources.gpus_per_worker,
+                    worker=make_worker_needs(resources),
                     recovery=build_recovery(job, self._mailbox, site),
                     name=job.run_name.replace("/", "-"),
                     shown=_describe(job),

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dray.cluster.autoscaler import autoscaler_says
-from dray.cluster.nodes import find_lost_nodes, has_room, live_resources, may_grow
-from dray.cluster.placement import Site, make_least_bundles
+from dray.cluster.needs import has_room, make_worker_needs
+from dray.cluster.nodes import find_lost_nodes, live_nodes, may_grow
+from dray.cluster.placement import Site, make_least_needs
 from dray.cluster.workers import max_wait_seconds
 from dray.doctor import classify
 from dray.doctor.budget import Budget, Decision, SmallerBatch
@@ -89,7 +90,7 @@ def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
             if site.placement is not None and site.placement.is_removed():
                 raise RunFailed(f"the placement group of {job.run_name} was taken away")
             if self._down_since is None or (
-                site.placement is None and has_room(live_resources(), make_least_bundles(resources))
+                site.placement is None and has_room(live_nodes(), make_least_needs(resources))
             ):
                 self._down_since = time.monotonic()
             waited, growing = time.monotonic() - self._down_since, 60 * resources.wait_minutes
@@ -97,9 +98,7 @@ def build_recovery(job: Job, mailbox: Any, site: Site) -> Any:
                 self._grows = None
                 return
             if self._grows is None:  # asked once: the autoscaler's file is read on the head
-                self._grows = site.placement is not None or may_grow(
-                    resources.cpus_per_worker, resources.gpus_per_worker
-                )
+                self._grows = site.placement is not None or may_grow(make_worker_needs(resources))
             if waited > (growing if self._grows else max_wait_seconds()):
                 raise RunFailed(
                     f"no group of {resources.min_workers} workers could start for "
