@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dray.cluster.local_ray import OPEN_CLUSTER
 from dray.runs import Run
 from tiny import tiny_tree
 
@@ -52,7 +53,9 @@ def address() -> Iterator[str]:
     ) as process:
         assert process.stdout is not None
         try:
-            yield next(line.strip() for line in process.stdout)
+            found = next(line.strip() for line in process.stdout)
+            ENVIRONMENT[OPEN_CLUSTER] = found.rpartition(":")[0]
+            yield found
         finally:
             process.communicate()  # its standard input closes, and it ends
 
