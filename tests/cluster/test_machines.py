@@ -161,6 +161,7 @@ def test_a_storage_that_one_machine_does_not_see_is_refused(site: Lan, spec: str
         shutil.copytree(
             Path(yaml.safe_load(Path(spec).read_text())["data"]["train"][0]).parent, texts
         )
+        next(texts.iterdir()).unlink()  # another corpus than the one that is prepared
         words = ["train", spec, "--storage", site.storage, "--run", "unread"]
         more = [f"data.train=[{texts}/*.jsonl]", "--address", f"{head.address}:{GCS_PORT}"]
         done = head.dray(*words, *more)
@@ -213,7 +214,8 @@ def test_a_node_that_leaves_has_the_run_save_and_go_on_elsewhere(
         spare.start_ray(head.address)
         wait_for_nodes(head, 4)
         begun = time.monotonic()
-        done = going.dray("leave", "--seconds", "60")
+        address = f"{head.address}:{GCS_PORT}"
+        done = going.dray("leave", "--seconds", "60", "--address", address)
         assert done.returncode == 0, done.stderr
         assert time.monotonic() - begun < 50, "it did not notice that the rank had gone"
         going.kill()

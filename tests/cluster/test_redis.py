@@ -43,6 +43,11 @@ def site() -> Iterator[tuple[Lan, dict[str, str]]]:
         redis = head.start("redis-server", str(head.folder / "redis.conf"), log="redis")
         head.processes.remove(redis)
         worker.processes.append(redis)
+        deadline = time.monotonic() + 30
+        ask = ["redis-cli", "-h", head.address, "-p", str(REDIS_PORT), "ping"]
+        while "NOAUTH" not in (answer := head.run(*ask)).stdout + answer.stderr:
+            assert time.monotonic() < deadline, answer
+            time.sleep(0.2)
         environment = {
             "RAY_REDIS_ADDRESS": f"{head.address}:{REDIS_PORT}",
             "RAY_REDIS_PASSWORD": password,

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from dray.cluster.nodes import answers
 from dray.errors import PlanError
 
 LOOK_SECONDS = 5.0
@@ -193,6 +194,9 @@ def find_address(given: str | None) -> str:
     found = canonicalize_bootstrap_address(given or os.environ.get("RAY_ADDRESS") or "auto")
     if found is None:
         raise PlanError("--address", "no Ray runs on this machine", way_out="give HOST:PORT")
+    host, _, port = str(found).rpartition(":")
+    if not port.isdigit() or not answers(host, int(port)):
+        raise PlanError("--address", f"no Ray cluster answers at {found}", way_out="give HOST:PORT")
     return str(found)
 
 
