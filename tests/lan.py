@@ -156,7 +156,7 @@ def _machine(
     ip("netns", "add", name)
     words = ["ip", "netns", "exec", name, "unshare", "--mount", "sleep", "infinity"]
     keeper = psutil.Popen(words)
-    machine = Machine(name, address, folder, environment, keeper)
+    machine = Machine(name, address, folder, dict(environment), keeper)
     try:
         deadline = time.monotonic() + 10
         while keeper.name() != "sleep":
