@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray._raylet import GcsClient
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from dray.cluster.autoscaler import Limits, NodeType, read_limits
 from dray.cluster.connection import connect
@@ -94,11 +96,21 @@ def end(process: psutil.Process) -> None:
 
 
 @contextmanager
-def growing_head(*, num_cpus: int = 1, idle_minutes: float = 1.0) -> Iterator[Growing]:
+def growing_head(
+    *,
+    num_cpus: int = 1,
+    idle_minutes: float = 1.0,
+    environment: Mapping[str, str] | None = None,
+    **sections: Any,
+) -> Iterator[Growing]:
     with tempfile.TemporaryDirectory(prefix="grow", dir="/tmp") as folder:
         config, (port, *others) = Path(folder, "config.yaml"), free_ports(4)
-        provider = {**CONFIG["provider"], "gcs_address": f"127.0.0.1:{port}"}
-        changes = {"provider": provider, "idle_timeout_minutes": idle_minutes}
+        provider = {**CONFIG["provider"], **sections.pop("provider", {})}
+        changes = {
+            "provider": {**provider, "gcs_address": f"127.0.0.1:{port}"},
+            "idle_timeout_minutes": idle_minutes,
+            **sections,
+        }
         config.write_text(yaml.safe_dump({**CONFIG, **changes}))
         options = {
             "port": port,
@@ -122,6 +134,7 @@ def growing_head(*, num_cpus: int = 1, idle_minutes: float = 1.0) -> Iterator[Gr
                 "RAY_FAKE_CLUSTER": "1",
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",
                 "RAY_AUTH_MODE": "disabled",
+                **(environment or {}),
             },
         )
         try:
@@ -135,6 +148,30 @@ def growing_head(*, num_cpus: int = 1, idle_minutes: float = 1.0) -> Iterator[Gr
         finally:
             end(process)
             process.wait()
+
+
+TWO_ZONES = {
+    "available_node_types": {
+        "ray.head.default": CONFIG["available_node_types"]["ray.head.default"],
+        **{
+            name: {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 2, "labels": labels}
+            for name, labels in (("plain", {}), ("labelled", {"zone": "b"}))
+        },
+    }
+}
+"""Of nodes with the same resources; which come first is the autoscaler's choice."""
+VERSION_2: dict[str, Any] = {
+    "provider": {
+        # It reads defaults of `fake_multinode` that Ray's package lacks.
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+    },
+    "environment": {
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +388,32 @@ def test_nodes_that_never_come_end_the_run_in_the_time_that_was_given(
         assert process.returncode == 2, said
         assert "no node with a CPU came within 45 s" in said
         assert Run.find(storage, "tiny") is None
+
+
+@pytest.mark.slow
+def test_an_autoscaler_that_does_not_go_by_labels_is_not_waited_for(
+    tiny_corpus: Path, tmp_path: Path
+):
+    """Version 1 would add two plain nodes, and never one with the label."""
+    with growing_head(**TWO_ZONES) as head:
+        process = begin(head, tiny_corpus, tmp_path, resources={"labels": {"zone": "b"}})
+        assert process.wait(60) == 2
+    (said,) = (tmp_path / "log").read_text().splitlines()
+    assert "resources.labels: zone=b: no node has it, and none with it may be added; " in said
+    assert said.endswith("RAY_enable_autoscaler_v2=1 on the head")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_nodes_with_the_label_are_added(tiny_corpus: Path, tmp_path: Path):
+    with growing_head(**TWO_ZONES, **VERSION_2) as head:
+        limits = read_limits(head.address)
+        assert limits is not None
+        labels = {kind.name: kind.node.labels for kind in limits.types}
+        assert labels == {"plain": {}, "labelled": {"zone": "b"}}
+        resources = {"workers": 2, "cpus_per_worker": 1.5, "labels": {"zone": "b"}}
+        process = begin(head, tiny_corpus, tmp_path, resources=resources)
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()
+        nodes = GcsClient(address=head.address).get_all_node_info().values()
+        assert sorted(node.labels.get("zone", "") for node in nodes) == ["", "b", "b"]
+    assert Run.open(str(tmp_path / "runs"), "tiny").attempts()[0].num_ranks == 2
