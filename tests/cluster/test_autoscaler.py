@@ -183,8 +183,9 @@ def growing() -> Iterator[str]:
 
 @pytest.fixture
 def from_none() -> Iterator[Growing]:
-    """One whose head holds no rank, as a cloud's; nodes that do nothing go after six seconds."""
-    with growing_head(num_cpus=0, idle_minutes=0.1) as head:
+    """One whose head holds no rank, as a cloud's; nodes that do nothing go after half a minute.
+    After less, a node on a busy machine goes before anything is put there."""
+    with growing_head(num_cpus=0, idle_minutes=0.5) as head:
         yield head
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from dray.cluster.autoscaler import autoscaler_says, find_addable
+from dray.cluster.autoscaler import find_addable
 from dray.cluster.needs import Needs, Node, check_offered
 from dray.errors import PlanError
 from dray.plan import (
@@ -181,30 +181,6 @@ def growing_nodes(bundles: Sequence[Needs]) -> list[Node]:
         return any(bundle.count_on(node) for bundle in bundles)
 
     return [*map(Node.of, nodes), *find_addable(nodes, 1_000, serves)]
-
-
-def wait_for_cpu(seconds: float, say: Callable[[str], object]) -> None:
-    """Wait until a node has a CPU, where none has: one is asked of the autoscaler. Raises PlanError
-    after so many seconds."""
-    import ray
-
-    if any(Needs({"CPU": 1.0}).count_on(node) for node in live_nodes()):
-        return
-
-    def take_one() -> None:
-        pass
-
-    say("no node has a CPU: one is waited for")
-    asked = ray.remote(num_cpus=1, max_retries=-1)(take_one).remote()
-    if ray.wait([asked], timeout=seconds)[0]:
-        return
-    ray.cancel(asked, force=True)
-    raise PlanError(
-        "cluster",
-        f"no node with a CPU came within {seconds:.0f} s{autoscaler_says()}",
-        "rows are prepared by tasks of one CPU each",
-        "add a node, or give the autoscaler longer (resources.wait_minutes)",
-    )
 
 
 def alive_nodes() -> list[dict[str, Any]]:

@@ -287,6 +287,29 @@ def _does_not_fit(resources: Resources, what: str) -> PlanError:
     )
 
 
+def wait_for_cpu(seconds: float, say: Callable[[str], object]) -> None:
+    """Wait until a node has a CPU, where none has: one is asked of the autoscaler. Raises PlanError
+    after so many seconds."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    if any(Needs({"CPU": 1.0}).count_on(node) for node in live_nodes()):
+        return
+    say("no node has a CPU: one is waited for")
+    # A group, which needs no worker process as a task would.
+    group = placement_group([{"CPU": 1.0}])
+    try:
+        if group.wait(seconds):
+            return
+    finally:
+        remove_placement_group(group)
+    raise PlanError(
+        "cluster",
+        f"no node with a CPU came within {seconds:.0f} s{autoscaler_says()}",
+        "rows are prepared by tasks of one CPU each",
+        "add a node, or give the autoscaler longer (resources.wait_minutes)",
+    )
+
+
 def remove_groups(prefix: str) -> None:
     """Take away what is left of the groups whose names begin so, with all that is in them."""
     from ray.util.placement_group import (

@@ -26,8 +26,8 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from dray.cluster.needs import Needs
-from dray.cluster.nodes import find_nodes_without, require_connected, wait_for_cpu
-from dray.cluster.placement import Placement
+from dray.cluster.nodes import find_nodes_without, require_connected
+from dray.cluster.placement import Placement, wait_for_cpu
 from dray.corpus.account import describe
 from dray.corpus.checking import (
     Work,
