@@ -74,12 +74,16 @@ def other_alone(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
     return train(make_other(tiny_corpus), storage=storage, run_name="other-alone").run
 
 
+RAYS_OWN = frozenset({"_AutoscalingCoordinatorActor", "_StatsActor"})
+"""One a Ray, for whoever uses Ray Data, and not of a run."""
+
+
 def live_actors() -> set[str]:
     table = ray._private.state.actors()
     return {
         f"{actor['ActorClassName']} {key[:8]}"
         for key, actor in table.items()
-        if actor["State"] != "DEAD" and actor["ActorClassName"] != "_AutoscalingCoordinatorActor"
+        if actor["State"] != "DEAD" and actor["ActorClassName"] not in RAYS_OWN
     }
 
 
