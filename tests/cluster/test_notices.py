@@ -13,6 +13,13 @@ from dray.cluster import notices
 from dray.cluster.notices import Aws, Azure, Gcp, find_metadata, watch
 from metadata import metadata_server
 
+
+@pytest.fixture(autouse=True)
+def not_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests switch AWS' server off for their own S3."""
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
+
+
 CLOUDS = {"aws": Aws, "gcp": Gcp, "azure": Azure}
 
 

@@ -57,6 +57,8 @@ def prepare_here(
         (prepare, "MIN_CHUNK_BYTES", 1 << 15),
         (prepare, "PARTITION_BYTES", 1 << 17),
         (prepare, "require_connected", lambda where: None),
+        (prepare, "wait_for_cpu", lambda seconds, say: None),
+        (prepare, "_check_seen", lambda inputs, placement: None),
         (prepare, "run_stage", run_here),
         (prepare, "run_task", lambda job, function, item: function(job, item)),
     ):

@@ -74,8 +74,8 @@ def other_alone(storage: str, tiny_corpus: Path, local_ray: None) -> Run:
     return train(make_other(tiny_corpus), storage=storage, run_name="other-alone").run
 
 
-RAYS_OWN = frozenset({"_AutoscalingCoordinatorActor", "_StatsActor"})
-"""One a Ray, for whoever uses Ray Data, and not of a run."""
+RAYS_OWN = frozenset({"_AutoscalingCoordinatorActor", "_StatsActor", "TrainStateActor"})
+"""One a Ray, for all who use Ray Data or Ray Train, and not of a run."""
 
 
 def live_actors() -> set[str]:

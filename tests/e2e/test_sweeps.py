@@ -36,6 +36,7 @@ RAYS_OWN = frozenset(
         "PlacementGroupCleaner",
         "_StatsActor",
         "_AutoscalingCoordinatorActor",
+        "TrainStateActor",
     }
 )
 FREE_SECONDS = 10.0

@@ -97,7 +97,11 @@ class Display:
                     self.say(line)
                     return
                 self._live.update(
-                    self._bar, total=num_steps, completed=step, description=_as_text(line)
+                    self._bar,
+                    total=num_steps,
+                    completed=step,
+                    description=_as_text(line),
+                    refresh=True,
                 )
 
             yield show
