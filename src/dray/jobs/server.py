@@ -212,18 +212,20 @@ class JobServer:
 
     def follow(self, job: Job, tell: Callable[[str], object]) -> Job:
         """Tell what a job writes, line by line, from its beginning to its end. A connection that
-        breaks is made anew. Raises JobLost."""
+        breaks is made anew; once the job has ended, only once: its log may have gone with its node.
+        Raises JobLost."""
         import aiohttp
 
-        told = 0
+        lines, was_over = _Lines(tell), False
         while True:
-            lines = _Lines(told, tell)
             try:
                 asyncio.run(lines.take(self._client.tail_job_logs(job.id)))
                 return self.wait(job)
             except (RuntimeError, OSError, aiohttp.ClientError):
-                self.look(job.id)
-                told = max(told, lines.number)
+                job = self.look(job.id)
+                if was_over:
+                    return job
+                was_over = job.is_over
                 time.sleep(LOOK_SECONDS)
 
     def wait(self, job: Job) -> Job:
@@ -239,25 +241,24 @@ class JobServer:
 
 
 class _Lines:
-    """Tells the lines of a log but for the first ones, which have been told before."""
+    """Tells each line of a log once, however often the log is read from its beginning."""
 
-    def __init__(self, told: int, tell: Callable[[str], object]) -> None:
-        self._told, self._tell = told, tell
-        self.number = 0
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self._tell, self._num_told = tell, 0
 
     async def take(self, chunks: AsyncIterator[str]) -> None:
-        rest = ""
+        rest, number = "", 0
         async for chunk in chunks:
             *lines, rest = (rest + chunk).split("\n")
             for line in lines:
-                self._hear(line)
+                number += 1
+                self._hear(line, number)
         if rest:
-            self._hear(rest)
+            self._hear(rest, number + 1)
 
-    def _hear(self, line: str) -> None:
-        self.number += 1
-        if self.number > self._told:
-            self._told = self.number
+    def _hear(self, line: str, number: int) -> None:
+        if number > self._num_told:
+            self._num_told = number
             self._tell(line)
 
 
