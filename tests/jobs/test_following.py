@@ -3,7 +3,7 @@ real one is in tests/cluster/test_submitting.py and test_supervision.py."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,9 +40,8 @@ class Client:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "LOOK_SECONDS", 0.0)
-    yield
 
 
 def follow(client: Client) -> tuple[str, list[str]]:
