@@ -18,6 +18,7 @@ import psutil
 
 from dray.cluster.nodes import answers
 from ports import free_ports
+from waiting import kill_all
 
 BIN = Path(sys.executable).parent
 
@@ -75,10 +76,7 @@ class Head:
 
     def kill(self) -> None:
         """End all of its processes at once, as when its machine loses its power."""
-        with suppress(psutil.NoSuchProcess):
-            for process in [self.process, *self.process.children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        kill_all(self.process)
         self.process.wait()
 
     def end(self) -> None:

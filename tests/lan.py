@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from heads import BIN
+from waiting import kill_all
 
 JOBS_PORT, GCS_PORT, S3_PORT = 8265, 6379, 5555
 
@@ -122,10 +123,7 @@ class Machine:
     def kill(self) -> None:
         """End all that runs on it at once, as when it loses its power."""
         for process in self.processes:
-            with suppress(psutil.NoSuchProcess):
-                for one in [process, *process.children(recursive=True)]:
-                    with suppress(psutil.NoSuchProcess):
-                        one.send_signal(signal.SIGKILL)
+            kill_all(process)
             process.wait()
         self.processes.clear()
 

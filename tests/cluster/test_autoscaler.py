@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from dray.runs import Run
 from dray.spec import make_spec
 from ports import free_ports
 from tiny import tiny_tree
+from waiting import kill_all, processes_named, wait_for
 
 CONFIG: dict[str, Any] = {
     "cluster_name": "fake_multinode",
@@ -77,22 +78,8 @@ class Growing:
     def nodes(self) -> list[psutil.Process]:
         """The nodes that were added, by their raylets, which no other process of the head has among
         its children."""
-        monitor = next(
-            one for one in self.process.children(recursive=True) if "monitor.py" in _line(one)
-        )
-        return [one for one in monitor.children(recursive=True) if "/raylet" in _line(one)[:300]]
-
-
-def _line(process: psutil.Process) -> str:
-    with suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def end(process: psutil.Process) -> None:
-    for one in [*process.children(recursive=True), process]:
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
+        monitors = processes_named("monitor.py", self.process)
+        return processes_named("/raylet/raylet", monitors[0]) if monitors else []
 
 
 @contextmanager
@@ -146,7 +133,7 @@ def growing_head(
                 time.sleep(0.5)
             yield Growing(address, process)
         finally:
-            end(process)
+            kill_all(process)
             process.wait()
 
 
@@ -290,13 +277,6 @@ def test_a_run_makes_its_cluster_grow(growing: str, tiny_corpus: Path, tmp_path:
     assert Run.open(storage, "tiny").attempts()[0].num_ranks == 2
 
 
-def until(look: Callable[[], object], what: str, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-
-
 def begin(head: Growing, corpus: Path, folder: Path, **sections: Any) -> psutil.Popen:
     spec = folder / "spec.yaml"
     spec.write_text(yaml.safe_dump(tiny_tree(corpus, **sections)))
@@ -340,11 +320,11 @@ def test_an_elastic_run_has_its_cluster_grow_and_go(
             assert process.poll() is None, (tmp_path / "log").read_text()
             return newest()[0] == num_ranks and newest()[1] >= step
 
-        until(is_there, f"{num_ranks} ranks at step {step}, but {newest()}")
+        wait_for(is_there, f"{num_ranks} ranks at step {step}, but {newest()}", 180)
 
     reached(2, 150)
     assert len(from_none.nodes()) == 2
-    end(from_none.nodes()[0])  # reclaimed, without a notice
+    kill_all(from_none.nodes()[0])  # reclaimed, without a notice
     reached(1, 200)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130, (tmp_path / "log").read_text()
@@ -357,7 +337,7 @@ def test_an_elastic_run_has_its_cluster_grow_and_go(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    until(lambda: not from_none.nodes(), "the nodes that do nothing are given back", 90)
+    wait_for(lambda: not from_none.nodes(), "the nodes that do nothing are given back", 90)
 
 
 @pytest.mark.slow
@@ -376,7 +356,7 @@ def test_nodes_that_never_come_end_the_run_in_the_time_that_was_given(
     process = begin(from_none, tiny_corpus, tmp_path, resources=resources)
     while process.poll() is None:
         for node in from_none.nodes():
-            end(node)
+            kill_all(node)
         assert time.monotonic() - begun < 240, "it waits for ever"
         time.sleep(0.2)
     said = (tmp_path / "log").read_text()

@@ -5,30 +5,27 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import pytest
 import requests
 import yaml
 
 from dray.cluster.gauges import GAUGES, PREFIX
-from heads import Head, started_head
+from heads import Head, dray, started_head
 from ports import free_ports
 from tiny import tiny_tree
+from waiting import rank_processes, wait_for
 
 MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring"
-WAIT_SECONDS = 90
+SECONDS = 90
 T = TypeVar("T")
 
 
@@ -154,15 +151,6 @@ def running(*words: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(20)
 
 
-def until(look: Callable[[], T], what: str, seconds: float = WAIT_SECONDS) -> T:
-    deadline = time.monotonic() + seconds
-    while True:
-        if found := look():
-            return found
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
-
-
 class Receiver:
     """Takes Alertmanager's messages: alert → its newest status."""
 
@@ -228,19 +216,10 @@ def test_a_real_run_is_scraped_and_its_alerts_fire_and_resolve(
     tree |= {"checkpoint": {"every_steps": 200}, "validation": {"every_steps": 200}}
     tree["watchdog"] = {"silent_seconds": 600}  # here the alert is to notice it
     spec.write_text(yaml.safe_dump(tree))
-    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(head.token)}
     words = ["--storage", str(tmp_path / "runs"), "--address", head.jobs]
 
-    def dray(*given: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "dray.cli", *given, *words],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+    def command(*given: str) -> subprocess.CompletedProcess[str]:
+        return dray(tmp_path, head.token, *given, *words)
 
     with ExitStack() as stack:
         told = Receiver(receiver).told
@@ -263,40 +242,31 @@ def test_a_real_run_is_scraped_and_its_alerts_fire_and_resolve(
                 log=tmp_path / "alertmanager.log",
             )
         )
-        begun = dray("submit", "--detach", "train", "spec.yaml", "--run", "watched")
+        begun = command("submit", "--detach", "train", "spec.yaml", "--run", "watched")
         assert begun.returncode == 0, begun.stderr
-        stack.callback(dray, "stop", "watched")
-        until(lambda: ask("ray_dray_checkpoint_step > 0"), "no checkpoint was scraped")
-        until(lambda: ask("ray_dray_validation"), "no validation was scraped")
+        stack.callback(command, "stop", "watched")
+        wait_for(lambda: ask("ray_dray_checkpoint_step > 0"), "no checkpoint was scraped", SECONDS)
+        wait_for(lambda: ask("ray_dray_validation"), "no validation was scraped", SECONDS)
         of_a_sweep = {"Trials by status", "Best trial"}
         of_trouble = {"Failed attempts by cause"}
         for title, expressions in panels().items():
             for expression in expressions if title not in of_a_sweep | of_trouble else ():
                 asked = expression.replace("$run", "watched")
-                until(lambda asked=asked: ask(asked), f"{title}: {asked} has no data", 30)
+                wait_for(lambda asked=asked: ask(asked), f"{title}: {asked} has no data", 30)
         assert told.get("DrayNoProgress") is None
 
-        rank = until(ranks, "no rank was found")[-1]
+        rank = wait_for(lambda: rank_processes(head.process), "no rank was found", SECONDS)[-1]
         rank.suspend()
         try:
-            until(lambda: told.get("DrayNoProgress") == "firing", f"no alert: {told}")
+            wait_for(lambda: told.get("DrayNoProgress") == "firing", f"no alert: {told}", SECONDS)
         finally:
             rank.resume()
-        until(lambda: told.get("DrayNoProgress") == "resolved", f"not resolved: {told}")
+        wait_for(lambda: told.get("DrayNoProgress") == "resolved", f"not resolved: {told}", SECONDS)
 
         rank.kill()
         (asked,) = panels()["Failed attempts by cause"]
-        until(lambda: ask(asked.replace("$run", "watched")), "no failure was scraped")
-        stopped = dray("stop", "watched")
+        wait_for(lambda: ask(asked.replace("$run", "watched")), "no failure was scraped", SECONDS)
+        stopped = command("stop", "watched")
         assert stopped.returncode == 0, stopped.stderr
-        until(lambda: not ask("ray_dray_running"), "what has ended is still scraped", 60)
+        wait_for(lambda: not ask("ray_dray_running"), "what has ended is still scraped", 60)
         assert "DrayDriverGone" not in told
-
-
-def ranks() -> list[psutil.Process]:
-    """The processes that compute on the head that this test has started."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "RayTrainWorker" in " ".join(process.cmdline())
-    ]

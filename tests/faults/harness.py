@@ -32,6 +32,7 @@ from dray.spec import make_spec
 from dray.train.driver import train
 from ports import free_ports
 from tiny import tiny_tree
+from waiting import kill_all, rank_processes, wait_for
 
 STEPS, EVERY = 24, 6
 SAVE_STEPS = 6
@@ -60,32 +61,6 @@ def make_case(corpus: Path, **sections: Any) -> dict[str, Any]:
 
 def kill(process: psutil.Process) -> None:
     process.send_signal(signal.SIGKILL)
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
-    """Poll until it holds. Raises TimeoutError that says what did not come."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(0.1)
-
-
-def processes_named(word: str, of: psutil.Process | None = None) -> list[psutil.Process]:
-    """Descendants of a process (by default this one) whose command line has the word: only what a
-    test started."""
-    found = []
-    for process in (of or psutil.Process()).children(recursive=True):
-        try:
-            if word in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def rank_processes(of: psutil.Process | None = None) -> list[psutil.Process]:
-    return processes_named("RayTrainWorker", of)
 
 
 def steps_of(storage: str, name: str) -> int:
@@ -343,13 +318,7 @@ class Training:
     def kill_all(self) -> None:
         """SIGKILL to the process and all that descends from it, as when a machine loses its
         power."""
-        everything = [self.process, *self.process.children(recursive=True)]
-        for process in everything:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(everything, timeout=20)
+        psutil.wait_procs(kill_all(self.process), timeout=20)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import causes, disturbed, kill, random_rank, rank_processes
+from harness import causes, disturbed, kill, random_rank
 
 from dray.runs import Run
+from waiting import rank_processes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

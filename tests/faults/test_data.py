@@ -21,7 +21,6 @@ from harness import (
     kill,
     make_case,
     random_rank,
-    wait_for,
 )
 
 from dray.doctor import diagnose
@@ -29,6 +28,7 @@ from dray.errors import RunFailed
 from dray.runs import Run
 from dray.spec import make_spec
 from dray.train.driver import train
+from waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Training, befalling, kill, make_case, processes_named, wait_for
+from harness import Training, befalling, kill, make_case
 
 from dray.doctor import diagnose
 from dray.errors import RunFailed
 from dray.runs import Run
 from dray.spec import make_spec
 from dray.train.driver import train
+from waiting import processes_named, wait_for
 
 
 def test_the_driver_is_killed_and_started_again(

@@ -16,23 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import (
-    EVERY,
-    SAVE_STEPS,
-    Nodes,
-    Training,
-    causes,
-    events,
-    make_case,
-    nodes_lost,
-    processes_named,
-    wait_for,
-)
+from harness import EVERY, SAVE_STEPS, Nodes, Training, causes, events, make_case, nodes_lost
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from dray.doctor import diagnose
 from dray.errors import Cause
 from dray.runs import Run
+from waiting import kill_all, processes_named, wait_for
 
 ENVIRONMENT = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
 
@@ -326,9 +316,7 @@ def blind_node(head: Nodes, tmp_path: Path) -> Iterator[str]:
         wait_for(lambda: head.count() == 2, "the node", 120)
         yield str(storage)
     finally:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
+        kill_all(psutil.Process(process.pid))
         process.wait()
 
 

@@ -26,8 +26,6 @@ from harness import (
     events,
     fill,
     make_case,
-    rank_processes,
-    wait_for,
 )
 from pyarrow.fs import copy_files
 
@@ -43,6 +41,7 @@ from dray.storage.filesystem import open_filesystem
 from dray.train.driver import train
 from failing_proxy import FailingProxy, Fault, failing_proxy
 from small_disk import small_disk
+from waiting import rank_processes, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 OUTAGE_SECONDS = HEARTBEAT_SECONDS + 5

@@ -7,10 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import causes, kill, make_case, random_rank, steps_of, wait_for
+from harness import causes, kill, make_case, random_rank, steps_of
 
 from dray.spec import make_spec
 from dray.train.driver import train
+from waiting import wait_for
 
 NUM_KILLS = 10
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Nodes, make_case, steps_of, wait_for
+from harness import Nodes, make_case, steps_of
 
 from dray.ledger import verify_ledger
 from dray.runs import Run
@@ -22,6 +22,7 @@ from dray.sweep.events import Begun, Ended
 from dray.sweep.record import Sweep
 from dray.sweep.space import make_space
 from dray.sweep.summary import summarize
+from waiting import wait_for
 
 STEP = "dray.rank.loop:_Loop._forward_backward:before"
 ALONE = {"resources": {"workers": 1, "max_failures": 0}, "zero": {"stage": 0}}

@@ -23,7 +23,6 @@ from harness import (
     random_rank,
     slowed,
     steps_of,
-    wait_for,
 )
 
 from dray.errors import RunFailed, StoreError
@@ -32,6 +31,7 @@ from dray.runs import Run, verify_checkpoint
 from dray.show.progress import Display
 from dray.spec import make_spec
 from dray.train.driver import train
+from waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -17,6 +17,15 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
+def home(tmp_path: Path, tiny_corpus: Path) -> Path:
+    """A folder of a person's with a spec of one worker, and its texts."""
+    shutil.copytree(tiny_corpus, tmp_path / "home" / "texts")
+    tree = {**tiny_tree(Path("texts")), "resources": {"workers": 1}}
+    (tmp_path / "home" / "spec.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "home"
+
+
+@pytest.fixture
 def refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Refused:

@@ -23,7 +23,6 @@ from dray.cluster.local_ray import check_open
 from dray.errors import PlanError, SpecError
 from dray.jobs import make_package, staged
 from heads import Head, dray, environment, started_head
-from tiny import tiny_tree
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +36,6 @@ def open_head() -> Iterator[Head]:
     """Nobody asks for a token there."""
     with started_head(num_cpus=2, is_open=True) as found:
         yield found
-
-
-@pytest.fixture
-def home(tmp_path: Path, tiny_corpus: Path) -> Path:
-    shutil.copytree(tiny_corpus, tmp_path / "home" / "texts")
-    tree = {**tiny_tree(Path("texts")), "resources": {"workers": 1}}
-    (tmp_path / "home" / "spec.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "home"
 
 
 def address_of_this_machine() -> str:

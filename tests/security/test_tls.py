@@ -4,7 +4,6 @@ docs/security.md makes them."""
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -13,10 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from heads import Head, dray, started_head
-from tiny import tiny_tree
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 
@@ -56,14 +53,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def head(certificates: dict[str, str]) -> Iterator[Head]:
     with started_head(num_cpus=3, variables=certificates) as found:
         yield found
-
-
-@pytest.fixture
-def home(tmp_path: Path, tiny_corpus: Path) -> Path:
-    shutil.copytree(tiny_corpus, tmp_path / "home" / "texts")
-    tree = {**tiny_tree(Path("texts")), "resources": {"workers": 1}}
-    (tmp_path / "home" / "spec.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "home"
 
 
 @pytest.mark.slow

@@ -96,11 +96,12 @@ class Survey(BaseModel):
                 "least of them, and all wait for the slowest"
             )
         found += [
-            f"node {node.address}: the disk of Ray's session has {format_bytes(free)} free of "
+            f"node {node.address}: the disk of Ray's session has "
+            f"{format_bytes(node.scratch_free_bytes or 0)} free of "
             f"{format_bytes(node.scratch_bytes or 0)}; from {FULL_SHARE:.0%} on Ray spills nothing "
             "there, and tasks fail for want of memory"
             for node in self.nodes
-            if node.is_full and (free := node.scratch_free_bytes or 0) >= 0
+            if node.is_full
         ]
         return found
 
