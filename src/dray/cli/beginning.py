@@ -12,7 +12,7 @@ from dray.errors import DrayError, PlanError, SpecError, StoreError
 
 if TYPE_CHECKING:
     from dray.cluster.survey import Survey
-    from dray.plan import Cost, Demands, Plan, Shape
+    from dray.plan import Cost, Demands, Plan, Prices, Shape
     from dray.spec import Spec
 
 
@@ -40,7 +40,7 @@ def init_command(arguments: argparse.Namespace) -> int:
 
 def plan_command(arguments: argparse.Namespace) -> int:
     from dray.models.counting import make_counted_plan
-    from dray.plan import format_plan, with_measured_step
+    from dray.plan import format_plan, load_prices, with_measured_step
     from dray.rank.rehearsal import find_rehearsal, rehearse
     from dray.spec import load_spec, load_tree
     from dray.sweep.space import split_overrides
@@ -48,7 +48,8 @@ def plan_command(arguments: argparse.Namespace) -> int:
     of_spec, of_space = split_overrides(arguments.overrides)
     _check_plan_options(arguments, of_space)
     spec = load_spec(arguments.spec, of_spec)
-    shape, survey = _find_shape(arguments, spec)
+    prices = load_prices(arguments.prices) if arguments.instance else None
+    shape, survey = _find_shape(arguments, spec, prices)
     spec, config = _find_run_inputs(spec, arguments.storage)
     plan = _plan_known_corpus(spec, shape, arguments.storage, config) or make_counted_plan(
         spec, shape, config=config
@@ -61,7 +62,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     if measured is not None:
         plan = with_measured_step(plan, measured.step_seconds(plan.batch.accumulation))
     demands = _find_demands(spec, plan, arguments.storage)
-    cost = _find_cost(arguments, plan, demands)
+    cost = _find_cost(arguments, plan, demands, prices)
     bill = None
     if arguments.space:
         from dray.sweep.bill import make_bill
@@ -122,12 +123,14 @@ def _check_plan_options(arguments: argparse.Namespace, of_space: Sequence[str]) 
         raise SpecError(f"space.{of_space[0]}", "there is no space", "--space names one")
 
 
-def _find_shape(arguments: argparse.Namespace, spec: Spec) -> tuple[Shape, Survey | None]:
-    """What the plan is for; of a cluster with what it has for the spec's workers."""
+def _find_shape(
+    arguments: argparse.Namespace, spec: Spec, prices: Prices | None
+) -> tuple[Shape, Survey | None]:
+    """What the plan is for; of a cluster with what it has for the spec's workers. `prices`: of
+    instances, where one is named."""
     from dray.plan import (
         check_accelerator,
         find_instance,
-        load_prices,
         local_shape,
         make_shape,
         parse_shape,
@@ -136,8 +139,8 @@ def _find_shape(arguments: argparse.Namespace, spec: Spec) -> tuple[Shape, Surve
     if arguments.shape or not arguments.address:
         if arguments.shape:
             shape = parse_shape(arguments.shape)
-        elif arguments.instance:
-            found = find_instance(load_prices(arguments.prices), arguments.instance)
+        elif prices is not None:
+            found = find_instance(prices, arguments.instance)
             shape = make_shape(arguments.instance, found, spec.resources)
         else:
             shape = local_shape()
@@ -168,19 +171,14 @@ def _find_demands(spec: Spec, plan: Plan, storage: str) -> Demands:
     return demands.model_copy(update={"free_bytes": free})
 
 
-def _find_cost(arguments: argparse.Namespace, plan: Plan, demands: Demands) -> Cost | None:
+def _find_cost(
+    arguments: argparse.Namespace, plan: Plan, demands: Demands, prices: Prices | None
+) -> Cost | None:
     """What the run costs, where an hour has a price."""
-    from dray.plan import (
-        check_instance,
-        find_instance,
-        load_prices,
-        price_instances,
-        price_workers,
-    )
+    from dray.plan import check_instance, find_instance, price_instances, price_workers
 
     seconds = demands.seconds_with_failures or plan.est_seconds
-    if arguments.instance:
-        prices = load_prices(arguments.prices)
+    if prices is not None:
         instance = find_instance(prices, arguments.instance)
         check_instance(arguments.instance, instance, plan.shape)
         return price_instances(prices, arguments.instance, plan.shape.num_nodes, seconds)

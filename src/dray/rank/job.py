@@ -49,6 +49,11 @@ class Job:
     """What the run's record holds as the driver sees it: a node that sees another one has a storage
     of its own."""
 
+    @property
+    def flat_name(self) -> str:
+        """The run's name as that of a file: a trial has its sweep's before a slash."""
+        return self.run_name.replace("/", "-")
+
 
 def check_shared(job: Job) -> None:
     """Raise StorageNotShared where this process does not see the driver's run. A node may have

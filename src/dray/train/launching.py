@@ -280,7 +280,7 @@ class RayLauncher:
                     num_workers=len(site.seats.workers) if site.seats else resources.workers,
                     worker=make_worker_needs(resources),
                     recovery=build_recovery(job, self._mailbox, site),
-                    name=job.run_name.replace("/", "-"),
+                    name=job.flat_name,
                     shown=_describe(job),
                     scratch=scratch,
                     is_local=self._is_local,

@@ -72,8 +72,7 @@ def build_data_config() -> Any:
             attempt = make_attempt(job, Run.open(job.storage, job.run_name).attempts()[-1])
             dataset = build_dataset(make_stream(job, attempt), **options)
             dataset.context.enable_progress_bars = False
-            # On the dashboard, and in the name of a file: a trial has its sweep before a slash.
-            dataset.set_name(job.run_name.replace("/", "-"))
+            dataset.set_name(job.flat_name)  # on the dashboard, and for Ray Data's log file
             return [{name: split} for split in dataset.streaming_split(world_size, equal=True)]
 
     return StreamConfig()
