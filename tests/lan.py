@@ -102,8 +102,11 @@ class Machine:
     def dray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run(sys.executable, "-m", "dray.cli", *words, **environment)
 
-    def start_ray(self, head: str = "", *, num_cpus: float = 2, **environment: str) -> psutil.Popen:
-        """A node; without a `head` it is one, with a server of jobs."""
+    def start_ray(
+        self, head: str = "", *more: str, num_cpus: float = 2, **environment: str
+    ) -> psutil.Popen:
+        """A node, with more words for `ray start`; without a `head` it is one, with a server of
+        jobs."""
         role = (
             ["--address", f"{head}:{GCS_PORT}"]
             if head
@@ -113,6 +116,7 @@ class Machine:
             *(str(BIN / "ray"), "start", "--block", *role, "--node-ip-address", self.address),
             *("--num-cpus", f"{num_cpus:g}", "--disable-usage-stats"),
             *(() if head else ("--temp-dir", f"{self.folder}/r")),
+            *more,
             log="ray",
             **environment,
         )

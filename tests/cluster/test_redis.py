@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ STEPS, REDIS_PORT = 60, 6390
 
 
 @pytest.fixture
-def site() -> Iterator[tuple[Lan, dict[str, str]]]:
-    """A head without CPUs and a machine for a rank and its reader; the head's environment."""
+def site() -> Iterator[tuple[Lan, Callable[[], None]]]:
+    """A head without CPUs and a machine for a rank and its reader; what starts the head."""
     with lan(2, network=84) as found:
         head, worker = found.machines
         password = secrets.token_hex(16)
@@ -50,14 +50,17 @@ def site() -> Iterator[tuple[Lan, dict[str, str]]]:
             time.sleep(0.2)
         environment = {
             "RAY_REDIS_ADDRESS": f"{head.address}:{REDIS_PORT}",
-            "RAY_REDIS_PASSWORD": password,
             "RAY_external_storage_namespace": "dray",
         }
-        head.start_ray(num_cpus=0, **environment)
+
+        def start() -> None:
+            head.start_ray("", "--redis-password", password, num_cpus=0, **environment)
+
+        start()
         wait_for_nodes(head, 1)
         worker.start_ray(head.address, num_cpus=3)
         wait_for_nodes(head, 2)
-        yield found, environment
+        yield found, start
 
 
 def node_ids(head: Machine) -> dict[str, str]:
@@ -90,9 +93,9 @@ def weights(head: Machine, storage: str, run: str) -> tuple[int, str]:
 
 
 def test_a_head_that_comes_back_knows_its_nodes_and_jobs(
-    site: tuple[Lan, dict[str, str]], tiny_corpus: Path
+    site: tuple[Lan, Callable[[], None]], tiny_corpus: Path
 ):
-    found, environment = site
+    found, start = site
     (head, worker), storage = found.machines, found.storage
     tree = tiny_tree(tiny_corpus, resources={"workers": 1}, duration={"steps": STEPS})
     tree |= {"checkpoint": {"every_steps": 10}}
@@ -114,7 +117,7 @@ def test_a_head_that_comes_back_knows_its_nodes_and_jobs(
         assert time.monotonic() < deadline, head.log("supervisor")
     before = node_ids(head)
     head.kill()
-    head.start_ray(num_cpus=0, **environment)
+    start()
     wait_for_nodes(head, 2)
     after = node_ids(head)
     assert after[worker.address] == before[worker.address], "the worker began anew"

@@ -417,6 +417,8 @@ class Checkpoint(Section):
     @classmethod
     def _short(cls, given: Any) -> Any:
         """`checkpoint: auto`."""
+        if isinstance(given, str) and given != "auto":
+            raise ValueError("the word auto, or a mapping such as {every_steps: 100}, is wanted")
         return {"every_minutes": given} if given == "auto" else given
 
 
