@@ -64,7 +64,9 @@ class Machine:
     processes: list[psutil.Popen] = field(default_factory=list)
 
     def words(self, *words: str) -> list[str]:
-        return ["nsenter", "--target", str(self.keeper.pid), "--mount", "--net", *words]
+        # A process that enters a mount namespace stands in its root.
+        there = ["--target", str(self.keeper.pid), "--mount", "--net", f"--wdns={self.folder}"]
+        return ["nsenter", *there, *words]
 
     def hide(self, path: Path) -> None:
         """Let it see an empty folder in the place of this one."""
@@ -81,7 +83,6 @@ class Machine:
                 stderr=out,
                 env={**self.environment, **environment},
                 start_new_session=True,
-                cwd=self.folder,
             )
         self.processes.append(process)
         return process
@@ -96,7 +97,6 @@ class Machine:
             timeout=seconds,
             check=False,
             env={**self.environment, **environment},
-            cwd=self.folder,
         )
 
     def dray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

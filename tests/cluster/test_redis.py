@@ -114,6 +114,7 @@ def test_a_head_that_comes_back_knows_its_nodes_and_jobs(
     worker.processes.append(supervisor)
     deadline = time.monotonic() + 180
     while not step_of(head, storage, "kept"):
+        assert supervisor.poll() is None, head.log("supervisor")
         assert time.monotonic() < deadline, head.log("supervisor")
     before = node_ids(head)
     head.kill()
