@@ -118,6 +118,7 @@ def test_a_head_that_comes_back_knows_its_nodes_and_jobs(
         assert time.monotonic() < deadline, head.log("supervisor")
     before = node_ids(head)
     head.kill()
+    head.hide(head.folder / "r")  # another disk, as a new pod has
     start()
     wait_for_nodes(head, 2)
     after = node_ids(head)
