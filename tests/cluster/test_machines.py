@@ -211,14 +211,13 @@ def test_a_node_that_leaves_has_the_run_save_and_go_on_elsewhere(
     process = begin(site, spec, "left")
 
     def leave() -> None:
-        spare.start_ray(head.address)
-        wait_for_nodes(head, 4)
         begun = time.monotonic()
         address = f"{head.address}:{GCS_PORT}"
         done = going.dray("leave", "--seconds", "60", "--address", address)
         assert done.returncode == 0, done.stderr
         assert time.monotonic() - begun < 50, "it did not notice that the rank had gone"
         going.kill()
+        spare.start_ray(head.address)
 
     at_step(site, "left", 12, leave)
     ended(process, site, "left")

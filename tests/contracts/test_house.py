@@ -36,6 +36,7 @@ LEVELS = {
     "train": 10,
     "release": 10,
     "sweep": 11,
+    "serve": 11,
     "ladder": 12,
     "cli": 13,
 }
@@ -126,6 +127,7 @@ FOREIGN = {
     "ray.tune": ("sweep/policies.py",),
     "optuna": ("sweep/search.py", "sweep/importance.py"),
     "matplotlib": ("show/plots.py",),
+    "ray.serve": ("serve/service.py",),
 }
 
 
@@ -137,7 +139,11 @@ def test_each_foreign_system_is_spoken_to_in_one_place(library: str):
             names = (
                 [alias.name for alias in node.names]
                 if isinstance(node, ast.Import)
-                else ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                else (
+                    [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
             )
             if any(name == library or name.startswith(library + ".") for name in names):
                 assert place.startswith(FOREIGN[library]), f"{path} imports {library}"

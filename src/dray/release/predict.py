@@ -8,7 +8,7 @@ line of its own that says why.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from dray.corpus.manifest import Manifest
 from dray.corpus.packing import Aligned
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
+from dray.corpus.records import BadRecord, Wanted
 from dray.corpus.rows import pad_rows, row_values
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.tokenizing import TokenizerInfo
@@ -62,20 +63,18 @@ def predict(
     """
     counts = counts or Counts()
     trained = load_trained(storage, name, step, weights)
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
-    if not task.predicts:
-        way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
-        raise SpecError(f"run {name!r}", f"its task is {task.name}", "it predicts nothing", way)
+    _check_predicts(trained)
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
         inputs = list_inputs(spec)
-    predictor = _Predictor(trained, task, counts)
-    fields = {name: field for name, field in task.fields.items() if field.kind in TEXT_KINDS}
+    predictor = Predictor(trained, counts)
     for source, files in zip(inputs.sources, inputs.files, strict=True):
         for file in files:
-            reader = SpanReader(Span(file), source.source, spec.data.max_record_bytes, fields)
+            reader = SpanReader(
+                Span(file), source.source, spec.data.max_record_bytes, predictor.fields
+            )
             for documents in reader.read():
-                for record in predictor.records(documents.texts, fields):
+                for record in predictor.records(documents.texts):
                     counts.num_predicted += 1
                     yield record
                 for bad in documents.bad:
@@ -101,17 +100,51 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
             os.remove(partial)
 
 
-class _Predictor:
-    """A model that predicts texts a block at a time."""
+def _check_predicts(trained: Trained) -> Any:
+    """The task of a run that predicts. Raises SpecError for another one."""
+    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    if not task.predicts:
+        way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
+        where = f"run {trained.run.name!r}"
+        raise SpecError(where, f"its task is {task.name}", "it predicts nothing", way)
+    return task
 
-    def __init__(self, trained: Trained, task: Any, counts: Counts) -> None:
-        self.trained, self.task, self.counts = trained, task, counts
+
+class Predictor:
+    """A model that predicts records, many at a time. Raises SpecError for a task without
+    predictions."""
+
+    def __init__(self, trained: Trained, counts: Counts | None = None) -> None:
+        self.trained, self.counts = trained, counts or Counts()
+        self.task = _check_predicts(trained)
+        self.fields = {
+            name: field for name, field in self.task.fields.items() if field.kind in TEXT_KINDS
+        }
+        """What a record consists of, targets aside."""
+        self._wanted = Wanted(tuple((name, name, f.kind) for name, f in self.fields.items()))
         self.device = trained.move_to_device()
-        self.objective = task.objective(trained.model).eval()
+        self.objective = self.task.objective(trained.model).eval()
         self.info = _tokenizer_info(trained)
         self.tools = Tools(trained.tokenizer_folder, self.info, trained.manifest.sequence_tokens)
 
-    def records(self, texts: pa.Array, fields: Any) -> Iterator[dict[str, Any]]:
+    def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Predictions of values by field, in their order, without the fields; `error` in the place
+        of one that is no such record."""
+        found: list[dict[str, Any]] = [{} for _ in records]
+        texts: dict[int, str] = {}
+        for place, record in enumerate(records):
+            try:
+                texts[place] = self._wanted.read(record)[0]
+            except KeyError as error:
+                found[place] = {"error": f"no {error}"}
+            except BadRecord as error:
+                found[place] = {"error": str(error)}
+        told = self.records(pa.array(texts.values(), pa.large_string()))
+        for place, record in zip(texts, told, strict=True):
+            found[place] = {key: record[key] for key in record if key not in self.fields}
+        return found
+
+    def records(self, texts: pa.Array) -> Iterator[dict[str, Any]]:
         """Predictions of a block of texts, in their order."""
         if not len(texts):
             return
@@ -123,7 +156,7 @@ class _Predictor:
             found[int(records[place])].append((place, prediction))
         for place, (text, pieces) in enumerate(zip(texts.to_pylist(), found, strict=True)):
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
-            given = _given(text, fields)
+            given = _given(text, self.fields)
             untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}
             yield {**given, **self.task.join_predictions(values, given, **untold)}
 

@@ -1,0 +1,154 @@
+"""A run behind HTTP, as KubeRay's RayService starts it: the same configuration is put to the same
+interface of a real head, and asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from dray.errors import SpecError
+from dray.serve.service import application, read_key
+from heads import dray, started_head
+from ports import free_ports
+from tiny import tiny_tree
+from waiting import wait_for
+
+MANIFEST = Path(__file__).parents[2] / "cluster" / "kuberay" / "rayservice.yaml"
+KEY = "key-of-the-service"
+WORDS = {"good": "fine lovely warm", "bad": "dull broken cold"}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that tells a few words apart."""
+    home = tmp_path_factory.mktemp("served")
+    rows = [{"text": f"{word} thing {n}", "label": label} for n in range(40)
+            for label, words in WORDS.items() for word in words.split()]  # fmt: skip
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = tiny_tree(
+        home,
+        task="sequence_classification",
+        model={"architecture": "bert"},
+        duration={"steps": 60},
+        resources={"workers": 1},
+    )
+    tree["data"] |= {"train": [{"path": "rows.jsonl", "label": "label"}], "sequence_tokens": 16}
+    (home / "spec.yaml").write_text(yaml.safe_dump(tree))
+    done = dray(home, None, "train", "spec.yaml", "--storage", "runs", "--run", "words")
+    assert done.returncode == 0, done.stderr
+    return home / "runs"
+
+
+class Asked:
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def __call__(self, body: Any, key: str | None = KEY) -> requests.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        data = body if isinstance(body, bytes) else json.dumps(body)
+        return requests.post(f"{self.address}/predict", data=data, headers=headers, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def ask(storage: Path) -> Iterator[Asked]:
+    (port,) = free_ports(1)
+    config = yaml.safe_load(yaml.safe_load(MANIFEST.read_text())["spec"]["serveConfigV2"])
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    (application,) = config["applications"]
+    application["args"] = {"storage": str(storage), "run": "words"}
+    application["deployments"][0]["ray_actor_options"]["num_cpus"] = 1
+    with started_head(num_cpus=2, variables={"DRAY_SERVE_KEY": KEY}) as head:
+        token = {"Authorization": f"Bearer {head.token.read_text()}"}
+        serve = f"{head.jobs}/api/serve/applications/"
+        put = requests.put(serve, json=config, headers=token, timeout=120)
+        assert put.ok, put.text
+
+        def runs() -> bool:
+            told = requests.get(serve, headers=token, timeout=60).json()["applications"]["model"]
+            assert told["status"] not in ("DEPLOY_FAILED", "UNHEALTHY"), json.dumps(told)
+            return bool(told["status"] == "RUNNING")
+
+        wait_for(runs, "a replica", 180)
+        yield Asked(f"http://127.0.0.1:{port}")
+        requests.delete(serve, headers=token, timeout=60)
+
+
+def test_records_are_predicted_in_their_order_as_dray_predict_does(ask: Asked, storage: Path):
+    texts = ["fine thing", "cold thing", "lovely broken thing", "warm"]
+    found = ask({"records": [{"text": text} for text in texts]}).json()["predictions"]
+    (storage.parent / "asked.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
+    words = ["predict", "words", "--storage", str(storage), "--data", "asked.jsonl"]
+    told = dray(storage.parent, None, *words)
+    assert told.returncode == 0, told.stderr
+    expected = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [item["prediction"] for item in found] == [item["prediction"] for item in expected]
+    assert [item["prediction"] for item in found][:2] == ["good", "bad"]
+    for one, other in zip(found, expected, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], rel=1e-5)
+
+
+def test_one_bad_record_has_an_error_of_its_own(ask: Asked):
+    records = [{"text": "fine"}, {"txt": "fine"}, {"text": 3}, {"text": "dull"}]
+    found = ask({"records": records}).json()["predictions"]
+    assert [item.get("prediction") for item in found] == ["good", None, None, "bad"]
+    assert [item.get("error") for item in found[1:3]] == ["no 'text'", "'text' is not a string"]
+
+
+def test_requests_that_come_together_have_their_own_answers(ask: Asked):
+    from concurrent.futures import ThreadPoolExecutor
+
+    words = [word for words in WORDS.values() for word in words.split()] * 8
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda word: ask({"records": [{"text": word}]}).json(), words))
+    labels = {word: label for label, text in WORDS.items() for word in text.split()}
+    assert [item["predictions"][0]["prediction"] for item in found] == [labels[w] for w in words]
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", f"{KEY}x"])
+def test_without_the_key_nothing_is_told(ask: Asked, key: str | None):
+    found = ask({"records": [{"text": "fine"}]}, key)
+    assert found.status_code == 401
+    assert not any(word in found.text for word in ("words", KEY))
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 422),
+        (b"\xff\xfe", 422),
+        (b"[" * 100_000, 422),
+        ([], 422),
+        ({"records": []}, 422),
+        ({"records": ["fine"]}, 422),
+        ({"records": [{"text": "fine"}] * 1_001}, 422),
+        (b" " * 10_000_001, 413),
+    ],
+)
+def test_a_bad_body_is_refused_and_the_service_goes_on(ask: Asked, body: Any, status: int):
+    assert ask(body).status_code == status
+    assert ask({"records": [{"text": "fine"}]}).json()["predictions"][0]["prediction"] == "good"
+
+
+def test_without_a_key_no_replica_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DRAY_SERVE_KEY", raising=False)
+    with pytest.raises(SpecError, match="DRAY_SERVE_KEY: is not set"):
+        read_key()
+    monkeypatch.setenv("DRAY_OPEN_SERVICE", "1")
+    assert read_key() == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [({"storage": "runs"}, "args.run"), ({"storage": "runs", "run": "a", "ste": 1}, "args.ste")],
+)
+def test_wrong_args_are_named(arguments: dict[str, Any], where: str):
+    with pytest.raises(SpecError, match=where):
+        application(arguments)
