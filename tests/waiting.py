@@ -12,13 +12,15 @@ import psutil
 T = TypeVar("T")
 
 
-def wait_for(look: Callable[[], T], what: str, seconds: float = 300) -> T:
+def wait_for(
+    look: Callable[[], T], what: str, seconds: float = 300, instead: Callable[[], object] = str
+) -> T:
     """What `look` gives once it is something true. Raises TimeoutError that says what did not
-    come."""
+    come, and what is there `instead`."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+            raise TimeoutError(f"{what}: not within {seconds:.0f} s {instead()}")
         time.sleep(0.1)
     return found
 

@@ -320,7 +320,12 @@ def test_an_elastic_run_has_its_cluster_grow_and_go(
             assert process.poll() is None, (tmp_path / "log").read_text()
             return newest()[0] == num_ranks and newest()[1] >= step
 
-        wait_for(is_there, f"{num_ranks} ranks at step {step}, but {newest()}", 180)
+        wait_for(
+            is_there,
+            f"{num_ranks} ranks at step {step}",
+            180,
+            lambda: (newest(), (tmp_path / "log").read_text()[-2000:]),
+        )
 
     reached(2, 150)
     assert len(from_none.nodes()) == 2
