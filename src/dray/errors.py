@@ -4,6 +4,7 @@
     ├── UserError                 exit code 2: the user's mistake; nothing was written
     │   ├── SpecError             a spec that cannot be loaded, or contradicts itself
     │   ├── PlanError             a sound spec that does not fit the cluster
+    │   │   └── ServerGone        a server of jobs does not answer, or broke off
     │   ├── CorpusError           data that cannot become a corpus
     │   └── StoreError            a storage place, run or checkpoint that cannot be used
     │       ├── StorageFailed     the storage failed for good, or longer than is waited for
@@ -102,6 +103,10 @@ class SpecError(UserError):
 
 class PlanError(UserError):
     """The spec is sound but does not fit the cluster it was planned for."""
+
+
+class ServerGone(PlanError):
+    """A server of jobs does not answer, or broke off while it did."""
 
 
 class CorpusError(UserError):

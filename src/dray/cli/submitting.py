@@ -16,7 +16,7 @@ from functools import partial
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from dray.errors import JobLost, PlanError, RunFailed, StoreError, one_line
+from dray.errors import JobLost, PlanError, RunFailed, ServerGone, StoreError, one_line
 from dray.processes.signals import Stopped
 from dray.processes.streams import Results, warn
 from dray.redaction import redact, take_in
@@ -365,7 +365,7 @@ def _begin_anew(
     began = told = time.monotonic()
     while True:
         if server.answers():
-            with suppress(OSError):  # gone again meanwhile
+            with suppress(ServerGone):  # again, meanwhile
                 return submit()[0]
         if time.monotonic() - told > SAY_SECONDS:
             told = time.monotonic()

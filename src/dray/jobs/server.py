@@ -13,14 +13,15 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
 
 from dray.cluster.local_ray import TOKEN_RULE, check_open, token_header
-from dray.errors import JobLost, PlanError, RunFailed, one_line
+from dray.errors import JobLost, PlanError, RunFailed, ServerGone, one_line
 from dray.jobs.arrival import versions_here
 from dray.jobs.package import Package, staged
 
@@ -94,7 +95,7 @@ class JobServer:
                 *TOKEN_RULE,
             ) from error
         except (ConnectionError, requests.exceptions.RequestException, RuntimeError) as error:
-            raise PlanError(
+            raise ServerGone(
                 "--address",
                 f"no server of jobs answers at {self.address}",
                 "it is the address of the dashboard, http://HEAD:8265 if nothing else was said",
@@ -112,9 +113,25 @@ class JobServer:
         return client
 
     def jobs(self) -> list[Job]:
-        """All jobs of dray's, the newest last."""
-        found = [_read(details) for details in self._client.list_jobs()]
+        """All jobs of dray's, the newest last. Raises ServerGone."""
+        with self._answering():
+            found = [_read(details) for details in self._client.list_jobs()]
         return sorted((job for job in found if job), key=lambda job: job.began or 0.0)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Raise ServerGone where it breaks off, or says nothing but that it cannot."""
+        import requests
+
+        try:
+            yield
+        except (OSError, RuntimeError, requests.exceptions.RequestException) as error:
+            raise ServerGone(
+                "--address",
+                f"the server of jobs at {self.address} broke off ({one_line(error)[:200]})",
+                "a head ends where its disk is full or its memory is gone",
+                "make room there, start the head again, and give the same command",
+            ) from error
 
     def find(self, run: str) -> list[Job]:
         """The jobs of a run that have not ended, one a storage; if there are none, its newest
@@ -156,7 +173,8 @@ class JobServer:
     def submit(
         self, words: Sequence[str], package: Package, run: str, storage: str
     ) -> tuple[Job, bool]:
-        """Have the cluster run a command of dray; the job, and whether it is a new one."""
+        """Have the cluster run a command of dray; the job, and whether it is a new one. Raises
+        ServerGone, and RunFailed for a job that the server does not take."""
         before = self._of(run, storage)
         if at_work := _still_at_work(before, words):
             return at_work, False
@@ -236,7 +254,8 @@ class JobServer:
 
     def stop(self, job: Job) -> Job:
         """Have a job save its state and end; it is killed after STOP_SECONDS."""
-        self._client.stop_job(job.id)
+        with self._answering():
+            self._client.stop_job(job.id)
         return self.wait(job)
 
 
