@@ -43,7 +43,6 @@ CONFIG: dict[str, Any] = {
         "disable_launch_config_check": True,
     },
     "available_node_types": {
-        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
         "two": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 2},
     },
     "head_node_type": "ray.head.default",
@@ -93,7 +92,10 @@ def growing_head(
     with tempfile.TemporaryDirectory(prefix="grow", dir="/tmp") as folder:
         config, (port, *others) = Path(folder, "config.yaml"), free_ports(4)
         provider = {**CONFIG["provider"], **sections.pop("provider", {})}
+        head = {"resources": {"CPU": num_cpus}, "node_config": {}, "max_workers": 0}
+        types = sections.pop("available_node_types", CONFIG["available_node_types"])
         changes = {
+            "available_node_types": {CONFIG["head_node_type"]: head, **types},
             "provider": {**provider, "gcs_address": f"127.0.0.1:{port}"},
             "idle_timeout_minutes": idle_minutes,
             **sections,
@@ -139,11 +141,8 @@ def growing_head(
 
 TWO_ZONES = {
     "available_node_types": {
-        "ray.head.default": CONFIG["available_node_types"]["ray.head.default"],
-        **{
-            name: {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 2, "labels": labels}
-            for name, labels in (("plain", {}), ("labelled", {"zone": "b"}))
-        },
+        name: {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 2, "labels": labels}
+        for name, labels in (("plain", {}), ("labelled", {"zone": "b"}))
     }
 }
 """Of nodes with the same resources; which come first is the autoscaler's choice."""

@@ -19,6 +19,7 @@ import yaml
 
 from lan import JOBS_PORT, Lan, Machine, lan, needs_lan, wait_for_nodes
 from tiny import tiny_tree
+from waiting import wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -120,10 +121,15 @@ def test_a_head_that_comes_back_knows_its_nodes_and_jobs(
     head.kill()
     head.hide(head.folder / "r")  # another disk, as a new pod has
     start()
-    wait_for_nodes(head, 2)
-    after = node_ids(head)
-    assert after[worker.address] == before[worker.address], "the worker began anew"
-    assert after[head.address] != before[head.address]
+
+    def after() -> dict[str, str]:
+        """Once the head that died is no more among those that live."""
+        found = node_ids(head)
+        return found if set(found) == set(before) and gone not in found.values() else {}
+
+    gone = before[head.address]
+    found_again = wait_for(after, "the head that came back", 90)
+    assert found_again[worker.address] == before[worker.address], "the worker began anew"
     assert supervisor.wait(400) == 0, head.log("supervisor")
     known = [job for job in jobs(head) if job["run"] == "kept"]
     assert [job["status"] for job in known] == ["FAILED", "SUCCEEDED"], known
