@@ -52,7 +52,7 @@ check: setup-dev
 	$(BIN)/python -m pytest tests/contracts
 
 # Clusters that grow, machines of their own (network namespaces, as root), heads that die, a real Prometheus (Debian's
-# prometheus and prometheus-alertmanager) and Redis (redis-server). A quarter of an hour alone on two cores.
+# prometheus and prometheus-alertmanager) and Redis (redis-server). Three quarters of an hour alone on two cores.
 cluster: setup-dev
 	$(BIN)/python -m pytest tests/cluster tests/security -m slow --deselect tests/cluster/test_slurm.py
 
