@@ -12,6 +12,7 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -142,7 +143,23 @@ def wide(prog: str) -> argparse.HelpFormatter:
 
 def schema_page() -> str:
     """docs/spec.schema.json."""
-    return json.dumps(Spec.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(_with_bounds(Spec.model_json_schema()), indent=1, ensure_ascii=False) + "\n"
+
+
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _with_bounds(schema: Any) -> Any:
+    """A schema whose bounds are JSON Schema's: of a number that is looked at before it is one
+    pydantic writes them by its own names."""
+    if isinstance(schema, list):
+        return [_with_bounds(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        _BOUNDS.get(key, key) if isinstance(value, int | float) else key: _with_bounds(value)
+        for key, value in schema.items()
+    }
 
 
 def gauges_page() -> str:

@@ -4,12 +4,14 @@ light."""
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dray
 
@@ -209,6 +211,23 @@ def test_the_reference_pages_follow_the_program():
         [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_schema_for_editors_takes_the_recipes_and_knows_the_bounds():
+    import jsonschema
+
+    file = SOURCE.parents[1] / "docs" / "spec.schema.json"
+    schema = json.loads(file.read_text(encoding="utf-8"))
+    validator = jsonschema.Draft202012Validator(schema)
+    recipes = {
+        path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in (SOURCE / "recipes").glob("*.yaml")
+    }
+    for name, recipe in recipes.items():
+        assert not [error.message for error in validator.iter_errors(recipe)], name
+        for workers, is_valid in ((2, True), ([1, 3], True), (0, False), (-5, False)):
+            given = {**recipe, "resources": {"workers": workers}}
+            assert validator.is_valid(given) == is_valid, workers
 
 
 def test_the_readme_is_short_and_its_tree_is_true():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dray.jobs import JobServer, server
+from dray.jobs import JobServer, same_place, server
 
 
 class Client:
@@ -64,3 +64,16 @@ def test_a_log_that_is_gone_with_its_node_is_not_waited_for(quick: None):
     client = Client([["a\n", "broken"]], ["RUNNING", "FAILED"])
     assert follow(client) == ("FAILED", ["a"])
     assert client.num_read == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("/mnt/runs", "/mnt/runs/"),
+        ("/mnt/runs", "/mnt/./x/../runs"),
+        ("s3://bucket/runs?region=a", "s3://bucket/runs/?region=a"),
+    ],
+)
+def test_a_storage_is_the_same_with_a_slash_at_its_end(one: str, other: str):
+    assert same_place(one) == same_place(other)
+    assert same_place(one) != same_place("/mnt/runs2")

@@ -129,7 +129,7 @@ def test_without_the_key_nothing_is_told(ask: Asked, key: str | None):
         ({"records": []}, 422),
         ({"records": ["fine"]}, 422),
         ({"records": [{"text": "fine"}] * 1_001}, 422),
-        (b" " * 10_000_001, 413),
+        (b" " * 1_000_001, 413),
     ],
 )
 def test_a_bad_body_is_refused_and_the_service_goes_on(ask: Asked, body: Any, status: int):
@@ -141,13 +141,24 @@ def test_without_a_key_no_replica_starts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("DRAY_SERVE_KEY", raising=False)
     with pytest.raises(SpecError, match="DRAY_SERVE_KEY: is not set"):
         read_key()
+    monkeypatch.setenv("DRAY_SERVE_KEY", " ")
+    monkeypatch.setenv("DRAY_OPEN_SERVICE", "0")
+    with pytest.raises(SpecError, match="DRAY_SERVE_KEY: is not set"):
+        read_key()
     monkeypatch.setenv("DRAY_OPEN_SERVICE", "1")
     assert read_key() == b""
 
 
 @pytest.mark.parametrize(
     ("arguments", "where"),
-    [({"storage": "runs"}, "args.run"), ({"storage": "runs", "run": "a", "ste": 1}, "args.ste")],
+    [
+        ({"storage": "runs"}, "args.run"),
+        ({"storage": "runs", "run": "a", "ste": 1}, "args.ste"),
+        ({"storage": "runs", "run": "../a"}, "args.run"),
+        ({"storage": "runs", "run": "a", "step": "bset"}, "args.step"),
+        ({"storage": "runs", "run": "a", "step": True}, "args.step"),
+        (None, "args"),
+    ],
 )
 def test_wrong_args_are_named(arguments: dict[str, Any], where: str):
     with pytest.raises(SpecError, match=where):

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from typing import Any, NoReturn
+from typing import Any
 
 from dray import __version__
 from dray.cli.beginning import (
@@ -34,23 +34,16 @@ from dray.cli.submitting import (
     submit_command,
 )
 from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
-from dray.errors import SpecError, StoreError, UserError
-from dray.processes.streams import Results, warn
+from dray.cli.words import Parser
+from dray.errors import SpecError, StoreError
+from dray.processes.streams import Results
 
 Command = Callable[[argparse.Namespace], int]
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        warn(f"{' '.join(message.split())}; `{self.prog} --help` lists what there is")
-        raise SystemExit(UserError.exit_code)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = _Parser(
+    parser = Parser(
         prog="dray",
         description="From raw, sharded text to a trained transformer on Ray and DeepSpeed, from "
         "one spec file.",

@@ -16,6 +16,7 @@ from functools import partial
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from dray.cli.words import Parser
 from dray.errors import JobLost, PlanError, RunFailed, ServerGone, StoreError, one_line
 from dray.processes.signals import Stopped
 from dray.processes.streams import Results, warn
@@ -68,15 +69,19 @@ def _count(number: int, what: str) -> str:
 
 
 def stop_command(arguments: argparse.Namespace) -> int:
-    from dray.jobs import JobServer
+    from dray.jobs import JobServer, same_place
 
     server = JobServer(_address(arguments))
     jobs = server.find(arguments.run)
     if arguments.storage:
-        jobs = [job for job in jobs if job.storage == arguments.storage]
+        jobs = [job for job in jobs if job.storage == same_place(arguments.storage)]
     if not jobs or jobs[0].is_over:
-        what = f"ended as {jobs[0].status}" if jobs else "is not there"
-        raise StoreError(f"a job of the run {arguments.run!r}", f"{what} on {server.address}")
+        what = f"{jobs[0].id} ended as {jobs[0].status}" if jobs else "there is none"
+        raise StoreError(
+            f"a job of the run {arguments.run!r}",
+            f"{what} on {server.address}",
+            way_out=f"`dray runs --address {server.address}` lists all",
+        )
     if len(jobs) > 1:
         raise StoreError(
             f"the run {arguments.run!r}",
@@ -97,8 +102,8 @@ def leave_command(arguments: argparse.Namespace) -> int:
 
     address = find_address(arguments.address)
     with authenticated(address):
-        if refused := leave(address, arguments.seconds):
-            raise RunFailed(f"the cluster does not let this node go: {refused}")
+        nodes = leave(address, arguments.seconds)
+    arguments.out.say(f"{', '.join(nodes)} leaves the cluster at {address}: no rank is on it")
     return 0
 
 
@@ -143,7 +148,7 @@ def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Name
     them."""
     from dray.storage.filesystem import is_uri
 
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = Parser(prog="dray submit", add_help=False, allow_abbrev=False)
     add_options(own)
     _, words = own.parse_known_args(arguments.words, namespace=arguments)
     if not words or words[0] not in SUBMITTED:
@@ -162,6 +167,14 @@ def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Name
             "what a job writes is named by a URI, or by an absolute path that the whole cluster "
             "sees",
             "give e.g. --storage s3://BUCKET/runs",
+        )
+    run = inner.run if words[0] in ("evaluate", "predict") else ""
+    if "/" in run and not is_uri(run) and not os.path.isabs(run):
+        raise PlanError(
+            run,
+            "would be looked for in a job's working directory, where no run is",
+            "a run lies in the cluster's storage",
+            "give its name and --storage, an absolute path or a URI",
         )
     out = getattr(inner, "file", None)
     if out is not None and not os.path.isabs(out):
@@ -404,6 +417,8 @@ def _end(job: Job, listener: _Listener) -> int:
     if code := exit_code(job):
         for line in listener.unsaid:
             warn(line, prefix="")
+        if not listener.arrived and job.message:
+            warn(one_line(RuntimeError(job.message)), prefix="")
         warn(f"{job.id}  {job.status}, exit code {code}", prefix="")
     return code
 
@@ -430,6 +445,12 @@ OPTIONS = {
 """What the options of `submit` are where they are not given."""
 
 
+def _megabytes(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes above 0")
+    return int(text)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `submit`, which are read twice: they may stand before its command and among
     the words of it. So they have no defaults of their own."""
@@ -448,7 +469,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-package",
-        type=int,
+        type=_megabytes,
         metavar="MB",
         help=f"of the files that go with the command (default: {OPTIONS['max_package']})",
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from dray.cluster.local_ray import authenticated, command_without_secrets, local_ray
 from dray.cluster.needs import Needs
-from dray.cluster.nodes import answers, check_connected, live_shape
+from dray.cluster.nodes import answers, check_address, check_connected, live_shape, no_answer
 from dray.cluster.workers import fork_environment, server_of_ranks
 from dray.errors import PlanError
 from dray.plan import Shape, local_shape
@@ -185,7 +185,7 @@ def _connected(
             with kept_handlers(), command_without_secrets():
                 ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _no_answer(address) from error
+            raise no_answer(address) from error
         share_credentials()
         try:
             yield False
@@ -197,20 +197,16 @@ def _connected(
 def _find_cluster(address: str | None) -> str | None:
     """The address, once something listens there: Ray itself would ask for many minutes. Raises
     PlanError."""
+    if address:
+        check_address(address)
     if address == "auto":  # the cluster that was started last on this machine, which may have ended
         from ray._private.services import canonicalize_bootstrap_address
 
         address = canonicalize_bootstrap_address("auto") or address
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if address and port.isdigit() and not answers(host, int(port)):
-        raise _no_answer(address)
+        raise no_answer(address)
     return address
-
-
-def _no_answer(address: str) -> PlanError:
-    return PlanError(
-        "--address", f"no Ray cluster answers at {address}", way_out="ray start --head"
-    )
 
 
 def _silence_ray_data() -> None:

@@ -23,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dray.cluster.nodes import is_head, no_answer
 from dray.errors import DrayError, PlanError, RunFailed, one_line
 from dray.processes import worker_setup
 from dray.processes.signals import kept_handlers
@@ -121,9 +122,9 @@ def authenticated(address: str) -> Iterator[None]:
     """Have Ray send the token that lies there, while the block is connected to a cluster that wants
     one, and no token to one that wants none.
 
-    Raises PlanError where it wants one and there is none, or another one; where it wants none
-    though others can reach it (`check_open`); and where one side alone speaks TLS, or they do not
-    take each other's certificates.
+    Raises PlanError where no head answers; where it wants one and there is none, or another one;
+    where it wants none though others can reach it (`check_open`); and where one side alone speaks
+    TLS, or they do not take each other's certificates.
     """
     from ray.exceptions import AuthenticationError
 
@@ -131,6 +132,9 @@ def authenticated(address: str) -> Iterator[None]:
         yield
         return
     _check_tls(address)
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and not is_head(host, int(port)):
+        raise no_answer(address)
     changes = {_MODE: "disabled"}
     try:
         with _environment(changes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -255,8 +256,50 @@ def head_is_gone() -> bool:
 
 
 def answers(host: str, port: int) -> bool:
+    """Whether anything listens there."""
     try:
         socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
     except OSError:
         return False
     return True
+
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_SETTINGS = 4
+
+
+def is_head(host: str, port: int) -> bool:
+    """Whether what listens there may be a cluster's head: it begins as HTTP/2 does (RFC 9113,
+    section 3.4), or, where this machine's Ray speaks TLS, it listens. Ray itself would ask anything
+    else for minutes."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return answers(host, port)
+    try:
+        with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as connection:
+            connection.sendall(_PREFACE)
+            begun = connection.recv(9, socket.MSG_WAITALL)
+    except OSError:
+        return False
+    return len(begun) == 9 and begun[3] == _SETTINGS
+
+
+def no_answer(address: str) -> PlanError:
+    """The error for an address without a cluster."""
+    return PlanError(
+        "--address",
+        f"no Ray cluster answers at {address}",
+        "it is HOST:PORT of a head, port 6379 if nothing else was said",
+        "ray start --head there",
+    )
+
+
+def check_address(address: str) -> None:
+    """Raise PlanError for what is no HOST:PORT of a cluster's head, nor `auto`."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto" and not (host and "/" not in host and port.isdigit()):
+        raise PlanError(
+            f"--address {address}"[:200],
+            "is no address of a cluster",
+            "it is HOST:PORT of its head, port 6379 if nothing else was said; http://HEAD:8265 is "
+            "for `dray submit`",
+        )

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import psutil
 
-from dray.cluster.nodes import answers
-from dray.errors import PlanError
+from dray.cluster.nodes import answers, check_address
+from dray.errors import PlanError, RunFailed
 
 LOOK_SECONDS = 5.0
 """How often a metadata server is asked, as AWS recommends."""
@@ -191,7 +191,9 @@ def find_address(given: str | None) -> str:
     """The address of the cluster that this machine has a node of. Raises PlanError."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    found = canonicalize_bootstrap_address(given or os.environ.get("RAY_ADDRESS") or "auto")
+    given = given or os.environ.get("RAY_ADDRESS") or "auto"
+    check_address(given)
+    found = canonicalize_bootstrap_address(given)
     if found is None:
         raise PlanError("--address", "no Ray runs on this machine", way_out="give HOST:PORT")
     host, _, port = str(found).rpartition(":")
@@ -200,26 +202,39 @@ def find_address(given: str | None) -> str:
     return str(found)
 
 
-def leave(gcs_address: str, seconds: float) -> str:
+def leave(gcs_address: str, seconds: float) -> list[str]:
     """Have the node that this runs on drained, which goes in so many seconds, and wait until no
-    rank is on it any more, but not longer. Returns why that was refused; empty: it was not.
+    rank is on it any more, but not longer. Returns its address, or those of several.
 
-    Raises PlanError where no node of that cluster is on this machine.
+    Raises PlanError where no node of that cluster is on this machine, and for its head; RunFailed
+    where the cluster refuses, or a rank is still there at the end.
     """
     client: Any = import_module("ray._raylet").GcsClient(address=gcs_address)
     own = {item.address for found in psutil.net_if_addrs().values() for item in found}
-    nodes = [
-        node_id.hex()
+    nodes = {
+        node_id.hex(): node
         for node_id, node in client.get_all_node_info().items()
         if node.state == 0 and node.node_manager_address in own
-    ]
+    }
     if not nodes:
         raise PlanError("dray leave", f"no node of {gcs_address} is on this machine")
+    if any(node.is_head_node for node in nodes.values()):
+        raise PlanError(
+            "dray leave",
+            f"this machine is the head of {gcs_address}",
+            "a cluster ends with its head: nodes leave it",
+            "`dray stop RUN` has a run save and end",
+        )
     refusals = {drain(gcs_address, node, Notice(seconds, "who called it")) for node in nodes}
+    if any(refusals):
+        why = "; ".join(sorted(filter(None, refusals)))
+        raise RunFailed(f"the cluster does not let this node go: {why}")
     deadline = time.monotonic() + seconds
-    while not any(refusals) and time.monotonic() < deadline and _has_ranks():
+    while _has_ranks():
+        if time.monotonic() > deadline:
+            raise RunFailed(f"a rank is still on this node after {seconds:g} s")
         time.sleep(0.5)
-    return "; ".join(sorted(filter(None, refusals)))
+    return [node.node_manager_address for node in nodes.values()]
 
 
 def _has_ranks() -> bool:

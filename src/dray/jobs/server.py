@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -24,11 +25,14 @@ from dray.cluster.local_ray import TOKEN_RULE, check_open, token_header
 from dray.errors import JobLost, PlanError, RunFailed, ServerGone, one_line
 from dray.jobs.arrival import versions_here
 from dray.jobs.package import Package, staged
+from dray.storage.filesystem import is_uri
 
 STOP_SECONDS = 300
 """How long a job that is told to stop may take to save its state before it is killed. Ray's usual
 3 s are too short for any."""
 LOOK_SECONDS = 1.0
+ANSWER_SECONDS = 10.0
+"""So long its first answer may take."""
 AWAY_SECONDS = 60.0
 """How long a server that was there may be away, as it is where its head is started again."""
 _TALKATIVE = (
@@ -95,13 +99,7 @@ class JobServer:
                 *TOKEN_RULE,
             ) from error
         except (ConnectionError, requests.exceptions.RequestException, RuntimeError) as error:
-            raise ServerGone(
-                "--address",
-                f"no server of jobs answers at {self.address}",
-                "it is the address of the dashboard, http://HEAD:8265 if nothing else was said",
-                "ray start --head there (a head ends where its disk is full), or open the port by "
-                "`ssh -L 8265:localhost:8265 HEAD`",
-            ) from error
+            raise _no_answer(self.address) from error
         there, here = client._server_ray_version, versions_here()["ray"]
         if there != here:
             raise PlanError(
@@ -173,8 +171,10 @@ class JobServer:
     def submit(
         self, words: Sequence[str], package: Package, run: str, storage: str
     ) -> tuple[Job, bool]:
-        """Have the cluster run a command of dray; the job, and whether it is a new one. Raises
-        ServerGone, and RunFailed for a job that the server does not take."""
+        """Have the cluster run a command of dray; the job, and whether it is a new one. A storage
+        is the same with and without a slash at its end. Raises ServerGone, and RunFailed for a job
+        that the server does not take."""
+        storage = same_place(storage)
         before = self._of(run, storage)
         if at_work := _still_at_work(before, words):
             return at_work, False
@@ -291,9 +291,17 @@ def _still_at_work(jobs: Sequence[Job], words: Sequence[str]) -> Job | None:
             "dray submit",
             f"{jobs[-1].id} is at work on {jobs[-1].run} with another command: {jobs[-1].command}",
             "a run has one job at a time",
-            f"wait for it, or `dray stop {jobs[-1].run}`, or give --run another name",
+            f"wait for it, or `dray stop {jobs[-1].run} --address …`, or give --run another name",
         )
     return jobs[-1]
+
+
+def same_place(storage: str) -> str:
+    """A storage as jobs are known by it."""
+    if not is_uri(storage):
+        return os.path.normpath(storage)
+    path, mark, options = storage.partition("?")
+    return path.rstrip("/") + mark + options
 
 
 def exit_code(job: Job) -> int:
@@ -312,7 +320,7 @@ def _read(details: Any) -> Job | None:
         str(getattr(details.status, "value", details.status)),
         metadata.get("dray_command", ""),
         metadata["dray_run"],
-        metadata.get("dray_storage", ""),
+        same_place(metadata.get("dray_storage") or "."),
         getattr(details, "driver_exit_code", None),
         details.message or "",
         details.start_time / 1000 if details.start_time else None,
@@ -322,22 +330,44 @@ def _read(details: Any) -> Job | None:
 
 def _wanted_token(address: str) -> dict[str, str]:
     """The header with this machine's token, if it has one and the server wants one. Raises
-    PlanError for one that wants none though others can reach it."""
+    ServerGone for what does not answer in time, as Ray's own client would wait for ever, and
+    PlanError for what is no server of jobs, and for one that wants no token though others can
+    reach it."""
     import requests
 
     try:
-        asked = requests.get(f"{address}/api/version", timeout=10)
-    except requests.exceptions.RequestException:
-        return {}
+        asked = requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)
+    except (requests.exceptions.RequestException, ValueError) as error:
+        raise _no_answer(address) from error
     if asked.status_code in (401, 403):
         return token_header()
-    if asked.ok:
-        check_open(address, urlsplit(address).hostname or "")
+    try:
+        told = asked.json()
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or "ray_version" not in told:
+        raise PlanError(
+            "--address", f"what answers at {address} is no server of jobs of Ray", _ADDRESS_RULE
+        )
+    check_open(address, urlsplit(address).hostname or "")
     return {}
 
 
+_ADDRESS_RULE = "it is the address of the dashboard, http://HEAD:8265 if nothing else was said"
+
+
+def _no_answer(address: str) -> ServerGone:
+    return ServerGone(
+        "--address",
+        f"no server of jobs answers at {address}",
+        _ADDRESS_RULE,
+        "ray start --head there (a head ends where its disk is full), or open the port by "
+        "`ssh -L 8265:localhost:8265 HEAD`",
+    )
+
+
 def _checked(address: str) -> str:
-    if not address.startswith(("http://", "https://")):
+    if not re.match(r"https?://[^/]", address):
         raise PlanError(
             f"--address {address}",
             "is no address of a server of jobs",

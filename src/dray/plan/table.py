@@ -182,7 +182,8 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _saves(plan: Plan) -> list[str]:
-    """What `checkpoint: auto` would begin with."""
+    """What `checkpoint: auto` comes to if saves take what the plan says; it begins with no more
+    than ten minutes."""
     found = plan.save_interval
     if found is None:
         return []
@@ -240,8 +241,10 @@ def _describe_room(demands: Demands) -> str:
     if free is None:
         return ""
     needed = demands.total_bytes or demands.checkpoints_bytes + demands.records_bytes
-    fits = "fits" if needed <= free else "does not fit"
-    return f"of {format_bytes(free)} free: {fits}"
+    if needed > free:
+        return f"of {format_bytes(free)} free: does not fit"
+    known = "fits" if demands.total_bytes else "checkpoints and records fit"
+    return f"of {format_bytes(free)} free: {known}"
 
 
 def _count(number: int | None) -> str:

@@ -11,22 +11,23 @@ import hmac
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 
 from dray.errors import SpecError
 from dray.release.predict import Predictor
 from dray.release.trained import Weights, open_trained
+from dray.spec.sections import RunName
 
 KEY, OPEN = "DRAY_SERVE_KEY", "DRAY_OPEN_SERVICE"
-MAX_BODY_BYTES, MAX_RECORDS = 10 * 1000**2, 1_000
+MAX_BODY_BYTES, MAX_RECORDS = 1000**2, 1_000
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
 
-api = FastAPI(title="dray", docs_url=None, redoc_url=None)
+api = FastAPI(title="dray", docs_url=None, redoc_url=None, openapi_url=None)
 
 
 class Served(BaseModel):
@@ -34,17 +35,17 @@ class Served(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    storage: str
-    run: str
-    step: int | str | None = None
+    storage: Annotated[str, Field(min_length=1)]
+    run: RunName
+    step: Annotated[int, Field(ge=0, strict=True)] | Literal["best"] | None = None
     """A number, `best`, or nothing for the newest."""
     weights: Weights = "trained"
 
 
 def read_key() -> bytes:
     """What requests must have; nothing where all may ask. Raises SpecError if neither is said."""
-    key = os.environ.get(KEY, "")
-    if not key and not os.environ.get(OPEN):
+    key = os.environ.get(KEY, "").strip()
+    if not key and os.environ.get(OPEN) != "1":
         raise SpecError(
             KEY,
             "is not set",
@@ -114,8 +115,9 @@ class Service:
 
     def _admit(self, request: Request) -> None:
         """Raise HTTPException 401 for whoever does not have the key."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._key and not hmac.compare_digest(given.encode(), self._key):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_it = hmac.compare_digest(given.strip().encode(), self._key)
+        if self._key and not (scheme.lower() == "bearer" and is_it):
             raise HTTPException(401, "this service asks for its key: Authorization: Bearer KEY")
 
     @serve.batch(  # type: ignore[untyped-decorator]
@@ -134,14 +136,12 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     """What Ray Serve builds from its configuration's `args`. Raises SpecError for what `Served`
     does not have."""
     try:
-        served = Served.model_validate(dict(arguments))
+        served = Served.model_validate(arguments)
     except ValidationError as error:
         first = error.errors()[0]
-        raise SpecError(
-            f"args.{'.'.join(map(str, first['loc']))}",
-            first["msg"],
-            f"args are {', '.join(Served.model_fields)}",
-        ) from error
+        where = ".".join(map(str, ("args", *first["loc"][:1])))
+        known = f"args are {', '.join(Served.model_fields)}"
+        raise SpecError(where, first["msg"], known) from error
     deployment = serve.deployment(
         Service,
         name="model",

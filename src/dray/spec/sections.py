@@ -48,7 +48,8 @@ class _OrAuto:
     @staticmethod
     def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
         number = {**handler(core)}
-        number.pop("minimum", None)
+        for least in ("minimum", "ge"):
+            number.pop(least, None)
         return {"anyOf": [{**number, "exclusiveMinimum": 0}, {"const": "auto"}]}
 
 
@@ -159,7 +160,24 @@ def _as_sources(value: Any) -> Any:
     return value
 
 
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+class _ShortSources:
+    """The JSON schema of sources as `_as_sources` takes them, and of what else there may be."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
+        full = handler(core)
+        forms = full.get("anyOf", [full])
+        (several,) = [form for form in forms if form.get("type") == "array"]
+        one = {"anyOf": [{"type": "string"}, several["items"]]}
+        short = [*one["anyOf"], {**several, "items": one}]
+        others = [form for form in forms if form is not several]
+        kept = {key: value for key, value in full.items() if key in ("default", "description")}
+        return {**kept, "anyOf": [*short, *others]}
+
+
+Sources = Annotated[
+    tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1), _ShortSources
+]
 
 
 class HeldOut(Section):
@@ -194,7 +212,7 @@ class Data(Section):
     train: Sources
     """The training documents: a path, a glob, a URI, a mapping with `path`, or a list of these."""
     validation: Annotated[
-        HeldOut | tuple[Source, ...] | None, BeforeValidator(_as_validation_data)
+        HeldOut | tuple[Source, ...] | None, BeforeValidator(_as_validation_data), _ShortSources
     ] = None
     """`{share: 0.02}` of the training documents, or sources of their own."""
     sequence_tokens: Annotated[Int, Field(ge=2, le=1_048_576)] = 512
