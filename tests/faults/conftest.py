@@ -73,12 +73,12 @@ def name_fault(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[..., Measured]:
-    """`measure`, whose figures enter the table under the first line of the test's docstring."""
+    """`measure`, whose figures enter the table under the first sentence of the test's docstring."""
 
     def take(run: Run, undisturbed: Run, **options: Any) -> Measured:
         found = measure(run, undisturbed, **options)
         case = getattr(request.node, "callspec", None)
-        row = request.function.__doc__.strip().splitlines()[0].rstrip(".")
+        row = " ".join(request.function.__doc__.split()).partition(". ")[0].rstrip(".")
         ROWS.append((row.replace("{id}", case.id.replace("-", " ") if case else ""), found))
         return found
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dray.errors import PlanError, SpecError
 from dray.plan.hardware import GB, GIB, Shape, find_accelerator
 from dray.spec import Float, Int, Packaged, Resources, Section, load_tree, translate
 
-TABLES = Packaged("dray.plan", "table of prices", "a table of prices is a UTF-8 text file of YAML")
+TABLES = Packaged("dray.plan", "price table", "a price table is a UTF-8 text file of YAML")
 
 
 class Instance(Section):
@@ -38,6 +45,14 @@ class Instance(Section):
     """To other instances, one way."""
     bf16: bool = False
     """Whether its CPUs compute in it."""
+
+    @model_validator(mode="after")
+    def _named_and_counted(self) -> Self:
+        if (self.accelerator is None) != (self.accelerators == 0):
+            raise ValueError(
+                "`accelerator` names the GPUs that `accelerators` counts: both or none"
+            )
+        return self
 
     @field_validator("accelerator")
     @classmethod
