@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -52,8 +55,6 @@ class Adapted:
     adapters: Adapters
     config: Any
     """As peft has it; None where it has nothing like it."""
-    uses_besides: tuple[tuple[nn.Module, nn.Parameter], ...] = ()
-    """Modules that use a parameter of another module: ZeRO 3 must know of those."""
 
 
 def adapt(
@@ -84,7 +85,7 @@ def adapt(
         parameter.requires_grad_(not is_base(parameter))
     if config is not None and any(before.values()):
         config.modules_to_save = sorted(set(_head_modules(model, before)))
-    model.dray_adapted = Adapted(adapters, config, tuple(_used_besides(model)))
+    model.dray_adapted = Adapted(adapters, config)
     return model
 
 
@@ -158,11 +159,11 @@ def as_peft(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _peft() -> Any:
-    """The library. It imports what else is installed."""
-    import importlib
-
+    """The library. It imports bitsandbytes where that is installed, which tells of every kernel that
+    it might have had."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with first_import("peft", without=("scipy", "sklearn")):
-        return importlib.import_module("peft")
+        return import_module("peft")
 
 
 def _make_config(model: Any, adapters: Any, task_type: str | None) -> Any:
@@ -293,7 +294,12 @@ def _put_in(model: Any, adapters: Any, config: Any, row_tokens: int) -> None:
     elif config is None:
         _put_bottlenecks(model, adapters)
     else:
-        with translated(lambda error: SpecError("adapters", first_line(error))):
+        with (
+            translated(lambda error: SpecError("adapters", first_line(error))),
+            warnings.catch_warnings(),
+        ):
+            # It asks a model by a name that transformers is about to change.
+            warnings.simplefilter("ignore", FutureWarning)
             _peft().inject_adapter_in_model(config, model, adapter_name=_NAME)
 
 
@@ -337,8 +343,9 @@ class BottleneckLayer(nn.Module):
         return hidden + added
 
 
-def _used_besides(model: Any) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """DoRA's magnitudes, which look at the matrix that they belong to."""
+def used_besides(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Modules with a parameter of another one that they use, which ZeRO 3 must know of: DoRA's
+    magnitudes look at the matrix that they belong to."""
     for module in model.modules():
         for vector in getattr(module, "lora_magnitude_vector", {}).values():
             yield vector, module.get_base_layer().weight

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dray.errors import StoreError
+from dray.models.adapters import used_besides
 from dray.models.build import compile_model
 from dray.models.freezing import is_base
 from dray.models.groups import part_hidden
@@ -362,6 +363,9 @@ def build_engine(
     model = build_model(constructing, gathering)
     if plan.zero_stage < 3:
         model.to(ranks.device)  # what is not a parameter
+    else:
+        for module, parameter in used_besides(model):
+            deepspeed.zero.register_external_parameter(module, parameter)
     groups = make_groups(model)
     if optimizer.parts_hidden:
         groups = part_hidden(model, groups)
