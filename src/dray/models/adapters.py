@@ -159,8 +159,8 @@ def as_peft(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _peft() -> Any:
-    """The library. It imports bitsandbytes where that is installed, which tells of every kernel that
-    it might have had."""
+    """The library. It imports bitsandbytes where that is installed, which tells of every kernel
+    that it might have had."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with first_import("peft", without=("scipy", "sklearn")):
         return import_module("peft")

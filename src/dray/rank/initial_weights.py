@@ -20,7 +20,7 @@ from dray.storage.filesystem import child
 if TYPE_CHECKING:
     from dray.models.weights import Stored, Weights
 
-_RULE = "a run reads its initial weights where it began, until its first checkpoint"
+_RULE = "a run reads weights where it began: all until its first checkpoint, then the untrained"
 
 
 @dataclass(frozen=True)
