@@ -346,6 +346,7 @@ class BottleneckLayer(nn.Module):
 def used_besides(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
     """Modules with a parameter of another one that they use, which ZeRO 3 must know of: DoRA's
     magnitudes look at the matrix that they belong to."""
+    module: Any
     for module in model.modules():
         for vector in getattr(module, "lora_magnitude_vector", {}).values():
             yield vector, module.get_base_layer().weight

@@ -19,6 +19,7 @@ from dray.corpus.tokenizing import PROBES, load_auto_tokenizer, read_tokenizer_f
 from dray.errors import SpecError, StoreError, caught
 from dray.models.adapters import as_peft, merge
 from dray.models.folder import save_pretrained_folder
+from dray.models.source import HUB_SCHEME
 from dray.release.trained import Chosen, Trained, Weights, load_trained
 from dray.runs import Run
 from dray.storage.filesystem import is_local
@@ -96,7 +97,7 @@ def _write_adapters(
     from safetensors.torch import save_file
 
     shutil.copytree(tokenizer, folder)
-    config["base_model_name_or_path"] = trained.spec.model.path or ""
+    config["base_model_name_or_path"] = (trained.spec.model.path or "").removeprefix(HUB_SCHEME)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
