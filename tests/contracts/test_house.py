@@ -127,6 +127,7 @@ FOREIGN = {
     "ray.train": ("cluster/workers.py", "cluster/groups.py", "train/"),
     "ray.data": ("corpus/", "train/worker.py"),
     "ray.tune": ("sweep/policies.py",),
+    "peft": ("models/adapters.py",),
     "optuna": ("sweep/search.py", "sweep/importance.py"),
     "matplotlib": ("show/plots.py",),
     "ray.serve": ("serve/service.py",),

@@ -150,7 +150,8 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
         ("precision=int8", "precision = 'int8'"),
         (
             "optimizer={name: sgd, learning_rate: 1, beta2: 0.9}",
-            "unknown key optimizer.beta2; known here: name, learning_rate, weight_decay, momentum",
+            "unknown key optimizer.beta2; known here: name, learning_rate, weight_decay, "
+            "block_rate, momentum",
         ),
         ("optimizer.momentum=0.9", "unknown key optimizer.momentum; known here: name, learning"),
         ("optimizer={name: lion, learing_rate: 1}", "did you mean optimizer.learning_rate"),

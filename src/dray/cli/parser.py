@@ -261,6 +261,7 @@ def _add_uses(commands: Any) -> None:
         "(default: in this process)",
     )
     _add_checkpoint(evaluate)
+    _add_adapters(evaluate)
     _add_cluster(evaluate)
     _add_json(evaluate)
 
@@ -278,6 +279,7 @@ def _add_uses(commands: Any) -> None:
         "--out", dest="file", help="the file to write; must not exist (default: standard output)"
     )
     _add_checkpoint(predict)
+    _add_adapters(predict)
 
     generate = _add_run(commands, "generate", generate_command, "text from a checkpoint")
     generate.add_argument(
@@ -294,11 +296,18 @@ def _add_uses(commands: Any) -> None:
     )
     generate.add_argument("--seed", type=int, default=0)
     _add_checkpoint(generate)
+    _add_adapters(generate)
     _add_json(generate)
 
     export = _add_run(commands, "export", export_command, "a Hugging Face folder from a checkpoint")
     export.add_argument("folder", help="the folder to write; must not exist or be empty")
+    export.add_argument(
+        "--adapters",
+        action="store_true",
+        help="the adapters alone, for PeftModel.from_pretrained (default: merged into the weights)",
+    )
     _add_checkpoint(export)
+    _add_adapters(export)
 
 
 def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -378,4 +387,16 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
         choices=("trained", "ema"),
         default="trained",
         help="the trained weights, or their moving average, where the spec has one",
+    )
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="RUN",
+        help="with the adapters of another run on the same model, too; may be given several times",
+    )
+    parser.add_argument(
+        "--no-adapters", action="store_true", help="without the adapters that the run has trained"
     )

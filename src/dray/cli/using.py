@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from dray.cli.looking import locate
+
+if TYPE_CHECKING:
+    from dray.release.trained import Chosen
+
+
+def _chosen(arguments: argparse.Namespace) -> Chosen:
+    """The adapters that the command is to be done with."""
+    from dray.release.trained import Chosen
+
+    return Chosen(not arguments.no_adapters, tuple(arguments.adapter or ()))
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
@@ -15,7 +26,13 @@ def predict_command(arguments: argparse.Namespace) -> int:
     storage, name = locate(arguments)
     counts = Counts()
     found = predict(
-        storage, name, arguments.data, step=arguments.step, weights=arguments.weights, counts=counts
+        storage,
+        name,
+        arguments.data,
+        step=arguments.step,
+        weights=arguments.weights,
+        chosen=_chosen(arguments),
+        counts=counts,
     )
     if arguments.file is None:
         for record in found:
@@ -39,6 +56,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         step=arguments.step,
         weights=arguments.weights,
+        chosen=_chosen(arguments),
         thorough=arguments.thorough,
         workers=arguments.workers,
         address=arguments.address,
@@ -86,6 +104,7 @@ def generate_command(arguments: argparse.Namespace) -> int:
         arguments.prompt,
         step=arguments.step,
         weights=arguments.weights,
+        chosen=_chosen(arguments),
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
@@ -113,7 +132,10 @@ def export_command(arguments: argparse.Namespace) -> int:
         arguments.folder,
         step=arguments.step,
         weights=arguments.weights,
+        chosen=_chosen(arguments),
+        adapters_alone=arguments.adapters,
         say=Display().say,
     )
-    arguments.out.say(f"{arguments.folder}: step {step} of {name}, for AutoModel.from_pretrained")
+    reader = "PeftModel" if arguments.adapters else "AutoModel"
+    arguments.out.say(f"{arguments.folder}: step {step} of {name}, for {reader}.from_pretrained")
     return 0

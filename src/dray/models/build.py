@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from dray.errors import SpecError, one_line, translated
+from dray.models.adapters import adapt
 from dray.models.config import auto_class, make_config
 from dray.models.folder import FolderWeights
+from dray.models.freezing import freeze, with_depths
 from dray.models.groups import find_blocks, hidden_matrices
 from dray.models.initialize import (
     Gathering,
@@ -65,6 +67,7 @@ def build_model(
     config: Mapping[str, Any] | None = None,
     weights: Weights | None = None,
     num_blocks: int | None = None,
+    adapted: bool = True,
 ) -> Any:
     """The spec's model for the spec's task: a transformers PreTrainedModel on the CPU, or where
     `constructing` puts it.
@@ -76,7 +79,8 @@ def build_model(
     `weights`: what the run keeps of its model (`make_config`), and what it starts from; without
     them the spec's own folder is looked for. What became of weights is logged, and kept as
     `model.load_report`. `num_blocks`: a thin copy for measurements, with so many blocks and
-    drawn weights. Raises SpecError.
+    drawn weights. Without `adapted` it is as it was before the spec's adapters came into it. Raises
+    SpecError.
     """
     with _leanly():
         made = make_config(
@@ -102,6 +106,16 @@ def build_model(
         report = load_weights(model, weights, spec.seed, gathering)
         model.load_report = report
         logger.info("%s", report)
+    return fit_to_train(model, spec, gathering) if adapted else model
+
+
+def fit_to_train(model: Any, spec: Spec, gathering: Gathering = no_gathering) -> Any:
+    """Put the spec's adapters into a model, or freeze what it says of its layers, before it is
+    trained; returns it. Raises SpecError."""
+    if spec.adapters is not None:
+        return adapt(model, spec, gathering=gathering)
+    if spec.freezing is not None:
+        freeze(model, spec.freezing)
     return model
 
 
@@ -166,6 +180,14 @@ def check_builds(spec: Spec, config: Any) -> Any:
     if spec.optimizer.parts_hidden:
         hidden_matrices(model)
     return model
+
+
+def check_trains(model: Any, spec: Spec) -> None:
+    """Make a model that was built on the meta device what is trained of it (`fit_to_train`). Raises
+    SpecError for what it has not, such as targets or blocks."""
+    model.tie_weights()
+    fit_to_train(model, spec)
+    with_depths(model, [], spec)
 
 
 def _construct(

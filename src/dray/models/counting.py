@@ -77,6 +77,7 @@ class _Asked:
             "version": VERSION,
             "libraries": {name: metadata.version(name) for name in _LIBRARIES},
             "model": self.spec.model.model_dump(mode="json", exclude={"path", "run", "step"}),
+            **self.spec.model_dump(mode="json", include={"adapters", "freezing"}),
             "head": asdict(self.spec.task.head),
             "sequence_tokens": self.spec.data.sequence_tokens,
             "vocab_size": self.vocab_size,
@@ -106,7 +107,7 @@ def find_counts(
     sizes = None
     if config is None:
         sizes = load_dimensions(spec, vocab_size, num_labels, None, pad_token_id)
-        if sizes.exact:
+        if sizes.exact and not (spec.adapters or spec.freezing):
             return ""
     asked = _Asked(
         spec,
@@ -193,7 +194,7 @@ def count_model(
 ) -> Counted:
     """Build the spec's model on the meta device and count it, here and now. `config`: the folder's.
     Raises SpecError where it cannot be built."""
-    from dray.models.build import check_builds, import_transformers
+    from dray.models.build import check_builds, check_trains, import_transformers
 
     import_transformers()
     made = make_config(
@@ -204,7 +205,7 @@ def count_model(
         kept=config,
     )
     model = check_builds(spec, made)
-    model.tie_weights()
+    check_trains(model, spec)
     with translated(
         lambda error: SpecError(
             "model", f"{made.model_type} has sizes that are not understood ({one_line(error)})"
@@ -309,13 +310,17 @@ class _Owned:
 
 
 def _count(model: Any, config: Any, head: Head) -> ParameterCount:
+    from dray.models.adapters import packed_parameters
+    from dray.models.freezing import is_base
     from dray.models.groups import find_blocks
 
+    packed = packed_parameters(model)
     owned = list(_owned(model))
     total = sum(one.size for one in owned)
     tables = sum(one.size for one in owned if one.is_looked_up)
     num_head, num_own_head = _head(model, owned, head)
     body = total - tables - num_own_head
+    base = [one for one in owned if is_base(one.parameter)]
     blocks = [
         sum(parameter.numel() for parameter in block.parameters())
         for block in find_blocks(model) or _listed(model)
@@ -328,6 +333,8 @@ def _count(model: Any, config: Any, head: Head) -> ParameterCount:
         largest=max((one.size for one in owned), default=0),
         body=body,
         active=body + sum(_surplus(model, owned, config)),
+        base=sum(one.size for one in base),
+        packed=sum(one.size for one in base if id(one.parameter) in packed),
     )
 
 

@@ -21,7 +21,7 @@ from dray.storage.packages import in_package
 HUB_SCHEME = "hf://"
 FETCHED = ("*.json", "*.safetensors", "*.txt")
 """No pickles: only configurations, tokenisers and safetensors."""
-_RULE = "a run reads its initial weights where it began, until its first checkpoint"
+_RULE = "a run reads weights where it began: all until its first checkpoint, then the untrained"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """FLOPs a token, forward and backward.
 
 Two counts, because papers use both: the loose one multiplies every parameter and whole attention
-squares, the strict one only what is multiplied. Neither counts the states of blocks that do not
+squares, the strict one only what is multiplied. What is never trained needs no gradient of its own:
+4 instead of 6 for each of its parameters. Neither counts the states of blocks that do not
 attend (Mamba's scan, a linear attention's): next to their matrices they are little.
 """
 
@@ -14,7 +15,9 @@ def flops_per_token_loose(sizes: Dimensions, count: ParameterCount, sequence_tok
     """6·N + 12·L·d·T. Of a mixture, N is what a token goes through; of a head, its share."""
     blocks = sum(number for number, _ in sizes.attention)
     parameters = count.total - count.body + count.active - (1.0 - sizes.head.share) * count.head
-    return 6.0 * parameters + 12.0 * blocks * sizes.heads * sizes.head_dim * sequence_tokens
+    return (
+        _each(count) * parameters + 12.0 * blocks * sizes.heads * sizes.head_dim * sequence_tokens
+    )
 
 
 def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
@@ -26,7 +29,13 @@ def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_to
     )
     # A classifier's head sees one token of a row: nothing, next to the others.
     head = count.head * sizes.head.share if sizes.head.each == "token" else 0
-    return 6.0 * (count.active + head) + 12.0 * sizes.heads * sizes.head_dim * seen
+    return _each(count) * (count.active + head) + 12.0 * sizes.heads * sizes.head_dim * seen
+
+
+def _each(count: ParameterCount) -> float:
+    """FLOPs of a parameter and token: 2 forward, 2 for the gradient of what goes in, 2 for its
+    own."""
+    return 6.0 - 2.0 * count.base / max(1, count.total)
 
 
 def _mean_seen(window: int, sequence_tokens: int, *, causal: bool) -> float:

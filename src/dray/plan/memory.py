@@ -36,6 +36,8 @@ GPU_HOST_PROCESS_BYTES = 4_000_000_000
 CPU_SLACK, GPU_SLACK = 0.45, 0.02
 MASTER_BYTES = 4
 """Of a parameter in fp32, as the optimiser steps it and a checkpoint holds it."""
+PACKED_BYTES = 0.57
+"""Of a parameter in 4 bits, with the scale of each 64."""
 READER_BYTES = 1_500_000_000
 # Bytes of fp32 logits that the loss holds at a time. On a CPU a chunk should stay near the caches
 # (4 to 16 MB were equally fast, the whole of a step slower by a quarter); a GPU's matrix product
@@ -126,8 +128,14 @@ class Load:
 
     @property
     def share(self) -> int:
-        """Parameters in a rank's part."""
-        return -(-self.count.total // self.num_ranks)
+        """Trained parameters in a rank's part."""
+        return -(-self.count.trained // self.num_ranks)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of all parameters as the passes use them."""
+        packed = self.count.packed
+        return self.element_bytes * (self.count.total - packed) + int(PACKED_BYTES * packed)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -239,7 +247,7 @@ def _moments(load: Load) -> list[_Moment]:
     activations = _activation_bytes(load)
     working = load.tokens * layer_working_bytes_per_token(load.sizes, load.element_bytes)
     bucket, copies, whole = _reduction_bytes(load)
-    embedding = load.element_bytes * load.sizes.vocab * load.sizes.hidden
+    embedding = load.element_bytes * min(load.sizes.vocab * load.sizes.hidden, load.count.trained)
     return [
         replace(
             base,
@@ -271,8 +279,8 @@ def _moments(load: Load) -> list[_Moment]:
 def _parameter_bytes(load: Load) -> int:
     """What the forward pass uses: whole, or a part under ZeRO-3 (small tensors stay whole)."""
     if load.stage < 3:
-        return load.element_bytes * load.count.total
-    return 0 if load.offload == "parameters" else load.element_bytes * load.share
+        return load.whole_bytes
+    return 0 if load.offload == "parameters" else load.whole_bytes // load.num_ranks
 
 
 def _optimizer_bytes(load: Load) -> int:
@@ -280,7 +288,7 @@ def _optimizer_bytes(load: Load) -> int:
     parameters themselves."""
     if load.offload != "none" and load.on_gpu:
         return 0
-    owned = load.count.total if load.stage == 0 else load.share
+    owned = load.count.trained if load.stage == 0 else load.share
     # In fp32, ZeRO-0 and ZeRO-3 step the parameters themselves; ZeRO-1 and 2 keep a copy of their
     # part.
     master = (
@@ -307,7 +315,7 @@ def _accumulated_gradient_bytes(load: Load) -> int:
     width = grad_accumulation_bytes(load.stage, load.accumulation, load.precision)
     if load.stage == 2:
         return 0 if load.offload != "none" and load.on_gpu else width * load.share
-    return load.element_bytes * load.count.total
+    return load.element_bytes * load.count.trained
 
 
 def _gathered_bytes(load: Load) -> int:
@@ -320,21 +328,22 @@ def _gathered_bytes(load: Load) -> int:
 
 def _reduction_bytes(load: Load) -> tuple[int, int, int]:
     """(buckets, flattened copies of what is being reduced, gradients that are there as a whole)"""
-    element = load.element_bytes
+    element, trained = load.element_bytes, load.count.trained
+    largest = min(load.count.largest, trained)
     if load.stage == 0:
-        flat = element * min(load.count.total, 500_000_000)
-        return 0, flat if load.num_ranks > 1 else 0, element * load.count.total
+        flat = element * min(trained, 500_000_000)
+        return 0, flat if load.num_ranks > 1 else 0, element * trained
     bucket = element * load.buckets.reduce
     if load.stage == 3:
-        return 0, max(bucket, element * load.count.largest), element * load.count.largest
+        return 0, max(bucket, element * largest), element * largest
     # A tensor larger than the bucket is reduced by itself, and copied as a whole.
-    copy = element * max(load.buckets.reduce, load.count.largest)
+    copy = element * max(load.buckets.reduce, largest)
     buckets = bucket * (2 if overlaps(load.stage, on_gpu=load.on_gpu) else 1)
     own = 0 if load.offload != "none" and load.on_gpu else element * load.share
     return (
         buckets,
         copy,
-        own + (element * load.count.total if load.stage == 1 else element * load.count.largest),
+        own + (element * trained if load.stage == 1 else element * largest),
     )
 
 
@@ -347,9 +356,9 @@ def _step_bytes(load: Load) -> int:
     working = 4 * load.working_copies
     if load.stage == 0:
         return (
-            load.element_bytes * load.count.total
-            + (0 if load.precision == "fp32" else 8 * load.count.total)
-            + working * load.count.largest
+            load.element_bytes * load.count.trained
+            + (0 if load.precision == "fp32" else 8 * load.count.trained)
+            + working * min(load.count.largest, load.count.trained)
         )
     if load.stage == 3:
         return (4 + working) * min(load.share, load.buckets.sub_group)
@@ -386,5 +395,5 @@ def _host_bytes(load: Load, total: int) -> int:
     ):  # master weights, states, fp32 gradients, and a copy in the compute type
         on_host += int((8 + load.state_bytes + load.element_bytes) * load.share)
     if load.offload == "parameters":
-        on_host += load.element_bytes * load.share
+        on_host += load.whole_bytes // load.num_ranks
     return load.ranks_per_node * (GPU_HOST_PROCESS_BYTES + on_host) + readers

@@ -98,6 +98,15 @@ class ParameterCount:
     active: int
     """What of the body a token goes through: of a mixture the experts that it is sent to, and
     blocks that are gone through several times as often as that."""
+    base: int = 0
+    """Of the total, those that are never trained: they have no gradients and no optimiser's states,
+    and stand in no checkpoint."""
+    packed: int = 0
+    """Of the base, those that are held in 4 bits."""
+
+    @property
+    def trained(self) -> int:
+        return self.total - self.base
 
 
 class Counted(BaseModel):
@@ -273,7 +282,10 @@ def count_state_bytes(optimizer: Optimizer, sizes: Dimensions, count: ParameterC
         return sum(state.num_bytes for state in optimizer.states(shape, is_hidden=is_hidden))
 
     if optimizer.elementwise:
-        return count.total * kept((1,))
+        return count.trained * kept((1,))
+    if count.base:  # as if what is trained were of the mixture of the whole
+        whole = count_state_bytes(optimizer, sizes, replace(count, base=0))
+        return whole * count.trained // count.total
     hidden = _block_matrices(sizes) * sizes.layers
     tables = [(count.embedding // sizes.hidden, sizes.hidden)]
     head_rows = sizes.vocab if sizes.head.over == "vocabulary" else sizes.num_labels

@@ -80,6 +80,8 @@ class Plan(BaseModel):
     num_tokens: int | None
     """Tokens that the run will train on."""
     num_parameters: int
+    num_trained_parameters: int | None = None
+    """Of these, those that are trained; None: all, or that is not known."""
     num_embedding_parameters: int
     parameters_exact: bool
     counted: Counted | None = None
@@ -145,13 +147,13 @@ class _Question:
     @property
     def state_bytes(self) -> int:
         """What the optimiser and hooks keep for all parameters."""
-        averages = 0 if self.spec.regularization.ema is None else MASTER_BYTES * self.count.total
+        averages = 0 if self.spec.regularization.ema is None else MASTER_BYTES * self.count.trained
         return count_state_bytes(self.spec.optimizer, self.sizes, self.count) + averages
 
     @property
     def checkpoint_bytes(self) -> int:
         """All ranks' files together."""
-        return MASTER_BYTES * self.count.total + self.state_bytes
+        return MASTER_BYTES * self.count.trained + self.state_bytes
 
     @property
     def host_limit(self) -> int:
@@ -195,7 +197,7 @@ class _Question:
             on_gpu=self.on_gpu,
             with_ray=self.with_ray,
             row_tokens=self.row_tokens,
-            state_bytes=self.state_bytes / self.count.total,
+            state_bytes=self.state_bytes / max(1, self.count.trained),
             working_copies=spec.optimizer.working_copies,
             compiled=setting.compiled,
         )
@@ -324,6 +326,7 @@ def _make(
         row_tokens=question.row_tokens,
         num_tokens=num_tokens,
         num_parameters=count.total,
+        num_trained_parameters=count.trained if count.base else None,
         num_embedding_parameters=count.embedding,
         parameters_exact=sizes.exact or question.counted is not None,
         counted=question.counted,
@@ -559,6 +562,8 @@ def _highest_stage(spec: Spec, architecture: str) -> int:
     """The highest stage under which optimiser and architecture are trained right."""
     if not spec.optimizer.elementwise:
         return 0
+    if spec.adapters is not None and spec.adapters.quantized:
+        return 2
     return 2 if architecture in WRONG_UNDER_ZERO_3 else 3
 
 
@@ -701,14 +706,21 @@ def _shard_bytes(
     return None if rows is None else rows * (width * (2 if vocab <= 2**16 else 4) + 4)
 
 
-def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator[str]:
-    spec, shape = question.spec, question.shape
-    if question.counted is None and not question.sizes.exact:
-        why = question.why_not_counted or "the model itself was not looked at"
+def _notes_of_counts(question: _Question) -> Iterator[str]:
+    spec = question.spec
+    why = question.why_not_counted or "the model itself was not looked at"
+    if spec.keeps_base and question.counted is None:
+        yield f"planned as if all of the model were trained ({why})"
+    elif question.counted is None and not question.sizes.exact:
         yield (
             f"{question.sizes.architecture} is counted by formula ({why}): the number of "
             "parameters and the memory are estimates"
         )
+
+
+def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator[str]:
+    spec, shape = question.spec, question.shape
+    yield from _notes_of_counts(question)
     if batch.padded_rows:
         yield (
             f"{batch.padded_rows} rows without targets fill up each step ({setting.num_ranks} "

@@ -106,19 +106,21 @@ def write_seconds(num_bytes: float) -> float:
 def _communication(load: Load, shape: Shape, micro_seconds: float) -> float:
     """Seconds that nothing hides. `micro_seconds`: the computing of one micro batch."""
     ring = (load.num_ranks - 1) / load.num_ranks
-    once = ring * load.element_bytes * load.count.total / _link_rate(load, shape)
+    rate = ring / _link_rate(load, shape)
+    once = load.element_bytes * load.count.trained * rate
     if load.stage < 2:
         return 2 * once  # a sum over all; or, at stage 1, reduced to the owners and gathered again
     hidden = HIDDEN_SHARE * micro_seconds if load.on_gpu else 0.0
     if load.stage == 2:
         return load.accumulation * max(0.0, once - hidden) + once
-    return load.accumulation * max(0.0, 3 * once - (micro_seconds if load.on_gpu else 0.0))
+    moved = once + 2 * load.whole_bytes * rate
+    return load.accumulation * max(0.0, moved - (micro_seconds if load.on_gpu else 0.0))
 
 
 def _update(load: Load, shape: Shape) -> float:
     """The optimiser reads a gradient, reads and writes master and states; half precision writes
     the weights besides."""
-    owned = load.count.total if load.stage == 0 else load.share
+    owned = load.count.trained if load.stage == 0 else load.share
     stepped = 4 + 2 * (4 + load.state_bytes)
     traffic = (stepped if load.precision == "fp32" else stepped + 4) * owned
     if load.on_gpu and load.offload != "none":

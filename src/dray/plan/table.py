@@ -123,15 +123,27 @@ def _model(plan: Plan) -> list[str]:
     return [
         "model",
         _row("parameters", f"{plan.num_parameters:,}", exact),
+        *_trained(plan),
         _row("of these tables", f"{plan.num_embedding_parameters:,}", "looked up, not multiplied"),
         _row(
             "FLOPs a token",
             f"{plan.flops_per_token_strict:.3g}",
-            "strict: 6·(N without tables + head) + attention",
+            "strict: 6·(N without tables + head) + attention"
+            if plan.num_trained_parameters is None
+            else "strict; 4 instead of 6 for what is not trained",
         ),
         _row("", f"{plan.flops_per_token_loose:.3g}", "loose: 6·N + 12·L·d·T"),
         _row("checkpoint", format_bytes(plan.checkpoint_bytes), "fp32 weights and two moments"),
     ]
+
+
+def _trained(plan: Plan) -> list[str]:
+    """What of the model is trained, where that is not all."""
+    if plan.num_trained_parameters is None:
+        return []
+    share = plan.num_trained_parameters / plan.num_parameters
+    said = f"{share:.2%}; the rest gets no gradients and stands in no checkpoint"
+    return [_row("of these trained", f"{plan.num_trained_parameters:,}", said)]
 
 
 def _memory(plan: Plan) -> list[str]:

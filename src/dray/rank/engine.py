@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from dray.errors import StoreError
+from dray.models.adapters import used_besides
 from dray.models.build import compile_model
+from dray.models.freezing import is_base
 from dray.models.groups import part_hidden
 from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
@@ -74,6 +76,7 @@ class Engine:
         *,
         optimizer: Optimizer,
         hooks: Sequence[Hook] = (),
+        calendar: Calendar | None = None,
     ) -> None:
         self._engine = deepspeed_engine
         self.module = module
@@ -86,15 +89,18 @@ class Engine:
             self._wrapper, module, ranks, stage=self.stage, precision=plan.precision
         )
         self._optimizer = self._layout.optimizer
+        self._base = {name for name, p in module.named_parameters() if is_base(p)}
         self._shapes = {
             name: tuple(getattr(p, "ds_shape", p.shape))
             for name, p in self.module.named_parameters()
+            if name not in self._base
         }
         self._hooks = hooks
         self._layout.create_states(functools.partial(_declare, optimizer, hooks))
         for hook in hooks:
             self._begin(hook)
         self._num_updates = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._calendar = calendar or Calendar()
         self._withhold: Tensor | None = None
         self._norm: Tensor | None = None
         self._withheld: Tensor | None = None
@@ -102,7 +108,7 @@ class Engine:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shapes by name; tied parameters appear once."""
+        """Full shapes by name of what checkpoints hold; tied parameters appear once."""
         return self._shapes
 
     @property
@@ -163,11 +169,16 @@ class Engine:
             for hook in self._hooks:
                 hook.after_backward(self.module)
 
+    def begin_step(self, step: int) -> None:
+        """Say which step (from 1 on) the next passes are of: groups may be trained only from a
+        `first_step` on. Without a word all are trained."""
+        self._calendar.step = step
+
     def step(self, learning_rate: float, *, withhold: Tensor | None = None) -> Update:
         """Update the weights, unless `withhold` (bool) says not to or the gradient norm, which all
         ranks share, is not finite. dray itself does not wait for the device here."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("rate_scale", 1.0)
+            self._calendar.set_rate(group, learning_rate)
         self._withhold, self._norm, self._withheld = withhold, None, None
         scale = self.loss_scale
         if not self._layout.measures_norm:
@@ -225,8 +236,11 @@ class Engine:
         return torch.where(norm < 0, torch.nan, norm)
 
     def fragments(self, *, whole_replicas: bool = False) -> Iterator[LiveFragment]:
-        """What this rank owns (`Layout.fragments`)."""
-        return self._layout.fragments(whole_replicas=whole_replicas)
+        """What this rank owns (`Layout.fragments`) of what checkpoints hold: what stays as it came
+        with the model is made again from there."""
+        for fragment in self._layout.fragments(whole_replicas=whole_replicas):
+            if fragment.parameter not in self._base:
+                yield fragment
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers by name. Rank 0's are saved, and every rank restores those."""
@@ -281,6 +295,41 @@ class Engine:
         return leaf not in self.module.get_submodule(owner_name)._non_persistent_buffers_set
 
 
+class Calendar:
+    """Which step it is, for groups of parameters that are trained from a `first_step` on.
+
+    Until then their gradients are zeros, so that they count for no norm and leave no trace in what
+    the optimiser keeps, and so are rate and decay. ZeRO has its buffers for them from the start on,
+    which could not be made under way.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def watch(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Silence the gradients of groups that are not trained yet."""
+        for group in groups:
+            first = group.get("first_step", 1)
+            for parameter in group["params"] if first > 1 else ():
+                parameter.register_hook(functools.partial(self._silenced, first))
+
+    def set_rate(self, group: dict[str, Any], learning_rate: float) -> None:
+        """Set what the optimiser does with a group at this step."""
+        scale = group.get("rate_scale", 1.0)
+        if "first_step" in group:
+            decay = group.setdefault("own_decay", group["weight_decay"])
+            sleeps = self._is_before(group["first_step"])
+            group["weight_decay"] = 0.0 if sleeps else decay
+            scale = 0.0 if sleeps else scale
+        group["lr"] = learning_rate * scale
+
+    def _silenced(self, first: int, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient) if self._is_before(first) else gradient
+
+    def _is_before(self, first: int) -> bool:
+        return self.step is not None and self.step < first
+
+
 def build_engine(
     build_model: ModelBuilder,
     make_groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
@@ -314,9 +363,14 @@ def build_engine(
     model = build_model(constructing, gathering)
     if plan.zero_stage < 3:
         model.to(ranks.device)  # what is not a parameter
+    else:
+        for module, parameter in used_besides(model):
+            deepspeed.zero.register_external_parameter(module, parameter)
     groups = make_groups(model)
     if optimizer.parts_hidden:
         groups = part_hidden(model, groups)
+    calendar = Calendar()
+    calendar.watch(groups)
     stepping = build_optimizer(groups, optimizer)
     objective = model if make_objective is None else make_objective(model)
     deepspeed_engine, *_ = deepspeed.initialize(model=objective, optimizer=stepping, config=config)
@@ -325,7 +379,9 @@ def build_engine(
         wrapper.step = functools.partial(_step_at_once, wrapper)
     if plan.compile:
         compile_model(model)
-    return Engine(deepspeed_engine, model, plan, ranks, optimizer=optimizer, hooks=hooks)
+    return Engine(
+        deepspeed_engine, model, plan, ranks, optimizer=optimizer, hooks=hooks, calendar=calendar
+    )
 
 
 def _declare(

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from dray.errors import SpecError, StoreError
 from dray.models.source import Pretrained
-from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
+from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint, keep_checkpoint
 from dray.storage.filesystem import child
 
 if TYPE_CHECKING:
     from dray.models.weights import Stored, Weights
 
-_RULE = "a run reads its initial weights where it began, until its first checkpoint"
+_RULE = "a run reads weights where it began: all until its first checkpoint, then the untrained"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class RunWeights:
                 )
             return replace(self, digest=reader.manifest_sha256)
 
+    def keep_for(self, name: str) -> None:
+        """Spare the checkpoint for as long as the run of that name exists."""
+        run, info = self.find()
+        keep_checkpoint(run, info.path, name, "base")
+
     def to_json(self) -> dict[str, Any]:
         """Without the storage, which may be moved."""
         return {
@@ -107,11 +112,19 @@ Origin = Pretrained | RunWeights
 def find_run_weights(storage: str, name: str, step: int | str) -> RunWeights:
     """The checkpoint that `model.run` and `model.step` mean now. Raises SpecError."""
     try:
-        info = choose_checkpoint(Run.open(storage, name), None if step == "newest" else step)
+        run = Run.open(storage, name)
+        info, whole = choose_checkpoint(run, None if step == "newest" else step), run.spec()
     except StoreError as error:
         raise SpecError(
             f"model.run = {name}", str(error), "the weights of another run are read from it"
         ) from error
+    if whole.keeps_base:
+        raise SpecError(
+            f"model.run = {name}",
+            "its checkpoints hold only what it trained of its model",
+            "a run starts from whole weights",
+            f"`dray export {name} FOLDER`, and give model.path=FOLDER",
+        )
     return RunWeights(storage, name, info.step, info.attempt)
 
 

@@ -37,6 +37,7 @@ from dray.models.build import (
     one_document_a_row,
 )
 from dray.models.config import make_kept_config
+from dray.models.freezing import with_depths
 from dray.models.groups import parameter_groups
 from dray.models.initialize import restore_rotary_buffers
 from dray.models.width import width_factor, with_rates
@@ -235,8 +236,10 @@ class _Loop:
         self.is_undefined_told = False
 
     def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
-        manifest = self.job.manifest
-        origin = self.job.weights if self.newest is None else None
+        manifest, is_new = self.job.manifest, self.newest is None
+        # What is never trained is in no checkpoint.
+        fills = is_new or self.spec.keeps_base
+        origin = self.job.weights if fills else None
         model: Any = build_model(
             self.spec,
             vocab_size=manifest.vocab_size,
@@ -246,11 +249,11 @@ class _Loop:
             eos_token_id=manifest.eos_token_id,
             constructing=constructing,
             gathering=gathering,
-            initial_weights=self.newest is None,
+            initial_weights=fills,
             config=self.job.config,
             weights=None if origin is None else open_weights(origin),
         )
-        if origin is not None and self.ranks.rank == 0:
+        if origin is not None and is_new and self.ranks.rank == 0:
             self.reporter.send(Event("weights_taken", self.attempt, 0, model.load_report.to_json()))
         if self.job.config is None and self.ranks.rank == 0:
             self.run.keep_model(make_kept_config(model))
@@ -261,7 +264,8 @@ class _Loop:
 
     def _make_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         groups = parameter_groups(model, self.spec.optimizer.weight_decay)
-        return with_rates(model, groups, width_factor(self.spec))
+        groups = with_rates(model, groups, width_factor(self.spec))
+        return with_depths(model, groups, self.spec)
 
     def _make_objective(self, model: torch.nn.Module) -> torch.nn.Module:
         return self.task.objective(model, self.spec.regularization.label_smoothing)
@@ -383,6 +387,7 @@ class _Loop:
         """The gradients of one step. Returns this rank's summed loss (fp64, on the device), and
         marks around its forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting
         one."""
+        self.engine.begin_step(rows.step)
         self.engine.train(True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         forwards = []

@@ -116,6 +116,7 @@ def _place(spec: Spec, plan: Plan, config: Config = None) -> Path:
         "libraries": [metadata.version(name) for name in _LIBRARIES],
         "sizes": repr(sizes),
         "task": spec.task.name,
+        **spec.model_dump(mode="json", include={"adapters", "freezing"}),
         "optimizer": [spec.optimizer.name, spec.regularization.ema is not None],
         "ranks": plan.num_ranks,
         "cpus": spec.resources.cpus_per_worker,

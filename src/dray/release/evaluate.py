@@ -16,7 +16,7 @@ from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
 from dray.errors import CorpusError, PlanError, SpecError, UserError
 from dray.release.measuring import measure, measure_on_workers
-from dray.release.trained import Trained, Weights, load_trained, open_trained
+from dray.release.trained import Chosen, Trained, Weights, load_trained, open_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
 
 
@@ -27,6 +27,7 @@ def evaluate(
     data: Sequence[str] | None = None,
     step: str | int | None = None,
     weights: Weights = "trained",
+    chosen: Chosen = Chosen(),  # noqa: B008 - frozen
     thorough: bool = False,
     workers: int | None = None,
     address: str | None = None,
@@ -45,7 +46,7 @@ def evaluate(
     """
     if workers is not None and workers < 1:
         raise PlanError("--workers", f"is {workers}", "at least one worker measures")
-    trained = (open_trained if workers else load_trained)(storage, name, step, weights)
+    trained = (open_trained if workers else load_trained)(storage, name, step, weights, chosen)
     task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
     if thorough:
         task = task.thorough()
@@ -77,7 +78,8 @@ def evaluate(
         report.update(task.report(metrics))
     values: dict[str, float | None] = task.measured(metrics, split)
     told = {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows}
-    return told | ({} if weights == "trained" else {"weights": weights}) | values
+    told |= ({} if weights == "trained" else {"weights": weights}) | chosen.told()
+    return told | values
 
 
 def _held_out(trained: Trained) -> tuple[Corpus, Split]:

@@ -7,16 +7,20 @@ otherwise, that is said.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dray.corpus.tokenizer_folder import dressed
 from dray.corpus.tokenizing import PROBES, load_auto_tokenizer, read_tokenizer_files
-from dray.errors import StoreError, caught
+from dray.errors import SpecError, StoreError, caught
+from dray.models.adapters import as_peft, merge
 from dray.models.folder import save_pretrained_folder
-from dray.release.trained import Trained, Weights, load_trained
+from dray.models.source import HUB_SCHEME
+from dray.release.trained import Chosen, Trained, Weights, load_trained
 from dray.runs import Run
 from dray.storage.filesystem import is_local
 
@@ -28,10 +32,15 @@ def export(
     *,
     step: str | int | None = None,
     weights: Weights = "trained",
+    chosen: Chosen = Chosen(),  # noqa: B008 - frozen
+    adapters_alone: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> int:
     """Write the folder and return the step it holds. Raises StoreError if the folder is there and
     not empty.
+
+    Adapters become a part of the weights, which SpecError says of those that cannot; with
+    `adapters_alone` they are written without their base, as peft reads them.
 
     `say` is told of what transformers' own loading of the folder would do otherwise than training
     did.
@@ -49,16 +58,29 @@ def export(
             "what a run keeps is its own",
             "choose another folder",
         )
-    trained = load_trained(storage, name, step, weights)
+    trained = load_trained(storage, name, step, weights, chosen)
+    if adapters_alone and not hasattr(trained.model, "dray_adapted"):
+        raise SpecError(
+            "--adapters",
+            f"run {name!r} has none to write alone",
+            "they are written as one run has trained them",
+            "leave --adapters out",
+        )
+    contents = as_peft(trained.model) if adapters_alone else None
+    if contents is None and hasattr(trained.model, "dray_adapted"):
+        merge(trained.model)
     # Complete or absent: the folder gets its name once everything is in it.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
             whole = Path(staging) / "model"
-            save_pretrained_folder(
-                trained.model.state_dict(), trained.model, _tokenizer(trained, staging), whole
-            )
-            for line in _differences(trained, whole) if say else ():
+            if contents is None:
+                save_pretrained_folder(
+                    trained.model.state_dict(), trained.model, _tokenizer(trained, staging), whole
+                )
+            else:
+                _write_adapters(trained, *contents, _tokenizer(trained, staging), whole)
+            for line in _differences(trained, whole) if say and contents is None else ():
                 say(f"{folder}: {line}")  # type: ignore[misc]
             if target.exists():
                 target.rmdir()
@@ -66,6 +88,20 @@ def export(
     except OSError as error:
         raise StoreError(folder, f"cannot be written ({error.strerror or error})") from error
     return trained.checkpoint.step
+
+
+def _write_adapters(
+    trained: Trained, config: dict[str, Any], state: dict[str, Any], tokenizer: Path, folder: Path
+) -> None:
+    """Adapters in peft's format, with the tokeniser of their base."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(tokenizer, folder)
+    config["base_model_name_or_path"] = (trained.spec.model.path or "").removeprefix(HUB_SCHEME)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _tokenizer(trained: Trained, staging: str) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from dray.errors import SpecError
-from dray.release.trained import Weights, load_trained
+from dray.release.trained import Chosen, Weights, load_trained
 
 
 def generate(
@@ -16,6 +16,7 @@ def generate(
     *,
     step: str | int | None = None,
     weights: Weights = "trained",
+    chosen: Chosen = Chosen(),  # noqa: B008 - frozen
     max_tokens: int = 64,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -45,7 +46,7 @@ def generate(
             prompt.encode()
         except UnicodeEncodeError as error:
             raise SpecError(f"prompt {number}", "is no valid UTF-8", "a prompt is text") from error
-    trained = load_trained(storage, name, step, weights)
+    trained = load_trained(storage, name, step, weights, chosen)
     if not trained.spec.task.generates:
         raise SpecError(
             f"run {name!r}",

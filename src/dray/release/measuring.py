@@ -22,7 +22,7 @@ from dray.corpus.prepare import Corpus
 from dray.corpus.stream import read_rows
 from dray.errors import DrayError, PlanError, RunFailed, one_line
 from dray.processes.heap import prepare_process
-from dray.release.trained import Trained, Weights, open_trained
+from dray.release.trained import Chosen, Trained, Weights, open_trained
 from dray.tasks import Task, TaskMetrics, draw_of
 
 MAX_BATCH_ROWS, BATCH_TOKENS = 32, 32_768
@@ -78,7 +78,7 @@ def measure_on_workers(
     bounds = np.linspace(0, split.num_rows, num_workers * PARTS_A_WORKER + 1).astype(int).tolist()
     parts = [(first, end) for first, end in pairwise(bounds) if first < end]
     run, step = trained.run, trained.checkpoint.step
-    what = (run.storage, run.name, step, trained.weights), task, corpus, split
+    what = (run.storage, run.name, step, trained.weights, trained.chosen), task, corpus, split
     work = ray.remote(
         num_cpus=1,
         num_gpus=num_gpus,
@@ -122,10 +122,10 @@ def _measure_part(what: Any, first: int, end: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _open_once(storage: str, name: str, step: int, weights: Weights) -> Trained:
+def _open_once(storage: str, name: str, step: int, weights: Weights, chosen: Chosen) -> Trained:
     """A worker gets several parts, and reads the model when it measures the first one."""
     prepare_process(1)
-    return open_trained(storage, name, step, weights)
+    return open_trained(storage, name, step, weights, chosen)
 
 
 def batch_rows(width: int, num_outputs: int) -> int:

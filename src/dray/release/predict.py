@@ -31,7 +31,7 @@ from dray.errors import SpecError, StoreError
 from dray.processes.streams import make_json
 from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import batch_rows
-from dray.release.trained import Trained, Weights, load_trained
+from dray.release.trained import Chosen, Trained, Weights, load_trained
 from dray.spec import TEXT_KINDS
 from dray.tasks.rows import SEPARATOR, Encoded
 
@@ -53,6 +53,7 @@ def predict(
     *,
     step: str | int | None = None,
     weights: Weights = "trained",
+    chosen: Chosen = Chosen(),  # noqa: B008 - frozen
     counts: Counts | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A mapping for each record: its fields, and `prediction` with what goes with it (`scores`);
@@ -62,7 +63,7 @@ def predict(
     does, SpecError for a task without predictions, CorpusError for data that is not there.
     """
     counts = counts or Counts()
-    trained = load_trained(storage, name, step, weights)
+    trained = load_trained(storage, name, step, weights, chosen)
     _check_predicts(trained)
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)

@@ -7,7 +7,7 @@ safetensors fragments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -19,15 +19,34 @@ from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.tokenizer_folder import Dress
 from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_tokenizer_files
-from dray.errors import StoreError
+from dray.errors import SpecError, StoreError
+from dray.models.adapters import adapt, leave_only_head, merge
 from dray.models.build import build_model
 from dray.models.config import longest_row
+from dray.models.freezing import freeze, is_base
+from dray.rank.initial_weights import make_origin, open_weights
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
 
 Weights = Literal["trained", "ema"]
 """Which of a checkpoint's weights: those that were trained, or their moving average."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which adapters a model is to have: the run's own, and those of other runs on the same
+    base."""
+
+    own: bool = True
+    others: tuple[str, ...] = ()
+    """Names of the runs, whose newest checkpoints are read."""
+
+    def told(self) -> dict[str, Any]:
+        """What of it a result should say: nothing, where it is as the run has it."""
+        if self == Chosen():
+            return {}
+        return {"adapters": [*(["own"] if self.own else []), *self.others]}
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,18 @@ class Trained:
     corpus: str
     manifest: Manifest
     weights: Weights = "trained"
+    chosen: Chosen = Chosen()
 
     @cached_property
     def model(self) -> Any:
         """A transformers model in fp32, in evaluation mode; read when it is first asked for. Raises
-        StoreError for a checkpoint that is damaged, or has no such weights."""
-        run, info, spec, manifest = self.run, self.checkpoint, self.spec, self.manifest
-        kept = run.model()
+        StoreError for a checkpoint that is damaged, or has no such weights, and SpecError for
+        adapters that do not go together."""
+        run, spec, manifest = self.run, self.spec, self.manifest
+        kept, origin = run.model(), None
+        if spec.keeps_base and kept and kept["pretrained"]:
+            origin = make_origin(kept["pretrained"], run.storage)
+            origin.check()
         model = build_model(
             spec,
             vocab_size=manifest.vocab_size,
@@ -54,9 +78,24 @@ class Trained:
             labels=manifest.labels,
             pad_token_id=manifest.pad_token_id,
             eos_token_id=manifest.eos_token_id,
-            initial_weights=False,
+            initial_weights=spec.keeps_base,
             config=kept["config"] if kept else None,
+            weights=None if origin is None else open_weights(origin),
+            adapted=False,
         )
+        if self.chosen != Chosen():
+            return self._adapted_otherwise(model).eval()
+        if spec.adapters is not None:
+            adapt(model, spec, unpacked=True)
+        elif spec.freezing is not None:
+            freeze(model, spec.freezing)
+        self._fill(model)
+        return model.eval()
+
+    def _fill(self, model: torch.nn.Module, *, only: Collection[str] | None = None) -> None:
+        """Read the checkpoint into a model, or into what of it has one of the names. Raises
+        StoreError."""
+        run, info = self.run, self.checkpoint
         with run.hold(info), CheckpointReader(run, info) as reader:
             problems = reader.verify_files(range(reader.num_files))
             if problems:
@@ -73,8 +112,25 @@ class Trained:
                     "a run keeps one if its spec has regularization.ema",
                     "leave --weights out for the trained weights",
                 )
-            _fill(model, reader, self.weights)
-        return model.eval()
+            _fill(model, reader, self.weights, only)
+
+    def _adapted_otherwise(self, model: Any) -> Any:
+        """A base with the adapters that are chosen. Those that change weights become a part of
+        them, one after the other, before the one kind that does not."""
+        _check_chosen(self)
+        before = {name for name, _ in model.named_parameters()}
+        leave_only_head(model, self.spec)
+        self._fill(model)
+        runs = [
+            *([self] if self.chosen.own else []),
+            *(open_trained(self.run.storage, name) for name in self.chosen.others),
+        ]
+        for trained in sorted(runs, key=lambda one: not one.spec.adapters.merges):  # type: ignore[union-attr]
+            adapt(model, trained.spec, unpacked=True)
+            trained._fill(model, only={n for n, _ in model.named_parameters()} - before)
+            if trained.spec.adapters.merges and len(runs) > 1:  # type: ignore[union-attr]
+                merge(model)
+        return model
 
     @property
     def tokenizer_folder(self) -> str:
@@ -136,7 +192,11 @@ class Trained:
 
 
 def open_trained(
-    storage: str, name: str, step: str | int | None = None, weights: Weights = "trained"
+    storage: str,
+    name: str,
+    step: str | int | None = None,
+    weights: Weights = "trained",
+    chosen: Chosen = Chosen(),
 ) -> Trained:
     """What a run has at a step: a number, `best` by the run's validation metric (which measured the
     trained weights), or None for the newest. Its model is not read yet.
@@ -145,22 +205,82 @@ def open_trained(
     """
     run = Run.open(storage, name)
     info = choose_checkpoint(run, step)
-    return Trained(run, info, run.spec(), run.corpus, load_run_manifest(run), weights)
+    return Trained(run, info, run.spec(), run.corpus, load_run_manifest(run), weights, chosen)
 
 
 def load_trained(
-    storage: str, name: str, step: str | int | None = None, weights: Weights = "trained"
+    storage: str,
+    name: str,
+    step: str | int | None = None,
+    weights: Weights = "trained",
+    chosen: Chosen = Chosen(),
 ) -> Trained:
     """As `open_trained`, with its model read. Raises StoreError also when the checkpoint is damaged
     or has no such weights."""
-    trained = open_trained(storage, name, step, weights)
+    trained = open_trained(storage, name, step, weights, chosen)
     _ = trained.model
     return trained
 
 
+def _check_chosen(trained: Trained) -> None:
+    """Raise SpecError for adapters that there are not, that belong to another base, or that do not
+    add up."""
+    where, chosen = f"run {trained.run.name!r}", trained.chosen
+    if trained.spec.adapters is None:
+        raise SpecError(
+            where,
+            "has no adapters: it was trained whole",
+            "adapters are put into the base of a run that has some",
+            "leave --adapter and --no-adapters out",
+        )
+    runs = [trained] if chosen.own else []
+    for name in chosen.others:
+        other = open_trained(trained.run.storage, name)
+        if other.spec.adapters is None:
+            raise SpecError(f"--adapter {name}", "has no adapters: it was trained whole")
+        if _base_of(other) != _base_of(trained):
+            raise SpecError(
+                f"--adapter {name}",
+                f"was trained on another model than {trained.run.name}",
+                "adapters mean something in the weights that they were trained in",
+                "name a run with the same model",
+            )
+        runs.append(other)
+    lasting = [one for one in runs if one.spec.adapters and not one.spec.adapters.merges]
+    if len(lasting) > 1:
+        kinds = " and ".join(f"{one.run.name}: {one.spec.adapters.name}" for one in lasting)  # type: ignore[union-attr]
+        raise SpecError(
+            "--adapter",
+            f"{kinds}",
+            "of those that do not change weights (prefix, prompt, bottleneck) there may be one",
+            "leave one of them out, --no-adapters the run's own",
+        )
+
+
+def _base_of(trained: Trained) -> Any:
+    """What two runs with the same base have in common: what its weights are known by, or what they
+    are drawn from."""
+    kept = trained.run.model()
+    pretrained = kept["pretrained"] if kept else None
+    if pretrained is not None:
+        return pretrained["digest"]
+    return (
+        trained.spec.model.model_dump(mode="json"),
+        trained.spec.seed,
+        trained.manifest.vocab_size,
+    )
+
+
 @torch.no_grad()
-def _fill(model: torch.nn.Module, reader: CheckpointReader, weights: Weights) -> None:
+def _fill(
+    model: torch.nn.Module,
+    reader: CheckpointReader,
+    weights: Weights,
+    only: Collection[str] | None = None,
+) -> None:
     for name, parameter in model.named_parameters():
+        if is_base(parameter) or (only is not None and name not in only):
+            continue
         # Frozen parameters have no average: it would be themselves.
         state = weights if reader.has(name, weights) else "param"
         parameter.copy_(reader.read(name, state).reshape(parameter.shape))

@@ -14,6 +14,7 @@ from dray.runs.beginning import (
     find_begun,
     find_origin,
     fork_run,
+    keep_checkpoint,
     moved_paths,
     open_or_create,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "find_resume_checkpoint",
     "fork_run",
     "inspect_checkpoint",
+    "keep_checkpoint",
     "list_names",
     "list_runs",
     "make_fragment_key",

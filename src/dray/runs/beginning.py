@@ -112,6 +112,17 @@ def create_run(
     return _begin(Run(os.fspath(storage), name), spec, plan, corpus, corpus_key)
 
 
+def keep_checkpoint(run: Run, path: str, name: str, purpose: str = "") -> None:
+    """Spare a checkpoint (its path, in the storage of `run`) for as long as the run called `name`
+    exists. `purpose`: where that run needs several of one run."""
+    checkpoint = run.keep_path(path)
+    pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
+    # No name of a run holds a tilde.
+    file = f"{name.replace('/', '~')}{purpose and f'~{purpose}~'}.json"
+    owner = parse_checkpoint_owner(checkpoint)
+    save_json(run.filesystem, f"{run.storage_path}/{owner}/{PINS}/{file}", pin)
+
+
 def fork_run(
     storage: str | os.PathLike[str],
     source: str,
@@ -132,11 +143,7 @@ def fork_run(
     if Run.find(storage, name) is not None:
         raise StoreError(f"run {name!r}", "exists already", "a fork gets a new name")
     require_writable(run.filesystem, run.path, run.uri)
-    checkpoint = run.keep_path(info.path)
-    pinned = parse_checkpoint_owner(checkpoint)
-    pin = {"run": name, "checkpoint": checkpoint, "pinned": now()}
-    file = f"{name.replace('/', '~')}.json"  # no name of a run holds a tilde
-    save_json(run.filesystem, f"{run.storage_path}/{pinned}/{PINS}/{file}", pin)
+    keep_checkpoint(run, info.path, name)
     if not inspect_checkpoint(run.filesystem, info.path).verified:
         raise StoreError(
             f"run {source!r}", f"step {info.step} was deleted meanwhile", way_out="fork again"
@@ -152,7 +159,7 @@ def fork_run(
             "run": source,
             "step": info.step,
             "attempt": info.attempt,
-            "checkpoint": checkpoint,
+            "checkpoint": run.keep_path(info.path),
             "fingerprint": origin.fingerprint,
             "differing": differing_paths(origin.record()["identity"], spec.identity()),
         },

@@ -1,10 +1,12 @@
 """The frozen spec.
 
-`sections.py` has its sections, `optimizers.py` the one of the optimiser, `spec.py` the whole;
+`sections.py` has its sections, `optimizers.py` the one of the optimiser, `adapting.py` those of
+adapters and frozen layers, `spec.py` the whole;
 `loading.py` reads and overrides it, `yaml_reading.py` reads the YAML that people write,
 `mistakes.py` says in a line what is wrong; `identity.py` compares two.
 """
 
+from dray.spec.adapting import ADAPTERS, Adapters, Freezing
 from dray.spec.identity import differing_paths, without_places
 from dray.spec.loading import (
     MAX_SPEC_BYTES,
@@ -52,11 +54,13 @@ from dray.spec.tasks import (
 from dray.spec.yaml_reading import BadYaml, read_yaml
 
 __all__ = [
+    "ADAPTERS",
     "MAX_SPEC_BYTES",
     "NAME_RULE",
     "OPTIMIZERS",
     "RUN_NAME",
     "TEXT_KINDS",
+    "Adapters",
     "BadYaml",
     "Checkpoint",
     "Cleaning",
@@ -65,6 +69,7 @@ __all__ = [
     "Ema",
     "Field",
     "Float",
+    "Freezing",
     "Head",
     "HeldOut",
     "Int",

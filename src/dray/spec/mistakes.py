@@ -32,15 +32,17 @@ def _known_keys(section: type[BaseModel], tags: Collection[str], prefix: str = "
     names, if any."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
-        kinds = [
-            field.annotation,
-            *(next(iter(get_args(part)), None) for part in get_args(field.annotation)),
-        ]
-        sections = [
-            kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
-        ]
+        sections = list(_kinds(field.annotation))
         for kind in [kind for kind in sections if kind.__name__ in tags] or sections:
             yield from _known_keys(kind, tags, f"{prefix}{name}.")
+
+
+def _kinds(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a value may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def translate(

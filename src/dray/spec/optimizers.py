@@ -61,6 +61,12 @@ class Optimizer(Section):
     """Peak learning rate."""
     weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.1
     """Decoupled weight decay; it spares norms, biases and embeddings."""
+    block_rate: Annotated[
+        Annotated[Float, Field(gt=0, le=1)] | None, Field(exclude_if=lambda given: given is None)
+    ] = None
+    """Learning rate of the last block as a share of the head's, of each other block as a share of
+    the one above it, and of the embeddings as a share of the first block's (Clark et al. 2020,
+    ELECTRA). None: one rate for all."""
 
     @property
     def base_hidden_size(self) -> int | None:

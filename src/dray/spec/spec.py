@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.sections import (
     RUN_NAME,
@@ -53,6 +54,14 @@ class Spec(Section):
     """The tokeniser."""
     model: Model
     """The model."""
+    adapters: Annotated[
+        AdaptersChoice | None, Field(default=None, exclude_if=lambda given: given is None)
+    ]
+    """Small trained parts in a model that stays as it is. None: the model itself is trained."""
+    freezing: Annotated[
+        Freezing | None, Field(default=None, exclude_if=lambda given: given is None)
+    ]
+    """Layers that are not trained. None: all are."""
     batch: BatchSize = BatchSize()
     """The batch."""
     optimizer: OptimizerChoice = AdamW()
@@ -164,6 +173,35 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapted(self) -> Self:
+        adapters, rate = self.adapters, self.optimizer.block_rate
+        if self.freezing is not None and adapters is not None:
+            raise ValueError(
+                "freezing beside adapters: adapters leave the whole model as it is; leave freezing "
+                "out"
+            )
+        if self.optimizer.base_hidden_size is not None and (adapters or rate):
+            what = "adapters" if adapters else "optimizer.block_rate"
+            raise ValueError(
+                f"optimizer.width_transfer beside {what}: it scales the rates of a model that is "
+                "trained whole; leave one of them out"
+            )
+        if adapters is None:
+            return self
+        if adapters.quantized and (self.zero.stage == 3 or self.zero.offload == "parameters"):
+            key = "zero.stage = 3" if self.zero.stage == 3 else "zero.offload = parameters"
+            raise ValueError(
+                f"{key}: adapters.base = nf4 packs matrices, which ZeRO 3 cannot cut up; give "
+                "zero.stage=2, or adapters.base=as_is"
+            )
+        if adapters.name == "prefix" and self.engine.activation_checkpointing:
+            raise ValueError(
+                "engine.activation_checkpointing beside adapters.name = prefix: a block that is "
+                "computed again has lost the prefix; leave it out, or give adapters.name=prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _means_something(self, info: ValidationInfo) -> Self:
         """Refuse what would be silently without effect, except in a spec that a run has kept: it
         was let through when the run began, and the run stays what it is."""
@@ -183,6 +221,12 @@ class Spec(Section):
         return self
 
     @property
+    def keeps_base(self) -> bool:
+        """Whether a part of the model is never trained: it is made again from where it came, and
+        stands in no checkpoint."""
+        return self.adapters is not None or (self.freezing is not None and self.freezing.freezes)
+
+    @property
     def is_auto(self) -> bool:
         """Whether a law is to give the rate or the batch."""
         return not self.optimizer.learning_rate or not self.batch.global_rows
@@ -196,6 +240,8 @@ class Spec(Section):
             return (
                 f"the Step Law is of drawn weights, and the model starts from {self.model.origin}"
             )
+        if self.adapters is not None or self.freezing is not None:
+            return "the Step Law is of models that are trained whole"
         if self.task.head.over != "vocabulary":
             return f"the Step Law is of language models, and {self.task.name} learns another"
         return ""
@@ -235,6 +281,7 @@ class Spec(Section):
         identity = {key: dump[key] for key in keys} | {
             "batch": {"global_rows": self.batch.global_rows}
         }
+        identity |= {key: dump[key] for key in ("adapters", "freezing") if key in dump}
         if self.duration_is_identity:
             identity["duration"] = dump["duration"]
         return identity

@@ -115,6 +115,8 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     check_storage(storage)
     check_trackers(spec, storage)
     spec.optimizer.check_package()
+    if spec.adapters is not None:
+        spec.adapters.check_packages()
     run = find_begun(storage, name, fork)
     keeper = run or (find_origin(storage, name)[0] if fork else None)
     if (
@@ -131,6 +133,7 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     elif keeper is not None:
         _check_same_shape(keeper, spec)
         _check_same_states(keeper, spec)
+        _check_same_base(keeper, spec)
     return Start(spec, storage, name, fork, run, keeper)
 
 
@@ -148,7 +151,7 @@ def open_run(
     spec = start.spec
     origin, config = _find_model(start)
     if not start.keeps_rows:  # what cannot run is refused before the corpus is read
-        if origin is not None or spec.model.options:
+        if origin is not None or spec.model.options or spec.adapters or spec.freezing:
             # Its model is built here to be checked: so it is counted here, not by another process.
             from dray.models.build import import_transformers
 
@@ -159,7 +162,8 @@ def open_run(
         spec = spec.model_copy(
             update={"precision": plan.precision} if spec.precision == "auto" else {}
         )
-        if origin is not None or spec.model.options or not plan.parameters_exact:
+        trains_part = spec.adapters is not None or spec.freezing is not None
+        if origin is not None or spec.model.options or trains_part or not plan.parameters_exact:
             _check_model(spec, given.tokenizer.path, origin, config)
     if corpus is not None:
         _check_width(spec, corpus)
@@ -170,7 +174,7 @@ def open_run(
         spec = with_numbers(spec, plan.law.learning_rate, plan.law.global_rows)
         say(describe_law(plan.law))
     if origin is not None:
-        if start.run is not None and find_resume_checkpoint(start.run) is None:
+        if start.run is not None and (spec.keeps_base or find_resume_checkpoint(start.run) is None):
             origin.check()
         origin = origin.pinned()
     if start.run is None and start.keeper is not None and spec.regularization.ema is not None:
@@ -192,6 +196,8 @@ def open_run(
         and (run.model() or {}).get("pretrained") != origin.to_json()
     ):
         run.keep_model(config, origin.to_json())
+    if spec.keeps_base and isinstance(origin, RunWeights):
+        origin.keep_for(run.name)
     _keep_corpus(run, corpus)
     return run, Job(
         spec,
@@ -408,13 +414,29 @@ def _check_same_states(origin: Run, spec: Spec) -> None:
         )
 
 
+def _check_same_base(origin: Run, spec: Spec) -> None:
+    """Raise SpecError for a fork that trains another part of its origin's model, or another model:
+    what is not trained is in no checkpoint."""
+    before, now = origin.record()["identity"], spec.identity()
+    keys = ["adapters", "freezing"]
+    if spec.keeps_base:
+        keys += ["model", *(["seed"] if not spec.model.origin else [])]
+    if changed := [key for key in keys if before.get(key) != now.get(key)]:
+        raise SpecError(
+            f"--fork of {origin.name}",
+            f"its spec differs in {', '.join(changed)}",
+            "a checkpoint holds what is trained, and the rest is made again from the spec",
+            "undo the change, or begin another run with model.run or model.path",
+        )
+
+
 def _check_model(
     spec: Spec, tokenizer: str | None, origin: Origin | None, config: Mapping[str, Any] | None
 ) -> None:
     """Raise SpecError for a model that transformers does not know, that cannot take the spec's
     settings, or whose weights are not those of its configuration or of the spec's tokeniser, which
     lies in the folder `tokenizer` unless it is trained."""
-    from dray.models.build import check_builds
+    from dray.models.build import check_builds, check_trains
     from dray.models.config import check_vocabulary, make_config
     from dray.models.weights import check_fit
 
@@ -426,6 +448,7 @@ def _check_model(
     model = check_builds(spec, make_config(spec, vocab_size=vocab_size, kept=kept))
     if origin is not None:
         check_fit(model, open_weights(origin))
+    check_trains(model, spec)
 
 
 def _count_tokens(folder: str) -> int | None:
