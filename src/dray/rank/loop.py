@@ -41,6 +41,7 @@ from dray.models.groups import parameter_groups
 from dray.models.initialize import restore_rotary_buffers
 from dray.models.width import width_factor, with_rates
 from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
+from dray.origin import open_weights
 from dray.processes.heap import prepare_heap
 from dray.rank.cadence import build_cadence
 from dray.rank.device import Clock, Reading, is_queued, send
@@ -48,7 +49,6 @@ from dray.rank.engine import Engine, build_engine, import_deepspeed
 from dray.rank.feeding import StepRows, ValidationRows, feed
 from dray.rank.group import Ranks
 from dray.rank.hooks import build_hooks
-from dray.rank.initial_weights import open_weights
 from dray.rank.job import Attempt, Job
 from dray.rank.numerics import Watch
 from dray.rank.pulse import Pulse

@@ -49,6 +49,9 @@ class Column:
     """What stands where there is no token of the document's text."""
     extends: bool = False
     """Whether what ends a document has the value of its last token."""
+    told: bool = False
+    """Whether the model that the run begins with tells it (`Task.tell`) once the rows are there:
+    `encode` gives none."""
 
 
 SEPARATOR = "\x1f"

@@ -201,6 +201,11 @@ class Task:
         """
         raise NotImplementedError
 
+    def tell(self, batch: Batch, output: Output) -> Mapping[str, Tensor]:
+        """Columns that are `told`, by name: a number for each row of a batch [rows], from what the
+        objective gives of it where no gradient is wanted. In the batch they are 0 until then."""
+        raise NotImplementedError
+
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""
         raise NotImplementedError
