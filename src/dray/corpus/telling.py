@@ -37,6 +37,9 @@ class Teller:
     origin: Origin | None
     """Where its weights lie, pinned; None: they are drawn by the spec's seed."""
 
+    def __hash__(self) -> int:
+        return hash((self.spec.name, self.origin))
+
     @property
     def digest(self) -> str:
         """What it is known by, wherever its weights lie: it belongs to the corpus' key."""

@@ -46,6 +46,7 @@ from dray.processes.heap import prepare_heap
 from dray.rank.cadence import build_cadence
 from dray.rank.device import Clock, Reading, is_queued, send
 from dray.rank.engine import Engine, build_engine, import_deepspeed
+from dray.rank.exploring import explore
 from dray.rank.feeding import StepRows, ValidationRows, feed
 from dray.rank.group import Ranks
 from dray.rank.hooks import build_hooks
@@ -57,7 +58,7 @@ from dray.rank.schedule import learning_rate
 from dray.runs import CheckpointReader, Run, inspect_checkpoint
 from dray.runs.records import Event, Report, StepReport, ValidationReport, finite
 from dray.runs.uptime import INTERVAL
-from dray.tasks import Task, TaskMetrics
+from dray.tasks import Batch, Task, TaskMetrics
 
 _MEASURED_STEPS = 6  # the first of them is not typical
 _LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50  # of a collective, once steps are measured
@@ -383,10 +384,14 @@ class _Loop:
         """The gradients of one step. Returns this rank's summed loss (fp64, on the device), and
         marks around its forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting
         one."""
+        batches: list[Batch] = rows.batches
+        if self.task.explores:
+            self.pulse.enter("forward")
+            batches = explore(self.engine, self.task, batches, self.ranks)
         self.engine.train(True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         forwards = []
-        for index, batch in enumerate(rows.batches):
+        for index, batch in enumerate(batches):
             # Dropout's randomness belongs to the place in the run, so there is no generator to
             # save.
             torch.manual_seed(make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index))
@@ -399,7 +404,7 @@ class _Loop:
             # instead.
             mean = summed * (self.ranks.num_ranks / max(1, all_targets))
             self.pulse.enter("backward")
-            self.engine.backward(mean, last=index == len(rows.batches) - 1)
+            self.engine.backward(mean, last=index == len(batches) - 1)
             loss_sum += summed.detach().double()
         return loss_sum, forwards
 

@@ -99,7 +99,7 @@ class Trained:
         longest = self.longest_row if packs else None
         return Dress(
             prefix,
-            () if packs else suffix,
+            () if packs or self.spec.task.generates else suffix,
             manifest.pad_token_id,
             manifest.eos_token_id,
             self.spec.data.cleaning.normalize,

@@ -69,6 +69,8 @@ class Head:
     """Whether an encoder may attend to later tokens."""
     share: float = 1.0
     """Of the tokens that have logits."""
+    sequences: int = 1
+    """How many sequences the model is given of a row, each as long as it."""
     problem_type: str | None = None
     """What a classifier's configuration calls its loss."""
 

@@ -112,6 +112,9 @@ class Task:
     """Whether its models tell something of each document."""
     masks = False
     """Whether it needs a token that stands for one that is to be guessed."""
+    explores = False
+    """Whether something of a step's rows must be found out by the model itself before it learns
+    from them (`explored`)."""
     head: Head
 
     def __init__(self, settings: Any = None) -> None:
@@ -199,6 +202,12 @@ class Task:
         beside their number, and what the metrics need where no gradient is wanted. Labels are
         smoothed in training alone.
         """
+        raise NotImplementedError
+
+    def explored(self, batch: Batch, output: Output, means: Mapping[str, Tensor]) -> Batch:
+        """What is learnt from in place of a batch, of a task that explores: given what the
+        objective makes of it where no gradient is wanted, and the means of all its terms over the
+        step's rows on all ranks, by name."""
         raise NotImplementedError
 
     def tell(self, batch: Batch, output: Output) -> Mapping[str, Tensor]:
