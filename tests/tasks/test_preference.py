@@ -4,7 +4,6 @@ killed goes on exactly. Real engine, real corpora, real checkpoints."""
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,14 @@ from dray.release.evaluate import evaluate
 from dray.release.generate import generate
 from dray.release.trained import load_trained
 from dray.runs import Run
-from dray.spec import Spec, make_spec
+from dray.spec import Spec
 from dray.storage.filesystem import open_filesystem
 from dray.tasks.answer_objectives import answer_log_probs
 from dray.train import train, train_locally
 from killed import assert_same_steps, killed_and_resumed
-from tiny import tiny_tree
+from pairs import make_spec_of, pairs, write
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-KIND, RUDE = ("thank you", "with pleasure", "gladly"), ("go away", "who cares", "never mind")
-ASKED = ("open the door", "tell me the time", "carry the bag", "close the book")
-
-
-def pairs(num: int = 160) -> list[dict[str, Any]]:
-    drawn = random.Random(0)
-    found = []
-    for place in range(num):
-        kind, rude = drawn.choice(KIND), drawn.choice(RUDE)
-        prompt = f"please {drawn.choice(ASKED)} {place % 13} ."
-        found.append({"prompt": prompt, "chosen": f" {kind} .", "rejected": f" {rude} ."})
-    return found
 
 
 def judged(num: int = 160) -> list[dict[str, Any]]:
@@ -51,35 +38,11 @@ def judged(num: int = 160) -> list[dict[str, Any]]:
     ]
 
 
-def write(folder: Path, records: list[dict[str, Any]]) -> Path:
-    folder.mkdir(exist_ok=True)
-    lines = [json.dumps(record) for record in records]
-    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
 def make(folder: Path, loss: str, steps: int = 20, **sections: Any) -> Spec:
-    tree = {
-        "name": loss,
-        "task": {"name": "preference", "loss": loss},
-        "data": {
-            "train": {"path": f"{folder}/*.jsonl"},
-            "validation": {"share": 0.2},
-            "sequence_tokens": 40,
-            "cleaning": {"deduplicate": "none"},
-        },
-        "tokenizer": {"train": "byte_bpe", "vocab_size": 330},
-        "model": {"architecture": "llama", "hidden_size": 32, "num_layers": 2, "num_heads": 2},
-        "batch": {"global_rows": 16, "micro_rows": 4},
-        "optimizer": {"learning_rate": 1e-3},
-        "duration": {"steps": steps},
-        "validation": {"every_steps": 20, "metric": "margin", "max_rows": None},
-        "checkpoint": {"every_steps": 10},
-        "resources": {"workers": 1},
-    }
-    made = tiny_tree(folder, **{**tree, **sections})
-    whole = {name: sections[name] for name in ("model", "tokenizer") if name in sections}
-    return make_spec({**made, **whole})
+    task = {"name": "preference", "loss": loss}
+    validation = {"every_steps": 20, "metric": "margin", "max_rows": None}
+    own = {"name": loss, "task": task, "validation": validation, **sections}
+    return make_spec_of(folder, own.pop("task"), steps, **own)
 
 
 def rows_of(corpus: Corpus, split: str = "train") -> Any:

@@ -32,7 +32,6 @@ from dray.processes.streams import make_json
 from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import batch_rows
 from dray.release.trained import Trained, Weights, load_trained
-from dray.spec import TEXT_KINDS
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
@@ -117,9 +116,7 @@ class Predictor:
     def __init__(self, trained: Trained, counts: Counts | None = None) -> None:
         self.trained, self.counts = trained, counts or Counts()
         self.task = _check_predicts(trained)
-        self.fields = {
-            name: field for name, field in self.task.fields.items() if field.kind in TEXT_KINDS
-        }
+        self.fields = self.task.asked
         """What a record consists of, targets aside."""
         self._wanted = Wanted(tuple((name, name, f.kind) for name, f in self.fields.items()))
         self.device = trained.move_to_device()
@@ -155,6 +152,9 @@ class Predictor:
         for place, prediction in self._predict(encoded):
             found[int(records[place])].append((place, prediction))
         for place, (text, pieces) in enumerate(zip(texts.to_pylist(), found, strict=True)):
+            if place in encoded.refused:
+                yield {**_given(text, self.fields), "error": encoded.refused[place]}
+                continue
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
             given = _given(text, self.fields)
             untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}

@@ -78,6 +78,12 @@ class Answers:
         )
 
 
+def count_answers(texts: pa.Array) -> int:
+    """How many answers documents have behind their prompts: a prediction may be asked of one where
+    two are learnt from."""
+    return int(pc.count_substring(texts[:1], SEPARATOR)[0].as_py()) if len(texts) else 1
+
+
 def encode_answers(texts: pa.Array, tools: Tools, num_answers: int) -> Answers:
     """Documents of a prompt and `num_answers` answers as ids. One without a token in an answer is
     refused."""

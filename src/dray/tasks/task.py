@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from dray.spec import Direction, Field, Head, NoSettings
+from dray.spec import TEXT_KINDS, Direction, Field, Head, NoSettings
 from dray.spec.sections import Section
 from dray.tasks.rows import IGNORED, Column
 
@@ -151,6 +151,11 @@ class Task:
             },
             "columns": [vars(column) for column in self.columns],
         }
+
+    @property
+    def asked(self) -> Mapping[str, Field]:
+        """What a prediction reads of a record: its fields but the target."""
+        return {name: field for name, field in self.fields.items() if field.kind in TEXT_KINDS}
 
     @property
     def has_classes(self) -> bool:
