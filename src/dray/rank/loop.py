@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dray.corpus.stream import RowStream
+from dray.corpus.tokenizing import Decoder
 from dray.doctor.hangs import agreement_seconds
 from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer
 from dray.models.build import (
@@ -58,6 +59,7 @@ from dray.rank.schedule import learning_rate
 from dray.runs import CheckpointReader, Run, inspect_checkpoint
 from dray.runs.records import Event, Report, StepReport, ValidationReport, finite
 from dray.runs.uptime import INTERVAL
+from dray.storage.filesystem import child
 from dray.tasks import Batch, Task, TaskMetrics
 
 _MEASURED_STEPS = 6  # the first of them is not typical
@@ -201,7 +203,8 @@ class _Loop:
         path = attempt.checkpoint and run.find_path(attempt.checkpoint)
         self.newest = inspect_checkpoint(run.filesystem, path) if path else None
         self.spec, self.plan = job.spec, attempt.plan
-        self.task: Task = job.spec.task.on(job.manifest, job.spec.model.num_labels)
+        decode = Decoder(child(run.corpus_copy, "tokenizer"))
+        self.task: Task = job.spec.task.on(job.manifest, job.spec.model.num_labels, decode)
         self.engine: Engine = build_engine(
             self._build_model,
             self._make_groups,

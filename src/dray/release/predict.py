@@ -101,7 +101,7 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
 
 def _check_predicts(trained: Trained) -> Any:
     """The task of a run that predicts. Raises SpecError for another one."""
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    task = trained.task
     if not task.predicts:
         way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
         where = f"run {trained.run.name!r}"

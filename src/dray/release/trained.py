@@ -18,13 +18,14 @@ import torch
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.tokenizer_folder import Dress
-from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_tokenizer_files
+from dray.corpus.tokenizing import Decoder, describe, load_encoder, read_tokenizer_files
 from dray.errors import StoreError
 from dray.models.build import build_model
 from dray.models.config import longest_row
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
+from dray.tasks import Task
 
 Weights = Literal["trained", "ema"]
 """Which of a checkpoint's weights: those that were trained, or their moving average."""
@@ -82,6 +83,14 @@ class Trained:
         kept = child(self.run.corpus_copy, "tokenizer")
         return kept if list_files(*open_filesystem(kept)) else child(self.corpus, "tokenizer")
 
+    @cached_property
+    def task(self) -> Task:
+        """What was learnt, on the run's own corpus and with its tokeniser."""
+        bound: Task = self.spec.task.on(
+            self.manifest, self.spec.model.num_labels, Decoder(self.tokenizer_folder)
+        )
+        return bound
+
     @property
     def longest_row(self) -> int | None:
         """Tokens that the model takes at once; None if it counts no positions."""
@@ -119,7 +128,7 @@ class Trained:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids as text, without special tokens."""
-        return str(load_decoder(self.tokenizer_folder).decode(list(ids), skip_special_tokens=True))
+        return Decoder(self.tokenizer_folder)(ids)
 
     def move_to_device(self) -> torch.device:
         """Put the model on the GPU if there is one with room for it and its activations, and say

@@ -97,3 +97,28 @@ class GoodOrBadMetrics(Gathered):
         kinds = {True: "chosen_reward", False: "rejected_reward"}
         missing = tuple(name for kind, name in kinds.items() if kind not in self._wanted)
         return ("margin", *missing) if missing else ()
+
+
+class RewardMetrics(Gathered):
+    """Of answers that were written to prompts: the mean `reward` (the loss is minus it), the mean
+    of each prompt's best, the share of prompts whose answers are not all worth the same (`varied`:
+    only these teach), and the mean `length` in tokens."""
+
+    names = ("loss", "reward", "best_reward", "varied", "length")
+
+    def update(self, batch: Batch, output: Output) -> None:
+        real = batch["real"]
+        self._wanted += [1] * int(real.sum())
+        rewards, lengths = output["rewards"][real].double(), output["lengths"][real].double()
+        best, least = rewards.amax(dim=1), rewards.amin(dim=1)
+        self._losses += (-rewards.mean(dim=1)).tolist()
+        self._found += torch.stack(
+            [rewards.mean(dim=1), best, (best > least).double(), lengths.mean(dim=1)], dim=1
+        ).tolist()
+
+    def _measure(self) -> dict[str, float]:
+        columns = zip(*self._found, strict=True)
+        return {
+            name: statistics.fmean(values)
+            for name, values in zip(self.names[1:], columns, strict=True)
+        }

@@ -88,16 +88,15 @@ def good_or_bad_losses(
     )
 
 
-def answer_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_log_probs(model: Any, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """The log-probability of each answer, summed over its tokens (fp32), and their number:
-    [rows, sequences] each."""
+    [rows, sequences] each. `temperature`: of what is drawn from the model's scores."""
     ids, labels = batch["input_ids"], batch["labels"]
     logits = model(
         input_ids=ids.flatten(0, 1), attention_mask=batch["attention_mask"].flatten(0, 1)
     ).logits
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    scores = logits.flatten(0, 1).float() / temperature
+    losses = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction="none")
     return -losses.view(ids.shape).sum(dim=-1), (labels != IGNORED).sum(dim=-1)
 
 

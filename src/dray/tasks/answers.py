@@ -142,3 +142,53 @@ def answer_batch(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor]
     inside = (places + 1 >= before[:, None, None]) & (places + 1 < sizes[:, :, None])
     labels = labels.masked_fill(~(inside & real[:, None, None]), IGNORED)
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels, "real": real}
+
+
+def encode_prompts(texts: pa.Array, tools: Tools, max_tokens: int) -> Encoded:
+    """Documents of a prompt and what is wanted of an answer: prompts as tokens that leave room for
+    `max_tokens` more, cut at their beginning and counted, and `wanted`, UTF-8 bytes. Raises
+    ValueError where a row has no room for a prompt beside an answer."""
+    room = tools.row_tokens - len(tools.prefix) - max(len(tools.suffix), max_tokens)
+    if room < 1:
+        raise ValueError(
+            f"a row of {tools.row_tokens} tokens has no room for a prompt and an answer of "
+            f"{max_tokens}"
+        )
+    parts = pc.split_pattern(texts, SEPARATOR)
+    prompts = _split(*tools.encode(pc.list_element(parts, 0).cast(pa.large_string())))
+    wanted = [
+        np.frombuffer(text.encode(), np.uint8) for text in pc.list_element(parts, 1).to_pylist()
+    ]
+    kept = [prompt[max(0, len(prompt) - room) :] for prompt in prompts]
+    lengths = np.array([len(prompt) for prompt in kept], np.int64)
+    return Encoded(
+        np.concatenate([np.empty(0, np.int64), *kept]).astype(tools.dtype),
+        lengths,
+        {
+            PROMPT_TOKENS: (lengths + len(tools.prefix)).astype(np.int32),
+            "wanted": join_lists(wanted) if wanted else pa.array([], pa.large_list(pa.uint8())),
+        },
+        num_lost=np.array([len(p) for p in prompts], np.int64) - lengths,
+    )
+
+
+def prompt_batch(table: pa.Table, pad_token_id: int | None, beside: str) -> dict[str, Tensor]:
+    """The prompts of rows without what ends a document, as `prompts` and `mask`, int64 [rows,
+    width], padded before their beginning; the varying column `beside`, int64 [rows, most], -1
+    behind its numbers; and `real`, bool [rows]. An empty prompt is one pad token."""
+    import torch
+
+    from dray.tasks.columns import integer_column, list_column, real_rows, token_matrix
+
+    tokens, real = token_matrix(table), real_rows(table)
+    sizes = integer_column(table, PROMPT_TOKENS).clamp(min=1)
+    width = max(1, int((sizes * real).max())) if len(real) else 1
+    sizes = sizes.clamp(max=width)
+    places = torch.arange(width) - (width - sizes)[:, None]
+    mask = places >= 0
+    prompts = tokens.gather(1, places.clamp(min=0)).masked_fill(~mask, pad_token_id or 0)
+    lists = list_column(table, beside)
+    others = torch.full((len(lists), max([1, *map(len, lists)])), -1)
+    for row, values in enumerate(lists):
+        others[row, : len(values)] = values
+    return {"prompts": prompts, "mask": mask.long(), beside: others, "real": real}

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dray.spec import TEXT_KINDS, Direction, Field, Head, NoSettings
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "Tensor"]
 Output = dict[str, "Tensor"]
+Decode = Callable[[Sequence[int]], str]
+"""Ids as text, without special tokens."""
 Terms = dict[str, tuple["Tensor", "Tensor"]]
 """Named parts of a loss: the sum over a batch's targets, and their number."""
 
@@ -125,6 +127,7 @@ class Task:
         self.pad_token_id: int | None = None
         self.mask_token_id: int | None = None
         self.vocab_size = 0
+        self.decode: Decode | None = None
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -162,11 +165,15 @@ class Task:
         """Whether its rows have numbers of classes, which the corpus finds in the documents."""
         return any(column.names or column.hot for column in self.columns)
 
-    def on(self, corpus: Corpus, num_labels: int | None = None) -> Self:
-        """The task on a corpus, with as many classes as a spec wants or else the corpus has."""
+    def on(
+        self, corpus: Corpus, num_labels: int | None = None, decode: Decode | None = None
+    ) -> Self:
+        """The task on a corpus, with as many classes as a spec wants or else the corpus has.
+        `decode`: the corpus' tokeniser, where a model is there to write texts."""
         bound = copy.copy(self)
         bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
         bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
+        bound.decode = decode
         bound.num_labels = self.num_outputs or num_labels or len(corpus.labels) or 2
         return bound
 
