@@ -1,5 +1,5 @@
 """Rewards that a program gives for answers, by name: dray's own, and those of installed packages
-(entry points of the group `dray.rewards`).
+(entry points of the group `dray.tasks.rewards`).
 
 A spec is data, so it names no code: a module or a file beside it is never run. A reward is called
 with an answer, what was wanted and the prompt, and gives a finite number.
@@ -16,7 +16,7 @@ from typing import Any
 
 from dray.errors import SpecError, one_line, translated
 
-GROUP = "dray.rewards"
+GROUP = "dray.tasks.rewards"
 Reward = Callable[[str, str, str], float]
 """What an answer is worth, of the answer, what was wanted, and the prompt."""
 _NUMBER = re.compile(r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?")
