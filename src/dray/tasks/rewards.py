@@ -15,8 +15,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from dray.errors import SpecError, one_line, translated
+from dray.spec.tasks import GROUP as TASKS
 
-GROUP = "dray.tasks.rewards"
+GROUP = f"{TASKS}.rewards"
 Reward = Callable[[str, str, str], float]
 """What an answer is worth, of the answer, what was wanted, and the prompt."""
 _NUMBER = re.compile(r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?")
