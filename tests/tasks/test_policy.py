@@ -17,7 +17,7 @@ from dray.release.evaluate import evaluate
 from dray.release.generate import generate
 from dray.spec import Spec, make_spec
 from dray.tasks.rewards import find_reward, pattern_reward
-from dray.tasks.writing import advantages, joined_answers, write_answers
+from dray.tasks.rollouts import advantages, joined_answers, write_answers
 from dray.train import train, train_locally
 from killed import assert_same_steps, killed_and_resumed
 from pairs import write

@@ -137,7 +137,7 @@ class Policy(Task):
         ]
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.writing import WrittenAnswersLoss
+        from dray.tasks.rollouts import WrittenAnswersLoss
 
         return WrittenAnswersLoss(
             model,
@@ -148,7 +148,7 @@ class Policy(Task):
         )
 
     def explored(self, batch: Batch, output: Output, means: Mapping[str, Tensor]) -> Batch:
-        from dray.tasks.writing import advantages
+        from dray.tasks.rollouts import advantages
 
         scaled = self.settings.loss == "grpo"
         found = {"advantages": advantages(output["rewards"], scaled=scaled), "real": batch["real"]}
