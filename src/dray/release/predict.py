@@ -7,6 +7,7 @@ line of its own that says why.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -225,4 +226,7 @@ def _given(text: str, fields: Any) -> dict[str, Any]:
     if fields[names[0]].kind == "words":
         return {names[0]: text.split(SEPARATOR)}
     parts = text.split(SEPARATOR) if len(names) > 1 else [text]
-    return dict(zip(names, parts, strict=True))
+    return {
+        name: json.loads(part) if fields[name].kind == "record" else part
+        for name, part in zip(names, parts, strict=True)
+    }

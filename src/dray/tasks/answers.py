@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dray.tasks.encoding import join_lists
+from dray.tasks.prompts import NoAnswer, write_prompt
 from dray.tasks.rows import IGNORED, SEPARATOR, Encoded, Tools
 
 if TYPE_CHECKING:
@@ -85,16 +86,16 @@ def count_answers(texts: pa.Array) -> int:
 
 
 def encode_answers(texts: pa.Array, tools: Tools, num_answers: int) -> Answers:
-    """Documents of a prompt and `num_answers` answers as ids. One without a token in an answer is
-    refused."""
+    """Documents of a prompt and `num_answers` answers, each as JSON, as ids. One without a token in
+    an answer is refused, as is what is no conversation."""
     room = max(0, tools.row_tokens - len(tools.prefix) - len(tools.suffix))
-    parts = pc.split_pattern(texts, SEPARATOR)
+    written, refused = _written(texts, tools, num_answers)
     columns = [
-        _split(*tools.encode(pc.list_element(parts, place).cast(pa.large_string())))
+        _split(*tools.encode(pa.array([row[place] for row in written.values()], pa.large_string())))
         for place in range(1 + num_answers)
     ]
-    found = Answers([], [], [], [], refused := {})
-    for record, (prompt, *answers) in enumerate(zip(*columns, strict=True)):
+    found = Answers([], [], [], [], refused)
+    for record, prompt, *answers in zip(written, *columns, strict=True):
         if not all(len(answer) for answer in answers):
             refused[record] = "empty answer"
             continue
@@ -107,6 +108,22 @@ def encode_answers(texts: pa.Array, tools: Tools, num_answers: int) -> Answers:
         lost = sum(max(0, len(answer) - least) for answer in answers)
         found.lost.append(len(prompt) - kept + lost)
     return found
+
+
+def _written(
+    texts: pa.Array, tools: Tools, num_answers: int
+) -> tuple[dict[int, list[str]], dict[int, str]]:
+    """Prompts and answers as texts, by record, and why others are none."""
+    found: dict[int, list[str]] = {}
+    refused: dict[int, str] = {}
+    for record, text in enumerate(texts.to_pylist()):
+        prompt, *answers = text.split(SEPARATOR)
+        try:
+            asked, own = write_prompt(prompt, answers[:num_answers], tools)
+            found[record] = [asked, *own]
+        except NoAnswer as error:
+            refused[record] = str(error)
+    return found, refused
 
 
 def _split(ids: Ids, lengths: npt.NDArray[np.int64]) -> list[Ids]:
@@ -154,11 +171,15 @@ def encode_prompts(texts: pa.Array, tools: Tools, max_tokens: int) -> Encoded:
             f"a row of {tools.row_tokens} tokens has no room for a prompt and an answer of "
             f"{max_tokens}"
         )
-    parts = pc.split_pattern(texts, SEPARATOR)
-    prompts = _split(*tools.encode(pc.list_element(parts, 0).cast(pa.large_string())))
-    wanted = [
-        np.frombuffer(text.encode(), np.uint8) for text in pc.list_element(parts, 1).to_pylist()
-    ]
+    parts = [text.split(SEPARATOR) for text in texts.to_pylist()]
+    written, refused = {}, {}
+    for record, (prompt, _) in enumerate(parts):
+        try:
+            written[record], _ = write_prompt(prompt, (), tools)
+        except NoAnswer as error:
+            refused[record] = str(error)
+    prompts = _split(*tools.encode(pa.array(written.values(), pa.large_string())))
+    wanted = [np.frombuffer(parts[record][1].encode(), np.uint8) for record in written]
     kept = [prompt[max(0, len(prompt) - room) :] for prompt in prompts]
     lengths = np.array([len(prompt) for prompt in kept], np.int64)
     return Encoded(
@@ -168,7 +189,9 @@ def encode_prompts(texts: pa.Array, tools: Tools, max_tokens: int) -> Encoded:
             PROMPT_TOKENS: (lengths + len(tools.prefix)).astype(np.int32),
             "wanted": join_lists(wanted) if wanted else pa.array([], pa.large_list(pa.uint8())),
         },
-        num_lost=np.array([len(p) for p in prompts], np.int64) - lengths,
+        records=np.array(list(written), np.int64),
+        num_lost=np.array([len(prompt) for prompt in prompts], np.int64) - lengths,
+        refused=refused,
     )
 
 
