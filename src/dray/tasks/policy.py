@@ -76,7 +76,7 @@ class Policy(Task):
     name = "policy"
     generates = explores = True
     fields: Mapping[str, Field] = {
-        "prompt": Field("text", column="prompt"),
+        "prompt": Field("record", column="prompt"),
         "answer": Field("text", column="answer"),
     }
     metrics: Mapping[str, Direction] = {

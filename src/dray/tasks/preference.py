@@ -83,7 +83,7 @@ class Preference(Task):
         self.explores = loss == "kto"
         answers = ("chosen", "rejected") if self.is_paired else ("completion",)
         self.fields: Mapping[str, Field] = {
-            name: Field("text", column=name) for name in ("prompt", *answers)
+            name: Field("record", column=name) for name in ("prompt", *answers)
         } | ({} if self.is_paired else {"label": Field("label", column="label")})
         self.columns = (
             Column(PROMPT_TOKENS),

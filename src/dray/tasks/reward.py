@@ -28,7 +28,7 @@ class Reward(Task):
     name = "reward"
     predicts = True
     fields: Mapping[str, Field] = {
-        name: Field("text", column=name) for name in ("prompt", "chosen", "rejected")
+        name: Field("record", column=name) for name in ("prompt", "chosen", "rejected")
     }
     metrics: Mapping[str, Direction] = {"loss": "lower", "accuracy": "higher", "margin": "higher"}
     columns = (Column(PROMPT_TOKENS), Column(OTHER, varies=True))
