@@ -28,6 +28,7 @@ LEVELS = {
     "models": 5,
     "runs": 5,
     "cluster": 5,
+    "origin": 6,
     "tasks": 6,
     "doctor": 6,
     "jobs": 6,

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -504,3 +505,22 @@ def test_units() -> None:
         "25 h 0 min",
         "2 d 7 h",
     ]
+
+
+def test_a_row_of_several_sequences_takes_the_work_of_as_many() -> None:
+    """A model that is given two sequences of each row."""
+
+    class Twice(type(spec_of().task)):  # type: ignore[misc]
+        head = replace(spec_of().task.head, sequences=2)
+
+    once, twice = (
+        make_plan(
+            spec_of(batch={"micro_rows": 4}).model_copy(update={"task": task}),
+            LAPTOP,
+            num_ranks=2,
+        )
+        for task in (spec_of().task, Twice())
+    )
+    assert twice.flops_per_token_strict == 2 * once.flops_per_token_strict
+    assert twice.flops_per_token_loose == 2 * once.flops_per_token_loose
+    assert twice.memory.activations_kept > 1.5 * once.memory.activations_kept

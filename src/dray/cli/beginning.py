@@ -192,7 +192,7 @@ def _find_run_inputs(spec: Spec, storage: str) -> tuple[Spec, Mapping[str, Any] 
     other run that its model starts from; None where it starts from none."""
     config = None
     if spec.model.run:
-        from dray.rank.initial_weights import find_run_weights
+        from dray.origin import find_run_weights
 
         config = find_run_weights(storage, spec.model.run, spec.model.step).config()
     if spec.tokenizer.run:

@@ -51,6 +51,13 @@ def check_columns(task: Any) -> None:
                 "or a list that varies",
                 "declare a column for each",
             )
+        if column.told and (sum(flags) or column.names or np.dtype(column.dtype).kind != "f"):
+            raise CorpusError(
+                where,
+                "is told by a model, and no number of a row",
+                "a model tells one number of each row",
+                "declare a column of floats for each",
+            )
         if task.packs and column.each == "row":
             raise CorpusError(
                 where,
@@ -121,7 +128,11 @@ def check_encoded(
         if num_lost.shape != lengths.shape or (num_lost < 0).any():
             raise _wrong(task, "num_lost", f"is no number from 0 for each of {num_documents:,}")
     records = _check_records(task, encoded, num_documents, num_texts)
-    declared = {column.name: column for column in task.columns if column.name != DOCUMENT}
+    declared = {
+        column.name: column
+        for column in task.columns
+        if column.name != DOCUMENT and not column.told
+    }
     if declared.keys() != encoded.columns.keys():
         raise _wrong(task, "columns", f"are {sorted(encoded.columns)}, not {sorted(declared)}")
     columns = {
@@ -133,11 +144,14 @@ def check_encoded(
             _check_numbers(task, column, columns[name], num_names)
         if name == SEGMENT and columns[name].size and not 0 <= columns[name].max() <= 1:
             raise _wrong(task, name, "is not 0 or 1, for the text of its row that a token is of")
+    later = {
+        column.name: np.zeros(num_documents, column.dtype) for column in task.columns if column.told
+    }
     return replace(
         encoded,
         tokens=tokens,
         lengths=lengths,
-        columns=columns,
+        columns=columns | later,
         records=records,
         num_lost=num_lost,
     )

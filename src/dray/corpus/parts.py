@@ -8,9 +8,10 @@
     pack_chunk        chunk         → rows in random order
     mix_rows          rows of a bundle of chunks → those that go to a group of shards
     merge_rows        slices of all chunks' rows → one token shard
+    tell_shard        token shard   → the same with what a model tells of its rows
 
-The first two are in `chunks.py`, the next three in `duplicates.py`, the last three in `rows.py`;
-each is a pure function of files to files.
+The first two are in `chunks.py`, the next three in `duplicates.py`, three in `rows.py`, the last,
+which few tasks have, in `telling.py`; each is a pure function of files to files.
 
 Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to
 shards. Of a large corpus that would be millions of small reads, so it goes there in two steps, by
@@ -144,6 +145,8 @@ class Preparation:
     work: str = "work"
     """Folder of the intermediate files: another one for inputs of other names, which the records
     tell of."""
+    teller: Any = None
+    """The model that tells columns of the rows (`telling.Teller`), where the task has such."""
     task_options: Mapping[str, Any] = field(default_factory=lambda: {"num_cpus": 1})
     """Ray's options of the tasks: what each takes, and where it may be."""
 

@@ -71,8 +71,10 @@ from dray.corpus.rows import merge_rows, mix_rows, pack_chunk
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
+from dray.corpus.telling import Teller, find_teller, tell_shard, telling_options
 from dray.corpus.tokenizing import NO_TOKENIZER, TokenizerInfo, read_tokenizer_files
 from dray.errors import CorpusError, SpecError, StoreError
+from dray.origin import Origin
 from dray.runs import Run
 from dray.runs.layout import CORPORA
 from dray.spec import HeldOut, Spec, Tokenizer
@@ -140,6 +142,8 @@ class _Inputs:
     """The classes of a trained model that they are to measure; empty: those that the training
     documents have."""
     left_out: tuple[LeftOut, ...] = ()
+    teller: Teller | None = None
+    """The model that tells columns of their rows, where the task has such."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Ray's options of the tasks that make a corpus of them."""
 
@@ -225,11 +229,11 @@ def _with_tokenizer(spec: Spec, folder: str) -> Spec:
     return spec.model_copy(update={"tokenizer": Tokenizer(path=folder)})
 
 
-def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
+def corpus_key(spec: Spec, inputs: _Inputs | None = None, teller: Teller | None = None) -> str:
     """16 hexadecimal digits of a hash over what the inputs hold, in their order, and every setting
-    that changes the result. Neither names nor times count: copied or moved files are the same
-    corpus."""
-    inputs = inputs or find_inputs(spec)
+    that changes the result, the model that tells columns of the rows among them. Neither names nor
+    times count: copied or moved files are the same corpus."""
+    inputs = inputs or replace(find_inputs(spec), teller=teller)
     tokenizer: Any = spec.task.tokenizes and {
         "train": spec.tokenizer.train,
         "vocab_size": spec.tokenizer.vocab_size,
@@ -261,6 +265,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None) -> str:
             }
             for source, files in zip(inputs.sources, inputs.files, strict=True)
         ],
+        **({"told_by": inputs.teller.digest} if inputs.teller else {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -285,7 +290,8 @@ def find(spec: Spec, storage: str) -> Corpus | None:
     """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as
     `prepare` does."""
     spec = with_tokenizer_folder(spec, storage)
-    return _find(spec, child(storage, CORPORA, corpus_key(spec)))
+    key = corpus_key(spec, teller=find_teller(spec, storage))
+    return _find(spec, child(storage, CORPORA, key))
 
 
 def recall(spec: Spec, storage: str) -> Corpus | None:
@@ -301,6 +307,7 @@ def recall(spec: Spec, storage: str) -> Corpus | None:
     if any(file.path not in digests for file in files):
         return None
     known = _regroup(inputs, (replace(file, digest=digests[file.path]) for file in files))
+    known = replace(known, teller=find_teller(spec, storage))
     return _find(spec, child(storage, CORPORA, corpus_key(spec, known)))
 
 
@@ -347,20 +354,28 @@ def prepare(
     labels: Sequence[str] = (),
     *,
     placement: Placement | None = None,
+    origin: Origin | None = None,
 ) -> Corpus:
     """Prepare the corpus of a spec below `<storage>/corpora/`, or find it prepared; Ray must be
     connected if not.
 
     `progress` gets a line now and then. `labels`: the classes of a trained model that the corpus is
     to measure, in the order of their ids; it may lack some of them. `placement`: where the work is
-    done, instead of wherever Ray has a free CPU. Raises CorpusError for inputs that cannot become a
-    corpus, StoreError for a storage that cannot be written, PlanError where no Ray is connected.
+    done, instead of wherever Ray has a free CPU. `origin`: the weights of the model that tells
+    columns, as a run keeps them, instead of those that the spec names now. Raises CorpusError for
+    inputs that cannot become a corpus, StoreError for a storage that cannot be written, PlanError
+    where no Ray is connected.
     """
     say = progress or (lambda line: None)
     spec = with_tokenizer_folder(spec, storage)
     options = placement.task_options() if placement is not None else {"num_cpus": 1}
     check_columns(spec.task)
-    inputs = replace(find_inputs(spec), labels=tuple(labels), task_options=options)
+    inputs = replace(
+        find_inputs(spec),
+        labels=tuple(labels),
+        task_options=options,
+        teller=find_teller(spec, storage, origin),
+    )
     key = corpus_key(spec, inputs)
     place = child(storage, CORPORA)
     folder = child(place, key)
@@ -487,6 +502,11 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     shards = run_stage(
         job, "shards", merge_rows, Plans(work.deals, lambda deal: deal.num_shards, Deal.shard), say
     )
+    if job.teller is not None:
+        say("asking the model that the run begins with")
+        told = replace(job, task_options=telling_options(job, job.teller))
+        given = [(index, Shard.model_validate(record)) for index, record in enumerate(shards)]
+        shards = run_stage(told, "told", tell_shard, given, say)
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job, work.parts)
     filesystem, path = share_filesystem(folder)
@@ -532,6 +552,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
         num_labels=spec.model.num_labels,
         known_labels=inputs.labels,
         work=_name_of_work(inputs),
+        teller=inputs.teller,
         task_options=inputs.task_options,
     )
     quoted = find_quoted(inputs.files, [source.source for source in sources], part_bytes)

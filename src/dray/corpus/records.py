@@ -4,7 +4,9 @@ cannot read."""
 from __future__ import annotations
 
 import base64
+import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -166,6 +168,22 @@ def _read_bytes(column: str, value: Any) -> str:
     return base64.b64encode(value).decode()
 
 
+def _read_record(column: str, value: Any) -> str:
+    """Values of any kind as JSON. Marks that a compatibility form would turn into those of JSON's
+    own stay as they are, as escapes."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRecord(f"{column!r} holds what JSON does not") from error
+    if _ESCAPED_NULL.search(text):
+        raise BadRecord("null byte")
+    return read_text(column, text.translate(_NEAR_JSON))
+
+
+_ESCAPED_NULL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_NEAR_JSON = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\uff02\uff3c\ufe68"}
+
+
 def _read_label(column: str, value: Any) -> str:
     return parse_label(value)
 
@@ -195,6 +213,7 @@ _READERS: dict[str, Callable[[str, Any], str]] = {
     "text": read_text,
     "words": _read_list,
     "bytes": _read_bytes,
+    "record": _read_record,
     "tags": _read_list,
     "label": _read_label,
     "labels": _read_labels,

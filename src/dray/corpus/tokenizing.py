@@ -319,6 +319,17 @@ def load_decoder(folder: str) -> Any:
     return _load_fast(files) if TOKENIZER_JSON in files else _load_slow(files)
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """Ids as text, without special tokens, by the tokeniser in a folder: it may be sent anywhere,
+    and reads that where it is called."""
+
+    folder: str
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        return str(load_decoder(self.folder).decode(list(ids), skip_special_tokens=True))
+
+
 def _gigatoken(files: dict[str, bytes]) -> Any:
     import gigatoken
 

@@ -1,4 +1,4 @@
-"""FLOPs a token, forward and backward.
+"""FLOPs a token of a row, forward and backward, of all sequences that a row becomes.
 
 Two counts, because papers use both: the loose one multiplies every parameter and whole attention
 squares, the strict one only what is multiplied. What is never trained needs no gradient of its own:
@@ -15,9 +15,9 @@ def flops_per_token_loose(sizes: Dimensions, count: ParameterCount, sequence_tok
     """6·N + 12·L·d·T. Of a mixture, N is what a token goes through; of a head, its share."""
     blocks = sum(number for number, _ in sizes.attention)
     parameters = count.total - count.body + count.active - (1.0 - sizes.head.share) * count.head
-    return (
-        _each(count) * parameters + 12.0 * blocks * sizes.heads * sizes.head_dim * sequence_tokens
-    )
+    each = _each(count)
+    once = each * parameters + 12.0 * blocks * sizes.heads * sizes.head_dim * sequence_tokens
+    return once * sizes.head.sequences
 
 
 def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
@@ -29,7 +29,8 @@ def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_to
     )
     # A classifier's head sees one token of a row: nothing, next to the others.
     head = count.head * sizes.head.share if sizes.head.each == "token" else 0
-    return _each(count) * (count.active + head) + 12.0 * sizes.heads * sizes.head_dim * seen
+    once = _each(count) * (count.active + head) + 12.0 * sizes.heads * sizes.head_dim * seen
+    return once * sizes.head.sequences
 
 
 def _each(count: ParameterCount) -> float:

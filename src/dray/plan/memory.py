@@ -124,7 +124,7 @@ class Load:
 
     @property
     def tokens(self) -> int:
-        return self.micro_rows * self.sequence_tokens
+        return self.micro_rows * self.sequence_tokens * self.sizes.head.sequences
 
     @property
     def share(self) -> int:

@@ -17,8 +17,8 @@ from dray.corpus.stream import RowStream, remember_manifest
 from dray.doctor.budget import SmallerBatch
 from dray.errors import StorageNotShared
 from dray.models.counting import make_counted_plan
+from dray.origin import Origin
 from dray.plan import Plan, Shape
-from dray.rank.initial_weights import Origin
 from dray.runs import Run, find_resume_checkpoint
 from dray.runs.records import AttemptRecord
 from dray.spec import Spec

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dray.corpus.stream import RowStream
+from dray.corpus.tokenizing import Decoder
 from dray.doctor.hangs import agreement_seconds
 from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer
 from dray.models.build import (
@@ -42,14 +43,15 @@ from dray.models.groups import parameter_groups
 from dray.models.initialize import restore_rotary_buffers
 from dray.models.width import width_factor, with_rates
 from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
+from dray.origin import open_weights
 from dray.processes.heap import prepare_heap
 from dray.rank.cadence import build_cadence
 from dray.rank.device import Clock, Reading, is_queued, send
 from dray.rank.engine import Engine, build_engine, import_deepspeed
+from dray.rank.exploring import explore
 from dray.rank.feeding import StepRows, ValidationRows, feed
 from dray.rank.group import Ranks
 from dray.rank.hooks import build_hooks
-from dray.rank.initial_weights import open_weights
 from dray.rank.job import Attempt, Job
 from dray.rank.numerics import Watch
 from dray.rank.pulse import Pulse
@@ -58,7 +60,8 @@ from dray.rank.schedule import learning_rate
 from dray.runs import CheckpointReader, Run, inspect_checkpoint
 from dray.runs.records import Event, Report, StepReport, ValidationReport, finite
 from dray.runs.uptime import INTERVAL
-from dray.tasks import Task, TaskMetrics
+from dray.storage.filesystem import child
+from dray.tasks import Batch, Task, TaskMetrics
 
 _MEASURED_STEPS = 6  # the first of them is not typical
 _LEAST_TIMEOUT_SECONDS, _TIMEOUT_STEPS = 300.0, 50  # of a collective, once steps are measured
@@ -201,7 +204,8 @@ class _Loop:
         path = attempt.checkpoint and run.find_path(attempt.checkpoint)
         self.newest = inspect_checkpoint(run.filesystem, path) if path else None
         self.spec, self.plan = job.spec, attempt.plan
-        self.task: Task = job.spec.task.on(job.manifest, job.spec.model.num_labels)
+        decode = Decoder(child(run.corpus_copy, "tokenizer"))
+        self.task: Task = job.spec.task.on(job.manifest, job.spec.model.num_labels, decode)
         self.engine: Engine = build_engine(
             self._build_model,
             self._make_groups,
@@ -388,10 +392,14 @@ class _Loop:
         marks around its forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting
         one."""
         self.engine.begin_step(rows.step)
+        batches: list[Batch] = rows.batches
+        if self.task.explores:
+            self.pulse.enter("forward")
+            batches = explore(self.engine, self.task, batches, self.ranks)
         self.engine.train(True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         forwards = []
-        for index, batch in enumerate(rows.batches):
+        for index, batch in enumerate(batches):
             # Dropout's randomness belongs to the place in the run, so there is no generator to
             # save.
             torch.manual_seed(make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index))
@@ -404,7 +412,7 @@ class _Loop:
             # instead.
             mean = summed * (self.ranks.num_ranks / max(1, all_targets))
             self.pulse.enter("backward")
-            self.engine.backward(mean, last=index == len(rows.batches) - 1)
+            self.engine.backward(mean, last=index == len(batches) - 1)
             loss_sum += summed.detach().double()
         return loss_sum, forwards
 

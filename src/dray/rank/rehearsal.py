@@ -219,6 +219,8 @@ def _time_steps(
 ) -> dict[str, float]:
     """Seconds of a micro batch before the last, where the plan has any, and of the last one with
     the update: medians, and their mean over the widths where batches differ in width."""
+    from dray.rank.exploring import explore
+
     task = _task(spec, sizes)
     tables = [
         make_rows(
@@ -239,6 +241,9 @@ def _time_steps(
             ranks.barrier()
             begun = time.perf_counter()
             batch = task.collate(table)
+            if task.explores:
+                (batch,) = explore(engine, task, [batch], ranks)
+                engine.train(True)
             terms, _ = engine(batch)
             loss, count = terms["loss"]
             engine.backward(loss / count.clamp(min=1), last=index == 0)

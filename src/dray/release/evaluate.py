@@ -15,6 +15,7 @@ from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
 from dray.errors import CorpusError, PlanError, SpecError, UserError
+from dray.origin import Origin, make_origin
 from dray.release.measuring import measure, measure_on_workers
 from dray.release.trained import Chosen, Trained, Weights, load_trained, open_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
@@ -47,16 +48,17 @@ def evaluate(
     if workers is not None and workers < 1:
         raise PlanError("--workers", f"is {workers}", "at least one worker measures")
     trained = (open_trained if workers else load_trained)(storage, name, step, weights, chosen)
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    task = trained.task
     if thorough:
-        task = task.thorough()
-        if task is None:
+        exact = task.thorough()
+        if exact is None:
             raise SpecError(
                 "--thorough",
-                f"{trained.spec.task.name} is evaluated to the letter in any case",
+                f"{task.name} is evaluated to the letter in any case",
                 "it is for tasks whose validation takes a shorter way",
                 "leave it out",
             )
+        task = exact
     rows = None if data else _held_out(trained)
     with ExitStack() as stack:
         if data or workers:
@@ -97,8 +99,20 @@ def _prepare_other(trained: Trained, data: Sequence[str], storage: str) -> tuple
 
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
-        corpus = prepare(spec, storage, Display().say, trained.manifest.labels)
+        corpus = prepare(
+            spec,
+            storage,
+            Display().say,
+            trained.manifest.labels,
+            origin=_kept_origin(trained),
+        )
     return corpus, corpus.manifest.train
+
+
+def _kept_origin(trained: Trained) -> Origin | None:
+    """The weights that the run began with, as it keeps them; None: they were drawn."""
+    kept = (trained.run.model() or {}).get("pretrained")
+    return make_origin(kept, trained.run.storage) if kept else None
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def measure(
     objective = task.objective(trained.model).eval()
     width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
     outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels
-    num_rows = batch_rows(width, outputs * (width if task.head.each == "token" else 1))
+    wide = width * task.head.sequences
+    num_rows = batch_rows(wide, outputs * (wide if task.head.each == "token" else 1))
     for start in range(first, end, group):  # a group is read at once
         ids = np.arange(start, min(start + group, end), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)

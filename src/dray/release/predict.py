@@ -7,6 +7,7 @@ line of its own that says why.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -32,7 +33,6 @@ from dray.processes.streams import make_json
 from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import batch_rows
 from dray.release.trained import Chosen, Trained, Weights, load_trained
-from dray.spec import TEXT_KINDS
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
@@ -103,7 +103,7 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
 
 def _check_predicts(trained: Trained) -> Any:
     """The task of a run that predicts. Raises SpecError for another one."""
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    task = trained.task
     if not task.predicts:
         way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
         where = f"run {trained.run.name!r}"
@@ -118,9 +118,7 @@ class Predictor:
     def __init__(self, trained: Trained, counts: Counts | None = None) -> None:
         self.trained, self.counts = trained, counts or Counts()
         self.task = _check_predicts(trained)
-        self.fields = {
-            name: field for name, field in self.task.fields.items() if field.kind in TEXT_KINDS
-        }
+        self.fields = self.task.asked
         """What a record consists of, targets aside."""
         self._wanted = Wanted(tuple((name, name, f.kind) for name, f in self.fields.items()))
         self.device = trained.move_to_device()
@@ -156,6 +154,9 @@ class Predictor:
         for place, prediction in self._predict(encoded):
             found[int(records[place])].append((place, prediction))
         for place, (text, pieces) in enumerate(zip(texts.to_pylist(), found, strict=True)):
+            if place in encoded.refused:
+                yield {**_given(text, self.fields), "error": encoded.refused[place]}
+                continue
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
             given = _given(text, self.fields)
             untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}
@@ -226,4 +227,7 @@ def _given(text: str, fields: Any) -> dict[str, Any]:
     if fields[names[0]].kind == "words":
         return {names[0]: text.split(SEPARATOR)}
     parts = text.split(SEPARATOR) if len(names) > 1 else [text]
-    return dict(zip(names, parts, strict=True))
+    return {
+        name: json.loads(part) if fields[name].kind == "record" else part
+        for name, part in zip(names, parts, strict=True)
+    }

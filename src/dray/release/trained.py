@@ -18,16 +18,17 @@ import torch
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.tokenizer_folder import Dress
-from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_tokenizer_files
+from dray.corpus.tokenizing import Decoder, describe, load_encoder, read_tokenizer_files
 from dray.errors import SpecError, StoreError
 from dray.models.adapters import adapt, leave_only_head, merge
 from dray.models.build import build_model
 from dray.models.config import longest_row
 from dray.models.freezing import freeze, is_base
-from dray.rank.initial_weights import make_origin, open_weights
+from dray.origin import make_origin, open_weights
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
+from dray.tasks import Task
 
 Weights = Literal["trained", "ema"]
 """Which of a checkpoint's weights: those that were trained, or their moving average."""
@@ -138,6 +139,14 @@ class Trained:
         kept = child(self.run.corpus_copy, "tokenizer")
         return kept if list_files(*open_filesystem(kept)) else child(self.corpus, "tokenizer")
 
+    @cached_property
+    def task(self) -> Task:
+        """What was learnt, on the run's own corpus and with its tokeniser."""
+        bound: Task = self.spec.task.on(
+            self.manifest, self.spec.model.num_labels, Decoder(self.tokenizer_folder)
+        )
+        return bound
+
     @property
     def longest_row(self) -> int | None:
         """Tokens that the model takes at once; None if it counts no positions."""
@@ -155,7 +164,7 @@ class Trained:
         longest = self.longest_row if packs else None
         return Dress(
             prefix,
-            () if packs else suffix,
+            () if packs or self.spec.task.generates else suffix,
             manifest.pad_token_id,
             manifest.eos_token_id,
             self.spec.data.cleaning.normalize,
@@ -175,7 +184,7 @@ class Trained:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids as text, without special tokens."""
-        return str(load_decoder(self.tokenizer_folder).decode(list(ids), skip_special_tokens=True))
+        return Decoder(self.tokenizer_folder)(ids)
 
     def move_to_device(self) -> torch.device:
         """Put the model on the GPU if there is one with room for it and its activations, and say

@@ -22,7 +22,7 @@ from dray.spec.sections import Section, Source
 GROUP = "dray.tasks"
 OWN_PACKAGE = "dray"
 MOST_IN_FP32 = (2 - 2**-23) * 2.0**127
-TEXT_KINDS = ("text", "words", "bytes")
+TEXT_KINDS = ("text", "words", "bytes", "record")
 """Kinds of fields that make a document; a field of another kind is its target."""
 Direction = Literal["lower", "higher"]
 """Which values of a metric are better."""
@@ -32,11 +32,11 @@ Direction = Literal["lower", "higher"]
 class Field:
     """Something that a task reads of every record; a source says in which column it is."""
 
-    kind: Literal["text", "words", "bytes", "label", "labels", "number", "tags"]
+    kind: Literal["text", "words", "bytes", "record", "label", "labels", "number", "tags"]
     """Texts are cleaned, hashed and encoded: one, or a list of `words`. `bytes` are a file's, of an
-    image or a sound: parquet's binary, or base64, as which they travel. A `label` names the class
-    of a document, `labels` those that it has, a `number` measures it, `tags` are those of its
-    words."""
+    image or a sound: parquet's binary, or base64, as which they travel. A `record` is whatever
+    values a column has, as JSON: the task finds out what it is. A `label` names the class of a
+    document, `labels` those that it has, a `number` measures it, `tags` are those of its words."""
     wanted: bool = True
     """Whether every source must have it."""
     column: str | None = None
@@ -69,6 +69,8 @@ class Head:
     """Whether an encoder may attend to later tokens."""
     share: float = 1.0
     """Of the tokens that have logits."""
+    sequences: int = 1
+    """How many sequences the model is given of a row, each as long as it."""
     problem_type: str | None = None
     """What a classifier's configuration calls its loss."""
 

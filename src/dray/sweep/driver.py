@@ -466,7 +466,9 @@ class _Work:
         """The sweep's corpus; for a trial with other data its own, prepared by one seat at a
         time."""
         before, now = self._setting.spec.model_dump(), spec.model_dump()
-        if all(before[key] == now[key] for key in DATA_KEYS):
+        told = any(column.told for column in spec.task.columns)  # by the model that it begins with
+        keys = (*DATA_KEYS, "model", "seed") if told else DATA_KEYS
+        if all(before[key] == now[key] for key in keys):
             return self._setting.corpus
         with self._preparing:
             return prepare(spec, self._setting.sweep.storage, self._display.say)

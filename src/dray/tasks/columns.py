@@ -87,3 +87,13 @@ def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor
     if SEGMENT in table.column_names:
         batch["token_type_ids"] = matrix(table, SEGMENT)[:, :width].contiguous()
     return batch
+
+
+def row_uniforms(row_ids: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
+    """Numbers from 0 to 1 for each row, fp32 [rows, *shape], which belong to the draw and the row's
+    id alone."""
+    found = np.empty((len(row_ids), *shape), np.float32)
+    for place, row in enumerate(row_ids.tolist()):
+        key = np.array([draw, row % 2**64], np.uint64)
+        found[place] = np.random.Generator(np.random.Philox(key=key)).random(shape, np.float32)
+    return torch.from_numpy(found)

@@ -69,7 +69,7 @@ class TokenMetrics:
         return () if self._num_targets else names
 
 
-class _Gathered:
+class Gathered:
     """Metrics that need every row: what ranks have adds up to lists."""
 
     names: tuple[str, ...]
@@ -110,7 +110,7 @@ class _Gathered:
         raise NotImplementedError
 
 
-class ClassificationMetrics(_Gathered):
+class ClassificationMetrics(Gathered):
     """Every document's label and scores: unlike means, ranks' AUCs do not add up."""
 
     names = ("loss", "accuracy", "precision", "recall", "f1", "auc")
@@ -170,7 +170,7 @@ class ClassificationMetrics(_Gathered):
         return float(roc_auc_score(self._wanted, shares, multi_class="ovr", average="macro"))
 
 
-class ManyLabelsMetrics(_Gathered):
+class ManyLabelsMetrics(Gathered):
     """Of rows with any number of labels, each likelier than not or not."""
 
     names = ("loss", "accuracy", "precision", "recall", "f1", "auc")
@@ -212,7 +212,7 @@ class ManyLabelsMetrics(_Gathered):
         return () if bool(both.any()) else ("auc",)
 
 
-class NumberMetrics(_Gathered):
+class NumberMetrics(Gathered):
     """Of numbers, beside those that were wanted."""
 
     names = ("loss", "mse", "mae", "r2", "pearson", "spearman")
@@ -248,7 +248,7 @@ class NumberMetrics(_Gathered):
         return len(set(self._wanted)) > 1 and len(set(self._found)) > 1
 
 
-class EntityMetrics(_Gathered):
+class EntityMetrics(Gathered):
     """Of the tags of words: entities by seqeval, as conlleval counts them, and words.
 
     A sentence in several windows is put together again by its document and their order.

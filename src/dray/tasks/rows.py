@@ -49,6 +49,9 @@ class Column:
     """What stands where there is no token of the document's text."""
     extends: bool = False
     """Whether what ends a document has the value of its last token."""
+    told: bool = False
+    """Whether the model that the run begins with tells it (`Task.tell`) once the rows are there:
+    `encode` gives none."""
 
 
 SEPARATOR = "\x1f"
@@ -74,6 +77,18 @@ class Tools(Protocol):
 
     def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Ids of each text, and where in it each begins (characters)."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """By which the tokeniser makes texts of conversations, in Jinja."""
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """The text of each token that has a role, such as `eos_token`."""
+
+    @property
+    def special(self) -> frozenset[str]:
+        """The texts of all tokens that no text is made of."""
 
     @property
     def word_starts(self) -> npt.NDArray[np.uint8]:

@@ -13,10 +13,10 @@ import copy
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from dray.spec import Direction, Field, Head, NoSettings
+from dray.spec import TEXT_KINDS, Direction, Field, Head, NoSettings
 from dray.spec.sections import Section
 from dray.tasks.rows import IGNORED, Column
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "Tensor"]
 Output = dict[str, "Tensor"]
+Decode = Callable[[Sequence[int]], str]
+"""Ids as text, without special tokens."""
 Terms = dict[str, tuple["Tensor", "Tensor"]]
 """Named parts of a loss: the sum over a batch's targets, and their number."""
 
@@ -112,6 +114,9 @@ class Task:
     """Whether its models tell something of each document."""
     masks = False
     """Whether it needs a token that stands for one that is to be guessed."""
+    explores = False
+    """Whether something of a step's rows must be found out by the model itself before it learns
+    from them (`explored`)."""
     head: Head
 
     def __init__(self, settings: Any = None) -> None:
@@ -122,6 +127,7 @@ class Task:
         self.pad_token_id: int | None = None
         self.mask_token_id: int | None = None
         self.vocab_size = 0
+        self.decode: Decode | None = None
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -150,15 +156,24 @@ class Task:
         }
 
     @property
+    def asked(self) -> Mapping[str, Field]:
+        """What a prediction reads of a record: its fields but the target."""
+        return {name: field for name, field in self.fields.items() if field.kind in TEXT_KINDS}
+
+    @property
     def has_classes(self) -> bool:
         """Whether its rows have numbers of classes, which the corpus finds in the documents."""
         return any(column.names or column.hot for column in self.columns)
 
-    def on(self, corpus: Corpus, num_labels: int | None = None) -> Self:
-        """The task on a corpus, with as many classes as a spec wants or else the corpus has."""
+    def on(
+        self, corpus: Corpus, num_labels: int | None = None, decode: Decode | None = None
+    ) -> Self:
+        """The task on a corpus, with as many classes as a spec wants or else the corpus has.
+        `decode`: the corpus' tokeniser, where a model is there to write texts."""
         bound = copy.copy(self)
         bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
         bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
+        bound.decode = decode
         bound.num_labels = self.num_outputs or num_labels or len(corpus.labels) or 2
         return bound
 
@@ -199,6 +214,17 @@ class Task:
         beside their number, and what the metrics need where no gradient is wanted. Labels are
         smoothed in training alone.
         """
+        raise NotImplementedError
+
+    def explored(self, batch: Batch, output: Output, means: Mapping[str, Tensor]) -> Batch:
+        """What is learnt from in place of a batch, of a task that explores: given what the
+        objective makes of it where no gradient is wanted, and the means of all its terms over the
+        step's rows on all ranks, by name."""
+        raise NotImplementedError
+
+    def tell(self, batch: Batch, output: Output) -> Mapping[str, Tensor]:
+        """Columns that are `told`, by name: a number for each row of a batch [rows], from what the
+        objective gives of it where no gradient is wanted. In the batch they are 0 until then."""
         raise NotImplementedError
 
     def new_metrics(self) -> TaskMetrics:

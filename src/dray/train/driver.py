@@ -23,8 +23,8 @@ from dray.cluster.survey import survey_cluster
 from dray.corpus.prepare import Corpus, find, prepare
 from dray.doctor import diagnose
 from dray.errors import Cause, Interrupted, RunFailed, StorageFailed, caught
+from dray.origin import held
 from dray.plan import Shape, local_shape
-from dray.rank.initial_weights import held
 from dray.rank.job import Job, not_shared
 from dray.redaction import redact
 from dray.runs import CheckpointInfo, Run, Trackers, build_trackers, find_resume_checkpoint

@@ -15,10 +15,18 @@ from typing import Any
 
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
 from dray.corpus.prepare import Corpus, corpus_key, describe_changes, with_tokenizer_folder
+from dray.corpus.telling import find_teller
 from dray.corpus.tokenizer_folder import TOKENIZER_JSON
 from dray.errors import CorpusError, PlanError, SpecError, StoreError, one_line, translated
 from dray.models.counting import make_counted_plan
 from dray.models.source import Pretrained, check_weights, find_pretrained
+from dray.origin import (
+    Origin,
+    RunWeights,
+    find_run_weights,
+    make_origin,
+    open_weights,
+)
 from dray.plan import (
     Plan,
     Shape,
@@ -27,13 +35,6 @@ from dray.plan import (
     free_disk_bytes,
     make_demands,
     with_numbers,
-)
-from dray.rank.initial_weights import (
-    Origin,
-    RunWeights,
-    find_run_weights,
-    make_origin,
-    open_weights,
 )
 from dray.rank.job import Job, make_corpus_plan
 from dray.runs import (
@@ -339,7 +340,9 @@ def _holds_the_same(run: Run, spec: Spec) -> bool:
     """Whether the raw files that the spec names now would become the run's corpus."""
     try:
         own = with_tokenizer_folder(spec, run.storage)
-        return bool(corpus_key(own) == run.record()["corpus_key"])
+        kept = (run.model() or {}).get("pretrained")
+        teller = find_teller(own, run.storage, kept and make_origin(kept, run.storage))
+        return bool(corpus_key(own, teller=teller) == run.record()["corpus_key"])
     except CorpusError:
         return False
 
