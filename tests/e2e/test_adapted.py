@@ -162,7 +162,7 @@ def check_given_out(storage: Path, kind: str, base: Path, tmp_path: Path) -> Non
 
 def test_adapters_of_several_runs_add_up(folder: Path, tiny_corpus: Path) -> None:
     storage = str(folder / "runs")
-    for kind in ("lora", "rslora", "prefix", "prompt"):
+    for kind in ("lora", "rslora", "prefix", "prompt", "qlora"):
         if Run.find(storage, kind) is None:
             go(spec_of(tiny_corpus, folder, kind), folder / "runs")
     plain, lora, rslora = (
@@ -175,6 +175,11 @@ def test_adapters_of_several_runs_add_up(folder: Path, tiny_corpus: Path) -> Non
     one, two = (module.get_delta_weight("default") for module in (own, other))
     torch.testing.assert_close(lora[name], plain[name] + 2 * one)
     torch.testing.assert_close(rslora[name], plain[name] + one + two)
+    packed, again = (
+        dict(load_trained(storage, own, chosen=Chosen(True, (other,))).model.named_parameters())
+        for own, other in (("qlora", "lora"), ("lora", "qlora"))
+    )
+    torch.testing.assert_close(packed[name], again[name])  # the base is packed, and then changed
     with_prefix = evaluate(storage, "prefix", chosen=Chosen(True, ("lora",)))
     assert with_prefix["adapters"] == ["own", "lora"]
     assert with_prefix["loss"] != evaluate(storage, "lora")["loss"]

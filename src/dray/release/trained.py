@@ -126,7 +126,7 @@ class Trained:
             *([self] if self.chosen.own else []),
             *(open_trained(self.run.storage, name) for name in self.chosen.others),
         ]
-        for trained in sorted(runs, key=lambda one: not one.spec.adapters.merges):  # type: ignore[union-attr]
+        for trained in sorted(runs, key=_place_of):
             adapt(model, trained.spec, unpacked=True)
             trained._fill(model, only={n for n, _ in model.named_parameters()} - before)
             if trained.spec.adapters.merges and len(runs) > 1:  # type: ignore[union-attr]
@@ -229,6 +229,13 @@ def load_trained(
     trained = open_trained(storage, name, step, weights, chosen)
     _ = trained.model
     return trained
+
+
+def _place_of(trained: Trained) -> tuple[bool, bool]:
+    """When adapters come into a base among others: first those that pack it, since they were
+    trained on what is packed; those that do not merge last."""
+    adapters: Any = trained.spec.adapters
+    return not adapters.merges, not adapters.quantized
 
 
 def _check_chosen(trained: Trained) -> None:
