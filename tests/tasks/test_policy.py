@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from dray.corpus.prepare import prepare
-from dray.errors import SpecError
 from dray.release.evaluate import evaluate
 from dray.release.generate import generate
 from dray.spec import Spec, make_spec
-from dray.tasks.rewards import find_reward, pattern_reward
 from dray.tasks.rollouts import advantages, joined_answers, write_answers
 from dray.train import train, train_locally
 from killed import assert_same_steps, killed_and_resumed
@@ -198,22 +196,3 @@ def test_advantages_compare_the_answers_to_one_prompt() -> None:
     scaled = advantages(rewards, scaled=True)
     assert float(scaled[0, 0]) == pytest.approx(0.5 / (float(rewards[0].std()) + 1e-4))
     assert not scaled[1].any()
-
-
-def test_rewards_are_named_and_no_code_of_a_spec_is_run(storage: Path) -> None:
-    numeric, exact = find_reward("numeric"), find_reward("exact")
-    assert numeric("so it is 1,204.0", "#### 1204", "") == 1.0
-    assert numeric("12 or 13", "12", "") == 0.0
-    assert numeric("none", "12", "") == 0.0
-    assert exact(" yes\n", "yes", "") == 1.0
-    assert pattern_reward(r"\d+")(" 77 ", "", "") == 1.0
-    assert pattern_reward(r"\d+")("77 apples", "", "") == 0.0
-    for task, message in {
-        '{"rewards": {"os:system": 1.0}}': "no reward 'os:system'; there are exact, numeric, regex",
-        '{"rewards": {}}': "none is given",
-        '{"rewards": {"regex": 1.0}}': "pattern",
-        '{"rewards": {"regex": 1.0}, "pattern": "("}': "no regular expression",
-        '{"rewards": {"exact": -1.0}}': "greater than 0",
-    }.items():
-        with pytest.raises(SpecError, match=message):
-            make(storage, 1, json.loads(task))
