@@ -51,6 +51,11 @@ class Column:
     """Whether what ends a document has the value of its last token."""
 
 
+FIRST_WORD = 2
+"""The first id of a word in a vocabulary of whole words; before it are padding and what stands for
+all other words."""
+UNKNOWN_WORD = 1
+
 SEPARATOR = "\x1f"
 """Between the parts of a text or a target that has several."""
 
