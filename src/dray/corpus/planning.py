@@ -170,20 +170,20 @@ class Deal:
 
     split: str
     source: int
-    label: int | None
-    """The class of all its rows, where those of a source lie apart by class."""
     chunks: Ints
     """[chunks]: their numbers."""
     counts: Ints
     """[chunks, shards]: rows that go from one to the other."""
-    firsts: Ints
-    """[chunks]: where its rows begin in each."""
-    totals: Ints
-    """[chunks]: rows that each has, those of other deals included."""
     bundle: int
     """Chunks whose rows travel together to a group of shards; 0: each shard takes its rows from the
     chunks."""
     group: int
+    label: int | None = None
+    """The class of all its rows, where those of a source lie apart by class."""
+    firsts: Ints | None = None
+    """[chunks]: where its rows begin in each; None: at 0."""
+    totals: Ints | None = None
+    """[chunks]: rows that each has, those of other deals included; None: there are none."""
 
     @property
     def num_shards(self) -> int:
@@ -249,14 +249,16 @@ class Deal:
         """Of each of some chunks its rows for neighbouring shards, which lie together; none where
         it has none."""
         counts = self.counts[rows, columns].sum(axis=1)
-        stops = self.firsts[rows] + self._ends[rows, columns][:, -1]
+        ends = self._ends[rows, columns][:, -1]
+        stops = ends if self.firsts is None else self.firsts[rows] + ends
+        totals = self._ends[:, -1] if self.totals is None else self.totals
         return tuple(
             Slice(f"packed/{chunk:06d}.{self.split}", stop - count, count, total)
             for chunk, count, stop, total in zip(
                 self.chunks[rows].tolist(),
                 counts.tolist(),
                 stops.tolist(),
-                self.totals[rows].tolist(),
+                totals[rows].tolist(),
                 strict=True,
             )
             if count
@@ -364,7 +366,7 @@ def _deal(  # noqa: PLR0917
         bundle, group = (math.isqrt(size - 1) + 1 for size in dealt.shape)
     firsts = np.array([first for first, _ in runs.values()], np.int64)
     chunks, rows = np.array(list(runs), np.int64), np.array(totals, np.int64)
-    return Deal(split, source, label, chunks, dealt, firsts, rows, bundle, group)
+    return Deal(split, source, chunks, dealt, bundle, group, label, firsts, rows)
 
 
 def _draw(
