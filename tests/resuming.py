@@ -25,8 +25,8 @@ def rows_of(run: Run) -> list[tuple[int, str, float]]:
 def kill_and_resume(
     tree: Mapping[str, Any], storage: str, name: str, step: int, workers: int
 ) -> Run:
-    """Kill a rank of the run once it has done the step, and finish it with other workers."""
-    before = {process.pid for process in rank_processes()}
+    """Kill the ranks of the run once they have done the step, and finish it with other workers. Up
+    to then it has a row a micro batch, so that it does not end before."""
 
     def reached() -> bool:
         run = Run.find(storage, name)
@@ -35,17 +35,21 @@ def kill_and_resume(
     def kill() -> None:
         wait_for(reached, f"step {step}")
         for process in rank_processes():
-            if process.pid not in before:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    resources = {**tree["resources"], "max_failures": 0}
+    slow = {
+        **tree,
+        "resources": {**tree["resources"], "max_failures": 0},
+        "batch": {**tree["batch"], "micro_rows": 1},
+    }
     with pytest.raises(RunFailed):
-        train_locally(make_spec({**tree, "resources": resources}), storage=storage, run_name=name)
+        train_locally(make_spec(slow), storage=storage, run_name=name)
     killer.join()
-    elsewhere = {**tree, "resources": {**tree["resources"], "workers": workers}}
+    # As an elastic group of that size: it may leave some slots of a step empty.
+    elsewhere = {**tree, "resources": {**tree["resources"], "workers": [workers, workers]}}
     run = train_locally(make_spec(elsewhere), storage=storage, run_name=name).run
     assert {row["num_ranks"] for row in run.metrics()} == {tree["resources"]["workers"], workers}
     return run
