@@ -37,6 +37,8 @@ class Work:
     """The records of the stages, as they come in."""
 
     parts: Sequence[Part]
+    scatters: Sequence[Record] = ()
+    """Of the records of documents that are gathered."""
     reads: Sequence[Record] = ()
     duplicates: Sequence[Record] = ()
     packed: Sequence[Record] = ()
@@ -51,7 +53,7 @@ class Work:
     def source_files(self) -> list[SourceFile]:
         """Files over all parts that read them, in reading order."""
         merged: dict[str, FileCounts] = {}
-        for read in self.reads:
+        for read in (*self.scatters, *self.reads):
             for name, entry in read["files"].items():
                 counts = FileCounts(**entry)
                 if name in merged:
@@ -64,8 +66,8 @@ class Work:
         ]
 
     def total(self, name: str) -> int:
-        """A count over all reads."""
-        return sum(read[name] for read in self.reads)
+        """A count over all that was read."""
+        return sum(read.get(name, 0) for read in (*self.scatters, *self.reads))
 
 
 def check_reads(job: Preparation, work: Work, max_bad_share: float) -> None:
@@ -279,26 +281,54 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
 
 def _make_split(split: str, job: Preparation, work: Work) -> Split:
     rows: list[SourceRows] = []
+    apart = job.parts_labels(split)
     for index, source in enumerate(job.sources):
         mine = [
             record[split]
             for chunk, record in zip(job.chunks, work.packed, strict=True)
             if chunk.source == index and split in record
         ]
-        if not mine:
-            continue
-        counts = {
-            name: sum(record[name] for record in mine)
-            for name in ("num_rows", "num_documents", "num_tokens", "num_text_bytes")
-        }
-        places = ((deal.split, deal.source) for deal in work.deals for _ in range(deal.num_shards))
-        shards = tuple(
-            shard
-            for place, shard in zip(places, work.shards, strict=True)
-            if place == (split, index)
-        )
-        weight = source.source.weight if split == "train" else None
-        rows.append(SourceRows(name=source.name, weight=weight, shards=shards, **counts))
+        for label in range(len(job.labels)) if apart else (None,):
+            own = mine if label is None else [record["labels"][label] for record in mine]
+            counts = {
+                name: sum(record[name] for record in own)
+                for name in ("num_rows", "num_documents", "num_tokens", "num_text_bytes")
+            }
+            if not counts["num_rows"]:
+                continue
+            name = source.name if label is None else f"{source.name}/{job.labels[label]}"
+            weight = source.source.weight if split == "train" else None
+            shards = _shards_of(work, (split, index, label))
+            rows.append(SourceRows(name=name, weight=weight, shards=shards, **counts))
+    by_label = _documents_by_label(split, job, work.packed)
     return Split(
-        sources=tuple(rows), documents_by_label=_documents_by_label(split, job, work.packed)
+        sources=_balanced(rows, job) if apart else tuple(rows), documents_by_label=by_label
     )
+
+
+def _shards_of(work: Work, place: tuple[str, int, int | None]) -> tuple[Shard, ...]:
+    """The shards of a split, a source and, where those lie apart, a class."""
+    places = (
+        (deal.split, deal.source, deal.label) for deal in work.deals for _ in range(deal.num_shards)
+    )
+    return tuple(shard for own, shard in zip(places, work.shards, strict=True) if own == place)
+
+
+def _balanced(rows: Sequence[SourceRows], job: Preparation) -> tuple[SourceRows, ...]:
+    """Rows by source and class with the weights that even classes out: of all sources together, or
+    of each by itself where sources have weights of their own."""
+    pools: dict[float | str, list[SourceRows]] = {}
+    for own in rows:
+        source, _, _ = own.name.partition("/")
+        pools.setdefault("" if own.weight is None else source, []).append(own)
+    found = {}
+    for pool in pools.values():
+        sizes: Counter[str] = Counter()
+        for own in pool:
+            sizes[own.name.partition("/")[2]] += own.num_rows
+        shares = {label: size ** (1 - job.balance) for label, size in sizes.items()}
+        for own in pool:
+            label = own.name.partition("/")[2]
+            share = shares[label] / sum(shares.values()) * own.num_rows / sizes[label]
+            found[own.name] = own.model_copy(update={"weight": (own.weight or 1.0) * share})
+    return tuple(found[own.name] for own in rows)

@@ -21,6 +21,7 @@ from dray.corpus.cleaning import clean, hash_texts
 from dray.corpus.contents import check_unchanged
 from dray.corpus.duplicates import further_pieces, partition_hashes
 from dray.corpus.encoded import check_encoded
+from dray.corpus.gathering import TOO_FEW, gathered_documents
 from dray.corpus.packing import Ints
 from dray.corpus.parts import (
     NAMES,
@@ -111,52 +112,79 @@ def _joined(batches: Sequence[Documents]) -> Documents:
     )
 
 
-def read_part(job: Preparation, part: Part) -> dict[str, Any]:
-    """Read, clean, hash and encode the documents of a part. Returns its record. Raises
-    CorpusError."""
-    check_unchanged(dict.fromkeys(span.file for span in part.spans))
-    files: dict[str, FileCounts] = {}
-    quarantine: list[Bad] = []
+class Tally:
+    """What was read of each file, and what of it could not be."""
 
-    def tally(reader: SpanReader, documents: Documents | None) -> None:
-        counts = files.setdefault(reader.span.file.name, FileCounts(reader.span.file.form))
+    def __init__(self) -> None:
+        self._files: dict[str, FileCounts] = {}
+        self._quarantine: list[Bad] = []
+
+    def __call__(self, reader: SpanReader, documents: Documents | None) -> None:
+        counts = self._files.setdefault(reader.span.file.name, FileCounts(reader.span.file.form))
         if documents is None:
             counts.note, counts.sha256 = counts.note or reader.note, counts.sha256 or reader.sha256
         else:
             counts.add(documents)
-            quarantine.extend(documents.bad[: MAX_QUARANTINED - len(quarantine)])
+            self._quarantine.extend(documents.bad[: MAX_QUARANTINED - len(self._quarantine)])
 
+    def write_quarantine(self, job: Preparation, stage: str, index: int) -> None:
+        """Write the bad records of a piece of work, if there are any."""
+        lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in self._quarantine]
+        if lines:
+            write_bytes(
+                *staged(job, stage, f"{index:06d}.quarantine.jsonl"),
+                "".join(lines).encode(),
+                durable=False,
+            )
+
+    def record(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        num_bad = sum(counts.num_bad for counts in self._files.values())
+        return {
+            "files": {name: vars(counts) for name, counts in self._files.items()},
+            "num_bad": num_bad,
+            "num_records": num_bad + sum(counts.num_documents for counts in self._files.values()),
+        }
+
+
+def part_documents(
+    job: Preparation, part: Part, tally: Callable[[SpanReader, Documents | None], None]
+) -> Iterator[Documents]:
+    """The documents of a part: read from its files, or gathered from records that were."""
+    if part.partition is None:
+        yield from read_batches(
+            part.spans,
+            job.sources[part.source].source,
+            job.max_record_bytes,
+            tally,
+            job.task.fields,
+        )
+        return
+    for _, texts, num_dropped in gathered_documents(job, part):
+        yield Documents(texts, None, dropped=Counter({TOO_FEW: num_dropped}))
+
+
+def read_part(job: Preparation, part: Part) -> dict[str, Any]:
+    """Read, clean, hash and encode the documents of a part. Returns its record. Raises
+    CorpusError."""
+    check_unchanged(dict.fromkeys(span.file for span in part.spans))
+    tally = Tally()
     writer = _ChunkWriter(job, part)
     dropped: Counter[str] = Counter()
-    for batch in read_batches(
-        part.spans,
-        job.sources[part.source].source,
-        job.max_record_bytes,
-        tally,
-        job.task.fields,
-    ):
+    for batch in part_documents(job, part, tally):
         cleaned = clean(batch.texts, batch.labels, job.cleaning)
-        dropped += cleaned.dropped
+        dropped += cleaned.dropped + batch.dropped
         writer.add(cleaned.texts, cleaned.labels)
     writer.close()
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
-    lines = [json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in quarantine]
-    if lines:
-        write_bytes(
-            *staged(job, "read", f"{part.index:06d}.quarantine.jsonl"),
-            "".join(lines).encode(),
-            durable=False,
-        )
-    num_bad = sum(counts.num_bad for counts in files.values())
+    tally.write_quarantine(job, "read", part.index)
     return save_record(
         job,
         "read",
         part.index,
         {
-            "files": {name: vars(counts) for name, counts in files.items()},
+            **tally.record(),
             "dropped": dict(dropped + writer.refused),
-            "num_bad": num_bad,
-            "num_records": num_bad + sum(counts.num_documents for counts in files.values()),
             "chunks": writer.chunks,
             "num_chunk_documents": writer.num_documents,
             "labels": dict(sorted(writer.labels.items())),
@@ -286,7 +314,9 @@ class _ChunkWriter:
     def _encode(self, texts: pa.Array, targets: pa.Array | None) -> Encoded:
         """What the task makes of documents. Raises CorpusError for what it cannot."""
         task = self._job.task
-        names = list(dict.fromkeys(span.file.name for span in self._part.spans))
+        names = list(dict.fromkeys(span.file.name for span in self._part.spans)) or list(
+            self._job.sources[self._part.source].source.paths
+        )
         among = f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
 
         def explain(error: Exception) -> CorpusError:

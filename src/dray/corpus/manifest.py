@@ -195,6 +195,11 @@ class Manifest(_Record):
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 
     @property
+    def label_counts(self) -> dict[str, int]:
+        """Training documents of each class; empty for tasks without labels."""
+        return self.train.documents_by_label
+
+    @property
     def row_bytes(self) -> int:
         """About what a row takes."""
         size = 2 if self.vocab_size <= 65536 else 4

@@ -1,6 +1,7 @@
 """What the pieces of work that preparing a corpus is cut into share, and what they are.
 
     cut_quoted        a large csv   → where records begin, for ranges that are read apart
+    scatter_part      input files   → records of documents that are gathered, by partition
     read_part         input files   → chunks: token ids, document lengths, hashes; quarantine
     gather_hashes     hashes of a bundle of chunks → one file
     find_duplicates   hashes        → the documents to leave out, one hash partition at a time
@@ -10,8 +11,9 @@
     merge_rows        slices of all chunks' rows → one token shard
     tell_shard        token shard   → the same with what a model tells of its rows
 
-The first two are in `chunks.py`, the next three in `duplicates.py`, three in `rows.py`, the last,
-which few tasks have, in `telling.py`; each is a pure function of files to files.
+`scatter_part` is in `scattering.py`, the others of the first three in `chunks.py`, the next three
+in `duplicates.py`, three in `rows.py`, the last, which few tasks have, in `telling.py`; each is a
+pure function of files to files.
 
 Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to
 shards. Of a large corpus that would be millions of small reads, so it goes there in two steps, by
@@ -38,6 +40,7 @@ from pyarrow import fs as pafs
 from dray.corpus.reading import Span
 from dray.corpus.records import Wanted
 from dray.corpus.shards import Stored, stored_columns
+from dray.corpus.sources import InputFile
 from dray.corpus.tokenizing import (
     TokenizerInfo,
 )
@@ -64,6 +67,8 @@ class CorpusSource:
     split: str
     source: Source
     where: str
+    names: tuple[InputFile, ...] = ()
+    """Files with the names of what it gathers."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,10 @@ class Part:
     index: int
     source: int
     spans: tuple[Span, ...]
+    partition: int | None = None
+    """Of the records of a source that gathers, which were read before; then it has no spans."""
+    scattered: tuple[int, ...] = ()
+    """The pieces of work that left such records."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,20 @@ class ShardPlan:
     source: int
     index: int
     slices: tuple[Slice, ...]
+    label: int | None = None
+    """The class of all its rows, where those of a source lie apart by class."""
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """What its randomness belongs to."""
+        place = SPLITS.index(self.split), self.source, self.index
+        return place if self.label is None else (*place, self.label)
+
+    @property
+    def file(self) -> str:
+        """Of its rows, below the corpus folder."""
+        label = "" if self.label is None else f"-{self.label:05d}"
+        return f"{self.split}/{self.source:03d}{label}-{self.index:06d}.arrow"
 
 
 @dataclass(frozen=True)
@@ -138,6 +161,8 @@ class Preparation:
     chunks: tuple[Chunk, ...] = ()
     labels: tuple[str, ...] = ()
     """Names of the classes in the order of their ids."""
+    balance: float = 0.0
+    """How far training evens out the classes; above 0 the rows of each lie apart."""
     num_labels: int | None = None
     """How many classes the spec wants; None: as many as there are."""
     known_labels: tuple[str, ...] = ()
@@ -163,6 +188,10 @@ class Preparation:
     def columns(self) -> list[Stored]:
         """The columns of the rows, once the classes are known."""
         return stored_columns(self.task, self.sequence_tokens, self.info.dtype, len(self.labels))
+
+    def parts_labels(self, split: str) -> bool:
+        """Whether the rows of a split lie apart by class, so that the order can weigh classes."""
+        return self.balance > 0 and split == "train"
 
     @property
     def num_bundles(self) -> int:

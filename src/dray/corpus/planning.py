@@ -178,6 +178,12 @@ class Deal:
     """Chunks whose rows travel together to a group of shards; 0: each shard takes its rows from the
     chunks."""
     group: int
+    label: int | None = None
+    """The class of all its rows, where those of a source lie apart by class."""
+    firsts: Ints | None = None
+    """[chunks]: where its rows begin in each; None: at 0."""
+    totals: Ints | None = None
+    """[chunks]: rows that each has, those of other deals included; None: there are none."""
 
     @property
     def num_shards(self) -> int:
@@ -200,9 +206,8 @@ class Deal:
     def shard(self, index: int) -> ShardPlan:
         """The plan of one shard: from the chunks, or from the files between."""
         if not self.bundle:
-            return ShardPlan(
-                self.split, self.source, index, self._runs(slice(None), slice(index, index + 1))
-            )
+            runs = self._runs(slice(None), slice(index, index + 1))
+            return ShardPlan(self.split, self.source, index, runs, self.label)
         group, place = divmod(index, self.group)
         slices = []
         for bundle in range(self._num_bundles):
@@ -216,7 +221,7 @@ class Deal:
                         int(counts.sum()),
                     )
                 )
-        return ShardPlan(self.split, self.source, index, tuple(slices))
+        return ShardPlan(self.split, self.source, index, tuple(slices), self.label)
 
     def mix(self, index: int) -> MixPlan:
         """The plan of one file between: what a bundle of chunks sends to a group of shards."""
@@ -237,20 +242,23 @@ class Deal:
         return self.counts[self._place(bundle, group)]
 
     def _mix_file(self, bundle: int, group: int) -> str:
-        return f"mixed/{self.split}-{self.source:03d}-{group:05d}-{bundle:05d}"
+        label = "" if self.label is None else f"-{self.label:05d}"
+        return f"mixed/{self.split}-{self.source:03d}{label}-{group:05d}-{bundle:05d}"
 
     def _runs(self, rows: slice, columns: slice) -> tuple[Slice, ...]:
         """Of each of some chunks its rows for neighbouring shards, which lie together; none where
         it has none."""
         counts = self.counts[rows, columns].sum(axis=1)
-        stops = self._ends[rows, columns][:, -1]
+        ends = self._ends[rows, columns][:, -1]
+        stops = ends if self.firsts is None else self.firsts[rows] + ends
+        totals = self._ends[:, -1] if self.totals is None else self.totals
         return tuple(
             Slice(f"packed/{chunk:06d}.{self.split}", stop - count, count, total)
             for chunk, count, stop, total in zip(
                 self.chunks[rows].tolist(),
                 counts.tolist(),
                 stops.tolist(),
-                self._ends[rows, -1].tolist(),
+                totals[rows].tolist(),
                 strict=True,
             )
             if count
@@ -297,19 +305,32 @@ def plan_bundles(num_chunks: int, num_partitions: int, num_documents: int) -> in
 
 
 def make_deals(job: Preparation, packed: Sequence[dict[str, Any]]) -> list[Deal]:
-    """Which rows of which chunks each shard holds, for each split and source that has rows."""
+    """Which rows of which chunks each shard holds, for each split and source that has rows, and for
+    each class where those lie apart."""
     row_bytes = _row_bytes(job, packed)
     deals: list[Deal] = []
     for split in SPLITS:
         for source in range(len(job.sources)):
-            counts = {
-                index: record[split]["num_rows"]
+            mine = {
+                index: record[split]
                 for index, record in enumerate(packed)
                 if split in record and job.chunks[index].source == source
             }
-            if counts:
-                deals.append(_deal(job, split, source, counts, row_bytes))
+            for label in range(len(job.labels)) if job.parts_labels(split) else (None,):
+                runs = {index: _run(record, label) for index, record in mine.items()}
+                runs = {index: run for index, run in runs.items() if run[1]}
+                if runs:
+                    totals = [mine[index]["num_rows"] for index in runs]
+                    deals.append(_deal(job, split, source, label, runs, totals, row_bytes))
     return deals
+
+
+def _run(record: Mapping[str, Any], label: int | None) -> tuple[int, int]:
+    """Where the rows of a class begin in a chunk, and how many they are."""
+    if label is None:
+        return 0, int(record["num_rows"])
+    counts = [own["num_rows"] for own in record["labels"]]
+    return sum(counts[:label]), counts[label]
 
 
 def _row_bytes(job: Preparation, packed: Sequence[dict[str, Any]]) -> int:
@@ -321,22 +342,31 @@ def _row_bytes(job: Preparation, packed: Sequence[dict[str, Any]]) -> int:
     return max(1, tokens + arrays // max(1, num_rows))
 
 
-def _deal(
-    job: Preparation, split: str, source: int, counts: dict[int, int], row_bytes: int
+def _deal(  # noqa: PLR0917
+    job: Preparation,
+    split: str,
+    source: int,
+    label: int | None,
+    runs: Mapping[int, tuple[int, int]],
+    totals: Sequence[int],
+    row_bytes: int,
 ) -> Deal:
     """How many rows of each chunk go to each shard is drawn without replacement from the places
     left in the shards (multivariate hypergeometric)."""
-    total = sum(counts.values())
+    counts = [count for _, count in runs.values()]
+    total = sum(counts)
     target = max(SHARD_BYTES, min(MAX_SHARD_BYTES, total * row_bytes // 256))
     shard_rows = max(1, target // (row_bytes * job.group_rows)) * job.group_rows
     left = np.full(-(-total // shard_rows), shard_rows, np.int64)
     left[-1] = total - shard_rows * (len(left) - 1)
-    rng = job.rng(3, SPLITS.index(split), source)
-    dealt = np.stack([_draw(rng, left, count) for count in counts.values()])
+    rng = job.rng(3, SPLITS.index(split), source, *(() if label is None else (label,)))
+    dealt = np.stack([_draw(rng, left, count) for count in counts])
     bundle, group = 0, 0
     if dealt.size > DIRECT_READS:
         bundle, group = (math.isqrt(size - 1) + 1 for size in dealt.shape)
-    return Deal(split, source, np.array(list(counts), np.int64), dealt, bundle, group)
+    firsts = np.array([first for first, _ in runs.values()], np.int64)
+    chunks, rows = np.array(list(runs), np.int64), np.array(totals, np.int64)
+    return Deal(split, source, chunks, dealt, bundle, group, label, firsts, rows)
 
 
 def _draw(

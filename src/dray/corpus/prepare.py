@@ -43,6 +43,7 @@ from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
 from dray.corpus.encoded import check_columns
+from dray.corpus.gathering import plan_gathering
 from dray.corpus.listing import Leavings
 from dray.corpus.manifest import (
     MANIFEST,
@@ -69,6 +70,7 @@ from dray.corpus.planning import (
 )
 from dray.corpus.rows import merge_rows, mix_rows, pack_chunk
 from dray.corpus.sampling import make_tokenizer
+from dray.corpus.scattering import scatter_part
 from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.telling import Teller, find_teller, tell_shard, telling_options
@@ -77,7 +79,7 @@ from dray.errors import CorpusError, SpecError, StoreError
 from dray.origin import Origin
 from dray.runs import Run
 from dray.runs.layout import CORPORA
-from dray.spec import HeldOut, Spec, Tokenizer
+from dray.spec import HeldOut, Source, Spec, Tokenizer
 from dray.storage.digests import recall_digests
 from dray.storage.filesystem import (
     absolute,
@@ -190,11 +192,23 @@ def list_inputs(spec: Spec) -> _Inputs:
         taken[name] += 1
         sources.append(
             CorpusSource(
-                name if taken[name] == 1 else f"{name}-{taken[name]}", split, source, where
+                name if taken[name] == 1 else f"{name}-{taken[name]}",
+                split,
+                source,
+                where,
+                _names_files(source, where),
             )
         )
         files.append(found)
     return _Inputs(tuple(sources), tuple(files), left_out=leavings.to_records())
+
+
+def _names_files(source: Source, where: str) -> tuple[InputFile, ...]:
+    """The file with the names of what a source gathers, if it has one."""
+    if source.gather is None or source.gather.names is None:
+        return ()
+    named = Source(path=source.gather.names.path)
+    return list_source(named, f"{where}.gather.names").files
 
 
 def _source_name(path: str) -> str:
@@ -261,6 +275,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, teller: Teller | None 
                 "header": source.source.header,
                 "quoting": source.source.quoting,
                 **({"columns": source.source.columns} if source.source.columns else {}),
+                **_gathering(source),
                 "files": [(file.digest, file.form, file.compression) for file in files],
             }
             for source, files in zip(inputs.sources, inputs.files, strict=True)
@@ -268,6 +283,16 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, teller: Teller | None 
         **({"told_by": inputs.teller.digest} if inputs.teller else {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _gathering(source: CorpusSource) -> dict[str, Any]:
+    """What of a source's gathering changes its documents."""
+    if source.source.gather is None:
+        return {}
+    settings = source.source.gather.model_dump(mode="json")
+    if settings["names"]:
+        settings["names"]["path"] = [file.digest for file in with_digests(source.names)]
+    return {"gather": settings}
 
 
 def _row_settings(task: Any) -> dict[str, Any]:
@@ -299,12 +324,11 @@ def recall(spec: Spec, storage: str) -> Corpus | None:
     remembered."""
     spec, inputs = with_tokenizer_folder(spec, storage), list_inputs(spec)
     files = [file for group in inputs.files for file in group]
+    read = [*files, *(file for source in inputs.sources for file in source.names)]
     digests = (
-        recall_digests([file.path for file in files])
-        if all(file.is_local for file in files)
-        else {}
+        recall_digests([file.path for file in read]) if all(file.is_local for file in read) else {}
     )
-    if any(file.path not in digests for file in files):
+    if any(file.path not in digests for file in read):
         return None
     known = _regroup(inputs, (replace(file, digest=digests[file.path]) for file in files))
     known = replace(known, teller=find_teller(spec, storage))
@@ -478,6 +502,8 @@ class _Claim:
 
 def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Manifest:
     job, work = _plan(spec, folder, inputs, say)
+    pieces, work.parts = plan_gathering(work.parts, job.sources)
+    work.scatters = run_stage(job, "scattered", scatter_part, pieces, say)
     job = replace(job, tokenizer=_make_tokenizer(spec, job, work.parts, say))
     check_width(job)
     work.reads = run_stage(job, "read", read_part, work.parts, say)
@@ -508,7 +534,7 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
         given = [(index, Shard.model_validate(record)) for index, record in enumerate(shards)]
         shards = run_stage(told, "told", tell_shard, given, say)
     work.shards = [Shard.model_validate(record) for record in shards]
-    _write_quarantine(job, work.parts)
+    _write_quarantine(job)
     filesystem, path = share_filesystem(folder)
     write_bytes(filesystem, f"{path}/{SOURCE_FILES}", dump_source_files(work.source_files()))
     return make_manifest(key, job, work)
@@ -549,6 +575,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
         share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
         num_partitions=-(-total // PARTITION_BYTES) if compares else 0,
+        balance=data.balance,
         num_labels=spec.model.num_labels,
         known_labels=inputs.labels,
         work=_name_of_work(inputs),
@@ -598,16 +625,15 @@ def _make_tokenizer(
     return info
 
 
-def _write_quarantine(job: Preparation, parts: Sequence[Part]) -> None:
+def _write_quarantine(job: Preparation) -> None:
     """One file of all bad records, in reading order."""
     filesystem, path = share_filesystem(job.folder)
-    there = list_files(*staged(job, "read"))
+    there = {stage: list_files(*staged(job, stage)) for stage in ("scattered", "read")}
 
     def write(stream: Any) -> None:
-        for part in parts:
-            name = f"{part.index:06d}.quarantine.jsonl"
-            if name in there:
-                stream.write(read_bytes(*staged(job, "read", name)))
+        for stage, names in there.items():
+            for name in sorted(name for name in names if name.endswith(".quarantine.jsonl")):
+                stream.write(read_bytes(*staged(job, stage, name)))
 
     write_whole(filesystem, f"{path}/{QUARANTINE}", write, durable=False)
 

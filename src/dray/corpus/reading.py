@@ -9,6 +9,7 @@ naming those there are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -97,6 +98,8 @@ class Documents:
     bad: list[Bad] = dataclass_field(default_factory=list)
     num_bytes: int = 0
     """Bytes of content that they were read from, bad records included."""
+    dropped: Counter[str] = dataclass_field(default_factory=Counter)
+    """Documents that are left out before any cleaning, by reason."""
 
     @property
     def num_records(self) -> int:

@@ -151,6 +151,23 @@ def _read_list(column: str, value: Any) -> str:
     return SEPARATOR.join(texts)
 
 
+def _read_name(column: str, value: Any) -> str:
+    """The name of something: a text or a number, written alike however it was."""
+    name = parse_label(value)
+    if SEPARATOR in name:
+        raise BadRecord(f"an ASCII unit separator in {column!r}")
+    return name
+
+
+def _read_names(column: str, value: Any) -> str:
+    """A list of names, joined."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise BadRecord(f"{column!r} is not a list")
+    if not value:
+        raise BadRecord(f"{column!r} is empty")
+    return SEPARATOR.join(_read_name(column, item) for item in value)
+
+
 def _read_bytes(column: str, value: Any) -> str:
     """The bytes of a file as base64: themselves, base64 of them, or as the `bytes` of a record, in
     which datasets keep images and sounds."""
@@ -214,6 +231,8 @@ _READERS: dict[str, Callable[[str, Any], str]] = {
     "words": _read_list,
     "bytes": _read_bytes,
     "record": _read_record,
+    "name": _read_name,
+    "names": _read_names,
     "tags": _read_list,
     "label": _read_label,
     "labels": _read_labels,

@@ -127,6 +127,9 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
                 _write_sample(job, index, mine)
             rows, values = _make_rows(job, index, mine)
             order = job.rng(1, index, SPLITS.index(split)).permutation(len(rows.num_tokens))
+            labels = _labels_of(job, values) if job.parts_labels(split) else None
+            if labels is not None:
+                order = order[np.argsort(labels[order], kind="stable")]
             _write_rows(
                 *staged(job, "packed", f"{index:06d}.{split}"),
                 [values[column.name] for column in job.columns],
@@ -147,7 +150,25 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
                 record[split]["num_array_bytes"] = sum(values[name].nbytes for name in arrays)
             if job.labels:
                 record[split]["by_label"] = _count_classes(job, values)
+            if labels is not None:
+                sizes = {
+                    "num_rows": np.ones(len(labels), np.int64),
+                    "num_documents": ~further[chosen],
+                    "num_tokens": rows.num_tokens,
+                    "num_text_bytes": mine["num_bytes"],
+                }
+                record[split]["labels"] = [
+                    {name: int(size[labels == label].sum()) for name, size in sizes.items()}
+                    for label in range(len(job.labels))
+                ]
     return save_record(job, "packed", index, record)
+
+
+def _labels_of(job: Preparation, values: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """The class of each row, where it has one."""
+    (name,) = (c.name for c in job.task.columns if c.names and c.each == "row")
+    labels: npt.NDArray[Any] = values[name]
+    return labels
 
 
 def _count_classes(job: Preparation, values: Mapping[str, Any]) -> list[int]:
@@ -285,7 +306,7 @@ def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
     """Write one shard from its slices of the chunks, in a random order of its own. Returns the
     shard's record."""
     index, plan = item
-    rng = job.rng(2, SPLITS.index(plan.split), plan.source, plan.index)
+    rng = job.rng(2, *plan.place)
     values = _read_slices(job, plan.slices)
     num_tokens: Any = values["num_tokens"]
     order = rng.permutation(len(num_tokens))
@@ -293,9 +314,8 @@ def merge_rows(job: Preparation, item: tuple[int, ShardPlan]) -> dict[str, Any]:
         order = order[order_by_length(num_tokens[order], job.group_rows, WINDOW_GROUPS, rng)]
     for name in list(values):
         values[name] = values.pop(name)[order]  # one at a time: a shard is there twice for none
-    file = f"{plan.split}/{plan.source:03d}-{plan.index:06d}.arrow"
     rows = make_batch(job.columns, values)
-    shard = write_shard(*share_filesystem(job.folder), file, rows, job.group_rows)
+    shard = write_shard(*share_filesystem(job.folder), plan.file, rows, job.group_rows)
     return save_record(job, "shards", index, shard.model_dump())
 
 

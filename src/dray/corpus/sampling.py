@@ -26,6 +26,7 @@ from dray.corpus.tokenizing import (
     save_trained,
     train_byte_bpe,
 )
+from dray.corpus.whole_words import count_words, make_words_tokenizer
 from dray.spec import Source, Tokenizer
 from dray.storage.filesystem import child, share_filesystem
 from dray.tasks.rows import SEPARATOR
@@ -40,8 +41,14 @@ def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     filesystem, path = share_filesystem(job.folder)
     size = settings.sample_bytes if settings.train else CHECK_BYTES
-    texts = list(_sample(job, parts, size))
-    if settings.path is not None:
+    words = settings.train == "words"
+    texts = [] if words else list(_sample(job, parts, size))
+    if words:
+        counts = count_words(job, list(parts))
+        save_trained(
+            filesystem, f"{path}/tokenizer", make_words_tokenizer(counts, settings.vocab_size)
+        )
+    elif settings.path is not None:
         copy_tokenizer(settings.path, filesystem, f"{path}/tokenizer")
     else:
         trained = train_byte_bpe(

@@ -204,11 +204,12 @@ def _silence() -> Iterator[None]:
 
 def save_trained(filesystem: pafs.FileSystem, folder: str, tokenizer_json: str) -> None:
     """Write a trained tokeniser as a folder that AutoTokenizer loads."""
+    model = json.loads(tokenizer_json)["model"]
+    special = {"eos_token": END_OF_TEXT, "pad_token": PAD, "mask_token": MASK}
+    special |= {"unk_token": model["unk_token"]} if model.get("unk_token") else {}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "pad_token": PAD,
-        **({"mask_token": MASK} if MASK in json.loads(tokenizer_json)["model"]["vocab"] else {}),
+        **{kind: name for kind, name in special.items() if name in model["vocab"]},
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
@@ -328,6 +329,16 @@ class Decoder:
 
     def __call__(self, ids: Sequence[int]) -> str:
         return str(load_decoder(self.folder).decode(list(ids), skip_special_tokens=True))
+
+
+@lru_cache(maxsize=2)
+def token_names(folder: str) -> tuple[str, ...]:
+    """The tokens of a folder's tokeniser by id, once a process; ids without one are empty."""
+    vocabulary = load_decoder(folder).get_vocab()
+    names = [""] * (max(vocabulary.values()) + 1)
+    for name, index in vocabulary.items():
+        names[index] = name
+    return tuple(names)
 
 
 def _gigatoken(files: dict[str, bytes]) -> Any:

@@ -8,6 +8,7 @@ of the other stages none in fp32 besides.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -195,5 +196,10 @@ def _construct(
 ) -> Any:
     from transformers.initialization import no_init_weights
 
+    kind, options = auto_class(head), {}
+    if head.over == "hidden":
+        model_class = kind._model_mapping[type(config)]
+        if "add_pooling_layer" in inspect.signature(model_class).parameters:
+            options["add_pooling_layer"] = False  # nothing would go through it, or train it
     with torch.random.fork_rng(devices=[]), no_init_weights(), constructing:
-        return auto_class(head).from_config(config, dtype=dtype, trust_remote_code=False)
+        return kind.from_config(config, dtype=dtype, trust_remote_code=False, **options)

@@ -234,7 +234,7 @@ def _read_sizes(model: Any, config: Any, head: Head) -> Counted:
         head_dim=head_dim,
         intermediate=_feed_forward_width(text, hidden),
         vocab=_number(text, "vocab_size"),
-        causal=not head.looks_ahead or (head.over == "labels" and not encodes),
+        causal=not head.looks_ahead or (head.over != "vocabulary" and not encodes),
         attention=_attention(text, heads),
     )
 
@@ -368,6 +368,8 @@ def _head(model: Any, owned: list[_Owned], head: Head) -> tuple[int, int]:
             return 0, 0
         is_own = any(one.parameter is projection and not one.is_looked_up for one in owned)
         return projection.numel(), projection.numel() if is_own else 0
+    if head.over == "hidden":
+        return 0, 0
     body = f"{model.base_model_prefix}."
     found = sum(
         one.size

@@ -202,6 +202,8 @@ def logits_bytes(load: Load) -> int:
     which holds all of it three times. A head that is more than a projection has the logits of its
     share of the tokens as a whole, and their gradient."""
     head = load.sizes.head
+    if head.over == "hidden":  # the vectors of rows
+        return load.micro_rows * load.sizes.hidden * 12
     if head.over == "labels":
         each = load.tokens if head.each == "token" else load.micro_rows
         return each * load.sizes.num_labels * 12

@@ -222,7 +222,7 @@ def load_dimensions(
 
 def _is_causal(architecture: str, head: Head) -> bool:
     """Encoders look both ways unless they are to generate."""
-    return not head.looks_ahead or (head.over == "labels" and architecture not in ENCODERS)
+    return not head.looks_ahead or (head.over != "vocabulary" and architecture not in ENCODERS)
 
 
 def _attention(architecture: str, layers: int, options: Mapping[str, Any]) -> Attention:
@@ -289,7 +289,8 @@ def count_state_bytes(optimizer: Optimizer, sizes: Dimensions, count: ParameterC
     hidden = _block_matrices(sizes) * sizes.layers
     tables = [(count.embedding // sizes.hidden, sizes.hidden)]
     head_rows = sizes.vocab if sizes.head.over == "vocabulary" else sizes.num_labels
-    if not (sizes.head.over == "vocabulary" and sizes.tied):
+    has_own = sizes.head.over == "labels" or (sizes.head.over == "vocabulary" and not sizes.tied)
+    if has_own:
         tables.append((head_rows, sizes.hidden))
     rest = count.total - sum(map(math.prod, (*hidden, *tables)))
     matrices = sum(kept(shape, is_hidden=True) for shape in hidden) + sum(map(kept, tables))
@@ -372,6 +373,8 @@ def _head(sizes: Dimensions) -> tuple[int, int]:
     For language models the projection itself is counted by the caller.
     """
     hidden, labels, name = sizes.hidden, sizes.num_labels, sizes.architecture
+    if sizes.head.over == "hidden":
+        return 0, 0
     if sizes.head.over == "vocabulary":
         if name in ("bert", "roberta"):
             return 0, hidden * hidden + 3 * hidden + sizes.vocab

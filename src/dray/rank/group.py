@@ -68,6 +68,13 @@ class Ranks:
         dist.broadcast_object_list(holder, src=0, group=self.control)
         return holder[0]
 
+    def join_rows(self, mine: Tensor) -> Tensor:
+        """What all ranks have, each a tensor of the same shape on the device, one after the
+        other."""
+        parts = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)
+
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 

@@ -336,7 +336,8 @@ class _Loop:
         rate = learning_rate(
             self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate
         )
-        loss_sum, forwards = self._forward_backward(rows, agreed.num_targets)
+        compute = self._pooled_forward_backward if self.task.pools else self._forward_backward
+        loss_sum, forwards = compute(rows, agreed.num_targets)
         self.pulse.enter("step")
         # Gradients are shared, losses are not: a bad one on one rank keeps all of them from the
         # update.
@@ -415,6 +416,57 @@ class _Loop:
             self.engine.backward(mean, last=index == len(batches) - 1)
             loss_sum += summed.detach().double()
         return loss_sum, forwards
+
+    def _pooled_forward_backward(
+        self, rows: StepRows, all_targets: int
+    ) -> tuple[Tensor, list[tuple[Any, Any]]]:
+        """As `_forward_backward` where the loss is of all rows of the global batch together.
+
+        What the model makes of them is computed without gradients and joined over the ranks; the
+        loss and its gradient are of that, the same on every rank; a second pass gives the gradient
+        on to the weights, a micro batch at a time (GradCache: Gao et al., 2021). So neither ranks
+        nor micro batches show in the loss, and no more than a micro batch has its activations.
+        """
+        self.engine.train(True)
+        seeds = [
+            make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index)
+            for index in range(len(rows.batches))
+        ]
+        forwards, parts = [], []
+        for seed, batch in zip(seeds, rows.batches, strict=True):
+            with torch.no_grad():
+                part, marks = self._pooled(batch, seed)
+            parts.append(part)
+            forwards.append(marks)
+        own = sum(map(len, parts))
+        # Slots that hold no row come last, so the rows of the global batch are the first ones.
+        everyone = self.ranks.join_rows(torch.cat(parts))[: self.spec.batch.global_rows]
+        pool = everyone.detach().requires_grad_()
+        losses = self.task.pooled_losses(pool, self.spec.regularization.label_smoothing)
+        (gradient,) = torch.autograd.grad(losses.sum(), pool)
+        first = self.ranks.rank * own
+        mine = torch.zeros((own, *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
+        mine[: max(0, len(pool) - first)] = gradient[first : first + own]
+        done = 0
+        for index, (seed, batch) in enumerate(zip(seeds, rows.batches, strict=True)):
+            part, marks = self._pooled(batch, seed)
+            forwards.append(marks)
+            share = (part * mine[done : done + len(part)]).sum()
+            done += len(part)
+            self.pulse.enter("backward")
+            self.engine.backward(
+                share * (self.ranks.num_ranks / max(1, all_targets)),
+                last=index == len(rows.batches) - 1,
+            )
+        return losses.detach()[first : first + own].double().sum(), forwards
+
+    def _pooled(self, batch: Batch, seed: int) -> tuple[Tensor, tuple[Any, Any]]:
+        """What the model makes of a micro batch, fp32, and marks around its forward pass."""
+        torch.manual_seed(seed)
+        self.pulse.enter("forward")
+        on_device, begun = send(batch, self.ranks.device), self.clock.mark()
+        _, output = self.engine(on_device)
+        return output["pooled"].float(), (begun, self.clock.mark())
 
     def _settle(self, may_stay: int = 0) -> None:
         """Read and report what became of the steps that were queued, but for the last `may_stay` of

@@ -293,5 +293,11 @@ def make_rows(task: Any, *, num_rows: int, width: int, vocab_size: int, num_labe
 
 def _task(spec: Spec, sizes: Dimensions) -> Any:
     labels = tuple(map(str, range(sizes.num_labels)))
-    corpus = SimpleNamespace(pad_token_id=0, labels=labels, mask_token_id=1, vocab_size=sizes.vocab)
+    corpus = SimpleNamespace(
+        pad_token_id=0,
+        labels=labels,
+        label_counts=dict.fromkeys(labels, 1),
+        mask_token_id=1,
+        vocab_size=sizes.vocab,
+    )
     return spec.task.on(corpus, spec.model.num_labels)

@@ -149,7 +149,12 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
         sources.append(like.model_dump(mode="json", exclude={"path", "weight", "exclude"}) | value)
     tree = spec.model_dump(mode="json")
     cleaning = tree["data"]["cleaning"] | {"deduplicate": "none"}
-    tree["data"] |= {"train": sources, "validation": None, "cleaning": cleaning}
+    tree["data"] |= {
+        "train": sources,
+        "validation": None,
+        "cleaning": cleaning,
+        "balance": 0.0,
+    }
     tree["tokenizer"] = {"path": tokenizer_folder}
     return make_spec(tree, "--data", kept=True)
 

@@ -22,12 +22,15 @@ from dray.corpus.chunks import Tools, as_array
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest
 from dray.corpus.packing import Aligned
+from dray.corpus.parts import CorpusSource
 from dray.corpus.prepare import list_inputs
-from dray.corpus.reading import Span, SpanReader
+from dray.corpus.reading import Bad, Span, SpanReader
 from dray.corpus.records import BadRecord, Wanted
 from dray.corpus.rows import pad_rows, row_values
+from dray.corpus.scattering import gather_here
 from dray.corpus.shards import make_batch, stored_columns
-from dray.corpus.tokenizing import TokenizerInfo
+from dray.corpus.sources import InputFile
+from dray.corpus.tokenizing import TokenizerInfo, token_names
 from dray.errors import SpecError, StoreError
 from dray.processes.streams import make_json
 from dray.release.evaluate import make_evaluation_spec, said_of_data
@@ -70,6 +73,9 @@ def predict(
         inputs = list_inputs(spec)
     predictor = Predictor(trained, counts)
     for source, files in zip(inputs.sources, inputs.files, strict=True):
+        if source.source.gather is not None:
+            yield from _predict_gathered(predictor, source, files, spec.data.max_record_bytes)
+            continue
         for file in files:
             reader = SpanReader(
                 Span(file), source.source, spec.data.max_record_bytes, predictor.fields
@@ -79,8 +85,25 @@ def predict(
                     counts.num_predicted += 1
                     yield record
                 for bad in documents.bad:
-                    counts.num_bad += 1
-                    yield {"file": bad.file, "offset": bad.offset, "error": bad.reason}
+                    yield _told_bad(bad, counts)
+
+
+def _predict_gathered(
+    predictor: Predictor, source: CorpusSource, files: Sequence[InputFile], limit: int
+) -> Iterator[dict[str, Any]]:
+    """Predictions for documents that are gathered of records, each with its key first."""
+    by = source.source.gather.by if source.source.gather is not None else ""
+    for keys, texts, bad in gather_here(source, files, predictor.fields, limit):
+        for key, record in zip(keys.to_pylist(), predictor.records(texts), strict=True):
+            predictor.counts.num_predicted += 1
+            yield {by: key, **record}
+        for one in bad:
+            yield _told_bad(one, predictor.counts)
+
+
+def _told_bad(bad: Bad, counts: Counts) -> dict[str, Any]:
+    counts.num_bad += 1
+    return {"file": bad.file, "offset": bad.offset, "error": bad.reason}
 
 
 def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
@@ -125,6 +148,8 @@ class Predictor:
         self.objective = self.task.objective(trained.model).eval()
         self.info = _tokenizer_info(trained)
         self.tools = Tools(trained.tokenizer_folder, self.info, trained.manifest.sequence_tokens)
+        if self.task.tells_tokens:
+            self.task.token_names = token_names(trained.tokenizer_folder)
 
     def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Predictions of values by field, in their order, without the fields; `error` in the place
@@ -224,7 +249,7 @@ def _tokenizer_info(trained: Trained) -> TokenizerInfo:
 def _given(text: str, fields: Any) -> dict[str, Any]:
     """The fields of a record as they were read."""
     names = list(fields)
-    if fields[names[0]].kind == "words":
+    if fields[names[0]].kind in ("words", "names"):
         return {names[0]: text.split(SEPARATOR)}
     parts = text.split(SEPARATOR) if len(names) > 1 else [text]
     return {

@@ -91,6 +91,34 @@ class Section(BaseModel):
         return take_in_all(given)
 
 
+class Names(Section):
+    """A file of names: of each id in one of its columns the name in another."""
+
+    path: str
+    """A csv, tsv, jsonl or parquet file, whose columns have names."""
+    id: str
+    """The column of ids."""
+    name: str
+    """The column of names."""
+
+
+class Gather(Section):
+    """Documents gathered from several records each: what a person did one after the other, say."""
+
+    by: str
+    """The column whose value is the same in all records of a document."""
+    order: str
+    """The column of numbers, such as times, by which the records of a document are put in order;
+    equal ones stay as they were read."""
+    leave_out: Annotated[Int, Field(ge=0)] = 0
+    """How many of the last records of each document are left out: 2 for training where validation
+    has the last but one (1) and a test the last (0)."""
+    least: Annotated[Int, Field(ge=1)] = 2
+    """Documents of fewer records, without those left out, are dropped and counted."""
+    names: Names | None = None
+    """What the ids that are gathered are called; one without a name there stays as it is."""
+
+
 class Source(Section):
     """One source of documents: files of one form, with the columns to read."""
 
@@ -116,6 +144,9 @@ class Source(Section):
     """csv and tsv: a field that begins with a quote goes on to its closing quote, over delimiters
     and newlines (`rfc4180`), or quotes are characters like others and a line is a record
     (`none`)."""
+    gather: Annotated[Gather | None, Field(exclude_if=lambda given: given is None)] = None
+    """How documents are gathered from several records, for tasks that read `names`: a record holds
+    one of them."""
     weight: Annotated[Float, Field(gt=0)] | None = None
     """Share of the rows drawn from this source, relative to the other weights; none: in proportion
     to its rows."""
@@ -219,6 +250,10 @@ class Data(Section):
     """Tokens in a row."""
     cleaning: Cleaning = Cleaning()
     """What happens to a document's text before it is tokenised."""
+    balance: Annotated[Float, Field(ge=0, le=1), Field(exclude_if=lambda given: not given)] = 0.0
+    """How far training evens out the labels of documents that have one each: a label is read in
+    proportion to its rows to the power of 1 - balance. 0: as they are; 1: all alike. Every row of a
+    label is read before one is read again."""
     max_bad_share: Annotated[Float, Field(ge=0, le=1)] = 0.01
     """Above this share of unreadable data, in records or in bytes, preparing stops and names the
     worst file. A file that is cut short counts whole."""
@@ -237,8 +272,10 @@ class Tokenizer(Section):
     run: Annotated[RunName | None, Field(exclude_if=lambda given: given is None)] = None
     """A run in the same storage whose tokeniser to use; with `model.run` its tokeniser is the
     default."""
-    train: Literal["byte_bpe"] | None = None
-    """Train a byte-level BPE tokeniser on a sample of the training documents."""
+    train: Literal["byte_bpe", "words"] | None = None
+    """`byte_bpe`: train a byte-level BPE tokeniser on a sample of the training documents; `words`:
+    the most frequent words or names of all of them, each a token, for tasks whose tokens are
+    such."""
     vocab_size: Annotated[Int, Field(ge=258, le=1_000_000)] = 8192
     """Vocabulary of a trained tokeniser, special tokens included."""
     sample_bytes: Annotated[Int, Field(ge=10_000)] = 16_000_000

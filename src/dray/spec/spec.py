@@ -124,6 +124,7 @@ class Spec(Section):
                 f"tokenizer: {self.task.name} reads {', '.join(self.task.fields)}, no text; leave "
                 "the section out"
             )
+        self._check_words()
         if self.task.num_outputs is not None and self.model.num_labels not in (
             None,
             self.task.num_outputs,
@@ -150,6 +151,33 @@ class Spec(Section):
         if self.duration.steps is not None:
             self.schedule.check_length(self.duration.steps)
         return self
+
+    def _check_words(self) -> None:
+        """Raise ValueError for a tokeniser of another kind than the task's tokens, and for
+        documents gathered of what is no name."""
+        train = self.tokenizer.train
+        if (
+            train is not None
+            and self.task.tokenizes
+            and (train == "words") != self.task.whole_words
+        ):
+            wanted = "words" if self.task.whole_words else "byte_bpe"
+            raise ValueError(
+                f"tokenizer.train = {train}: the tokens of {self.task.name} are "
+                f"{'whole names' if self.task.whole_words else 'pieces of text'}; give {wanted}"
+            )
+        validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
+        kinds = {field.kind for field in self.task.fields.values()}
+        if self.data.balance and "label" not in kinds:
+            raise ValueError(
+                f"data.balance = {self.data.balance:g}: documents of {self.task.name} have not one "
+                "label each; leave it out"
+            )
+        if kinds != {"names"} and any(source.gather for source in (*self.data.train, *validation)):
+            raise ValueError(
+                f"data: gather: {self.task.name} reads {', '.join(self.task.fields)}; documents "
+                "are gathered of names alone; leave it out"
+            )
 
     @model_validator(mode="after")
     def _lawful(self) -> Self:

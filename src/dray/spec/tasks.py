@@ -22,7 +22,7 @@ from dray.spec.sections import Section, Source
 GROUP = "dray.tasks"
 OWN_PACKAGE = "dray"
 MOST_IN_FP32 = (2 - 2**-23) * 2.0**127
-TEXT_KINDS = ("text", "words", "bytes", "record")
+TEXT_KINDS = ("text", "words", "bytes", "record", "name", "names")
 """Kinds of fields that make a document; a field of another kind is its target."""
 Direction = Literal["lower", "higher"]
 """Which values of a metric are better."""
@@ -32,10 +32,14 @@ Direction = Literal["lower", "higher"]
 class Field:
     """Something that a task reads of every record; a source says in which column it is."""
 
-    kind: Literal["text", "words", "bytes", "record", "label", "labels", "number", "tags"]
+    kind: Literal[
+        "text", "words", "bytes", "record", "name", "names", "label", "labels", "number", "tags"
+    ]
     """Texts are cleaned, hashed and encoded: one, or a list of `words`. `bytes` are a file's, of an
     image or a sound: parquet's binary, or base64, as which they travel. A `record` is whatever
-    values a column has, as JSON: the task finds out what it is. A `label` names the class of a
+    values a column has, as JSON: the task finds out what it is. A `name` is of something that is no
+    text, such as an item's id: a text or a number, like a label; `names` are a list of such, or
+    what is gathered of several records (`gather` of a source). A `label` names the class of a
     document, `labels` those that it has, a `number` measures it, `tags` are those of its words."""
     wanted: bool = True
     """Whether every source must have it."""
@@ -43,6 +47,8 @@ class Field:
     """Where it is, unless a source says otherwise."""
     place: int | None = None
     """Which column of lines of words it is, unless a source says otherwise."""
+    asked: bool = True
+    """Whether a prediction needs it, too; not of targets, which none does."""
     most: float = MOST_IN_FP32
     """The greatest size of a `number`; a record with a greater one is a bad record. By itself it is
     what fp32 holds, since a greater number would become infinite there."""
@@ -61,8 +67,8 @@ class Head:
 
     auto_class: str
     """transformers' class that builds the model, by name."""
-    over: Literal["vocabulary", "labels"]
-    """What the logits are of."""
+    over: Literal["vocabulary", "labels", "hidden"]
+    """What the logits are of; `hidden`: there are none, a model puts out its hidden states."""
     each: Literal["token", "row"]
     """What has logits of its own."""
     looks_ahead: bool = True
@@ -94,6 +100,8 @@ class TaskKind(Protocol):
     """Whether documents are packed into full rows, or kept one a row."""
     tokenizes: bool
     """Whether documents are texts, which a tokeniser makes tokens of."""
+    whole_words: bool
+    """Whether its tokens are whole words or names, never pieces of text."""
     generates: bool
     """Whether its models write text."""
     head: Head

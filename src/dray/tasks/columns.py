@@ -70,6 +70,21 @@ def real_rows(table: pa.Table) -> Tensor:
     return integer_column(table, "row_id") >= 0
 
 
+def drawn_by_row(table: pa.Table, draw: int, num: int) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1) for each row, [rows, num], that depend on `draw` and the row's id alone; on
+    its place, if the table has no `row_id`."""
+    ids = (
+        table.column("row_id").to_numpy().astype(np.uint64)
+        if "row_id" in table.column_names
+        else np.arange(table.num_rows, dtype=np.uint64)
+    )
+    found = np.empty((table.num_rows, num))
+    for row, place in enumerate(ids):
+        key = np.array([draw, place], np.uint64)
+        found[row] = np.random.Generator(np.random.Philox(key=key)).random(num)
+    return found
+
+
 def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` of rows with a document each, and `token_type_ids` where
     they have segments, as int64 [rows, width]: as wide as the longest row that is none of

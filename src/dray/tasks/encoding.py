@@ -54,6 +54,66 @@ def encode_texts_or_pairs(texts: pa.Array, tools: Tools, *, pairs: bool) -> Enco
     return Encoded(tokens, lengths, {"segment": segment}, num_lost=lost)
 
 
+def encode_apart(texts: pa.Array, tools: Tools, *, second: str) -> Encoded:
+    """Documents of two texts, the second as a varying column of that name with what the tokeniser
+    puts around a text; of one text it is empty. Each has as much room as a row."""
+    parts = pc.split_pattern(texts, SEPARATOR, max_splits=1)
+    ids, lengths = tools.encode(pc.list_element(parts, 0).cast(pa.large_string()))
+    others = parts.to_pylist()
+    own, sizes = tools.encode(pa.array([(*pair, "")[1] for pair in others], pa.large_string()))
+    room = max(0, tools.row_tokens - len(tools.prefix) - len(tools.suffix))
+    kept = np.minimum(sizes, room)
+    places = np.arange(len(own)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    whole, widths = surround(
+        own[places < np.repeat(kept, sizes)], kept, tools.prefix, tools.suffix, "uint32"
+    )
+    there = np.array([len(pair) > 1 for pair in others], bool)
+    widths = np.where(there, widths, 0)
+    lists = pa.LargeListArray.from_arrays(
+        pa.array(np.cumsum([0, *widths]), pa.int64()),
+        pa.array(whole[np.repeat(there, kept + len(tools.prefix) + len(tools.suffix))]),
+    )
+    return Encoded(
+        ids.astype(tools.dtype), lengths, {second: lists}, num_lost=np.where(there, sizes - kept, 0)
+    )
+
+
+def name_sides(texts: pa.Array, sides: Sequence[str]) -> pa.Array:
+    """Documents of several names with what each is of: the same name on two sides is two words."""
+    parts = pc.split_pattern(texts, SEPARATOR)
+    named = [
+        pc.binary_join_element_wise(
+            pa.scalar(f"{side}=", pa.large_string()),
+            pc.list_element(parts, place).cast(pa.large_string()),
+            pa.scalar("", pa.large_string()),
+        )
+        for place, side in enumerate(sides)
+    ]
+    return pc.binary_join_element_wise(*named, pa.scalar(SEPARATOR, pa.large_string()))
+
+
+def encode_sequences(texts: pa.Array, tools: Tools) -> Encoded:
+    """Sequences of words that are a token each. One that a row has no room for becomes several
+    rows, the last of them full: `final` is 1 in that, and `before` has there what the others hold,
+    as a varying column; else both are nothing."""
+    ids, sizes = tools.encode(texts)
+    num_pieces = np.maximum(1, -(-sizes // tools.row_tokens))
+    records = np.repeat(np.arange(len(sizes)), num_pieces)
+    ends = np.cumsum(num_pieces)
+    final = np.zeros(len(records), np.uint8)
+    final[ends - 1] = 1
+    lengths = np.full(len(records), tools.row_tokens, np.int64)
+    lengths[ends - num_pieces] = sizes - (num_pieces - 1) * tools.row_tokens
+    earlier = np.where(final, (sizes - lengths[ends - 1])[records], 0)
+    held = np.repeat(final, lengths) == 0
+    lists = pa.LargeListArray.from_arrays(
+        pa.array(np.cumsum([0, *earlier]), pa.int64()), pa.array(ids[held].astype(np.int32))
+    )
+    return Encoded(
+        ids.astype(tools.dtype), lengths, {"final": final, "before": lists}, records=records
+    )
+
+
 def encode_tagged_words(texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
     """Documents that are joined words, with joined tags: `tag` numbers the tag at a word's first
     token and is IGNORED at others, `window` counts the rows of one document.

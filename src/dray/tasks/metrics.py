@@ -113,7 +113,7 @@ class Gathered:
 class ClassificationMetrics(Gathered):
     """Every document's label and scores: unlike means, ranks' AUCs do not add up."""
 
-    names = ("loss", "accuracy", "precision", "recall", "f1", "auc")
+    names: tuple[str, ...] = ("loss", "accuracy", "precision", "recall", "f1", "auc")
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class ClassificationMetrics(Gathered):
         from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
         scores = torch.tensor(self._found, dtype=torch.float64)
-        guesses = scores.argmax(dim=-1).tolist()
+        guesses = self._guesses(scores)
         kind: dict[str, Any] = (
             {"average": "binary"} if self._num_labels == 2 else {"average": "macro"}
         )
@@ -149,6 +149,10 @@ class ClassificationMetrics(Gathered):
             "f1": float(f1),
             "auc": self._auc(scores),
         }
+
+    def _guesses(self, scores: Tensor) -> list[int]:
+        likeliest: list[int] = scores.argmax(dim=-1).tolist()
+        return likeliest
 
     def undefined(self) -> tuple[str, ...]:
         """The AUC without every class; with two classes what asks for documents of class 1, where
@@ -215,7 +219,7 @@ class ManyLabelsMetrics(Gathered):
 class NumberMetrics(Gathered):
     """Of numbers, beside those that were wanted."""
 
-    names = ("loss", "mse", "mae", "r2", "pearson", "spearman")
+    names: tuple[str, ...] = ("loss", "mse", "mae", "r2", "pearson", "spearman")
 
     def update(self, batch: Batch, output: Output) -> None:
         real = batch["labels"].isfinite()

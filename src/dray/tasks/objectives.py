@@ -112,7 +112,7 @@ class LabelLoss(nn.Module):
         self.takes_segments = _takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
-        logits = self.model(**_inputs(batch, self.takes_segments)).logits
+        logits = self.model(**model_inputs(batch, self.takes_segments)).logits
         smoothing = self.label_smoothing if self.training else 0.0
         labels = batch["labels"].flatten()
         loss = summed_cross_entropy(logits.flatten(0, -2), labels, smoothing)
@@ -141,7 +141,7 @@ class HiddenTokenLoss(nn.Module):
         labels, places = batch["labels"].flatten(), batch["places"]
         if self.selects:
             labels = torch.where(places < 0, IGNORED, labels[places.clamp(min=0)])
-        logits = self._logits(_inputs(batch, False), places if self.selects else None)
+        logits = self._logits(model_inputs(batch, False), places if self.selects else None)
         smoothing = self.label_smoothing if self.training else 0.0
         loss = summed_cross_entropy(logits.flatten(0, -2), labels, smoothing)
         terms: Terms = {"loss": (loss, (labels != IGNORED).sum())}
@@ -181,7 +181,7 @@ class ManyLabelsLoss(nn.Module):
         self.takes_segments = _takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
-        logits = self.model(**_inputs(batch, self.takes_segments)).logits.float()
+        logits = self.model(**model_inputs(batch, self.takes_segments)).logits.float()
         real = batch["labels"][:, 0] != IGNORED
         targets = batch["labels"].clamp(min=0).float()
         if self.training and self.label_smoothing:
@@ -202,7 +202,7 @@ class NumberLoss(nn.Module):
         self.model, self.takes_segments = model, _takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
-        found = self.model(**_inputs(batch, self.takes_segments)).logits.float()[:, 0]
+        found = self.model(**model_inputs(batch, self.takes_segments)).logits.float()[:, 0]
         real = batch["labels"].isfinite()
         errors = torch.where(real, found - batch["labels"].nan_to_num(), 0.0)
         loss = errors.square().sum()
@@ -216,6 +216,7 @@ def _takes_segments(model: Any) -> bool:
     return takes and getattr(model.config, "type_vocab_size", 1) > 1
 
 
-def _inputs(batch: Batch, takes_segments: bool) -> Batch:
+def model_inputs(batch: Batch, takes_segments: bool) -> Batch:
+    """What of a batch a model takes."""
     names = ("input_ids", "attention_mask", *(["token_type_ids"] if takes_segments else []))
     return {name: batch[name] for name in names if name in batch}

@@ -54,6 +54,11 @@ class Column:
     `encode` gives none."""
 
 
+FIRST_WORD = 2
+"""The first id of a word in a vocabulary of whole words; before it are padding and what stands for
+all other words."""
+UNKNOWN_WORD = 1
+
 SEPARATOR = "\x1f"
 """Between the parts of a text or a target that has several."""
 

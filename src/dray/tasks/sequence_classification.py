@@ -1,5 +1,5 @@
 """Classes of documents, or of pairs of texts: sentiment, topics, entailment. One of them each, or
-any number.
+any number; names alone, in an order, or on paths.
 
 Rows are documents, padded to the longest of their batch. The corpus keeps rows of like length
 together, so little of a batch is padding. The model pools as its architecture does: encoders their
@@ -9,12 +9,16 @@ own way, decoders at the last token that is not padding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+from pydantic import Field as Limits
+from pydantic import model_validator
+
+from dray.errors import SpecError
 from dray.spec import Direction, Field, Head
-from dray.spec.sections import Section
+from dray.spec.sections import Float, Section
 from dray.tasks.rows import IGNORED, Column
-from dray.tasks.task import Batch, Output, Task, TaskMetrics
+from dray.tasks.task import Batch, Corpus, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,6 +26,14 @@ if TYPE_CHECKING:
 
     from dray.tasks.rows import Encoded, Tools
 
+METRICS: dict[str, Direction] = {
+    "loss": "lower",
+    "accuracy": "higher",
+    "precision": "higher",
+    "recall": "higher",
+    "f1": "higher",
+    "auc": "higher",
+}
 AUTO_CLASS = "AutoModelForSequenceClassification"
 
 
@@ -31,23 +43,43 @@ class SequenceClassification(Task):
     class Settings(Section):
         """What has labels, and how many."""
 
-        labels: Literal["one", "many"] = "one"
+        labels: Literal["one", "many", "ordinal", "paths"] = "one"
         """`many`: a document has any number of them; the column holds a list, or a text with
-        commas between."""
+        commas between. `ordinal`: it has one, and they are in an order, such as stars. `paths`: it
+        has one, which lies on a path such as sport/ball/tennis."""
+        order: tuple[str, ...] = ()
+        """Of `ordinal` labels: from the lowest on; empty: by number, if all are whole numbers, else
+        by name."""
+        class_weights: Literal["none", "balanced"] | dict[str, Float] = "none"
+        """What a document's loss counts by its label: given by label (others count 1), or
+        `balanced`, so that in training all labels count the same together and a document 1 in the
+        mean."""
+        focal: Annotated[Float, Limits(ge=0)] = 0.0
+        """The focal loss' exponent: the greater, the less those documents count that the model is
+        sure of; 0: the cross entropy."""
         pairs: bool = False
         """Whether a document is two texts: `text`, and the column that `columns.text_pair` of a
         source names."""
 
+        @model_validator(mode="after")
+        def _fits(self) -> Self:
+            if self.order and self.labels != "ordinal":
+                raise ValueError(f"order is of ordinal labels, and labels = {self.labels}")
+            if len(set(self.order)) != len(self.order):
+                raise ValueError(f"order names a label twice: {', '.join(self.order)}")
+            if self.focal and self.labels != "one":
+                raise ValueError(
+                    f"focal = {self.focal:g} is of one label, and labels = {self.labels}"
+                )
+            if self.class_weights != "none" and self.labels == "many":
+                raise ValueError("class_weights are of documents that have one label, not many")
+            weights = {} if isinstance(self.class_weights, str) else self.class_weights
+            if low := [label for label, weight in weights.items() if weight <= 0]:
+                raise ValueError(f"class_weights of {', '.join(low)}: a weight is above 0")
+            return self
+
     name = "sequence_classification"
     predicts = True
-    metrics: Mapping[str, Direction] = {
-        "loss": "lower",
-        "accuracy": "higher",
-        "precision": "higher",
-        "recall": "higher",
-        "f1": "higher",
-        "auc": "higher",
-    }
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
@@ -60,12 +92,48 @@ class SequenceClassification(Task):
         segments = (Column("segment", "uint8", "token", extends=True),) if pairs else ()
         label = Column("label", "uint8", hot=True) if many else Column("label", names=True)
         self.columns = (*segments, label)
+        more: dict[str, dict[str, Direction]] = {
+            "ordinal": {"mae": "lower", "kappa": "higher"},
+            "paths": {"path_f1": "higher"},
+        }
+        self.metrics: Mapping[str, Direction] = METRICS | more.get(self.settings.labels, {})
         kind = "multi_label_classification" if many else "single_label_classification"
         self.head = Head(AUTO_CLASS, over="labels", each="row", problem_type=kind)
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {"packs_rows": self.packs, **self.settings.model_dump(exclude_defaults=True)}
+        """What the loss makes of labels changes no row."""
+        own = self.settings.model_dump(include={"labels", "pairs"}, exclude_defaults=True)
+        if own.get("labels") in ("ordinal", "paths"):
+            del own["labels"]
+        return {"packs_rows": self.packs, **own}
+
+    def check(self, corpus: Corpus) -> None:
+        """Raises SpecError for labels that the settings do not know, or that there are not."""
+        order, weights, labels = self.settings.order, self.settings.class_weights, corpus.labels
+        rule = f"they are {', '.join(labels[:20])}"
+        if order and (other := sorted({*order} ^ {*labels})):
+            raise SpecError(
+                "task.order",
+                f"{', '.join(other[:8])}: not both in it and in the training documents",
+                "it names each of their labels once",
+                rule,
+            )
+        if isinstance(weights, dict) and (other := sorted({*weights} - {*labels})):
+            raise SpecError(
+                "task.class_weights",
+                f"no training document has the label {', '.join(other[:8])}",
+                "a weight is of a label",
+                rule,
+            )
+
+    @property
+    def _ranks(self) -> list[int]:
+        """The place in the order of each class by id."""
+        if {*self.settings.order} != {*self.labels}:  # it is theirs, or there is no corpus
+            return list(range(self.num_labels))
+        places = {label: place for place, label in enumerate(self.settings.order)}
+        return [places[label] for label in self.labels]
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.encoding import encode_texts_or_pairs, number_lists, with_columns
@@ -94,11 +162,21 @@ class SequenceClassification(Task):
         return int((labels.reshape(len(labels), -1)[:, :1] != IGNORED).sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
+        from dray.tasks.classes import ClassLoss, OrdinalLoss, PathLoss, class_weights, path_groups
         from dray.tasks.objectives import LabelLoss, ManyLabelsLoss
 
-        if self.settings.labels == "many":
+        settings = self.settings
+        weights = class_weights(settings.class_weights, self.labels, self.label_counts)
+        if settings.labels == "many":
             return ManyLabelsLoss(model, label_smoothing)
-        return LabelLoss(model, label_smoothing)
+        if settings.labels == "ordinal":
+            return OrdinalLoss(model, label_smoothing, ranks=self._ranks, weights=weights)
+        if settings.labels == "paths":
+            groups = path_groups(self.labels)
+            return PathLoss(model, label_smoothing, groups=groups, weights=weights)
+        if weights is None and not settings.focal:
+            return LabelLoss(model, label_smoothing)
+        return ClassLoss(model, label_smoothing, weights=weights, focal=settings.focal)
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         many, found = self.settings.labels == "many", []
@@ -106,12 +184,29 @@ class SequenceClassification(Task):
             scores = dict(zip(self.labels, row, strict=True))
             likely = [label for label, score in scores.items() if score > 0.5]
             best = max(scores, key=lambda label: scores[label])
+            if self.settings.labels == "ordinal":
+                best = self._median(scores)
             found.append({"prediction": likely if many else best, "scores": scores})
         return found
 
+    def _median(self, scores: Mapping[str, float]) -> str:
+        """The label above which less than half of the probability lies."""
+        below = 0.0
+        order = self.settings.order or self.labels
+        for label in order:
+            below += scores[label]
+            if below >= 0.5:
+                return label
+        return order[-1]
+
     def new_metrics(self) -> TaskMetrics:
+        from dray.tasks.classes import OrdinalMetrics, PathMetrics
         from dray.tasks.metrics import ClassificationMetrics, ManyLabelsMetrics
 
         if self.settings.labels == "many":
             return ManyLabelsMetrics()
+        if self.settings.labels == "ordinal":
+            return OrdinalMetrics(self._ranks)
+        if self.settings.labels == "paths" and self.labels:
+            return PathMetrics(self.labels)
         return ClassificationMetrics(self.num_labels)

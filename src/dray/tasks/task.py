@@ -109,6 +109,9 @@ class Task:
     taken for them then."""
     tokenizes = True
     """Whether its documents are texts that become tokens; else its rows are its columns alone."""
+    whole_words = False
+    """Whether its tokens are whole words or names, never pieces of text: `tokenizer.train` is
+    `words` then."""
     generates = False
     predicts = False
     """Whether its models tell something of each document."""
@@ -117,17 +120,25 @@ class Task:
     explores = False
     """Whether something of a step's rows must be found out by the model itself before it learns
     from them (`explored`)."""
+    pools = False
+    """Whether its loss is of all rows of a global batch together, by `pooled_losses`."""
+    tells_tokens = False
+    """Whether what it predicts are tokens by name: then it has `token_names` when it predicts."""
     head: Head
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
         self.labels: tuple[str, ...] = ()
         """Names of the classes in the order of their ids."""
+        self.label_counts: Mapping[str, int] = {}
+        """Training documents of each class."""
         self.num_labels = 2
         self.pad_token_id: int | None = None
         self.mask_token_id: int | None = None
         self.vocab_size = 0
         self.decode: Decode | None = None
+        self.token_names: Sequence[str] = ()
+        """By id, where a model predicts and `tells_tokens`."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -157,8 +168,13 @@ class Task:
 
     @property
     def asked(self) -> Mapping[str, Field]:
-        """What a prediction reads of a record: its fields but the target."""
-        return {name: field for name, field in self.fields.items() if field.kind in TEXT_KINDS}
+        """What a prediction reads of a record: its fields but the target, and those that are there
+        for learning alone."""
+        return {
+            name: field
+            for name, field in self.fields.items()
+            if field.kind in TEXT_KINDS and field.asked
+        }
 
     @property
     def has_classes(self) -> bool:
@@ -174,8 +190,14 @@ class Task:
         bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
         bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
         bound.decode = decode
+        bound.label_counts = getattr(corpus, "label_counts", {})  # few need them
         bound.num_labels = self.num_outputs or num_labels or len(corpus.labels) or 2
         return bound
+
+    def words(self, texts: pa.Array) -> pa.Array:
+        """What of documents is a token each, between SEPARATORs, where `whole_words`: a vocabulary
+        is made of it, and `encode` looks it up there."""
+        return texts
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         """Cleaned documents as tokens and the task's columns: packed ones with what stands around
@@ -226,6 +248,15 @@ class Task:
         """Columns that are `told`, by name: a number for each row of a batch [rows], from what the
         objective gives of it where no gradient is wanted. In the batch they are 0 until then."""
         raise NotImplementedError
+
+    def pooled_losses(self, pooled: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The loss of each row of a global batch, [rows], where `pools`: a function without
+        parameters of what the objective gives as `pooled` for all of them, [rows, …], in their
+        order."""
+        raise NotImplementedError
+
+    def check(self, corpus: Corpus) -> None:
+        """Raise SpecError where the settings do not go with a corpus, before a run begins on it."""
 
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""

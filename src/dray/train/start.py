@@ -169,6 +169,7 @@ def open_run(
     if corpus is not None:
         _check_width(spec, corpus)
     corpus = corpus or _find_corpus(start, spec, prepared, say)
+    spec.task.check(corpus.manifest)
     plan = make_corpus_plan(spec, shape, corpus.manifest, with_ray=with_ray, config=config)
     _check_disk(start, spec, plan)
     if spec.is_auto and plan.law is not None:

@@ -1,0 +1,116 @@
+"""How somebody rates something, of whom and of which nothing is known but ratings: two towers over
+the ids of both, whose vectors and biases make the number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field as Limits
+from pydantic import model_validator
+
+from dray.spec import Direction, Field, Head
+from dray.spec.sections import Float, Int, Section
+from dray.tasks.rows import Column
+from dray.tasks.task import Batch, Output, Task, TaskMetrics
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import nn
+
+    from dray.tasks.rows import Encoded, Tools
+
+
+class Rating(Task):
+    """Prediction of ratings."""
+
+    class Settings(Section):
+        """What ratings are, and how large the towers' vectors."""
+
+        low: Float = 1.0
+        """No rating is lower."""
+        high: Float = 5.0
+        """No rating is higher."""
+        vector_size: Annotated[Int, Limits(ge=1, le=4096)] = 32
+        """Numbers in the vector of a user or an item."""
+        unknown_share: Annotated[Float, Limits(ge=0, lt=1)] = 0.02
+        """Share of the ids that training takes as unknown, so that those which are so later have a
+        vector that says something."""
+
+        @model_validator(mode="after")
+        def _ordered(self) -> Self:
+            if self.low >= self.high:
+                raise ValueError(f"low = {self.low:g} is not below high = {self.high:g}")
+            return self
+
+    name = "rating"
+    fields: Mapping[str, Field] = {
+        "user": Field("name", column="user"),
+        "item": Field("name", column="item"),
+        "label": Field("number"),
+    }
+    columns = (Column("label", "float32"),)
+    metrics: Mapping[str, Direction] = {
+        "loss": "lower",
+        "rmse": "lower",
+        "mse": "lower",
+        "mae": "lower",
+        "r2": "higher",
+        "pearson": "higher",
+        "spearman": "higher",
+    }
+    whole_words = predicts = True
+
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
+        self.num_outputs = self.settings.vector_size + 1
+        self.head = Head("AutoModelForSequenceClassification", "labels", "row")
+
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        return {"packs_rows": self.packs, "task": self.name}
+
+    def words(self, texts: pa.Array) -> pa.Array:
+        """A user and an item of one name are two tokens."""
+        from dray.tasks.encoding import name_sides
+
+        return name_sides(texts, ("user", "item"))
+
+    def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
+        from dray.tasks.encoding import encode_texts, with_columns
+
+        encoded = encode_texts(self.words(texts), tools, surrounded=False)
+        if targets is None:
+            return encoded
+        return with_columns(encoded, label=targets.cast("float64").to_numpy())
+
+    def collate(self, table: pa.Table, draw: int = 0) -> Batch:
+        """`input_ids` [rows, 2], int64; `labels` [rows], fp32, NaN for padding rows; `hidden`
+        [rows, 2], bool."""
+        import torch
+
+        from dray.tasks.columns import drawn_by_row, number_column, real_rows, token_matrix
+
+        labels = number_column(table, "label").masked_fill(~real_rows(table), float("nan"))
+        drawn = torch.from_numpy(drawn_by_row(table, draw, 2))
+        return {
+            "input_ids": token_matrix(table)[:, :2].contiguous(),
+            "labels": labels,
+            "hidden": drawn < self.settings.unknown_share,
+        }
+
+    def num_targets(self, batch: Batch) -> int:
+        return int(batch["labels"].isfinite().sum())
+
+    def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
+        from dray.tasks.towers import TowersLoss
+
+        return TowersLoss(model, self.settings.low, self.settings.high)
+
+    def predictions(self, batch: Batch, output: Output) -> list[Any]:
+        return [{"prediction": number} for number in output["numbers"].tolist()]
+
+    def new_metrics(self) -> TaskMetrics:
+        from dray.tasks.towers import RatingMetrics
+
+        return RatingMetrics()
