@@ -35,6 +35,11 @@ from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, fi
 from dray.corpus.records import PLAIN
 from dray.corpus.sections import write_sections
 from dray.corpus.sources import InputFile
+from dray.corpus.tokenizer_folder import (
+    all_special_tokens,
+    find_chat_template,
+    special_tokens,
+)
 from dray.corpus.tokenizing import (
     TokenizerInfo,
     find_word_starts,
@@ -130,7 +135,7 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
         tally,
         job.task.fields,
     ):
-        cleaned = clean(batch.texts, batch.labels, job.cleaning)
+        cleaned = clean(batch.texts, batch.labels, job.cleaning, answers=job.answers)
         dropped += cleaned.dropped
         writer.add(cleaned.texts, cleaned.labels)
     writer.close()
@@ -191,8 +196,24 @@ class Tools:
         return [(item.ids, [start for start, _ in item.offsets]) for item in found]
 
     @cached_property
+    def _files(self) -> Mapping[str, bytes]:
+        return read_tokenizer_files(self._folder)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        return find_chat_template(self._files)
+
+    @cached_property
+    def roles(self) -> Mapping[str, str]:
+        return special_tokens(self._files)
+
+    @cached_property
+    def special(self) -> frozenset[str]:
+        return all_special_tokens(self._files)
+
+    @cached_property
     def word_starts(self) -> npt.NDArray[np.uint8]:
-        return find_word_starts(read_tokenizer_files(self._folder), self._info.vocab_size)
+        return find_word_starts(self._files, self._info.vocab_size)
 
     def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
         """Numbers of names, which are counted; -1 for null."""

@@ -4,7 +4,9 @@ cannot read."""
 from __future__ import annotations
 
 import base64
+import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 from dray.corpus.bytes_in import Blocks
 from dray.corpus.labels import label_name, label_names
 from dray.errors import CorpusError
-from dray.spec import TEXT_KINDS, Field, Source
+from dray.spec import TEXT_KINDS, WHOLE, Field, Source
 from dray.tasks.rows import SEPARATOR
 
 MAX_EXACT = 2.0**53
@@ -86,6 +88,11 @@ class Wanted:
         )
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a document is made of all columns there are."""
+        return any(column == WHOLE for _, column, _ in self.parts)
+
+    @property
     def text_column(self) -> str:
         return self.texts[0][1]
 
@@ -99,11 +106,16 @@ class Wanted:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(column for _, column, _ in self.parts))
+        """Those that a record must have."""
+        named = (column for _, column, _ in self.parts if column != WHOLE)
+        return tuple(dict.fromkeys(named))
 
     def read(self, values: Mapping[str, Any]) -> tuple[str, str]:
         """Text and target of a record's values by column. Raises BadRecord."""
-        texts = [_READERS[kind](column, values[column]) for _, column, kind in self.texts]
+        texts = [
+            _READERS[kind](column, values if column == WHOLE else values[column])
+            for _, column, kind in self.texts
+        ]
         if len(texts) > 1 and any(SEPARATOR in text for text in texts):
             raise BadRecord("an ASCII unit separator in a text")
         target = (
@@ -166,6 +178,22 @@ def _read_bytes(column: str, value: Any) -> str:
     return base64.b64encode(value).decode()
 
 
+def _read_record(column: str, value: Any) -> str:
+    """Values of any kind as JSON. Marks that a compatibility form would turn into those of JSON's
+    own stay as they are, as escapes."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRecord(f"{column!r} holds what JSON does not") from error
+    if _ESCAPED_NULL.search(text):
+        raise BadRecord("null byte")
+    return read_text(column, text.translate(_NEAR_JSON))
+
+
+_ESCAPED_NULL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_NEAR_JSON = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\uff02\uff3c\ufe68"}
+
+
 def _read_label(column: str, value: Any) -> str:
     return parse_label(value)
 
@@ -195,6 +223,8 @@ _READERS: dict[str, Callable[[str, Any], str]] = {
     "text": read_text,
     "words": _read_list,
     "bytes": _read_bytes,
+    "record": _read_record,
+    "answer": read_text,
     "tags": _read_list,
     "label": _read_label,
     "labels": _read_labels,

@@ -17,6 +17,7 @@ from dray.errors import CorpusError, first_line, translated
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 KEPT_SETTINGS = ("chat_template", "clean_up_tokenization_spaces")
 """Settings of a tokenizer_config.json that outlive an export, besides the names of tokens in the
 vocabulary."""
@@ -85,6 +86,28 @@ def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
             if key.endswith("_token") and isinstance(content, str):
                 found[key] = content
     return found
+
+
+def all_special_tokens(files: Mapping[str, bytes]) -> frozenset[str]:
+    """The texts of all tokens that no text is made of: those with a role, and others that the files
+    call special."""
+    found = {*special_tokens(files).values(), *_extra_tokens(files)}
+    for token in read_json(files, TOKENIZER_JSON).get("added_tokens") or ():
+        if isinstance(token, dict) and token.get("special"):
+            found.add(str(token.get("content")))
+    return frozenset(found)
+
+
+def find_chat_template(files: Mapping[str, bytes]) -> str | None:
+    """The template by which conversations become texts: a file of its own, or a setting; of several
+    with names the one called default."""
+    if CHAT_TEMPLATE in files:
+        return files[CHAT_TEMPLATE].decode()
+    found = read_json(files, TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(found, list):
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def from_byte_level_files(files: Files, place: str) -> Files:
@@ -161,7 +184,7 @@ def completed(files: Files) -> Files:
     return files | {TOKENIZER_JSON: str(tokenizer.to_str()).encode()}
 
 
-def _extra_tokens(files: Files) -> list[str]:
+def _extra_tokens(files: Mapping[str, bytes]) -> list[str]:
     """Special tokens without a role of their own."""
     found: list[str] = []
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
@@ -234,7 +257,7 @@ def dressed(files: Files, dress: Dress) -> Files:
     # Transformers would make up ids for those that the vocabulary lacks.
     extra = [name for name in _extra_tokens(files) if tokenizer.token_to_id(name) is not None]
     config |= {"extra_special_tokens": extra} if extra else {}
-    kept = {name: content for name, content in files.items() if name == "chat_template.jinja"}
+    kept = {name: content for name, content in files.items() if name == CHAT_TEMPLATE}
     # The class that takes tokenizer.json as it is; others build their own splitting, template and
     # normal form.
     config |= roles | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -41,6 +41,7 @@ from dray.spec.sections import (
 from dray.spec.spec import Spec
 from dray.spec.tasks import (
     TEXT_KINDS,
+    WHOLE,
     Direction,
     Field,
     Head,
@@ -57,6 +58,7 @@ __all__ = [
     "OPTIMIZERS",
     "RUN_NAME",
     "TEXT_KINDS",
+    "WHOLE",
     "BadYaml",
     "Checkpoint",
     "Cleaning",

@@ -22,8 +22,10 @@ from dray.spec.sections import Section, Source
 GROUP = "dray.tasks"
 OWN_PACKAGE = "dray"
 MOST_IN_FP32 = (2 - 2**-23) * 2.0**127
-TEXT_KINDS = ("text", "words", "bytes")
+TEXT_KINDS = ("text", "words", "bytes", "record")
 """Kinds of fields that make a document; a field of another kind is its target."""
+WHOLE = "*"
+"""In a column's place: all columns of a record."""
 Direction = Literal["lower", "higher"]
 """Which values of a metric are better."""
 
@@ -32,11 +34,12 @@ Direction = Literal["lower", "higher"]
 class Field:
     """Something that a task reads of every record; a source says in which column it is."""
 
-    kind: Literal["text", "words", "bytes", "label", "labels", "number", "tags"]
+    kind: Literal["text", "words", "bytes", "record", "label", "labels", "number", "tags", "answer"]
     """Texts are cleaned, hashed and encoded: one, or a list of `words`. `bytes` are a file's, of an
-    image or a sound: parquet's binary, or base64, as which they travel. A `label` names the class
-    of a document, `labels` those that it has, a `number` measures it, `tags` are those of its
-    words."""
+    image or a sound: parquet's binary, or base64, as which they travel. A `record` is whatever
+    values a column has, or all columns, as JSON: the task finds out what it is. A `label` names the
+    class of a document, `labels` those that it has, a `number` measures it, `tags` are those of its
+    words, an `answer` is a text that is to be written."""
     wanted: bool = True
     """Whether every source must have it."""
     column: str | None = None
@@ -52,7 +55,7 @@ class Field:
         given: str | None = source.columns.get(name) or getattr(source, name, None)
         if given is None and form == "conll" and self.place is not None:
             return str(self.place)
-        return given or self.column
+        return given or self.column or (WHOLE if self.kind == "record" else None)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Head:
     """Whether an encoder may attend to later tokens."""
     share: float = 1.0
     """Of the tokens that have logits."""
+    behind_encoder: bool = False
+    """Whether its decoder goes by what an encoder of its own has read."""
     problem_type: str | None = None
     """What a classifier's configuration calls its loss."""
 
@@ -90,6 +95,8 @@ class TaskKind(Protocol):
     is_default: bool
     packs: bool
     """Whether documents are packed into full rows, or kept one a row."""
+    apart: bool
+    """Whether documents packed into a row see nothing of each other."""
     tokenizes: bool
     """Whether documents are texts, which a tokeniser makes tokens of."""
     generates: bool

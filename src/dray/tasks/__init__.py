@@ -9,6 +9,7 @@ from dray.tasks.rows import IGNORED
 from dray.tasks.task import (
     Batch,
     Corpus,
+    Decode,
     Held,
     Output,
     Task,
@@ -21,6 +22,7 @@ __all__ = [
     "IGNORED",
     "Batch",
     "Corpus",
+    "Decode",
     "Held",
     "Output",
     "Task",

@@ -76,6 +76,18 @@ class Tools(Protocol):
         """Ids of each text, and where in it each begins (characters)."""
 
     @property
+    def chat_template(self) -> str | None:
+        """By which the tokeniser makes texts of conversations, in Jinja."""
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """The text of each token that has a role, such as `eos_token`."""
+
+    @property
+    def special(self) -> frozenset[str]:
+        """The texts of all tokens that no text is made of."""
+
+    @property
     def word_starts(self) -> npt.NDArray[np.uint8]:
         """By id: 1 where a token begins a word, 0 where it goes on with one, 2 where it is
         special."""

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dray.spec import Direction, Field, Head, NoSettings
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "Tensor"]
 Output = dict[str, "Tensor"]
+Decode = Callable[[Sequence[int]], str]
+"""Ids as text, without special tokens."""
 Terms = dict[str, tuple["Tensor", "Tensor"]]
 """Named parts of a loss: the sum over a batch's targets, and their number."""
 
@@ -102,14 +104,27 @@ class Task:
     is_default = False
     """Whether a spec that names no task means this one."""
     packs = False
+    apart = False
+    """Whether documents packed into a row see nothing of each other: then batches have the
+    `position_ids` by which they are known, 0 at the first token of each."""
     version = 0
     """Raised when `encode` makes other rows of the same documents: what was prepared before is not
     taken for them then."""
     tokenizes = True
     """Whether its documents are texts that become tokens; else its rows are its columns alone."""
     generates = False
+    continues = True
+    """Whether what its models write goes on with a prompt, of which the last tokens may do; else it
+    answers a prompt, which is whole or refused."""
     predicts = False
     """Whether its models tell something of each document."""
+    converses = False
+    """Whether its documents are conversations, of which the tokeniser's chat template makes
+    texts."""
+    marks: Sequence[str] = ()
+    """Special tokens that a tokeniser gets which is trained for it."""
+    chat_template: str | None = None
+    """What its corpora's tokenisers get as theirs; None: they keep their own."""
     masks = False
     """Whether it needs a token that stands for one that is to be guessed."""
     head: Head
@@ -122,6 +137,7 @@ class Task:
         self.pad_token_id: int | None = None
         self.mask_token_id: int | None = None
         self.vocab_size = 0
+        self.decode: Decode | None = None
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -154,13 +170,27 @@ class Task:
         """Whether its rows have numbers of classes, which the corpus finds in the documents."""
         return any(column.names or column.hot for column in self.columns)
 
-    def on(self, corpus: Corpus, num_labels: int | None = None) -> Self:
-        """The task on a corpus, with as many classes as a spec wants or else the corpus has."""
+    def on(
+        self, corpus: Corpus, num_labels: int | None = None, decode: Decode | None = None
+    ) -> Self:
+        """The task on a corpus, with as many classes as a spec wants or else the corpus has.
+        `decode`: the corpus' tokeniser, where a model is there to write texts."""
         bound = copy.copy(self)
         bound.labels, bound.pad_token_id = tuple(corpus.labels), corpus.pad_token_id
         bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
+        bound.decode = decode
         bound.num_labels = self.num_outputs or num_labels or len(corpus.labels) or 2
         return bound
+
+    def words(self, texts: pa.Array, answers: pa.Array | None) -> pa.Array:
+        """What of documents a tokeniser is trained on and checked with: the texts, and the answers
+        where the task has some."""
+        import pyarrow as pa
+
+        if answers is None:
+            return texts
+        both = [text for pair in zip(texts, answers, strict=True) for text in pair]
+        return pa.array([text.as_py() for text in both], pa.large_string())
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         """Cleaned documents as tokens and the task's columns: packed ones with what stands around
@@ -204,6 +234,18 @@ class Task:
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""
         raise NotImplementedError
+
+    def prompt(self, text: str, tools: Tools) -> list[int]:
+        """The ids by which a model that generates is asked to write. Raises SpecError for a text
+        that is no prompt."""
+        import pyarrow as pa
+
+        ids, _ = tools.encode(pa.array([text], pa.large_string()))
+        return [*tools.prefix, *ids.tolist()]
+
+    def predicting(self) -> Self:
+        """The task as it predicts, where that takes more than what a validation computes."""
+        return self
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         """What the model tells of each row of a batch."""
