@@ -46,16 +46,17 @@ def evaluate(
     if workers is not None and workers < 1:
         raise PlanError("--workers", f"is {workers}", "at least one worker measures")
     trained = (open_trained if workers else load_trained)(storage, name, step, weights)
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+    task = trained.task
     if thorough:
-        task = task.thorough()
-        if task is None:
+        exact = task.thorough()
+        if exact is None:
             raise SpecError(
                 "--thorough",
-                f"{trained.spec.task.name} is evaluated to the letter in any case",
+                f"{task.name} is evaluated to the letter in any case",
                 "it is for tasks whose validation takes a shorter way",
                 "leave it out",
             )
+        task = exact
     rows = None if data else _held_out(trained)
     with ExitStack() as stack:
         if data or workers:

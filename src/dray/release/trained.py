@@ -15,19 +15,38 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
+from dray.corpus.chunks import Tools
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.tokenizer_folder import Dress
-from dray.corpus.tokenizing import describe, load_decoder, load_encoder, read_tokenizer_files
+from dray.corpus.tokenizing import (
+    TokenizerInfo,
+    describe,
+    load_decoder,
+    load_encoder,
+    read_tokenizer_files,
+)
 from dray.errors import StoreError
 from dray.models.build import build_model
 from dray.models.config import longest_row
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
+from dray.tasks import Task
 
 Weights = Literal["trained", "ema"]
 """Which of a checkpoint's weights: those that were trained, or their moving average."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Ids as text, without special tokens, by the tokeniser in a folder: it may be sent anywhere,
+    and reads that where it is called."""
+
+    folder: str
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        return str(load_decoder(self.folder).decode(list(ids), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,33 @@ class Trained:
         kept = child(self.run.corpus_copy, "tokenizer")
         return kept if list_files(*open_filesystem(kept)) else child(self.corpus, "tokenizer")
 
+    @cached_property
+    def tokenizer(self) -> TokenizerInfo:
+        """What is known of the tokeniser, by the encoder whose ids gigatoken's equal."""
+        manifest, dress = self.manifest, self.dress
+        return TokenizerInfo(
+            manifest.vocab_size,
+            manifest.pad_token_id,
+            manifest.eos_token_id,
+            "transformers" if manifest.encoder == "transformers" else "tokenizers",
+            dress.prefix,
+            dress.suffix,
+            manifest.middle,
+            manifest.mask_token_id,
+        )
+
+    @property
+    def tools(self) -> Tools:
+        """What its task encodes documents with."""
+        return Tools(self.tokenizer_folder, self.tokenizer, self.manifest.sequence_tokens)
+
+    @cached_property
+    def task(self) -> Task:
+        """What was learnt, on the run's own corpus and with its tokeniser."""
+        return self.spec.task.on(  # type: ignore[no-any-return]
+            self.manifest, self.spec.model.num_labels, Decoder(self.tokenizer_folder)
+        )
+
     @property
     def longest_row(self) -> int | None:
         """Tokens that the model takes at once; None if it counts no positions."""
@@ -108,18 +154,18 @@ class Trained:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, as training gave them to the model."""
-        encoder = load_encoder(
-            self.tokenizer_folder,
-            "transformers" if self.manifest.encoder == "transformers" else "tokenizers",
-        )  # the reference, whose ids gigatoken's equal
-        ids, _ = encoder.encode(
-            normalize(pa.array([text], pa.large_string()), self.dress.normalize)
-        )
+        encoder = load_encoder(self.tokenizer_folder, self.tokenizer.encoder)
+        ids, _ = encoder.encode(pa.array([self.normal(text)], pa.large_string()))
         return [*self.dress.prefix, *ids.tolist(), *self.dress.suffix]
+
+    def normal(self, text: str) -> str:
+        """A text in the normal form of those that were trained on."""
+        (found,) = normalize(pa.array([text], pa.large_string()), self.dress.normalize).to_pylist()
+        return str(found)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids as text, without special tokens."""
-        return str(load_decoder(self.tokenizer_folder).decode(list(ids), skip_special_tokens=True))
+        return Decoder(self.tokenizer_folder)(ids)
 
     def move_to_device(self) -> torch.device:
         """Put the model on the GPU if there is one with room for it and its activations, and say
