@@ -71,7 +71,8 @@ def write_conversations(folder: Path, num: int = 400) -> None:
     drawn = random.Random(0)
     lines = [json.dumps(conversation(drawn)) for _ in range(num)]
     lines.insert(7, json.dumps({"text": "none"}))
-    lines.insert(9, json.dumps({"instruction": "x" * 400, "output": "y" * 400}))
+    long = " ".join(str(drawn.random()) for _ in range(40))
+    lines.insert(9, json.dumps({"instruction": long, "output": "no"}))
     (folder / "talks.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -89,8 +90,8 @@ def make(folder: Path, steps: int, **sections: Any) -> Spec:
         tokenizer={"train": "byte_bpe", "vocab_size": 400},
         batch={"global_rows": 16, "micro_rows": 8},
         optimizer={"learning_rate": 5e-3},
-        validation={"every_steps": 30, "max_rows": None},
-        checkpoint={"every_steps": 30},
+        validation={"every_steps": 60, "max_rows": None},
+        checkpoint={"every_steps": 120},
         resources={"workers": 1},
     )
     tree["duration"] = {"steps": steps}
@@ -100,7 +101,7 @@ def make(folder: Path, steps: int, **sections: Any) -> Spec:
 def test_answers_are_learnt_written_and_exported(tmp_path: Path, local_ray: None) -> None:
     folder, storage = tmp_path / "in", str(tmp_path / "runs")
     write_conversations(folder)
-    spec = make(folder, 60)
+    spec = make(folder, 240)
     corpus = prepare(spec, storage)
     assert corpus.manifest.dropped["no conversation"] == 1
     assert corpus.manifest.dropped["longer than a row"] == 1
