@@ -124,6 +124,9 @@ def test_a_prompt_is_fitted(
     num_tokens: int, max_tokens: int, longest: int | None, kept: int, room: int
 ) -> None:
     assert fit_prompt(num_tokens, max_tokens, longest) == (kept, room)
+    if longest is not None and num_tokens + max_tokens > longest:  # or each in a row of its own
+        apart = fit_prompt(num_tokens, max_tokens, longest, apart=True)
+        assert apart == (min(num_tokens, longest), min(max_tokens, longest))
 
 
 def metrics_of(

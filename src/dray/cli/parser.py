@@ -295,6 +295,12 @@ def _add_uses(commands: Any) -> None:
         "--top-p", type=float, default=0.95, help="nucleus of the distribution (default: 0.95)"
     )
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--beams",
+        type=int,
+        default=1,
+        help="more than 1: the likeliest text by a search of so many at once, without sampling",
+    )
     _add_checkpoint(generate)
     _add_adapters(generate)
     _add_json(generate)

@@ -109,6 +109,7 @@ def generate_command(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        beams=arguments.beams,
         say=Display().say,
     )
     if arguments.json:
@@ -117,7 +118,7 @@ def generate_command(arguments: argparse.Namespace) -> int:
         )
         return 0
     for prompt, text in zip(arguments.prompt, texts, strict=True):
-        arguments.out.say(f"── {prompt}\n{prompt}{text}\n")
+        arguments.out.say(f"── {prompt}\n{text}\n")
     return 0
 
 

@@ -172,7 +172,7 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
     writer = _ChunkWriter(job, part)
     dropped: Counter[str] = Counter()
     for batch in part_documents(job, part, tally):
-        cleaned = clean(batch.texts, batch.labels, job.cleaning)
+        cleaned = clean(batch.texts, batch.labels, job.cleaning, answers=job.answers)
         dropped += cleaned.dropped + batch.dropped
         writer.add(cleaned.texts, cleaned.labels)
     writer.close()

@@ -33,9 +33,14 @@ class Cleaned:
     dropped: Counter[str]
 
 
-def clean(texts: pa.Array, labels: pa.Array | None, rules: Cleaning) -> Cleaned:
-    """Normalise and filter documents (large_string); labels go along."""
+def clean(
+    texts: pa.Array, labels: pa.Array | None, rules: Cleaning, *, answers: bool = False
+) -> Cleaned:
+    """Normalise and filter documents (large_string); labels go along, normalised too where they are
+    `answers`, which are texts."""
     texts = normalize(texts, rules.normalize)
+    if answers and labels is not None:
+        labels = normalize(labels.cast(pa.large_string()), rules.normalize)
     keep = np.ones(len(texts), bool)
     dropped: Counter[str] = Counter()
     for reason, mask in _failures(texts, rules):

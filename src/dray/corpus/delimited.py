@@ -29,7 +29,7 @@ from dray.corpus.records import (
 )
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
-from dray.spec import Source
+from dray.spec import WHOLE, Source
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 QUOTE, NEWLINE, RETURN = (ord(character) for character in '"\n\r')
@@ -383,7 +383,8 @@ def make_delimited(file: InputFile, source: Source, wanted: Wanted) -> Delimited
     places = {name: index for index, name in reversed(list(enumerate(columns)))}
     if not source.header or wanted.text_column.isdigit():
         places = {str(index): index for index in range(len(columns))} | places
-    absent = next((part for part in wanted.parts if part[1] not in places), None)
+    known = {*places, WHOLE}
+    absent = next((part for part in wanted.parts if part[1] not in known), None)
     if fields and absent is not None:
         raise missing_column(file.name, absent, columns)
     for name in wanted.columns:
@@ -391,5 +392,6 @@ def make_delimited(file: InputFile, source: Source, wanted: Wanted) -> Delimited
             raise repeated_column(file.name, name)
     if not fields:  # an empty file has no records to parse
         return Delimited(delimiter, quoted, source.header, columns, 0, wanted, {})
-    own = {name: places[name] for name in wanted.columns}
+    needed = tuple(columns) if wanted.is_whole else wanted.columns
+    own = {name: places[name] for name in needed}
     return Delimited(delimiter, quoted, source.header, columns, len(fields), wanted, own)

@@ -116,6 +116,7 @@ class _JsonLines(_ByLine):
         for name in self._wanted.columns:
             if name not in record:
                 raise BadRecord(f"no column {name!r}")
+        for name in record if self._wanted.is_whole else self._wanted.columns:
             if name in record.repeated:
                 raise BadRecord(f"{name!r} is given twice")
         return self._wanted.read(record)

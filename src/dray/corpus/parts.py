@@ -180,6 +180,11 @@ class Preparation:
         """Whether documents are packed into full rows, or kept one a row."""
         return bool(self.task.packs)
 
+    @property
+    def answers(self) -> bool:
+        """Whether what goes along with documents are texts."""
+        return any(field.kind == "answer" for field in self.task.fields.values())
+
     def wanted(self, source: Source) -> Wanted:
         """The columns of a source that make documents."""
         return Wanted.of(source, self.task.fields, source.format)

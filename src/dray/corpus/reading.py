@@ -48,7 +48,7 @@ from dray.corpus.records import (
 )
 from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
-from dray.spec import Field, Source
+from dray.spec import WHOLE, Field, Source
 from dray.storage.retrying import first_safe_line, is_transient
 
 
@@ -160,7 +160,8 @@ class SpanReader:
         unreadable file, and InputOutage."""
         form = self.span.file.form
         wanted = self.wanted
-        if form in ("text", "lines") and (wanted.target is not None or not wanted.is_plain):
+        columnless = ("text", "lines", "conll") if wanted.is_whole else ("text", "lines")
+        if form in columnless and (wanted.target is not None or not wanted.is_plain):
             other = (wanted.target or wanted.texts[-1])[0]
             raise CorpusError(
                 self.span.file.name,
@@ -425,7 +426,7 @@ def _read_group(
     file: Any, group: int, row: int, *, name: str, wanted: Wanted, limit: int
 ) -> Iterator[Documents]:
     """The documents of a row group from row number `row` on."""
-    columns = list(wanted.columns)
+    columns = None if wanted.is_whole else list(wanted.columns)
     metadata = file.metadata.row_group(group)
     read = 0
     try:
@@ -448,12 +449,16 @@ def _check_columns(schema: pa.Schema, name: str, wanted: Wanted) -> None:
     and labels."""
     for part in wanted.parts:
         column = part[1]
+        if column == WHOLE:
+            continue
         if column not in schema.names:
             raise missing_column(name, part, schema.names)
         if schema.names.count(column) > 1:
             raise repeated_column(name, column)
     strings = (*STRINGS, pa.types.is_binary, pa.types.is_large_binary)
     for field, column, kind in wanted.parts:
+        if column == WHOLE:
+            continue
         held = schema.field(column).type
         if kind == "text" and not _holds(schema, column, strings):
             raise CorpusError(

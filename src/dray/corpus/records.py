@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from dray.corpus.bytes_in import Blocks
 from dray.corpus.labels import label_name, label_names
 from dray.errors import CorpusError
-from dray.spec import TEXT_KINDS, Field, Source
+from dray.spec import TEXT_KINDS, WHOLE, Field, Source
 from dray.tasks.rows import SEPARATOR
 
 MAX_EXACT = 2.0**53
@@ -88,6 +88,11 @@ class Wanted:
         )
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a document is made of all columns there are."""
+        return any(column == WHOLE for _, column, _ in self.parts)
+
+    @property
     def text_column(self) -> str:
         return self.texts[0][1]
 
@@ -101,11 +106,16 @@ class Wanted:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(column for _, column, _ in self.parts))
+        """Those that a record must have."""
+        named = (column for _, column, _ in self.parts if column != WHOLE)
+        return tuple(dict.fromkeys(named))
 
     def read(self, values: Mapping[str, Any]) -> tuple[str, str]:
         """Text and target of a record's values by column. Raises BadRecord."""
-        texts = [_READERS[kind](column, values[column]) for _, column, kind in self.texts]
+        texts = [
+            _READERS[kind](column, values if column == WHOLE else values[column])
+            for _, column, kind in self.texts
+        ]
         if len(texts) > 1 and any(SEPARATOR in text for text in texts):
             raise BadRecord("an ASCII unit separator in a text")
         target = (
@@ -233,6 +243,7 @@ _READERS: dict[str, Callable[[str, Any], str]] = {
     "record": _read_record,
     "name": _read_name,
     "names": _read_names,
+    "answer": read_text,
     "tags": _read_list,
     "label": _read_label,
     "labels": _read_labels,

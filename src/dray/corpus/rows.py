@@ -203,7 +203,8 @@ def pad_rows(  # noqa: PLR0917
     lengths: Ints,
     aligned: Aligned,
 ) -> Rows:
-    """A document a row, between what the tokeniser puts around one."""
+    """A document a row, between what the tokeniser puts around one; as it is where the task packs,
+    since its documents have that already."""
     if not task.tokenizes:
         return Rows(np.empty((len(lengths), 0), tokens.dtype), lengths.astype(np.int32))
     return one_a_row(
@@ -211,8 +212,8 @@ def pad_rows(  # noqa: PLR0917
         lengths,
         sequence_tokens,
         info.filler,
-        prefix=info.prefix,
-        suffix=info.suffix,
+        prefix=() if task.packs else info.prefix,
+        suffix=() if task.packs else info.suffix,
         aligned=aligned,
         extended=[column.name for column in task.columns if column.extends],
     )

@@ -18,6 +18,7 @@ from dray.corpus.chunks import read_batches
 from dray.corpus.cleaning import clean, hash_texts, held_out
 from dray.corpus.parts import Part, Preparation
 from dray.corpus.reading import Span
+from dray.corpus.tokenizer_folder import CHAT_TEMPLATE, find_chat_template
 from dray.corpus.tokenizing import (
     CHECK_BYTES,
     copy_tokenizer,
@@ -27,8 +28,9 @@ from dray.corpus.tokenizing import (
     train_byte_bpe,
 )
 from dray.corpus.whole_words import count_words, make_words_tokenizer
+from dray.errors import CorpusError
 from dray.spec import Source, Tokenizer
-from dray.storage.filesystem import child, share_filesystem
+from dray.storage.filesystem import child, share_filesystem, write_bytes
 from dray.tasks.rows import SEPARATOR
 
 MIN_SPANS = 64
@@ -52,10 +54,23 @@ def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -
         copy_tokenizer(settings.path, filesystem, f"{path}/tokenizer")
     else:
         trained = train_byte_bpe(
-            [text.encode() for text in texts], settings.vocab_size, masks=job.task.masks
+            [text.encode() for text in texts],
+            settings.vocab_size,
+            masks=job.task.masks,
+            marks=job.task.marks,
         )
-        save_trained(filesystem, f"{path}/tokenizer", trained)
+        save_trained(filesystem, f"{path}/tokenizer", trained, job.task.marks)
+    if (template := job.task.chat_template) is not None:
+        content = template.encode()
+        write_bytes(filesystem, f"{path}/tokenizer/{CHAT_TEMPLATE}", content, durable=False)
     files = read_tokenizer_files(child(job.folder, "tokenizer"))
+    if job.task.converses and find_chat_template(files) is None:
+        raise CorpusError(
+            "tokenizer.path",
+            "the tokeniser has no chat template",
+            f"{job.task.name} makes texts of conversations by one",
+            "name one that dray has: task.template",
+        )
     # Every n-th document, so that the check sees the whole spread of the sample.
     spread = texts[:: max(1, sum(map(len, texts)) // CHECK_BYTES)]
     return asdict(describe(files, spread, needs_end=job.packs))
@@ -98,12 +113,16 @@ def _take(job: Preparation, span: Span, source: Source, size: float) -> Iterator
     for batch in read_batches(
         [span], source, job.max_record_bytes, lambda *found: None, job.task.fields
     ):
-        texts = clean(batch.texts, None, job.cleaning).texts
+        answers = batch.labels if job.answers else None
+        cleaned = clean(batch.texts, answers, job.cleaning, answers=job.answers)
+        texts, answers = cleaned.texts, cleaned.labels
         if not job.wanted(source).is_plain:  # what stands between several texts is no text
             texts = pc.replace_substring(texts, SEPARATOR, " ")
         if job.share:
-            texts = texts.filter(pa.array(~held_out(hash_texts(texts)[1], job.share)))
-        for text in texts:
+            mine = pa.array(~held_out(hash_texts(cleaned.texts)[1], job.share))
+            texts = texts.filter(mine)
+            answers = None if answers is None else answers.filter(mine)
+        for text in job.task.tokenizer_texts(texts, answers):
             if size <= 0:
                 return
             value = text.as_py()

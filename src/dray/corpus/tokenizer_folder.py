@@ -257,7 +257,7 @@ def dressed(files: Files, dress: Dress) -> Files:
     # Transformers would make up ids for those that the vocabulary lacks.
     extra = [name for name in _extra_tokens(files) if tokenizer.token_to_id(name) is not None]
     config |= {"extra_special_tokens": extra} if extra else {}
-    kept = {name: content for name, content in files.items() if name == "chat_template.jinja"}
+    kept = {name: content for name, content in files.items() if name == CHAT_TEMPLATE}
     # The class that takes tokenizer.json as it is; others build their own splitting, template and
     # normal form.
     config |= roles | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -25,6 +25,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dray.corpus.tokenizer_folder import (
+    CHAT_TEMPLATE,
     END_OF_TEXT,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
@@ -55,7 +56,7 @@ TOKENIZER_FILES = (
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 OLD_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 """How GPT-2's files were first called."""
@@ -125,18 +126,20 @@ NO_TOKENIZER = TokenizerInfo(0, None, None, "none", (), ())
 # --- making the folder --------------------------------------------------------------------------
 
 
-def train_byte_bpe(texts: Sequence[bytes], vocab_size: int, *, masks: bool = False) -> str:
+def train_byte_bpe(
+    texts: Sequence[bytes], vocab_size: int, *, masks: bool = False, marks: Sequence[str] = ()
+) -> str:
     """A byte-level BPE tokeniser (GPT-2's splitting) as tokenizer.json; the same texts give the
     same bytes.
 
-    Ids: end of text, pad, a mask if `masks`, the 256 bytes, then the merges in order of their
-    making. Texts hold no null byte.
+    Ids: end of text, pad, a mask if `masks`, further special tokens (`marks`), the 256 bytes, then
+    the merges in order of their making. Texts hold no null byte.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = [END_OF_TEXT, PAD, MASK][: 3 if masks else 2]
-    merges = _train_merges(texts, vocab_size - masks)
+    special = [*[END_OF_TEXT, PAD, MASK][: 3 if masks else 2], *marks]
+    merges = _train_merges(texts, vocab_size - (len(special) - 2))
     names = [*special, *alphabet, *(left + right for left, right in merges)]
     vocab = {name: index for index, name in enumerate(dict.fromkeys(names))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -202,7 +205,9 @@ def _silence() -> Iterator[None]:
             os.close(old)
 
 
-def save_trained(filesystem: pafs.FileSystem, folder: str, tokenizer_json: str) -> None:
+def save_trained(
+    filesystem: pafs.FileSystem, folder: str, tokenizer_json: str, marks: Sequence[str] = ()
+) -> None:
     """Write a trained tokeniser as a folder that AutoTokenizer loads."""
     model = json.loads(tokenizer_json)["model"]
     special = {"eos_token": END_OF_TEXT, "pad_token": PAD, "mask_token": MASK}
@@ -210,6 +215,7 @@ def save_trained(filesystem: pafs.FileSystem, folder: str, tokenizer_json: str) 
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{kind: name for kind, name in special.items() if name in model["vocab"]},
+        **({"extra_special_tokens": list(marks)} if marks else {}),
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }

@@ -12,13 +12,14 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from dray.errors import SpecError, one_line, translated
+from dray.errors import SpecError, caught, one_line, translated
 from dray.models.adapters import adapt
 from dray.models.config import auto_class, make_config
 from dray.models.folder import FolderWeights
@@ -124,6 +125,9 @@ def _make_thin(config: Any, num_blocks: int) -> None:
     """Leave a configuration so many of its blocks; their kinds, where they differ, stay those of
     the first ones."""
     config.num_hidden_layers = num_blocks
+    for name in ("decoder_layers", "num_decoder_layers"):  # behind an encoder
+        if hasattr(config, name):
+            setattr(config, name, num_blocks)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_blocks]
 
@@ -158,6 +162,70 @@ def one_document_a_row() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = looks
 
 
+@contextmanager
+def documents_apart() -> Iterator[None]:
+    """Within this, documents that are packed into a row see nothing of each other: attention stays
+    within what positions count through, which begin at 0 with each document.
+
+    As transformers does by itself, but without asking the device in each forward pass whether a row
+    has more than one.
+    """
+    from transformers import masking_utils
+
+    def number(position_ids: torch.Tensor) -> torch.Tensor:
+        before = position_ids[:, :1] - 1
+        return (torch.diff(position_ids, prepend=before, dim=-1) != 1).cumsum(-1)
+
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = number
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
+
+
+_OTHER_BLOCKS = ("linear", "mamba", "conv", "recurrent")
+"""Words of the kinds of blocks that carry a state through a row, whatever positions say."""
+
+
+def keeps_documents_apart(model: Any) -> bool:
+    """Whether documents in a row of a model see nothing of each other within `documents_apart`: it
+    takes positions, all its blocks attend, and masks of attention heed where positions begin
+    anew, which is found out by asking. A test tries each architecture that is said to."""
+    takes = inspect.signature(model.forward).parameters
+    kinds = getattr(model.config, "layer_types", None) or ()
+    carries = any(word in kind for kind in kinds for word in _OTHER_BLOCKS)
+    convolves = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    if "position_ids" not in takes or carries or convolves:
+        return False
+    return _asks_for_documents(model)
+
+
+def _asks_for_documents(model: Any) -> bool:
+    """Whether a forward pass of the model, on the meta device, looks for documents in its rows. It
+    need not come to its end: mixtures look where their tokens go, and masks are made before."""
+    from transformers import masking_utils
+
+    asked: list[bool] = []
+    looks = masking_utils.find_packed_sequence_indices
+
+    def look(position_ids: torch.Tensor) -> torch.Tensor:
+        asked.append(True)
+        return torch.zeros_like(position_ids)
+
+    masking_utils.find_packed_sequence_indices = look
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    config, pad = model.config, getattr(model.config, "pad_token_id", None)
+    try:
+        config.pad_token_id = None  # or some ask their tokens, which are none, for padding
+        with torch.no_grad():
+            caught(partial(model, input_ids=ids, position_ids=ids))
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
+        config.pad_token_id = pad
+    return bool(asked)
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once, partitioned ones in full."""
     return sum(
@@ -178,6 +246,13 @@ def check_builds(spec: Spec, config: Any) -> Any:
         )
     ):
         model = _construct(config, spec.task.head, torch.device("meta"), torch.float32)
+    if spec.task.apart and not keeps_documents_apart(model):
+        raise SpecError(
+            "model",
+            f"{config.model_type} lets documents that are packed into a row see each other",
+            f"{spec.task.name} packs them, and each is by itself",
+            "choose an architecture whose attention goes by positions, e.g. llama",
+        )
     if spec.optimizer.parts_hidden:
         hidden_matrices(model)
     return model

@@ -113,7 +113,8 @@ def make_config(
     if pad_token_id is None and config.model_type in OFFSET_POSITIONS:
         pad_token_id = config.pad_token_id if spec.model.origin else eos_token_id
     head = spec.task.head
-    _set_token_ids(config, head, pad_token_id, eos_token_id)
+    is_new = not spec.model.origin and kept is None
+    _set_token_ids(config, head, pad_token_id, eos_token_id, is_new=is_new)
     if hasattr(config, "is_decoder") and not head.looks_ahead:
         config.is_decoder = True  # BERT and its kin look both ways unless told
     if head.over == "labels":
@@ -351,10 +352,12 @@ def _token_id_fields(config: Any) -> list[str]:
 
 
 def _set_token_ids(
-    config: Any, head: Head, pad_token_id: int | None, eos_token_id: int | None
+    config: Any, head: Head, pad_token_id: int | None, eos_token_id: int | None, *, is_new: bool
 ) -> None:
     """The tokeniser's ids; ids of tokens that it has no word for are left out, where a
-    configuration allows."""
+    configuration allows. What a decoder behind an encoder begins with stays what weights were
+    trained with, and is padding, or else the end, where there are none (`is_new`)."""
+    start = None if is_new else getattr(config, "decoder_start_token_id", None)
     ids = dict.fromkeys(_token_id_fields(config)) | {
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
@@ -367,6 +370,9 @@ def _set_token_ids(
         # nn.Embedding never trains its padding row, and the end of a document must be learnt.
         # Classifiers keep it: decoders are pooled at the last token that is not padding.
         ids["pad_token_id"] = None
+    if getattr(config, "is_encoder_decoder", False):
+        known = (start, pad_token_id, eos_token_id)
+        ids["decoder_start_token_id"] = next((i for i in known if i is not None), 0)
     for name, value in ids.items():
         if caught(partial(setattr, config, name, value))[1] is not None:
             # A few architectures' configurations insist on a number.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CACHED = "counts"
-VERSION = 1
+VERSION = 2
 """Of what is counted and how: another one counts anew."""
 LIMIT_SECONDS = 180.0
 _LIBRARIES = ("torch", "transformers")
@@ -228,7 +228,7 @@ def _read_sizes(model: Any, config: Any, head: Head) -> Counted:
     return Counted(
         count=_count(model, text, head),
         hidden=hidden,
-        layers=_number(text, "num_hidden_layers", "n_layer", "num_layers"),
+        layers=_num_layers(text),
         heads=heads,
         kv_heads=_kv_heads(text, heads),
         head_dim=head_dim,
@@ -237,6 +237,14 @@ def _read_sizes(model: Any, config: Any, head: Head) -> Counted:
         causal=not head.looks_ahead or (head.over != "vocabulary" and not encodes),
         attention=_attention(text, heads),
     )
+
+
+def _num_layers(config: Any) -> int:
+    """Of an encoder and a decoder the blocks of both."""
+    own = _number(config, "num_hidden_layers", "n_layer", "num_layers")
+    if not getattr(config, "is_encoder_decoder", False):
+        return own
+    return own + _number(config, "decoder_layers", "num_decoder_layers")
 
 
 def _kv_heads(config: Any, heads: int) -> int:
@@ -276,8 +284,7 @@ def _attention(config: Any, heads: int) -> tuple[tuple[int, int], ...]:
     near = _number(config, "local_attention")
     near = near + 1 if near else _number(config, "sliding_window")
     if not kinds:
-        layers = _number(config, "num_hidden_layers", "n_layer", "num_layers")
-        return ((layers, near),)
+        return ((_num_layers(config), near),)
     widths: dict[int, int] = {}
     for kind in kinds:
         if "linear" in kind or not any(word in kind for word in _ATTENDS):

@@ -33,6 +33,7 @@ from dray.doctor.hangs import agreement_seconds
 from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer
 from dray.models.build import (
     build_model,
+    documents_apart,
     enable_activation_checkpointing,
     import_transformers,
     one_document_a_row,
@@ -171,7 +172,7 @@ def train_rank(
             {"rank": ranks.rank, "num_ranks": ranks.num_ranks},
         )
     )
-    with one_document_a_row():
+    with documents_apart() if loop.task.apart else one_document_a_row():
         ended = loop.follow(stream, blocks)
     if ranks.rank == 0:
         run.end_attempt(attempt.number, ended, loop.progress.step)

@@ -90,8 +90,10 @@ def rehearse(spec: Spec, plan: Plan, config: Config = None) -> Rehearsal:
         {name: max(rank[index][name] for rank in ranks) for name in ("micro", "last")}
         for index in range(len(NUM_BLOCKS))
     ]
+    # A block of a thin copy is one of the encoder and one of the decoder, where there are both.
+    num_blocks = sizes.layers // 2 if spec.task.head.behind_encoder else sizes.layers
     found = Rehearsal(
-        *(_extend([thin[name] for thin in slowest], sizes.layers) for name in ("micro", "last"))
+        *(_extend([thin[name] for thin in slowest], num_blocks) for name in ("micro", "last"))
     )
     place = _place(spec, plan, config)
     place.parent.mkdir(parents=True, exist_ok=True)

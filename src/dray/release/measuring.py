@@ -41,10 +41,8 @@ def measure(
     metrics = task.new_metrics()
     device = trained.move_to_device()
     objective = task.objective(trained.model).eval()
-    width, group = trained.manifest.sequence_tokens, corpus.manifest.group_rows
-    outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels
-    wide = width * task.head.sequences
-    num_rows = batch_rows(wide, outputs * (wide if task.head.each == "token" else 1))
+    group = corpus.manifest.group_rows
+    num_rows = rows_at_once(trained, task)
     for start in range(first, end, group):  # a group is read at once
         ids = np.arange(start, min(start + group, end), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)
@@ -127,6 +125,13 @@ def _open_once(storage: str, name: str, step: int, weights: Weights, chosen: Cho
     """A worker gets several parts, and reads the model when it measures the first one."""
     prepare_process(1)
     return open_trained(storage, name, step, weights, chosen)
+
+
+def rows_at_once(trained: Trained, task: Task) -> int:
+    """Rows of a trained model that are computed at once."""
+    width = trained.manifest.sequence_tokens * task.head.sequences
+    outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels
+    return batch_rows(width, outputs * (width if task.head.each == "token" else 1))
 
 
 def batch_rows(width: int, num_outputs: int) -> int:

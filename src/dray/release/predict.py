@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dray.corpus.chunks import Tools, as_array
+from dray.corpus.chunks import as_array
 from dray.corpus.cleaning import normalize
-from dray.corpus.manifest import Manifest
 from dray.corpus.packing import Aligned
 from dray.corpus.parts import CorpusSource
 from dray.corpus.prepare import list_inputs
@@ -30,12 +29,14 @@ from dray.corpus.rows import pad_rows, row_values
 from dray.corpus.scattering import gather_here
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.sources import InputFile
-from dray.corpus.tokenizing import TokenizerInfo, token_names
+from dray.corpus.tokenizing import token_names
 from dray.errors import SpecError, StoreError
 from dray.processes.streams import make_json
 from dray.release.evaluate import make_evaluation_spec, said_of_data
-from dray.release.measuring import batch_rows
+from dray.release.measuring import rows_at_once
 from dray.release.trained import Chosen, Trained, Weights, load_trained
+from dray.spec import WHOLE
+from dray.tasks import Task
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
@@ -82,7 +83,9 @@ def predict(
             )
             for documents in reader.read():
                 for record in predictor.records(documents.texts):
-                    counts.num_predicted += 1
+                    is_bad = "prediction" not in record and "error" in record
+                    counts.num_bad += is_bad
+                    counts.num_predicted += not is_bad
                     yield record
                 for bad in documents.bad:
                     yield _told_bad(bad, counts)
@@ -124,14 +127,14 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
             os.remove(partial)
 
 
-def _check_predicts(trained: Trained) -> Any:
+def _check_predicts(trained: Trained) -> Task:
     """The task of a run that predicts. Raises SpecError for another one."""
     task = trained.task
     if not task.predicts:
         way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
         where = f"run {trained.run.name!r}"
         raise SpecError(where, f"its task is {task.name}", "it predicts nothing", way)
-    return task
+    return task.predicting()
 
 
 class Predictor:
@@ -143,11 +146,15 @@ class Predictor:
         self.task = _check_predicts(trained)
         self.fields = self.task.asked
         """What a record consists of, targets aside."""
-        self._wanted = Wanted(tuple((name, name, f.kind) for name, f in self.fields.items()))
+        self._wanted = Wanted(
+            tuple(
+                (name, WHOLE if field.kind == "record" else name, field.kind)
+                for name, field in self.fields.items()
+            )
+        )
         self.device = trained.move_to_device()
         self.objective = self.task.objective(trained.model).eval()
-        self.info = _tokenizer_info(trained)
-        self.tools = Tools(trained.tokenizer_folder, self.info, trained.manifest.sequence_tokens)
+        self.info, self.tools = trained.tokenizer, trained.tools
         if self.task.tells_tokens:
             self.task.token_names = token_names(trained.tokenizer_folder)
 
@@ -163,13 +170,18 @@ class Predictor:
                 found[place] = {"error": f"no {error}"}
             except BadRecord as error:
                 found[place] = {"error": str(error)}
-        told = self.records(pa.array(texts.values(), pa.large_string()))
-        for place, record in zip(texts, told, strict=True):
-            found[place] = {key: record[key] for key in record if key not in self.fields}
+        told = self._told(pa.array(texts.values(), pa.large_string()))
+        for place, (_, prediction) in zip(texts, told, strict=True):
+            found[place] = prediction
         return found
 
     def records(self, texts: pa.Array) -> Iterator[dict[str, Any]]:
         """Predictions of a block of texts, in their order."""
+        for given, prediction in self._told(texts):
+            yield {**given, **prediction}
+
+    def _told(self, texts: pa.Array) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """The fields of each text and what is told of it, in their order."""
         if not len(texts):
             return
         normal = normalize(texts, self.trained.spec.data.cleaning.normalize)
@@ -184,17 +196,17 @@ class Predictor:
                 continue
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
             given = _given(text, self.fields)
+            if place in encoded.refused:
+                yield given, {"error": encoded.refused[place]}
+                continue
             untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}
-            yield {**given, **self.task.join_predictions(values, given, **untold)}
+            yield given, self.task.join_predictions(values, given, **untold)
 
     @torch.no_grad()
     def _predict(self, encoded: Encoded) -> Iterator[tuple[int, Any]]:
         """The place and the prediction of each document, those of like length together."""
-        manifest = self.trained.manifest
         table = self._rows(encoded)
-        width = manifest.sequence_tokens
-        outputs = self.task.num_labels * (width if self.task.head.each == "token" else 1)
-        size = batch_rows(width, outputs)
+        size = rows_at_once(self.trained, self.task)
         order = np.argsort(table.column("num_tokens").to_numpy(), kind="stable")
         for start in range(0, len(order), size):
             places = order[start : start + size]
@@ -231,24 +243,12 @@ class Predictor:
         return pa.Table.from_batches([make_batch(columns, values)])
 
 
-def _tokenizer_info(trained: Trained) -> TokenizerInfo:
-    manifest: Manifest = trained.manifest
-    dress = trained.dress
-    return TokenizerInfo(
-        manifest.vocab_size,
-        manifest.pad_token_id,
-        manifest.eos_token_id,
-        "transformers" if manifest.encoder == "transformers" else "tokenizers",
-        dress.prefix,
-        dress.suffix,
-        manifest.middle,
-        manifest.mask_token_id,
-    )
-
-
 def _given(text: str, fields: Any) -> dict[str, Any]:
     """The fields of a record as they were read."""
     names = list(fields)
+    if fields[names[0]].kind == "record" and len(names) == 1:
+        record = json.loads(text)
+        return record if isinstance(record, dict) else {names[0]: record}
     if fields[names[0]].kind in ("words", "names"):
         return {names[0]: text.split(SEPARATOR)}
     parts = text.split(SEPARATOR) if len(names) > 1 else [text]

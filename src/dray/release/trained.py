@@ -15,10 +15,17 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
+from dray.corpus.chunks import Tools
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.tokenizer_folder import Dress
-from dray.corpus.tokenizing import Decoder, describe, load_encoder, read_tokenizer_files
+from dray.corpus.tokenizing import (
+    Decoder,
+    TokenizerInfo,
+    describe,
+    load_encoder,
+    read_tokenizer_files,
+)
 from dray.errors import SpecError, StoreError
 from dray.models.adapters import adapt, leave_only_head, merge
 from dray.models.build import build_model
@@ -140,12 +147,31 @@ class Trained:
         return kept if list_files(*open_filesystem(kept)) else child(self.corpus, "tokenizer")
 
     @cached_property
+    def tokenizer(self) -> TokenizerInfo:
+        """What is known of the tokeniser, by the encoder whose ids gigatoken's equal."""
+        manifest, dress = self.manifest, self.dress
+        return TokenizerInfo(
+            manifest.vocab_size,
+            manifest.pad_token_id,
+            manifest.eos_token_id,
+            "transformers" if manifest.encoder == "transformers" else "tokenizers",
+            dress.prefix,
+            dress.suffix,
+            manifest.middle,
+            manifest.mask_token_id,
+        )
+
+    @property
+    def tools(self) -> Tools:
+        """What its task encodes documents with."""
+        return Tools(self.tokenizer_folder, self.tokenizer, self.manifest.sequence_tokens)
+
+    @cached_property
     def task(self) -> Task:
         """What was learnt, on the run's own corpus and with its tokeniser."""
-        bound: Task = self.spec.task.on(
+        return self.spec.task.on(  # type: ignore[no-any-return]
             self.manifest, self.spec.model.num_labels, Decoder(self.tokenizer_folder)
         )
-        return bound
 
     @property
     def longest_row(self) -> int | None:
@@ -173,14 +199,14 @@ class Trained:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, as training gave them to the model."""
-        encoder = load_encoder(
-            self.tokenizer_folder,
-            "transformers" if self.manifest.encoder == "transformers" else "tokenizers",
-        )  # the reference, whose ids gigatoken's equal
-        ids, _ = encoder.encode(
-            normalize(pa.array([text], pa.large_string()), self.dress.normalize)
-        )
+        encoder = load_encoder(self.tokenizer_folder, self.tokenizer.encoder)
+        ids, _ = encoder.encode(pa.array([self.normal(text)], pa.large_string()))
         return [*self.dress.prefix, *ids.tolist(), *self.dress.suffix]
+
+    def normal(self, text: str) -> str:
+        """A text in the normal form of those that were trained on."""
+        (found,) = normalize(pa.array([text], pa.large_string()), self.dress.normalize).to_pylist()
+        return str(found)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids as text, without special tokens."""

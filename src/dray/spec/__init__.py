@@ -45,6 +45,7 @@ from dray.spec.sections import (
 from dray.spec.spec import Spec
 from dray.spec.tasks import (
     TEXT_KINDS,
+    WHOLE,
     Direction,
     Field,
     Head,
@@ -62,6 +63,7 @@ __all__ = [
     "OPTIMIZERS",
     "RUN_NAME",
     "TEXT_KINDS",
+    "WHOLE",
     "Adapters",
     "BadYaml",
     "Checkpoint",

@@ -24,6 +24,8 @@ OWN_PACKAGE = "dray"
 MOST_IN_FP32 = (2 - 2**-23) * 2.0**127
 TEXT_KINDS = ("text", "words", "bytes", "record", "name", "names")
 """Kinds of fields that make a document; a field of another kind is its target."""
+WHOLE = "*"
+"""In a column's place: all columns of a record."""
 Direction = Literal["lower", "higher"]
 """Which values of a metric are better."""
 
@@ -33,14 +35,16 @@ class Field:
     """Something that a task reads of every record; a source says in which column it is."""
 
     kind: Literal[
-        "text", "words", "bytes", "record", "name", "names", "label", "labels", "number", "tags"
-    ]
+        "text", "words", "bytes", "record", "name", "names",
+        "label", "labels", "number", "tags", "answer",
+    ]  # fmt: skip
     """Texts are cleaned, hashed and encoded: one, or a list of `words`. `bytes` are a file's, of an
     image or a sound: parquet's binary, or base64, as which they travel. A `record` is whatever
-    values a column has, as JSON: the task finds out what it is. A `name` is of something that is no
-    text, such as an item's id: a text or a number, like a label; `names` are a list of such, or
-    what is gathered of several records (`gather` of a source). A `label` names the class of a
-    document, `labels` those that it has, a `number` measures it, `tags` are those of its words."""
+    values a column has, or all columns, as JSON: the task finds out what it is. A `name` is of
+    something that is no text, such as an item's id: a text or a number, like a label; `names` are a
+    list of such, or what is gathered of several records (`gather` of a source). A `label` names the
+    class of a document, `labels` those that it has, a `number` measures it, `tags` are those of its
+    words, an `answer` is a text that is to be written."""
     wanted: bool = True
     """Whether every source must have it."""
     column: str | None = None
@@ -58,7 +62,7 @@ class Field:
         given: str | None = source.columns.get(name) or getattr(source, name, None)
         if given is None and form == "conll" and self.place is not None:
             return str(self.place)
-        return given or self.column
+        return given or self.column or (WHOLE if self.kind == "record" else None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Head:
     """Of the tokens that have logits."""
     sequences: int = 1
     """How many sequences the model is given of a row, each as long as it."""
+    behind_encoder: bool = False
+    """Whether its decoder goes by what an encoder of its own has read."""
     problem_type: str | None = None
     """What a classifier's configuration calls its loss."""
 
@@ -98,6 +104,8 @@ class TaskKind(Protocol):
     is_default: bool
     packs: bool
     """Whether documents are packed into full rows, or kept one a row."""
+    apart: bool
+    """Whether documents packed into a row see nothing of each other."""
     tokenizes: bool
     """Whether documents are texts, which a tokeniser makes tokens of."""
     whole_words: bool

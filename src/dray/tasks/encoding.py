@@ -229,3 +229,67 @@ def surround(
         out[place] = token
     out[inside] = ids
     return out, lengths + len(prefix) + len(suffix)
+
+
+def encode_answered(
+    texts: pa.Array, answers: pa.Array | None, tools: Tools, most_tokens: int
+) -> Encoded:
+    """Texts, and their answers as lists `answer` of at most so many tokens, with what ends them
+    unless they are cut. Without answers the lists are empty."""
+    ids, lengths = tools.encode(texts)
+    found, lost = [np.empty(0, np.int32)] * len(texts), np.zeros(len(texts), np.int64)
+    if answers is not None:
+        most = min(most_tokens, tools.row_tokens)
+        end = np.array(_end_of_answers(tools), np.int32)
+        written, sizes = tools.encode(answers.cast(pa.large_string()))
+        stops = np.cumsum(sizes)
+        for row, (stop, size) in enumerate(zip(stops.tolist(), sizes.tolist(), strict=True)):
+            whole = np.concatenate([written[stop - size : stop].astype(np.int32), end])
+            found[row], lost[row] = whole[:most], max(0, len(whole) - most)
+    columns = {"answer": join_lists(found) if found else join_lists([np.empty(0, np.int32)])[:0]}
+    return Encoded(ids.astype(tools.dtype), lengths, columns, num_lost=lost)
+
+
+def encode_answered_in_a_row(
+    texts: pa.Array, answers: pa.Array | None, tools: Tools, most_tokens: int
+) -> Encoded:
+    """Texts with their answers behind them: `prompt` counts the tokens before an answer, `whole`
+    tells whether it comes to its end. Of both that are too long for a row each has half of it, and
+    a shorter one leaves the other its room. Without answers there is room for some."""
+    _end_of_answers(tools)
+    ids, lengths = tools.encode(texts)
+    middle = np.array(tools.middle, ids.dtype)
+    around = len(tools.prefix) + len(middle)
+    room = max(0, tools.row_tokens - around - len(tools.suffix))
+    if answers is None:
+        written, sizes = ids[:0], np.zeros(len(texts), np.int64)
+        kept_answers, wanted = sizes, np.full(len(texts), min(most_tokens, room // 2))
+    else:
+        written, sizes = tools.encode(answers.cast(pa.large_string()))
+        most = np.minimum(most_tokens - 1, np.maximum(room - lengths, room // 2))
+        kept_answers = wanted = np.minimum(sizes, most)
+    kept = np.minimum(lengths, room - wanted)
+    starts, answer_starts = np.cumsum(lengths) - lengths, np.cumsum(sizes) - sizes
+    parts = []
+    for row in range(len(texts)):
+        parts += [
+            ids[starts[row] : starts[row] + kept[row]],
+            middle,
+            written[answer_starts[row] : answer_starts[row] + kept_answers[row]],
+        ]
+    return Encoded(
+        np.concatenate([ids[:0], *parts]).astype(tools.dtype),
+        kept + len(middle) + kept_answers,
+        {
+            "prompt": (kept + around).astype(np.int32),
+            "whole": (kept_answers == sizes).astype(np.uint8),
+        },
+        num_lost=lengths + sizes - kept - kept_answers,
+    )
+
+
+def _end_of_answers(tools: Tools) -> tuple[int, ...]:
+    """The token that ends an answer. Raises ValueError where the tokeniser has none."""
+    if not tools.suffix:
+        raise ValueError("the tokeniser has no token that ends an answer")
+    return tools.suffix[-1:]

@@ -27,7 +27,7 @@ from dray.tasks.task import Batch, Output, Terms
 
 class NextTokenLoss(nn.Module):
     """A language model and the summed cross entropy of its tokens, of which only a chunk has its
-    logits at a time."""
+    logits at a time. A batch that has `position_ids` gives them to the model."""
 
     def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class NextTokenLoss(nn.Module):
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
         smoothing = self.label_smoothing if self.training else 0.0
         if self.projection is not None:
-            hidden = self.model.get_submodule(self.body_name)(input_ids=batch["input_ids"])[0]
+            hidden = self.model.get_submodule(self.body_name)(**_places(batch))[0]
             loss, correct = self.projection(
                 hidden.flatten(0, 1), batch["labels"].flatten(), smoothing
             )
         elif torch.is_grad_enabled():
-            loss, correct = self._from_logits(batch["input_ids"], batch["labels"], smoothing)
+            loss, correct = self._from_logits(_places(batch), batch["labels"], smoothing)
         else:
             loss, correct = self._by_rows(batch, smoothing)
         count = (batch["labels"] != IGNORED).sum()
@@ -55,9 +55,9 @@ class NextTokenLoss(nn.Module):
         }
 
     def _from_logits(
-        self, input_ids: Tensor, labels: Tensor, smoothing: float
+        self, inputs: Batch, labels: Tensor, smoothing: float
     ) -> tuple[Tensor, Tensor | None]:
-        logits = self.model(input_ids=input_ids).logits
+        logits = self.model(**inputs).logits
         loss = summed_cross_entropy(logits.flatten(0, 1), labels.flatten(), smoothing)
         # Logits kept for metrics would outlive the backward pass.
         return loss, None if torch.is_grad_enabled() else (logits.argmax(dim=-1) == labels).sum()
@@ -69,11 +69,19 @@ class NextTokenLoss(nn.Module):
             ids.shape[1], self.model.config.get_text_config().vocab_size, ids.device
         )
         parts = [
-            self._from_logits(ids[at : at + rows], labels[at : at + rows], smoothing)
+            self._from_logits(
+                {name: values[at : at + rows] for name, values in _places(batch).items()},
+                labels[at : at + rows],
+                smoothing,
+            )
             for at in range(0, len(ids), rows)
         ]
         losses, corrects = zip(*parts, strict=True)
         return torch.stack(losses).sum(), torch.stack(corrects).sum()
+
+
+def _places(batch: Batch) -> Batch:
+    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
 
 class ProjectionLoss(nn.Module):

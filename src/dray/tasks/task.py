@@ -104,6 +104,9 @@ class Task:
     is_default = False
     """Whether a spec that names no task means this one."""
     packs = False
+    apart = False
+    """Whether documents packed into a row see nothing of each other: then batches have the
+    `position_ids` by which they are known, 0 at the first token of each."""
     version = 0
     """Raised when `encode` makes other rows of the same documents: what was prepared before is not
     taken for them then."""
@@ -113,8 +116,18 @@ class Task:
     """Whether its tokens are whole words or names, never pieces of text: `tokenizer.train` is
     `words` then."""
     generates = False
+    continues = True
+    """Whether what its models write goes on with a prompt, of which the last tokens may do; else it
+    answers a prompt, which is whole or refused."""
     predicts = False
     """Whether its models tell something of each document."""
+    converses = False
+    """Whether its documents are conversations, of which the tokeniser's chat template makes
+    texts."""
+    marks: Sequence[str] = ()
+    """Special tokens that a tokeniser gets which is trained for it."""
+    chat_template: str | None = None
+    """What its corpora's tokenisers get as theirs; None: they keep their own."""
     masks = False
     """Whether it needs a token that stands for one that is to be guessed."""
     explores = False
@@ -199,6 +212,16 @@ class Task:
         is made of it, and `encode` looks it up there."""
         return texts
 
+    def tokenizer_texts(self, texts: pa.Array, answers: pa.Array | None) -> pa.Array:
+        """What of documents a tokeniser is trained on and checked with: the texts, and the answers
+        where the task has some."""
+        import pyarrow as pa
+
+        if answers is None:
+            return texts
+        both = [text for pair in zip(texts, answers, strict=True) for text in pair]
+        return pa.array([text.as_py() for text in both], pa.large_string())
+
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         """Cleaned documents as tokens and the task's columns: packed ones with what stands around
         them, others without."""
@@ -261,6 +284,18 @@ class Task:
     def new_metrics(self) -> TaskMetrics:
         """Empty sums."""
         raise NotImplementedError
+
+    def prompt(self, text: str, tools: Tools) -> list[int]:
+        """The ids by which a model that generates is asked to write. Raises SpecError for a text
+        that is no prompt."""
+        import pyarrow as pa
+
+        ids, _ = tools.encode(pa.array([text], pa.large_string()))
+        return [*tools.prefix, *ids.tolist()]
+
+    def predicting(self) -> Self:
+        """The task as it predicts, where that takes more than what a validation computes."""
+        return self
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         """What the model tells of each row of a batch."""
