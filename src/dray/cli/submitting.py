@@ -446,8 +446,8 @@ OPTIONS = {
 
 
 def _megabytes(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes above 0")
+    if not text.isdecimal() or int(text) > 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes")
     return int(text)
 
 
