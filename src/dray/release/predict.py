@@ -63,11 +63,10 @@ def predict(
     """
     counts = counts or Counts()
     trained = load_trained(storage, name, step, weights)
-    _check_predicts(trained)
+    predictor = Predictor(trained, counts)
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
         inputs = list_inputs(spec)
-    predictor = Predictor(trained, counts)
     for source, files in zip(inputs.sources, inputs.files, strict=True):
         for file in files:
             reader = SpanReader(
@@ -100,30 +99,24 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
             os.remove(partial)
 
 
-def _check_predicts(trained: Trained) -> Any:
-    """The task of a run that predicts. Raises SpecError for another one."""
-    task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
-    if not task.predicts:
-        way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
-        where = f"run {trained.run.name!r}"
-        raise SpecError(where, f"its task is {task.name}", "it predicts nothing", way)
-    return task
-
-
 class Predictor:
     """A model that predicts records, many at a time. Raises SpecError for a task without
     predictions."""
 
     def __init__(self, trained: Trained, counts: Counts | None = None) -> None:
-        self.trained, self.counts = trained, counts or Counts()
-        self.task = _check_predicts(trained)
+        task = trained.spec.task.on(trained.manifest, trained.spec.model.num_labels)
+        if not task.predicts:
+            way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
+            where = f"run {trained.run.name!r}"
+            raise SpecError(where, f"its task is {task.name}", "it predicts nothing", way)
+        self.trained, self.task, self.counts = trained, task, counts or Counts()
         self.fields = {
-            name: field for name, field in self.task.fields.items() if field.kind in TEXT_KINDS
+            name: field for name, field in task.fields.items() if field.kind in TEXT_KINDS
         }
         """What a record consists of, targets aside."""
         self._wanted = Wanted(tuple((name, name, f.kind) for name, f in self.fields.items()))
         self.device = trained.move_to_device()
-        self.objective = self.task.objective(trained.model).eval()
+        self.objective = task.objective(trained.model).eval()
         self.info = _tokenizer_info(trained)
         self.tools = Tools(trained.tokenizer_folder, self.info, trained.manifest.sequence_tokens)
 
