@@ -229,8 +229,9 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
 
 
-def one_line(error: BaseException) -> str:
-    """An error's whole message on one line, or the name of its type; at most 400 characters."""
+def one_line(error: BaseException | str) -> str:
+    """An error's whole message on one line, or the name of its type; at most 400 characters. The
+    same of a text."""
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 

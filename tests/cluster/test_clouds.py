@@ -57,28 +57,27 @@ class Google:
         self.instances: list[dict[str, Any]] = []
 
     def answer(self, method: str, uri: str, body: dict[str, Any]) -> dict[str, Any]:
-        path = uri.partition("?")[0]
-        account = {"email": "ray@project.iam.gserviceaccount.com", "projectId": "project"}
+        path, done = uri.partition("?")[0], {"name": "operation", "status": "DONE"}
         match path.rpartition("/")[2].rpartition(":")[2]:
             case "getIamPolicy" | "setIamPolicy":
                 return {"bindings": []}
             case "subnetworks":
                 return {"items": [{"selfLink": "https://compute/subnetworks/default"}]}
             case "setCommonInstanceMetadata":
-                return {"name": "operation", "status": "DONE"}
+                return done
             case "instances" if method == "POST":
                 self.instances.append(body)
-                return {"name": "operation", "status": "DONE"}
+                return done
         if "serviceAccounts" in path:
-            return account
+            return {"email": "ray@project.iam.gserviceaccount.com", "projectId": "project"}
         if "operations" in path:
-            return {"name": "operation", "status": "DONE"}
+            return done
         if path.startswith("https://compute"):
             return {"name": "project", "commonInstanceMetadata": {}}
         return {"projectId": "project", "lifecycleState": "ACTIVE"}
 
     def request(
-        self, _http: Any, uri: str, method: str = "GET", body: Any = None, **_: Any
+        self, uri: str, method: str = "GET", body: Any = None, **_: Any
     ) -> tuple[Any, bytes]:
         import httplib2
 
@@ -123,7 +122,9 @@ def test_rays_own_code_asks_google_for_a_node_of_each_kind(monkeypatch: pytest.M
     from ray.autoscaler._private.gcp.node_provider import GCPNodeProvider
 
     google = Google()
-    monkeypatch.setattr("httplib2.Http.request", functools.partialmethod(_forward, google))
+    monkeypatch.setattr(
+        "httplib2.Http.request", lambda _, *given, **by: google.request(*given, **by)
+    )
     launcher = load_launcher("gcp.yaml")
     launcher["provider"]["gcp_credentials"] = {"type": "credentials_token", "credentials": "t"}
     config = bootstrap_gcp(launcher)
@@ -138,10 +139,6 @@ def test_rays_own_code_asks_google_for_a_node_of_each_kind(monkeypatch: pytest.M
     assert len(google.instances) == len(config["available_node_types"])
     wrong = {**google.instances[0], "machineTyp": "n2-standard-8"}
     assert not jsonschema.Draft202012Validator(google_schema()).is_valid(wrong)
-
-
-def _forward(http: Any, google: Google, *arguments: Any, **options: Any) -> tuple[Any, bytes]:
-    return google.request(http, *arguments, **options)
 
 
 class Azure:

@@ -55,6 +55,15 @@ def rooms() -> dict[str, list[Path]]:
     return found
 
 
+def names_imported_by(node: ast.AST) -> set[str]:
+    """Dotted names, if the node is an import: of modules, or of what is in them."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
+
+
 def imported_modules(path: Path) -> set[str]:
     """Dotted names below dray that a file imports, anywhere in it, except for annotations alone."""
     names: set[str] = set()
@@ -68,11 +77,8 @@ def imported_modules(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        assert not getattr(node, "level", 0), f"{path}: relative import"
+        names |= names_imported_by(node)
     return {
         name.removeprefix("dray.")
         for name in names
@@ -140,15 +146,7 @@ def test_each_foreign_system_is_spoken_to_in_one_place(library: str):
     for path in sorted(SOURCE.rglob("*.py")):
         place = path.relative_to(SOURCE).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else (
-                    [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-                    if isinstance(node, ast.ImportFrom)
-                    else []
-                )
-            )
+            names = names_imported_by(node)
             if any(name == library or name.startswith(library + ".") for name in names):
                 assert place.startswith(FOREIGN[library]), f"{path} imports {library}"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dray.jobs import JobServer, same_place, server
+from dray.jobs import JobServer, server
+from dray.storage.filesystem import child
 
 
 class Client:
@@ -75,5 +76,5 @@ def test_a_log_that_is_gone_with_its_node_is_not_waited_for(quick: None):
     ],
 )
 def test_a_storage_is_the_same_with_a_slash_at_its_end(one: str, other: str):
-    assert same_place(one) == same_place(other)
-    assert same_place(one) != same_place("/mnt/runs2")
+    assert child(one) == child(other)
+    assert child(one) != child("/mnt/runs2")

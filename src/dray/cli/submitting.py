@@ -69,12 +69,13 @@ def _count(number: int, what: str) -> str:
 
 
 def stop_command(arguments: argparse.Namespace) -> int:
-    from dray.jobs import JobServer, same_place
+    from dray.jobs import JobServer
+    from dray.storage.filesystem import child
 
     server = JobServer(_address(arguments))
     jobs = server.find(arguments.run)
     if arguments.storage:
-        jobs = [job for job in jobs if job.storage == same_place(arguments.storage)]
+        jobs = [job for job in jobs if job.storage == child(arguments.storage)]
     if not jobs or jobs[0].is_over:
         what = f"{jobs[0].id} ended as {jobs[0].status}" if jobs else "there is none"
         raise StoreError(
@@ -418,7 +419,7 @@ def _end(job: Job, listener: _Listener) -> int:
         for line in listener.unsaid:
             warn(line, prefix="")
         if not listener.arrived and job.message:
-            warn(one_line(RuntimeError(job.message)), prefix="")
+            warn(one_line(job.message), prefix="")
         warn(f"{job.id}  {job.status}, exit code {code}", prefix="")
     return code
 
@@ -446,8 +447,8 @@ OPTIONS = {
 
 
 def _megabytes(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes above 0")
+    if not text.isdecimal() or int(text) > 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of megabytes")
     return int(text)
 
 

@@ -28,6 +28,8 @@ CARDS_SECONDS = 30.0
 """How long the nodes may take to say which GPUs they have."""
 SIGHT_SECONDS = 60.0
 """How long all nodes together may take to say whether they see the storage."""
+HELLO_SECONDS = 10.0
+"""So long a head may take for its first words on a machine that has no time for it."""
 ANSWER_SECONDS = 3.0
 """A node that cannot be connected to for so long is lost."""
 
@@ -276,6 +278,7 @@ def is_head(host: str, port: int) -> bool:
         return answers(host, port)
     try:
         with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as connection:
+            connection.settimeout(HELLO_SECONDS)
             connection.sendall(_PREFACE)
             begun = connection.recv(9, socket.MSG_WAITALL)
     except OSError:

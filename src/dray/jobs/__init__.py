@@ -6,7 +6,7 @@ begins there, once the versions are compared.
 """
 
 from dray.jobs.package import Package, make_package, staged
-from dray.jobs.server import Job, JobServer, same_place
+from dray.jobs.server import Job, JobServer
 from dray.jobs.supervising import Restarts, lost_by
 
 __all__ = [
@@ -16,6 +16,5 @@ __all__ = [
     "Restarts",
     "lost_by",
     "make_package",
-    "same_place",
     "staged",
 ]

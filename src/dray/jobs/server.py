@@ -25,7 +25,7 @@ from dray.cluster.local_ray import TOKEN_RULE, check_open, token_header
 from dray.errors import JobLost, PlanError, RunFailed, ServerGone, one_line
 from dray.jobs.arrival import versions_here
 from dray.jobs.package import Package, staged
-from dray.storage.filesystem import is_uri
+from dray.storage.filesystem import child
 
 STOP_SECONDS = 300
 """How long a job that is told to stop may take to save its state before it is killed. Ray's usual
@@ -119,11 +119,9 @@ class JobServer:
     @contextmanager
     def _answering(self) -> Iterator[None]:
         """Raise ServerGone where it breaks off, or says nothing but that it cannot."""
-        import requests
-
         try:
             yield
-        except (OSError, RuntimeError, requests.exceptions.RequestException) as error:
+        except (OSError, RuntimeError) as error:  # an OSError is what requests raises, too
             raise ServerGone(
                 "--address",
                 f"the server of jobs at {self.address} broke off ({one_line(error)[:200]})",
@@ -140,8 +138,6 @@ class JobServer:
     def look(self, name: str, patience: float = AWAY_SECONDS) -> Job:
         """A job as it is now. Raises JobLost if it is not there any more, or if the server has not
         answered for so many seconds."""
-        import requests
-
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -149,7 +145,7 @@ class JobServer:
                 if found is not None:
                     return found
                 break
-            except (OSError, requests.exceptions.RequestException) as error:
+            except OSError as error:
                 if time.monotonic() > deadline:
                     raise JobLost(
                         f"{self.address} has not answered for {patience:.0f} s "
@@ -174,7 +170,7 @@ class JobServer:
         """Have the cluster run a command of dray; the job, and whether it is a new one. A storage
         is the same with and without a slash at its end. Raises ServerGone, and RunFailed for a job
         that the server does not take."""
-        storage = same_place(storage)
+        storage = child(storage)
         before = self._of(run, storage)
         if at_work := _still_at_work(before, words):
             return at_work, False
@@ -217,11 +213,10 @@ class JobServer:
 
     def answers(self) -> bool:
         """Whether the server is there."""
-        import requests
-
         try:
-            self._client.get_version()
-        except (OSError, RuntimeError, requests.exceptions.RequestException):
+            with self._answering():
+                self._client.get_version()
+        except ServerGone:
             return False
         return True
 
@@ -296,14 +291,6 @@ def _still_at_work(jobs: Sequence[Job], words: Sequence[str]) -> Job | None:
     return jobs[-1]
 
 
-def same_place(storage: str) -> str:
-    """A storage as jobs are known by it."""
-    if not is_uri(storage):
-        return os.path.normpath(storage)
-    path, mark, options = storage.partition("?")
-    return path.rstrip("/") + mark + options
-
-
 def exit_code(job: Job) -> int:
     """Of a job that has ended: its command's own, if it came so far."""
     if job.exit_code is not None:
@@ -320,7 +307,7 @@ def _read(details: Any) -> Job | None:
         str(getattr(details.status, "value", details.status)),
         metadata.get("dray_command", ""),
         metadata["dray_run"],
-        same_place(metadata.get("dray_storage") or "."),
+        metadata.get("dray_storage", ""),
         getattr(details, "driver_exit_code", None),
         details.message or "",
         details.start_time / 1000 if details.start_time else None,

@@ -68,11 +68,10 @@ def predict(
     """
     counts = counts or Counts()
     trained = load_trained(storage, name, step, weights, chosen)
-    _check_predicts(trained)
+    predictor = Predictor(trained, counts)
     with said_of_data():
         spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
         inputs = list_inputs(spec)
-    predictor = Predictor(trained, counts)
     for source, files in zip(inputs.sources, inputs.files, strict=True):
         if source.source.gather is not None:
             yield from _predict_gathered(predictor, source, files, spec.data.max_record_bytes)
@@ -127,23 +126,18 @@ def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
             os.remove(partial)
 
 
-def _check_predicts(trained: Trained) -> Task:
-    """The task of a run that predicts. Raises SpecError for another one."""
-    task = trained.task
-    if not task.predicts:
-        way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
-        where = f"run {trained.run.name!r}"
-        raise SpecError(where, f"its task is {task.name}", "it predicts nothing", way)
-    return task.predicting()
-
-
 class Predictor:
     """A model that predicts records, many at a time. Raises SpecError for a task without
     predictions."""
 
     def __init__(self, trained: Trained, counts: Counts | None = None) -> None:
+        task = trained.task
+        if not task.predicts:
+            way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
+            where = f"run {trained.run.name!r}"
+            raise SpecError(where, f"its task is {task.name}", "it predicts nothing", way)
         self.trained, self.counts = trained, counts or Counts()
-        self.task = _check_predicts(trained)
+        self.task = task.predicting()
         self.fields = self.task.asked
         """What a record consists of, targets aside."""
         self._wanted = Wanted(

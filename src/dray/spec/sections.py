@@ -48,8 +48,7 @@ class _OrAuto:
     @staticmethod
     def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
         number = {**handler(core)}
-        for least in ("minimum", "ge"):
-            number.pop(least, None)
+        number.pop("ge", None)
         return {"anyOf": [{**number, "exclusiveMinimum": 0}, {"const": "auto"}]}
 
 
