@@ -25,8 +25,8 @@ def rows_of(run: Run) -> list[tuple[int, str, float]]:
 def kill_and_resume(
     tree: Mapping[str, Any], storage: str, name: str, step: int, workers: int
 ) -> Run:
-    """Kill the ranks of the run once they have done the step and saved one, and finish it with other
-    workers. Up to then it has a row a micro batch, so that it does not end before."""
+    """Kill the ranks of the run once they have done the step and saved one, and finish it with
+    other workers. Up to then it has a row a micro batch, so that it does not end before."""
 
     def reached() -> bool:
         run = Run.find(storage, name)

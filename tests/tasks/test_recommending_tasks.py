@@ -177,7 +177,8 @@ def check_next_item(storage: str, folder: Path) -> None:
     records.write_text(
         json.dumps({"items": ["Toy Story (1995)", "Heat (1995)", "no film"]}), encoding="utf-8"
     )
-    (told,) = predict(storage, "whole", [str(records)])
+    lists = json.dumps({"path": str(records), "columns": {"items": "items"}})
+    (told,) = predict(storage, "whole", [lists])
     assert len(told["prediction"]) == len(set(told["prediction"])) == 10
     assert not {*told["prediction"]} & {*told["items"]}
     assert all(film.endswith(")") for film in told["prediction"])
@@ -223,7 +224,7 @@ def check_classes(storage: str, folder: Path) -> None:
     assert [source.name for source in manifest.train.sources] == [
         f"kinds.jsonl/{label}" for label in sorted(counts)
     ]
-    order, folder_of = make_order(manifest, 0), run.record()["corpus"]
+    order, folder_of = make_order(manifest, 0), f"{storage}/corpora/{manifest.key}"
     rows = order.rows(0, 4096)
     labels = read_rows(folder_of, manifest, manifest.train, np.unique(rows)).column("label")
     of = dict(zip(np.unique(rows).tolist(), labels.to_pylist(), strict=True))
