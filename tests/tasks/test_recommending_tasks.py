@@ -191,7 +191,7 @@ def check_next_item(storage: str, folder: Path) -> None:
     assert (len(each), counts.num_bad) == (80, 0)
     assert {record["userId"] for record in each} == {str(user) for user in range(1, 81)}
     assert all(not {*record["prediction"]} & {*record["items"]} for record in each)
-    assert evaluate(storage, "whole", [json.dumps(source)])["num_targets"] == 80
+    assert evaluate(storage, "whole", data=[json.dumps(source)])["num_targets"] == 80
 
 
 def check_rating(storage: str, folder: Path) -> None:
