@@ -13,7 +13,7 @@ import pytest
 from dray.errors import RunFailed
 from dray.runs import Run
 from dray.spec import make_spec
-from dray.train import train_locally
+from dray.train.driver import train
 from waiting import rank_processes, wait_for
 
 
@@ -25,12 +25,13 @@ def rows_of(run: Run) -> list[tuple[int, str, float]]:
 def kill_and_resume(
     tree: Mapping[str, Any], storage: str, name: str, step: int, workers: int
 ) -> Run:
-    """Kill the ranks of the run once they have done the step, and finish it with other workers. Up
-    to then it has a row a micro batch, so that it does not end before."""
+    """Kill the ranks of the run once they have done the step and saved one, and finish it with
+    other workers. Up to then it has a row a micro batch, so that it does not end before."""
 
     def reached() -> bool:
         run = Run.find(storage, name)
-        return bool(run and (rows := run.metrics()) and rows[-1]["step"] >= step)
+        steps = [row["step"] for row in run.metrics()] if run else []
+        return bool(steps and steps[-1] >= step and run and run.checkpoints())
 
     def kill() -> None:
         wait_for(reached, f"step {step}")
@@ -46,11 +47,11 @@ def kill_and_resume(
         "batch": {**tree["batch"], "micro_rows": 1},
     }
     with pytest.raises(RunFailed):
-        train_locally(make_spec(slow), storage=storage, run_name=name)
+        train(make_spec(slow), storage=storage, run_name=name)
     killer.join()
     # As an elastic group of that size: it may leave some slots of a step empty.
     elsewhere = {**tree, "resources": {**tree["resources"], "workers": [workers, workers]}}
-    run = train_locally(make_spec(elsewhere), storage=storage, run_name=name).run
+    run = train(make_spec(elsewhere), storage=storage, run_name=name).run
     assert {row["num_ranks"] for row in run.metrics()} == {tree["resources"]["workers"], workers}
     return run
 

@@ -21,7 +21,7 @@ from dray.release.evaluate import evaluate
 from dray.release.predict import Counts, predict
 from dray.runs import Run
 from dray.spec import make_spec
-from dray.train import train_locally
+from dray.train.driver import train
 from resuming import assert_same_steps, kill_and_resume
 from tiny import assert_close, tiny_tree
 
@@ -131,10 +131,10 @@ def classes(shared_data: Path, folder: Path) -> dict[str, Any]:
 
 
 KINDS = {  # task: (its spec, a metric, the least or most of it after training)
-    "next_item": (next_item, "loss", (0.0, 7.95)),
-    "rating": (rating, "rmse", (0.0, 1.03)),
+    "next_item": (next_item, "loss", (0.0, 8.2)),
+    "rating": (rating, "rmse", (0.0, 1.06)),
     "embedding": (embedding, "recall_10", (0.09, 1.0)),
-    "classes": (classes, "path_f1", (0.75, 1.0)),
+    "classes": (classes, "path_f1", (0.66, 1.0)),
 }
 
 
@@ -150,20 +150,18 @@ def test_a_task_is_learnt_and_goes_on_anywhere(
         **make(shared_data, folder),
         "duration": {"steps": STEPS},
         "checkpoint": {"every_steps": 4},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-2},
+        "optimizer": {"name": "adamw", "learning_rate": 3e-3},
         "resources": {"workers": 2},
         "zero": {"stage": 0},
     }
     prepare(make_spec(tree), storage)
-    whole = train_locally(make_spec(tree), storage=storage, run_name="whole").run
+    whole = train(make_spec(tree), storage=storage, run_name="whole").run
     measured = whole.validations()[-1]
     assert least <= measured[metric] <= most, measured
     found = evaluate(storage, "whole")
     values = {key: value for key, value in measured.items() if key in found}
     assert_close({key: found[key] for key in values}, values, rel=1e-5)
-    apart = train_locally(
-        make_spec({**tree, "zero": {"stage": 3}}), storage=storage, run_name="apart"
-    ).run
+    apart = train(make_spec({**tree, "zero": {"stage": 3}}), storage=storage, run_name="apart").run
     assert_same_steps(apart, whole)
     resumed = kill_and_resume(tree, storage, "killed", step=5, workers=3)
     assert_same_steps(resumed, whole)
@@ -179,7 +177,8 @@ def check_next_item(storage: str, folder: Path) -> None:
     records.write_text(
         json.dumps({"items": ["Toy Story (1995)", "Heat (1995)", "no film"]}), encoding="utf-8"
     )
-    (told,) = predict(storage, "whole", [str(records)])
+    lists = json.dumps({"path": str(records), "columns": {"items": "items"}})
+    (told,) = predict(storage, "whole", [lists])
     assert len(told["prediction"]) == len(set(told["prediction"])) == 10
     assert not {*told["prediction"]} & {*told["items"]}
     assert all(film.endswith(")") for film in told["prediction"])
@@ -192,7 +191,7 @@ def check_next_item(storage: str, folder: Path) -> None:
     assert (len(each), counts.num_bad) == (80, 0)
     assert {record["userId"] for record in each} == {str(user) for user in range(1, 81)}
     assert all(not {*record["prediction"]} & {*record["items"]} for record in each)
-    assert evaluate(storage, "whole", [json.dumps(source)])["num_targets"] == 80
+    assert evaluate(storage, "whole", data=[json.dumps(source)])["num_targets"] == 80
 
 
 def check_rating(storage: str, folder: Path) -> None:
@@ -225,7 +224,7 @@ def check_classes(storage: str, folder: Path) -> None:
     assert [source.name for source in manifest.train.sources] == [
         f"kinds.jsonl/{label}" for label in sorted(counts)
     ]
-    order, folder_of = make_order(manifest, 0), run.record()["corpus"]
+    order, folder_of = make_order(manifest, 0), f"{storage}/corpora/{manifest.key}"
     rows = order.rows(0, 4096)
     labels = read_rows(folder_of, manifest, manifest.train, np.unique(rows)).column("label")
     of = dict(zip(np.unique(rows).tolist(), labels.to_pylist(), strict=True))

@@ -354,7 +354,8 @@ def describe_changes(spec: Spec, corpus: Corpus) -> str:
     gone or not the same any more. Nothing larger than LOOK_BYTES in all is read, and no object
     store is asked."""
     try:
-        files = [file for group in list_inputs(spec).files for file in group]
+        named = [file for group in list_inputs(spec).files for file in group]
+        files = list({file.name: file for file in named}.values())  # of two sources it is one
     except (CorpusError, StoreError):
         return "its raw files are not found any more"
     try:

@@ -204,4 +204,4 @@ def similar_source(spec: Spec, paths: Sequence[str]) -> Source:
         )
         if fits:
             return source
-    return known[0].model_copy(update={"format": "auto"})
+    return known[0].model_copy(update={"format": "auto", "gather": None})

@@ -26,12 +26,18 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
     data = dict(identity["data"])
     for split in ("train", "validation"):
         if isinstance(data.get(split), (list, tuple)):
-            data[split] = [
-                {key: value for key, value in source.items() if key != "path"}
-                for source in data[split]
-            ]
+            data[split] = [_without_paths(source) for source in data[split]]
     placed = {
         name: {**identity[name], "path": identity[name].get("path") is not None}
         for name in ("model", "tokenizer")
     }
     return {**identity, "data": data, **placed}
+
+
+def _without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A source without the places of its files, and of the names of what it gathers."""
+    found = {key: value for key, value in source.items() if key != "path"}
+    if found.get("gather") and found["gather"].get("names"):
+        names = {key: value for key, value in found["gather"]["names"].items() if key != "path"}
+        found["gather"] = {**found["gather"], "names": names}
+    return found

@@ -167,13 +167,13 @@ class Spec(Section):
                 f"{'whole names' if self.task.whole_words else 'pieces of text'}; give {wanted}"
             )
         validation = self.data.validation if isinstance(self.data.validation, tuple) else ()
-        kinds = {field.kind for field in self.task.fields.values()}
+        kinds = [field.kind for field in self.task.fields.values()]
         if self.data.balance and "label" not in kinds:
             raise ValueError(
                 f"data.balance = {self.data.balance:g}: documents of {self.task.name} have not one "
                 "label each; leave it out"
             )
-        if kinds != {"names"} and any(source.gather for source in (*self.data.train, *validation)):
+        if kinds != ["names"] and any(source.gather for source in (*self.data.train, *validation)):
             raise ValueError(
                 f"data: gather: {self.task.name} reads {', '.join(self.task.fields)}; documents "
                 "are gathered of names alone; leave it out"
