@@ -195,6 +195,7 @@ _READERS: dict[str, Callable[[str, Any], str]] = {
     "text": read_text,
     "words": _read_list,
     "bytes": _read_bytes,
+    "answer": read_text,
     "tags": _read_list,
     "label": _read_label,
     "labels": _read_labels,

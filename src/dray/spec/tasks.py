@@ -32,11 +32,11 @@ Direction = Literal["lower", "higher"]
 class Field:
     """Something that a task reads of every record; a source says in which column it is."""
 
-    kind: Literal["text", "words", "bytes", "label", "labels", "number", "tags"]
+    kind: Literal["text", "words", "bytes", "label", "labels", "number", "tags", "answer"]
     """Texts are cleaned, hashed and encoded: one, or a list of `words`. `bytes` are a file's, of an
     image or a sound: parquet's binary, or base64, as which they travel. A `label` names the class
     of a document, `labels` those that it has, a `number` measures it, `tags` are those of its
-    words."""
+    words, an `answer` is a text that is to be written."""
     wanted: bool = True
     """Whether every source must have it."""
     column: str | None = None
@@ -52,7 +52,14 @@ class Field:
         given: str | None = source.columns.get(name) or getattr(source, name, None)
         if given is None and form == "conll" and self.place is not None:
             return str(self.place)
-        return given or self.column
+        return given or COLUMNS_OF_FORMS.get(form, {}).get(self.kind) or self.column
+
+
+COLUMNS_OF_FORMS: Mapping[str, Mapping[str, str]] = {
+    "files": {"bytes": "content", "label": "folder"},
+    "idx": {"bytes": "image", "label": "label"},
+}
+"""Where forms without columns of their own have fields of a kind."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,15 @@ class TaskKind(Protocol):
     """Whether documents are packed into full rows, or kept one a row."""
     tokenizes: bool
     """Whether documents are texts, which a tokeniser makes tokens of."""
+    fixed_tokens: int | None
+    """Tokens of every row, where rows have as many whatever `data.sequence_tokens` says."""
+    rows_together: int
+    """Rows of a step that must be computed at once: each so many, from the first."""
+
+    @property
+    def model_options(self) -> Mapping[str, Any]:
+        """Fields of the model's configuration that follow from the task, where it has them."""
+
     generates: bool
     """Whether its models write text."""
     head: Head
