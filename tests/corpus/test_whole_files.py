@@ -92,7 +92,7 @@ def test_labels_that_are_not_there_or_of_others_are_refused(tmp_path: Path) -> N
     with pytest.raises(CorpusError, match="has 19 labels of 20 images"):
         read(source)
     (tmp_path / "a-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(CorpusError, match="labels-idx1-ubyte.gz: is not there"):
+    with pytest.raises(CorpusError, match=r"labels-idx1-ubyte.gz: is not there"):
         read(source)
     (documents,) = read(source, {"image": FIELDS["image"]})  # images alone are asked for
     assert len(documents.texts) == 20

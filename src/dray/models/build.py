@@ -27,6 +27,7 @@ from dray.models.initialize import (
     no_gathering,
     restore_rotary_buffers,
 )
+from dray.models.shared_norm import share_batch_norms
 from dray.models.source import find_folder
 from dray.models.weights import Weights, load_weights
 from dray.models.width import scale_initial_weights, width_factor
@@ -174,4 +175,6 @@ def _construct(
     from transformers.initialization import no_init_weights
 
     with torch.random.fork_rng(devices=[]), no_init_weights(), constructing:
-        return auto_class(head).from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class(head).from_config(config, dtype=dtype, trust_remote_code=False)
+    share_batch_norms(model)
+    return model

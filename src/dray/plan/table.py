@@ -120,16 +120,22 @@ def _model(plan: Plan) -> list[str]:
     exact = "" if plan.parameters_exact else "estimated by formula"
     if plan.counted is not None:
         exact = "counted on the model itself"
-    return [
-        "model",
-        _row("parameters", f"{plan.num_parameters:,}", exact),
-        _row("of these tables", f"{plan.num_embedding_parameters:,}", "looked up, not multiplied"),
+    work = [
         _row(
             "FLOPs a token",
             f"{plan.flops_per_token_strict:.3g}",
             "strict: 6·(N without tables + head) + attention",
         ),
         _row("", f"{plan.flops_per_token_loose:.3g}", "loose: 6·N + 12·L·d·T"),
+    ]
+    if plan.counted is not None and (row := plan.counted.row) is not None:
+        size = "" if row.tokens == 1 else f" of {row.tokens:,} tokens"
+        work = [_row("FLOPs a row", f"{row.flops:.3g}", f"measured{size}: 3 forward passes")]
+    return [
+        "model",
+        _row("parameters", f"{plan.num_parameters:,}", exact),
+        _row("of these tables", f"{plan.num_embedding_parameters:,}", "looked up, not multiplied"),
+        *work,
         _row("checkpoint", format_bytes(plan.checkpoint_bytes), "fp32 weights and two moments"),
     ]
 

@@ -56,9 +56,14 @@ def export(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
             whole = Path(staging) / "model"
             save_pretrained_folder(
-                trained.model.state_dict(), trained.model, _tokenizer(trained, staging), whole
+                trained.model.state_dict(),
+                trained.model,
+                _tokenizer(trained, staging) if trained.spec.task.tokenizes else None,
+                whole,
             )
-            for line in _differences(trained, whole) if say else ():
+            trained.spec.task.save_processor(str(whole))
+            compares = say and trained.spec.task.tokenizes
+            for line in _differences(trained, whole) if compares else ():
                 say(f"{folder}: {line}")  # type: ignore[misc]
             if target.exists():
                 target.rmdir()

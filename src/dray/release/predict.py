@@ -20,7 +20,7 @@ import torch
 from dray.corpus.chunks import Tools, as_array
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest
-from dray.corpus.packing import Aligned
+from dray.corpus.packing import Aligned, Varying
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
 from dray.corpus.records import BadRecord, Wanted
@@ -74,9 +74,12 @@ def predict(
                 Span(file), source.source, spec.data.max_record_bytes, predictor.fields
             )
             for documents in reader.read():
+                told = {"file": file.name} if file.form == "files" else {}
                 for record in predictor.records(documents.texts):
-                    counts.num_predicted += 1
-                    yield record
+                    is_bad = "prediction" not in record and "error" in record
+                    counts.num_bad += is_bad
+                    counts.num_predicted += not is_bad
+                    yield told | record
                 for bad in documents.bad:
                     counts.num_bad += 1
                     yield {"file": bad.file, "offset": bad.offset, "error": bad.reason}
@@ -157,6 +160,9 @@ class Predictor:
         for place, (text, pieces) in enumerate(zip(texts.to_pylist(), found, strict=True)):
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
             given = _given(text, self.fields)
+            if place in encoded.refused:
+                yield {**given, "error": encoded.refused[place]}
+                continue
             untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}
             yield {**given, **self.task.join_predictions(values, given, **untold)}
 
@@ -199,7 +205,12 @@ class Predictor:
             if column.each == "row" and column.name in encoded.columns:
                 values[column.name] = row_values(column, as_array(encoded.columns[column.name]))
         for stored in columns:
-            if stored.name not in values:  # a target, or a place in a corpus
+            if stored.name in values:
+                continue
+            if stored.varies:  # a target of no length
+                empty = np.zeros(0, stored.dtype), np.zeros(len(rows.tokens), np.int64)
+                values[stored.name] = Varying(*empty)
+            else:  # a target, or a place in a corpus
                 values[stored.name] = np.zeros((len(rows.tokens), *stored.shape), stored.dtype)
         return pa.Table.from_batches([make_batch(columns, values)])
 
@@ -220,9 +231,10 @@ def _tokenizer_info(trained: Trained) -> TokenizerInfo:
 
 
 def _given(text: str, fields: Any) -> dict[str, Any]:
-    """The fields of a record as they were read."""
+    """The fields of a record as they were read, without the bytes of files."""
     names = list(fields)
     if fields[names[0]].kind == "words":
         return {names[0]: text.split(SEPARATOR)}
     parts = text.split(SEPARATOR) if len(names) > 1 else [text]
-    return dict(zip(names, parts, strict=True))
+    given = zip(names, parts, strict=True)
+    return {name: part for name, part in given if fields[name].kind != "bytes"}
