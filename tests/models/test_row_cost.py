@@ -226,3 +226,22 @@ def test_a_plan_measures_in_a_process_of_its_own(
     assert made.counted == found
     with pytest.raises(SpecError, match="its model was not measured"):
         make_plan(spec, parse_shape("1xCPU(cpus=8,memory=16GB)"))
+
+
+def test_what_is_computed_of_others_is_drawn_by_the_seed() -> None:
+    """Wav2Vec2's positions are a convolution whose weight is a direction and a norm."""
+    spec = sound_spec(
+        {
+            "architecture": "wav2vec2",
+            "hidden_size": 32,
+            "num_layers": 1,
+            "num_heads": 4,
+            "options": {"num_conv_pos_embedding_groups": 4},
+        },
+        features="samples",
+    )
+    models = [build_model(spec, vocab_size=0) for _ in range(2)]
+    weights = [model.wav2vec2.encoder.pos_conv_embed.conv.weight for model in models]
+    assert torch.equal(*weights)
+    bound = 1 / math.sqrt(weights[0][0].numel())  # of torch's own layers
+    assert 0.9 * bound < float(weights[0].detach().abs().max()) <= bound * 1.001

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from dray.models.build import build_model
 from dray.models.shared_norm import SharedBatchNorm, share_batch_norms
+from dray.spec import make_spec
 from rank_host import RankHost
 
 ROWS = 12
@@ -62,6 +64,8 @@ def test_alone_it_is_torchs_own_by_name_and_number() -> None:
     layers, shared = make_layers(), make_layers()
     share_batch_norms(shared)
     assert isinstance(shared[1], SharedBatchNorm)
+    assert isinstance(shared[1], nn.BatchNorm2d)
+    assert share_batch_norms(shared) == 2  # again, which changes nothing
     assert shared.state_dict().keys() == layers.state_dict().keys()
     expected, found = run_steps(layers, images()), run_steps(shared, images())
     for name, value in expected.items():
@@ -71,3 +75,24 @@ def test_alone_it_is_torchs_own_by_name_and_number() -> None:
     half = make_layers().bfloat16()
     share_batch_norms(half)
     assert half(images().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", ["resnet", "mobilenet_v1", "regnet"])
+def test_their_weights_are_drawn_as_the_architecture_says(architecture: str) -> None:
+    spec = make_spec(
+        {
+            "name": "x",
+            "task": {"name": "image_classification", "size": 32},
+            "data": {"train": {"path": "none", "format": "files"}},
+            "model": {"architecture": architecture},
+            "duration": {"steps": 1},
+        }
+    )
+    model = build_model(spec, vocab_size=0)
+    norms = [module for module in model.modules() if isinstance(module, SharedBatchNorm)]
+    assert len(norms) > 20
+    for norm in norms:
+        assert not norm.bias.any()
+        assert norm.weight.unique().tolist() in ([0.0], [1.0])
+        assert norm.running_mean is not None
+        assert not norm.running_mean.any()

@@ -9,6 +9,7 @@ the plan sees to. torch's own SyncBatchNorm does not run on CPUs.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,11 +63,18 @@ class SharedBatchNorm(_BatchNorm):
 
 def share_batch_norms(model: nn.Module) -> int:
     """Have a model's layers of batch normalisation go over all ranks; parameters, buffers and names
-    stay. Returns how many there are."""
+    stay, and each is still one of its kind, by which architectures draw its weights. Returns how
+    many there are."""
     found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for module in found:
-        module.__class__ = SharedBatchNorm
+        if not isinstance(module, SharedBatchNorm):
+            module.__class__ = _shared(type(module))  # type: ignore[arg-type]
     return len(found)
+
+
+@cache
+def _shared(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    return type(f"Shared{kind.__name__}", (SharedBatchNorm, kind), {})
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Images as tasks share them: from the bytes of a file to pixels of one size, and how pixels are
 varied for training, each image by numbers of its own.
 
-Pillow reads, kornia moves. What is drawn depends on a step's number and an image's id alone, so
+Pillow reads, torch moves. What is drawn depends on a step's number and an image's id alone, so
 that a run that is taken up again elsewhere draws the same. Needs the extra `images`.
 """
 
@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dray.errors import caught
@@ -77,41 +78,39 @@ def draw_numbers(draw: int, ids: Sequence[int], count: int) -> npt.NDArray[np.fl
 
 
 def move_images(images: Tensor, moves: Moves, drawn: npt.NDArray[np.float64]) -> Tensor:
-    """Images [rows, channels, height, width], each moved by its NUM_DRAWS numbers. Where nothing of
-    an image is left its edge goes on."""
-    from kornia.geometry.transform import get_affine_matrix2d, warp_affine
-
+    """Square images [rows, channels, side, side], each moved by its NUM_DRAWS numbers, all moves in
+    one warp. Where nothing of an image is left its edge goes on."""
     if moves.are_none:
         return images
-    height, width = images.shape[-2:]
     numbers = torch.from_numpy(drawn).float()
     sides = numbers * 2 - 1  # to either side
-    size = torch.tensor([width, height], dtype=torch.float32)
     area = moves.crop + (1 - moves.crop) * numbers[:, 0]
     enlarged = area.rsqrt()
-    scale = (enlarged * (1 + moves.zoom * sides[:, 1]))[:, None].expand(-1, 2)
-    mirrored = numbers[:, 2:4] < 0.5
+    turn, across, down = (
+        torch.deg2rad(most * sides[:, place])
+        for most, place in ((moves.rotate, 8), (moves.shear, 9), (moves.shear, 10))
+    )
+    ones = torch.ones(len(images))
     wanted = torch.tensor(
         [moves.flip in ("horizontal", "both"), moves.flip in ("vertical", "both")]
     )
-    sign = torch.where(mirrored & wanted, -1.0, 1.0)
-    # What is cut out lies within the image: its middle is off by at most what is left on a side.
-    room = (enlarged - 1)[:, None] / 2 * size
-    shifts = moves.shift * size * sides[:, 4:6] + room * sides[:, 6:8]
-    matrix = get_affine_matrix2d(
-        shifts,
-        ((size - 1) / 2).expand(len(images), 2),
-        scale,
-        moves.rotate * sides[:, 8],
-        *(torch.deg2rad(moves.shear * sides[:, place]) for place in (9, 10)),
-    )
-    flip = torch.eye(3).repeat(len(images), 1, 1)
-    flip[:, 0, 0], flip[:, 1, 1] = sign[:, 0], sign[:, 1]
-    flip[:, :2, 2] = (1 - sign) / 2 * (size - 1)
-    moved: Tensor = warp_affine(
-        images, (matrix @ flip)[:, :2], (height, width), padding_mode="border"
-    )
-    return moved
+    sign = torch.where((numbers[:, 2:4] < 0.5) & wanted, -1.0, 1.0)
+    turned = _matrices(turn.cos(), -turn.sin(), turn.sin(), turn.cos())
+    sheared = _matrices(ones, across.tan(), down.tan(), ones)
+    size = (enlarged * (1 + moves.zoom * sides[:, 1]))[:, None, None]
+    matrix = size * turned @ sheared @ torch.diag_embed(sign)
+    # From -1 to 1 a side is 2 long. What is cut out lies within the image: its middle is off by at
+    # most what is left on a side.
+    shift = 2 * moves.shift * sides[:, 4:6] + (enlarged - 1)[:, None] * sides[:, 6:8]
+    back = torch.linalg.inv(matrix)  # where what is seen comes from
+    theta = torch.cat([back, -back @ shift[:, :, None]], dim=2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _matrices(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """[rows, 2, 2] of their elements, row by row."""
+    return torch.stack([a, b, c, d], dim=1).view(-1, 2, 2)
 
 
 def mix_pairs(
