@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.spoken", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=NUM_TRAIN, help="sentences to train on")
-    parser.add_argument("--heldout", type=int, default=NUM_HELDOUT, help="sentences of other voices")
+    parser.add_argument("--heldout", type=int, default=NUM_HELDOUT, help="those of other voices")
     given = parser.parse_args()
     if shutil.which("espeak-ng") is None:
         sys.exit("espeak-ng is not installed: apt-get install -y espeak-ng")

@@ -51,9 +51,10 @@ MODELS = {
         "num_heads": 4,
         "options": {"patch_size": 7},
     },
-    "mobilenet_v1": {
-        "architecture": "mobilenet_v1",
-        "options": {"depth_multiplier": 0.25, "min_depth": 4},
+    "convnext": {
+        "architecture": "convnext",
+        "num_layers": 2,
+        "options": {"hidden_sizes": [8, 16], "depths": [1, 1]},
     },
 }
 
@@ -223,10 +224,7 @@ def test_folders_are_classes(tmp_path: Path) -> None:
         "validation": {"share": 0.25},
     }
     task = {"name": "image_classification", "size": 16, "flip": "both", "zoom": 0.2, "shear": 10}
-    model = {**MODELS["resnet"]}
-    spec = make_spec(
-        tree_of(data, task=task, model=model, duration={"steps": 30}, batch={"global_rows": 16})
-    )
+    spec = make_spec(tree_of(data, task=task, duration={"steps": 30}, batch={"global_rows": 16}))
     corpus = prepare(spec, str(tmp_path))
     assert corpus.manifest.labels == ("blue", "red")
     assert corpus.manifest.dropped == {"no image": 1} or "broken image" in corpus.manifest.dropped

@@ -21,7 +21,7 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, Wav2Vec2CTCToken
 
 from bench import spoken
 from dray.corpus.prepare import prepare
-from dray.errors import UserError
+from dray.errors import PlanError, UserError
 from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.predict import predict
@@ -57,6 +57,9 @@ MODELS = {
         },
     },
 }
+
+
+HIGHEST_STAGE = {"log_mel": 3, "samples": 2}
 
 
 def play(text: str, drawn: random.Random) -> bytes:
@@ -136,7 +139,6 @@ def run(tones: Path, storage: str) -> Run:
 def test_tones_are_learnt_and_measured(run: Run, storage: str) -> None:
     measured = run.validations()[-1]
     assert measured["cer"] < 0.1, measured
-    assert measured["cer"] <= measured["wer"]
     report: dict[str, dict[str, float]] = {}
     found = evaluate(storage, "tones", report=report)
     for key, value in measured.items():
@@ -199,10 +201,18 @@ def test_a_killed_run_goes_on_elsewhere_with_the_same_batches(
     assert_same_steps(whole, parts)
 
 
+def test_stages_that_an_architecture_is_not_built_under_are_refused(
+    tones: Path, storage: str
+) -> None:
+    spec = make_spec(tree_of(tones, "samples", zero={"stage": 3}))
+    with pytest.raises(PlanError, match="wav2vec2's gradients are wrong under ZeRO 3"):
+        train_locally(spec, storage=storage, run_name="refused")
+
+
 @pytest.mark.parametrize("features", MODELS)
 def test_zero_is_a_place(tones: Path, storage: str, features: str) -> None:
     runs = []
-    for stage in (0, 3):
+    for stage in (0, HIGHEST_STAGE[features]):
         sections = {"duration": {"steps": 6}, "resources": {"workers": 2}}
         spec = make_spec(tree_of(tones, features, zero={"stage": stage}, **sections))
         runs.append(train(spec, storage=storage, run_name=f"{features}-{stage}").run)
@@ -238,7 +248,7 @@ def test_what_cannot_be_a_row_is_left_out_by_reason() -> None:
 @pytest.mark.parametrize(
     ("settings", "text", "letters"),
     [
-        ({}, "It's  A", [10, 21, 2, 20, 1, 3]),
+        ({}, "It's  A", [11, 22, 2, 21, 1, 3]),
         ({"case": "upper", "characters": " AB"}, "ab a", [2, 3, 1, 2]),
         ({"case": "keep", "characters": "Aa甲"}, "甲Aa", [3, 1, 2]),
     ],
