@@ -133,6 +133,20 @@ def open_content(file: InputFile, stream: Any) -> Content:
     return Content(mark, first[mark:][:HEAD_BYTES], chain([first[mark:]], chunks), note)
 
 
+def open_bytes(stream: Any) -> Iterator[bytes]:
+    """The content of a file that is no text, decompressed, in chunks. Raises DamagedFile."""
+    head = cast(bytes, stream.read(HEAD_BYTES))
+    compression = find_compression(head)
+    pointed = find_pointer(head)
+    if pointed is not None:
+        raise DamagedFile("a git-LFS pointer in place of the file; fetch it: git lfs pull", pointed)
+    if compression == "zip":
+        raise DamagedFile("a zip archive; unpack it")
+    return decompress(
+        chain([head], iter(lambda: cast(bytes, stream.read(READ_BYTES)), b"")), compression
+    )
+
+
 def read_head(file: InputFile) -> Content:
     """The first bytes of a file's content; its chunks must not be read. Raises DamagedFile, and
     OSError."""

@@ -225,6 +225,8 @@ def with_tokenizer_folder(spec: Spec, storage: str) -> Spec:
     """The spec with the place of its tokeniser, where that is a run's of the storage or in a
     package. Raises UserError if there is none."""
     name, path = spec.tokenizer.run, spec.tokenizer.path
+    if not spec.task.tokenizes:  # of a run that the model starts from
+        return spec.model_copy(update={"tokenizer": Tokenizer(train="byte_bpe")})
     if name is None:
         place = path and in_package(path)
         return spec if place == path else _with_tokenizer(spec, str(place))
@@ -276,7 +278,11 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, teller: Teller | None 
                 "quoting": source.source.quoting,
                 **({"columns": source.source.columns} if source.source.columns else {}),
                 **_gathering(source),
-                "files": [(file.digest, file.form, file.compression) for file in files],
+                **({"records": source.source.records} if source.source.records else {}),
+                "files": [
+                    (file.digest, file.form, file.compression, *filter(None, file.folder_and_name))
+                    for file in files
+                ],
             }
             for source, files in zip(inputs.sources, inputs.files, strict=True)
         ],

@@ -10,8 +10,9 @@ naming those there are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any
 
@@ -24,6 +25,7 @@ from dray.corpus.bytes_in import (
     HashingStream,
     Lost,
     hash_file,
+    open_bytes,
     open_content,
     range_chunks,
     too_long,
@@ -35,6 +37,8 @@ from dray.corpus.containers import (
     is_array,
     name_foreign,
 )
+from dray.corpus.idx import COLUMNS as IDX_COLUMNS
+from dray.corpus.idx import make_image_file, parse_idx, path_of_labels
 from dray.corpus.labels import RULE, label_names
 from dray.corpus.parsing import make_parser
 from dray.corpus.records import (
@@ -50,6 +54,11 @@ from dray.corpus.sources import InputFile
 from dray.errors import CorpusError
 from dray.spec import WHOLE, Field, Source
 from dray.storage.retrying import first_safe_line, is_transient
+
+FILE_COLUMNS = ("content", "folder", "name")
+"""What a file that is a record has."""
+IMAGES_AT_ONCE = 1024
+"""Of an IDX file that are given on together."""
 
 
 class InputOutage(TimeoutError):
@@ -213,6 +222,10 @@ class SpanReader:
     def _read_stream(self, stream: HashingStream) -> Iterator[Documents]:
         file = self.span.file
         try:
+            if file.form in ("files", "idx"):
+                read = self._read_file if file.form == "files" else self._read_idx
+                yield from read(stream)
+                return
             content = open_content(file, stream)
             self.note, chunks = content.note, content.chunks
             if file.form == "text":
@@ -251,6 +264,87 @@ class SpanReader:
             )
         else:
             yield Documents(_strings([data.decode()]), None, [], size)
+
+    def _read_file(self, stream: HashingStream) -> Iterator[Documents]:
+        """The whole file, as it lies, as one record."""
+        file = self.span.file
+        self._check_columns(FILE_COLUMNS)
+        content = stream.read(self.max_record_bytes + 1)
+        pointed = find_pointer(content[:HEAD_BYTES])
+        if pointed is not None:
+            raise DamagedFile("a git-LFS pointer in place of the file", pointed)
+        folder, name = file.folder_and_name
+        values = {"content": content, "folder": folder, "name": name}
+        yield self._documents([(0, values)], max(len(content), file.num_bytes))
+
+    def _read_idx(self, stream: HashingStream) -> Iterator[Documents]:
+        """Images with their labels; nothing of a file of labels, which those of its images ask
+        for."""
+        self._check_columns(IDX_COLUMNS)
+        images = _parse_idx(open_bytes(stream))
+        if images.ndim == 1:
+            return
+        first, end = self.source.records or (0, len(images))
+        if end > len(images):
+            raise CorpusError(
+                self.span.file.name,
+                f"has {len(images):,} images, and the source's records are [{first}, {end}]",
+                way_out=f"give records: [{min(first, len(images) - 1)}, {len(images)}]",
+            )
+        labels = self._labels(len(images)) if self.wanted.target is not None else None
+        for start in range(first, end, IMAGES_AT_ONCE):
+            numbers = range(start, min(end, start + IMAGES_AT_ONCE))
+            values = (
+                (n, {"image": make_image_file(images[n]), "label": labels and int(labels[n])})
+                for n in numbers
+            )
+            yield self._documents(values, len(numbers) * images[0].nbytes)
+
+    def _labels(self, num_images: int) -> Sequence[int]:
+        """What the file of labels beside one of images holds. Raises CorpusError."""
+        file = self.span.file
+        beside = replace(file, path=path_of_labels(file.path))
+        rule = "images-idx3 and labels-idx1 of one name belong together"
+        if beside.path == file.path:
+            raise CorpusError(file.name, "has no `images` in its name", rule, "rename both")
+        try:
+            with closing(HashingStream(beside.open().open_input_stream(beside.path, None))) as raw:
+                labels = _parse_idx(open_bytes(raw))
+        except FileNotFoundError as error:
+            raise CorpusError(beside.name, "is not there", rule, "put it there") from error
+        except DamagedFile as error:
+            raise CorpusError(beside.name, f"cannot be read ({error})", rule) from error
+        if labels.shape != (num_images,):
+            raise CorpusError(
+                beside.name, f"has {len(labels):,} labels of {num_images:,} images", rule
+            )
+        found: list[int] = labels.tolist()
+        return found
+
+    def _check_columns(self, columns: Sequence[str]) -> None:
+        """Raise CorpusError for a column that such files have not."""
+        for part in self.wanted.parts:
+            if part[1] not in columns:
+                raise missing_column(self.span.file.name, part, columns)
+
+    def _documents(
+        self, records: Iterable[tuple[int, Mapping[str, Any]]], num_bytes: int
+    ) -> Documents:
+        """Documents of records by their numbers."""
+        texts: list[str] = []
+        targets: list[str] = []
+        bad: list[Bad] = []
+        for number, values in records:
+            try:
+                text, target = self.wanted.read(values)
+                if len(text) > self.max_record_bytes:
+                    raise BadRecord(too_long(self.max_record_bytes))
+                texts.append(text)
+                targets.append(target)
+            except BadRecord as error:
+                bad.append(Bad(self.span.file.name, number, num_bytes, str(error)))
+        found = pa.array(targets, pa.string()) if self.wanted.target else None
+        return Documents(_strings(texts), found, bad, num_bytes)
 
     def _read_records(self, base: int, chunks: Iterator[bytes]) -> Iterator[Documents]:
         parser = make_parser(self.span.file, self.source, self.wanted)
@@ -295,6 +389,15 @@ class SpanReader:
         return Documents(
             _strings(texts), pa.array(labels, pa.string()) if self.wanted.target else None, bad
         )
+
+
+def _parse_idx(chunks: Iterator[bytes]) -> Any:
+    """The array of an IDX file. Raises DamagedFile."""
+    content = b"".join(chunks)
+    try:
+        return parse_idx(content)
+    except ValueError as error:
+        raise DamagedFile(str(error)) from error
 
 
 def _bad(name: str, base: int, lost: Lost) -> Bad:

@@ -7,6 +7,7 @@ of the chunks send to some of the shards.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -265,7 +266,7 @@ def row_values(column: Any, found: pa.Array) -> Values:
         return Varying.of(found, column.dtype)
     values = found.flatten() if column.shape else found
     own: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).astype(column.dtype)
-    return own.reshape(len(found), -1) if column.shape else own
+    return own.reshape(len(found), math.prod(column.shape)) if column.shape else own
 
 
 def _hot_values(

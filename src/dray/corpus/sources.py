@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
+from dray.corpus.idx import path_of_labels
 from dray.corpus.listing import HIDDEN, Entry, Leavings, drop_second_links, is_hidden, list_entries
 from dray.corpus.manifest import LeftOut
 from dray.errors import CorpusError
@@ -95,6 +96,15 @@ class InputFile:
         """Rough size of its content."""
         return self.num_bytes * EXPANSION[self.compression]
 
+    @property
+    def folder_and_name(self) -> tuple[str, str]:
+        """The folder that it lies in and its own name without suffix, where these tell something
+        of its content; else empty."""
+        if self.form != "files":
+            return "", ""
+        folder, _, name = self.path.rpartition("/")
+        return folder.rpartition("/")[2], name.rpartition(".")[0] or name
+
     def open(self) -> pafs.FileSystem:
         return share_filesystem(self.place)[0]
 
@@ -130,10 +140,20 @@ def list_source(source: Source, where: str) -> Listing:
                 _rule(source),
                 "check the path",
             )
-        for file in files:
+        for file in [*files, *(_beside(files) if source.format == "idx" else ())]:
             found.setdefault((file.place if is_uri(file.place) else "", file.path), file)
         leavings.merge(beside.to_records())
     return Listing(tuple(found.values()), leavings.to_records())
+
+
+def _beside(files: Sequence[InputFile]) -> Iterator[InputFile]:
+    """The labels of files of images, which are inputs as they are, whether they are named or
+    not."""
+    for file in files:
+        filesystem, path = file.open(), path_of_labels(file.path)
+        info = filesystem.get_file_info(path)
+        if path != file.path and info.type == pafs.FileType.File:
+            yield _input_file(filesystem, file.place, info, file.form, file.compression)
 
 
 def _told(leavings: Leavings) -> str:

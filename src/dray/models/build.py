@@ -31,6 +31,7 @@ from dray.models.initialize import (
     no_gathering,
     restore_rotary_buffers,
 )
+from dray.models.shared_norm import share_batch_norms
 from dray.models.source import find_folder
 from dray.models.weights import Weights, load_weights
 from dray.models.width import scale_initial_weights, width_factor
@@ -277,4 +278,6 @@ def _construct(
         if "add_pooling_layer" in inspect.signature(model_class).parameters:
             options["add_pooling_layer"] = False  # nothing would go through it, or train it
     with torch.random.fork_rng(devices=[]), no_init_weights(), constructing:
-        return kind.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        model = kind.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    share_batch_norms(model)
+    return model

@@ -125,6 +125,9 @@ def make_config(
             config.label2id = {str(label): index for index, label in enumerate(labels)}
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    for name, value in spec.task.model_options.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     model_class = auto_class(head)._model_mapping.get(type(config), None)
     if model_class is None:
         raise SpecError(
@@ -221,6 +224,41 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
             f"{model.architecture!r} is unknown to transformers",
             way_out=_nearest(str(model.architecture), known),
         )
+    default = architectures[model.architecture]()
+    settable = set(default.to_dict()) | set(default.attribute_map)
+    if spec.task.tokenizes:
+        fields = _sizes_of_tokens(spec, vocab_size, pad_token_id)
+        _check_takes_sizes(default, settable, known)
+    else:
+        fields = _given_sizes(spec, settable)
+    for twins in (_TWICE, _DECODERS):
+        fields |= {
+            twin: fields[name]
+            for name in fields
+            for twin in twins.get(name, ())
+            if twin in settable
+        }
+    fields = {name: value for name, value in fields.items() if name in settable}
+    if "qk_rope_head_dim" in settable:  # the rotated part of a head has a size of its own
+        fields.pop("head_dim", None)
+    if model.num_kv_heads not in (None, model.num_heads) and "num_key_value_heads" not in fields:
+        raise SpecError(
+            f"model.num_kv_heads = {model.num_kv_heads}",
+            f"{model.architecture} has no grouped heads",
+            way_out="leave it out",
+        )
+    fields |= _intermediate(spec, default) | _dropouts(default, spec.regularization.dropout)
+    # Ids of the architecture's own tokeniser may lie outside this one's vocabulary.
+    fields |= dict.fromkeys(_token_id_fields(default), 0)
+    follows = spec.task.model_options
+    fields |= {name: value for name, value in follows.items() if hasattr(default, name)}
+    fields |= _checked_options(spec, default)
+    return _constructed(type(default), fields)
+
+
+def _sizes_of_tokens(spec: Spec, vocab_size: int, pad_token_id: int | None) -> dict[str, Any]:
+    """The sizes of a model of tokens. Raises SpecError for one that has no room for them."""
+    model = spec.model
     rows = model.vocab_size or vocab_size
     if rows < vocab_size:
         raise SpecError(
@@ -237,42 +275,42 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
             "a row must fit the model",
             f"give {spec.data.sequence_tokens} or more",
         )
-    positions = position_rows(str(model.architecture), positions, pad_token_id)
-    default = architectures[model.architecture]()
     hidden, heads = int(model.hidden_size or 0), int(model.num_heads or 0)
-    fields: dict[str, Any] = {
+    return {
         "vocab_size": rows,
         "hidden_size": hidden,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": model.num_kv_heads or heads,
         "head_dim": hidden // heads,
-        "max_position_embeddings": positions,
+        "max_position_embeddings": position_rows(str(model.architecture), positions, pad_token_id),
         "tie_word_embeddings": model.tie_embeddings,
     }
-    settable = set(default.to_dict()) | set(default.attribute_map)
-    _check_takes_sizes(default, settable, known)
-    for twins in (_TWICE, _DECODERS):
-        fields |= {
-            twin: fields[name]
-            for name in fields
-            for twin in twins.get(name, ())
-            if twin in settable
-        }
-    fields = {name: value for name, value in fields.items() if name in settable}
-    if "qk_rope_head_dim" in settable:  # the rotated part of a head has a size of its own
-        fields.pop("head_dim", None)
-    if model.num_kv_heads not in (None, heads) and "num_key_value_heads" not in fields:
-        raise SpecError(
-            f"model.num_kv_heads = {model.num_kv_heads}",
-            f"{model.architecture} has no grouped heads",
-            way_out="leave it out",
-        )
-    fields |= _intermediate(spec, default) | _dropouts(default, spec.regularization.dropout)
-    # Ids of the architecture's own tokeniser may lie outside this one's vocabulary.
-    fields |= dict.fromkeys(_token_id_fields(default), 0)
-    fields |= _checked_options(spec, default)
-    return _constructed(type(default), fields)
+
+
+def _given_sizes(spec: Spec, settable: set[str]) -> dict[str, Any]:
+    """The sizes that a spec names for a model of no tokens; others are the architecture's own.
+    Raises SpecError for one that the architecture has not."""
+    model = spec.model
+    given = {
+        "hidden_size": ("hidden_size", model.hidden_size),
+        "num_hidden_layers": ("num_layers", model.num_layers),
+        "num_attention_heads": ("num_heads", model.num_heads),
+    }
+    for name, (key, value) in given.items():
+        if value is not None and not settable & {name, *_TWICE.get(name, ())}:
+            raise SpecError(
+                f"model.{key} = {value}",
+                f"{model.architecture} has no such size",
+                "an architecture has sizes of its own",
+                "leave it out, and give its own in model.options, such as {hidden_sizes: [16, 32]}",
+            )
+    fields = {name: value for name, (_, value) in given.items() if value is not None}
+    if model.num_heads is not None:
+        fields["num_key_value_heads"] = model.num_kv_heads or model.num_heads
+        if model.hidden_size is not None:
+            fields["head_dim"] = model.hidden_size // model.num_heads
+    return fields
 
 
 def _check_takes_sizes(default: Any, settable: set[str], known: Sequence[str]) -> None:
@@ -328,6 +366,8 @@ def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
             f"{spec.model.architecture} has a fixed one",
             way_out="leave it out",
         )
+    if spec.model.hidden_size is None and spec.model.intermediate_size is None:
+        return {}
     width = default_intermediate_size(default.model_type, int(spec.model.hidden_size or 0))
     if any(hasattr(default, field) for field in NUM_EXPERTS):
         width = -(-width // _EXPERTS_ALIGNED) * _EXPERTS_ALIGNED
@@ -402,14 +442,18 @@ def _checked_options(spec: Spec, default: Any) -> dict[str, Any]:
                 "a setting has one place",
                 f"give {key}",
             )
-        if name in _SET_HERE or name.endswith("_token_id"):
+        is_set = name in _SET_HERE or name in spec.task.model_options
+        if is_set or name.endswith("_token_id"):
             raise SpecError(
                 f"model.options.{name}",
                 "follows from the task, the tokeniser or the precision",
                 "a setting has one place",
                 "leave it out",
             )
-    return dict(spec.model.options)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in spec.model.options.items()
+    }
 
 
 def _origin_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) -> Any:
@@ -417,7 +461,8 @@ def _origin_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) 
         folder = find_folder(str(spec.model.path))
         weight_files(folder)
         kept = read_config(folder)
-        check_vocabulary(spec, kept, str(folder), vocab_size)
+        if spec.task.tokenizes:
+            check_vocabulary(spec, kept, str(folder), vocab_size)
     config = _kept_config(kept)
     _check_sizes(spec, config)
     for name, value in (
@@ -425,7 +470,7 @@ def _origin_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) 
     ).items():
         setattr(config, name, value)
     limit = longest_row(config)
-    if limit is not None and limit < spec.data.sequence_tokens:
+    if spec.task.tokenizes and limit is not None and limit < spec.data.sequence_tokens:
         raise SpecError(
             f"data.sequence_tokens = {spec.data.sequence_tokens}",
             f"{spec.model.origin} takes rows of {limit} tokens",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CACHED = "counts"
-VERSION = 2
+VERSION = 3
 """Of what is counted and how: another one counts anew."""
 LIMIT_SECONDS = 180.0
 _LIBRARIES = ("torch", "transformers")
@@ -84,7 +84,13 @@ class _Asked:
             "num_labels": self.num_labels,
             "pad_token_id": self.pad_token_id,
             "config": self.config,
+            "task": None if self.spec.task.tokenizes else repr(self._task()),
         }
+
+    def _task(self) -> list[Any]:
+        """What decides over the rows that a model without tokens is measured by."""
+        task = self.spec.task
+        return [task.name, task.settings.model_dump(mode="json"), dict(task.model_options)]
 
 
 def find_counts(
@@ -107,7 +113,7 @@ def find_counts(
     sizes = None
     if config is None:
         sizes = load_dimensions(spec, vocab_size, num_labels, None, pad_token_id)
-        if sizes.exact and not (spec.adapters or spec.freezing):
+        if sizes.exact and spec.task.tokenizes and not (spec.adapters or spec.freezing):
             return ""
     asked = _Asked(
         spec,
@@ -195,6 +201,7 @@ def count_model(
     """Build the spec's model on the meta device and count it, here and now. `config`: the folder's.
     Raises SpecError where it cannot be built."""
     from dray.models.build import check_builds, check_trains, import_transformers
+    from dray.models.row_cost import ROWS, measure_row
 
     import_transformers()
     made = make_config(
@@ -211,7 +218,18 @@ def count_model(
             "model", f"{made.model_type} has sizes that are not understood ({one_line(error)})"
         )
     ):
-        return _read_sizes(model, made, spec.task.head)
+        found = _read_sizes(model, made, spec.task.head)
+        if spec.task.tokenizes:
+            return found
+        inputs = spec.task.model_inputs(ROWS, spec.row_tokens)
+        if model.main_input_name not in inputs:
+            raise SpecError(
+                "model",
+                f"{made.model_type} takes {model.main_input_name}",
+                f"{spec.task.name} gives {', '.join(inputs)}",
+                "name another architecture, or change the task's settings",
+            )
+        return found.model_copy(update={"row": measure_row(model, inputs, spec.row_tokens)})
 
 
 def _read_sizes(model: Any, config: Any, head: Head) -> Counted:

@@ -9,12 +9,14 @@ and device of the parameters. No random state outside is touched.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 Gathering = Callable[[list[Any]], AbstractContextManager[Any]]
 """Makes partitioned parameters whole for a while; on leaving, rank 0's values become everyone's."""
@@ -38,6 +40,9 @@ def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gatherin
         for name, module, initialize in _modules(model, "", model._init_weights):
             parameters = _reached_parameters(module)
             torch.default_generator.manual_seed(_module_seed(seed, name))
+            if parametrize.is_parametrized(module):
+                _draw_parametrized(module, gathering, scratch)
+                continue
             if not parameters:
                 initialize(module)
                 continue
@@ -50,6 +55,21 @@ def initialize_weights(model: Any, seed: int, gathering: Gathering = no_gatherin
                         initialize(module)
     model.tie_weights()
     restore_rotary_buffers(model)
+
+
+def _draw_parametrized(module: Any, gathering: Gathering, scratch: _Scratch) -> None:
+    """Draw a tensor that is computed of others, such as a weight and its norm, as torch's layers
+    draw theirs: architectures would draw what is computed, which is then forgotten."""
+    for name, made in module.parametrizations.items():
+        parts = list(made.parameters(recurse=False))
+        with gathering(parts):
+            if draws_here(parts[0]):
+                with _in_fp32_on_cpu(parts, scratch):
+                    drawn = torch.empty(getattr(module, name).shape, dtype=torch.float32)
+                    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+                    values = made[0].right_inverse(drawn)
+                    for part, value in zip(parts, values, strict=True):
+                        part.copy_(value)
 
 
 def restore_rotary_buffers(model: nn.Module) -> None:

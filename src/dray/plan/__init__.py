@@ -53,6 +53,7 @@ from dray.plan.prices import (
     price_instances,
     price_workers,
 )
+from dray.plan.rows import RowCost
 from dray.plan.table import format_bytes, format_money, format_plan, format_seconds
 from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
@@ -76,6 +77,7 @@ __all__ = [
     "Precision",
     "Prices",
     "Requests",
+    "RowCost",
     "SaveInterval",
     "Shape",
     "check_accelerator",

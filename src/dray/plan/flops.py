@@ -3,7 +3,8 @@
 Two counts, because papers use both: the loose one multiplies every parameter and whole attention
 squares, the strict one only what is multiplied. What is never trained needs no gradient of its own:
 4 instead of 6 for each of its parameters. Neither counts the states of blocks that do not
-attend (Mamba's scan, a linear attention's): next to their matrices they are little.
+attend (Mamba's scan, a linear attention's): next to their matrices they are little. A row that is
+no text was measured as a whole, and each of its tokens has its share.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dray.plan.parameters import Dimensions, ParameterCount
 
 def flops_per_token_loose(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
     """6·N + 12·L·d·T. Of a mixture, N is what a token goes through; of a head, its share."""
+    if sizes.row is not None:
+        return sizes.row.flops / sizes.row.tokens
     blocks = sum(number for number, _ in sizes.attention)
     parameters = count.total - count.body + count.active - (1.0 - sizes.head.share) * count.head
     each = _each(count)
@@ -23,6 +26,8 @@ def flops_per_token_loose(sizes: Dimensions, count: ParameterCount, sequence_tok
 def flops_per_token_strict(sizes: Dimensions, count: ParameterCount, sequence_tokens: int) -> float:
     """6·(N_nonembedding + head) + 12·d·(tokens that each token sees, over the L blocks): T/2 in
     causal blocks, T in those that look both ways, less where a window is narrower."""
+    if sizes.row is not None:
+        return sizes.row.flops / sizes.row.tokens
     seen = sum(
         number * _mean_seen(window or sequence_tokens, sequence_tokens, causal=sizes.causal)
         for number, window in sizes.attention

@@ -45,6 +45,11 @@ READER_BYTES = 1_500_000_000
 CPU_LOSS_CHUNK, GPU_LOSS_CHUNK = 16_000_000, 1_000_000_000
 
 
+WORKING_TENSORS = 3
+"""As large as the largest one that is kept, that come and go beside each other in the backward pass
+of a layer: its gradient, that of its input, and one on the way."""
+
+
 def loss_chunk_bytes(on_gpu: bool) -> int:
     """How many bytes of logits in fp32 the loss may hold at a time."""
     return GPU_LOSS_CHUNK if on_gpu else CPU_LOSS_CHUNK
@@ -222,6 +227,8 @@ def logits_bytes(load: Load) -> int:
 
 
 def _activation_bytes(load: Load) -> int:
+    if load.sizes.row is not None:
+        return load.micro_rows * load.sizes.row.elements * load.element_bytes
     one_block = layer_bytes_per_token(
         load.sizes,
         load.element_bytes,
@@ -248,6 +255,8 @@ def _moments(load: Load) -> list[_Moment]:
     gathered = _gathered_bytes(load)
     activations = _activation_bytes(load)
     working = load.tokens * layer_working_bytes_per_token(load.sizes, load.element_bytes)
+    if load.sizes.row is not None:
+        working = load.micro_rows * WORKING_TENSORS * load.sizes.row.largest * load.element_bytes
     bucket, copies, whole = _reduction_bytes(load)
     embedding = load.element_bytes * min(load.sizes.vocab * load.sizes.hidden, load.count.trained)
     return [

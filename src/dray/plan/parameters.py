@@ -27,6 +27,7 @@ from dray.plan.architectures import (
     is_gated,
     position_rows,
 )
+from dray.plan.rows import RowCost
 from dray.spec import Head, Optimizer, Spec
 from dray.storage.packages import in_package
 
@@ -77,6 +78,8 @@ class Dimensions:
     causal: bool
     """Whether a token attends only to those before it."""
     attention: Attention
+    row: RowCost | None = None
+    """What a row was found to cost; None: it is of tokens, and formulas tell."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Counted(BaseModel):
     vocab: int
     causal: bool
     attention: Attention
+    row: RowCost | None = None
+    """What a row costs, where it is no text."""
 
     def sizes(self, by_formula: Dimensions) -> Dimensions:
         """The sizes with those that were found."""
@@ -182,13 +187,13 @@ def load_dimensions(
             "every token needs a row of the embedding",
             f"leave it out, or give {tokens} or more",
         )
-    positions = model.max_positions or spec.data.sequence_tokens
-    if positions < spec.data.sequence_tokens:
+    positions = model.max_positions or spec.row_tokens
+    if positions < spec.row_tokens:
         raise SpecError(
             f"model.max_positions = {positions}",
-            f"data.sequence_tokens is {spec.data.sequence_tokens}",
+            f"data.sequence_tokens is {spec.row_tokens}",
             "a row must fit the model",
-            f"give {spec.data.sequence_tokens} or more",
+            f"give {spec.row_tokens} or more",
         )
     options = dict(model.options)
     if pad_token_id is None and spec.tokenizer.train is not None:
@@ -205,7 +210,7 @@ def load_dimensions(
         layers=layers,
         heads=heads,
         kv_heads=_kv_heads(architecture, options, model.num_kv_heads or heads),
-        head_dim=int(options.get("head_dim") or hidden // heads),
+        head_dim=int(str(options.get("head_dim") or hidden // max(1, heads))),
         intermediate=model.intermediate_size or default_intermediate_size(architecture, hidden),
         vocab=rows,
         positions=position_rows(architecture, positions, pad_token_id),
@@ -281,7 +286,7 @@ def count_state_bytes(optimizer: Optimizer, sizes: Dimensions, count: ParameterC
     def kept(shape: tuple[int, ...], *, is_hidden: bool = False) -> int:
         return sum(state.num_bytes for state in optimizer.states(shape, is_hidden=is_hidden))
 
-    if optimizer.elementwise:
+    if optimizer.elementwise or sizes.row is not None:  # of unknown matrices at most as much
         return count.trained * kept((1,))
     if count.base:  # as if what is trained were of the mixture of the whole
         whole = count_state_bytes(optimizer, sizes, replace(count, base=0))

@@ -190,7 +190,7 @@ class _Question:
             ranks_per_node=self.ranks_per_node(setting.num_ranks),
             micro_rows=setting.micro_rows,
             accumulation=batch.accumulation,
-            sequence_tokens=spec.data.sequence_tokens,
+            sequence_tokens=spec.row_tokens,
             checkpointing=setting.checkpointing,
             dropout=spec.regularization.dropout,
             buckets=make_buckets(self.count.total, self.count.layer, on_gpu=self.on_gpu),
@@ -249,12 +249,13 @@ def make_plan(
     sizes, where they were counted (`dray.models.counting`); `why_not_counted`: what kept them from
     it. Without them the formulas are used.
     """
-    if not spec.task.tokenizes:
+    if not spec.task.tokenizes and (counted is None or counted.row is None):
         raise SpecError(
             f"task = {spec.task.name}",
-            "its documents are no texts",
-            "`dray prepare` makes rows of them, but there are no models for them yet",
-            "train on the rows elsewhere (dray.corpus.stream.read_rows)",
+            "its documents are no texts, and its model was not measured"
+            + (f" ({why_not_counted})" if why_not_counted else ""),
+            "no formula tells what such a model takes",
+            "plan where torch and transformers are installed, by make_counted_plan",
         )
     on_gpu = spec.resources.gpus_per_worker > 0
     sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id, counted=counted)
@@ -298,7 +299,7 @@ def _make(
     batch = make_batch(
         spec.batch.global_rows, setting.num_ranks, setting.micro_rows, elastic=question.elastic
     )
-    width, precision = spec.data.sequence_tokens, question.precision
+    width, precision = spec.row_tokens, question.precision
     tokens_per_step = spec.batch.global_rows * width
     num_steps = num_steps_of(spec.duration, spec.batch.global_rows, tokens_per_step, num_rows)
     if num_steps is not None:
@@ -337,7 +338,9 @@ def _make(
         memory_limit_bytes=question.rank_limit(setting.num_ranks),
         host_limit_bytes=question.host_limit,
         checkpoint_bytes=question.checkpoint_bytes,
-        shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens),
+        shard_bytes=_shard_bytes(width, sizes.vocab, num_rows, corpus_tokens)
+        if spec.task.tokenizes
+        else None,
         compile=compiles,
         activation_checkpointing=setting.checkpointing,
         step_seconds=a_step,
@@ -381,8 +384,8 @@ def _check_schedule(spec: Spec, num_steps: int) -> None:
 def _row_tokens(spec: Spec, num_rows: int | None, num_tokens: int | None) -> int:
     """Tokens of a row as they are computed. Rows of like length share a batch, which is padded to
     its longest one: a token more than their mean."""
-    width = spec.data.sequence_tokens
-    if spec.task.packs or not num_rows or not num_tokens:
+    width = spec.row_tokens
+    if spec.task.packs or spec.task.fixed_tokens or not num_rows or not num_tokens:
         return width
     return min(width, max(1, round(num_tokens / num_rows + 1)))
 
@@ -485,8 +488,9 @@ def _choose(question: _Question, num_ranks: int) -> tuple[_Setting, str]:
     spec = question.spec
     stages = _stages(spec, question.sizes.architecture)
     least_tokens, most_tokens = GPU_TOKENS if question.on_gpu else CPU_TOKENS
-    width = spec.data.sequence_tokens
-    micros = _micros(spec, num_ranks, elastic=question.elastic)
+    row = question.sizes.row
+    width = spec.row_tokens if row is None else row.positions(question.count.active)
+    micros = _micros(question, num_ranks)
     useful = [rows for rows in micros if rows * width <= most_tokens] or micros[-1:]
     enough = [rows for rows in useful if rows * width >= least_tokens] or useful[:1]
 
@@ -567,11 +571,43 @@ def _highest_stage(spec: Spec, architecture: str) -> int:
     return 2 if architecture in WRONG_UNDER_ZERO_3 else 3
 
 
-def _micros(spec: Spec, num_ranks: int, *, elastic: bool) -> list[int]:
+def _micros(question: _Question, num_ranks: int) -> list[int]:
+    """Rows that a rank may compute at once. Raises PlanError where those of the spec do not go with
+    its task or its model."""
+    spec, elastic, row = question.spec, question.elastic, question.sizes.row
+    global_rows, together = spec.batch.global_rows, spec.task.rows_together
     if spec.batch.micro_rows == "auto":
-        return micro_candidates(spec.batch.global_rows, num_ranks, elastic=elastic)
-    make_batch(spec.batch.global_rows, num_ranks, spec.batch.micro_rows, elastic=elastic)
-    return [spec.batch.micro_rows]
+        micros = micro_candidates(global_rows, num_ranks, elastic=elastic)
+    else:
+        make_batch(global_rows, num_ranks, spec.batch.micro_rows, elastic=elastic)
+        micros = [spec.batch.micro_rows]
+    where, given = f"batch.micro_rows = {spec.batch.micro_rows}", f"{num_ranks} ranks"
+    if not (whole := [rows for rows in micros if rows % together == 0]) or global_rows % together:
+        raise PlanError(
+            where,
+            f"{given}, {global_rows} rows a step",
+            f"{spec.task.name} computes {together} rows of a step together",
+            f"give multiples of {together} as batch.micro_rows and batch.global_rows",
+        )
+    if row is None or not row.shares_statistics:
+        return whole
+    if spec.task.fixed_tokens is None:
+        raise PlanError(
+            f"model.architecture = {question.sizes.architecture}",
+            "normalises batches, in which rows of several lengths are padded",
+            "padding would count as a part of them",
+            "take an architecture without batch normalisation",
+        )
+    at_once = [rows for rows in whole if rows * num_ranks == global_rows]
+    if not at_once:
+        raise PlanError(
+            where,
+            f"{given}, {global_rows} rows a step",
+            f"{question.sizes.architecture} normalises batches: a step is the same on any "
+            "number of ranks only if each computes its share at once",
+            "give batch.micro_rows=auto, and batch.global_rows that the ranks divide",
+        )
+    return at_once
 
 
 def _does_not_fit(question: _Question, num_ranks: int, stage: int, micro_rows: int) -> PlanError:

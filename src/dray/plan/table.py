@@ -120,11 +120,7 @@ def _model(plan: Plan) -> list[str]:
     exact = "" if plan.parameters_exact else "estimated by formula"
     if plan.counted is not None:
         exact = "counted on the model itself"
-    return [
-        "model",
-        _row("parameters", f"{plan.num_parameters:,}", exact),
-        *_trained(plan),
-        _row("of these tables", f"{plan.num_embedding_parameters:,}", "looked up, not multiplied"),
+    work = [
         _row(
             "FLOPs a token",
             f"{plan.flops_per_token_strict:.3g}",
@@ -133,6 +129,16 @@ def _model(plan: Plan) -> list[str]:
             else "strict; 4 instead of 6 for what is not trained",
         ),
         _row("", f"{plan.flops_per_token_loose:.3g}", "loose: 6·N + 12·L·d·T"),
+    ]
+    if plan.counted is not None and (row := plan.counted.row) is not None:
+        size = "" if row.tokens == 1 else f" of {row.tokens:,} tokens"
+        work = [_row("FLOPs a row", f"{row.flops:.3g}", f"measured{size}: 3 forward passes")]
+    return [
+        "model",
+        _row("parameters", f"{plan.num_parameters:,}", exact),
+        *_trained(plan),
+        _row("of these tables", f"{plan.num_embedding_parameters:,}", "looked up, not multiplied"),
+        *work,
         _row("checkpoint", format_bytes(plan.checkpoint_bytes), "fp32 weights and two moments"),
     ]
 

@@ -63,7 +63,9 @@ def _make_pieces(
     def collate(rows: pa.Table, step: int) -> Iterator[Batch]:
         draw = draw_of(seed, step)
         for at in range(0, rows.num_rows, stream.micro_rows):
-            yield pin(task.collate(rows.slice(at, stream.micro_rows), draw), ranks.device)
+            some = rows.slice(at, stream.micro_rows)
+            batch = task.collate(some, draw)
+            yield pin(task.vary(batch, some, draw) if step else batch, ranks.device)
 
     for segment, block in check_rows(stream, blocks, ranks.rank):
         if segment.kind == "validation":

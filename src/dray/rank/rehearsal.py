@@ -76,6 +76,13 @@ def rehearse(spec: Spec, plan: Plan, config: Config = None) -> Rehearsal:
             "a rehearsal measures this machine's CPUs",
             "the first steps of the run tell its speed",
         )
+    if not spec.task.tokenizes:
+        raise PlanError(
+            "--measure",
+            f"rows of {spec.task.name} are no tokens",
+            "a rehearsal draws tokens for its rows",
+            "the first steps of the run tell its speed",
+        )
     import torch.multiprocessing
 
     spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]

@@ -146,7 +146,8 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
             if isinstance(path, str)
         ]
         like = similar_source(spec, paths)
-        sources.append(like.model_dump(mode="json", exclude={"path", "weight", "exclude"}) | value)
+        own = {"path", "weight", "exclude", "records"}
+        sources.append(like.model_dump(mode="json", exclude=own) | value)
     tree = spec.model_dump(mode="json")
     cleaning = tree["data"]["cleaning"] | {"deduplicate": "none"}
     tree["data"] |= {
@@ -155,7 +156,8 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
         "cleaning": cleaning,
         "balance": 0.0,
     }
-    tree["tokenizer"] = {"path": tokenizer_folder}
+    if spec.task.tokenizes:
+        tree["tokenizer"] = {"path": tokenizer_folder}
     return make_spec(tree, "--data", kept=True)
 
 

@@ -74,13 +74,16 @@ def export(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
             whole = Path(staging) / "model"
+            tokenizes = trained.spec.task.tokenizes
+            tokenizer = _tokenizer(trained, staging) if tokenizes else None
             if contents is None:
-                save_pretrained_folder(
-                    trained.model.state_dict(), trained.model, _tokenizer(trained, staging), whole
-                )
+                state = trained.model.state_dict()
+                save_pretrained_folder(state, trained.model, tokenizer, whole)
             else:
-                _write_adapters(trained, *contents, _tokenizer(trained, staging), whole)
-            for line in _differences(trained, whole) if say and contents is None else ():
+                _write_adapters(trained, *contents, tokenizer, whole)
+            trained.spec.task.save_processor(str(whole))
+            compares = say and tokenizes and contents is None
+            for line in _differences(trained, whole) if compares else ():
                 say(f"{folder}: {line}")  # type: ignore[misc]
             if target.exists():
                 target.rmdir()
@@ -91,12 +94,18 @@ def export(
 
 
 def _write_adapters(
-    trained: Trained, config: dict[str, Any], state: dict[str, Any], tokenizer: Path, folder: Path
+    trained: Trained,
+    config: dict[str, Any],
+    state: dict[str, Any],
+    tokenizer: Path | None,
+    folder: Path,
 ) -> None:
     """Adapters in peft's format, with the tokeniser of their base."""
     from safetensors.torch import save_file
 
-    shutil.copytree(tokenizer, folder)
+    folder.mkdir()
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     config["base_model_name_or_path"] = (trained.spec.model.path or "").removeprefix(HUB_SCHEME)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

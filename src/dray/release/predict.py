@@ -20,7 +20,7 @@ import torch
 
 from dray.corpus.chunks import as_array
 from dray.corpus.cleaning import normalize
-from dray.corpus.packing import Aligned
+from dray.corpus.packing import Aligned, Varying
 from dray.corpus.parts import CorpusSource
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Bad, Span, SpanReader
@@ -36,7 +36,6 @@ from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import rows_at_once
 from dray.release.trained import Chosen, Trained, Weights, load_trained
 from dray.spec import WHOLE
-from dray.tasks import Task
 from dray.tasks.rows import SEPARATOR, Encoded
 
 
@@ -81,11 +80,12 @@ def predict(
                 Span(file), source.source, spec.data.max_record_bytes, predictor.fields
             )
             for documents in reader.read():
+                told = {"file": file.name} if file.form == "files" else {}
                 for record in predictor.records(documents.texts):
                     is_bad = "prediction" not in record and "error" in record
                     counts.num_bad += is_bad
                     counts.num_predicted += not is_bad
-                    yield record
+                    yield told | record
                 for bad in documents.bad:
                     yield _told_bad(bad, counts)
 
@@ -185,9 +185,6 @@ class Predictor:
         for place, prediction in self._predict(encoded):
             found[int(records[place])].append((place, prediction))
         for place, (text, pieces) in enumerate(zip(texts.to_pylist(), found, strict=True)):
-            if place in encoded.refused:
-                yield {**_given(text, self.fields), "error": encoded.refused[place]}
-                continue
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
             given = _given(text, self.fields)
             if place in encoded.refused:
@@ -232,13 +229,18 @@ class Predictor:
             if column.each == "row" and column.name in encoded.columns:
                 values[column.name] = row_values(column, as_array(encoded.columns[column.name]))
         for stored in columns:
-            if stored.name not in values:  # a target, or a place in a corpus
+            if stored.name in values:
+                continue
+            if stored.varies:  # a target of no length
+                empty = np.zeros(0, stored.dtype), np.zeros(len(rows.tokens), np.int64)
+                values[stored.name] = Varying(*empty)
+            else:  # a target, or a place in a corpus
                 values[stored.name] = np.zeros((len(rows.tokens), *stored.shape), stored.dtype)
         return pa.Table.from_batches([make_batch(columns, values)])
 
 
 def _given(text: str, fields: Any) -> dict[str, Any]:
-    """The fields of a record as they were read."""
+    """The fields of a record as they were read, without the bytes of files."""
     names = list(fields)
     if fields[names[0]].kind == "record" and len(names) == 1:
         record = json.loads(text)
@@ -249,4 +251,5 @@ def _given(text: str, fields: Any) -> dict[str, Any]:
     return {
         name: json.loads(part) if fields[name].kind == "record" else part
         for name, part in zip(names, parts, strict=True)
+        if fields[name].kind != "bytes"
     }

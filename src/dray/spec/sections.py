@@ -125,10 +125,15 @@ class Source(Section):
     """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme);
     `python:stdlib` is the standard library's own sources. Relative paths start at the working
     directory."""
-    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "lines", "conll"] = "auto"
+    format: Literal[
+        "auto", "jsonl", "csv", "tsv", "parquet", "text", "lines", "conll", "files", "idx"
+    ] = "auto"
     """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or
     `.zip`. `text`: a file is a document; `lines`: a line is; `conll`: a line is a word with what
-    belongs to it, between tabs or spaces, and blank lines stand between sentences."""
+    belongs to it, between tabs or spaces, and blank lines stand between sentences; `files`: a file
+    of whatever kind is a record of its `content`, the `folder` that it lies in, and its `name`
+    without suffix; `idx`: images as MNIST has them, each with the `label` at its place in the file
+    of labels beside."""
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     label: str | None = None
@@ -146,11 +151,30 @@ class Source(Section):
     gather: Annotated[Gather | None, Field(exclude_if=lambda given: given is None)] = None
     """How documents are gathered from several records, for tasks that read `names`: a record holds
     one of them."""
+    records: Annotated[
+        tuple[Annotated[Int, Field(ge=0)], Annotated[Int, Field(ge=1)]] | None,
+        Field(exclude_if=lambda given: given is None),
+    ] = None
+    """Of idx files: only their records from this number, counted from 0, to before that one. None:
+    all."""
     weight: Annotated[Float, Field(gt=0)] | None = None
     """Share of the rows drawn from this source, relative to the other weights; none: in proportion
     to its rows."""
     exclude: tuple[str, ...] = ()
     """Globs of paths to leave out."""
+
+    @model_validator(mode="after")
+    def _numbered(self) -> Self:
+        if self.records is None:
+            return self
+        first, end = self.records
+        if self.format != "idx":
+            raise ValueError(
+                f"records [{first}, {end}]: only those of idx files have numbers; give format: idx"
+            )
+        if first >= end:
+            raise ValueError(f"records [{first}, {end}]: the second must be above the first")
+        return self
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -286,6 +310,9 @@ class Tokenizer(Section):
         return self
 
 
+Option = str | int | float | bool | None
+
+
 class Model(Section):
     """A transformers architecture by name and sizes, or weights to start from."""
 
@@ -324,8 +351,9 @@ class Model(Section):
     num_labels: Annotated[Int, Field(ge=2)] | None = None
     """Number of classes; none: as many as the training documents have labels. Where these are
     numbers from 0 on, some of them may be absent; else the two must agree."""
-    options: dict[str, str | int | float | bool | None] = {}
-    """Further fields of the transformers configuration, by their own names."""
+    options: dict[str, Option | tuple[Option, ...]] = {}
+    """Further fields of the transformers configuration, by their own names; a list where the field
+    is one."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -334,14 +362,13 @@ class Model(Section):
             raise ValueError(f"step {self.step} is one of a `run`, and there is none")
         if self.architecture is None:
             return self
-        for name in ("hidden_size", "num_layers", "num_heads"):
-            if getattr(self, name) is None:
-                raise ValueError(f"`{name}` is needed with `architecture`")
-        if self.hidden_size % self.num_heads:  # type: ignore[operator]
+        if self.num_heads is None:
+            return self
+        if self.hidden_size is not None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
             )
-        if self.num_heads % (self.num_kv_heads or self.num_heads):  # type: ignore[operator]
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )

@@ -41,6 +41,11 @@ from dray.spec.sections import (
 from dray.spec.tasks import TaskChoice, check_fields
 
 
+def _tokenizer_of(model: Model) -> Tokenizer | None:
+    """That of the run which a model starts from."""
+    return None if model.run is None else Tokenizer(run=model.run)
+
+
 class Spec(Section):
     """One run, whole."""
 
@@ -119,11 +124,7 @@ class Spec(Section):
                     raise ValueError(
                         f"data: task {self.task.name} needs a `{name}` column in every source"
                     )
-        if not self.task.tokenizes and self.tokenizer != Tokenizer(train="byte_bpe"):
-            raise ValueError(
-                f"tokenizer: {self.task.name} reads {', '.join(self.task.fields)}, no text; leave "
-                "the section out"
-            )
+        self._check_tokens()
         self._check_words()
         if self.task.num_outputs is not None and self.model.num_labels not in (
             None,
@@ -178,6 +179,22 @@ class Spec(Section):
                 f"data: gather: {self.task.name} reads {', '.join(self.task.fields)}; documents "
                 "are gathered of names alone; leave it out"
             )
+
+    def _check_tokens(self) -> None:
+        """Raise ValueError for what a model of tokens lacks, or one of something else cannot
+        have."""
+        task, model = self.task, self.model
+        if task.tokenizes:
+            for name in ("hidden_size", "num_layers", "num_heads"):
+                if model.architecture is not None and getattr(model, name) is None:
+                    raise ValueError(f"model: `{name}` is needed with `architecture`")
+            return
+        reads = f"{task.name} reads {', '.join(task.fields)}, no text; leave"
+        if self.tokenizer not in (Tokenizer(train="byte_bpe"), _tokenizer_of(model)):
+            raise ValueError(f"tokenizer: {reads} the section out")
+        for name in ("vocab_size", "max_positions"):
+            if getattr(model, name) is not None:
+                raise ValueError(f"model.{name} = {getattr(model, name)}: {reads} it out")
 
     @model_validator(mode="after")
     def _lawful(self) -> Self:
@@ -253,6 +270,11 @@ class Spec(Section):
         """Whether a part of the model is never trained: it is made again from where it came, and
         stands in no checkpoint."""
         return self.adapters is not None or (self.freezing is not None and self.freezing.freezes)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that a row has at most."""
+        return self.task.fixed_tokens or self.data.sequence_tokens
 
     @property
     def is_auto(self) -> bool:

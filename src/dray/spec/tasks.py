@@ -62,7 +62,15 @@ class Field:
         given: str | None = source.columns.get(name) or getattr(source, name, None)
         if given is None and form == "conll" and self.place is not None:
             return str(self.place)
-        return given or self.column or (WHOLE if self.kind == "record" else None)
+        given = given or COLUMNS_OF_FORMS.get(form, {}).get(self.kind) or self.column
+        return given or (WHOLE if self.kind == "record" else None)
+
+
+COLUMNS_OF_FORMS: Mapping[str, Mapping[str, str]] = {
+    "files": {"bytes": "content", "label": "folder"},
+    "idx": {"bytes": "image", "label": "label"},
+}
+"""Where forms without columns of their own have fields of a kind."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,15 @@ class TaskKind(Protocol):
     """Whether documents are texts, which a tokeniser makes tokens of."""
     whole_words: bool
     """Whether its tokens are whole words or names, never pieces of text."""
+    fixed_tokens: int | None
+    """Tokens of every row, where rows have as many whatever `data.sequence_tokens` says."""
+    rows_together: int
+    """Rows of a step that must be computed at once: each so many, from the first."""
+
+    @property
+    def model_options(self) -> Mapping[str, Any]:
+        """Fields of the model's configuration that follow from the task, where it has them."""
+
     generates: bool
     """Whether its models write text."""
     head: Head

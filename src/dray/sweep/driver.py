@@ -181,7 +181,7 @@ def _keep_scale(sweep: Sweep, spec: Spec, space: Space, corpus: Corpus) -> Scale
     metric = space.metric or spec.validation.metric
     rows, tokens = (
         corpus.manifest.train.num_rows,
-        spec.batch.global_rows * spec.data.sequence_tokens,
+        spec.batch.global_rows * spec.row_tokens,
     )
     total = num_steps_of(spec.duration, spec.batch.global_rows, tokens, rows) or 1
     better = space.mode or ("min" if spec.task.metrics[metric] == "lower" else "max")

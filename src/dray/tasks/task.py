@@ -115,6 +115,13 @@ class Task:
     whole_words = False
     """Whether its tokens are whole words or names, never pieces of text: `tokenizer.train` is
     `words` then."""
+    fixed_tokens: int | None = None
+    """Tokens of every row, where rows have as many whatever `data.sequence_tokens` says: 1 where a
+    row is one thing of one size."""
+    rows_together = 1
+    """Rows of a step that must be computed at once: each so many, from the first. What `collate`
+    makes of a row may depend on the others of these, which stay the same on any number of
+    workers."""
     generates = False
     continues = True
     """Whether what its models write goes on with a prompt, of which the last tokens may do; else it
@@ -190,6 +197,12 @@ class Task:
         }
 
     @property
+    def model_options(self) -> Mapping[str, Any]:
+        """Fields of the model's configuration that follow from the task, where it has them: the
+        size of its images, say."""
+        return {}
+
+    @property
     def has_classes(self) -> bool:
         """Whether its rows have numbers of classes, which the corpus finds in the documents."""
         return any(column.names or column.hot for column in self.columns)
@@ -236,6 +249,20 @@ class Task:
         `draw` belongs to the step and the seed: what is drawn for a row depends on that and on its
         id alone, so that a resumed run draws the same.
         """
+        raise NotImplementedError
+
+    def vary(self, batch: Batch, table: pa.Table, draw: int) -> Batch:
+        """A batch of these rows as it is learnt from, where that is not what is validated: images
+        that are turned, say. It is drawn as `collate` draws."""
+        return batch
+
+    def save_processor(self, folder: str) -> None:
+        """Write into an export what makes a model's inputs of documents that are no texts, as
+        transformers reads it."""
+
+    def model_inputs(self, num_rows: int, num_tokens: int) -> Batch:
+        """What a model is given of so many rows of so many tokens, whatever it holds: where a task
+        does not tokenise, models are measured by it instead of by formulas."""
         raise NotImplementedError
 
     def passes(self, table: pa.Table, draw: int, num_rows: int) -> Iterator[Batch]:

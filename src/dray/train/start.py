@@ -447,7 +447,8 @@ def _check_model(
     vocab_size = (tokenizer and _count_tokens(tokenizer)) or spec.tokenizer.vocab_size
     kept = None
     if isinstance(origin, RunWeights) and config is not None:
-        check_vocabulary(spec, config, origin.tokenizer_folder, vocab_size, tokenizer or "")
+        if spec.task.tokenizes:
+            check_vocabulary(spec, config, origin.tokenizer_folder, vocab_size, tokenizer or "")
         kept = config
     model = check_builds(spec, make_config(spec, vocab_size=vocab_size, kept=kept))
     if origin is not None:
