@@ -2,63 +2,55 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
 import pytest
 
 from dray.errors import RunFailed
 from dray.runs import Run
-from dray.spec import make_spec
-from dray.train.driver import train
-from waiting import rank_processes, wait_for
+from dray.spec import Spec
+from dray.train import train
+from waiting import rank_processes
+
+PLACES: Sequence[tuple[int, int]] = ((2, 1), (1, 0), (2, 3))
+"""Workers and ZeRO stage of each attempt."""
 
 
-def rows_of(run: Run) -> list[tuple[int, str, float]]:
-    """Step, digest of the rows and loss of each step."""
-    return [(row["step"], row["rows_digest"], row["loss"]) for row in run.metrics()]
-
-
-def kill_and_resume(
-    tree: Mapping[str, Any], storage: str, name: str, step: int, workers: int
+def killed_and_resumed(
+    make: Callable[..., Spec],
+    storage: str,
+    name: str,
+    *,
+    at: Sequence[int] = (7, 14),
+    places: Sequence[tuple[int, int]] = PLACES,
 ) -> Run:
-    """Kill the ranks of the run once they have done the step and saved one, and finish it with
-    other workers. Up to then it has a row a micro batch, so that it does not end before."""
+    """A run of which a rank gets SIGKILL once it has done each of the steps `at`: every attempt in
+    another place. The spec that `make` gives saves a checkpoint before each of these."""
+    for attempt, (workers, stage) in enumerate(places):
+        spec = make(resources={"workers": workers, "max_failures": 0}, zero={"stage": stage})
+        if attempt == len(at):
+            return train(spec, storage=storage, run_name=name).run
+        killed: list[int] = []
 
-    def reached() -> bool:
-        run = Run.find(storage, name)
-        steps = [row["step"] for row in run.metrics()] if run else []
-        return bool(steps and steps[-1] >= step and run and run.checkpoints())
+        def kill(row: Mapping[str, Any], step: int = at[attempt], killed: Any = killed) -> None:
+            if "rows_digest" in row and row["step"] >= step and not killed:
+                killed.append(row["step"])
+                rank_processes()[-1].send_signal(signal.SIGKILL)
 
-    def kill() -> None:
-        wait_for(reached, f"step {step}")
-        for process in rank_processes():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    slow = {
-        **tree,
-        "resources": {**tree["resources"], "max_failures": 0},
-        "batch": {**tree["batch"], "micro_rows": 1},
-    }
-    with pytest.raises(RunFailed):
-        train(make_spec(slow), storage=storage, run_name=name)
-    killer.join()
-    # As an elastic group of that size: it may leave some slots of a step empty.
-    elsewhere = {**tree, "resources": {**tree["resources"], "workers": [workers, workers]}}
-    run = train(make_spec(elsewhere), storage=storage, run_name=name).run
-    assert {row["num_ranks"] for row in run.metrics()} == {tree["resources"]["workers"], workers}
-    return run
+        with pytest.raises(RunFailed):
+            train(spec, storage=storage, run_name=name, observer=kill)
+        assert killed
+        assert len(Run.open(storage, name).attempts()) == attempt + 1
+        assert Run.open(storage, name).checkpoints()
+    raise AssertionError("a place is left for the attempt behind each kill")
 
 
-def assert_same_steps(found: Run, expected: Run, rel: float = 1e-5) -> None:
-    """That two runs read the same rows and lost the same on them, nearly."""
-    pairs = list(zip(rows_of(found), rows_of(expected), strict=True))
-    assert [(one[:2]) for one, _ in pairs] == [other[:2] for _, other in pairs]
-    for one, other in pairs:
-        assert one[2] == pytest.approx(other[2], rel=rel), one[0]
+def assert_same_steps(run: Run, other: Run, within: float = 1e-5) -> None:
+    """That both have the same steps, of the same rows, with nearly the same losses."""
+    rows, others = run.metrics(), other.metrics()
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    assert [row["rows_digest"] for row in rows] == [row["rows_digest"] for row in others]
+    for row, same in zip(rows, others, strict=True):
+        assert row["loss"] == pytest.approx(same["loss"], abs=within), row["step"]

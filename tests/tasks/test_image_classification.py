@@ -1,5 +1,4 @@
-"""Classes of images: learnt from files of several kinds, taken up again exactly, the same under any
-ZeRO stage; evaluated, predicted and exported."""
+"""Classes of images: learnt from files of several kinds, evaluated, predicted and exported."""
 
 from __future__ import annotations
 
@@ -18,11 +17,9 @@ from dray.errors import SpecError
 from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.predict import Counts, predict
-from dray.release.trained import load_trained
 from dray.runs import Run
-from dray.spec import Spec, load_spec, make_spec
+from dray.spec import load_spec, make_spec
 from dray.train import train, train_locally
-from killed import assert_same_steps, killed_and_resumed
 from tiny import assert_close
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -34,37 +31,23 @@ TASK = {
     "mean": 0.13,
     "deviation": 0.31,
 }
-MODELS = {
-    "resnet": {
-        "architecture": "resnet",
-        "options": {
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 16],
-            "depths": [1, 1],
-        },
-    },
-    "vit": {
-        "architecture": "vit",
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "options": {"patch_size": 7},
-    },
-    "convnext": {
-        "architecture": "convnext",
-        "num_layers": 2,
-        "options": {"hidden_sizes": [8, 16], "depths": [1, 1]},
+MODEL = {
+    "architecture": "resnet",
+    "options": {
+        "layer_type": "basic",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
     },
 }
 
 
-def tree_of(data: Any, model: str = "resnet", **sections: Any) -> dict[str, Any]:
+def tree_of(data: Any, **sections: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "name": "images",
         "task": TASK,
         "data": data,
-        "model": MODELS[model],
+        "model": MODEL,
         "batch": {"global_rows": 32},
         "optimizer": {"learning_rate": 5e-3},
         "schedule": {"name": "constant"},
@@ -167,46 +150,6 @@ def test_an_export_gives_the_same_by_transformers_alone(
     assert model.config.id2label == {digit: str(digit) for digit in range(10)}
     for row, record in zip(theirs.tolist(), ours, strict=True):
         assert row == pytest.approx(list(record["scores"].values()), abs=1e-4)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_a_killed_run_goes_on_elsewhere_with_the_same_batches(
-    digits: dict[str, Any], storage: str, model: str
-) -> None:
-    """Varied and mixed ones: what is drawn, and which rows are neighbours, stays the same."""
-    task = {**TASK, "rotate": 10, "crop": 0.8, "mixup": 0.4, "cutmix": 1.0}
-
-    def make(**sections: Any) -> Spec:
-        return make_spec(tree_of(digits, model, task=task, **sections))
-
-    prepare(make(), storage)
-    whole = train_locally(make(), storage=storage, run_name=f"whole-{model}").run
-    parts = killed_and_resumed(make, storage, f"parts-{model}")
-    assert_same_steps(whole, parts)
-    ends = [
-        load_trained(storage, f"{name}-{model}").model.state_dict() for name in ("whole", "parts")
-    ]
-    for name, value in ends[0].items():
-        assert torch.allclose(value.float(), ends[1][name].float(), atol=1e-3), name
-
-
-@pytest.mark.parametrize("model", ["resnet", "vit"])
-def test_zero_is_a_place(digits: dict[str, Any], storage: str, model: str) -> None:
-    runs = []
-    for stage in (0, 3):
-        spec = make_spec(
-            tree_of(
-                digits,
-                model,
-                duration={"steps": 6},
-                resources={"workers": 2},
-                zero={"stage": stage},
-            )
-        )
-        runs.append(train(spec, storage=storage, run_name=f"{model}-{stage}").run)
-    assert_same_steps(runs[0], runs[1])
-    losses = [evaluate(storage, f"{model}-{stage}")["loss"] for stage in (0, 3)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_folders_are_classes(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 import torch
 from chats import make_tools
-from killing import history, losses, train_and_kill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dray.corpus.chunks import Tools
@@ -29,7 +28,7 @@ from dray.runs import Run
 from dray.spec import Spec, make_spec
 from dray.tasks.instruction import Instruction
 from dray.tasks.rows import IGNORED
-from dray.train import train, train_locally
+from dray.train import train_locally
 from tiny import tiny_tree
 
 LANDS = {"Rome": "Italy", "Lyon": "France", "Bonn": "Germany", "Oslo": "Norway", "Kyoto": "Japan"}
@@ -153,24 +152,6 @@ def check_export(storage: str, folder: Path, corpus: str) -> None:
         assert given == trained.task.prompt(asked(town), trained.tools)
         out = model.generate(torch.tensor([given]), max_new_tokens=12, do_sample=False)
         assert tokenizer.decode(out[0, len(given) :], skip_special_tokens=True) == told(town)
-
-
-@pytest.mark.slow
-def test_killed_and_taken_up_by_two_workers_under_zero_3_it_is_the_same(
-    tmp_path: Path, local_ray: None
-) -> None:
-    folder, storage = tmp_path / "in", str(tmp_path / "runs")
-    write_conversations(folder)
-    place: Any = {"checkpoint": {"every_steps": 10}, "validation": {"every_steps": 40}}
-    spec = make(folder, 40, zero={"stage": 0}, **place)
-    prepare(spec, storage)
-    whole = train_locally(spec, storage=storage, run_name="whole").run
-    assert train_and_kill(spec, storage, "killed", 10) < 40
-    elsewhere = make(folder, 40, zero={"stage": 3}, resources={"workers": 2}, **place)
-    again = train(elsewhere, storage=storage, run_name="killed").run
-    assert [attempt.num_ranks for attempt in again.attempts()] == [1, 2]
-    assert history(again) == history(whole)
-    assert losses(again) == pytest.approx(losses(whole), abs=1e-5)
 
 
 def test_a_tokeniser_without_a_template_is_refused(tmp_path: Path, local_ray: None) -> None:

@@ -16,8 +16,7 @@ from dray.release.evaluate import evaluate
 from dray.release.generate import generate
 from dray.spec import Spec, make_spec
 from dray.tasks.rollouts import advantages, joined_answers, write_answers
-from dray.train import train, train_locally
-from killed import assert_same_steps, killed_and_resumed
+from dray.train import train_locally
 from pairs import write
 from tiny import tiny_tree
 
@@ -130,24 +129,6 @@ def test_a_toy_is_learnt_from_a_tenth_to_nine_tenths(storage: Path) -> None:
     assert sum(rewards[:3]) / 3 < 0.15
     after = run.validations()[-1]
     assert after["reward"] > 0.9, (rewards[::10], after)
-
-
-def test_a_run_that_is_killed_writes_and_learns_the_same_at_another_number_of_workers(
-    storage: Path,
-) -> None:
-    def spec(**places: Any) -> Spec:
-        return make(storage, 12, checkpoint={"every_steps": 4}, **places)
-
-    prepare(spec(), str(storage))
-    straight = train_locally(spec(), storage=str(storage), run_name="straight").run
-    killed = killed_and_resumed(spec, str(storage), "killed")
-    places = {"zero": {"stage": 3}, "resources": {"workers": 2}}
-    sharded = train(spec(**places), storage=str(storage), run_name="sharded").run
-    for run in (killed, sharded):
-        assert_same_steps(run, straight)
-        for row, other in zip(run.metrics(), straight.metrics(), strict=True):
-            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-    assert len({row["loss"] for row in straight.metrics()}) > 3
 
 
 def test_answers_are_drawn_from_the_model_and_joined_to_their_prompts() -> None:

@@ -20,8 +20,7 @@ from dray.runs import Run
 from dray.spec import Spec
 from dray.storage.filesystem import open_filesystem
 from dray.tasks.answer_objectives import answer_log_probs
-from dray.train import train, train_locally
-from killed import assert_same_steps, killed_and_resumed
+from dray.train import train_locally
 from pairs import make_spec_of, pairs, write
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -118,27 +117,6 @@ def test_the_reference_tells_its_log_probabilities_once_and_belongs_to_the_rows(
     found = evaluate(storage, "dpo", data=[f"{tmp_path}/more/a.jsonl"])
     assert found["num_rows"] == 20
     assert found["kl"] == pytest.approx(run.validations()[-1]["kl"], rel=0.5)
-
-
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_a_run_that_is_killed_goes_on_exactly_at_another_number_of_workers(
-    tmp_path: Path, loss: str
-) -> None:
-    folder, storage = tmp_path / "in", str(tmp_path / "runs")
-    write(folder, judged(80) if loss == "kto" else pairs(80))
-
-    def spec(**places: Any) -> Spec:
-        return make(folder, loss, 12, checkpoint={"every_steps": 4}, **places)
-
-    prepare(spec(), storage)
-    straight = train_locally(spec(), storage=storage, run_name="straight").run
-    killed = killed_and_resumed(spec, storage, "killed")
-    assert len(killed.summary()["attempts"]) == 2
-    assert_same_steps(killed, straight)
-    sharded = train(
-        spec(zero={"stage": 3}, resources={"workers": 2}), storage=storage, run_name="sharded"
-    ).run
-    assert_same_steps(sharded, straight)
 
 
 def test_what_has_no_place_in_a_loss_is_refused(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from dray.release.export import export
 from dray.release.predict import Counts, predict
 from dray.runs import Run
 from dray.spec import Spec
-from dray.train import train, train_locally
-from killed import assert_same_steps, killed_and_resumed
+from dray.train import train_locally
 from pairs import KIND, RUDE, make_spec_of, pairs, write
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -49,17 +48,3 @@ def test_it_learns_which_answer_is_better_and_scores_single_ones(tmp_path: Path)
     export(storage, "scores", str(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert list(config["id2label"]) == ["0"]
-
-
-def test_a_run_that_is_killed_goes_on_exactly_at_another_number_of_workers(tmp_path: Path) -> None:
-    folder, storage = write(tmp_path / "in", pairs(80)), str(tmp_path / "runs")
-
-    def spec(**places: Any) -> Spec:
-        return make(folder, 12, checkpoint={"every_steps": 4}, **places)
-
-    prepare(spec(), storage)
-    straight = train_locally(spec(), storage=storage, run_name="straight").run
-    assert_same_steps(killed_and_resumed(spec, storage, "killed"), straight)
-    places = {"zero": {"stage": 3}, "resources": {"workers": 2}}
-    sharded = train(spec(**places), storage=storage, run_name="sharded").run
-    assert_same_steps(sharded, straight)

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from killing import history, losses, train_and_kill
 from small_models import small_model, small_spec
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -32,7 +31,7 @@ from dray.tasks.rows import IGNORED
 from dray.tasks.seq2seq import Seq2Seq
 from dray.tasks.text_metrics import measure_texts
 from dray.tasks.writing import DecodedLoss, pad_before, pad_behind, write
-from dray.train import train, train_locally
+from dray.train import train_locally
 from tiny import tiny_tree
 
 SLOTS = (
@@ -130,28 +129,6 @@ def check_export(storage: str, folder: Path, texts: list[str]) -> None:
     given = tokenizer(TEXTS[:4], return_tensors="pt", padding=True)
     ids = model.generate(**given, num_beams=2, do_sample=False, max_new_tokens=64)
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("alone", [False, True])
-def test_killed_and_taken_up_by_two_workers_under_zero_3_it_is_the_same(
-    tmp_path: Path, local_ray: None, alone: bool
-) -> None:
-    folder, storage = tmp_path / "in", str(tmp_path / "runs")
-    write_pairs(folder)
-    place: Any = {"checkpoint": {"every_steps": 10}, "validation": {"every_steps": 40}}
-    spec = make(folder, alone=alone, steps=40, zero={"stage": 0}, **place)
-    prepare(spec, storage)
-    whole = train_locally(spec, storage=storage, run_name="whole").run
-    killed = train_and_kill(spec, storage, "killed", 10)
-    assert killed < 40
-    elsewhere = make(
-        folder, alone=alone, steps=40, zero={"stage": 3}, resources={"workers": 2}, **place
-    )
-    again = train(elsewhere, storage=storage, run_name="killed").run
-    assert [attempt.num_ranks for attempt in again.attempts()] == [1, 2]
-    assert history(again) == history(whole)
-    assert losses(again) == pytest.approx(losses(whole), abs=1e-5)
 
 
 def make_tools(row_tokens: int) -> Tools:

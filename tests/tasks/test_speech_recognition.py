@@ -26,11 +26,10 @@ from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.predict import predict
 from dray.runs import Run
-from dray.spec import Spec, load_spec, make_spec
+from dray.spec import load_spec, make_spec
 from dray.tasks.sounds import RATE
 from dray.tasks.speech_recognition import SpeechRecognition
 from dray.train import train, train_locally
-from killed import assert_same_steps, killed_and_resumed
 from tiny import assert_close
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -57,9 +56,6 @@ MODELS = {
         },
     },
 }
-
-
-HIGHEST_STAGE = {"log_mel": 3, "samples": 2}
 
 
 def play(text: str, drawn: random.Random) -> bytes:
@@ -185,38 +181,12 @@ def test_an_export_gives_the_same_by_transformers_alone(
     assert tokenizer.decode(letters) == told["prediction"]
 
 
-@pytest.mark.parametrize("features", MODELS)
-def test_a_killed_run_goes_on_elsewhere_with_the_same_batches(
-    tones: Path, storage: str, features: str
-) -> None:
-    task = {"name": "speech_recognition", "features": features, "characters": " abcd"}
-
-    def make(**sections: Any) -> Spec:
-        masked = {**task, "time_masks": 2, "time_share": 0.2}
-        return make_spec(tree_of(tones, features, task=masked, **sections))
-
-    prepare(make(), storage)
-    whole = train_locally(make(), storage=storage, run_name=f"whole-{features}").run
-    parts = killed_and_resumed(make, storage, f"parts-{features}")
-    assert_same_steps(whole, parts)
-
-
 def test_stages_that_an_architecture_is_not_built_under_are_refused(
     tones: Path, storage: str
 ) -> None:
     spec = make_spec(tree_of(tones, "samples", zero={"stage": 3}))
     with pytest.raises(PlanError, match="wav2vec2's gradients are wrong under ZeRO 3"):
         train_locally(spec, storage=storage, run_name="refused")
-
-
-@pytest.mark.parametrize("features", MODELS)
-def test_zero_is_a_place(tones: Path, storage: str, features: str) -> None:
-    runs = []
-    for stage in (0, HIGHEST_STAGE[features]):
-        sections = {"duration": {"steps": 6}, "resources": {"workers": 2}}
-        spec = make_spec(tree_of(tones, features, zero={"stage": stage}, **sections))
-        runs.append(train(spec, storage=storage, run_name=f"{features}-{stage}").run)
-    assert_same_steps(runs[0], runs[1])
 
 
 def task_of(**settings: Any) -> SpeechRecognition:

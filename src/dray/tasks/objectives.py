@@ -7,6 +7,7 @@ need. Labels are smoothed in training alone.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from dray.tasks.losses import (
 )
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output, Terms
+
+NumberCost = Callable[[Tensor, Tensor], Tensor]
 
 
 class NextTokenLoss(nn.Module):
@@ -203,17 +206,19 @@ class ManyLabelsLoss(nn.Module):
 
 
 class NumberLoss(nn.Module):
-    """A model of one number a row, and the summed squared error."""
+    """A model of one number a row, and the sum of what its errors cost: `loss` of numbers [rows]
+    and of those wanted, each by itself."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, loss: NumberCost) -> None:
         super().__init__()
-        self.model, self.takes_segments = model, _takes_segments(model)
+        self.model, self.loss = model, loss
+        self.takes_segments = _takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
         found = self.model(**model_inputs(batch, self.takes_segments)).logits.float()[:, 0]
         real = batch["labels"].isfinite()
-        errors = torch.where(real, found - batch["labels"].nan_to_num(), 0.0)
-        loss = errors.square().sum()
+        wanted = torch.where(real, batch["labels"].nan_to_num(), found.detach())
+        loss = self.loss(found, wanted).sum()
         terms: Terms = {"loss": (loss, real.sum())}
         return terms, {} if torch.is_grad_enabled() else {"loss_sum": loss, "numbers": found}
 

@@ -6,10 +6,13 @@ Rows are documents, padded to the longest of their batch, as for `sequence_class
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field as Limits
+from pydantic import model_validator
 
 from dray.spec import Direction, Field, Head
-from dray.spec.sections import Section
+from dray.spec.sections import Float, Section
 from dray.tasks.rows import Column
 from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
@@ -29,6 +32,19 @@ class Regression(Task):
         pairs: bool = False
         """Whether it is of two texts: of `text` and of the column that `columns.text_pair` of a
         source names."""
+        loss: Literal["squared", "absolute", "huber"] = "squared"
+        """What an error costs: its square; its size, so that a few numbers that are far off weigh
+        less; or Huber's loss: half the square up to `huber_delta`, and straight on beyond it."""
+        huber_delta: Annotated[Float, Limits(gt=0)] = 1.0
+        """Up to which error, in the numbers' own unit, `huber` is a square."""
+
+        @model_validator(mode="after")
+        def _fits(self) -> Self:
+            if self.loss != "huber" and self.huber_delta != 1.0:
+                raise ValueError(
+                    f"huber_delta = {self.huber_delta:g} is of loss = huber, and loss = {self.loss}"
+                )
+            return self
 
     name = "regression"
     predicts = True
@@ -78,9 +94,18 @@ class Regression(Task):
         return int(batch["labels"].isfinite().sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
+        from functools import partial
+
+        from torch.nn import functional
+
         from dray.tasks.objectives import NumberLoss
 
-        return NumberLoss(model)
+        costs = {
+            "squared": functional.mse_loss,
+            "absolute": functional.l1_loss,
+            "huber": partial(functional.huber_loss, delta=self.settings.huber_delta),
+        }
+        return NumberLoss(model, partial(costs[self.settings.loss], reduction="none"))
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         return [{"prediction": number} for number in output["numbers"].tolist()]
