@@ -1,5 +1,4 @@
-"""Spoken texts: learnt from recordings, taken up again exactly, the same under any ZeRO stage;
-evaluated, predicted and exported."""
+"""Spoken texts: learnt from recordings, evaluated, predicted and exported."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from torch import nn
+    from torch import Tensor, nn
 
     from dray.tasks.rows import Encoded, Tools
 
@@ -94,18 +94,19 @@ class Regression(Task):
         return int(batch["labels"].isfinite().sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from functools import partial
-
-        from torch.nn import functional
-
         from dray.tasks.objectives import NumberLoss
 
-        costs = {
-            "squared": functional.mse_loss,
-            "absolute": functional.l1_loss,
-            "huber": partial(functional.huber_loss, delta=self.settings.huber_delta),
-        }
-        return NumberLoss(model, partial(costs[self.settings.loss], reduction="none"))
+        return NumberLoss(model, self._cost)
+
+    def _cost(self, found: Tensor, wanted: Tensor) -> Tensor:
+        from torch.nn import functional
+
+        if self.settings.loss == "absolute":
+            return functional.l1_loss(found, wanted, reduction="none")
+        if self.settings.loss == "huber":
+            delta = self.settings.huber_delta
+            return functional.huber_loss(found, wanted, reduction="none", delta=delta)
+        return functional.mse_loss(found, wanted, reduction="none")
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         return [{"prediction": number} for number in output["numbers"].tolist()]
