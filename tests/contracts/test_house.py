@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import dray
+from dray.spec import find_task, task_names
 
 SOURCE = Path(__file__).parents[2] / "src" / "dray"
 
@@ -149,6 +150,33 @@ def test_each_foreign_system_is_spoken_to_in_one_place(library: str):
             names = names_imported_by(node)
             if any(name == library or name.startswith(library + ".") for name in names):
                 assert place.startswith(FOREIGN[library]), f"{path} imports {library}"
+
+
+OTHER_MEANINGS = {("redaction.py", "policy"), ("models/groups.py", "embedding")}
+"""Words that a file has which happen to be a task's: of a signed URI, and of a weight's name."""
+
+
+def test_nothing_outside_of_tasks_asks_for_a_task():
+    """A task is one file: neither its name nor its module is anywhere but in its own room."""
+    modules = {find_task(name).__module__ for name in task_names()}
+    assert len(modules) == len(task_names())
+    for path in sorted(SOURCE.rglob("*.py")):
+        place = path.relative_to(SOURCE).as_posix()
+        if place.startswith("tasks/"):
+            continue
+        asked = {
+            name
+            for name in imported_modules(path)
+            if any(f"dray.{name}.".startswith(f"{module}.") for module in modules)
+        }
+        named = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant)
+            and node.value in task_names()
+            and (place, node.value) not in OTHER_MEANINGS
+        }
+        assert not asked | named, f"{path} asks for {asked | named}"
 
 
 NAMED_IN_STRINGS = {"__init__.py", "processes/forkserver.py", "spec/spec.py"}
