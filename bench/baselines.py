@@ -127,3 +127,76 @@ def shape(word: str) -> str:
     for c in word[:40]:
         letters.write("X" if c.isupper() else "x" if c.isalpha() else "d" if c.isdigit() else c)
     return re.sub(r"(.)\1{2,}", r"\1\1", letters.getvalue())
+
+
+def pixels(path: Path, num_train: int) -> float:
+    """Accuracy of logistic regression on the pixels of MNIST's images in the folder `path`, learnt
+    from the first `num_train`, on the others."""
+    from sklearn.linear_model import LogisticRegression
+
+    from dray.corpus.idx import parse_idx
+
+    images, labels = (
+        parse_idx(gzip.decompress((path / f"t10k-{name}-ubyte.gz").read_bytes()))
+        for name in ("images-idx3", "labels-idx1")
+    )
+    seen = images.reshape(len(images), -1) / 255.0
+    model = LogisticRegression(max_iter=300).fit(seen[:num_train], labels[:num_train])
+    return float(model.score(seen[num_train:], labels[num_train:]))
+
+
+def answers(storage: str, run: str) -> dict[str, float]:
+    """How often, of the pairs that a run holds out, the longer answer is the chosen one, and that
+    which its reference finds likelier, where it has one."""
+    from dray.corpus.shards import read_groups
+    from dray.release.trained import open_trained
+    from dray.storage.filesystem import open_filesystem
+    from dray.tasks import IGNORED
+
+    trained = open_trained(storage, run)
+    manifest = trained.manifest
+    filesystem, folder = open_filesystem(trained.corpus)
+    sums = {"longer": 0.0, "likelier": 0.0}
+    num = 0
+    for source in manifest.validation.sources if manifest.validation else ():
+        groups = list(range(-(-source.num_rows // manifest.group_rows)))
+        table = read_groups(filesystem, folder, source, groups, manifest.group_rows)
+        batch = trained.task.collate(table)
+        lengths = (batch["labels"] != IGNORED).sum(dim=-1)
+        found = {"longer": lengths, "likelier": batch.get("reference")}
+        for name, values in found.items():
+            if values is not None:
+                first, second = values[batch["real"]].unbind(dim=1)
+                sums[name] += float((first > second).sum() + 0.5 * (first == second).sum())
+        num += int(batch["real"].sum())
+    return {name: value / num for name, value in sums.items() if value}
+
+
+def sources(folder: Path, share: float) -> float:
+    """The mean F1 of the collections that the texts of a folder are from, of those that dray holds
+    out: logistic regression on tf-idf of words, all classes weighing the same."""
+    import json
+
+    import pyarrow as pa
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
+
+    from dray.corpus.cleaning import hash_texts, held_out, normalize
+
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            for record in map(json.loads, stream):
+                found.setdefault(record["text"], record["source"])  # equal texts count once
+    texts = normalize(pa.array([*found], pa.large_string()), "NFC")
+    held = held_out(hash_texts(texts)[1], share)
+    sides = [[], []]
+    for text, source, is_held in zip(found, found.values(), held, strict=True):
+        sides[int(is_held)].append((text, source))
+    (known, classes), (asked, wanted) = (zip(*side, strict=True) for side in sides)
+    words = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    model = LogisticRegression(max_iter=2000, class_weight="balanced")
+    model.fit(words.fit_transform(known), classes)
+    told = model.predict(words.transform(asked))
+    return float(f1_score(wanted, told, average="macro"))
