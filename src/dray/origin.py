@@ -13,14 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dray.errors import SpecError, StoreError
-from dray.models.source import Pretrained
+from dray.models.source import READS_WEIGHTS, Pretrained
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint, keep_checkpoint
 from dray.storage.filesystem import child
 
 if TYPE_CHECKING:
     from dray.models.weights import Stored, Weights
-
-_RULE = "a run reads weights where it began: all until its first checkpoint, then the untrained"
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class RunWeights:
         raise StoreError(
             f"run {self.run!r}",
             f"its checkpoint of step {self.step} is gone",
-            _RULE,
+            READS_WEIGHTS,
             "begin another run: --run NEW_NAME",
         )
 
@@ -71,7 +69,7 @@ class RunWeights:
                 raise StoreError(
                     info.path,
                     "is another checkpoint than when the run began",
-                    _RULE,
+                    READS_WEIGHTS,
                     "begin another run: --run NEW_NAME",
                 )
 

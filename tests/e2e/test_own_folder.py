@@ -237,7 +237,7 @@ def test_the_base_is_read_until_the_first_checkpoint_and_not_after(place: Place)
     (place.root / "base").rename(place.root / "away")
     with pytest.raises(
         SpecError,
-        match=r"base is gone; a run reads its initial weights .* until its first checkpoint",
+        match=r"base is gone; a run reads weights where it began: all until its first checkpoint",
     ):
         place.go(steps=3)
     assert run.attempts() == []

@@ -21,7 +21,9 @@ from dray.storage.packages import in_package
 HUB_SCHEME = "hf://"
 FETCHED = ("*.json", "*.safetensors", "*.txt")
 """No pickles: only configurations, tokenisers and safetensors."""
-_RULE = "a run reads weights where it began: all until its first checkpoint, then the untrained"
+READS_WEIGHTS = (
+    "a run reads weights where it began: all until its first checkpoint, then the untrained"
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,16 @@ class Pretrained:
             return
         if not os.path.isdir(self.place):
             raise SpecError(
-                "model.path", f"{self.place} is gone", _RULE, "put it back, or begin another run"
+                "model.path",
+                f"{self.place} is gone",
+                READS_WEIGHTS,
+                "put it back, or begin another run",
             )
         if self.digest and _digest_folder(Path(self.place)) != self.digest:
             raise SpecError(
                 "model.path",
                 f"{self.place} holds another model than when the run began",
-                _RULE,
+                READS_WEIGHTS,
                 "put the first one back, or begin another run: --run NEW_NAME",
             )
 

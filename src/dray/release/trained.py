@@ -182,7 +182,8 @@ class Trained:
     def dress(self) -> Dress:
         """What training did to a text, for texts that are given to the model now: a prompt is not
         ended."""
-        packs, manifest = self.spec.task.packs, self.manifest
+        task, manifest = self.spec.task, self.manifest
+        packs = task.packs
         prefix, suffix = manifest.prefix, manifest.suffix
         if prefix is None or suffix is None:  # a corpus made before its manifest said so
             info = describe(read_tokenizer_files(self.tokenizer_folder), [], needs_end=packs)
@@ -190,7 +191,7 @@ class Trained:
         longest = self.longest_row if packs else None
         return Dress(
             prefix,
-            () if packs or self.spec.task.generates else suffix,
+            () if packs or (task.generates and task.continues) else suffix,
             manifest.pad_token_id,
             manifest.eos_token_id,
             self.spec.data.cleaning.normalize,
