@@ -7,14 +7,13 @@ A class is a kind of adapter, a field with its sentence is a key. What they do t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from dray.errors import SpecError
-from dray.spec.sections import Float, Int, Section
+from dray.spec.sections import Float, Int, Section, chosen_by_name
 
 
 def _read_targets(given: Any) -> Any:
@@ -195,15 +194,6 @@ ADAPTERS = {str(kind.model_fields["name"].default): kind for kind in KINDS}
 """The classes by the names that a spec gives them."""
 
 
-def _choose(given: Any) -> str | None:
-    """The tag of the adapters that a section means: those without a name are lora."""
-    if isinstance(given, Adapters):
-        return type(given).__name__
-    name = given.get("name", "lora") if isinstance(given, Mapping) else None
-    kind = ADAPTERS.get(name) if isinstance(name, str) else None
-    return kind.__name__ if kind else None
-
-
 AdaptersChoice = Annotated[
     Annotated[Lora, Tag("Lora")]
     | Annotated[Dora, Tag("Dora")]
@@ -212,11 +202,7 @@ AdaptersChoice = Annotated[
     | Annotated[Prefix, Tag("Prefix")]
     | Annotated[Prompt, Tag("Prompt")]
     | Annotated[Bottleneck, Tag("Bottleneck")],
-    Discriminator(
-        _choose,
-        custom_error_type="adapters",
-        custom_error_message=f"its name is one of {', '.join(ADAPTERS)}",
-    ),
+    chosen_by_name(ADAPTERS, "lora", "adapters"),
 ]
 
 

@@ -7,14 +7,13 @@ A class is an optimiser, a field with its sentence is a key. The engine makes th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from dray.errors import SpecError
-from dray.spec.sections import AUTO, Float, Int, Section
+from dray.spec.sections import AUTO, Float, Int, Section, chosen_by_name
 
 Size = tuple[int, ...]
 _DTYPE_BYTES = {"float32": 4, "uint8": 1}
@@ -254,15 +253,6 @@ OPTIMIZERS = {str(kind.model_fields["name"].default): kind for kind in KINDS}
 """The classes by the names that a spec gives them."""
 
 
-def _choose(given: Any) -> str | None:
-    """The tag of the optimiser that a section means: one without a name is adamw."""
-    if isinstance(given, Optimizer):
-        return type(given).__name__
-    name = given.get("name", "adamw") if isinstance(given, Mapping) else None
-    kind = OPTIMIZERS.get(name) if isinstance(name, str) else None
-    return kind.__name__ if kind else None
-
-
 OptimizerChoice = Annotated[
     Annotated[AdamW, Tag("AdamW")]
     | Annotated[AdamW8bit, Tag("AdamW8bit")]
@@ -270,9 +260,5 @@ OptimizerChoice = Annotated[
     | Annotated[Lion, Tag("Lion")]
     | Annotated[Adafactor, Tag("Adafactor")]
     | Annotated[Muon, Tag("Muon")],
-    Discriminator(
-        _choose,
-        custom_error_type="optimizer",
-        custom_error_message=f"its name is one of {', '.join(OPTIMIZERS)}",
-    ),
+    chosen_by_name(OPTIMIZERS, "adamw", "optimizer"),
 ]

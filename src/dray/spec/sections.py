@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     model_validator,
@@ -69,6 +70,21 @@ def _or_the_word_auto(schema: dict[str, Any]) -> None:
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 NAME_RULE = "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit"
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
+
+
+def chosen_by_name(kinds: Mapping[str, type], default: str, section: str) -> Discriminator:
+    """What tells which of several classes a section's values are of: their `name`, without one
+    `default`. The classes' tags are their own names."""
+
+    def choose(given: Any) -> str | None:
+        if isinstance(given, tuple(kinds.values())):
+            return type(given).__name__
+        name = given.get("name", default) if isinstance(given, Mapping) else None
+        kind = kinds.get(name) if isinstance(name, str) else None
+        return kind.__name__ if kind else None
+
+    message = f"its name is one of {', '.join(kinds)}"
+    return Discriminator(choose, custom_error_type=section, custom_error_message=message)
 
 
 class Section(BaseModel):

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field as Limits
 
 from dray.errors import SpecError
-from dray.spec import Direction, Field, Head
+from dray.spec import Field, Head
 from dray.spec.sections import Int, Section
+from dray.tasks.answering import AnsweringTask
 from dray.tasks.rows import IGNORED, Column
-from dray.tasks.task import Batch, Output, Task, TaskMetrics
+from dray.tasks.task import Batch
 from dray.tasks.templates import MARKS, TEMPLATES
 from dray.tasks.texts import Words
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from dray.tasks.rows import Encoded, Tools
 
 
-class Instruction(Task):
+class Instruction(AnsweringTask):
     """Answering in conversations."""
 
     class Settings(Section):
@@ -52,17 +53,8 @@ class Instruction(Task):
     name = "instruction"
     fields: Mapping[str, Field] = {"record": Field("record")}
     columns = (Column("begins", "uint8", "token", pad=1), Column("taught", "uint8", "token"))
-    metrics: Mapping[str, Direction] = {
-        "loss": "lower",
-        "perplexity": "lower",
-        "accuracy": "higher",
-    }
-    packs = apart = converses = generates = predicts = True
-    continues = False
+    packs = apart = converses = True
     head = Head("AutoModelForCausalLM", over="vocabulary", each="token", looks_ahead=False)
-
-    writes = False
-    """Whether it writes answers besides measuring their loss."""
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
@@ -160,35 +152,10 @@ class Instruction(Task):
             wanted = [own[start:stop] for own, (start, stop) in zip(labels, asked, strict=True)]
             yield self._asked(batch, prompts, pad_behind(wanted, IGNORED))
 
-    def thorough(self) -> Self:
-        return self.predicting()
-
-    def predicting(self) -> Self:
-        writing = copy.copy(self)
-        writing.writes = True
-        return writing
-
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
         from dray.tasks.objectives import NextTokenLoss
-        from dray.tasks.writing import WritingLoss
 
-        loss = NextTokenLoss(model, label_smoothing)
-        if not self.writes:
-            return loss
-        return WritingLoss(
-            loss,
-            most_tokens=self.settings.answer_tokens,
-            beams=self.settings.beams,
-            pad_token_id=self.pad_token_id,
-        )
-
-    def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.metrics import TokenMetrics
-        from dray.tasks.text_metrics import WrittenMetrics
-
-        if self.writes and self.decode is not None:
-            return WrittenMetrics(self.decode, self.settings.words)
-        return TokenMetrics()
+        return self.written_by(NextTokenLoss(model, label_smoothing))
 
     def prompt(self, text: str, tools: Tools) -> list[int]:
         from dray.tasks.chat import NoConversation, encode_prompt
@@ -201,10 +168,6 @@ class Instruction(Task):
                 f"cannot be asked: {error}",
                 "a text is what a user says, a JSON object or list a conversation",
             ) from error
-
-    def predictions(self, batch: Batch, output: Output) -> list[Any]:
-        decode = self.decode or str
-        return [{"prediction": decode(ids)} for ids in output["written"].tolist()]
 
 
 def _runs(places: Tensor) -> list[tuple[int, int]]:

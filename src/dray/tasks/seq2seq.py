@@ -7,16 +7,16 @@ padded to the longest of their batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field as Limits
 
-from dray.spec import Direction, Field, Head
+from dray.spec import Field, Head
 from dray.spec.sections import Int, Section
+from dray.tasks.answering import AnsweringTask
 from dray.tasks.rows import IGNORED, Column
-from dray.tasks.task import Batch, Output, Task, TaskMetrics
+from dray.tasks.task import Batch
 from dray.tasks.texts import Words
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dray.tasks.rows import Encoded, Tools
 
 
-class Seq2Seq(Task):
+class Seq2Seq(AnsweringTask):
     """Writing an answer to a text."""
 
     class Settings(Section):
@@ -49,16 +49,6 @@ class Seq2Seq(Task):
         "text": Field("text"),
         "answer": Field("answer", column="answer"),
     }
-    metrics: Mapping[str, Direction] = {
-        "loss": "lower",
-        "perplexity": "lower",
-        "accuracy": "higher",
-    }
-    generates = predicts = True
-    continues = False
-
-    writes = False
-    """Whether it writes answers besides measuring their loss."""
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
@@ -130,45 +120,18 @@ class Seq2Seq(Task):
             batch["prompt"], batch["prompt_mask"] = pad_before(rows, self.pad_token_id or 0)
         return batch
 
-    def thorough(self) -> Self:
-        return self.predicting()
-
-    def predicting(self) -> Self:
-        writing = copy.copy(self)
-        writing.writes = True
-        return writing
-
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
         from dray.tasks.objectives import NextTokenLoss
-        from dray.tasks.writing import DecodedLoss, WritingLoss
+        from dray.tasks.writing import DecodedLoss
 
         loss: nn.Module = (NextTokenLoss if self.settings.decoder_only else DecodedLoss)(
             model, label_smoothing
         )
-        if not self.writes:
-            return loss
-        return WritingLoss(
-            loss,
-            most_tokens=self.settings.answer_tokens,
-            beams=self.settings.beams,
-            pad_token_id=self.pad_token_id,
-        )
-
-    def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.metrics import TokenMetrics
-        from dray.tasks.text_metrics import WrittenMetrics
-
-        if self.writes and self.decode is not None:
-            return WrittenMetrics(self.decode, self.settings.words)
-        return TokenMetrics()
+        return self.written_by(loss)
 
     def prompt(self, text: str, tools: Tools) -> list[int]:
         ids = super().prompt(text, tools)
         return [*ids, *(tools.middle if self.settings.decoder_only else tools.suffix)]
-
-    def predictions(self, batch: Batch, output: Output) -> list[Any]:
-        decode = self.decode or str
-        return [{"prediction": decode(ids)} for ids in output["written"].tolist()]
 
 
 _FOR_WRITING = ("prompt", "prompt_mask", "answers")
