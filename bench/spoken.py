@@ -148,8 +148,8 @@ def baseline(folder: Path, *, epochs: int = 30, context: int = 5, seed: int = 0)
     import torch
     import torch.nn.functional as F
 
-    from dray.tasks.alignments import read_greedily
-    from dray.tasks.sounds import STACKED, log_mel, read_sound
+    from dray.tasks.parts.alignments import read_greedily
+    from dray.tasks.parts.sounds import STACKED, log_mel, read_sound
 
     letters = " 'abcdefghijklmnopqrstuvwxyz"
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dray.spec import Direction, Field, Head
 from dray.tasks import Task
-from dray.tasks.encoding import join_lists, read_bytes, with_columns
+from dray.tasks.parts.encoding import join_lists, read_bytes, with_columns
 from dray.tasks.rows import Column, Encoded, Tools
 
 SIDE = 4

@@ -36,7 +36,7 @@ from dray.rank.device import HostCopy, build_copy_stream
 from dray.rank.group import build_ranks, join_alone
 from dray.runs import CheckpointInfo, CheckpointReader, Run
 from dray.spec import Spec, make_spec
-from dray.tasks import losses
+from dray.tasks.parts import losses
 from dray.train.driver import train_locally
 
 ON_GPU = torch.cuda.is_available()

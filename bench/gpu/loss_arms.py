@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.checks import milliseconds
-from dray.tasks import losses
+from dray.tasks.parts import losses
 
 HEADS = {"gpt2-124m": (32_768, 768, 50_257), "llama-1b": (16_384, 2048, 32_000)}
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]

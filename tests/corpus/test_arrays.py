@@ -33,8 +33,8 @@ from dray.errors import CorpusError, SpecError, UserError
 from dray.plan import make_plan, parse_shape
 from dray.spec import Field, make_spec
 from dray.storage.filesystem import open_filesystem
-from dray.tasks.columns import array_column, list_column, matrix
-from dray.tasks.encoding import join_lists
+from dray.tasks.parts.columns import array_column, list_column, matrix
+from dray.tasks.parts.encoding import join_lists
 from dray.tasks.rows import Column, Encoded
 from dray.tasks.sequence_classification import SequenceClassification
 from scans import Scans, make_pgm, scans_tree, thumbnail

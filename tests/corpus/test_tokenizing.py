@@ -27,7 +27,7 @@ from dray.corpus.tokenizing import (
     train_byte_bpe,
 )
 from dray.errors import CorpusError
-from dray.tasks.encoding import surround
+from dray.tasks.parts.encoding import surround
 
 LOCAL = pafs.LocalFileSystem()
 TEXT = Path(json.__file__).read_text()

@@ -12,7 +12,7 @@ import pytest
 # One process with one process group: DeepSpeed keeps its group for the life of the process.
 CODE = """
 import json, sys, torch
-import dray.tasks.losses
+import dray.tasks.parts.losses
 from dray.rank.engine import build_engine
 from dray.models.build import build_model
 from dray.models.groups import parameter_groups
@@ -23,7 +23,7 @@ from dray.tasks.causal_lm import CausalLM
 
 torch.set_num_threads(1)
 # Ten rows of 64: the loss takes several chunks.
-dray.tasks.losses.loss_chunk_bytes = lambda on_gpu: 4 * 512 * 10
+dray.tasks.parts.losses.loss_chunk_bytes = lambda on_gpu: 4 * 512 * 10
 
 def losses(stage, offload, precision):
     spec = make_spec({

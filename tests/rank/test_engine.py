@@ -143,9 +143,9 @@ def test_building_takes_the_compute_types_size_and_a_few_tensors(host: RankHost)
 def run_compiled(ranks: Ranks) -> tuple[list[float], list[float], dict[str, int]]:
     """Losses eager and compiled; what Dynamo counted."""
     import dray.rank.engine
-    import dray.tasks.losses
+    import dray.tasks.parts.losses
 
-    dray.tasks.losses.loss_chunk_bytes = lambda on_gpu: 4 * VOCAB * 50  # three chunks
+    dray.tasks.parts.losses.loss_chunk_bytes = lambda on_gpu: 4 * VOCAB * 50  # three chunks
     # Dynamo captures and guards as ever; only the minute that Inductor takes for its code is left
     # out.
     dray.rank.engine.compile_model = functools.partial(

@@ -14,7 +14,7 @@ from dray.release.generate import fit_prompt
 from dray.release.measuring import batch_rows
 from dray.spec import Source, make_spec
 from dray.spec.tasks import make_task
-from dray.tasks.metrics import ClassificationMetrics, EntityMetrics, TokenMetrics
+from dray.tasks.parts.metrics import ClassificationMetrics, EntityMetrics, TokenMetrics
 
 LINES = {"path": "lines.txt", "format": "lines"}
 CSV = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dray.tasks.answer_objectives import (
+from dray.tasks.parts.answer_objectives import (
     GoodOrBadLoss,
     PairLoss,
     PairRule,

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from dray.spec import make_spec
 from dray.tasks import IGNORED
 from dray.tasks.causal_lm import CausalLM
-from dray.tasks.losses import summed_cross_entropy
-from dray.tasks.metrics import bits_per_byte
+from dray.tasks.parts.losses import summed_cross_entropy
+from dray.tasks.parts.metrics import bits_per_byte
 
 WIDTH, VOCAB = 8, 11
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from chats import make_tools
 from transformers import AutoTokenizer
 
-from dray.tasks.chat import (
+from chats import make_tools
+from dray.tasks.parts.chat import (
     Conversation,
     NoConversation,
     encode_conversations,

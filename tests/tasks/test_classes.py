@@ -13,7 +13,7 @@ from torch import nn
 
 from dray.errors import SpecError
 from dray.spec.tasks import make_task
-from dray.tasks.classes import (
+from dray.tasks.parts.classes import (
     ClassLoss,
     OrdinalLoss,
     OrdinalMetrics,

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
 from torch import nn
 
-from dray.tasks.images import (
+from dray.tasks.parts.images import (
     NUM_DRAWS,
     Moves,
     draw_numbers,
@@ -22,7 +22,7 @@ from dray.tasks.images import (
     move_images,
     read_image,
 )
-from dray.tasks.mixed_labels import ConfusionMetrics, MixedLabelLoss
+from dray.tasks.parts.mixed_labels import ConfusionMetrics, MixedLabelLoss
 from dray.tasks.rows import IGNORED
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dray.tasks import IGNORED, losses
+from dray.tasks import IGNORED
 from dray.tasks.causal_lm import CausalLM
-from dray.tasks.heads import find_head
-from dray.tasks.losses import LogitRule, linear_cross_entropy, summed_cross_entropy
-from dray.tasks.objectives import NextTokenLoss
+from dray.tasks.parts import losses
+from dray.tasks.parts.heads import find_head
+from dray.tasks.parts.losses import LogitRule, linear_cross_entropy, summed_cross_entropy
+from dray.tasks.parts.objectives import NextTokenLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from small_models import VOCAB, small_model, small_spec, some_ids

@@ -15,7 +15,7 @@ from dray.corpus.prepare import prepare
 from dray.release.evaluate import evaluate
 from dray.release.generate import generate
 from dray.spec import Spec, make_spec
-from dray.tasks.rollouts import advantages, joined_answers, write_answers
+from dray.tasks.parts.rollouts import advantages, joined_answers, write_answers
 from dray.train import train_locally
 from pairs import write
 from tiny import tiny_tree

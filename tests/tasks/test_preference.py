@@ -19,7 +19,7 @@ from dray.release.trained import load_trained
 from dray.runs import Run
 from dray.spec import Spec
 from dray.storage.filesystem import open_filesystem
-from dray.tasks.answer_objectives import answer_log_probs
+from dray.tasks.parts.answer_objectives import answer_log_probs
 from dray.train import train_locally
 from pairs import make_spec_of, pairs, write
 

@@ -13,8 +13,8 @@ from pyarrow import fs as pafs
 
 from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import describe, read_tokenizer_files, save_trained, train_byte_bpe
-from dray.tasks.answers import OTHER, PROMPT_TOKENS, encode_answers
-from dray.tasks.prompts import NoAnswer, write_prompt
+from dray.tasks.parts.answers import OTHER, PROMPT_TOKENS, encode_answers
+from dray.tasks.parts.prompts import NoAnswer, write_prompt
 from dray.tasks.rows import SEPARATOR
 
 TEMPLATE = (

@@ -14,8 +14,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dray.spec.tasks import make_task
-from dray.tasks.encoding import encode_sequences
-from dray.tasks.ranking import NextOfAllLoss, RankMetrics
+from dray.tasks.parts.encoding import encode_sequences
+from dray.tasks.parts.ranking import NextOfAllLoss, RankMetrics
 from dray.tasks.rows import FIRST_WORD, IGNORED, SEPARATOR, UNKNOWN_WORD
 
 VOCAB = 12

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small_model, small_spec
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from dray.cli import main
@@ -27,11 +26,12 @@ from dray.release.generate import generate
 from dray.release.predict import Counts, predict
 from dray.runs import Run
 from dray.spec import Spec, make_spec
+from dray.tasks.parts.text_metrics import measure_texts
+from dray.tasks.parts.writing import DecodedLoss, pad_before, pad_behind, write
 from dray.tasks.rows import IGNORED
 from dray.tasks.seq2seq import Seq2Seq
-from dray.tasks.text_metrics import measure_texts
-from dray.tasks.writing import DecodedLoss, pad_before, pad_behind, write
 from dray.train import train_locally
+from small_models import small_model, small_spec
 from tiny import tiny_tree
 
 SLOTS = (

@@ -14,9 +14,9 @@ import torch
 from transformers import BertConfig, BertModel
 
 from dray.spec.tasks import make_task
-from dray.tasks.encoding import encode_apart
+from dray.tasks.parts.encoding import encode_apart
+from dray.tasks.parts.similarity import PairVectors, RetrievalMetrics, contrastive_losses
 from dray.tasks.rows import SEPARATOR
-from dray.tasks.similarity import PairVectors, RetrievalMetrics, contrastive_losses
 
 
 class Letters:

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2FeatureExtractor
 
-from dray.tasks.alignments import (
+from dray.tasks.parts.alignments import (
     BLANK,
     AlignmentLoss,
     TextMetrics,
     read_by_beam,
     read_greedily,
 )
-from dray.tasks.images import draw_numbers
-from dray.tasks.sounds import (
+from dray.tasks.parts.images import draw_numbers
+from dray.tasks.parts.sounds import (
     NUM_BANDS,
     RATE,
     STACKED,

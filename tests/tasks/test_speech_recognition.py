@@ -26,7 +26,7 @@ from dray.release.export import export
 from dray.release.predict import predict
 from dray.runs import Run
 from dray.spec import load_spec, make_spec
-from dray.tasks.sounds import RATE
+from dray.tasks.parts.sounds import RATE
 from dray.tasks.speech_recognition import SpeechRecognition
 from dray.train import train, train_locally
 from tiny import assert_close

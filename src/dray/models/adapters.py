@@ -430,7 +430,7 @@ def _put_before_rows(model: Any, adapters: Any, config: Any, row_tokens: int) ->
     )
     kind = type(body)
     # A class of its own, and no hook or replaced method: who puts an answer in the place of the
-    # body's forward pass (`tasks/heads.py`) gets that, and what is under it back.
+    # body's forward pass (`tasks/parts/heads.py`) gets that, and what is under it back.
     mixin = _WithPrefix if is_prefix else _WithPrompt
     body.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 

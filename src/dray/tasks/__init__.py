@@ -1,8 +1,6 @@
-"""Tasks: what is learnt. One file a task; `task.py` says what each must offer, and an entry point
-of the group `dray.tasks` (pyproject.toml) names it.
-
-Tasks share losses around models (`objectives.py`, on `losses.py` and `heads.py`), metrics
-(`metrics.py`) and the way from columns to tensors (`columns.py`).
+"""Tasks: what is learnt. One file a task; `task.py` says what each must offer, `rows.py` what its
+rows are, and an entry point of the group `dray.tasks` (pyproject.toml) names it. `rewards.py` finds
+the programs that judge answers. What tasks share is in `parts/`.
 """
 
 from dray.tasks.rows import IGNORED

@@ -47,7 +47,7 @@ class CausalLM(Task):
         """
         import torch
 
-        from dray.tasks.columns import integer_column, real_rows, token_matrix
+        from dray.tasks.parts.columns import integer_column, real_rows, token_matrix
 
         input_ids = token_matrix(table)
         num_rows, width = input_ids.shape
@@ -58,18 +58,18 @@ class CausalLM(Task):
         return {"input_ids": input_ids, "labels": labels}
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.objectives import NextTokenLoss
+        from dray.tasks.parts.objectives import NextTokenLoss
 
         return NextTokenLoss(model, label_smoothing)
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.metrics import TokenMetrics
+        from dray.tasks.parts.metrics import TokenMetrics
 
         return TokenMetrics()
 
     def complete(self, values: Mapping[str, float], held: Held) -> dict[str, float]:
         """`bits_per_byte` besides: it needs the text's length."""
-        from dray.tasks.metrics import bits_per_byte
+        from dray.tasks.parts.metrics import bits_per_byte
 
         found = bits_per_byte(values["loss"], held.num_tokens, held.num_text_bytes)
         return {**values, "bits_per_byte": found}

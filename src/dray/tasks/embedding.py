@@ -57,7 +57,7 @@ class Embedding(Task):
         return {"packs_rows": self.packs, "task": self.name}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.encoding import encode_apart
+        from dray.tasks.parts.encoding import encode_apart
 
         return encode_apart(texts, tools, second="pair")
 
@@ -67,7 +67,7 @@ class Embedding(Task):
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from dray.tasks.columns import list_column, padded_tokens, real_rows
+        from dray.tasks.parts.columns import list_column, padded_tokens, real_rows
 
         first = padded_tokens(table, self.pad_token_id)
         ids, mask, real = first["input_ids"], first["attention_mask"], real_rows(table)
@@ -95,13 +95,13 @@ class Embedding(Task):
         return int(batch["real"].sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.similarity import PairVectors
+        from dray.tasks.parts.similarity import PairVectors
 
         settings = self.settings
         return PairVectors(model, temperature=settings.temperature, pooling=settings.pooling)
 
     def pooled_losses(self, pooled: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        from dray.tasks.similarity import contrastive_losses
+        from dray.tasks.parts.similarity import contrastive_losses
 
         return contrastive_losses(pooled, self.settings.temperature, label_smoothing)
 
@@ -109,6 +109,6 @@ class Embedding(Task):
         return [{"prediction": vector} for vector in output["pooled"][:, 0].tolist()]
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.similarity import RetrievalMetrics
+        from dray.tasks.parts.similarity import RetrievalMetrics
 
         return RetrievalMetrics(self.settings.temperature)

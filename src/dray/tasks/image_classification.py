@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor, nn
 
-    from dray.tasks.images import Moves
+    from dray.tasks.parts.images import Moves
     from dray.tasks.rows import Encoded, Tools
 
 Share = Annotated[Float, Limits(ge=0, lt=1)]
@@ -104,7 +104,7 @@ class ImageClassification(Task):
 
     @property
     def _moves(self) -> Moves:
-        from dray.tasks.images import Moves
+        from dray.tasks.parts.images import Moves
 
         names = ("rotate", "shift", "shear", "zoom", "crop", "flip")
         return Moves(**{name: getattr(self.settings, name) for name in names})
@@ -114,8 +114,8 @@ class ImageClassification(Task):
         import numpy as np
         import pyarrow as pa
 
-        from dray.tasks.encoding import read_bytes, with_columns
-        from dray.tasks.images import read_image
+        from dray.tasks.parts.encoding import read_bytes, with_columns
+        from dray.tasks.parts.images import read_image
         from dray.tasks.rows import Encoded
 
         size, channels = self.settings.size, self.settings.channels
@@ -138,7 +138,7 @@ class ImageClassification(Task):
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`pixel_values` [rows, channels, size, size], fp32, and `labels` [rows], int64; padding
         rows are IGNORED."""
-        from dray.tasks.columns import array_column, integer_column, real_rows
+        from dray.tasks.parts.columns import array_column, integer_column, real_rows
 
         pixels = array_column(table, "pixels", self._shape).permute(0, 3, 1, 2).float() / 255
         labels = integer_column(table, "label").masked_fill(~real_rows(table), IGNORED)
@@ -147,8 +147,8 @@ class ImageClassification(Task):
 
     def vary(self, batch: Batch, table: pa.Table, draw: int) -> Batch:
         """The images moved and mixed; of mixed ones also `other_labels` and `own_share`, [rows]."""
-        from dray.tasks.columns import integer_column
-        from dray.tasks.images import NUM_DRAWS, draw_numbers, mix_pairs, move_images
+        from dray.tasks.parts.columns import integer_column
+        from dray.tasks.parts.images import NUM_DRAWS, draw_numbers, mix_pairs, move_images
 
         ids = integer_column(table, "row_id").tolist()
         drawn = draw_numbers(draw, ids, NUM_DRAWS + 4)
@@ -172,12 +172,12 @@ class ImageClassification(Task):
         return {"pixel_values": torch.zeros(num_rows, channels, size, size)}
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.mixed_labels import MixedLabelLoss
+        from dray.tasks.parts.mixed_labels import MixedLabelLoss
 
         return MixedLabelLoss(model, ["pixel_values"], label_smoothing)
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.mixed_labels import ConfusionMetrics
+        from dray.tasks.parts.mixed_labels import ConfusionMetrics
 
         return ConfusionMetrics(self.labels)
 

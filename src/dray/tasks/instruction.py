@@ -16,11 +16,11 @@ from pydantic import Field as Limits
 from dray.errors import SpecError
 from dray.spec import Field, Head
 from dray.spec.sections import Int, Section
-from dray.tasks.answering import AnsweringTask
+from dray.tasks.parts.answering import AnsweringTask
+from dray.tasks.parts.templates import MARKS, TEMPLATES
+from dray.tasks.parts.texts import Words
 from dray.tasks.rows import IGNORED, Column
 from dray.tasks.task import Batch
-from dray.tasks.templates import MARKS, TEMPLATES
-from dray.tasks.texts import Words
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,12 +71,12 @@ class Instruction(AnsweringTask):
 
         import pyarrow as pa
 
-        from dray.tasks.chat import said
+        from dray.tasks.parts.chat import said
 
         return pa.array([said(json.loads(text)) for text in texts.to_pylist()], pa.large_string())
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.chat import encode_conversations
+        from dray.tasks.parts.chat import encode_conversations
 
         room = tools.row_tokens
         if self.writes:  # an answer needs some of a row
@@ -90,7 +90,7 @@ class Instruction(AnsweringTask):
         the token at t + 1, where that is of an answer."""
         import torch
 
-        from dray.tasks.columns import integer_column, matrix, real_rows, token_matrix
+        from dray.tasks.parts.columns import integer_column, matrix, real_rows, token_matrix
 
         input_ids, begins = token_matrix(table), matrix(table, "begins") == 1
         width = input_ids.shape[1]
@@ -115,7 +115,7 @@ class Instruction(AnsweringTask):
         return self._asked(batch, rows, labels.new_full((len(rows), 1), IGNORED))
 
     def _asked(self, batch: Batch, prompts: list[Tensor], answers: Tensor) -> Batch:
-        from dray.tasks.writing import pad_before
+        from dray.tasks.parts.writing import pad_before
 
         prompt, mask = pad_before(prompts, self.pad_token_id or 0)
         return {**batch, "prompt": prompt, "prompt_mask": mask, "answers": answers}
@@ -127,7 +127,7 @@ class Instruction(AnsweringTask):
             return
         import torch
 
-        from dray.tasks.writing import pad_behind
+        from dray.tasks.parts.writing import pad_behind
 
         measured = copy.copy(self)
         measured.writes = False
@@ -153,12 +153,12 @@ class Instruction(AnsweringTask):
             yield self._asked(batch, prompts, pad_behind(wanted, IGNORED))
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.objectives import NextTokenLoss
+        from dray.tasks.parts.objectives import NextTokenLoss
 
         return self.written_by(NextTokenLoss(model, label_smoothing))
 
     def prompt(self, text: str, tools: Tools) -> list[int]:
-        from dray.tasks.chat import NoConversation, encode_prompt
+        from dray.tasks.parts.chat import NoConversation, encode_prompt
 
         try:
             return encode_prompt(text, tools)

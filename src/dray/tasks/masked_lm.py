@@ -78,7 +78,7 @@ class MaskedLM(Task):
         import numpy as np
         import torch
 
-        from dray.tasks.columns import integer_column, matrix
+        from dray.tasks.parts.columns import integer_column, matrix
 
         tokens, inside, may_hide = _read_rows(table)
         starts, (num_rows, width) = matrix(table, "starts"), tokens.shape
@@ -127,12 +127,12 @@ class MaskedLM(Task):
             yield _make_batch(shown, inside[rows], tokens[rows].masked_fill(~hidden, IGNORED))
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.objectives import HiddenTokenLoss
+        from dray.tasks.parts.objectives import HiddenTokenLoss
 
         return HiddenTokenLoss(model, label_smoothing)
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.metrics import TokenMetrics
+        from dray.tasks.parts.metrics import TokenMetrics
 
         return TokenMetrics("pseudo_perplexity" if self.one_by_one else "masked_perplexity")
 
@@ -153,7 +153,7 @@ def _read_rows(table: pa.Table) -> tuple[Tensor, Tensor, Tensor]:
     [rows, sequence_tokens] each."""
     import torch
 
-    from dray.tasks.columns import integer_column, matrix, real_rows, token_matrix
+    from dray.tasks.parts.columns import integer_column, matrix, real_rows, token_matrix
 
     tokens, num_tokens = token_matrix(table), integer_column(table, "num_tokens")
     # A row without any token to attend to would give NaN.

@@ -56,7 +56,7 @@ class NextItem(Task):
         return {"packs_rows": self.packs, "task": self.name}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.encoding import encode_sequences
+        from dray.tasks.parts.encoding import encode_sequences
 
         return encode_sequences(texts, tools)
 
@@ -67,7 +67,7 @@ class NextItem(Task):
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from dray.tasks.columns import integer_column, list_column, padded_tokens, real_rows
+        from dray.tasks.parts.columns import integer_column, list_column, padded_tokens, real_rows
 
         input_ids = padded_tokens(table, self.pad_token_id)["input_ids"]
         num_tokens, real = integer_column(table, "num_tokens"), real_rows(table)
@@ -83,7 +83,7 @@ class NextItem(Task):
         }
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.ranking import NextOfAllLoss
+        from dray.tasks.parts.ranking import NextOfAllLoss
 
         return NextOfAllLoss(
             model,
@@ -107,6 +107,6 @@ class NextItem(Task):
         return dict(pieces[-1])
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.ranking import RankMetrics
+        from dray.tasks.parts.ranking import RankMetrics
 
         return RankMetrics()

@@ -20,7 +20,7 @@ from pydantic import model_validator
 
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Float, Int, Section
-from dray.tasks.answers import PROMPT_TOKENS
+from dray.tasks.parts.answers import PROMPT_TOKENS
 from dray.tasks.rewards import Reward, find_reward, pattern_reward, reward_names
 from dray.tasks.rows import Column
 from dray.tasks.task import Batch, Output, Task, TaskMetrics
@@ -99,7 +99,7 @@ class Policy(Task):
         return {"packs_rows": self.packs, "task": self.name, "version": self.version, **own}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.answers import encode_prompts
+        from dray.tasks.parts.answers import encode_prompts
 
         return encode_prompts(texts, tools, self.settings.max_tokens)
 
@@ -109,8 +109,8 @@ class Policy(Task):
         bool [rows]."""
         import torch
 
-        from dray.tasks.answers import prompt_batch
-        from dray.tasks.columns import integer_column, row_uniforms
+        from dray.tasks.parts.answers import prompt_batch
+        from dray.tasks.parts.columns import integer_column, row_uniforms
 
         ids = (
             integer_column(table, "row_id")
@@ -137,7 +137,7 @@ class Policy(Task):
         ]
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.rollouts import WrittenAnswersLoss
+        from dray.tasks.parts.rollouts import WrittenAnswersLoss
 
         return WrittenAnswersLoss(
             model,
@@ -148,7 +148,7 @@ class Policy(Task):
         )
 
     def explored(self, batch: Batch, output: Output, means: Mapping[str, Tensor]) -> Batch:
-        from dray.tasks.rollouts import advantages
+        from dray.tasks.parts.rollouts import advantages
 
         scaled = self.settings.loss == "grpo"
         found = {"advantages": advantages(output["rewards"], scaled=scaled), "real": batch["real"]}
@@ -156,6 +156,6 @@ class Policy(Task):
         return {**found, **{name: output[name] for name in kept}}
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.answer_metrics import RewardMetrics
+        from dray.tasks.parts.answer_metrics import RewardMetrics
 
         return RewardMetrics()

@@ -18,7 +18,7 @@ from pydantic import model_validator
 
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Float, Section
-from dray.tasks.answers import OTHER, PROMPT_TOKENS
+from dray.tasks.parts.answers import OTHER, PROMPT_TOKENS
 from dray.tasks.rows import Column
 from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
@@ -121,7 +121,7 @@ class Preference(Task):
         return {"packs_rows": self.packs, "task": self.name, "version": self.version, **kind}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.answers import encode_answers
+        from dray.tasks.parts.answers import encode_answers
 
         found = encode_answers(texts, tools, 2 if self.is_paired else 1)
         if self.is_paired:
@@ -143,8 +143,8 @@ class Preference(Task):
         [rows]."""
         import torch
 
-        from dray.tasks.answers import answer_batch
-        from dray.tasks.columns import integer_column, number_column
+        from dray.tasks.parts.answers import answer_batch
+        from dray.tasks.parts.columns import integer_column, number_column
 
         batch = answer_batch(table, self.pad_token_id)
         batch["reference"] = torch.zeros(table.num_rows, 2)
@@ -159,7 +159,7 @@ class Preference(Task):
         return int(batch["real"].sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.answer_objectives import GoodOrBadLoss, PairLoss, PairRule
+        from dray.tasks.parts.answer_objectives import GoodOrBadLoss, PairLoss, PairRule
 
         settings = self.settings
         if not self.is_paired:
@@ -176,7 +176,7 @@ class Preference(Task):
         return {"reference": own, "reference_other": other}
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.answer_metrics import GoodOrBadMetrics, PairMetrics
+        from dray.tasks.parts.answer_metrics import GoodOrBadMetrics, PairMetrics
 
         if not self.is_paired:
             return GoodOrBadMetrics(self.beta, self.weights)

@@ -72,12 +72,12 @@ class Rating(Task):
 
     def words(self, texts: pa.Array) -> pa.Array:
         """A user and an item of one name are two tokens."""
-        from dray.tasks.encoding import name_sides
+        from dray.tasks.parts.encoding import name_sides
 
         return name_sides(texts, ("user", "item"))
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.encoding import encode_texts, with_columns
+        from dray.tasks.parts.encoding import encode_texts, with_columns
 
         encoded = encode_texts(self.words(texts), tools, surrounded=False)
         if targets is None:
@@ -89,7 +89,7 @@ class Rating(Task):
         [rows, 2], bool."""
         import torch
 
-        from dray.tasks.columns import drawn_by_row, number_column, real_rows, token_matrix
+        from dray.tasks.parts.columns import drawn_by_row, number_column, real_rows, token_matrix
 
         labels = number_column(table, "label").masked_fill(~real_rows(table), float("nan"))
         drawn = torch.from_numpy(drawn_by_row(table, draw, 2))
@@ -103,7 +103,7 @@ class Rating(Task):
         return int(batch["labels"].isfinite().sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.towers import TowersLoss
+        from dray.tasks.parts.towers import TowersLoss
 
         return TowersLoss(model, self.settings.low, self.settings.high)
 
@@ -111,6 +111,6 @@ class Rating(Task):
         return [{"prediction": number} for number in output["numbers"].tolist()]
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.towers import RatingMetrics
+        from dray.tasks.parts.towers import RatingMetrics
 
         return RatingMetrics()

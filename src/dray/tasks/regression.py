@@ -75,7 +75,7 @@ class Regression(Task):
         return {"packs_rows": self.packs, "task": self.name, "pairs": self.settings.pairs}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.encoding import encode_texts_or_pairs, with_columns
+        from dray.tasks.parts.encoding import encode_texts_or_pairs, with_columns
 
         encoded = encode_texts_or_pairs(texts, tools, pairs=self.settings.pairs)
         if targets is None:
@@ -85,7 +85,7 @@ class Regression(Task):
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids`, `attention_mask` [rows, width], int64, and `labels` [rows], fp32; NaN for
         padding rows."""
-        from dray.tasks.columns import number_column, padded_tokens, real_rows
+        from dray.tasks.parts.columns import number_column, padded_tokens, real_rows
 
         labels = number_column(table, "label").masked_fill(~real_rows(table), float("nan"))
         return {**padded_tokens(table, self.pad_token_id), "labels": labels}
@@ -94,7 +94,7 @@ class Regression(Task):
         return int(batch["labels"].isfinite().sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.objectives import NumberLoss
+        from dray.tasks.parts.objectives import NumberLoss
 
         return NumberLoss(model, self._cost)
 
@@ -112,6 +112,6 @@ class Regression(Task):
         return [{"prediction": number} for number in output["numbers"].tolist()]
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.metrics import NumberMetrics
+        from dray.tasks.parts.metrics import NumberMetrics
 
         return NumberMetrics()

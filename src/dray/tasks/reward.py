@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dray.spec import Direction, Field, Head
-from dray.tasks.answers import OTHER, PROMPT_TOKENS
+from dray.tasks.parts.answers import OTHER, PROMPT_TOKENS
 from dray.tasks.rows import Column
 from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
@@ -51,14 +51,14 @@ class Reward(Task):
         return {name: self.fields[name] for name in ("prompt", "chosen")}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.answers import count_answers, encode_answers
+        from dray.tasks.parts.answers import count_answers, encode_answers
 
         found = encode_answers(texts, tools, count_answers(texts))
         return found.encoded(tools, [answers[-1] for answers in found.answers])
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """As `answers.answer_batch` makes them: each row's two answers behind its prompt."""
-        from dray.tasks.answers import answer_batch
+        from dray.tasks.parts.answers import answer_batch
 
         return answer_batch(table, self.pad_token_id)
 
@@ -66,12 +66,12 @@ class Reward(Task):
         return int(batch["real"].sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.answer_objectives import ScoreLoss
+        from dray.tasks.parts.answer_objectives import ScoreLoss
 
         return ScoreLoss(model)
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.answer_metrics import PairMetrics
+        from dray.tasks.parts.answer_metrics import PairMetrics
 
         return PairMetrics(tuple(self.metrics), "scores")
 

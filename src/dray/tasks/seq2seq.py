@@ -14,10 +14,10 @@ from pydantic import Field as Limits
 
 from dray.spec import Field, Head
 from dray.spec.sections import Int, Section
-from dray.tasks.answering import AnsweringTask
+from dray.tasks.parts.answering import AnsweringTask
+from dray.tasks.parts.texts import Words
 from dray.tasks.rows import IGNORED, Column
 from dray.tasks.task import Batch
-from dray.tasks.texts import Words
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,7 +72,7 @@ class Seq2Seq(AnsweringTask):
         return {"packs_rows": self.packs, "task": self.name, "version": self.version, **kept}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.encoding import encode_answered, encode_answered_in_a_row
+        from dray.tasks.parts.encoding import encode_answered, encode_answered_in_a_row
 
         most = self.settings.answer_tokens
         if self.settings.decoder_only:
@@ -89,8 +89,8 @@ class Seq2Seq(AnsweringTask):
         return batch
 
     def _behind(self, table: pa.Table) -> Batch:
-        from dray.tasks.columns import list_column, padded_tokens, real_rows
-        from dray.tasks.writing import pad_behind
+        from dray.tasks.parts.columns import list_column, padded_tokens, real_rows
+        from dray.tasks.parts.writing import pad_behind
 
         batch = padded_tokens(table, self.pad_token_id)
         labels = pad_behind(list_column(table, "answer"), IGNORED)
@@ -101,8 +101,8 @@ class Seq2Seq(AnsweringTask):
     def _alone(self, table: pa.Table) -> Batch:
         import torch
 
-        from dray.tasks.columns import integer_column, padded_tokens, real_rows
-        from dray.tasks.writing import pad_before
+        from dray.tasks.parts.columns import integer_column, padded_tokens, real_rows
+        from dray.tasks.parts.writing import pad_before
 
         batch = padded_tokens(table, self.pad_token_id)
         ids, prompts = batch["input_ids"], integer_column(table, "prompt")
@@ -121,8 +121,8 @@ class Seq2Seq(AnsweringTask):
         return batch
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.objectives import NextTokenLoss
-        from dray.tasks.writing import DecodedLoss
+        from dray.tasks.parts.objectives import NextTokenLoss
+        from dray.tasks.parts.writing import DecodedLoss
 
         loss: nn.Module = (NextTokenLoss if self.settings.decoder_only else DecodedLoss)(
             model, label_smoothing

@@ -136,7 +136,7 @@ class SequenceClassification(Task):
         return [places[label] for label in self.labels]
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.encoding import encode_texts_or_pairs, number_lists, with_columns
+        from dray.tasks.parts.encoding import encode_texts_or_pairs, number_lists, with_columns
 
         encoded = encode_texts_or_pairs(texts, tools, pairs=self.settings.pairs)
         if targets is None:
@@ -148,7 +148,7 @@ class SequenceClassification(Task):
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids` and `attention_mask` [rows, width], `labels` [rows] or, 1 or 0 for each,
         [rows, classes], all int64; padding rows are IGNORED."""
-        from dray.tasks.columns import integer_column, matrix, padded_tokens, real_rows
+        from dray.tasks.parts.columns import integer_column, matrix, padded_tokens, real_rows
 
         real = real_rows(table)
         if self.settings.labels == "many":
@@ -162,8 +162,14 @@ class SequenceClassification(Task):
         return int((labels.reshape(len(labels), -1)[:, :1] != IGNORED).sum())
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.classes import ClassLoss, OrdinalLoss, PathLoss, class_weights, path_groups
-        from dray.tasks.objectives import LabelLoss, ManyLabelsLoss
+        from dray.tasks.parts.classes import (
+            ClassLoss,
+            OrdinalLoss,
+            PathLoss,
+            class_weights,
+            path_groups,
+        )
+        from dray.tasks.parts.objectives import LabelLoss, ManyLabelsLoss
 
         settings = self.settings
         weights = class_weights(settings.class_weights, self.labels, self.label_counts)
@@ -200,8 +206,8 @@ class SequenceClassification(Task):
         return order[-1]
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.classes import OrdinalMetrics, PathMetrics
-        from dray.tasks.metrics import ClassificationMetrics, ManyLabelsMetrics
+        from dray.tasks.parts.classes import OrdinalMetrics, PathMetrics
+        from dray.tasks.parts.metrics import ClassificationMetrics, ManyLabelsMetrics
 
         if self.settings.labels == "many":
             return ManyLabelsMetrics()

@@ -109,7 +109,7 @@ class SpeechRecognition(Task):
         shorter than its text takes, is refused."""
         import numpy as np
 
-        from dray.tasks.encoding import join_lists, read_bytes, with_columns
+        from dray.tasks.parts.encoding import join_lists, read_bytes, with_columns
         from dray.tasks.rows import Encoded
 
         wanted = [None] * len(texts) if targets is None else targets.to_pylist()
@@ -144,7 +144,7 @@ class SpeechRecognition(Task):
         """A recording's features, letters and tokens; or why it is no row."""
         import numpy as np
 
-        from dray.tasks.sounds import RATE, TOKEN_SAMPLES, log_mel, read_sound
+        from dray.tasks.parts.sounds import RATE, TOKEN_SAMPLES, log_mel, read_sound
 
         letters = [] if text is None else self._letters(text)
         if isinstance(letters, str):
@@ -182,8 +182,8 @@ class SpeechRecognition(Task):
         of padding rows."""
         import torch
 
-        from dray.tasks.columns import list_column, real_rows
-        from dray.tasks.sounds import STACKED, normalized, padded
+        from dray.tasks.parts.columns import list_column, real_rows
+        from dray.tasks.parts.sounds import STACKED, normalized, padded
 
         sounds = list_column(table, "sound")
         rows = [
@@ -210,9 +210,9 @@ class SpeechRecognition(Task):
 
     def vary(self, batch: Batch, table: pa.Table, draw: int) -> Batch:
         """The recordings with spans and bands hidden."""
-        from dray.tasks.columns import integer_column
-        from dray.tasks.images import draw_numbers
-        from dray.tasks.sounds import hide_bands, hide_spans
+        from dray.tasks.parts.columns import integer_column
+        from dray.tasks.parts.images import draw_numbers
+        from dray.tasks.parts.sounds import hide_bands, hide_spans
 
         own = self.settings
         if not own.time_masks and not own.band_masks:
@@ -233,14 +233,14 @@ class SpeechRecognition(Task):
     def model_inputs(self, num_rows: int, num_tokens: int) -> Batch:
         import torch
 
-        from dray.tasks.sounds import STACKED, TOKEN_SAMPLES
+        from dray.tasks.parts.sounds import STACKED, TOKEN_SAMPLES
 
         if self._hears_samples:
             return {self._input: torch.zeros(num_rows, num_tokens * TOKEN_SAMPLES)}
         return {self._input: torch.zeros(num_rows, num_tokens, STACKED)}
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.alignments import AlignmentLoss
+        from dray.tasks.parts.alignments import AlignmentLoss
 
         return AlignmentLoss(model, [self._input])
 
@@ -250,7 +250,7 @@ class SpeechRecognition(Task):
         return exact
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.alignments import TextMetrics
+        from dray.tasks.parts.alignments import TextMetrics
 
         return TextMetrics(self._wanted, self._found)
 
@@ -260,7 +260,7 @@ class SpeechRecognition(Task):
 
     def _found(self, output: Output) -> list[str]:
         """The texts that the model hears; they begin and end with no space."""
-        from dray.tasks.alignments import read_by_beam, read_greedily
+        from dray.tasks.parts.alignments import read_by_beam, read_greedily
 
         scores, num_states = output["log_scores"], output["num_states"]
         found = (

@@ -238,7 +238,7 @@ class Task:
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         """Cleaned documents as tokens and the task's columns: packed ones with what stands around
         them, others without."""
-        from dray.tasks.encoding import encode_texts
+        from dray.tasks.parts.encoding import encode_texts
 
         return encode_texts(texts, tools, surrounded=self.packs)
 

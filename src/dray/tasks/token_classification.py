@@ -61,14 +61,14 @@ class TokenClassification(Task):
         return {"packs_rows": self.packs, "task": self.name}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.encoding import encode_tagged_words
+        from dray.tasks.parts.encoding import encode_tagged_words
 
         return encode_tagged_words(texts, targets, tools)
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids`, `attention_mask` and `labels` [rows, width], and `document` and `window`
         [rows], all int64; what has no tag is IGNORED."""
-        from dray.tasks.columns import integer_column, matrix, padded_tokens, real_rows
+        from dray.tasks.parts.columns import integer_column, matrix, padded_tokens, real_rows
 
         batch = padded_tokens(table, self.pad_token_id)
         labels = matrix(table, "tag")[:, : batch["input_ids"].shape[1]].contiguous()
@@ -80,7 +80,7 @@ class TokenClassification(Task):
         }
 
     def objective(self, model: Any, label_smoothing: float = 0.0) -> nn.Module:
-        from dray.tasks.objectives import LabelLoss
+        from dray.tasks.parts.objectives import LabelLoss
 
         return LabelLoss(model, label_smoothing)
 
@@ -101,6 +101,6 @@ class TokenClassification(Task):
         return {"prediction": tags, **({"num_untold": len(untold)} if untold else {})}
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.metrics import EntityMetrics
+        from dray.tasks.parts.metrics import EntityMetrics
 
         return EntityMetrics(self.labels, entities=self.settings.scheme != "none")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dray.tasks.metrics import total
+from dray.tasks.parts.metrics import total
 from dray.tasks.task import Batch, Output, Terms
 
 ROWS_AT_ONCE = 1024

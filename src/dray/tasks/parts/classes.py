@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dray.tasks.metrics import ClassificationMetrics
-from dray.tasks.objectives import LabelLoss, model_inputs
+from dray.tasks.parts.metrics import ClassificationMetrics
+from dray.tasks.parts.objectives import LabelLoss, model_inputs
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output, Terms
 

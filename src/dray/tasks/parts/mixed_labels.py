@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dray.tasks.metrics import total
+from dray.tasks.parts.metrics import total
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output, Terms
 

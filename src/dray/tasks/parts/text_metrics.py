@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
-from dray.tasks.metrics import TokenMetrics
+from dray.tasks.parts.metrics import TokenMetrics
+from dray.tasks.parts.texts import Words
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Decode, Output
-from dray.tasks.texts import Words
 
 _TOKENIZERS = {
     "13a": "tokenizer_13a.Tokenizer13a",

@@ -41,7 +41,7 @@ class AnsweringTask(Task):
 
     def written_by(self, loss: nn.Module) -> nn.Module:
         """An objective, and what its model writes besides, where this writes."""
-        from dray.tasks.writing import WritingLoss
+        from dray.tasks.parts.writing import WritingLoss
 
         if not self.writes:
             return loss
@@ -53,8 +53,8 @@ class AnsweringTask(Task):
         )
 
     def new_metrics(self) -> TaskMetrics:
-        from dray.tasks.metrics import TokenMetrics
-        from dray.tasks.text_metrics import WrittenMetrics
+        from dray.tasks.parts.metrics import TokenMetrics
+        from dray.tasks.parts.text_metrics import WrittenMetrics
 
         if self.writes and self.decode is not None:
             return WrittenMetrics(self.decode, self.settings.words)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dray.errors import caught
-from dray.tasks.losses import LogitRule
+from dray.tasks.parts.losses import LogitRule
 
 logger = logging.getLogger("dray.tasks")
 

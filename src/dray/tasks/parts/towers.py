@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dray.tasks.metrics import NumberMetrics
+from dray.tasks.parts.metrics import NumberMetrics
 from dray.tasks.rows import UNKNOWN_WORD
 from dray.tasks.task import Batch, Output, Terms
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dray.models.config import longest_row
-from dray.tasks.losses import summed_cross_entropy
+from dray.tasks.parts.losses import summed_cross_entropy
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output, Terms
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dray.tasks.metrics import total
-from dray.tasks.objectives import NextTokenLoss
+from dray.tasks.parts.metrics import total
+from dray.tasks.parts.objectives import NextTokenLoss
 from dray.tasks.rows import FIRST_WORD, IGNORED
 from dray.tasks.task import Batch, Output, Terms
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dray.tasks.encoding import join_lists
-from dray.tasks.prompts import NoAnswer, write_prompt
+from dray.tasks.parts.encoding import join_lists
+from dray.tasks.parts.prompts import NoAnswer, write_prompt
 from dray.tasks.rows import IGNORED, SEPARATOR, Encoded, Tools
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def answer_batch(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor]
     at t + 1 where that is one of an answer, else IGNORED; rows that only fill up have none."""
     import torch
 
-    from dray.tasks.columns import integer_column, list_column, real_rows, token_matrix
+    from dray.tasks.parts.columns import integer_column, list_column, real_rows, token_matrix
 
     tokens, num_tokens = token_matrix(table), integer_column(table, "num_tokens").clamp(min=1)
     real = real_rows(table)
@@ -201,7 +201,7 @@ def prompt_batch(table: pa.Table, pad_token_id: int | None, beside: str) -> dict
     behind its numbers; and `real`, bool [rows]. An empty prompt is one pad token."""
     import torch
 
-    from dray.tasks.columns import integer_column, list_column, real_rows, token_matrix
+    from dray.tasks.parts.columns import integer_column, list_column, real_rows, token_matrix
 
     tokens, real = token_matrix(table), real_rows(table)
     sizes = integer_column(table, PROMPT_TOKENS).clamp(min=1)

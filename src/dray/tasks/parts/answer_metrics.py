@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dray.tasks.answer_objectives import good_or_bad_losses
-from dray.tasks.metrics import Gathered, total
+from dray.tasks.parts.answer_objectives import good_or_bad_losses
+from dray.tasks.parts.metrics import Gathered, total
 from dray.tasks.task import Batch, Output
 
 

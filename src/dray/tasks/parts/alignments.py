@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dray.tasks.metrics import total
-from dray.tasks.mixed_labels import given_inputs
+from dray.tasks.parts.metrics import total
+from dray.tasks.parts.mixed_labels import given_inputs
 from dray.tasks.task import Batch, Output, Terms
 
 BLANK = 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dray.tasks.answer_objectives import answer_log_probs
+from dray.tasks.parts.answer_objectives import answer_log_probs
 from dray.tasks.rewards import Reward
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Decode, Output, Terms

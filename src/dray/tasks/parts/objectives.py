@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dray.tasks.heads import find_head, heeds_tokens_by_themselves
-from dray.tasks.losses import (
+from dray.tasks.parts.heads import find_head, heeds_tokens_by_themselves
+from dray.tasks.parts.losses import (
     LogitRule,
     count_correct,
     linear_cross_entropy,
