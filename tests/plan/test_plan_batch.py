@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dray.errors import PlanError
 from dray.plan import make_batch, num_steps_of
 from dray.plan.batch import micro_candidates
-from dray.spec import Duration
+from dray.spec import Duration, load_spec, recipe_names
 
 COUNTS = st.integers(1, 64)
 
@@ -67,3 +67,12 @@ def test_durations_become_steps() -> None:
     )  # 200 rows: the last batch is filled up
     assert num_steps_of(Duration(epochs=0.001), 16, 8192, 100) == 1
     assert num_steps_of(Duration(epochs=2), 16, 8192, None) is None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_workers_of_every_recipe_share_its_batch(name: str) -> None:
+    spec = load_spec(name)
+    ranks, micro_rows = spec.resources.workers, spec.batch.micro_rows
+    micro_rows = 1 if micro_rows == "auto" else micro_rows
+    batch = make_batch(spec.batch.global_rows, ranks, micro_rows, elastic=False)
+    assert batch.padded_rows == 0
