@@ -132,7 +132,7 @@ def test_it_is_peft_in_a_plain_loop_and_merged_it_answers_as_before(
     assert losses[-1] < losses[0]
     (info,) = Run.open(storage, run.name).checkpoints()
     num_trained = sum(p.numel() for p in plain.parameters() if p.requires_grad)
-    assert info.num_bytes < 12 * num_trained + 200_000  # the base is in none
+    assert info.num_bytes < 12 * num_trained + 1_000_000  # the base is in none
 
     own = load_trained(storage, run.name).model.eval()
     ids = torch.arange(100, 140)[None]
