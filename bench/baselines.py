@@ -182,9 +182,10 @@ def answers(storage: str, run: str) -> dict[str, float]:
     return {name: value / num for name, value in sums.items() if value}
 
 
-def sources(folder: Path, share: float) -> float:
+def sources(folder: Path, share: float, letters: int | None = None) -> float:
     """The mean F1 of the collections that the texts of a folder are from, of those that dray holds
-    out: logistic regression on tf-idf of words, all classes weighing the same."""
+    out: logistic regression on tf-idf of words, of their first `letters`, all classes weighing the
+    same."""
     import json
 
     import pyarrow as pa
@@ -201,9 +202,9 @@ def sources(folder: Path, share: float) -> float:
                 found.setdefault(record["text"], record["source"])  # equal texts count once
     texts = normalize(pa.array([*found], pa.large_string()), "NFC")
     held = held_out(hash_texts(texts)[1], share)
-    sides = [[], []]
+    sides: list[list[tuple[str, str]]] = [[], []]
     for text, source, is_held in zip(found, found.values(), held, strict=True):
-        sides[int(is_held)].append((text, source))
+        sides[int(is_held)].append((text[:letters], source))
     (known, classes), (asked, wanted) = (zip(*side, strict=True) for side in sides)
     words = TfidfVectorizer(sublinear_tf=True, min_df=2)
     model = LogisticRegression(max_iter=2000, class_weight="balanced")
