@@ -267,9 +267,8 @@ ROWS = (
         "seq2seq",
         "ci_zh",
         "16,031 Song poems by tune, of which 6,400 are seen; 5,343 held out",
-        {"perplexity": "perplexity a token {:.0f}", "chrf": "chrF {:.1f}"},
+        {"perplexity": "perplexity a token {:.0f}"},
         of_tokens,
-        options=("--thorough",),
     ),
     Row(
         "next_item",

@@ -224,7 +224,7 @@ def test_a_plan_measures_in_a_process_of_its_own(
     assert [float(text) for text in told] == [found.row.flops] * 2
     made = make_counted_plan(spec, parse_shape("1xCPU(cpus=8,memory=16GB)"))
     assert made.counted == found
-    with pytest.raises(SpecError, match="its model was not measured"):
+    with pytest.raises(SpecError, match="what a model takes that reads no text is measured"):
         make_plan(spec, parse_shape("1xCPU(cpus=8,memory=16GB)"))
 
 

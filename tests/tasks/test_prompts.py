@@ -53,7 +53,7 @@ def test_conversations_are_written_by_the_template_or_a_line_each(tmp_path: Path
     found = written(tools(tmp_path, TEMPLATE), ASKED, said, "five")
     assert found == (
         "<system>be brief\n<user>two and two?\n<assistant>",
-        ["four<|endoftext|>\n", "five<|endoftext|>\n"],
+        ["four", "five"],  # a row gets the end of text by itself
     )
 
 

@@ -120,7 +120,9 @@ def test_the_last_item_is_ranked_among_all_that_a_sequence_has_not_had(repeats: 
                 for item in range(FIRST_WORD, VOCAB)
                 if item != target and (repeats or item not in had)
             ]
-            ranks.append(1 + sum(float(logits[item]) >= float(logits[target]) for item in others))
+            behind = sum(float(logits[item]) >= float(logits[target]) for item in others)
+            comes_again = not repeats and target in had  # which nobody is told: behind them all
+            ranks.append(1 + (VOCAB if comes_again else behind))
             after = net(input_ids=ids[None]).logits[0, -1].softmax(0)
             free = [
                 item for item in range(FIRST_WORD, VOCAB) if repeats or item not in had | {target}

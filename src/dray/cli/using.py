@@ -41,7 +41,10 @@ def predict_command(arguments: argparse.Namespace) -> int:
         write_records(found, arguments.file)
     bad = f", {counts.num_bad:,} could not be read" if counts.num_bad else ""
     cut = f", {counts.num_cut:,} lost what a row has no place for" if counts.num_cut else ""
-    Display().say(f"{counts.num_predicted:,} records predicted{cut}{bad}")
+    short = (
+        f", {counts.num_short:,} have too few records (gather.least)" if counts.num_short else ""
+    )
+    Display().say(f"{counts.num_predicted:,} records predicted{cut}{short}{bad}")
     return 0
 
 

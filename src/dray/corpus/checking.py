@@ -92,7 +92,7 @@ def check_reads(job: Preparation, work: Work, max_bad_share: float) -> None:
             f"{source.where}.path",
             f"no document of {source.source.paths[0]} is left",
             f"dropped: {reasons}",
-            "loosen data.cleaning",
+            "see which rule left them out: data.cleaning, the source's own keys, or the task's",
         )
 
 
@@ -172,8 +172,8 @@ def check_packed(job: Preparation, work: Work) -> None:
             raise CorpusError(
                 f"{source.where}.path",
                 f"no document of {source.source.paths[0]} is left",
-                "all are duplicates, or held out for validation",
-                "check the sources and data.validation",
+                "all are duplicates, held out for validation, or nothing that the task learns from",
+                "check the sources, data.validation and the task's settings",
             )
     if job.share and not any("validation" in record for record in work.packed):
         num_documents = sum(record["train"]["num_documents"] for record in work.packed)

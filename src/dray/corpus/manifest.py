@@ -8,7 +8,7 @@ version.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pyarrow import fs as pafs
@@ -195,9 +195,19 @@ class Manifest(_Record):
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 
     @property
-    def label_counts(self) -> dict[str, int]:
-        """Training documents of each class; empty for tasks without labels."""
-        return self.train.documents_by_label
+    def label_counts(self) -> Mapping[str, float]:
+        """Training documents of each class, as often as they are read where the order evens classes
+        out (`data.balance`): as many in all as there are. Empty for tasks without labels."""
+        counts = self.train.documents_by_label
+        read: dict[str, float] = {}
+        for source in self.train.sources:
+            label = source.name.partition("/")[2]
+            if label in counts and source.weight is not None:
+                read[label] = read.get(label, 0.0) + source.weight
+        if not read or read.keys() != {label for label, count in counts.items() if count}:
+            return counts
+        share = sum(counts.values()) / sum(read.values())
+        return {label: read[label] * share for label in counts}
 
     @property
     def row_bytes(self) -> int:

@@ -267,7 +267,9 @@ def missing_column(where: str, part: tuple[str, str, str], columns: Sequence[str
     """The error for a file without the column of a part of its documents."""
     field, column, _ = part
     known = f"columns: {', '.join(columns)}" if columns else "it has no columns"
-    key = field if field in ("text", "label") else f"columns.{field}"
+    key = {"text": "text", "label": "label", "by": "gather.by", "order": "gather.order"}.get(
+        field, f"columns.{field}"
+    )
     return CorpusError(
         where, f"no {field} column {column!r}", known, f"set `{key}` of the source to one of them"
     )

@@ -53,9 +53,9 @@ def gather_here(
     files: Sequence[InputFile],
     fields: Mapping[str, Field],
     max_record_bytes: int,
-) -> Iterator[tuple[pa.Array, pa.Array, list[Bad]]]:
-    """The documents of a source, all in this process: their keys, their joined names, and in the
-    first piece what could not be read."""
+) -> Iterator[tuple[pa.Array, pa.Array, list[Bad], int]]:
+    """The documents of a source, all in this process: their keys, their joined names, in the first
+    piece what could not be read, and how many had too few records to be documents."""
     gather = own.source.gather
     if gather is None:
         raise ValueError("the source gathers nothing")
@@ -68,10 +68,12 @@ def gather_here(
             bad += documents.bad
             if len(documents.texts):
                 tables.append(make_records(documents.texts, documents.labels, names))
-    if tables:
-        for keys, texts, _ in join_records(pa.concat_tables(tables), gather):
-            yield keys, texts, bad
-            bad = []
+    pieces = join_records(pa.concat_tables(tables), gather) if tables else iter(())
+    for keys, texts, num_short in pieces:
+        yield keys, texts, bad, num_short
+        bad = []
+    if bad:
+        yield pa.array([]), pa.array([]), bad, 0
 
 
 def read_names(

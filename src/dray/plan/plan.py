@@ -252,10 +252,9 @@ def make_plan(
     if not spec.task.tokenizes and (counted is None or counted.row is None):
         raise SpecError(
             f"task = {spec.task.name}",
-            "its documents are no texts, and its model was not measured"
-            + (f" ({why_not_counted})" if why_not_counted else ""),
-            "no formula tells what such a model takes",
-            "plan where torch and transformers are installed, by make_counted_plan",
+            why_not_counted or "its documents are no texts, and torch and transformers are absent",
+            "what a model takes that reads no text is measured on the model itself",
+            "mend that" if why_not_counted else "plan where they are installed",
         )
     on_gpu = spec.resources.gpus_per_worker > 0
     sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id, counted=counted)

@@ -47,6 +47,14 @@ class Counts:
     num_bad: int = 0
     num_cut: int = 0
     """Whose end a row had no room for."""
+    num_short: int = 0
+    """Gathered ones with too few records (`gather.least`), of which nothing is told."""
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count what was told of a record."""
+        is_bad = "prediction" not in record and "error" in record
+        self.num_bad += is_bad
+        self.num_predicted += not is_bad
 
 
 def predict(
@@ -82,9 +90,7 @@ def predict(
             for documents in reader.read():
                 told = {"file": file.name} if file.form == "files" else {}
                 for record in predictor.records(documents.texts):
-                    is_bad = "prediction" not in record and "error" in record
-                    counts.num_bad += is_bad
-                    counts.num_predicted += not is_bad
+                    counts.add(record)
                     yield told | record
                 for bad in documents.bad:
                     yield _told_bad(bad, counts)
@@ -95,12 +101,14 @@ def _predict_gathered(
 ) -> Iterator[dict[str, Any]]:
     """Predictions for documents that are gathered of records, each with its key first."""
     by = source.source.gather.by if source.source.gather is not None else ""
-    for keys, texts, bad in gather_here(source, files, predictor.fields, limit):
+    counts = predictor.counts
+    for keys, texts, bad, num_short in gather_here(source, files, predictor.fields, limit):
+        counts.num_short += num_short
         for key, record in zip(keys.to_pylist(), predictor.records(texts), strict=True):
-            predictor.counts.num_predicted += 1
+            counts.add(record)
             yield {by: key, **record}
         for one in bad:
-            yield _told_bad(one, predictor.counts)
+            yield _told_bad(one, counts)
 
 
 def _told_bad(bad: Bad, counts: Counts) -> dict[str, Any]:

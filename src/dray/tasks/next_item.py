@@ -93,12 +93,13 @@ class NextItem(Task):
         )
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
-        return [
-            {"prediction": [self.token_names[item] for item in items], "scores": scores}
-            for items, scores in zip(
-                output["told"].tolist(), output["scores"].tolist(), strict=True
-            )
-        ]
+        found = []
+        for items, scores in zip(output["told"].tolist(), output["scores"].tolist(), strict=True):
+            # What has been had scores nothing: where few items are left, fewer are told.
+            num_told = sum(score > 0 for score in scores)
+            names = [self.token_names[item] for item in items[:num_told]]
+            found.append({"prediction": names, "scores": scores[:num_told]})
+        return found
 
     def join_predictions(
         self, pieces: Sequence[Any], given: Mapping[str, Any], untold: Sequence[int] = ()

@@ -134,8 +134,12 @@ class Preference(Task):
         }
         found = found.without(odd)
         firsts = [answers[0] for answers in found.answers]
+        others = [
+            other[: found.room - len(prompt)]
+            for other, prompt in zip([*firsts[1:], *firsts[:1]], found.prompts, strict=True)
+        ]
         good = [TRUTHS[names[record]] for record in found.records]
-        return found.encoded(tools, [*firsts[1:], *firsts[:1]], good=good)
+        return found.encoded(tools, others, good=good)
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids`, `attention_mask`, `labels` [rows, 2, width] and `real` [rows] as

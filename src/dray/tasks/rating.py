@@ -4,6 +4,7 @@ the ids of both, whose vectors and biases make the number."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field as Limits
@@ -68,7 +69,8 @@ class Rating(Task):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        return {"packs_rows": self.packs, "task": self.name}
+        kept = self.settings.model_dump(include={"low", "high"})
+        return {"packs_rows": self.packs, "task": self.name, **kept}
 
     def words(self, texts: pa.Array) -> pa.Array:
         """A user and an item of one name are two tokens."""
@@ -79,10 +81,19 @@ class Rating(Task):
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         from dray.tasks.parts.encoding import encode_texts, with_columns
 
-        encoded = encode_texts(self.words(texts), tools, surrounded=False)
         if targets is None:
-            return encoded
-        return with_columns(encoded, label=targets.cast("float64").to_numpy())
+            return encode_texts(self.words(texts), tools, surrounded=False)
+        low, high = self.settings.low, self.settings.high
+        ratings = targets.cast("float64").to_numpy()
+        inside = (ratings >= low) & (ratings <= high)
+        (records,) = inside.nonzero()
+        encoded = encode_texts(self.words(texts.take(records)), tools, surrounded=False)
+        outside = f"rating outside of {low:g} to {high:g}"
+        return replace(
+            with_columns(encoded, label=ratings[inside]),
+            records=records,
+            refused={int(place): outside for place in (~inside).nonzero()[0]},
+        )
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids` [rows, 2], int64; `labels` [rows], fp32, NaN for padding rows; `hidden`

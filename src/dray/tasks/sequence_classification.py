@@ -53,7 +53,7 @@ class SequenceClassification(Task):
         class_weights: Literal["none", "balanced"] | dict[str, Float] = "none"
         """What a document's loss counts by its label: given by label (others count 1), or
         `balanced`, so that in training all labels count the same together and a document 1 in the
-        mean."""
+        mean, as often as each is read (`data.balance`)."""
         focal: Annotated[Float, Limits(ge=0)] = 0.0
         """The focal loss' exponent: the greater, the less those documents count that the model is
         sure of; 0: the cross entropy."""
@@ -118,6 +118,14 @@ class SequenceClassification(Task):
                 f"{', '.join(other[:8])}: not both in it and in the training documents",
                 "it names each of their labels once",
                 rule,
+            )
+        counts = getattr(corpus, "label_counts", {})
+        if weights == "balanced" and (none := [label for label in labels if not counts.get(label)]):
+            raise SpecError(
+                "task.class_weights",
+                f"balanced, and no training document has the label {', '.join(none[:8])}",
+                "each class weighs by its documents",
+                "give the weights by label, or give documents of each",
             )
         if isinstance(weights, dict) and (other := sorted({*weights} - {*labels})):
             raise SpecError(

@@ -150,7 +150,7 @@ class Task:
         self.settings: Any = self.Settings() if settings is None else settings
         self.labels: tuple[str, ...] = ()
         """Names of the classes in the order of their ids."""
-        self.label_counts: Mapping[str, int] = {}
+        self.label_counts: Mapping[str, float] = {}
         """Training documents of each class."""
         self.num_labels = 2
         self.pad_token_id: int | None = None

@@ -42,6 +42,8 @@ class Answers:
     lost: list[int]
     """Tokens of each that its row has no room for."""
     refused: Mapping[int, str]
+    room: int
+    """Tokens that a row has for a prompt with an answer."""
 
     def without(self, refused: Mapping[int, str]) -> Answers:
         """The same without some records, which are refused, too."""
@@ -52,6 +54,7 @@ class Answers:
             [self.answers[place] for place in kept],
             [self.lost[place] for place in kept],
             {**self.refused, **refused},
+            self.room,
         )
 
     def encoded(self, tools: Tools, others: Sequence[Ids], **columns: Sequence[Any]) -> Encoded:
@@ -94,7 +97,7 @@ def encode_answers(texts: pa.Array, tools: Tools, num_answers: int) -> Answers:
         _split(*tools.encode(pa.array([row[place] for row in written.values()], pa.large_string())))
         for place in range(1 + num_answers)
     ]
-    found = Answers([], [], [], [], refused)
+    found = Answers([], [], [], [], refused, room)
     for record, prompt, *answers in zip(written, *columns, strict=True):
         if not all(len(answer) for answer in answers):
             refused[record] = "empty answer"

@@ -96,11 +96,12 @@ def read_conversation(record: Any) -> Conversation:
         record = {"messages": record}
     if not isinstance(record, Mapping):
         raise NoConversation("no conversation")
-    if "messages" in record:
+    # Columns of a corpus of several forms are null where a record is of another one.
+    if record.get("messages") is not None:
         found = [_read_message(item, "role", "content") for item in _listed(record["messages"])]
-    elif "conversations" in record:
+    elif record.get("conversations") is not None:
         found = [_read_message(item, "from", "value") for item in _listed(record["conversations"])]
-    elif "instruction" in record:
+    elif record.get("instruction") is not None:
         found = _read_alpaca(record)
     else:
         raise NoConversation("no conversation")
@@ -189,7 +190,11 @@ def _read_tools(value: Any) -> list[Mapping[str, Any]]:
 
 def _read_alpaca(record: Mapping[str, Any]) -> list[Message]:
     found: list[Message] = []
-    for pair in record.get("history") or ():
+    history = record.get("history") or ()
+    history = _parsed(history) if isinstance(history, str) else history
+    if not isinstance(history, Sequence):
+        raise NoConversation("a history that is no pairs")
+    for pair in history:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise NoConversation("a history that is no pairs")
         found += [_said("user", pair[0]), _said("assistant", pair[1])]
@@ -275,7 +280,10 @@ def _statements(template: str) -> list[str]:
 
 
 def _check_words(conversation: Conversation, special: frozenset[str]) -> None:
-    """Raises NoConversation for a special token in what somebody says."""
+    """Raises NoConversation for a special token in what somebody says or in a tool's schema."""
+    schemas = json.dumps(conversation.tools, ensure_ascii=False)
+    if any(mark in schemas for mark in special if mark):
+        raise NoConversation("a special token in a tool")
     for message in conversation.messages:
         calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
         words = message["content"] + calls + str(message.get("reasoning_content", ""))
@@ -354,6 +362,8 @@ def _encode_whole(conversation: Conversation, tools: Tools, *, answers: bool) ->
     spans = find_answers(conversation, text, tools) if answers else []
     if answers and not spans:
         raise NoConversation("nobody answers")
+    if answers and any(_is_empty(message) for message in conversation.messages):
+        raise NoConversation("empty answer")
     ((ids, starts),) = tools.encode_words([text])
     taught = np.zeros(len(ids), bool)
     places = np.array(starts, np.int64)
@@ -362,12 +372,23 @@ def _encode_whole(conversation: Conversation, tools: Tools, *, answers: bool) ->
     return _Piece(ids, taught.tolist())
 
 
+def _is_empty(message: Message) -> bool:
+    """Whether it is an answer without words and without calls."""
+    said = message["content"].strip() or message.get("tool_calls")
+    return message["role"] == "assistant" and not said
+
+
 def encode_prompt(text: str, tools: Tools) -> list[int]:
     """The ids by which an assistant is asked: a text is what a user says, a JSON object or list a
     conversation. Raises NoConversation."""
     conversation = Conversation(({"role": "user", "content": text},))
     if text.lstrip()[:1] in ("{", "["):
-        with suppress(ValueError, NoConversation):  # words that begin with a bracket
-            conversation = read_conversation(json.loads(text)).prompt
+        given: Any = None
+        with suppress(ValueError):  # words that begin with a bracket
+            given = json.loads(text)
+        if isinstance(given, Mapping) or (
+            isinstance(given, Sequence) and any(isinstance(item, Mapping) for item in given)
+        ):
+            conversation = read_conversation(given).prompt
     _check_words(conversation, tools.special)
     return _encode_whole(conversation, tools, answers=False).ids

@@ -133,7 +133,7 @@ class PathLoss(ClassLoss):
         return (1 - smoothing) * losses / len(self.groups) - smoothing * likely.mean(dim=-1)
 
 
-def balanced_weights(counts: Sequence[int]) -> list[float]:
+def balanced_weights(counts: Sequence[float]) -> list[float]:
     """Weights of classes by the documents of each: all together count the same, and the mean weight
     of a document is 1. Raises ValueError for a class without any."""
     if not all(count > 0 for count in counts):
@@ -237,7 +237,7 @@ class PathMetrics(ClassificationMetrics):
 
 
 def class_weights(
-    given: str | Mapping[str, float], labels: Sequence[str], counts: Mapping[str, int]
+    given: str | Mapping[str, float], labels: Sequence[str], counts: Mapping[str, float]
 ) -> list[float] | None:
     """The weight of each class by id: those given (1 where none is), or by the documents that each
     has in training; None where all count the same."""

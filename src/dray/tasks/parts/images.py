@@ -24,12 +24,20 @@ from dray.errors import caught
 
 def read_image(content: bytes, size: int, channels: int) -> npt.NDArray[np.uint8] | str:
     """The pixels of an image file, [size, size, channels], grey or red, green and blue, upright as
-    its camera was held and stretched to the size; or, in a word or two, why there are none."""
+    its camera was held and stretched to the size; or, in a word or two, why there are none. What is
+    transparent lies on white; of 16 bits the upper eight are kept."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     def read() -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # `convert` would clip them
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.has_transparency_data:
+                upright = Image.alpha_composite(
+                    Image.new("RGBA", upright.size, "white"), upright.convert("RGBA")
+                )
+            upright = upright.convert("L" if channels == 1 else "RGB")
             sized = upright.resize((size, size), Image.Resampling.BILINEAR)
             return np.asarray(sized, np.uint8).reshape(size, size, channels)
 

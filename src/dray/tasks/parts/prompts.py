@@ -33,6 +33,8 @@ class NoAnswer(Exception):
 def write_prompt(value: str, answers: Sequence[str], tools: Tools) -> tuple[str, list[str]]:
     """A prompt and its answers, each as JSON, as texts. Raises NoAnswer."""
     prompt, own = _read(value), [_read(answer) for answer in answers]
+    if tools.chat_template is not None:
+        _check_words([_plain(found) for found in (prompt, *own)], tools)
     if isinstance(prompt, str):
         return prompt, [_plain(answer) for answer in own]
     if tools.chat_template is None:
@@ -44,8 +46,23 @@ def write_prompt(value: str, answers: Sequence[str], tools: Tools) -> tuple[str,
         whole = _render([*prompt, *said], tools)
         if not whole.startswith(asked):
             raise NoAnswer("an answer that the chat template writes otherwise when it asks")
-        found.append(whole[len(asked) :] if any(m["content"] for m in said) else "")
-    return asked, found
+        found.append(_without_end(whole[len(asked) :], tools) if any(map(_words, said)) else "")
+    bos = tools.roles.get("bos_token")
+    return asked.removeprefix(bos) if bos and tools.prefix else asked, found
+
+
+def _words(message: Message) -> str:
+    return message["content"].strip()
+
+
+def _without_end(answer: str, tools: Tools) -> str:
+    """An answer as a template writes it, without what a row gets behind it in any case, and without
+    the newline behind a special token that ends a turn."""
+    trimmed = answer.rstrip()
+    if not any(trimmed.endswith(mark) for mark in tools.special if mark):
+        return answer
+    end = tools.roles.get("eos_token")
+    return trimmed.removesuffix(end) if end and tools.suffix else trimmed
 
 
 def _read(value: str) -> str | list[Message]:
@@ -74,12 +91,15 @@ def _plain(found: str | list[Message]) -> str:
     return found if isinstance(found, str) else "\n".join(m["content"] for m in found)
 
 
+def _check_words(texts: Sequence[str], tools: Tools) -> None:
+    if any(mark in text for text in texts for mark in tools.special if mark):
+        raise NoAnswer("a special token in what is said")
+
+
 def _render(messages: list[Message], tools: Tools, *, asks: bool = False) -> str:
     from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    if any(mark in message["content"] for message in messages for mark in tools.special if mark):
-        raise NoAnswer("a special token in what is said")
     try:
         texts, _ = render_jinja_template(
             [messages], chat_template=tools.chat_template, add_generation_prompt=asks, **tools.roles

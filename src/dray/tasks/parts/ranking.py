@@ -27,7 +27,8 @@ class NextOfAllLoss(NextTokenLoss):
 
     A batch has `input_ids` and `labels` [rows, width], `last` [rows], the place of each row's last
     word (-1 for rows of padding), and `before` [rows, any], further words that a row has had (0:
-    none). `repeats`: words that a row has had may come again; else they have no rank.
+    none). `repeats`: words that a row has had may come again; else they are ranked
+    behind all others.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class NextOfAllLoss(NextTokenLoss):
         others = logits.clone()
         if not self.repeats:
             others.scatter_(1, seen, -math.inf)
+            # What has been had is told to nobody: where it comes again, that is a miss.
+            own = own.masked_fill((seen == targets[:, None]).any(dim=1, keepdim=True), -math.inf)
         others[:, :FIRST_WORD] = -math.inf
         others.scatter_(1, targets[:, None], -math.inf)
         # A number that is none is not below any: a model that has diverged ranks nothing first.

@@ -27,12 +27,19 @@ NUM_BANDS = 80
 STACKED = 2 * NUM_BANDS
 """Numbers of a token: log-mel energies of two windows of 25 ms, 10 ms apart."""
 
+MOST_SECONDS = 600
+"""Of a sound: what is compressed may become thousands of times as much in memory."""
+
 
 def read_sound(content: bytes) -> npt.NDArray[np.float32] | str:
     """The samples of a sound file at RATE, its channels' mean; or, in a word or two, why there are
     none."""
     import soundfile
     from scipy.signal import resample_poly
+
+    info, _ = caught(lambda: soundfile.info(io.BytesIO(content)))
+    if info is not None and info.duration > MOST_SECONDS:
+        return f"a sound of more than {MOST_SECONDS} s"
 
     def read() -> npt.NDArray[np.float32]:
         samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
