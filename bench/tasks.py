@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from bench import baselines
@@ -34,7 +33,8 @@ LATER = (
     f"{{path: {MOVIES}/ratings.csv.gz, gather: {{by: userId, order: timestamp, "
     f"names: {{path: {MOVIES}/movies.csv.gz, id: movieId, name: title}}}}}}"
 )
-ENTITIES = ("precision", "recall", "f1")
+TOLD_IN_RECIPE = "…"
+"""What is long stands in the recipe's own words."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Row:
     def command(self) -> str:
         first = f"dray train {self.starts_from} && " if self.starts_from else ""
         named = f" --run {self.name} {' '.join(self.overrides)}" if self.name else ""
-        test = f" --data {Path(self.test).name}" if self.test and self.test != LATER else ""
+        place = self.test.removeprefix(f"{ROOT}/")
+        test = f" --data {place if self.test != LATER else TOLD_IN_RECIPE}" if self.test else ""
         return (
             f"{first}dray train {self.recipe}{named} && dray evaluate {self.run} --step best"
             f"{''.join(f' {one}' for one in self.options)}{test}"
@@ -130,7 +131,7 @@ def of_tokens(run: str) -> str:
 def of_movies() -> dict[str, Any]:
     from bench.recommendation import make_sequences, rank_items, rate, read_ratings
 
-    ratings = read_ratings(Path(MOVIES))
+    ratings = read_ratings(ROOT / MOVIES)
     return {"items": rank_items(make_sequences(ratings)), "ratings": rate(ratings)}
 
 

@@ -17,11 +17,11 @@ import argparse
 import csv
 import gzip
 import json
+import os
 import random
-import select
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,10 @@ class Chart:
     total: float = 0.0
     since: int = 0
     """The review behind the last one where the sum was 0: about where the rise began."""
-    totals: list[float] = field(default_factory=list)
 
     def add(self, number: int, is_unhappy: bool) -> bool:
         """Whether the sum goes over the limit with this review; it begins anew then."""
         self.total = max(0.0, self.total + gain(self.usual, self.risen)[int(is_unhappy)])
-        self.totals.append(self.total)
         if self.total == 0:
             self.since = number + 1
         if self.total < self.limit:
@@ -91,6 +89,15 @@ class Chart:
 def gain(usual: float, risen: float) -> tuple[float, float]:
     """What a happy review and an unhappy one add: logarithms of how much likelier each is."""
     return float(np.log((1 - risen) / (1 - usual))), float(np.log(risen / usual))
+
+
+def begin(usual: float, given: argparse.Namespace, number: int = 0) -> Chart:
+    """The chart behind review `number`, with the share that it looks for well above the usual
+    one."""
+    usual = min(max(usual, 0.01), 0.85)  # of a share of 0 or 1 nothing could be told
+    risen = max(given.risen, usual + 0.1)
+    limit = find_limit(usual, risen, given.quiet)
+    return Chart(usual, risen, limit, since=number + 1)
 
 
 def find_limit(usual: float, risen: float, quiet: int, seed: int = 0, streams: int = 400) -> float:
@@ -111,15 +118,24 @@ def find_limit(usual: float, risen: float, quiet: int, seed: int = 0, streams: i
 
 def read_as_they_come(most: int = 64) -> Iterator[list[dict[str, Any]]]:
     """Lists of what there is to read: one at least, and no more waiting than for that."""
-    waiting: list[dict[str, Any]] = []
-    for line in sys.stdin:
-        waiting.append(json.loads(line))
-        more, _, _ = select.select([sys.stdin], [], [], 0)
-        if len(waiting) == most or not more:
-            yield waiting
-            waiting = []
-    if waiting:
-        yield waiting
+    rest, source = b"", sys.stdin.fileno()
+    while piece := os.read(source, 1 << 20):  # what is there, or the next that comes
+        *lines, rest = (rest + piece).split(b"\n")
+        found = [_read_line(line) for line in lines if line.strip()]
+        for start in range(0, len(found), most):
+            yield found[start : start + most]
+    if rest.strip():
+        yield [_read_line(rest)]
+
+
+def _read_line(line: bytes) -> dict[str, Any]:
+    """A review; what is none is an empty one, which the model has nothing to tell of."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    review = found.get("review") if isinstance(found, dict) else None
+    return {"review": review} if isinstance(review, str) else {"review": None, "was": repr(line)}
 
 
 def watch(given: argparse.Namespace) -> None:
@@ -141,8 +157,7 @@ def watch(given: argparse.Namespace) -> None:
             number = len(told)
             if number == given.learn:
                 usual = sum(told) / number
-                risen = max(given.risen, usual + 0.1)
-                chart = Chart(usual, risen, find_limit(usual, risen, given.quiet), since=number + 1)
+                chart = begin(usual, given, number)
                 print(f"of the first {number} reviews {usual:.0%} are unhappy: that is usual")
             elif chart is not None and chart.add(number, told[-1]):
                 since, chart.since = chart.since, number + 1
@@ -163,7 +178,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    width = 50
+    width = min(50, len(told))
     shares = np.convolve(told, np.ones(width) / width, mode="valid")
     figure, axes = pyplot.subplots(figsize=(9, 3), layout="constrained")
     axes.plot(np.arange(width, len(told) + 1), shares, label=f"of the last {width} reviews")
@@ -192,16 +207,17 @@ def measure(given: argparse.Namespace) -> None:
         told[line["was_unhappy"]].append(one["prediction"] == UNHAPPY)
     hit, mistaken = (sum(told[kind]) / len(told[kind]) for kind in (True, False))
     print(f"of the unhappy {hit:.1%} are found, of the happy {mistaken:.1%} taken for unhappy")
-    drawn, before, behind = random.Random(given.seed), 300, 150
-    usual = PARTS[0][1] * hit + (1 - PARTS[0][1]) * mistaken
-    limit = find_limit(usual, given.risen, given.quiet)
+    drawn, before, behind = random.Random(given.seed), 500, 150
     for risen in (PARTS[1][1], PARTS[0][1]):
         delays, false = [], 0
         for _ in range(given.streams):
-            chart = Chart(usual, given.risen, limit)
-            for number in range(1, before + behind + 1):
-                share = risen if number > before else PARTS[0][1]
-                if chart.add(number, drawn.choice(told[drawn.random() < share])):
+            stream = [
+                drawn.choice(told[drawn.random() < (risen if number > before else PARTS[0][1])])
+                for number in range(1, before + behind + 1)
+            ]
+            chart = begin(sum(stream[: given.learn]) / given.learn, given, given.learn)
+            for number, is_unhappy in enumerate(stream[given.learn :], given.learn + 1):
+                if chart.add(number, is_unhappy):
                     false += number <= before or risen == PARTS[0][1]
                     delays += [number - before] * (number > before and risen != PARTS[0][1])
                     break
@@ -226,7 +242,6 @@ def main() -> None:
     one = commands.add_parser("watch", help="read reviews from standard input")
     one.set_defaults(call=watch)
     one.add_argument("run")
-    one.add_argument("--learn", type=int, default=200, help="reviews that say what is usual")
     one.add_argument("--plot", help="an image to draw the trend into")
     other = commands.add_parser("measure", help="how soon a rise is told, by a stream's reviews")
     other.set_defaults(call=measure)
@@ -236,6 +251,9 @@ def main() -> None:
     other.add_argument("--seed", type=int, default=1)
     for command in (one, other):
         command.add_argument("--storage", default="./runs")
+        command.add_argument(
+            "--learn", type=int, default=200, help="reviews that say what is usual"
+        )
         command.add_argument("--risen", type=float, default=0.5, help="the share to look for")
         command.add_argument("--quiet", type=int, default=2000, help="reviews to a false alarm")
     given = parser.parse_args()
