@@ -22,6 +22,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,13 @@ def gain(usual: float, risen: float) -> tuple[float, float]:
 def begin(usual: float, given: argparse.Namespace, number: int = 0) -> Chart:
     """The chart behind review `number`, with the share that it looks for well above the usual
     one."""
-    usual = min(max(usual, 0.01), 0.85)  # of a share of 0 or 1 nothing could be told
+    usual = round(min(max(usual, 0.01), 0.85), 2)  # of a share of 0 or 1 nothing could be told
     risen = max(given.risen, usual + 0.1)
     limit = find_limit(usual, risen, given.quiet)
     return Chart(usual, risen, limit, since=number + 1)
 
 
+@cache
 def find_limit(usual: float, risen: float, quiet: int, seed: int = 0, streams: int = 400) -> float:
     """The lowest limit that streams of the usual share reach in `quiet` reviews on average, found
     by drawing such streams."""
