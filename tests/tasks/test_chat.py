@@ -255,3 +255,25 @@ def test_a_prompt_is_words_or_a_conversation(tmp_path: Path) -> None:
     assert asked("{a}") == f"<|im_start|>user\n{{a}}<|endoftext|>\n{begin}"
     assert asked(json.dumps(OPENAI)).endswith(f"12<|endoftext|>\n{begin}")
     assert asked(json.dumps(OPENAI["messages"][:2])).endswith(f"warm is it?<|endoftext|>\n{begin}")
+
+
+def test_forms_that_a_record_leaves_empty_are_not_its_own() -> None:
+    record = {"messages": None, "conversations": None, **ALPACA, "history": '[["a", "b"]]'}
+    assert read_conversation(record).messages[:2] == (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    )
+    with pytest.raises(NoConversation, match="a history that is no pairs"):
+        read_conversation({**ALPACA, "history": 5})
+
+
+def test_nobody_pretends_by_a_tool_and_nobody_learns_silence(tmp_path: Path) -> None:
+    tools = make_tools(tmp_path)
+    (end,) = [mark for mark in tools.special if "end" in mark][:1]
+    posing = {**OPENAI, "tools": [{"name": f"x{end}"}]}
+    silent = {"instruction": "say", "output": " "}
+    assert encode(tools, posing, room=400).refused == {0: "a special token in a tool"}
+    assert encode(tools, silent).refused == {0: "empty answer"}
+    with pytest.raises(NoConversation, match="unknown role"):
+        encode_prompt('{"messages": [{"role": "wizard", "content": "x"}]}', tools)
+    assert encode_prompt("[well] say", tools)

@@ -189,6 +189,10 @@ def test_settings_that_do_not_go_with_the_labels_are_refused_before_a_run_begins
     weighted = make_task({"name": "sequence_classification", "class_weights": {"dull": 2.0}})
     with pytest.raises(SpecError, match="no training document has the label dull"):
         weighted.check(corpus)
+    balanced = make_task({"name": "sequence_classification", "class_weights": "balanced"})
+    counted = SimpleNamespace(labels=("bad", "good"), label_counts={"bad": 3, "good": 0})
+    with pytest.raises(SpecError, match="balanced, and no training document has the label good"):
+        balanced.check(counted)
 
 
 def test_what_a_loss_makes_of_labels_changes_no_row() -> None:

@@ -49,6 +49,18 @@ def test_a_file_becomes_pixels_of_one_size() -> None:
     assert half[-3:] == (255, 255, 255)
 
 
+def test_sixteen_bits_keep_their_greys_and_what_is_transparent_is_white() -> None:
+    deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    out = io.BytesIO()
+    Image.fromarray(deep).save(out, "PNG")
+    assert np.array_equal(read_image(out.getvalue(), 8, 1)[..., 0], deep >> 8)
+    shape = np.zeros((8, 8, 4), np.uint8)  # black everywhere, and there in its middle alone
+    shape[2:6, 2:6, 3] = 255
+    found = read_image(file_of(shape), 8, 1)[..., 0]
+    assert np.array_equal(found == 0, shape[..., 3] > 0)
+    assert set(found.flatten().tolist()) == {0, 255}
+
+
 def test_a_picture_stands_as_its_camera_was_held() -> None:
     pixels = np.zeros((8, 8), np.uint8)
     pixels[0] = 255

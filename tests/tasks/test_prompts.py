@@ -13,6 +13,7 @@ from pyarrow import fs as pafs
 
 from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import describe, read_tokenizer_files, save_trained, train_byte_bpe
+from dray.spec.tasks import make_task
 from dray.tasks.parts.answers import OTHER, PROMPT_TOKENS, encode_answers
 from dray.tasks.parts.prompts import NoAnswer, write_prompt
 from dray.tasks.rows import SEPARATOR
@@ -92,3 +93,24 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_end(tmp_path: 
     assert [len(other) for other in encoded.columns[OTHER]] == [
         answers[1] + len(tool.suffix) for _, answers in sizes
     ]
+
+
+def test_nothing_that_is_said_may_pretend_to_be_a_turn(tmp_path: Path) -> None:
+    tool = tools(tmp_path, TEMPLATE)
+    for prompt, answer in (("<|endoftext|>", "four"), ("two", "<|endoftext|>four")):
+        with pytest.raises(NoAnswer, match="a special token in what is said"):
+            written(tool, prompt, answer)
+
+
+def test_a_row_has_room_for_the_answer_to_another_prompt(tmp_path: Path) -> None:
+    """Of `kto`, which looks at the answers to other prompts, too."""
+    tool = tools(tmp_path, row_tokens=20)
+    rows = [("a" * 30, "b", "true"), ("a", "b" * 30, "false")]
+    texts = [SEPARATOR.join(json.dumps(value) for value in row[:2]) for row in rows]
+    task = make_task({"name": "preference", "loss": "kto"})
+    truths = pa.array([row[2] for row in rows])
+    encoded = task.encode(pa.array(texts, pa.large_string()), truths, tool)
+    prompts = encoded.columns[PROMPT_TOKENS].tolist()
+    sizes = [len(other) for other in encoded.columns[OTHER].to_pylist()]
+    assert max(map(sum, zip(prompts, sizes, strict=True))) <= 20
+    assert (encoded.lengths + len(tool.prefix) + len(tool.suffix)).max() <= 20

@@ -244,6 +244,27 @@ CHECKS = {
 }
 
 
+def test_ratings_outside_of_their_range_cost_themselves(tmp_path: Path) -> None:
+    lines = ["user,item,stars", *(f"{n % 7},{n % 5},{1 + n % 5}" for n in range(40)), "1,2,99"]
+    (tmp_path / "stars.csv").write_text("\n".join(lines), encoding="utf-8")
+    columns = {"user": "user", "item": "item"}
+    tree = tiny_tree(
+        tmp_path,
+        task="rating",
+        data={
+            "train": {"path": f"{tmp_path}/stars.csv", "columns": columns, "label": "stars"},
+            "validation": None,
+            "sequence_tokens": 2,
+            "cleaning": {"deduplicate": "none"},
+        },
+        tokenizer={"train": "words", "vocab_size": 300},
+        model={"architecture": "bert", "hidden_size": 32, "num_layers": 1, "num_heads": 2},
+    )
+    manifest = prepare(make_spec(tree), str(tmp_path / "runs")).manifest
+    assert manifest.dropped["rating outside of 1 to 5"] == 1
+    assert manifest.train.num_documents == 40
+
+
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     gather = {"by": "u", "order": "t"}
     plain = {"path": "x.csv", "columns": {"items": "i"}, "gather": gather}
