@@ -17,6 +17,8 @@ def test_numbers_texts_and_patterns_are_judged() -> None:
     assert numeric("so it is 1,204.0", "#### 1204", "") == 1.0
     assert numeric("12 or 13", "12", "") == 0.0
     assert numeric("none", "12", "") == 0.0
+    assert numeric("it is .5", "0.50", "") == numeric("1e5", "100,000", "") == 1.0
+    assert numeric("5", ".5", "") == numeric("from 10-3", "-3", "") == 0.0
     assert numeric("-3", "3", "") == 0.0
     assert exact(" yes\n", "yes", "") == 1.0
     assert exact("yes!", "yes", "") == 0.0

@@ -207,7 +207,8 @@ AdaptersChoice = Annotated[
 
 
 class Freezing(Section):
-    """Layers that are not trained. The head and what follows the last block always are."""
+    """Layers that are not trained. The head and what follows the last block always are, but for a
+    head that is tied to embeddings which are not."""
 
     embeddings: bool = False
     """Never train what lies before the first block: the embeddings, and a head that is tied to

@@ -65,8 +65,10 @@ class Policy(Task):
                     f"rewards: {what}; there are {', '.join(sorted(known))}, and the entry points "
                     "of the group dray.tasks.rewards: a spec names no code"
                 )
-            if (REGEX in self.rewards) != (self.pattern is not None):
-                raise ValueError(f"pattern: the reward {REGEX} has one, and no other; give both")
+            if REGEX in self.rewards and not self.pattern:
+                raise ValueError(f"rewards: {REGEX} goes by `pattern`; give that, too")
+            if self.pattern is not None and REGEX not in self.rewards:
+                raise ValueError(f"pattern: the reward {REGEX} alone goes by it; leave it out")
             try:
                 re.compile(self.pattern or "")
             except re.error as error:

@@ -20,7 +20,10 @@ from dray.spec.tasks import GROUP as TASKS
 GROUP = f"{TASKS}.rewards"
 Reward = Callable[[str, str, str], float]
 """What an answer is worth, of the answer, what was wanted, and the prompt."""
-_NUMBER = re.compile(r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.])[-+])?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][-+]?\d{1,3}\b)?"
+)
+"""A sign behind a letter or a digit is a dash: 10-3 ends with 3."""
 
 
 def exact(answer: str, wanted: str, prompt: str) -> float:

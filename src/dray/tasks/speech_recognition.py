@@ -279,7 +279,7 @@ class SpeechRecognition(Task):
 
     def save_processor(self, folder: str) -> None:
         """A processor of transformers: the extractor of features, and the letters as a tokeniser
-        (`|` stands for the space, as in all of its kind)."""
+        (`|` stands for the space, as in all of its kind, unless it is a letter)."""
         import json
         from pathlib import Path
 
@@ -289,13 +289,19 @@ class SpeechRecognition(Task):
             Wav2Vec2FeatureExtractor,
         )
 
-        letters = ["<pad>", *self.settings.characters.replace(" ", "|")]
+        space = " " if "|" in self.settings.characters else "|"
+        letters = ["<pad>", *self.settings.characters.replace(" ", space)]
         vocabulary = {letter: number for number, letter in enumerate(letters)}
         path = Path(folder, "vocab.json")
         path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         blank = "<pad>"
         Wav2Vec2CTCTokenizer(
-            str(path), unk_token=blank, pad_token=blank, bos_token=None, eos_token=None
+            str(path),
+            unk_token=blank,
+            pad_token=blank,
+            bos_token=None,
+            eos_token=None,
+            word_delimiter_token=space,
         ).save_pretrained(folder)
         kind = Wav2Vec2FeatureExtractor if self._hears_samples else SeamlessM4TFeatureExtractor
         kind(return_attention_mask=True).save_pretrained(folder)
