@@ -43,7 +43,8 @@ def run_page(page: Path) -> None:
         )
         if done.returncode:
             raise SystemExit(f"{page}: exit {done.returncode} of\n{commands}\n{done.stdout}")
-        lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+        told = done.stdout.replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../")
+        lines = [line.rstrip() for line in told.strip("\n").splitlines()]
         if len(lines) > MAX_LINES:
             lines = [*lines[:MAX_LINES], f"… and {len(lines) - MAX_LINES} lines more"]
         printed = "\n".join(lines)
