@@ -14,10 +14,10 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
 from torch import nn
 
+from dray.tasks.parts.columns import draw_numbers
 from dray.tasks.parts.images import (
     NUM_DRAWS,
     Moves,
-    draw_numbers,
     mix_pairs,
     move_images,
     read_image,

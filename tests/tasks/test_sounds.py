@@ -25,7 +25,7 @@ from dray.tasks.parts.alignments import (
     read_by_beam,
     read_greedily,
 )
-from dray.tasks.parts.images import draw_numbers
+from dray.tasks.parts.columns import draw_numbers
 from dray.tasks.parts.sounds import (
     NUM_BANDS,
     RATE,

@@ -147,11 +147,10 @@ class ImageClassification(Task):
 
     def vary(self, batch: Batch, table: pa.Table, draw: int) -> Batch:
         """The images moved and mixed; of mixed ones also `other_labels` and `own_share`, [rows]."""
-        from dray.tasks.parts.columns import integer_column
-        from dray.tasks.parts.images import NUM_DRAWS, draw_numbers, mix_pairs, move_images
+        from dray.tasks.parts.columns import drawn_by_row
+        from dray.tasks.parts.images import NUM_DRAWS, mix_pairs, move_images
 
-        ids = integer_column(table, "row_id").tolist()
-        drawn = draw_numbers(draw, ids, NUM_DRAWS + 4)
+        drawn = drawn_by_row(table, draw, NUM_DRAWS + 4)
         images = move_images(batch["pixel_values"], self._moves, drawn[:, :NUM_DRAWS])
         if self.rows_together == 1:
             return {**batch, "pixel_values": images}

@@ -109,20 +109,16 @@ class Policy(Task):
         """`prompts` and `mask`, int64 [rows, width], padded before their beginning; `wanted`, UTF-8
         bytes, int64 [rows, most], -1 behind them; `uniforms` [rows, answers, max_tokens]; `real`,
         bool [rows]."""
+        import numpy as np
         import torch
 
         from dray.tasks.parts.answers import prompt_batch
-        from dray.tasks.parts.columns import integer_column, row_uniforms
+        from dray.tasks.parts.columns import drawn_by_row
 
-        ids = (
-            integer_column(table, "row_id")
-            if "row_id" in table.column_names
-            else torch.arange(table.num_rows)
-        )
         shape = (self.settings.answers, self.settings.max_tokens)
         return {
             **prompt_batch(table, self.pad_token_id, "wanted"),
-            "uniforms": row_uniforms(ids, draw, shape),
+            "uniforms": torch.from_numpy(drawn_by_row(table, draw, shape, np.float32)),
         }
 
     def num_targets(self, batch: Batch) -> int:

@@ -210,15 +210,14 @@ class SpeechRecognition(Task):
 
     def vary(self, batch: Batch, table: pa.Table, draw: int) -> Batch:
         """The recordings with spans and bands hidden."""
-        from dray.tasks.parts.columns import integer_column
-        from dray.tasks.parts.images import draw_numbers
+        from dray.tasks.parts.columns import drawn_by_row
         from dray.tasks.parts.sounds import hide_bands, hide_spans
 
         own = self.settings
         if not own.time_masks and not own.band_masks:
             return batch
         num_drawn = 2 * (own.time_masks + own.band_masks)
-        drawn = draw_numbers(draw, integer_column(table, "row_id").tolist(), num_drawn)
+        drawn = drawn_by_row(table, draw, num_drawn)
         values, lengths = batch[self._input], batch["attention_mask"].sum(dim=1)
         if own.time_masks:
             values = hide_spans(values, lengths, drawn, num=own.time_masks, share=own.time_share)

@@ -5,6 +5,7 @@ Refuses tables without the columns that every token shard has (KeyError).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,19 +71,26 @@ def real_rows(table: pa.Table) -> Tensor:
     return integer_column(table, "row_id") >= 0
 
 
-def drawn_by_row(table: pa.Table, draw: int, num: int) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1) for each row, [rows, num], that depend on `draw` and the row's id alone; on
-    its place, if the table has no `row_id`."""
-    ids = (
-        table.column("row_id").to_numpy().astype(np.uint64)
-        if "row_id" in table.column_names
-        else np.arange(table.num_rows, dtype=np.uint64)
-    )
-    found = np.empty((table.num_rows, num))
-    for row, place in enumerate(ids):
-        key = np.array([draw, place], np.uint64)
-        found[row] = np.random.Generator(np.random.Philox(key=key)).random(num)
-    return found
+def draw_numbers(
+    draw: int, ids: Iterable[int], shape: int | tuple[int, ...], dtype: Any = np.float64
+) -> npt.NDArray[Any]:
+    """Numbers from 0 to below 1, [ids, *shape], each row's by the draw and the row's id alone."""
+    found = [
+        np.random.Generator(np.random.Philox(key=np.array([draw, row % 2**64], np.uint64))).random(
+            shape, dtype
+        )
+        for row in ids
+    ]
+    return np.array(found, dtype).reshape(len(found), *np.atleast_1d(shape))
+
+
+def drawn_by_row(
+    table: pa.Table, draw: int, shape: int | tuple[int, ...], dtype: Any = np.float64
+) -> npt.NDArray[Any]:
+    """The numbers of a table's rows, [rows, *shape]: by their places, if it has no `row_id`."""
+    has_ids = "row_id" in table.column_names
+    ids = table.column("row_id").to_pylist() if has_ids else range(table.num_rows)
+    return draw_numbers(draw, ids, shape, dtype)
 
 
 def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor]:
@@ -102,13 +110,3 @@ def padded_tokens(table: pa.Table, pad_token_id: int | None) -> dict[str, Tensor
     if SEGMENT in table.column_names:
         batch["token_type_ids"] = matrix(table, SEGMENT)[:, :width].contiguous()
     return batch
-
-
-def row_uniforms(row_ids: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
-    """Numbers from 0 to 1 for each row, fp32 [rows, *shape], which belong to the draw and the row's
-    id alone."""
-    found = np.empty((len(row_ids), *shape), np.float32)
-    for place, row in enumerate(row_ids.tolist()):
-        key = np.array([draw, row % 2**64], np.uint64)
-        found[place] = np.random.Generator(np.random.Philox(key=key)).random(shape, np.float32)
-    return torch.from_numpy(found)

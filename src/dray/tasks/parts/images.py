@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,15 +73,6 @@ class Moves:
 
 NUM_DRAWS = 12
 """Numbers that an image's moves take of its own."""
-
-
-def draw_numbers(draw: int, ids: Sequence[int], count: int) -> npt.NDArray[np.float64]:
-    """Numbers from 0 to below 1, [ids, count], each row's by the draw and the row's id alone."""
-    found = np.empty((len(ids), count))
-    for place, row in enumerate(ids):
-        key = np.array([draw, row % 2**64], np.uint64)
-        found[place] = np.random.Generator(np.random.Philox(key=key)).random(count)
-    return found
 
 
 def move_images(images: Tensor, moves: Moves, drawn: npt.NDArray[np.float64]) -> Tensor:
