@@ -27,11 +27,15 @@ def killed_and_resumed(
     places: Sequence[tuple[int, int]] = PLACES,
 ) -> Run:
     """A run of which a rank gets SIGKILL once it has done each of the steps `at`: every attempt in
-    another place. The spec that `make` gives saves a checkpoint before each of these."""
+    another place. What is killed saves each step: it is not done before the signal comes."""
     for attempt, (workers, stage) in enumerate(places):
-        spec = make(resources={"workers": workers, "max_failures": 0}, zero={"stage": stage})
+        place: dict[str, Any] = {
+            "resources": {"workers": workers, "max_failures": 0},
+            "zero": {"stage": stage},
+        }
         if attempt == len(at):
-            return train(spec, storage=storage, run_name=name).run
+            return train(make(**place), storage=storage, run_name=name).run
+        spec = make(**place, checkpoint={"every_steps": 1})
         killed: list[int] = []
 
         def kill(row: Mapping[str, Any], step: int = at[attempt], killed: Any = killed) -> None:
