@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCAB, small_model, small_spec, some_ids
 
 from dray.errors import SpecError
 from dray.models.build import (
@@ -18,6 +17,7 @@ from dray.models.build import (
 from dray.models.config import make_config
 from dray.spec import Spec
 from dray.tasks.causal_lm import CausalLM
+from small_models import VOCAB, small_model, small_spec, some_ids
 
 
 class Apart(CausalLM):

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from torch import nn
 
 from dray.models.build import enable_activation_checkpointing, num_parameters
 from dray.models.groups import parameter_groups
 from dray.models.initialize import initialize_weights, restore_rotary_buffers
+from small_models import VOCAB, digest, small_model, small_spec, some_ids
 
 
 def first_loss(model: nn.Module, vocabulary: int = VOCAB) -> float:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCAB, small_model, small_spec, some_ids
 
 from dray.errors import SpecError
 from dray.models.build import check_builds
 from dray.models.config import make_config
 from dray.plan.architectures import default_intermediate_size
+from small_models import VOCAB, small_model, small_spec, some_ids
 
 DECODERS = (
     "llama",

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dray.errors import SpecError
@@ -23,6 +22,7 @@ from dray.plan.architectures import _HARMLESS_OPTIONS, HEEDED_OPTIONS
 from dray.plan.flops import flops_per_token_loose, flops_per_token_strict
 from dray.plan.parameters import FAMILIES
 from dray.spec import Spec, make_spec
+from small_models import small_model
 from tiny import source_for
 
 HEADS = {

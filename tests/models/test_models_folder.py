@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,6 +21,7 @@ from dray.models.config import make_config
 from dray.models.folder import FolderWeights, save_pretrained_folder
 from dray.models.source import check_weights
 from dray.models.weights import check_fit
+from small_models import VOCAB, digest, small_model, small_spec, some_ids
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "gemma2"])

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import small_model, small_spec
 
 from dray.corpus.prepare import with_tokenizer_folder
 from dray.errors import StoreError
 from dray.models.source import find_folder
 from dray.plan import make_plan, parse_shape
 from dray.storage.packages import in_package
+from small_models import small_model, small_spec
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from small_models import VOCAB, digest, small_model, small_spec, some_ids
 from torch import nn
 
 from dray.models.build import num_parameters
 from dray.models.groups import parameter_groups
 from dray.spec import Spec
 from ports import free_ports
+from small_models import VOCAB, digest, small_model, small_spec, some_ids
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "modernbert", "distilbert", "gemma2")
 

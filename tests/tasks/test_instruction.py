@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from chats import make_tools
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chats import make_tools
 from dray.corpus.chunks import Tools
 from dray.corpus.packing import pack
 from dray.corpus.prepare import prepare
