@@ -4,7 +4,6 @@ the ids of both, whose vectors and biases make the number."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field as Limits
@@ -79,20 +78,21 @@ class Rating(Task):
         return name_sides(texts, ("user", "item"))
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        from dray.tasks.parts.encoding import encode_texts, with_columns
+        from dray.tasks.parts.encoding import encode_texts, encode_without, with_columns
+
+        def encode(names: pa.Array) -> Encoded:
+            return encode_texts(self.words(names), tools, surrounded=False)
 
         if targets is None:
-            return encode_texts(self.words(texts), tools, surrounded=False)
+            return encode(texts)
         low, high = self.settings.low, self.settings.high
-        ratings = targets.cast("float64").to_numpy()
-        inside = (ratings >= low) & (ratings <= high)
-        (records,) = inside.nonzero()
-        encoded = encode_texts(self.words(texts.take(records)), tools, surrounded=False)
-        outside = f"rating outside of {low:g} to {high:g}"
-        return replace(
-            with_columns(encoded, label=ratings[inside]),
-            records=records,
-            refused={int(place): outside for place in (~inside).nonzero()[0]},
+        ratings = targets.cast("float64")
+        (outside,) = (~((ratings.to_numpy() >= low) & (ratings.to_numpy() <= high))).nonzero()
+        return encode_without(
+            dict.fromkeys(outside.tolist(), f"rating outside of {low:g} to {high:g}"),
+            texts,
+            ratings,
+            lambda names, own: with_columns(encode(names), label=own.to_numpy()),
         )
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:

@@ -8,7 +8,6 @@ padded to the longest of their batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field as Limits
@@ -73,19 +72,24 @@ class Seq2Seq(AnsweringTask):
         return {"packs_rows": self.packs, "task": self.name, "version": self.version, **kept}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
-        import numpy as np
-
-        from dray.tasks.parts.encoding import encode_answered, encode_answered_in_a_row
+        from dray.tasks.parts.encoding import (
+            encode_answered,
+            encode_answered_in_a_row,
+            encode_without,
+        )
 
         most = self.settings.answer_tokens
         encode = encode_answered_in_a_row if self.settings.decoder_only else encode_answered
         if targets is None:
             return encode(texts, None, tools, most)
-        said = [bool(answer.strip()) for answer in targets.to_pylist()]
-        records = np.flatnonzero(said)
-        encoded = encode(texts.take(records), targets.take(records), tools, most)
-        empty = {place: "empty answer" for place, is_said in enumerate(said) if not is_said}
-        return replace(encoded, records=records, refused=empty)
+        empty = {
+            place: "empty answer"
+            for place, answer in enumerate(targets.to_pylist())
+            if not answer.strip()
+        }
+        return encode_without(
+            empty, texts, targets, lambda some, answers: encode(some, answers, tools, most)
+        )
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids`, `attention_mask` and `labels`, int64 [rows, width]. Of a decoder alone

@@ -174,15 +174,11 @@ def encode_prompts(texts: pa.Array, tools: Tools, max_tokens: int) -> Encoded:
             f"a row of {tools.row_tokens} tokens has no room for a prompt and an answer of "
             f"{max_tokens}"
         )
-    parts = [text.split(SEPARATOR) for text in texts.to_pylist()]
-    written, refused = {}, {}
-    for record, (prompt, _) in enumerate(parts):
-        try:
-            written[record], _ = write_prompt(prompt, (), tools)
-        except NoAnswer as error:
-            refused[record] = str(error)
-    prompts = _split(*tools.encode(pa.array(written.values(), pa.large_string())))
-    wanted = [np.frombuffer(parts[record][1].encode(), np.uint8) for record in written]
+    written, refused = _written(texts, tools, 0)
+    asked = pa.array([prompt for (prompt,) in written.values()], pa.large_string())
+    prompts = _split(*tools.encode(asked))
+    answers = [text.partition(SEPARATOR)[2] for text in texts.take([*written]).to_pylist()]
+    wanted = [np.frombuffer(answer.encode(), np.uint8) for answer in answers]
     kept = [prompt[max(0, len(prompt) - room) :] for prompt in prompts]
     lengths = np.array([len(prompt) for prompt in kept], np.int64)
     return Encoded(

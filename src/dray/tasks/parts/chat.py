@@ -282,13 +282,19 @@ def _statements(template: str) -> list[str]:
 def _check_words(conversation: Conversation, special: frozenset[str]) -> None:
     """Raises NoConversation for a special token in what somebody says or in a tool's schema."""
     schemas = json.dumps(conversation.tools, ensure_ascii=False)
-    if any(mark in schemas for mark in special if mark):
+    if holds_special(schemas, special):
         raise NoConversation("a special token in a tool")
     for message in conversation.messages:
         calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
         words = message["content"] + calls + str(message.get("reasoning_content", ""))
-        if any(mark in words for mark in special if mark):
+        if holds_special(words, special):
             raise NoConversation("a special token in what is said")
+
+
+def holds_special(text: str, special: frozenset[str]) -> bool:
+    """Whether a text has one of the special tokens in it, by which it could pretend to be a
+    turn."""
+    return any(mark in text for mark in special if mark)
 
 
 # --- tokens --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -202,6 +202,18 @@ def join_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.LargeListArray:
     offsets = np.cumsum([0, *(array.size for array in arrays)])
     values = np.concatenate(arrays) if arrays else np.empty(0)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+
+
+def encode_without(
+    refused: Mapping[int, str],
+    texts: pa.Array,
+    targets: pa.Array,
+    encode: Callable[[pa.Array, pa.Array], Encoded],
+) -> Encoded:
+    """Documents by `encode`, but for the records that are refused before, each with its reason."""
+    kept = np.delete(np.arange(len(texts)), sorted(refused))
+    encoded = encode(texts.take(kept), targets.take(kept))
+    return replace(encoded, records=kept, refused=refused)
 
 
 def with_columns(encoded: Encoded, **columns: Any) -> Encoded:

@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dray.tasks.parts.chat import Conversation, NoConversation, holds_special, render
+
 if TYPE_CHECKING:
     from dray.tasks.rows import Tools
 
@@ -92,18 +94,12 @@ def _plain(found: str | list[Message]) -> str:
 
 
 def _check_words(texts: Sequence[str], tools: Tools) -> None:
-    if any(mark in text for text in texts for mark in tools.special if mark):
+    if any(holds_special(text, tools.special) for text in texts):
         raise NoAnswer("a special token in what is said")
 
 
 def _render(messages: list[Message], tools: Tools, *, asks: bool = False) -> str:
-    from jinja2.exceptions import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     try:
-        texts, _ = render_jinja_template(
-            [messages], chat_template=tools.chat_template, add_generation_prompt=asks, **tools.roles
-        )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise NoAnswer("refused by the chat template") from error
-    return str(texts[0])
+        return render(Conversation(tuple(messages)), tools, asks=asks)
+    except NoConversation as error:
+        raise NoAnswer(str(error)) from error

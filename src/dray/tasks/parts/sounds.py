@@ -37,12 +37,12 @@ def read_sound(content: bytes) -> npt.NDArray[np.float32] | str:
     import soundfile
     from scipy.signal import resample_poly
 
-    info, _ = caught(lambda: soundfile.info(io.BytesIO(content)))
-    if info is not None and info.duration > MOST_SECONDS:
-        return f"a sound of more than {MOST_SECONDS} s"
-
-    def read() -> npt.NDArray[np.float32]:
-        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    def read() -> npt.NDArray[np.float32] | str:
+        with soundfile.SoundFile(io.BytesIO(content)) as sound:
+            rate = sound.samplerate
+            if sound.frames > MOST_SECONDS * rate:
+                return f"a sound of more than {MOST_SECONDS} s"
+            samples = sound.read(dtype="float32", always_2d=True)
         mono = samples.mean(axis=1)
         shared = math.gcd(rate, RATE)
         if rate != RATE:
@@ -53,6 +53,8 @@ def read_sound(content: bytes) -> npt.NDArray[np.float32] | str:
     samples, _ = caught(read)
     if samples is None:
         return "no sound, or a broken one"
+    if isinstance(samples, str):
+        return samples
     if not np.isfinite(samples).all():
         return "samples that are no numbers"
     return samples
