@@ -30,16 +30,34 @@ def read_sst2(path: Path) -> Texts:
     return [row[0] for row in rows], [row[2] for row in rows]
 
 
-def read_hotel(path: Path, share: float) -> tuple[Texts, Texts]:
-    """Training and held-out reviews, divided as the corpus divides them: by the text alone."""
+def divide(texts: Sequence[str], share: float) -> list[bool]:
+    """Which texts dray holds out, by the text alone: a share of them."""
     import pyarrow as pa
 
     from dray.corpus.cleaning import hash_texts, held_out, normalize
 
+    normal = normalize(pa.array(texts, pa.large_string()), "NFC")
+    found: list[bool] = held_out(hash_texts(normal)[1], share).tolist()
+    return found
+
+
+def batches(trained: Any, split: Any) -> Iterator[Any]:
+    """The rows of a split of a trained run's corpus as its task's batches, a source at a time."""
+    from dray.corpus.shards import read_groups
+    from dray.storage.filesystem import open_filesystem
+
+    filesystem, folder = open_filesystem(trained.corpus)
+    size = trained.manifest.group_rows
+    for source in split.sources:
+        groups = list(range(-(-source.num_rows // size)))
+        yield trained.task.collate(read_groups(filesystem, folder, source, groups, size))
+
+
+def read_hotel(path: Path, share: float) -> tuple[Texts, Texts]:
+    """Training and held-out reviews, divided as the corpus divides them: by the text alone."""
     with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["review"].strip()]
-    texts = normalize(pa.array([row["review"] for row in rows], pa.large_string()), "NFC")
-    held = held_out(hash_texts(texts)[1], share)
+    held = divide([row["review"] for row in rows], share)
     sides: tuple[Texts, Texts] = (([], []), ([], []))
     for row, is_held in zip(rows, held, strict=True):
         sides[int(is_held)][0].append(row["review"])
@@ -158,20 +176,13 @@ def pixels(path: Path, num_train: int) -> float:
 def answers(storage: str, run: str) -> dict[str, float]:
     """How often, of the pairs that a run holds out, the longer answer is the chosen one, and that
     which its reference finds likelier, where it has one."""
-    from dray.corpus.shards import read_groups
     from dray.release.trained import open_trained
-    from dray.storage.filesystem import open_filesystem
     from dray.tasks import IGNORED
 
     trained = open_trained(storage, run)
-    manifest = trained.manifest
-    filesystem, folder = open_filesystem(trained.corpus)
     sums = {"longer": 0.0, "likelier": 0.0}
     num = 0
-    for source in manifest.validation.sources if manifest.validation else ():
-        groups = list(range(-(-source.num_rows // manifest.group_rows)))
-        table = read_groups(filesystem, folder, source, groups, manifest.group_rows)
-        batch = trained.task.collate(table)
+    for batch in batches(trained, trained.manifest.validation):
         lengths = (batch["labels"] != IGNORED).sum(dim=-1)
         found = {"longer": lengths, "likelier": batch.get("reference")}
         for name, values in found.items():
@@ -188,20 +199,16 @@ def sources(folder: Path, share: float, letters: int | None = None) -> float:
     same."""
     import json
 
-    import pyarrow as pa
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
-
-    from dray.corpus.cleaning import hash_texts, held_out, normalize
 
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             for record in map(json.loads, stream):
                 found.setdefault(record["text"], record["source"])  # equal texts count once
-    texts = normalize(pa.array([*found], pa.large_string()), "NFC")
-    held = held_out(hash_texts(texts)[1], share)
+    held = divide([*found], share)
     sides: list[list[tuple[str, str]]] = [[], []]
     for text, source, is_held in zip(found, found.values(), held, strict=True):
         sides[int(is_held)].append((text[:letters], source))

@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from bench.baselines import batches
 from dray.corpus.manifest import Split
-from dray.corpus.shards import read_groups
 from dray.release.trained import Trained, open_trained
-from dray.storage.filesystem import open_filesystem
 from dray.tasks import IGNORED
 
 BEGIN = -1
@@ -68,11 +67,7 @@ class KneserNey:
 
 def documents_of(trained: Trained, split: Split) -> Iterator[tuple[list[int], list[bool]]]:
     """The tokens of each document of a split, and which of them are targets."""
-    filesystem, folder = open_filesystem(trained.corpus)
-    size = trained.manifest.group_rows
-    for source in split.sources:
-        groups = list(range(-(-source.num_rows // size)))
-        batch = trained.task.collate(read_groups(filesystem, folder, source, groups, size))
+    for batch in batches(trained, split):
         if trained.spec.task.head.behind_encoder:  # labels are a row of their own
             for labels in batch["labels"].tolist():
                 answer = [label for label in labels if label != IGNORED]

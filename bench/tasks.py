@@ -55,27 +55,23 @@ class Row:
     """Of `dray evaluate`."""
     starts_from: str = ""
     """The recipe whose run it starts from."""
-    overrides: tuple[str, ...] = ()
-    name: str = ""
-
-    @property
-    def run(self) -> str:
-        return self.name or self.recipe
+    made_by: tuple[str, ...] = ()
+    """A module that makes the data, and the folder that it makes."""
 
     @property
     def command(self) -> str:
-        first = f"dray train {self.starts_from} && " if self.starts_from else ""
-        named = f" --run {self.name} {' '.join(self.overrides)}" if self.name else ""
+        made = f"python -m {' '.join(self.made_by)} && " if self.made_by else ""
+        first = made + (f"dray train {self.starts_from} && " if self.starts_from else "")
         place = self.test.removeprefix(f"{ROOT}/")
         test = f" --data {place if self.test != LATER else TOLD_IN_RECIPE}" if self.test else ""
         return (
-            f"{first}dray train {self.recipe}{named} && dray evaluate {self.run} --step best"
+            f"{first}dray train {self.recipe} && dray evaluate {self.recipe} --step best"
             f"{''.join(f' {one}' for one in self.options)}{test}"
         )
 
 
 @cache
-def of_sst2(_: str = "") -> str:
+def of_sst2(_: str) -> str:
     found = baselines.tfidf(*sst2(), analyzer="word", longest=2)
     return f"tf-idf and logistic regression {found:.1%}"
 
@@ -91,14 +87,10 @@ def of_hotel(_: str) -> str:
     return f"tf-idf and logistic regression {found:.1%}"
 
 
-@cache
-def entities() -> dict[str, Any]:
-    files = ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated")
-    return baselines.crf(*(baselines.read_conll(WNUT / file) for file in files))
-
-
 def of_entities(_: str) -> str:
-    return f"CRF {entities()['micro avg']['f1-score']:.1%}"
+    files = ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated")
+    report = baselines.crf(*(baselines.read_conll(WNUT / file) for file in files))
+    return f"CRF {report['micro avg']['f1-score']:.1%}"
 
 
 def of_digits(_: str) -> str:
@@ -308,6 +300,7 @@ ROWS = (
         {"cer": "characters wrong {:.1%}", "wer": "words wrong {:.1%}"},
         of_speech,
         options=("--thorough",),
+        made_by=("bench.spoken", "speech"),
     ),
 )
 
@@ -329,22 +322,22 @@ def seconds_of(run: str) -> float:
 
 def measure(row: Row, seed: int) -> dict[str, Any]:
     """Train a recipe, or find it done, evaluate it, and ask the simple model."""
-    if row.recipe == "spoken" and not (ROOT / "speech").exists():
-        subprocess.run([sys.executable, "-m", "bench.spoken", "speech"], cwd=ROOT, check=True)
-    runs = [row.starts_from] * bool(row.starts_from) + [row.run]
+    if row.made_by and not (ROOT / row.made_by[-1]).exists():
+        subprocess.run([sys.executable, "-m", *row.made_by], cwd=ROOT, check=True)
+    runs = [row.starts_from] * bool(row.starts_from) + [row.recipe]
     if row.starts_from:
         dray("train", row.starts_from)
-    dray("train", row.recipe, f"seed={seed}", *row.overrides, "--run", row.run)
+    dray("train", row.recipe, f"seed={seed}")
     data = ("--data", row.test) if row.test else ()
     options = [word for option in row.options for word in option.split()]
-    found = dray("evaluate", row.run, "--step", "best", *options, *data)
+    found = dray("evaluate", row.recipe, "--step", "best", *options, *data)
     figures = {
         "evaluation": found,
         "seconds": sum(map(seconds_of, runs)),
-        "baseline": row.baseline(row.run),
+        "baseline": row.baseline(row.recipe),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{row.run}.json").write_text(json.dumps(figures, indent=1))
+    (FOLDER / f"{row.recipe}.json").write_text(json.dumps(figures, indent=1))
     return figures
 
 
@@ -353,9 +346,9 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
     yield "| task | data | figure | beside it | command | minutes |"
     yield "|---|---|---|---|---|--:|"
     for row in ROWS:
-        if row.run not in figures:
+        if row.recipe not in figures:
             continue
-        found = figures[row.run]
+        found = figures[row.recipe]
         cells = (text.format(found["evaluation"][key]) for key, text in row.metrics.items())
         yield (
             f"| `{row.task}` | {row.data} | **{', '.join(cells)}** | {found['baseline']} | "
@@ -367,13 +360,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [row.run for row in ROWS]
+    names = [row.recipe for row in ROWS]
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     for row in ROWS:
-        if row.run in given.only:
-            print(f"── {row.run}", file=sys.stderr, flush=True)
+        if row.recipe in given.only:
+            print(f"── {row.recipe}", file=sys.stderr, flush=True)
             print(json.dumps(measure(row, given.seed), indent=1), flush=True)
     kept = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
     if absent := [name for name in names if name not in kept]:
