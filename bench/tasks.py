@@ -4,8 +4,8 @@ beside a simple model on the same split.
     python -m bench.tasks [--only mnist rating …] [--seed 0]
 
 Each recipe runs as a person would run it, by `dray train`; what is done already is found, and what
-was stopped goes on. The step is chosen by validation. Figures are kept in bench/results/tasks, so
-the rows of the table may be measured one after the other. Reads ../shared/data; what of it, or of
+was stopped goes on. The step is chosen by validation. Rows may be measured one after the other:
+each has its day, and a row that is not measured now stays as it is. Reads ../shared/data; what of it, or of
 the packages with pretrained weights, is absent ends the run.
 """
 
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from bench.report import RESULTS, ROOT, write_section
 
 DATA = ROOT / "../shared/data"
 FOLDER = RESULTS / "tasks"
+PAGE = ROOT / "docs" / "tasks.md"
 STORAGE = FOLDER / "runs"
 SST2, HOTEL, WNUT = DATA / "sst2", DATA / "chnsenticorp_hotel", DATA / "wnut17"
 MOVIES = "../shared/data/movielens_latest_small"
@@ -335,24 +337,33 @@ def measure(row: Row, seed: int) -> dict[str, Any]:
         "evaluation": found,
         "seconds": sum(map(seconds_of, runs)),
         "baseline": row.baseline(row.recipe),
+        "day": date.today().isoformat(),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{row.recipe}.json").write_text(json.dumps(figures, indent=1))
     return figures
 
 
-def lines(figures: Mapping[str, Any]) -> Iterator[str]:
-    """The table; what was not measured has no row."""
-    yield "| task | data | figure | beside it | command | minutes |"
-    yield "|---|---|---|---|---|--:|"
+def rows_before(page: str) -> dict[str, str]:
+    """The lines of a page's table, by recipe."""
+    rows = re.finditer(r"(?m)^\|.*dray train (\w+) && dray evaluate.*\|$", page)
+    return {row[1]: row[0] for row in rows}
+
+
+def lines(figures: Mapping[str, Any], before: Mapping[str, str]) -> Iterator[str]:
+    """The table; what was never measured has no row."""
+    yield "| task | data | figure | beside it | command | minutes | day |"
+    yield "|---|---|---|---|---|--:|---|"
     for row in ROWS:
         if row.recipe not in figures:
+            if row.recipe in before:
+                yield before[row.recipe]
             continue
         found = figures[row.recipe]
         cells = (text.format(found["evaluation"][key]) for key, text in row.metrics.items())
         yield (
             f"| `{row.task}` | {row.data} | **{', '.join(cells)}** | {found['baseline']} | "
-            f"`{row.command}` | {found['seconds'] / 60:.0f} |"
+            f"`{row.command}` | {found['seconds'] / 60:.0f} | {found['day']} |"
         )
 
 
@@ -369,9 +380,10 @@ def main() -> None:
             print(f"── {row.recipe}", file=sys.stderr, flush=True)
             print(json.dumps(measure(row, given.seed), indent=1), flush=True)
     kept = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
-    if absent := [name for name in names if name not in kept]:
+    before = rows_before(PAGE.read_text(encoding="utf-8"))
+    if absent := [name for name in names if name not in kept and name not in before]:
         print(f"not measured yet: {', '.join(absent)}", file=sys.stderr)
-    write_section("tasks", "\n".join(lines(kept)), kept, ROOT / "docs" / "tasks.md")
+    write_section("tasks", "\n".join(lines(kept, before)), kept, PAGE)
 
 
 if __name__ == "__main__":
