@@ -5,8 +5,8 @@ beside a simple model on the same split.
 
 Each recipe runs as a person would run it, by `dray train`; what is done already is found, and what
 was stopped goes on. The step is chosen by validation. Rows may be measured one after the other:
-each has its day, and a row that is not measured now stays as it is. Reads ../shared/data; what of it, or of
-the packages with pretrained weights, is absent ends the run.
+each has its day, and a row that is not measured now stays as it is. Reads ../shared/data; what of
+it, or of the packages with pretrained weights, is absent ends the run.
 """
 
 from __future__ import annotations
@@ -164,6 +164,22 @@ def of_speech(_: str) -> str:
     return f"a linear model of 220 ms {baseline(ROOT / 'speech'):.1%} of the characters"
 
 
+@cache
+def of_films() -> dict[str, float]:
+    from bench.films import baseline
+
+    return baseline(ROOT / "films")
+
+
+def of_stars(_: str) -> str:
+    words = "the mean {mse_of_the_mean:.3f}; tf-idf and ridge regression {mse:.3f}, {spearman:.2f}"
+    return words.format(**of_films())
+
+
+def of_bands(_: str) -> str:
+    return f"tf-idf and ridge regression of the ranks {of_films()['kappa']:.2f}"
+
+
 def of_sources(_: str) -> str:
     whole, short = (baselines.sources(DATA / "corpus_en", 0.2, most) for most in (None, 250))
     return f"tf-idf and logistic regression {short:.1%} on 250 letters, {whole:.1%} on whole texts"
@@ -218,6 +234,23 @@ ROWS = (
         "5,848 texts of eight collections, a fifth held out; rare ones are read more often",
         {"f1": "mean F1 of the classes {:.1%}", "accuracy": "accuracy {:.1%}"},
         of_sources,
+    ),
+    Row(
+        "sequence_classification",
+        "film_bands",
+        "3,650 films by title, genres and tags, a fifth held out: which fifth of the films by its "
+        "ratings, from MiniLM",
+        {"kappa": "quadratic kappa {:.2f}", "mae": "{:.2f} ranks off"},
+        of_bands,
+        made_by=("bench.films", "films"),
+    ),
+    Row(
+        "regression",
+        "film_stars",
+        "the same films: the mean of their ratings",
+        {"mse": "mean squared error {:.3f}", "spearman": "Spearman {:.2f}"},
+        of_stars,
+        made_by=("bench.films", "films"),
     ),
     Row(
         "token_classification",
