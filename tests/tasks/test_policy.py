@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dray.corpus.prepare import prepare
+from dray.errors import SpecError
 from dray.release.evaluate import evaluate
 from dray.release.generate import generate
 from dray.spec import Spec, make_spec
@@ -83,6 +84,14 @@ def storage(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     prepare(spec, str(folder / "runs"))
     train_locally(spec, storage=str(folder / "runs"))
     return folder / "runs"
+
+
+def test_a_row_without_room_for_an_answer_is_refused_before_anything_is_read(
+    tmp_path: Path,
+) -> None:
+    task = {"name": "policy", "max_tokens": 16}
+    with pytest.raises(SpecError, match="sequence_tokens = 16: policy needs room for 16 tokens"):
+        make_spec(tree_of(tmp_path, task=task), "spec")
 
 
 def make(storage: Path, steps: int, task: dict[str, Any] | None = None, **sections: Any) -> Spec:

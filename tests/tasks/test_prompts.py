@@ -62,7 +62,9 @@ def test_conversations_are_written_by_the_template_or_a_line_each(tmp_path: Path
     ("prompt", "reason"),
     [
         ([{"from": "dog", "value": "woof"}], "a speaker of unknown role"),
-        ([{"role": "user", "content": None}], "a message that is no text"),
+        ([{"role": "user", "content": None}], "a message without words"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "a message that is no text"),
+        ([{"from": "function_call", "value": "{}"}], "a call without a tool"),
         (["hello"], "a message without a speaker"),
         ([], "neither a text nor messages"),
         (7, "neither a text nor messages"),
@@ -72,6 +74,19 @@ def test_conversations_are_written_by_the_template_or_a_line_each(tmp_path: Path
 def test_what_is_no_conversation_is_refused(tmp_path: Path, prompt: Any, reason: str) -> None:
     with pytest.raises(NoAnswer, match=reason.replace("|", r"\|")):
         written(tools(tmp_path, TEMPLATE), prompt, "four")
+
+
+def test_messages_are_read_as_those_of_conversations_are(tmp_path: Path) -> None:
+    """Parts that are text, roles of all forms, and calls of tools, which a template may write."""
+    called = "{% if message.tool_calls %}{{ message.tool_calls[0].function.name }}{% endif %}"
+    template = TEMPLATE.replace("{{ message.content }}", "{{ message.content }}" + called)
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "be brief"}]}]
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {}}'}
+    found = written(tools(tmp_path, template), parts, call)
+    assert found == ("<system>be brief\n<assistant>", ["add"])
+    for tool, prompt in ((tools(tmp_path / "plain"), parts), (tools(tmp_path, template), "add")):
+        with pytest.raises(NoAnswer, match="a call of a tool where no chat template writes it"):
+            written(tool, prompt, call)
 
 
 def test_long_prompts_lose_their_beginning_and_long_answers_their_end(tmp_path: Path) -> None:

@@ -184,6 +184,12 @@ class Spec(Section):
         """Raise ValueError for what a model of tokens lacks, or one of something else cannot
         have."""
         task, model = self.task, self.model
+        if self.row_tokens <= task.needed_tokens:
+            raise ValueError(
+                f"data.sequence_tokens = {self.row_tokens}: {task.name} needs room for "
+                f"{task.needed_tokens} tokens beside a document's first; give "
+                f"{task.needed_tokens + 1} or more"
+            )
         if task.tokenizes:
             for name in ("hidden_size", "num_layers", "num_heads"):
                 if model.architecture is not None and getattr(model, name) is None:

@@ -120,6 +120,8 @@ class TaskKind(Protocol):
     """Whether its tokens are whole words or names, never pieces of text."""
     fixed_tokens: int | None
     """Tokens of every row, where rows have as many whatever `data.sequence_tokens` says."""
+    needed_tokens: int
+    """Tokens that a row must have room for beside a document's first one."""
     rows_together: int
     """Rows of a step that must be computed at once: each so many, from the first."""
 

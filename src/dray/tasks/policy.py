@@ -94,6 +94,7 @@ class Policy(Task):
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
         self.head = replace(type(self).head, sequences=self.settings.answers)
+        self.needed_tokens = self.settings.max_tokens
 
     @property
     def row_settings(self) -> dict[str, Any]:

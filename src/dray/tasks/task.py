@@ -118,6 +118,9 @@ class Task:
     fixed_tokens: int | None = None
     """Tokens of every row, where rows have as many whatever `data.sequence_tokens` says: 1 where a
     row is one thing of one size."""
+    needed_tokens = 0
+    """Tokens that a row must have room for beside a document's first one: an answer that is written
+    there, say."""
     rows_together = 1
     """Rows of a step that must be computed at once: each so many, from the first. What `collate`
     makes of a row may depend on the others of these, which stay the same on any number of

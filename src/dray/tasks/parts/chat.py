@@ -98,9 +98,9 @@ def read_conversation(record: Any) -> Conversation:
         raise NoConversation("no conversation")
     # Columns of a corpus of several forms are null where a record is of another one.
     if record.get("messages") is not None:
-        found = [_read_message(item, "role", "content") for item in _listed(record["messages"])]
+        found = [read_message(item, "role", "content") for item in _listed(record["messages"])]
     elif record.get("conversations") is not None:
-        found = [_read_message(item, "from", "value") for item in _listed(record["conversations"])]
+        found = [read_message(item, "from", "value") for item in _listed(record["conversations"])]
     elif record.get("instruction") is not None:
         found = _read_alpaca(record)
     else:
@@ -128,7 +128,8 @@ def _parsed(text: str) -> Any:
         raise NoConversation("broken JSON in a conversation") from error
 
 
-def _read_message(item: Any, speaker: str, said: str) -> Message:
+def read_message(item: Any, speaker: str = "role", said: str = "content") -> Message:
+    """A message in OpenAI's form, from that or from ShareGPT's. Raises NoConversation."""
     if not isinstance(item, Mapping):
         raise NoConversation("a message without a speaker")
     if speaker not in item:  # the two forms are mixed up now and then
@@ -279,7 +280,7 @@ def _statements(template: str) -> list[str]:
     return [word[0] for word in words if word]
 
 
-def _check_words(conversation: Conversation, special: frozenset[str]) -> None:
+def check_words(conversation: Conversation, special: frozenset[str]) -> None:
     """Raises NoConversation for a special token in what somebody says or in a tool's schema."""
     schemas = json.dumps(conversation.tools, ensure_ascii=False)
     if holds_special(schemas, special):
@@ -350,7 +351,7 @@ def _encode(
 ) -> tuple[_Piece, int]:
     """A conversation's tokens, and how many were lost with exchanges that there was no room for.
     Raises NoConversation."""
-    _check_words(conversation, tools.special)
+    check_words(conversation, tools.special)
     if not answers:
         conversation = conversation.prompt
     whole = _encode_whole(conversation, tools, answers=answers)
@@ -396,5 +397,5 @@ def encode_prompt(text: str, tools: Tools) -> list[int]:
             isinstance(given, Sequence) and any(isinstance(item, Mapping) for item in given)
         ):
             conversation = read_conversation(given).prompt
-    _check_words(conversation, tools.special)
+    check_words(conversation, tools.special)
     return _encode_whole(conversation, tools, answers=False).ids

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dray.tasks.parts.chat import Conversation, NoConversation, holds_special, render
+from dray.tasks.parts.chat import (
+    Conversation,
+    Message,
+    NoConversation,
+    check_words,
+    read_message,
+    render,
+)
 
 if TYPE_CHECKING:
     from dray.tasks.rows import Tools
-
-Message = dict[str, str]
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-"""What speakers are called, in OpenAI's form and in ShareGPT's."""
 
 
 class NoAnswer(Exception):
@@ -34,13 +31,12 @@ class NoAnswer(Exception):
 
 def write_prompt(value: str, answers: Sequence[str], tools: Tools) -> tuple[str, list[str]]:
     """A prompt and its answers, each as JSON, as texts. Raises NoAnswer."""
-    prompt, own = _read(value), [_read(answer) for answer in answers]
+    prompt, *own = (_read(text) for text in (value, *answers))
     if tools.chat_template is not None:
-        _check_words([_plain(found) for found in (prompt, *own)], tools)
-    if isinstance(prompt, str):
-        return prompt, [_plain(answer) for answer in own]
-    if tools.chat_template is None:
-        return _plain(prompt) + "\n", [_plain(answer) for answer in own]
+        _check_words([prompt, *own], tools)
+    if isinstance(prompt, str) or tools.chat_template is None:
+        plain = [_plain(answer) for answer in own]
+        return prompt if isinstance(prompt, str) else _plain(prompt) + "\n", plain
     asked = _render(prompt, tools, asks=True)
     found = []
     for answer in own:
@@ -48,13 +44,13 @@ def write_prompt(value: str, answers: Sequence[str], tools: Tools) -> tuple[str,
         whole = _render([*prompt, *said], tools)
         if not whole.startswith(asked):
             raise NoAnswer("an answer that the chat template writes otherwise when it asks")
-        found.append(_without_end(whole[len(asked) :], tools) if any(map(_words, said)) else "")
+        found.append(_without_end(whole[len(asked) :], tools) if any(map(_says, said)) else "")
     bos = tools.roles.get("bos_token")
     return asked.removeprefix(bos) if bos and tools.prefix else asked, found
 
 
-def _words(message: Message) -> str:
-    return message["content"].strip()
+def _says(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _without_end(answer: str, tools: Tools) -> str:
@@ -74,28 +70,27 @@ def _read(value: str) -> str | list[Message]:
     listed = [found] if isinstance(found, Mapping) else found
     if not isinstance(listed, Sequence) or not listed:
         raise NoAnswer("neither a text nor messages")
-    return [_read_message(item) for item in listed]
-
-
-def _read_message(item: Any) -> Message:
-    if not isinstance(item, Mapping):
-        raise NoAnswer("a message without a speaker")
-    speaker, said = ("role", "content") if "role" in item else ("from", "value")
-    role, content = _ROLES.get(str(item.get(speaker)).strip().lower()), item.get(said)
-    if role is None:
-        raise NoAnswer("a speaker of unknown role")
-    if not isinstance(content, str):
-        raise NoAnswer("a message that is no text")
-    return {"role": role, "content": content}
+    try:
+        return [read_message(item) for item in listed]
+    except NoConversation as error:
+        raise NoAnswer(str(error)) from error
 
 
 def _plain(found: str | list[Message]) -> str:
-    return found if isinstance(found, str) else "\n".join(m["content"] for m in found)
+    if isinstance(found, str):
+        return found
+    if any(message.get("tool_calls") for message in found):
+        raise NoAnswer("a call of a tool where no chat template writes it")
+    return "\n".join(message["content"] for message in found)
 
 
-def _check_words(texts: Sequence[str], tools: Tools) -> None:
-    if any(holds_special(text, tools.special) for text in texts):
-        raise NoAnswer("a special token in what is said")
+def _check_words(found: Sequence[str | list[Message]], tools: Tools) -> None:
+    for said in found:
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        try:
+            check_words(Conversation(tuple(messages)), tools.special)
+        except NoConversation as error:
+            raise NoAnswer(str(error)) from error
 
 
 def _render(messages: list[Message], tools: Tools, *, asks: bool = False) -> str:
