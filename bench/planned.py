@@ -68,7 +68,7 @@ def cases(folder: Path) -> dict[str, list[str]]:
             f"duration={{steps: {steps}}}",
             f"zero={{stage: {stage}}}",
         ]
-    model = real_models.smollm2(folder)
+    model = real_models.smollm2(folder / "smollm2")
     found["smollm2-135m"] = [
         *text,
         "data.sequence_tokens=256",

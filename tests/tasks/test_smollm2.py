@@ -40,7 +40,7 @@ pytestmark = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from bench.real_models import smollm2
 
-    return smollm2(tmp_path_factory.mktemp("smollm2"))
+    return smollm2(tmp_path_factory.mktemp("smollm2") / "model")
 
 
 @pytest.fixture(scope="module")
