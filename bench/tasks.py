@@ -202,15 +202,6 @@ ROWS = (
     ),
     Row(
         "sequence_classification",
-        "sst2_pretrained",
-        "the same, from an encoder that `masked_lm` has pretrained",
-        ACCURACY,
-        of_sst2,
-        str(SST2 / "test.tsv"),
-        starts_from="encoder_en",
-    ),
-    Row(
-        "sequence_classification",
         "sst2_minilm",
         "the same, from MiniLM",
         ACCURACY,
