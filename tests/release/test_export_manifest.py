@@ -260,9 +260,14 @@ def test_what_is_no_export(tmp_path: Path, folder: Path, capsys: Any) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
-    with pytest.raises(KeyError), staged("model", target) as staging:
-        (staging / "half").write_text("")
-        raise KeyError
+
+    def fail() -> None:
+        with staged("model", target) as staging:
+            (staging / "half").write_text("")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert list(target.parent.iterdir()) == []
     with staged("model", target) as staging:
         (staging / "whole").write_text("1")

@@ -129,12 +129,13 @@ def _data(trained: Trained) -> Iterator[str]:
     validation = manifest.validation
     account, _ = caught(lambda: load_account(trained.run))
     files = f" from {manifest.num_source_files:,} files" if manifest.num_source_files else ""
-    yield f"- Records read: {manifest.num_records:,}{files}, {manifest.num_bad:,} of them unreadable"
+    yield f"- Records read: {manifest.num_records:,}{files}; unreadable: {manifest.num_bad:,}"
     for reason, count in sorted(manifest.dropped.items()):
         yield f"- Documents left out: {count:,} ({reason})"
     if not manifest.dropped:
         yield "- Documents left out: none"
-    yield f"- Documents trained on: {manifest.train.num_documents:,} in {manifest.train.num_rows:,} rows"
+    train = manifest.train
+    yield f"- Documents trained on: {train.num_documents:,} in {train.num_rows:,} rows"
     if validation is not None:
         yield f"- Documents held out: {validation.num_documents:,} in {validation.num_rows:,} rows"
     else:
@@ -217,7 +218,7 @@ def _lineage(trained: Trained) -> Iterator[str]:
         if parent is None or parent in seen:
             return
         seen.add(parent)
-        found, _ = caught(lambda name=parent: Run.open(run.storage, name))  # type: ignore[misc]
+        found = Run.find(trained.run.storage, parent)
         if found is None:
             yield f"run `{parent}` is no longer there"
             return

@@ -1,5 +1,5 @@
-"""The way that every export goes: refuse what cannot be, write in a staging folder, check, describe,
-list, sign, and only then let the folder appear."""
+"""The way that every export goes: refuse what cannot be, write in a staging folder, check,
+describe, list, sign, and only then let the folder appear."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def export(
 
     Adapters become a part of the weights, which SpecError says of those that cannot; with
     `adapters_alone` they are written without their base, as peft reads them. `form`, `values`,
-    `license`, `key_file`: see `Options`. `say` is told what was checked, and of what others' loading
-    of the folder would do otherwise than training did. Raises StoreError if the folder is there and
-    not empty, and UserError for what cannot be exported; nothing is left of it then.
+    `license`, `key_file`: see `Options`. `say` is told what was checked, and of what others'
+    loading of the folder would do otherwise than training did. Raises StoreError if the folder is
+    there and not empty, and UserError for what cannot be exported; nothing is left of it then.
     """
     options = Options(form, adapters_alone, values, license, key_file)
     check_options(options)
