@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -170,7 +172,24 @@ def verify_command(arguments: argparse.Namespace) -> int:
     from dray.runs import Run, find_checkpoint, verify_checkpoint
     from dray.show.report import format_verification
 
-    run = Run.open(*locate(arguments))
+    if _names_export(arguments):
+        return _verify_export(arguments)
+    if arguments.key:
+        raise StoreError(
+            f"--key {arguments.key}",
+            f"{arguments.run} is no exported folder",
+            "exports are signed, runs are not",
+            "leave --key out, or name the folder by its path",
+        )
+    storage, name = locate(arguments)
+    if os.path.isdir(arguments.run) and Run.find(storage, name) is None:
+        raise StoreError(
+            arguments.run,
+            "is neither a run nor an exported folder",
+            "a run has a run.json, an exported folder a dray-manifest.json",
+            "`dray runs` lists the runs of a storage",
+        )
+    run = Run.open(storage, name)
     if arguments.ledger:
         return _verify_ledger(run, arguments)
     report = verify_checkpoint(run, find_checkpoint(run, arguments.step))
@@ -178,6 +197,40 @@ def verify_command(arguments: argparse.Namespace) -> int:
         arguments.out.say_json(report.to_json())
     else:
         arguments.out.say(format_verification(report))
+    return 0 if report.ok else 3
+
+
+def _names_export(arguments: argparse.Namespace) -> bool:
+    """Whether what is to be verified is an exported folder: a run's name in the storage comes
+    first, where no path is written."""
+    from dray.release.export.manifest import is_export
+    from dray.runs import Run
+    from dray.spec import RUN_NAME
+
+    given = arguments.run
+    if not is_export(given):
+        return False
+    by_path = "/" in given or not re.fullmatch(RUN_NAME, given)
+    return bool(by_path or arguments.key) or Run.find(arguments.storage, given) is None
+
+
+def _verify_export(arguments: argparse.Namespace) -> int:
+    from dray.release.export.manifest import format_report, verify_folder
+    from dray.release.export.signing import load_public_key
+
+    if arguments.ledger or arguments.step is not None:
+        raise StoreError(
+            "--ledger" if arguments.ledger else "--step",
+            f"{arguments.run} is an exported folder",
+            "it is of one step, and has no ledger",
+            "verify the run that its README.md names",
+        )
+    key = load_public_key(arguments.key) if arguments.key else None
+    report = verify_folder(arguments.run, key)
+    if arguments.json:
+        arguments.out.say_json(report.to_json())
+    else:
+        arguments.out.say(format_report(report))
     return 0 if report.ok else 3
 
 

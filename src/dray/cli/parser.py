@@ -147,13 +147,18 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "verify",
         verify_command,
-        "check a checkpoint, byte for byte, or the ledger of rows used",
+        "check a checkpoint or an exported folder, byte for byte, or the ledger of rows used",
     )
     verify.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     verify.add_argument(
         "--ledger",
         action="store_true",
         help="prove instead that up to that step each row of each epoch was used exactly once",
+    )
+    verify.add_argument(
+        "--key",
+        metavar="PUBLIC.pem",
+        help="of an exported folder: it must be signed by this public key's owner",
     )
     _add_json(verify)
     return parser
@@ -305,12 +310,37 @@ def _add_uses(commands: Any) -> None:
     _add_adapters(generate)
     _add_json(generate)
 
-    export = _add_run(commands, "export", export_command, "a Hugging Face folder from a checkpoint")
+    export = _add_run(
+        commands, "export", export_command, "a checkpoint's model as a folder for others"
+    )
     export.add_argument("folder", help="the folder to write; must not exist or be empty")
     export.add_argument(
         "--adapters",
         action="store_true",
         help="the adapters alone, for PeftModel.from_pretrained (default: merged into the weights)",
+    )
+    export.add_argument(
+        "--format",
+        choices=("folder", "onnx", "gguf"),
+        default="folder",
+        help="a Hugging Face folder (the default), an ONNX graph, or a GGUF file for llama.cpp",
+    )
+    export.add_argument(
+        "--values",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        default="f16",
+        help="how a GGUF file holds the numbers of matrices (default: f16)",
+    )
+    export.add_argument(
+        "--license",
+        default="unknown",
+        metavar="NAME",
+        help="what the card says, as the hub knows it: apache-2.0, mit, … (default: unknown)",
+    )
+    export.add_argument(
+        "--sign",
+        metavar="KEYFILE",
+        help="sign the list of files with this private key: Ed25519, as PEM",
     )
     _add_checkpoint(export)
     _add_adapters(export)

@@ -138,8 +138,20 @@ def export_command(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         chosen=_chosen(arguments),
         adapters_alone=arguments.adapters,
+        form=arguments.format,
+        values=arguments.values,
+        license=arguments.license,
+        key_file=arguments.sign,
         say=Display().say,
     )
     reader = "PeftModel" if arguments.adapters else "AutoModel"
-    arguments.out.say(f"{arguments.folder}: step {step} of {name}, for {reader}.from_pretrained")
+    readers = {
+        "folder": f"{reader}.from_pretrained",
+        "onnx": "onnxruntime",
+        "gguf": "llama.cpp and AutoModelForCausalLM.from_pretrained(…, gguf_file=…)",
+    }
+    arguments.out.say(
+        f"{arguments.folder}: step {step} of {name}, for {readers[arguments.format]}; README.md "
+        "says how to load it"
+    )
     return 0

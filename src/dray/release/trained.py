@@ -33,7 +33,7 @@ from dray.models.config import longest_row
 from dray.models.freezing import freeze, is_base
 from dray.origin import make_origin, open_weights
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
-from dray.spec import Spec
+from dray.spec import Adapters, Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
 from dray.tasks import Task
 
@@ -139,6 +139,21 @@ class Trained:
             if trained.spec.adapters.merges and len(runs) > 1:  # type: ignore[union-attr]
                 merge(model)
         return model
+
+    @cached_property
+    def adapters(self) -> Adapters | None:
+        """Those that its model has beside its weights; None for a model that has none, or into
+        which all are merged. Known before the model is read. Raises as `model` does for adapters
+        that do not go together."""
+        own = self.spec.adapters
+        if self.chosen == Chosen():
+            return own
+        _check_chosen(self)
+        others = [open_trained(self.run.storage, name).spec.adapters for name in self.chosen.others]
+        kinds = [kind for kind in (own if self.chosen.own else None, *others) if kind is not None]
+        if len(kinds) == 1:
+            return kinds[0]
+        return next((kind for kind in kinds if not kind.merges), None)
 
     @property
     def tokenizer_folder(self) -> str:

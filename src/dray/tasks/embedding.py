@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor, nn
 
+    from dray.tasks.parts.graphs import Graph
     from dray.tasks.rows import Encoded, Tools
 
 
@@ -99,6 +100,14 @@ class Embedding(Task):
 
         settings = self.settings
         return PairVectors(model, temperature=settings.temperature, pooling=settings.pooling)
+
+    def graph(self, model: Any) -> Graph:
+        """The vector of a text."""
+        from dray.tasks.parts.graphs import logits_graph, make_graph
+
+        vectors = self.objective(model)
+        tokens = logits_graph(self, model)
+        return make_graph(vectors, vectors.vectors, "embeddings", tokens.draw)  # type: ignore[arg-type]
 
     def pooled_losses(self, pooled: Tensor, label_smoothing: float = 0.0) -> Tensor:
         from dray.tasks.parts.similarity import contrastive_losses

@@ -16,8 +16,10 @@ from dray.tasks.task import Batch, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
+    from dray.tasks.parts.graphs import Graph
     from dray.tasks.rows import Encoded, Tools
 
 
@@ -117,6 +119,21 @@ class Rating(Task):
         from dray.tasks.parts.towers import TowersLoss
 
         return TowersLoss(model, self.settings.low, self.settings.high)
+
+    def graph(self, model: Any) -> Graph:
+        """The rating of a user and an item, by their ids."""
+        from dray.tasks.parts.graphs import draw_ids, make_graph
+
+        towers = self.objective(model)
+
+        def draw(rows: int, tokens: int, generator: torch.Generator) -> Batch:
+            return {"input_ids": draw_ids((rows, 2), self.vocab_size, 0, generator)}
+
+        def rate(input_ids: Tensor) -> Tensor:
+            found: Tensor = towers.rate(input_ids)  # type: ignore[operator]
+            return found
+
+        return make_graph(towers, rate, "ratings", draw)
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         return [{"prediction": number} for number in output["numbers"].tolist()]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import nn
 
+    from dray.tasks.parts.graphs import Graph
     from dray.tasks.rows import Encoded, Tools
 
 
@@ -242,6 +243,11 @@ class SpeechRecognition(Task):
         from dray.tasks.parts.alignments import AlignmentLoss
 
         return AlignmentLoss(model, [self._input])
+
+    def graph(self, model: Any) -> Graph:
+        from dray.tasks.parts.graphs import logits_graph
+
+        return logits_graph(self, model, masked=True)
 
     def thorough(self) -> SpeechRecognition:
         exact = copy.copy(self)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor, nn
 
+    from dray.tasks.parts.graphs import Graph
     from dray.tasks.rows import Encoded, Tools
 
 Batch = dict[str, "Tensor"]
@@ -290,6 +291,13 @@ class Task:
         smoothed in training alone.
         """
         raise NotImplementedError
+
+    def graph(self, model: Any) -> Graph:
+        """A trained model as a function of tensors, which an export for other runtimes computes:
+        by default what a row is to the model goes in, and its logits come out."""
+        from dray.tasks.parts.graphs import logits_graph
+
+        return logits_graph(self, model)
 
     def explored(self, batch: Batch, output: Output, means: Mapping[str, Tensor]) -> Batch:
         """What is learnt from in place of a batch, of a task that explores: given what the

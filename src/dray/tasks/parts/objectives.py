@@ -120,7 +120,7 @@ class LabelLoss(nn.Module):
     def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
-        self.takes_segments = _takes_segments(model)
+        self.takes_segments = takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
         logits = self.model(**model_inputs(batch, self.takes_segments)).logits
@@ -189,7 +189,7 @@ class ManyLabelsLoss(nn.Module):
     def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
-        self.takes_segments = _takes_segments(model)
+        self.takes_segments = takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
         logits = self.model(**model_inputs(batch, self.takes_segments)).logits.float()
@@ -212,7 +212,7 @@ class NumberLoss(nn.Module):
     def __init__(self, model: Any, loss: NumberCost) -> None:
         super().__init__()
         self.model, self.loss = model, loss
-        self.takes_segments = _takes_segments(model)
+        self.takes_segments = takes_segments(model)
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
         found = self.model(**model_inputs(batch, self.takes_segments)).logits.float()[:, 0]
@@ -223,7 +223,7 @@ class NumberLoss(nn.Module):
         return terms, {} if torch.is_grad_enabled() else {"loss_sum": loss, "numbers": found}
 
 
-def _takes_segments(model: Any) -> bool:
+def takes_segments(model: Any) -> bool:
     """Whether a model tells the two texts of a row apart by their segments."""
     takes = "token_type_ids" in inspect.signature(model.forward).parameters
     return takes and getattr(model.config, "type_vocab_size", 1) > 1

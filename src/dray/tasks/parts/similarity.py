@@ -52,20 +52,24 @@ class PairVectors(nn.Module):
         self.model, self.temperature, self.pooling = model, temperature, pooling
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
-        ids, mask, real = batch["input_ids"], batch["attention_mask"], batch["real"]
-        states = self.model(input_ids=ids, attention_mask=mask)[0].float()
-        if self.pooling == "mean":
-            weights = mask[:, :, None].float()
-            vectors = (states * weights).sum(dim=1) / weights.sum(dim=1)
-        else:
-            vectors = states[:, 0]
+        real = batch["real"]
         # The first texts of all rows, then the second ones.
-        vectors = F.normalize(vectors, dim=-1)
+        vectors = self.vectors(batch["input_ids"], batch["attention_mask"])
         pooled = vectors.view(-1, len(real), vectors.shape[-1]).transpose(0, 1)
         if pooled.shape[1] == 1:
             return {}, {"pooled": pooled}
         loss = contrastive_losses(pooled[real], self.temperature).sum()
         return {"loss": (loss, real.sum())}, {"pooled": pooled}
+
+    def vectors(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The vector of each text, [texts, size], fp32 and of length 1."""
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask)[0].float()
+        if self.pooling == "mean":
+            weights = attention_mask[:, :, None].float()
+            found = (states * weights).sum(dim=1) / weights.sum(dim=1)
+        else:
+            found = states[:, 0]
+        return F.normalize(found, dim=-1)
 
 
 class RetrievalMetrics:

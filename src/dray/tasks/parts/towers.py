@@ -34,14 +34,15 @@ class TowersLoss(nn.Module):
         ids = batch["input_ids"]
         if self.training:
             ids = ids.masked_fill(batch["hidden"], UNKNOWN_WORD)
-        found = self._rate(ids)
+        found = self.rate(ids)
         real = batch["labels"].isfinite()
         errors = torch.where(real, found - batch["labels"].nan_to_num(), 0.0)
         loss = errors.square().sum()
         terms: Terms = {"loss": (loss, real.sum())}
         return terms, {} if torch.is_grad_enabled() else {"loss_sum": loss, "numbers": found}
 
-    def _rate(self, ids: Tensor) -> Tensor:
+    def rate(self, ids: Tensor) -> Tensor:
+        """The rating [rows] that each pair of a user and an item, [rows, 2], has."""
         single = ids.reshape(-1, 1)
         mask = torch.ones_like(single)
         sides = self.model(input_ids=single, attention_mask=mask).logits.float()

@@ -1,0 +1,155 @@
+"""The way that every export goes: refuse what cannot be, write in a staging folder, check,
+describe, list, sign, and only then let the folder appear."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dray.corpus.tokenizer_folder import dressed
+from dray.corpus.tokenizing import read_tokenizer_files
+from dray.errors import SpecError, StoreError
+from dray.models.adapters import merge
+from dray.models.build import num_parameters
+from dray.release.export import folder as folder_form
+from dray.release.export import gguf as gguf_form
+from dray.release.export import onnx as onnx_form
+from dray.release.export.card import CARD, Identity, make_card, told_of
+from dray.release.export.forms import Form, Options, check_options
+from dray.release.export.manifest import write_manifest
+from dray.release.export.signing import load_signer
+from dray.release.export.staging import check_free, check_room, staged
+from dray.release.trained import Chosen, Trained, Weights, open_trained
+from dray.runs import CheckpointReader
+from dray.runs.checkpoint_reader import hash_weights
+from dray.storage.filesystem import is_local
+
+__all__ = ["Options", "export", "write_export"]
+
+_FORMS: dict[str, Form] = {
+    "folder": folder_form.FORM,
+    "onnx": onnx_form.FORM,
+    "gguf": gguf_form.FORM,
+}
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}")
+
+
+def export(
+    storage: str,
+    name: str,
+    folder: str,
+    *,
+    step: str | int | None = None,
+    weights: Weights = "trained",
+    chosen: Chosen = Chosen(),  # noqa: B008 - frozen
+    adapters_alone: bool = False,
+    form: str = "folder",
+    values: str = "f16",
+    license: str = "unknown",
+    key_file: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> int:
+    """Write a run's model as a folder, and return the step it holds.
+
+    Adapters become a part of the weights, which SpecError says of those that cannot; with
+    `adapters_alone` they are written without their base, as peft reads them. `form`, `values`,
+    `license`, `key_file`: see `Options`. `say` is told what was checked, and of what others'
+    loading of the folder would do otherwise than training did. Raises StoreError if the folder is
+    there and not empty, and UserError for what cannot be exported; nothing is left of it then.
+    """
+    options = Options(form, adapters_alone, values, license, key_file)
+    check_options(options)
+    check_free(folder)
+    return write_export(
+        open_trained(storage, name, step, weights, chosen), folder, options, say=say
+    )
+
+
+def write_export(
+    trained: Trained,
+    folder: str,
+    options: Options = Options(),  # noqa: B008 - frozen
+    *,
+    say: Callable[[str], None] | None = None,
+) -> int:
+    """As `export`, of a model that was opened. Its adapters are merged in place."""
+    check_options(options)
+    form = _FORMS[options.form]
+    target = check_free(folder)
+    run = trained.run
+    if is_local(run.filesystem) and target.is_relative_to(Path(run.path).resolve()):
+        raise StoreError(
+            folder,
+            f"lies in the folder of run {run.name!r}",
+            "what a run keeps is its own",
+            "choose another folder",
+        )
+    if not _LICENSE.fullmatch(options.license):
+        raise SpecError(
+            "--license",
+            f"{options.license[:100]!r} is no name of a licence",
+            "the hub knows them by short names",
+            "e.g. apache-2.0, mit, cc-by-4.0, other",
+        )
+    signer = load_signer(options.key_file) if options.key_file else None
+    _check_adapters(trained, options)
+    form.check(trained, options)
+    with staged(folder, target) as staging:
+        model = trained.model
+        check_room(folder, target, int(4 * num_parameters(model) * form.copies))
+        if not options.adapters_alone and hasattr(model, "dray_adapted"):
+            merge(model)
+        identity = _identify(trained)
+        _write_tokenizer(trained, staging)
+        written = form.write(trained, staging, options)
+        trained.spec.task.save_processor(str(staging))
+        card = make_card(trained, identity, written, options)
+        (staging / CARD).write_text(card, encoding="utf-8")
+        shutil.rmtree(staging / ".cache", ignore_errors=True)
+        write_manifest(staging, told_of(identity, written, options), signer)
+    for check in written.checks if say else ():
+        if check.largest_difference is not None:
+            say(f"{folder}: {check.what}: {check.largest_difference:.3g} at most")  # type: ignore[misc]
+    for remark in written.remarks if say else ():
+        say(f"{folder}: {remark}")  # type: ignore[misc]
+    return trained.checkpoint.step
+
+
+def _check_adapters(trained: Trained, options: Options) -> None:
+    """Raise SpecError for adapters that can be no part of the weights, as the export wants them."""
+    adapters = trained.adapters
+    if adapters is None or options.adapters_alone or adapters.merges:
+        return
+    raise SpecError(
+        f"adapters.name = {adapters.name}",
+        "cannot be merged",
+        "they change what goes through a model, not its weights",
+        "write them alone: --adapters",
+    )
+
+
+def _identify(trained: Trained) -> Identity:
+    run, info = trained.run, trained.checkpoint
+    with run.hold(info), CheckpointReader(run, info) as reader:
+        chain = reader.metadata.get("rows_chain") or {}
+        digest = hash_weights(reader)
+    return Identity(
+        run.name,
+        info.step,
+        info.attempt,
+        run.fingerprint,
+        trained.weights,
+        digest,
+        str(chain.get("digest") or ""),
+    )
+
+
+def _write_tokenizer(trained: Trained, folder: Path) -> None:
+    """The run's tokeniser as an export wants it; nothing for tasks without one."""
+    if not trained.spec.task.tokenizes:
+        return
+    files = read_tokenizer_files(trained.tokenizer_folder)
+    for name, content in dressed(files, trained.dress).items():
+        (folder / name).write_bytes(content)

@@ -1,0 +1,96 @@
+"""What a form of an export is, and what it says of what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dray.errors import SpecError
+
+if TYPE_CHECKING:
+    from dray.release.trained import Trained
+
+NAMES = ("folder", "onnx", "gguf")
+VALUES = ("f32", "f16", "bf16", "q8_0")
+"""How a GGUF file may hold the numbers of matrices."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of an export is chosen."""
+
+    form: str = "folder"
+    """One of NAMES."""
+    adapters_alone: bool = False
+    """Adapters without their base, instead of merged into it."""
+    values: str = "f16"
+    """One of VALUES, of a GGUF file."""
+    license: str = "unknown"
+    """What the card says."""
+    key_file: str | None = None
+    """Of the private key that signs the manifest."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was compared before the folder appeared."""
+
+    what: str
+    largest_difference: float | None = None
+    """Of any logit, where logits were compared."""
+    allowed: float | None = None
+    """The largest that would not have ended the export."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        told = {
+            "what": self.what,
+            "largest_difference": self.largest_difference,
+            "allowed": self.allowed,
+        }
+        return {name: value for name, value in told.items() if value is not None} | dict(
+            self.details
+        )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a form has written."""
+
+    checks: tuple[Check, ...]
+    library: str
+    """What reads it, as the hub calls it."""
+    code: str
+    """Lines of Python that load it and ask it something, run in its folder."""
+    remarks: tuple[str, ...] = ()
+    """What somebody should know who uses it."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of exports."""
+
+    check: Callable[[Trained, Options], None]
+    """Raises UserError for a run that it cannot hold, before its model is read."""
+    write: Callable[[Trained, Path, Options], Written]
+    """Writes into an empty folder, which holds the tokeniser already, and checks what it wrote.
+    Raises UserError."""
+    copies: float
+    """What it takes on the disk while it is written, as copies of the model in fp32."""
+
+
+def check_options(options: Options) -> None:
+    """Raise SpecError for choices that do not go together."""
+    if options.form not in NAMES:
+        raise SpecError("--format", f"{options.form} is none", f"it is {', '.join(NAMES)}")
+    if options.values not in VALUES:
+        raise SpecError("--values", f"{options.values} is none", f"it is {', '.join(VALUES)}")
+    if options.adapters_alone and options.form != "folder":
+        raise SpecError(
+            "--adapters",
+            f"does not go with --format {options.form}",
+            "adapters alone are a folder that peft reads",
+            "leave one of the two out",
+        )
