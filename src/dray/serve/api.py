@@ -22,13 +22,28 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import dray
 from dray.processes.streams import make_json
-from dray.serve import schemas
 from dray.serve.answers import Writes, chat_answer, completion_answer
 from dray.serve.keys import OneKey
 from dray.serve.limits import Bodies, Body, Limits, check_declared, read_json
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Router
-from dray.serve.schemas import Card
+from dray.serve.schemas import (
+    Card,
+    Cards,
+    Chat,
+    ChatRequest,
+    ClassifyRequest,
+    Completion,
+    CompletionRequest,
+    EmbeddingRequest,
+    Embeddings,
+    ErrorAnswer,
+    ExtractRequest,
+    Predictions,
+    PredictRequest,
+    Sampled,
+    Status,
+)
 
 OPEN_PATHS = ("/health", "/ready")
 """Which ask for no key and tell nothing of what is served."""
@@ -43,7 +58,7 @@ def make_api(router: Router, keys: OneKey, limits: Limits) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        responses={"default": {"model": schemas.ErrorAnswer, "description": "Refused"}},
+        responses={"default": {"model": ErrorAnswer, "description": "Refused"}},
     )
     bodies = Bodies(limits)
     _add_errors(api)
@@ -68,10 +83,10 @@ class _Guard:
         path = scope["path"]
         try:
             if path not in OPEN_PATHS:
-                scope["dray.caller"] = self._keys.admit(request.headers, path)
+                scope["dray_caller"] = self._keys.admit(request.headers, path)
             check_declared(request.headers.get("content-length"), self._limits)
             with self._bodies.counted() as body:
-                scope["dray.body"] = body
+                scope["dray_body"] = body
                 await self._api(scope, receive, send)
         except Refusal as refusal:
             await _refused(refusal)(scope, receive, send)
@@ -110,7 +125,7 @@ async def _read(request: Request, kind: type[Read], limits: Limits) -> Read:
     if given.lower() != "application/json":
         what = f"a body is application/json, not {given[:80]!r}"
         raise Refusal(415, what, code="wrong_content_type")
-    body: Body = request.scope["dray.body"]
+    body: Body = request.scope["dray_body"]
     tree = read_json(await body.read(request.stream()), limits)
     try:
         found: Read = kind.model_validate(tree)
@@ -140,12 +155,12 @@ def _with_body(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 BODIES: tuple[type[BaseModel], ...] = (
-    schemas.CompletionRequest,
-    schemas.ChatRequest,
-    schemas.EmbeddingRequest,
-    schemas.ClassifyRequest,
-    schemas.ExtractRequest,
-    schemas.PredictRequest,
+    CompletionRequest,
+    ChatRequest,
+    EmbeddingRequest,
+    ClassifyRequest,
+    ExtractRequest,
+    PredictRequest,
 )
 
 
@@ -172,25 +187,25 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
 
 def _add_told(api: FastAPI, router: Router) -> None:
     @api.get("/health", tags=["service"])
-    async def health() -> schemas.Status:
+    async def health() -> Status:
         """Whether the service lives; asks for no key."""
-        return schemas.Status(status="live")
+        return Status(status="live")
 
     @api.get("/ready", tags=["service"])
-    async def ready() -> schemas.Status:
+    async def ready() -> Status:
         """Whether every model has a replica that answers; 503 until then. Asks for no key."""
         if not await router.is_ready():
             raise Refusal(503, "not every model has a replica yet", code="starting", retry_after=2)
-        return schemas.Status(status="ready")
+        return Status(status="ready")
 
     @api.get("/openapi.json", include_in_schema=False)
     async def document() -> Response:
         return JSONResponse(api.openapi())
 
     @api.get("/v1/models", tags=["models"])
-    async def models() -> schemas.Cards:
+    async def models() -> Cards:
         """All models, with what each answers to."""
-        return schemas.Cards(data=await router.cards())
+        return Cards(data=await router.cards())
 
     @api.get("/v1/models/{model}", tags=["models"])
     async def model(model: str) -> Card:
@@ -203,7 +218,7 @@ def _add_told(api: FastAPI, router: Router) -> None:
 
 
 def _add_writing(api: FastAPI, router: Router) -> None:
-    async def answer(request: Request, kind: type[schemas.Sampled], make: Writes) -> Response:
+    async def answer(request: Request, kind: type[Sampled], make: Writes) -> Response:
         asked = await _read(request, kind, router.limits)
         body = asked.model_dump(exclude_none=True)
         writes = make(asked)
@@ -222,24 +237,24 @@ def _add_writing(api: FastAPI, router: Router) -> None:
     @api.post(
         "/v1/completions",
         tags=["text"],
-        response_model=schemas.Completion,
+        response_model=Completion,
         responses={200: {"content": streamed, "description": "Whole, or piece by piece"}},
-        openapi_extra=_with_body(schemas.CompletionRequest),
+        openapi_extra=_with_body(CompletionRequest),
     )
     async def completions(request: Request) -> Response:
         """Texts that go on with prompts."""
-        return await answer(request, schemas.CompletionRequest, completion_answer)
+        return await answer(request, CompletionRequest, completion_answer)
 
     @api.post(
         "/v1/chat/completions",
         tags=["text"],
-        response_model=schemas.Chat,
+        response_model=Chat,
         responses={200: {"content": streamed, "description": "Whole, or piece by piece"}},
-        openapi_extra=_with_body(schemas.ChatRequest),
+        openapi_extra=_with_body(ChatRequest),
     )
     async def chat(request: Request) -> Response:
         """Answers in a conversation."""
-        return await answer(request, schemas.ChatRequest, chat_answer)
+        return await answer(request, ChatRequest, chat_answer)
 
 
 class _timed:
@@ -290,12 +305,12 @@ def _add_predicting(api: FastAPI, router: Router, limits: Limits) -> None:
     @api.post(
         "/v1/embeddings",
         tags=["predictions"],
-        response_model=schemas.Embeddings,
-        openapi_extra=_with_body(schemas.EmbeddingRequest),
+        response_model=Embeddings,
+        openapi_extra=_with_body(EmbeddingRequest),
     )
     async def embeddings(request: Request) -> Response:
         """A vector of each text."""
-        asked = await _read(request, schemas.EmbeddingRequest, limits)
+        asked = await _read(request, EmbeddingRequest, limits)
         found = await predictions(asked.model, "embeddings", asked.input)
         if bad := next((item for item in found if "error" in item), None):
             raise Refusal(400, f"input: {bad['error']}", param="input")
@@ -314,23 +329,23 @@ def _add_predicting(api: FastAPI, router: Router, limits: Limits) -> None:
     @api.post(
         "/classify",
         tags=["predictions"],
-        response_model=schemas.Predictions,
-        openapi_extra=_with_body(schemas.ClassifyRequest),
+        response_model=Predictions,
+        openapi_extra=_with_body(ClassifyRequest),
     )
     async def classify(request: Request) -> Response:
         """The class of each text, with the scores of all."""
-        asked = await _read(request, schemas.ClassifyRequest, limits)
+        asked = await _read(request, ClassifyRequest, limits)
         return _told(asked.model, await predictions(asked.model, "classify", asked.input))
 
     @api.post(
         "/extract",
         tags=["predictions"],
-        response_model=schemas.Predictions,
-        openapi_extra=_with_body(schemas.ExtractRequest),
+        response_model=Predictions,
+        openapi_extra=_with_body(ExtractRequest),
     )
     async def extract(request: Request) -> Response:
         """A tag of each word of each text."""
-        asked = await _read(request, schemas.ExtractRequest, limits)
+        asked = await _read(request, ExtractRequest, limits)
         given = _split(asked.input)
         found = await predictions(asked.model, "extract", given)
         for item, words in zip(found, given, strict=True):
@@ -341,12 +356,12 @@ def _add_predicting(api: FastAPI, router: Router, limits: Limits) -> None:
     @api.post(
         "/predict",
         tags=["predictions"],
-        response_model=schemas.Predictions,
-        openapi_extra=_with_body(schemas.PredictRequest),
+        response_model=Predictions,
+        openapi_extra=_with_body(PredictRequest),
     )
     async def predict(request: Request) -> Response:
         """What a model tells of each record; `error` in the place of one that is none."""
-        asked = await _read(request, schemas.PredictRequest, limits)
+        asked = await _read(request, PredictRequest, limits)
         model = asked.model or await router.find_one("predict")
         return _told(model, await predictions(model, "predict", asked.records))
 
