@@ -79,8 +79,13 @@ class Writing:
 
     @property
     def num_tokens(self) -> int:
-        """In its slot."""
+        """In its slot, before the token that was drawn last."""
         return self.num_prefilled + max(0, self.num_written - 1)
+
+    @property
+    def num_kept(self) -> int:
+        """What of its slot counts: in a step, too, whose token it has not taken yet."""
+        return self.num_tokens + 1
 
     @property
     def most_tokens(self) -> int:
@@ -286,7 +291,7 @@ class Engine:
         place = self._begun.index(writing)
         if place:
             first = self._begun[0]
-            width = max(writing.num_tokens, first.num_tokens)
+            width = max(writing.num_kept, first.num_kept)
             self.steps.swap(len(self._ready), len(self._ready) + place, width)
             self._begun[0], self._begun[place] = writing, first
         self._ready.append(self._begun.pop(0))
@@ -295,17 +300,17 @@ class Engine:
         """Free its slot: the last of its kind takes it, and the last of the others that one's."""
         if writing in self._ready:
             place, last = self._ready.index(writing), len(self._ready) - 1
-            self.steps.swap(place, last, self._ready[last].num_tokens)
+            self.steps.swap(place, last, self._ready[last].num_kept)
             self._ready[place] = self._ready[last]
             self._ready.pop()
             if self._begun:
                 end = last + len(self._begun)
-                self.steps.swap(last, end, self._begun[-1].num_tokens)
+                self.steps.swap(last, end, self._begun[-1].num_kept)
                 self._begun.insert(0, self._begun.pop())
         else:
             place, last = self._begun.index(writing), len(self._begun) - 1
             first = len(self._ready)
-            self.steps.swap(first + place, first + last, self._begun[last].num_tokens)
+            self.steps.swap(first + place, first + last, self._begun[last].num_kept)
             self._begun[place] = self._begun[last]
             self._begun.pop()
 
