@@ -25,6 +25,7 @@ from dray.cli.looking import (
     show_command,
     verify_command,
 )
+from dray.cli.serving import serve_command
 from dray.cli.submitting import (
     OPTIONS,
     add_options,
@@ -127,6 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(ladder)
 
     _add_uses(commands)
+
+    _add_serve(commands)
 
     _add_jobs(commands)
 
@@ -344,6 +347,35 @@ def _add_uses(commands: Any) -> None:
     )
     _add_checkpoint(export)
     _add_adapters(export)
+
+
+def _add_serve(commands: Any) -> None:
+    """Models behind HTTP."""
+    serve = _add(commands, "serve", serve_command, "models behind HTTP, until it is stopped")
+    serve.add_argument(
+        "models",
+        nargs="*",
+        metavar="RUN|DIR",
+        help="runs of the storage, RUN@STEP or RUN@best of one, or folders that dray export wrote",
+    )
+    serve.add_argument(
+        "--name",
+        dest="named",
+        action="append",
+        metavar="MODEL=RUN",
+        help="a run or a folder, under a name of your own; may be given several times",
+    )
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="where it listens (default: 127.0.0.1); elsewhere it asks for a key",
+    )
+    serve.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    serve.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="of each model (default: 1)"
+    )
+    _add_storage(serve)
+    _add_cluster(serve)
 
 
 def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:

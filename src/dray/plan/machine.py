@@ -209,6 +209,11 @@ def _machine_memory_bytes() -> int:
     return total
 
 
+def free_memory_bytes() -> int:
+    """Bytes of this machine's memory, or of its cgroup's, that are not in use."""
+    return max(0, int((1 - used_memory_share()) * _machine_memory_bytes()))
+
+
 def free_disk_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes that are free on the disk of a path, or of the nearest folder above it that is
     there."""

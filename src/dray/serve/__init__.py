@@ -1,7 +1,14 @@
-"""A trained model behind HTTP, by Ray Serve.
+"""Trained models behind HTTP, on Ray Serve.
+
+`service.py` is the one place that speaks to Ray Serve: a gateway and replicas. The gateway's side:
+`api.py` the routes, `schemas.py` bodies, `answers.py` OpenAI's documents, `keys.py` who may ask,
+`limits.py` what a request may be, `routing.py` which replicas answer. A replica's side:
+`loading.py` a run or a folder as a model, `answering.py` what answers by it, `checking.py` a
+request within limits, `generation.py` the engine that writes, `slots.py` its forward passes,
+`sampling.py` the next token, `texts.py` text from tokens. Between them: `events.py`, `refusals.py`.
 
 `dray.serve:application` is what Ray's own configurations name: `import_path` of `serve deploy` and
-of KubeRay's RayService, with the fields of `Served` as its `args`.
+of KubeRay's RayService, with the fields of `Served`, or `models`, as its `args`.
 """
 
 from __future__ import annotations

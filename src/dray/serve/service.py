@@ -1,151 +1,285 @@
-"""The one place that speaks to Ray Serve: a deployment that holds one run's model.
+"""The one place that speaks to Ray Serve: a gateway that answers HTTP, and replicas that hold
+models.
 
-Requests that come together are predicted together. Whoever asks has the key of `DRAY_SERVE_KEY`, in
-the environment of the replicas; without one nothing is served but where `DRAY_OPEN_SERVICE` says
-that all may ask.
+Each model is a deployment of its own behind a handle. Those that `dray serve` starts are
+applications of their own, which the gateway knows by its configuration (`Gateway.reconfigure`), so
+that models come and go while it answers; a manifest of KubeRay's has all in one application.
 """
 
-# No annotations as strings here: FastAPI could not resolve those of a route that Ray Serve copied.
+# No annotations as strings here: Ray Serve takes copies of classes.
 import asyncio
-import hmac
-import json
-import os
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import ray
+from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from starlette.types import ASGIApp
 
-from dray.errors import SpecError
-from dray.release.predict import Predictor
-from dray.release.trained import Weights, open_trained
-from dray.spec.sections import RunName
+from dray.errors import RunFailed, SpecError
+from dray.plan.machine import free_memory_bytes
+from dray.serve.api import make_api
+from dray.serve.events import Event, joined
+from dray.serve.keys import OneKey, read_key
+from dray.serve.limits import Limits
+from dray.serve.routing import Full, Lost, Router
+from dray.serve.schemas import Card
+from dray.serve.served import Served
 
-KEY, OPEN = "DRAY_SERVE_KEY", "DRAY_OPEN_SERVICE"
-MAX_BODY_BYTES, MAX_RECORDS = 1000**2, 1_000
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
-
-api = FastAPI(title="dray", docs_url=None, redoc_url=None, openapi_url=None)
-
-
-class Served(BaseModel):
-    """What is served."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    storage: Annotated[str, Field(min_length=1)]
-    run: RunName
-    step: Annotated[int, Field(ge=0, strict=True)] | Literal["best"] | None = None
-    """A number, `best`, or nothing for the newest."""
-    weights: Weights = "trained"
+MAX_ONGOING = 200
+"""Requests that a replica works on; how many of them write is its engine's to say."""
+GATEWAY = "gateway"
+"""The application of the gateway, where it is one of its own."""
 
 
-def read_key() -> bytes:
-    """What requests must have; nothing where all may ask. Raises SpecError if neither is said."""
-    key = os.environ.get(KEY, "").strip()
-    if not key and os.environ.get(OPEN) != "1":
-        raise SpecError(
-            KEY,
-            "is not set",
-            "a service asks for a key",
-            f"set it in the environment of the cluster's nodes, or {OPEN}=1 to let all ask",
-        )
-    return key.encode()
+class Model:
+    """A replica: one model, in a process of its own. Raises UserError as it starts for what cannot
+    be served."""
 
+    def __init__(self, served: Served, limits: Limits) -> None:
+        import torch
 
-async def _read_body(request: Request) -> bytes:
-    """Raises HTTPException 413 as soon as it is too long, so that no more of it is kept."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"a request has at most {MAX_BODY_BYTES:,} bytes")
-    return bytes(body)
+        from dray.serve.answering import Answerer
+        from dray.serve.loading import load_served
 
+        cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
+        if cpus:
+            torch.set_num_threads(cpus)
+        loaded = load_served(served)
+        self._answerer = Answerer(loaded, limits, free_bytes=free_memory_bytes())
 
-def _read_records(body: bytes) -> list[Mapping[str, Any]]:
-    """Raises HTTPException 422 for what is no list of records."""
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(422, "the body is no JSON") from error
-    records = given.get("records") if isinstance(given, dict) else None
-    if not isinstance(records, list) or not all(isinstance(item, dict) for item in records):
-        raise HTTPException(422, 'the body is {"records": [{…}, …]}')
-    if not 0 < len(records) <= MAX_RECORDS:
-        raise HTTPException(422, f"a request has 1 to {MAX_RECORDS:,} records")
-    return records
+    async def card(self) -> dict[str, Any]:
+        """What it is."""
+        return self._answerer.card()
 
+    async def write(self, kind: str, body: dict[str, Any]) -> Event:
+        """A whole answer."""
+        return joined([event async for event in self._answerer.write(kind, body)])
 
-# What a route calls stands above: Ray Serve takes a copy of the routes where the class is made.
-@serve.ingress(api)
-class Service:
-    """A replica. Raises UserError as it starts for a run without predictions, and without a key."""
-
-    def __init__(self, served: Served) -> None:
-        self._key = read_key()
-        trained = open_trained(served.storage, served.run, served.step, served.weights)
-        self._predictor = Predictor(trained)
-        self._told = {
-            "run": served.run,
-            "step": trained.checkpoint.step,
-            "task": trained.spec.task.name,
-            "fields": list(self._predictor.fields),
-        }
-
-    @api.get("/health")
-    async def health(self) -> dict[str, str]:
-        """Answers once the model is loaded; asks for no key."""
-        return {"status": "ready"}
-
-    @api.get("/model")
-    async def model(self, request: Request) -> dict[str, Any]:
-        """What is served."""
-        self._admit(request)
-        return self._told
-
-    @api.post("/predict")
-    async def predict(self, request: Request) -> dict[str, Any]:
-        """`{"records": [{field: value}, …]}` → `{"predictions": […]}`, one for each in its order:
-        `prediction` with what goes with it, or `error`."""
-        self._admit(request)
-        return {"predictions": await self._batched(_read_records(await _read_body(request)))}
-
-    def _admit(self, request: Request) -> None:
-        """Raise HTTPException 401 for whoever does not have the key."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_it = hmac.compare_digest(given.strip().encode(), self._key)
-        if self._key and not (scheme.lower() == "bearer" and is_it):
-            raise HTTPException(401, "this service asks for its key: Authorization: Bearer KEY")
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
+        """An answer piece by piece."""
+        async for event in self._answerer.write(kind, body):
+            yield event
 
     @serve.batch(  # type: ignore[untyped-decorator]
         max_batch_size=MAX_BATCH, batch_wait_timeout_s=WAIT_SECONDS
     )
-    async def _batched(
+    async def predict(
         self, requests: Sequence[Sequence[Mapping[str, Any]]]
     ) -> list[list[dict[str, Any]]]:
+        """A prediction of each record of each request."""
         records = [record for request in requests for record in request]
         # One batch at a time: Serve waits for this one before it calls again.
-        found = iter(await asyncio.to_thread(self._predictor.predict, records))
+        found = iter(await asyncio.to_thread(self._answerer.predict, records))
         return [[next(found) for _ in request] for request in requests]
+
+    def check_health(self) -> None:
+        """Raises where it can answer no more: Serve puts another replica in its place."""
+        self._answerer.check()
+
+
+class _Handle:
+    """A target of the router's: the replicas behind a handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def card(self) -> Card:
+        return Card.model_validate(await self._call("card"))
+
+    async def write(self, kind: str, body: dict[str, Any]) -> Event:
+        found: Event = await self._call("write", kind, body)
+        return found
+
+    async def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await self._call("predict", records)
+        return found
+
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
+        with _told():
+            events = self._handle.options(stream=True).stream.remote(kind, body)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                events.cancel()
+
+    async def _call(self, name: str, *inputs: Any) -> Any:
+        with _told():
+            response = getattr(self._handle, name).remote(*inputs)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Ray's errors as the router knows them: what a replica itself raises passes."""
+    try:
+        yield
+    except BackPressureError as error:
+        raise Full from error
+    except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        raise Lost from error
+    except RayTaskError:
+        raise
+    except TaskCancelledError as error:
+        raise Lost from error
+    except RayError as error:  # of an actor, a worker, a node or an object that is gone
+        raise Lost from error
+
+
+@serve.ingress()
+class Gateway:
+    """Answers HTTP. Raises SpecError as it starts without a key."""
+
+    def __init__(self, handles: Mapping[str, Any], limits: Limits) -> None:
+        self._router = Router({name: _Handle(handle) for name, handle in handles.items()}, limits)
+        self._keys, self._limits = OneKey(read_key()), limits
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return make_api(self._router, self._keys, self._limits)
+
+    def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Which models there are, by name: `{"models": {name: application}}`. Requests that are
+        under way keep the replicas that they have."""
+        handles = {
+            name: serve.get_app_handle(application)
+            for name, application in (config.get("models") or {}).items()
+        }
+        self._router.set_targets({name: _Handle(handle) for name, handle in handles.items()})
+
+
+def model_deployment(served: Served, limits: Limits, name: str = "model", **options: Any) -> Any:
+    """A model's replicas, bound to what they hold. `options`: of Serve's deployment."""
+    deployment = serve.deployment(
+        Model,
+        name=name,
+        max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=limits.request_seconds + 10,
+        **options,
+    )
+    return deployment.bind(served, limits)
+
+
+def gateway_deployment(handles: Mapping[str, Any], limits: Limits, **options: Any) -> Any:
+    """The gateway before some models."""
+    deployment = serve.deployment(
+        Gateway,
+        name="gateway",
+        max_ongoing_requests=limits.requests,
+        graceful_shutdown_timeout_s=limits.request_seconds + 15,
+        ray_actor_options={"num_cpus": 0},
+        **options,
+    )
+    return deployment.bind(handles, limits)
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
-    """What Ray Serve builds from its configuration's `args`. Raises SpecError for what `Served`
-    does not have."""
+    """What Ray Serve builds from its configuration's `args`: the fields of `Served`, or `models`
+    with a list of such; and `limits`. Raises SpecError for what these do not have."""
     try:
-        served = Served.model_validate(arguments)
+        given = dict(arguments)
+        limits = Limits.model_validate(given.pop("limits", {}))
+        several = given.pop("models", None)
+        if several is None:
+            models = [Served.model_validate(given)]
+        else:
+            models = [Served.model_validate({**given, **model}) for model in several]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("args", *first["loc"][:1])))
-        known = f"args are {', '.join(Served.model_fields)}"
+        known = f"args are {', '.join(Served.model_fields)}, models, limits"
         raise SpecError(where, first["msg"], known) from error
-    deployment = serve.deployment(
-        Service,
-        name="model",
-        max_ongoing_requests=2 * MAX_BATCH,
-        max_queued_requests=8 * MAX_BATCH,
-    )
-    return deployment.bind(served)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SpecError("args", f"is no mapping ({error})", "args are fields of a model") from error
+    names = check_names(models)
+    if len(models) == 1:
+        handles = {names[0]: model_deployment(models[0], limits)}
+    else:
+        handles = {
+            name: model_deployment(model, limits, f"model-{name}")
+            for name, model in zip(names, models, strict=True)
+        }
+    return gateway_deployment(handles, limits)
+
+
+def check_names(models: Sequence[Served]) -> list[str]:
+    """Names of models. Raises SpecError where two have the same, or there is none."""
+    names = [model.called for model in models]
+    if not names:
+        raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        rule = "requests name a model by its name"
+        raise SpecError("dray serve", f"two models are called {twice[0]}", rule, "--name NAME=RUN")
+    return names
+
+
+# --- dray serve ----------------------------------------------------------------------------------
+
+
+def start(host: str, port: int, limits: Limits) -> None:
+    """Start Ray Serve on the connected Ray. Raises RunFailed where its port is taken."""
+    http = {
+        "host": host,
+        "port": port,
+        "request_timeout_s": limits.request_seconds + 30,
+        "keep_alive_timeout_s": 30,
+    }
+    serve.start(proxy_location="HeadOnly", http_options=http)
+
+
+def run_models(
+    models: Sequence[Served], limits: Limits, *, replicas: int, cpus: float, gpus: float = 0
+) -> dict[str, str]:
+    """Start each model as an application of its own; the application of each name, once all
+    answer."""
+    names = check_names(models)
+    targets = []
+    for name, model in zip(names, models, strict=True):
+        deployed = model_deployment(
+            model,
+            limits,
+            num_replicas=replicas,
+            ray_actor_options={"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})},
+        )
+        targets.append(serve.RunTarget(deployed, name=f"model-{name}", route_prefix=None))
+    _deployed(targets)
+    return {name: f"model-{name}" for name in names}
+
+
+def run_gateway(applications: Mapping[str, str], limits: Limits) -> None:
+    """Start the gateway before them, or tell the one that runs which models there are now."""
+    gateway = gateway_deployment({}, limits, user_config={"models": dict(applications)})
+    _deployed([serve.RunTarget(gateway, name=GATEWAY, route_prefix="/")])
+
+
+def _deployed(targets: Sequence[Any]) -> None:
+    try:
+        serve.run_many(targets)
+    except RuntimeError as error:
+        raise RunFailed("the service did not start", _why(str(error))) from error
+
+
+def _why(text: str) -> str:
+    """The end of what Serve tells, which has the replica's own error."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-8:])
+
+
+def stop() -> None:
+    """Let every request end, then all replicas."""
+    with suppress(RayError):
+        serve.shutdown()

@@ -51,6 +51,7 @@ class Embedding(Task):
         "mrr": "higher",
     }
     pools = predicts = True
+    serves = ("embeddings",)
     head = Head("AutoModel", over="hidden", each="row")
 
     @property

@@ -66,6 +66,7 @@ class ImageClassification(Task):
     tokenizes = False
     fixed_tokens = 1
     predicts = True
+    serves = ("classify",)
     fields: Mapping[str, Field] = {"image": Field("bytes"), "label": Field("label")}
     metrics: Mapping[str, Direction] = {
         "loss": "lower",

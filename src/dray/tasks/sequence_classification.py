@@ -80,6 +80,7 @@ class SequenceClassification(Task):
 
     name = "sequence_classification"
     predicts = True
+    serves = ("classify",)
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)

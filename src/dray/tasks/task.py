@@ -132,6 +132,10 @@ class Task:
     answers a prompt, which is whole or refused."""
     predicts = False
     """Whether its models tell something of each document."""
+    serves: Sequence[str] = ()
+    """By which routes of a service its predictions are asked for besides `/predict`: `classify`
+    where a prediction is a class, `extract` where it is something of each word, `embeddings` where
+    it is a vector."""
     converses = False
     """Whether its documents are conversations, of which the tokeniser's chat template makes
     texts."""

@@ -34,6 +34,7 @@ class TokenClassification(Task):
 
     name = "token_classification"
     predicts = True
+    serves = ("extract",)
     fields: Mapping[str, Field] = {
         "tokens": Field("words", column="tokens", place=0),
         "tags": Field("tags", column="tags", place=-1),

@@ -396,6 +396,16 @@ def encode_prompt(text: str, tools: Tools) -> list[int]:
         if isinstance(given, Mapping) or (
             isinstance(given, Sequence) and any(isinstance(item, Mapping) for item in given)
         ):
-            conversation = read_conversation(given).prompt
+            return encode_conversation(given, tools)
+    return _encode_asked(conversation, tools)
+
+
+def encode_conversation(given: Any, tools: Tools) -> list[int]:
+    """The ids by which an assistant is asked to go on with a conversation, in any of the known
+    forms. Raises NoConversation."""
+    return _encode_asked(read_conversation(given).prompt, tools)
+
+
+def _encode_asked(conversation: Conversation, tools: Tools) -> list[int]:
     check_words(conversation, tools.special)
     return _encode_whole(conversation, tools, answers=False).ids

@@ -1,0 +1,85 @@
+"""`dray serve` from its start to its end: in the foreground until it is told to stop, then every
+request ends before the models do.
+
+Without a key only loopback is served.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from dray.cluster.connection import connect
+from dray.cluster.nodes import answers
+from dray.errors import PlanError, SpecError
+from dray.processes.signals import Wishes, stops
+from dray.serve.keys import KEY, OPEN
+from dray.serve.limits import Limits
+from dray.serve.served import Served
+
+
+def serve_models(
+    models: Sequence[Served],
+    *,
+    host: str,
+    port: int,
+    replicas: int,
+    address: str | None,
+    verbose: bool,
+    limits: Limits,
+    say: Callable[[str], None],
+) -> None:
+    """Serve until a signal comes. Raises UserError for what cannot be served, and RunFailed where
+    the service does not start."""
+    check_open(host)
+    if not address and answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port):
+        raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
+    with stops(noted=True) as wishes:
+        cores = os.cpu_count() or 1
+        cpus = max(1, cores // (replicas * len(models)))
+        os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
+        needed = cpus * replicas * len(models)
+        with connect(address, num_cpus=needed, verbose=verbose) as connection:
+            from dray.serve import service
+
+            gpus = 1 if connection.shape.accelerator is not None else 0
+            service.start(host, port, limits)
+            try:
+                found = service.run_models(models, limits, replicas=replicas, cpus=cpus, gpus=gpus)
+                service.run_gateway(found, limits)
+                say(f"http://{host}:{port} answers for {', '.join(found)}; Ctrl-C ends it")
+                _wait(wishes)
+                say("stopping: requests that are under way end first")
+            finally:
+                service.stop()
+
+
+def check_open(host: str) -> None:
+    """Let all ask on loopback where no key is set. Raises SpecError without one elsewhere."""
+    if os.environ.get(KEY, "").strip() or os.environ.get(OPEN) == "1":
+        return
+    if _is_loopback(host):
+        os.environ[OPEN] = "1"
+        return
+    raise SpecError(
+        f"--host {host}",
+        "would let all who reach it ask",
+        "a service asks for a key everywhere but on loopback",
+        f"set {KEY}, or {OPEN}=1 if all may",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _wait(wishes: Wishes) -> None:
+    while not wishes:
+        time.sleep(0.2)

@@ -1,0 +1,175 @@
+"""What is served: a run of a storage at a step, or an exported folder, as a model that answers.
+
+A run answers to what its task says (`Task.serves`, whether it writes and predicts), never by its
+name; a folder that transformers loads as a causal language model writes. Nothing is unpickled:
+weights are verified safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dray.corpus.chunks import Tools
+from dray.corpus.tokenizing import Decoder, describe, read_tokenizer_files
+from dray.errors import SpecError, StoreError, translated
+from dray.models.config import longest_row
+from dray.release.predict import Predictor
+from dray.release.trained import Trained, open_trained
+from dray.serve.served import Served
+
+
+@dataclass
+class Loaded:
+    """A model in this process."""
+
+    served: Served
+    routes: tuple[str, ...]
+    """What it answers to: completions, chat, embeddings, classify, extract, predict."""
+    predictor: Predictor | None
+    writer: Writer | None
+    told: dict[str, Any] = field(default_factory=dict)
+    """What `/v1/models` says of it, besides."""
+
+
+class Writer:
+    """A causal language model with its tokeniser."""
+
+    def __init__(
+        self,
+        model: Any,
+        tools: Tools,
+        folder: str,
+        *,
+        ends: tuple[int, ...],
+        normal: Callable[[str], str] = str,
+    ) -> None:
+        self.model, self.tools, self.normal = model, tools, normal
+        self.decode = Decoder(folder)
+        self._ends = ends
+        self.longest = longest_row(model.config)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer: those that the model's own settings name, the tokeniser's end,
+        and what ends a turn by the chat template."""
+        own = [self.model.config, getattr(self.model, "generation_config", None)]
+        found = {*self._ends}
+        for settings in own:
+            ids = getattr(settings, "eos_token_id", None)
+            found |= {ids} if isinstance(ids, int) else {*(ids or ())}
+        return frozenset(found | self._turn_ends())
+
+    @property
+    def converses(self) -> bool:
+        return self.tools.chat_template is not None
+
+    def _turn_ends(self) -> set[int]:
+        from dray.tasks.parts.chat import Conversation, NoConversation, render
+
+        if not self.converses:
+            return set()
+        asked = {"role": "user", "content": "a"}
+        answered = {"role": "assistant", "content": "b"}
+        try:
+            before = render(Conversation((asked,)), self.tools, asks=True)
+            after = render(Conversation((asked, answered)), self.tools)
+        except NoConversation:
+            return set()
+        rest = after.removeprefix(before).lstrip().removeprefix("b").lstrip()
+        marks = [mark for mark in self.tools.special if mark and rest.startswith(mark)]
+        if not (after.startswith(before) and marks):
+            return set()
+        ((ids, _),) = self.tools.encode_words([max(marks, key=len)])
+        return {*ids} if len(ids) == 1 else set()
+
+
+def load_served(served: Served) -> Loaded:
+    """Read it. Raises UserError for what is not there, is damaged, or answers nothing."""
+    return _load_folder(served) if served.folder is not None else _load_run(served)
+
+
+def _load_run(served: Served) -> Loaded:
+    trained = open_trained(str(served.storage), str(served.run), served.step, served.weights)
+    task, config = trained.task, trained.model.config
+    writes = task.generates and not getattr(config, "is_encoder_decoder", False)
+    writer = _run_writer(trained) if writes else None
+    predictor = Predictor(trained) if task.predicts else None
+    if writer is None and predictor is None:
+        where = f"run {served.run!r}"
+        rule = "models that write or predict can be served"
+        raise SpecError(where, f"its task is {task.name}", rule, "`dray evaluate` measures it")
+    routes = (
+        *(["completions"] if writer else []),
+        *(["chat"] if writer and writer.converses else []),
+        *(task.serves if predictor else ()),
+        *(["predict"] if predictor else []),
+    )
+    told = {"run": served.run, "step": trained.checkpoint.step, "task": task.name}
+    return Loaded(served, routes, predictor, writer, told)
+
+
+def _run_writer(trained: Trained) -> Writer:
+    end = trained.manifest.eos_token_id
+    trained.move_to_device()
+    ends = () if end is None else (end,)
+    return Writer(
+        trained.model, trained.tools, trained.tokenizer_folder, ends=ends, normal=trained.normal
+    )
+
+
+def _load_folder(served: Served) -> Loaded:
+    """A folder of transformers' with a causal language model. Raises SpecError for another one,
+    StoreError for none."""
+    folder = Path(str(served.folder))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = [str(name) for name in config.get("architectures") or []]
+    except (OSError, ValueError, AttributeError) as error:
+        raise StoreError(
+            str(folder),
+            "holds no model",
+            "an exported folder has a config.json, safetensors and a tokeniser",
+            "`dray export` makes one",
+        ) from error
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise SpecError(
+            str(folder),
+            f"is a {', '.join(names) or 'model without a head'}",
+            "of a folder alone, models that write are served: it does not tell what was learnt",
+            "serve the run",
+        )
+    model = _load_causal(folder)
+    files = read_tokenizer_files(str(folder))
+    info = describe(files, [], needs_end=True)
+    tools = Tools(str(folder), info, longest_row(model.config) or 0)
+    ends = () if info.eos_token_id is None else (info.eos_token_id,)
+    writer = Writer(model, tools, str(folder), ends=ends)
+    routes = ("completions", *(["chat"] if writer.converses else []))
+    return Loaded(served, routes, None, writer, {"run": None, "step": None})
+
+
+def _load_causal(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def refused(error: Exception) -> StoreError:
+        return StoreError(str(folder), f"cannot be loaded ({str(error).splitlines()[0][:200]})")
+
+    with translated(refused):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype="auto" if torch.cuda.is_available() else torch.float32,
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

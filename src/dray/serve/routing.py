@@ -1,0 +1,182 @@
+"""From a request to the replicas that answer it: which model, which of its targets, and once more
+where a replica is lost.
+
+A request is asked again only while nothing of its answer has been given out: until then it has no
+effect that anybody saw. This file knows no Ray: `service.py` makes targets of its handles. It is
+the seam for versions: `Router.choose` may have several targets of a model to choose from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from dray.serve.events import Event
+from dray.serve.limits import Limits
+from dray.serve.refusals import Refusal, too_many
+from dray.serve.schemas import Card
+
+TRIES = 4
+"""Of a request, where replicas are lost under it."""
+PAUSE_SECONDS = 0.2
+"""Before the second try; twice as long before each further one."""
+
+
+class Lost(Exception):
+    """The replica that worked on a request is gone, or did not take it."""
+
+
+class Full(Exception):
+    """All replicas have as much as they take."""
+
+
+class Target(Protocol):
+    """Replicas that hold one version of a model."""
+
+    async def card(self) -> Card:
+        """Raises Lost where there is no replica."""
+
+    async def write(self, kind: str, body: dict[str, Any]) -> Event:
+        """The whole answer. Raises Lost and Full."""
+
+    def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
+        """The events of an answer. Raises Lost and Full."""
+
+    async def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Raises Lost and Full."""
+
+
+class Router:
+    """The models of a service by name."""
+
+    def __init__(self, targets: Mapping[str, Target], limits: Limits) -> None:
+        self.targets, self.limits = dict(targets), limits
+        self._cards: dict[str, Card] = {}
+
+    def set_targets(self, targets: Mapping[str, Target]) -> None:
+        """Other models from now on; requests that are under way keep what they have."""
+        self.targets, self._cards = dict(targets), {}
+
+    async def cards(self) -> list[Card]:
+        """What each model is; of those that have answered once, from memory."""
+        for name, target in self.targets.items():
+            if name not in self._cards:
+                self._cards[name] = (await target.card()).model_copy(update={"id": name})
+        return [self._cards[name] for name in self.targets]
+
+    async def is_ready(self) -> bool:
+        """Whether every model has a replica that answers."""
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.gather(*(target.card() for target in self.targets.values()))
+        except (Lost, Full, TimeoutError):
+            return False
+        return True
+
+    def choose(self, model: str) -> Target:
+        """The replicas of a request. Raises Refusal 404."""
+        if model not in self.targets:
+            known = ", ".join(sorted(self.targets)[:20])
+            raise Refusal(
+                404,
+                f"there is no model {model[:100]!r}; there are: {known}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.targets[model]
+
+    async def find_one(self, route: str) -> str:
+        """The model of a request that names none. Raises Refusal 400 where several could."""
+        some = [card.id for card in await self.cards() if route in card.routes]
+        if len(some) != 1:
+            names = ", ".join(some) or "none"
+            what = f"name the model: of those here {names} answer to {route}"
+            raise Refusal(400, what, param="model", code="model_not_found")
+        return some[0]
+
+    async def write(self, model: str, kind: str, body: dict[str, Any]) -> Event:
+        """A whole answer (`events.joined`). Raises Refusal."""
+        target = self.choose(model)
+        async for place in self._tries():
+            try:
+                found = await target.write(kind, body)
+            except Lost:
+                await self._pause(place)
+                continue
+            except Full:
+                raise _full() from None
+            if _is_lost(found) and place + 1 < TRIES:
+                await self._pause(place)
+                continue
+            return _answered(found)
+        raise _gone()
+
+    async def stream(self, model: str, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
+        """The events of an answer, from the first of its pieces. Raises Refusal; behind the first
+        piece nothing is tried again."""
+        target = self.choose(model)
+        async for place in self._tries():
+            given = False
+            try:
+                async with aclosing(target.stream(kind, body)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        if _is_lost(event) and not given and place + 1 < TRIES:
+                            raise Lost
+                        given = given or "pieces" in event
+                        yield _answered(event)
+                return
+            except Full:
+                raise _full() from None
+            except Lost:
+                if given:
+                    raise _gone() from None
+                await self._pause(place)
+        raise _gone()
+
+    async def predict(
+        self, model: str, route: str, records: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """A prediction of each record. Raises Refusal."""
+        target = self.choose(model)
+        card = next(card for card in await self.cards() if card.id == model)
+        if route not in card.routes:
+            what = f"{model} does not answer to {route}, but to {', '.join(card.routes)}"
+            raise Refusal(404, what, param="model", code="no_such_route")
+        async for place in self._tries():
+            try:
+                return await target.predict(records)
+            except Lost:
+                await self._pause(place)
+            except Full:
+                raise _full() from None
+        raise _gone()
+
+    @staticmethod
+    async def _tries() -> AsyncIterator[int]:
+        for place in range(TRIES):
+            yield place
+
+    @staticmethod
+    async def _pause(place: int) -> None:
+        await asyncio.sleep(PAUSE_SECONDS * 2**place)
+
+
+def _is_lost(event: Event) -> bool:
+    """Whether a replica says that it has ended, not that the request is wrong."""
+    return event.get("refusal", {}).get("code") in ("lost", "closed")
+
+
+def _answered(event: Event) -> Event:
+    if "refusal" in event:
+        raise Refusal.read(event["refusal"])
+    return event
+
+
+def _full() -> Refusal:
+    return too_many("all replicas have as much as they take; come again later", 1)
+
+
+def _gone() -> Refusal:
+    return Refusal(503, "no replica answers; come again later", code="lost", retry_after=5)

@@ -1,0 +1,238 @@
+"""The bodies of requests and answers: OpenAI's, as far as they are served here, and dray's own.
+
+A field of OpenAI's that would change the answer and is not served here is refused by name, not
+passed over; fields that change nothing (`user`, `metadata`, `store`) are taken. Numbers are
+bounded here once; what depends on the service's limits is checked in `checking.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Text = Annotated[str, Field(strict=True)]
+Model = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Metadata = dict[str, Any] | None
+
+
+class Request(BaseModel):
+    """What every request may have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Model
+    """As `/v1/models` names it."""
+    user: Text | None = None
+    metadata: Metadata = None
+    store: bool | None = None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    """Whether a last piece tells the tokens of all."""
+    include_obfuscation: bool | None = None
+
+
+class Sampled(Request):
+    """What completions and chats have in common."""
+
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    """0 takes the likeliest token each time; without one it is 1."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Text | list[Text] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[Text, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionRequest(Sampled):
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    """Texts, or ids of tokens."""
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    """How many of the likeliest tokens are told beside each."""
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+    name: Text | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+    refusal: Text | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas, which the chat template writes; what a model makes of them is its text."""
+    tool_choice: Literal["auto", "none"] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class EmbeddingRequest(Request):
+    input: Text | list[Text]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = None
+
+
+Input = Text | list[Text] | list[dict[str, Any]]
+
+
+class ClassifyRequest(Request):
+    input: Input
+    """A text, texts, or records with the model's fields."""
+
+
+class ExtractRequest(Request):
+    input: Text | list[Text] | list[list[Text]] | list[dict[str, Any]]
+    """A text, texts, lists of words, or records with the model's fields. A text is split into words
+    and signs."""
+
+
+class PredictRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: Model | None = None
+    """May be left out where one model predicts."""
+    records: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """What every answer is that is no success."""
+
+    error: ErrorBody
+
+
+class Card(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "dray"
+    routes: list[str]
+    """What it answers to."""
+    fields: list[str]
+    """Of a record that it predicts."""
+    row_tokens: int | None
+    """Tokens of a prompt and its answer together, or of a text."""
+    run: str | None
+    step: int | None
+
+
+class Cards(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Card]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+
+
+class Chat(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Predictions(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    predictions: list[dict[str, Any]]
+    """For each record in its order: `prediction` with what goes with it, or `error`."""
+
+
+class Status(BaseModel):
+    status: str

@@ -1,0 +1,59 @@
+"""What is to be served, in words: a run of a storage at a step, or an exported folder, and its
+name."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dray.errors import SpecError
+from dray.spec.sections import RunName
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Served(BaseModel):
+    """One model of a service."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name | None = None
+    """By which requests name it; the run's or the folder's by itself."""
+    storage: Annotated[str, Field(min_length=1)] | None = None
+    run: RunName | None = None
+    step: Annotated[int, Field(ge=0, strict=True)] | Literal["best"] | None = None
+    """A number, `best`, or nothing for the newest."""
+    weights: Literal["trained", "ema"] = "trained"
+    folder: Annotated[str, Field(min_length=1)] | None = None
+    """An exported folder, in place of a run."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.folder is None) == (self.run is None):
+            raise ValueError("a run or a folder is served")
+        if self.run is not None and self.storage is None:
+            raise ValueError("a run lies in a storage")
+        return self
+
+    @property
+    def called(self) -> str:
+        """Its name."""
+        return self.name or self.run or os.path.basename(os.path.realpath(str(self.folder)))
+
+
+def read_words(words: str, storage: str, name: str | None = None) -> Served:
+    """What `RUN`, `RUN@STEP` or a folder with a model in it means on the command line. Raises
+    SpecError."""
+    if os.path.isfile(os.path.join(words, "config.json")):
+        return Served(name=name, folder=os.path.abspath(words))
+    run, _, step = words.partition("@")
+    if step and not (step == "best" or (step.isascii() and step.isdigit() and len(step) < 12)):
+        raise SpecError(words, f"@{step} is no step", "it is a number, or best")
+    found = None if not step else "best" if step == "best" else int(step)
+    if os.path.isdir(words) and os.sep in words:
+        raise SpecError(
+            words, "holds no config.json", "a folder is one that `dray export` has written"
+        )
+    return Served(name=name, storage=storage, run=run, step=found)

@@ -1,0 +1,76 @@
+"""The routes of a service over real HTTP, before models in this very process: all but Ray."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from dray.serve.answering import Answerer
+from dray.serve.api import make_api
+from dray.serve.events import Event, joined
+from dray.serve.keys import OneKey
+from dray.serve.limits import Limits
+from dray.serve.loading import load_served
+from dray.serve.routing import Router
+from dray.serve.schemas import Card
+from dray.serve.served import Served
+from waiting import wait_for
+
+
+class Here:
+    """A target of the router's without replicas."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer = answerer
+
+    async def card(self) -> Card:
+        return Card.model_validate(self.answerer.card())
+
+    async def write(self, kind: str, body: dict[str, Any]) -> Event:
+        return joined([event async for event in self.answerer.write(kind, body)])
+
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
+        async for event in self.answerer.write(kind, body):
+            yield event
+
+    async def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return self.answerer.predict(records)
+
+
+class Address:
+    def __init__(self, port: int, answerers: Mapping[str, Answerer]) -> None:
+        self.port, self.answerers = port, answerers
+        self.url = f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def served_here(
+    models: Sequence[Served], limits: Limits | None = None, key: bytes = b""
+) -> Iterator[Address]:
+    """A service for the time of the block."""
+    limits = limits or Limits()
+    loaded = [load_served(model) for model in models]
+    answerers = {one.served.called: Answerer(one, limits, free_bytes=200_000_000) for one in loaded}
+    router = Router({name: Here(answerer) for name, answerer in answerers.items()}, limits)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    config = uvicorn.Config(
+        make_api(router, OneKey(key), limits), log_level="critical", lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: server.run([listener]), daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started, "the service", 60)
+        yield Address(listener.getsockname()[1], answerers)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        for answerer in answerers.values():
+            if answerer.engine is not None:
+                answerer.engine.close()
