@@ -55,9 +55,7 @@ def served_here(
     """A service for the time of the block."""
     limits = limits or Limits()
     loaded = [load_served(model) for model in models]
-    answerers = {
-        one.served.called: Answerer(one, limits, free_bytes=200_000_000) for one in loaded
-    }
+    answerers = {one.served.called: Answerer(one, limits, free_bytes=200_000_000) for one in loaded}
     router = Router({name: Here(answerer) for name, answerer in answerers.items()}, limits)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(

@@ -195,6 +195,7 @@ async function send(event) {
   }));
   asking = null;
   busy(false);
+  if (way(chosen("model")) === CHAT) $("fields").querySelector("textarea").value = "";
   $("fields").querySelector("textarea").focus();
 }
 
