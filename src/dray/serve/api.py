@@ -25,6 +25,7 @@ from dray.processes.streams import make_json
 from dray.serve.answers import Writes, chat_answer, completion_answer
 from dray.serve.keys import OneKey
 from dray.serve.limits import Bodies, Body, Limits, check_declared, read_json
+from dray.serve.page import FILES, add_page
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Router
 from dray.serve.schemas import (
@@ -45,7 +46,7 @@ from dray.serve.schemas import (
     Status,
 )
 
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/health", "/ready", *FILES)
 """Which ask for no key and tell nothing of what is served."""
 Read = TypeVar("Read", bound=BaseModel)
 
@@ -62,6 +63,7 @@ def make_api(router: Router, keys: OneKey, limits: Limits) -> ASGIApp:
     )
     bodies = Bodies(limits)
     _add_errors(api)
+    add_page(api)
     _add_told(api, router)
     _add_writing(api, router)
     _add_predicting(api, router, limits)
