@@ -20,8 +20,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_every_task import CASES
-from test_every_task import make as make_task_spec
 
 from dray.cli import main
 from dray.corpus.prepare import prepare
@@ -31,6 +29,8 @@ from dray.release.export.manifest import MANIFEST, verify_folder
 from dray.release.trained import load_trained
 from dray.spec import make_spec
 from dray.train import train_locally
+from task_cases import CASES
+from task_cases import make as make_task_spec
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
