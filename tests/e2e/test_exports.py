@@ -20,8 +20,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_every_task import CASES
-from test_every_task import make as make_task_spec
 
 from dray.cli import main
 from dray.corpus.prepare import prepare
@@ -31,6 +29,8 @@ from dray.release.export.manifest import MANIFEST, verify_folder
 from dray.release.trained import load_trained
 from dray.spec import make_spec
 from dray.train import train_locally
+from task_cases import CASES
+from task_cases import make as make_task_spec
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -153,8 +153,9 @@ def test_an_onnx_graph(storage: str, tmp_path: Path) -> None:
     assert len(check["shapes"]) >= 3
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     model = load_trained(storage, "talk").model
+    most = model.config.vocab_size
     for rows, tokens in ((1, 1), (1, 2), (5, 33)):
-        ids = torch.randint(0, 500, (rows, tokens))
+        ids = torch.randint(0, most, (rows, tokens))
         mask = torch.ones_like(ids)
         (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         with torch.no_grad():
@@ -182,9 +183,10 @@ def test_a_gguf_file(storage: str, tmp_path: Path, values: str) -> None:
     assert tokenizer(text).input_ids == trained.encode(text)
     reader = GGUFReader(folder / "model.gguf")
     assert reader.fields["general.architecture"].contents() == "llama"
-    assert {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1} == {
-        values.upper()
-    }
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    odd = {"F16"} if values == "q8_0" else set()  # rows of no multiple of 32 numbers
+    assert kinds == {values.upper()} | odd
+    assert ("are held as f16" in (folder / "README.md").read_text()) == bool(odd)
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -250,7 +252,7 @@ def test_what_cannot_be_exported_is_refused_before_the_work(
     refused("no name of a licence", folder, storage, "talk", license="a\nb: c")
     refused("cannot be read", folder, storage, "talk", key_file=str(tmp_path / "none.pem"))
     refused("not found", folder, storage, "nobody")
-    refused("no checkpoint|has no|not there", folder, storage, "talk", step=99)
+    refused("no sound checkpoint 99", folder, storage, "talk", step=99)
     refused("lies in the folder of run", Path(storage, "talk", "out"), storage, "talk")
     (tmp_path / "file").write_text("")
     refused("cannot be written", tmp_path / "file" / "model", storage, "talk")

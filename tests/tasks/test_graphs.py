@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_task import CASES
-from test_every_task import make as make_spec_of
 
 from dray.tasks.parts.graphs import ANSWER, ROWS, TOKENS
 from small_models import VOCAB, small_model
+from task_cases import CASES
+from task_cases import make as make_spec_of
 
 OUTPUTS = {"embedding": "embeddings", "rating": "ratings"}
 

@@ -4,7 +4,6 @@ describe, list, sign, and only then let the folder appear."""
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,7 +106,6 @@ def write_export(
         trained.spec.task.save_processor(str(staging))
         card = make_card(trained, identity, written, options)
         (staging / CARD).write_text(card, encoding="utf-8")
-        shutil.rmtree(staging / ".cache", ignore_errors=True)
         write_manifest(staging, told_of(identity, written, options), signer)
     for check in written.checks if say else ():
         if check.largest_difference is not None:
