@@ -15,6 +15,7 @@ from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
 from dray.errors import PlanError, SpecError
 from dray.processes.signals import Wishes, stops
+from dray.serve.guard import CALLBACK
 from dray.serve.keys import KEY, OPEN
 from dray.serve.limits import Limits
 from dray.serve.served import Served
@@ -40,6 +41,7 @@ def serve_models(
         cores = os.cpu_count() or 1
         cpus = max(1, cores // (replicas * len(models)))
         os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
+        os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
         needed = cpus * replicas * len(models)
         with connect(address, num_cpus=needed, verbose=verbose) as connection:
             from dray.serve import service
