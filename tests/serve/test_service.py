@@ -51,7 +51,8 @@ class Asked:
         self.address = address
 
     def __call__(self, body: Any, key: str | None = KEY) -> requests.Response:
-        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {key}"} if key is not None else {}
         data = body if isinstance(body, bytes) else json.dumps(body)
         return requests.post(f"{self.address}/predict", data=data, headers=headers, timeout=60)
 

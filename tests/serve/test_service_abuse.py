@@ -148,7 +148,13 @@ def test_paths_lead_nowhere_else(service: Address, path: str, status: int):
 
 
 def test_other_kinds_of_content_are_refused(service: Address):
-    for kind in ("text/html", "multipart/form-data; boundary=x", "application/x-yaml"):
+    for kind in (
+        "",
+        "text/plain",
+        "text/html",
+        "multipart/form-data; boundary=x",
+        "application/x-yaml",
+    ):
         headers = {"Content-Type": kind}
         data = json.dumps(PROMPT)
         found = requests.post(f"{service.url}{COMPLETE}", data=data, headers=headers, timeout=60)
@@ -168,8 +174,9 @@ def test_a_huge_body_is_refused_before_it_is_there(service: Address):
         for _ in range(200):
             yield b" " * 1_000_000
 
+    kind = {"Content-Type": "application/json"}
     try:
-        found = requests.post(f"{service.url}{COMPLETE}", data=endless(), timeout=60)
+        found = requests.post(f"{service.url}{COMPLETE}", data=endless(), headers=kind, timeout=60)
         refused(found, 413)
     except requests.ConnectionError:  # it was closed while more came
         pass
@@ -183,7 +190,8 @@ def test_a_slow_body_and_a_silent_connection_are_not_waited_for(
 ):
     monkeypatch.setattr(guard, "HEADER_SECONDS", 1.0)
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
-        head = f"POST {COMPLETE} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
+        head = f"POST {COMPLETE} HTTP/1.1\r\nHost: a\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
         connection.sendall(head.encode() + b'{"mod')
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:

@@ -121,7 +121,8 @@ def _add_errors(api: FastAPI) -> None:
 
 async def _read(request: Request, kind: type[Read], limits: Limits) -> Read:
     """The body as one of the kind. Raises Refusal."""
-    given = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    # Whatever else a page of somebody's could send to an open service on this machine unasked.
+    given = request.headers.get("content-type", "").partition(";")[0].strip()
     if given.lower() != "application/json":
         what = f"a body is application/json, not {given[:80]!r}"
         raise Refusal(415, what, code="wrong_content_type")
