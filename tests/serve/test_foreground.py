@@ -55,7 +55,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             return False
 
     try:
-        wait_for(is_there, "the service", 300, lambda: (folder / "out").read_text())
+        wait_for(is_there, "the service", 300, (folder / "out").read_text)
         yield Service(process, url)
     finally:
         if process.poll() is None:
