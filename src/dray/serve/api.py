@@ -123,7 +123,8 @@ def _add_errors(api: FastAPI) -> None:
 
 async def _read(request: Request, kind: type[Read], limits: Limits) -> Read:
     """The body as one of the kind. Raises Refusal."""
-    given = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    # Whatever else a page of somebody's could send to an open service on this machine unasked.
+    given = request.headers.get("content-type", "").partition(";")[0].strip()
     if given.lower() != "application/json":
         what = f"a body is application/json, not {given[:80]!r}"
         raise Refusal(415, what, code="wrong_content_type")
@@ -300,7 +301,7 @@ async def _lines(
 
 def _add_predicting(api: FastAPI, router: Router, limits: Limits) -> None:
     async def predictions(model: str, route: str, given: Any) -> list[dict[str, Any]]:
-        records = await _records(router, model, given, limits)
+        records = _records(await router.card_for(model, route), given, limits)
         async with _timed(limits):
             return await router.predict(model, route, records)
 
@@ -373,18 +374,16 @@ def _told(model: str, found: list[dict[str, Any]]) -> Response:
     return Response(make_json(document), media_type="application/json")
 
 
-async def _records(router: Router, model: str, given: Any, limits: Limits) -> list[dict[str, Any]]:
+def _records(card: Card, given: Any, limits: Limits) -> list[dict[str, Any]]:
     """Records of what a request gives: texts, or lists of words, are the model's one field."""
     items: list[Any] = [given] if isinstance(given, str) else list(given)
     if not 0 < len(items) <= limits.records:
         what = f"{len(items):,} are given; a request has 1 to {limits.records:,}"
         raise Refusal(400, what, param="input", code="limit_exceeded")
-    router.choose(model)
-    card = next(card for card in await router.cards() if card.id == model)
     if all(isinstance(item, dict) for item in items):
         return items
     if len(card.fields) != 1:
-        what = f"{model} reads records with {', '.join(card.fields) or 'no fields'}"
+        what = f"{card.id} reads records with {', '.join(card.fields) or 'no fields'}"
         raise Refusal(400, what, param="input")
     return [{card.fields[0]: item} for item in items]
 

@@ -15,6 +15,7 @@ from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
 from dray.errors import PlanError, SpecError
 from dray.processes.signals import Wishes, stops
+from dray.serve.guard import CALLBACK
 from dray.serve.keys import KEY, OPEN
 from dray.serve.limits import Limits
 from dray.serve.served import Served
@@ -33,6 +34,12 @@ def serve_models(
 ) -> None:
     """Serve until a signal comes. Raises UserError for what cannot be served, and RunFailed where
     the service does not start."""
+    if not 0 < port < 65_536 or replicas < 1:
+        raise SpecError(
+            "dray serve", f"--port {port} --replicas {replicas}", "1 to 65535; 1 or more"
+        )
+    if not models:
+        raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
     check_open(host)
     if not address and answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
@@ -40,12 +47,13 @@ def serve_models(
         cores = os.cpu_count() or 1
         cpus = max(1, cores // (replicas * len(models)))
         os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
+        os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
         needed = cpus * replicas * len(models)
         with connect(address, num_cpus=needed, verbose=verbose) as connection:
             from dray.serve import service
 
             gpus = 1 if connection.shape.accelerator is not None else 0
-            service.start(host, port, limits)
+            service.start(host, port, limits, verbose=verbose)
             try:
                 found = service.run_models(models, limits, replicas=replicas, cpus=cpus, gpus=gpus)
                 service.run_gateway(found, limits)

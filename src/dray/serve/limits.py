@@ -96,7 +96,7 @@ class Body:
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for part in parts:
-                    self._count(len(part))
+                    self.count(len(part))
                     whole += part
         except TimeoutError:
             raise Refusal(
@@ -106,7 +106,8 @@ class Body:
             ) from None
         return bytes(whole)
 
-    def _count(self, num_bytes: int) -> None:
+    def count(self, num_bytes: int) -> None:
+        """So many more bytes of it are here. Raises Refusal where they are too many."""
         bodies, limits = self._bodies, self._bodies.limits
         if self.num_bytes + num_bytes > limits.body_bytes:
             raise body_too_long(limits)

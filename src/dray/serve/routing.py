@@ -96,6 +96,15 @@ class Router:
             raise Refusal(400, what, param="model", code="model_not_found")
         return some[0]
 
+    async def card_for(self, model: str, route: str) -> Card:
+        """What a model is that answers to a route. Raises Refusal 404."""
+        self.choose(model)
+        card = next(card for card in await self.cards() if card.id == model)
+        if route not in card.routes:
+            what = f"{model} does not answer to {route}, but to {', '.join(card.routes)}"
+            raise Refusal(404, what, param="model", code="no_such_route")
+        return card
+
     async def write(self, model: str, kind: str, body: dict[str, Any]) -> Event:
         """A whole answer (`events.joined`). Raises Refusal."""
         target = self.choose(model)
@@ -140,10 +149,7 @@ class Router:
     ) -> list[dict[str, Any]]:
         """A prediction of each record. Raises Refusal."""
         target = self.choose(model)
-        card = next(card for card in await self.cards() if card.id == model)
-        if route not in card.routes:
-            what = f"{model} does not answer to {route}, but to {', '.join(card.routes)}"
-            raise Refusal(404, what, param="model", code="no_such_route")
+        await self.card_for(model, route)
         async for place in self._tries():
             try:
                 return await target.predict(records)

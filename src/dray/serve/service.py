@@ -8,6 +8,7 @@ that models come and go while it answers; a manifest of KubeRay's has all in one
 
 # No annotations as strings here: Ray Serve takes copies of classes.
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -230,8 +231,10 @@ def check_names(models: Sequence[Served]) -> list[str]:
 # --- dray serve ----------------------------------------------------------------------------------
 
 
-def start(host: str, port: int, limits: Limits) -> None:
-    """Start Ray Serve on the connected Ray. Raises RunFailed where its port is taken."""
+def start(host: str, port: int, limits: Limits, *, verbose: bool) -> None:
+    """Start Ray Serve on the connected Ray, or find the one that runs there."""
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = {
         "host": host,
         "port": port,

@@ -1,0 +1,111 @@
+"""In front of Ray Serve's proxy: connections, headers and bodies are bounded before Ray has them.
+
+Ray's proxy takes whatever comes, and keeps a body until a replica has read it. `middlewares` is
+what it calls as it starts (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it): from then on its
+HTTP is h11's, which refuses headers beyond 64 KiB, of a bounded number of connections, each with a
+time for its first request and for what it says of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http import auto
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dray.serve.limits import Bodies, Body, Limits, check_declared
+from dray.serve.refusals import Refusal
+
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""The variable by which Ray's proxy finds `middlewares`."""
+MAX_CONNECTIONS = 4_096
+HEADER_SECONDS = 15.0
+"""Until the headers of a connection's first request are there."""
+
+
+class BoundedProtocol(H11Protocol):
+    """A connection: one of a bounded number, closed where no request comes."""
+
+    _first: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        if len(self.connections) >= MAX_CONNECTIONS:
+            transport.abort()
+            self.transport = transport
+            return
+        super().connection_made(transport)
+        self._first = self.loop.call_later(HEADER_SECONDS, self._close_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._first is not None:
+            self._first.cancel()
+            super().connection_lost(exc)
+
+    def _close_idle(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class BodyGuard:
+    """Bodies within limits, counted, and in time."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app, self._limits, self._bodies = app, limits, Bodies(limits)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value for name, value in scope["headers"] if name == b"content-length"}
+        length = headers.get(b"content-length")
+        try:
+            check_declared(None if length is None else length.decode("latin-1"), self._limits)
+            with self._bodies.counted() as body:
+                counted = _Counted(scope, receive, send, body)
+                await self._app(scope, counted.receive, counted.send)
+        except Refusal as refusal:
+            answer = JSONResponse(refusal.body(), refusal.status, refusal.headers())
+            await answer(scope, receive, send)
+
+
+class _Counted:
+    """A request whose body is counted. Where it is too much, the application sees the client go,
+    and whatever it says then is told as what it is."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, body: Body) -> None:
+        self._scope, self._receive, self._send, self._body = scope, receive, send, body
+        self._refusal: Refusal | None = None
+        self._begun = False
+
+    async def receive(self) -> Message:
+        if self._refusal is not None:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        if message["type"] == "http.request":
+            try:
+                self._body.count(len(message.get("body", b"")))
+            except Refusal as refusal:
+                self._refusal = refusal
+                return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self._refusal is None or self._begun:
+            if self._refusal is None:
+                self._begun = True
+                await self._send(message)
+            return
+        self._begun, refusal = True, self._refusal
+        answer = JSONResponse(refusal.body(), refusal.status, refusal.headers())
+        await answer(self._scope, self._receive, self._send)
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray's proxy puts before its own application."""
+    auto.AutoHTTPProtocol = BoundedProtocol
+    roomy = Limits(body_bytes=2 * Limits().body_bytes)  # the gateway refuses in OpenAI's form
+    return [Middleware(BodyGuard, limits=roomy)]
