@@ -21,12 +21,11 @@ from typing import Any
 
 from bench.real_models import minilm, smollm2
 from bench.report import ROOT, write_section
-from dray.corpus.prepare import prepare
 from dray.release.export import export
 from dray.release.export.manifest import MANIFEST, verify_folder
 from dray.runs import Run
 from dray.spec import Spec, load_spec, make_spec
-from dray.train import train_locally
+from dray.train import train
 
 STORAGE = ROOT / "runs"
 PAGE = ROOT / "docs" / "export.md"
@@ -91,8 +90,7 @@ def trained(spec: Spec) -> None:
     run = Run.find(str(STORAGE), spec.name)
     if run is not None and run.status == "completed":
         return
-    prepare(spec, str(STORAGE))
-    train_locally(spec, storage=str(STORAGE))
+    train(spec, storage=str(STORAGE))
 
 
 def measure(name: str, form: str, values: str, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dray import __version__
-from dray.errors import caught
+from dray.errors import caught, visible
 from dray.models.build import num_parameters
 from dray.redaction import redact
 from dray.release.export.forms import Options, Written
@@ -109,7 +109,7 @@ def _what(trained: Trained, options: Options) -> Iterator[str]:
             f"{trained.manifest.sequence_tokens} in training"
         )
     if trained.manifest.labels:
-        labels = ", ".join(f"`{label}`" for label in trained.manifest.labels[:50])
+        labels = ", ".join(map(_quoted, trained.manifest.labels[:50]))
         more = len(trained.manifest.labels) - 50
         yield f"- Labels: {labels}{f' and {more} more' if more > 0 else ''}"
     yield "- Language: unknown; nobody has said which its texts are in"
@@ -122,10 +122,10 @@ def _what(trained: Trained, options: Options) -> Iterator[str]:
 def _data(trained: Trained) -> Iterator[str]:
     manifest, spec = trained.manifest, trained.spec
     for source in spec.data.train:
-        yield f"- Trained on: {', '.join(f'`{_ending(path)}`' for path in source.paths)}"
+        yield f"- Trained on: {', '.join(map(_ending, source.paths))}"
     if isinstance(spec.data.validation, tuple):
         for source in spec.data.validation:
-            yield f"- Held out: {', '.join(f'`{_ending(path)}`' for path in source.paths)}"
+            yield f"- Held out: {', '.join(map(_ending, source.paths))}"
     validation = manifest.validation
     account, _ = caught(lambda: load_account(trained.run))
     files = f" from {manifest.num_source_files:,} files" if manifest.num_source_files else ""
@@ -148,14 +148,19 @@ def _data(trained: Trained) -> Iterator[str]:
         yield f"- Longer than a row: {lost:,} documents, which lost {tokens:,} tokens"
     damaged = [item for item in (account or {}).get("unreadable", ()) if item["is_damaged"]]
     if damaged:
-        names = ", ".join(f"`{_ending(item['path'])}`" for item in damaged[:5])
+        names = ", ".join(_ending(item["path"]) for item in damaged[:5])
         yield f"- Damaged files: {len(damaged)} ({names})"
     yield f"- Corpus: `{manifest.key}`"
 
 
 def _ending(path: str) -> str:
     """The end of a path: enough to know a file by, without where it lay."""
-    return "/".join(path.rstrip("/").split("/")[-2:])
+    return _quoted("/".join(path.rstrip("/").split("/")[-2:]))
+
+
+def _quoted(name: str) -> str:
+    """A name as code: names come from data, and must not become anything else of the page."""
+    return f"`{visible(name).replace('`', chr(39)).replace(chr(10), ' ')[:200]}`"
 
 
 def _measured(trained: Trained) -> Iterator[str]:
@@ -241,7 +246,7 @@ def _parent(run: Run, path: str | None) -> tuple[str | None, str]:
             f"`{run.name}` began with the weights of run `{kept['run']}` at step {kept['step']}, "
             f"checkpoint manifest sha256 `{kept['digest']}`"
         )
-    place = f"`{_ending(str(path))}`" if path else "a folder"
+    place = _ending(str(path)) if path else "a folder"
     return None, f"`{run.name}` began with the weights of {place}, sha256 `{kept['digest']}`"
 
 

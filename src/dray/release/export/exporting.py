@@ -116,16 +116,27 @@ def write_export(
 
 
 def _check_adapters(trained: Trained, options: Options) -> None:
-    """Raise SpecError for adapters that can be no part of the weights, as the export wants them."""
+    """Raise SpecError for adapters that can be neither a part of the weights nor alone, as the
+    export wants them."""
     adapters = trained.adapters
-    if adapters is None or options.adapters_alone or adapters.merges:
+    if adapters is None:
         return
-    raise SpecError(
-        f"adapters.name = {adapters.name}",
-        "cannot be merged",
-        "they change what goes through a model, not its weights",
-        "write them alone: --adapters",
-    )
+    in_peft = "peft" in adapters.packages
+    keep = "keep the run: `dray evaluate`, `predict` and `generate` read it"
+    if options.adapters_alone and not in_peft:
+        raise SpecError(
+            f"adapters.name = {adapters.name}",
+            "peft has no such adapters",
+            "what is written is for peft's own loading",
+            keep,
+        )
+    if not options.adapters_alone and not adapters.merges:
+        raise SpecError(
+            f"adapters.name = {adapters.name}",
+            "cannot be merged",
+            "they change what goes through a model, not its weights",
+            "write them alone: --adapters" if in_peft else keep,
+        )
 
 
 def _identify(trained: Trained) -> Identity:

@@ -215,8 +215,10 @@ def _add_config(writer: Any, config: Config, trained: Trained, kind: Any) -> Non
 
     heads, width = one("num_attention_heads", "n_head"), one("hidden_size", "n_embd")
     rope = config.get("rope_parameters") or {}
+    # transformers takes a llama that is called nothing but mistral for something else.
+    called = f"{trained.run.name}, step {trained.checkpoint.step}"
     values = [
-        (writer.add_name, trained.run.name.replace("/", "-")),
+        (writer.add_name, called),
         (writer.add_context_length, one("max_position_embeddings", "n_positions")),
         (writer.add_embedding_length, width),
         (writer.add_block_count, one("num_hidden_layers", "n_layer")),
