@@ -16,7 +16,7 @@ from dray.serve.api import make_api
 from dray.serve.events import Event, joined
 from dray.serve.guard import BodyGuard, BoundedProtocol
 from dray.serve.keys import OneKey
-from dray.serve.limits import Limits
+from dray.serve.limits import Bodies, Limits
 from dray.serve.loading import load_served
 from dray.serve.routing import Router
 from dray.serve.schemas import Card
@@ -61,7 +61,7 @@ def served_here(
     router = Router({name: Here(answerer) for name, answerer in answerers.items()}, limits)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(
-        BodyGuard(make_api(router, OneKey(key), limits), limits),
+        BodyGuard(make_api(router, OneKey(key), Bodies(limits)), limits),
         http=BoundedProtocol,
         log_level="critical",
         lifespan="off",

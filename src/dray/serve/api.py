@@ -51,8 +51,9 @@ OPEN_PATHS = ("/health", "/ready", *FILES)
 Read = TypeVar("Read", bound=BaseModel)
 
 
-def make_api(router: Router, keys: OneKey, limits: Limits) -> ASGIApp:
-    """The application."""
+def make_api(router: Router, keys: OneKey, bodies: Bodies) -> ASGIApp:
+    """The application. `bodies` counts its requests, and has its limits."""
+    limits = bodies.limits
     api = FastAPI(
         title="dray",
         version=dray.__version__,
@@ -61,21 +62,20 @@ def make_api(router: Router, keys: OneKey, limits: Limits) -> ASGIApp:
         openapi_url=None,
         responses={"default": {"model": ErrorAnswer, "description": "Refused"}},
     )
-    bodies = Bodies(limits)
     _add_errors(api)
     add_page(api)
     _add_told(api, router)
     _add_writing(api, router)
     _add_predicting(api, router, limits)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
-    return _Guard(api, keys, limits, bodies)
+    return _Guard(api, keys, bodies)
 
 
 class _Guard:
     """Around all routes: counts requests, admits by headers, and gives routes the body's reader."""
 
-    def __init__(self, api: FastAPI, keys: OneKey, limits: Limits, bodies: Bodies) -> None:
-        self._api, self._keys, self._limits, self._bodies = api, keys, limits, bodies
+    def __init__(self, api: FastAPI, keys: OneKey, bodies: Bodies) -> None:
+        self._api, self._keys, self._bodies = api, keys, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,9 +84,11 @@ class _Guard:
         request = Request(scope, receive)
         path = scope["path"]
         try:
-            if path not in OPEN_PATHS:
-                scope["dray_caller"] = self._keys.admit(request.headers, path)
-            check_declared(request.headers.get("content-length"), self._limits)
+            if path in OPEN_PATHS:  # they are asked while it is shut down, too
+                await self._api(scope, receive, send)
+                return
+            scope["dray_caller"] = self._keys.admit(request.headers, path)
+            check_declared(request.headers.get("content-length"), self._bodies.limits)
             with self._bodies.counted() as body:
                 scope["dray_body"] = body
                 await self._api(scope, receive, send)

@@ -59,7 +59,9 @@ def serve_models(
                 service.run_gateway(found, limits)
                 say(f"http://{host}:{port} answers for {', '.join(found)}; Ctrl-C ends it")
                 _wait(wishes)
-                say("stopping: requests that are under way end first")
+                say("stopping: requests that are under way end first; Ctrl-C again ends them")
+                if left := service.drain(limits.request_seconds):
+                    say(f"{left} requests did not end in {limits.request_seconds:g} seconds")
             finally:
                 service.stop()
 

@@ -11,6 +11,7 @@ import asyncio
 import json
 import math
 import re
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
@@ -68,10 +69,23 @@ class Bodies:
         self.limits = limits
         self.num_requests = 0
         self.num_bytes = 0
+        self._closed = False
+
+    async def drain(self, seconds: float) -> int:
+        """Take in nothing more, and wait for what is under way; how many are left after so many
+        seconds."""
+        self._closed = True
+        end = time.monotonic() + seconds
+        while self.num_requests and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return self.num_requests
 
     @contextmanager
     def counted(self) -> Iterator[Body]:
-        """A request for the time of the block. Raises Refusal 429 where there are too many."""
+        """A request for the time of the block. Raises Refusal 429 where there are too many, and 503
+        where no more are taken in."""
+        if self._closed:
+            raise Refusal(503, "the service is being shut down", code="closed", retry_after=5)
         if self.num_requests >= self.limits.requests:
             raise too_many("too many requests at once; come again later", 1)
         body = Body(self)

@@ -9,6 +9,7 @@ that models come and go while it answers; a manifest of KubeRay's has all in one
 # No annotations as strings here: Ray Serve takes copies of classes.
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
+    RayServeException,
     ReplicaUnavailableError,
 )
 from starlette.types import ASGIApp
@@ -29,7 +31,7 @@ from dray.plan.machine import free_memory_bytes
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
 from dray.serve.keys import OneKey, read_key
-from dray.serve.limits import Limits
+from dray.serve.limits import Bodies, Limits
 from dray.serve.routing import Full, Lost, Router
 from dray.serve.schemas import Card
 from dray.serve.served import Served
@@ -38,6 +40,8 @@ MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
 MAX_ONGOING = 200
 """Requests that a replica works on; how many of them write is its engine's to say."""
+FLUSH_SECONDS = 1.0
+"""In which Ray's proxy gives out what it has of answers that are whole."""
 GATEWAY = "gateway"
 """The application of the gateway, where it is one of its own."""
 
@@ -147,10 +151,14 @@ class Gateway:
 
     def __init__(self, handles: Mapping[str, Any], limits: Limits) -> None:
         self._router = Router({name: _Handle(handle) for name, handle in handles.items()}, limits)
-        self._keys, self._limits = OneKey(read_key()), limits
+        self._keys, self._bodies = OneKey(read_key()), Bodies(limits)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return make_api(self._router, self._keys, self._limits)
+        return make_api(self._router, self._keys, self._bodies)
+
+    async def drain(self, seconds: float) -> int:
+        """Take in nothing more; how many requests are left after so many seconds."""
+        return await self._bodies.drain(seconds)
 
     def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Which models there are, by name: `{"models": {name: application}}`. Requests that are
@@ -282,7 +290,16 @@ def _why(text: str) -> str:
     return "\n".join(lines[-8:])
 
 
+def drain(seconds: float) -> int:
+    """Let requests end, and take in no more; how many are left after so many seconds."""
+    with suppress(RayError, RayServeException):
+        left: int = serve.get_app_handle(GATEWAY).drain.remote(seconds).result()
+        time.sleep(FLUSH_SECONDS)
+        return left
+    return 0
+
+
 def stop() -> None:
-    """Let every request end, then all replicas."""
-    with suppress(RayError):
+    """End all replicas, and Serve."""
+    with suppress(RayError, RayServeException):
         serve.shutdown()
