@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ from dray.tasks.parts.losses import (
     summed_cross_entropy,
 )
 from dray.tasks.rows import IGNORED
-from dray.tasks.task import Batch, Output, Terms
+
+if TYPE_CHECKING:
+    from dray.tasks.task import Batch, Output, Terms
 
 NumberCost = Callable[[Tensor, Tensor], Tensor]
 
