@@ -1,4 +1,5 @@
-"""`dray serve` from its start to its end, with a replica killed under load, and what it refuses."""
+"""`dray serve` from its start to its end, with a replica killed under load, and what it refuses. It
+starts a `local_ray` of its own."""
 
 from __future__ import annotations
 
@@ -22,8 +23,6 @@ from dray.serve.served import Served, read_words
 from ports import free_ports
 from waiting import processes_named, wait_for
 
-NEEDS_RAY = "local_ray"  # starts one of its own: tests/conftest.py deals by this word
-
 
 class Service:
     def __init__(self, process: psutil.Popen, url: str) -> None:
@@ -32,11 +31,11 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two models of two replicas each."""
+    """Two models."""
     folder = tmp_path_factory.mktemp("served")
     writer = save_small_writer(folder / "writer")
     (port,) = free_ports(1)
-    words = [str(writer), "--name", f"other={writer}", "--port", str(port), "--replicas", "2"]
+    words = [str(writer), "--name", f"other={writer}", "--port", str(port)]
     environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
     with (folder / "out").open("wb") as out:
         process = psutil.Popen(
@@ -106,9 +105,8 @@ def test_no_request_is_lost_when_a_replica_is_killed(service: Service, client: o
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(complete, 3) for _ in range(40)]
         wait_for(lambda: any(answer.done() for answer in answers), "an answer", 120)
-        replicas = processes_named("model-writer", service.process)
-        assert len(replicas) == 2, [" ".join(one.cmdline()) for one in replicas]
-        replicas[0].kill()
+        (replica,) = processes_named("ServeReplica:model-writer", service.process)
+        replica.kill()
         assert [answer.result(240) for answer in answers] == [expected] * 40
 
 
@@ -132,6 +130,7 @@ def test_it_ends_when_it_is_told_to_and_answers_what_was_asked(
         (("nothing-here", "--port", "99999"), "65535"),
         (("a", "--name", "b"), "no NAME=RUN"),
         (("a@b",), "@b is no step"),
+        (("a", "--storage", "nowhere"), "nowhere"),
         (("a", "--host", "0.0.0.0"), "asks for a key everywhere but on loopback"),
     ],
 )

@@ -50,11 +50,13 @@ class Asked:
     def __init__(self, address: str) -> None:
         self.address = address
 
-    def __call__(self, body: Any, key: str | None = KEY) -> requests.Response:
+    def __call__(
+        self, body: Any, key: str | None = KEY, path: str = "/predict"
+    ) -> requests.Response:
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {key}"} if key is not None else {}
         data = body if isinstance(body, bytes) else json.dumps(body)
-        return requests.post(f"{self.address}/predict", data=data, headers=headers, timeout=60)
+        return requests.post(f"{self.address}{path}", data=data, headers=headers, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,15 @@ def test_records_are_predicted_in_their_order_as_dray_predict_does(ask: Asked, s
     assert [item["prediction"] for item in found][:2] == ["good", "bad"]
     for one, other in zip(found, expected, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], rel=1e-5)
+
+
+def test_classes_are_told_of_texts_as_the_task_says(ask: Asked):
+    body = {"model": "words", "input": ["fine thing", "cold thing"]}
+    found = ask(body, path="/classify").json()
+    assert found["model"] == "words"
+    assert [item["prediction"] for item in found["predictions"]] == ["good", "bad"]
+    refused = ask({"model": "words", "prompt": "fine"}, path="/v1/completions")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "no_such_route")
 
 
 def test_one_bad_record_has_an_error_of_its_own(ask: Asked):

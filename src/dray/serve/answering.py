@@ -33,7 +33,7 @@ class Answerer:
             steps = make_steps(
                 writer.model,
                 writer.vocab_size,
-                free_bytes=free_bytes,
+                free_bytes=int(limits.memory_share * free_bytes),
                 longest=writer.longest,
                 row_tokens=limits.row_tokens,
             )

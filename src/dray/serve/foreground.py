@@ -15,6 +15,7 @@ from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
 from dray.errors import PlanError, SpecError
 from dray.processes.signals import Wishes, stops
+from dray.runs import Run, choose_checkpoint
 from dray.serve.guard import CALLBACK
 from dray.serve.keys import KEY, OPEN
 from dray.serve.limits import Limits
@@ -41,6 +42,8 @@ def serve_models(
     if not models:
         raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
     check_open(host)
+    for model in models:
+        _check_there(model)
     if not address and answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
     with stops(noted=True) as wishes:
@@ -48,10 +51,14 @@ def serve_models(
         cpus = max(1, cores // (replicas * len(models)))
         os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
         os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
-        needed = cpus * replicas * len(models)
+        num_replicas = replicas * len(models)
+        needed = cpus * num_replicas
         with connect(address, num_cpus=needed, verbose=verbose) as connection:
             from dray.serve import service
 
+            if connection.local:  # they share one machine's memory
+                share = limits.memory_share / num_replicas
+                limits = limits.model_copy(update={"memory_share": share})
             gpus = 1 if connection.shape.accelerator is not None else 0
             service.start(host, port, limits, verbose=verbose)
             try:
@@ -79,6 +86,12 @@ def check_open(host: str) -> None:
         "a service asks for a key everywhere but on loopback",
         f"set {KEY}, or {OPEN}=1 if all may",
     )
+
+
+def _check_there(model: Served) -> None:
+    """Raise StoreError where there is no such run or checkpoint, before anything is started."""
+    if model.run is not None and model.storage is not None:
+        choose_checkpoint(Run.open(model.storage, model.run), model.step)
 
 
 def _is_loopback(host: str) -> bool:

@@ -28,8 +28,6 @@ MOST_SLOTS = 32
 PREFILLED_AT_ONCE = 8
 """New prompts that are computed in one pass at most."""
 WAITING_PER_SLOT = 4
-MEMORY_SHARE = 0.4
-"""Of the memory that is free when the model is there, for keys and values."""
 ROW_TOKENS = 4_096
 """Of a prompt and its answer, where the model takes more and nobody says how many."""
 
@@ -329,10 +327,10 @@ def make_steps(
     num_slots: int | None = None,
     row_tokens: int | None = None,
 ) -> Steps:
-    """What computes a model's steps, in slots where it can, with as many as a share of the free
-    memory holds."""
+    """What computes a model's steps: in slots where it can, as many as `free_bytes` hold; one
+    there is always."""
     row = min(row_tokens or ROW_TOKENS, longest or ROW_TOKENS)
     if not check(model, vocab_size):
         return Alone(model, row)
-    room = int(MEMORY_SHARE * free_bytes) // ((row + CHUNK_TOKENS) * bytes_per_token(model))
+    room = free_bytes // ((row + CHUNK_TOKENS) * bytes_per_token(model))
     return Slots(model, max(1, min(num_slots or MOST_SLOTS, room)), row)

@@ -58,6 +58,8 @@ class Limits(BaseModel):
     """Of one of them."""
     requests: Count = 1_024
     """That a gateway works on at once."""
+    memory_share: Annotated[float, Field(gt=0, le=0.9)] = 0.4
+    """Of the memory that is free when a replica has its model, for what its requests keep."""
     request_seconds: Seconds = 300.0
     """Until an answer is whole."""
 

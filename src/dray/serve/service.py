@@ -175,6 +175,7 @@ def model_deployment(served: Served, limits: Limits, name: str = "model", **opti
     deployment = serve.deployment(
         Model,
         name=name,
+        max_constructor_retry_count=2,  # what cannot be read now is not there in a minute either
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=limits.request_seconds + 10,
