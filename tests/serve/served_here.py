@@ -13,6 +13,7 @@ import uvicorn
 from dray.serve.answering import Answerer
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
+from dray.serve.held_keys import Ring
 from dray.serve.keys import OneKey
 from dray.serve.limits import Limits
 from dray.serve.loading import load_served
@@ -50,18 +51,19 @@ class Address:
 
 @contextmanager
 def served_here(
-    models: Sequence[Served], limits: Limits | None = None, key: bytes = b""
+    models: Sequence[Served],
+    limits: Limits | None = None,
+    key: bytes = b"",
+    ring: Ring | None = None,
 ) -> Iterator[Address]:
     """A service for the time of the block."""
     limits = limits or Limits()
     loaded = [load_served(model) for model in models]
-    answerers = {
-        one.served.called: Answerer(one, limits, free_bytes=200_000_000) for one in loaded
-    }
+    answerers = {one.served.called: Answerer(one, limits, free_bytes=200_000_000) for one in loaded}
     router = Router({name: Here(answerer) for name, answerer in answerers.items()}, limits)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(
-        make_api(router, OneKey(key), limits), log_level="critical", lifespan="off"
+        make_api(router, OneKey(key, ring), limits), log_level="critical", lifespan="off"
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: server.run([listener]), daemon=True)
