@@ -17,8 +17,9 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import dray
 from dray.processes.streams import make_json
@@ -29,6 +30,7 @@ from dray.serve.limits import Bodies, Body, Limits, check_declared, read_json
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Router
 from dray.serve.schemas import Card
+from dray.serve.shares import Asked, asked, split_version
 
 OPEN_PATHS = ("/health", "/ready")
 """Which ask for no key and tell nothing of what is served."""
@@ -66,15 +68,33 @@ class _Guard:
             return
         request = Request(scope, receive)
         path = scope["path"]
+        asking = Asked()
+        asked.set(asking)
+        send = _with_version(send, asking)
         try:
             if path not in OPEN_PATHS:
                 scope["dray.caller"] = self._keys.admit(request.headers, path)
+                asking.key = scope["dray.caller"].key
             check_declared(request.headers.get("content-length"), self._limits)
             with self._bodies.counted() as body:
                 scope["dray.body"] = body
                 await self._api(scope, receive, send)
         except Refusal as refusal:
             await _refused(refusal)(scope, receive, send)
+
+
+def _with_version(send: Send, asking: Asked) -> Send:
+    """Every answer tells its request's id and which version answered."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = asking.id
+            if asking.version is not None:
+                headers["x-dray-version"] = str(asking.version)
+        await send(message)
+
+    return sending
 
 
 def _refused(refusal: Refusal) -> Response:
@@ -112,6 +132,8 @@ async def _read(request: Request, kind: type[Read], limits: Limits) -> Read:
         raise Refusal(415, what, code="wrong_content_type")
     body: Body = request.scope["dray.body"]
     tree = read_json(await body.read(request.stream()), limits)
+    if isinstance(tree, dict) and isinstance(tree.get("model"), str):
+        tree["model"], asked.get().wanted = split_version(tree["model"])
     try:
         found: Read = kind.model_validate(tree)
     except ValidationError as error:
