@@ -85,7 +85,7 @@ def create_key(
     held = HeldKey(
         name=name,
         sha256=_hashed(token),
-        scopes=tuple(dict.fromkeys(scopes)),  # type: ignore[arg-type]
+        scopes=tuple(dict.fromkeys(scopes)),
         rate=rate,
         made=now,
         expires=None if days is None else now + days * 86_400,
