@@ -15,6 +15,7 @@ from dray.serve.answering import Answerer
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
 from dray.serve.guard import BodyGuard, BoundedProtocol
+from dray.serve.held_keys import Ring
 from dray.serve.keys import OneKey
 from dray.serve.limits import Bodies, Limits
 from dray.serve.loading import load_served
@@ -52,7 +53,10 @@ class Address:
 
 @contextmanager
 def served_here(
-    models: Sequence[Served], limits: Limits | None = None, key: bytes = b""
+    models: Sequence[Served],
+    limits: Limits | None = None,
+    key: bytes = b"",
+    ring: Ring | None = None,
 ) -> Iterator[Address]:
     """A service for the time of the block."""
     limits = limits or Limits()
@@ -61,7 +65,7 @@ def served_here(
     router = Router({name: Here(answerer) for name, answerer in answerers.items()}, limits)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(
-        BodyGuard(make_api(router, OneKey(key), Bodies(limits)), limits),
+        BodyGuard(make_api(router, OneKey(key, ring), Bodies(limits)), limits),
         http=BoundedProtocol,
         log_level="critical",
         lifespan="off",

@@ -25,7 +25,15 @@ from dray.cli.looking import (
     show_command,
     verify_command,
 )
-from dray.cli.serving import serve_command
+from dray.cli.serving import (
+    key_create_command,
+    key_list_command,
+    key_revoke_command,
+    promote_command,
+    rollback_command,
+    serve_command,
+    versions_command,
+)
 from dray.cli.submitting import (
     OPTIONS,
     add_options,
@@ -167,13 +175,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+COMMANDS_OF_WORDS = (
+    *(("serve", word) for word in ("promote", "rollback", "versions")),
+    *(("serve", "key", word) for word in ("create", "list", "revoke")),
+)
+"""Commands of more than one word. A run that is called as one of these is served by --name."""
+
+
+def join_words(argv: Sequence[str]) -> list[str]:
+    """The words of a command as one."""
+    for words in COMMANDS_OF_WORDS:
+        if tuple(argv[: len(words)]) == words:
+            return [" ".join(words), *argv[len(words) :]]
+    return list(argv)
+
+
 def parse(argv: Sequence[str] | None, out: Results) -> argparse.Namespace:
     """The arguments of a command, and `out` for its result. Raises SystemExit where the parser has
     said all, and UserError for what no command can begin with."""
     parser = build_parser()
     try:
         with redirect_stdout(out.stream):
-            arguments, rest = parser.parse_known_args(argv)
+            words = join_words(sys.argv[1:] if argv is None else argv)
+            arguments, rest = parser.parse_known_args(words)
     except SystemExit:
         out.finish()
         raise
@@ -376,6 +400,48 @@ def _add_serve(commands: Any) -> None:
     )
     _add_storage(serve)
     _add_cluster(serve)
+    _add_versions(commands)
+    _add_keys(commands)
+
+
+def _add_versions(commands: Any) -> None:
+    """Which versions of a served name answer. Commands of two words: see `parse`."""
+    promote = _add_named(
+        commands, "serve promote", promote_command, "let another run answer for a served name"
+    )
+    promote.add_argument("run", metavar="RUN|DIR", help="RUN, RUN@STEP, RUN@best, or a folder")
+    how = promote.add_mutually_exclusive_group()
+    how.add_argument("--share", type=float, help="of requests alone, as a canary: 0.1")
+    how.add_argument(
+        "--shadow", action="store_true", help="gets copies of requests; its answers are compared"
+    )
+    what = "end a canary or a shadow; or let the version before answer"
+    _add_named(commands, "serve rollback", rollback_command, what)
+    what = "the versions of a served name, and who did what when"
+    _add_json(_add_named(commands, "serve versions", versions_command, what))
+
+
+def _add_keys(commands: Any) -> None:
+    """Who may ask a service."""
+    create = _add_named(
+        commands, "serve key create", key_create_command, "make a key of services; shown once"
+    )
+    create.add_argument(
+        "--scopes",
+        default="write,predict,models",
+        help="of write, predict, models, admin (default: all but admin)",
+    )
+    create.add_argument("--rate", help="60/minute, or 5 per second (default: no limit)")
+    create.add_argument("--expires", type=float, metavar="DAYS", help="(default: never)")
+    _add_storage(_add(commands, "serve key list", key_list_command, "keys of services"))
+    _add_named(commands, "serve key revoke", key_revoke_command, "end a key for good")
+
+
+def _add_named(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser = _add(commands, name, command, text)
+    parser.add_argument("name", metavar="NAME")
+    _add_storage(parser)
+    return parser
 
 
 def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:

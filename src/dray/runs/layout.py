@@ -35,7 +35,9 @@ REJECTED_FILE = "REJECTED"
 DELETING_FILE = "DELETING"
 CORPORA = "corpora"
 """Folder in a storage, beside its runs, that holds their corpora."""
-RESERVED_NAMES = frozenset({CORPORA})
+SERVING = "serving"
+"""Folder in a storage, beside its runs, that holds what services keep: keys, versions."""
+RESERVED_NAMES = frozenset({CORPORA, SERVING})
 SWEEP_FILE = "sweep.json"
 """What makes a folder in a storage a sweep, whose trials are runs in it."""
 

@@ -7,6 +7,10 @@
 request within limits, `generation.py` the engine that writes, `slots.py` its forward passes,
 `sampling.py` the next token, `texts.py` text from tokens. Between them: `events.py`, `refusals.py`.
 
+Of keys and versions: `held_keys.py` keys in the storage, `versions.py` the history of a name,
+`pinning.py` weights that a version is, `shares.py` which version answers, `following.py` a running
+service that follows.
+
 `dray.serve:application` is what Ray's own configurations name: `import_path` of `serve deploy` and
 of KubeRay's RayService, with the fields of `Served`, or `models`, as its `args`.
 """

@@ -17,8 +17,9 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import dray
 from dray.processes.streams import make_json
@@ -45,6 +46,7 @@ from dray.serve.schemas import (
     Sampled,
     Status,
 )
+from dray.serve.shares import Asked, asked, split_version
 
 OPEN_PATHS = ("/health", "/ready", *FILES)
 """Which ask for no key and tell nothing of what is served."""
@@ -83,17 +85,35 @@ class _Guard:
             return
         request = Request(scope, receive)
         path = scope["path"]
+        asking = Asked()
+        asked.set(asking)
+        send = _with_version(send, asking)
         try:
             if path in OPEN_PATHS:  # they are asked while it is shut down, too
                 await self._api(scope, receive, send)
                 return
             scope["dray_caller"] = self._keys.admit(request.headers, path)
+            asking.key = scope["dray_caller"].key
             check_declared(request.headers.get("content-length"), self._bodies.limits)
             with self._bodies.counted() as body:
                 scope["dray_body"] = body
                 await self._api(scope, receive, send)
         except Refusal as refusal:
             await _refused(refusal)(scope, receive, send)
+
+
+def _with_version(send: Send, asking: Asked) -> Send:
+    """Every answer tells its request's id and which version answered."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = asking.id
+            if asking.version is not None:
+                headers["x-dray-version"] = str(asking.version)
+        await send(message)
+
+    return sending
 
 
 def _refused(refusal: Refusal) -> Response:
@@ -132,6 +152,8 @@ async def _read(request: Request, kind: type[Read], limits: Limits) -> Read:
         raise Refusal(415, what, code="wrong_content_type")
     body: Body = request.scope["dray_body"]
     tree = read_json(await body.read(request.stream()), limits)
+    if isinstance(tree, dict) and isinstance(tree.get("model"), str):
+        tree["model"], asked.get().wanted = split_version(tree["model"])
     try:
         found: Read = kind.model_validate(tree)
     except ValidationError as error:

@@ -16,10 +16,15 @@ from dray.cluster.nodes import answers
 from dray.errors import PlanError, SpecError
 from dray.processes.signals import Wishes, stops
 from dray.runs import Run, choose_checkpoint
+from dray.serve.following import POLL_SECONDS, Follower
 from dray.serve.guard import CALLBACK
+from dray.serve.held_keys import has_keys
 from dray.serve.keys import KEY, OPEN
 from dray.serve.limits import Limits
+from dray.serve.pinning import pin
 from dray.serve.served import Served
+from dray.serve.versions import Record
+from dray.storage.filesystem import absolute
 
 
 def serve_models(
@@ -31,41 +36,51 @@ def serve_models(
     address: str | None,
     verbose: bool,
     limits: Limits,
+    storage: str,
     say: Callable[[str], None],
 ) -> None:
-    """Serve until a signal comes. Raises UserError for what cannot be served, and RunFailed where
-    the service does not start."""
+    """Serve until a signal comes, and follow what is promoted meanwhile. `storage`: where keys and
+    versions lie. Raises UserError for what cannot be served, and RunFailed where the service does
+    not start."""
     if not 0 < port < 65_536 or replicas < 1:
         raise SpecError(
             "dray serve", f"--port {port} --replicas {replicas}", "1 to 65535; 1 or more"
         )
     if not models:
         raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
-    check_open(host)
+    storage = absolute(storage)
+    check_open(host, storage)
     for model in models:
         _check_there(model)
     if not address and answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
+    records = begin_records(models, storage)
     with stops(noted=True) as wishes:
         cores = os.cpu_count() or 1
         cpus = max(1, cores // (replicas * len(models)))
         os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
         os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
         num_replicas = replicas * len(models)
-        needed = cpus * num_replicas
+        # Beside what answers, there may be what answered before, and what is to answer.
+        needed = 3 * cpus * num_replicas
         with connect(address, num_cpus=needed, verbose=verbose) as connection:
             from dray.serve import service
 
             if connection.local:  # they share one machine's memory
-                share = limits.memory_share / num_replicas
+                share = limits.memory_share / (3 * num_replicas)
                 limits = limits.model_copy(update={"memory_share": share})
             gpus = 1 if connection.shape.accelerator is not None else 0
             service.start(host, port, limits, verbose=verbose)
             try:
-                found = service.run_models(models, limits, replicas=replicas, cpus=cpus, gpus=gpus)
-                service.run_gateway(found, limits)
-                say(f"http://{host}:{port} answers for {', '.join(found)}; Ctrl-C ends it")
-                _wait(wishes)
+                options = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
+                versions = service.Versions(
+                    limits, storage, num_replicas=replicas, ray_actor_options=options
+                )
+                follower = Follower(records, versions, say)
+                follower.begin()
+                names = ", ".join(record.name for record in records)
+                say(f"http://{host}:{port} answers for {names}; Ctrl-C ends it")
+                _wait(wishes, follower)
                 say("stopping: requests that are under way end first; Ctrl-C again ends them")
                 if left := service.drain(limits.request_seconds):
                     say(f"{left} requests did not end in {limits.request_seconds:g} seconds")
@@ -73,8 +88,24 @@ def serve_models(
                 service.stop()
 
 
-def check_open(host: str) -> None:
-    """Let all ask on loopback where no key is set. Raises SpecError without one elsewhere."""
+def begin_records(models: Sequence[Served], storage: str) -> list[Record]:
+    """Each model is version 1 of its name, where the name has none. Raises UserError."""
+    names = [model.called for model in models]
+    if not names:
+        raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        rule = "requests name a model by its name"
+        raise SpecError("dray serve", f"two models are called {twice[0]}", rule, "--name NAME=RUN")
+    records = [Record(storage, name) for name in names]
+    for record, model in zip(records, models, strict=True):
+        record.begin(pin(model))
+    return records
+
+
+def check_open(host: str, storage: str | None = None) -> None:
+    """Let all ask on loopback where there is no key. Raises SpecError without one elsewhere."""
+    if storage is not None and has_keys(storage):
+        return
     if os.environ.get(KEY, "").strip() or os.environ.get(OPEN) == "1":
         return
     if _is_loopback(host):
@@ -84,7 +115,7 @@ def check_open(host: str) -> None:
         f"--host {host}",
         "would let all who reach it ask",
         "a service asks for a key everywhere but on loopback",
-        f"set {KEY}, or {OPEN}=1 if all may",
+        f"`dray serve key create NAME`, or set {KEY}, or {OPEN}=1 if all may",
     )
 
 
@@ -103,6 +134,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _wait(wishes: Wishes) -> None:
+def _wait(wishes: Wishes, follower: Follower) -> None:
     while not wishes:
-        time.sleep(0.2)
+        time.sleep(POLL_SECONDS)
+        follower.look()
+    follower.close()

@@ -20,6 +20,7 @@ from dray.errors import SpecError, StoreError, translated
 from dray.models.config import longest_row
 from dray.release.predict import Predictor
 from dray.release.trained import Trained, open_trained
+from dray.serve.pinning import check_pinned
 from dray.serve.served import Served
 
 
@@ -94,6 +95,7 @@ class Writer:
 
 def load_served(served: Served) -> Loaded:
     """Read it. Raises UserError for what is not there, is damaged, or answers nothing."""
+    check_pinned(served)
     return _load_folder(served) if served.folder is not None else _load_run(served)
 
 

@@ -28,6 +28,8 @@ class Served(BaseModel):
     weights: Literal["trained", "ema"] = "trained"
     folder: Annotated[str, Field(min_length=1)] | None = None
     """An exported folder, in place of a run."""
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Of its weights (`pinning.py`): where it is given, nothing else is loaded."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:

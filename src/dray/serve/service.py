@@ -30,11 +30,13 @@ from dray.errors import RunFailed, SpecError
 from dray.plan.machine import free_memory_bytes
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
+from dray.serve.held_keys import Ring, has_keys
 from dray.serve.keys import OneKey, read_key
 from dray.serve.limits import Bodies, Limits
 from dray.serve.routing import Full, Lost, Router
 from dray.serve.schemas import Card
 from dray.serve.served import Served
+from dray.serve.shares import Plan, Versioned
 
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
@@ -149,9 +151,16 @@ def _told() -> Iterator[None]:
 class Gateway:
     """Answers HTTP. Raises SpecError as it starts without a key."""
 
-    def __init__(self, handles: Mapping[str, Any], limits: Limits) -> None:
-        self._router = Router({name: _Handle(handle) for name, handle in handles.items()}, limits)
-        self._keys, self._bodies = OneKey(read_key()), Bodies(limits)
+    def __init__(
+        self, handles: Mapping[str, Any], limits: Limits, storage: str | None = None
+    ) -> None:
+        self._models: dict[str, Versioned] = {}
+        for name, handle in handles.items():
+            self._versioned(name).follow(Plan(1), {1: _Handle(handle)})
+        self._router = Router(self._models, limits)
+        ring = Ring(storage) if storage is not None and has_keys(storage) else None
+        keys = OneKey(read_key(held=ring is not None), ring)
+        self._keys, self._bodies = keys, Bodies(limits)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_api(self._router, self._keys, self._bodies)
@@ -161,13 +170,29 @@ class Gateway:
         return await self._bodies.drain(seconds)
 
     def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Which models there are, by name: `{"models": {name: application}}`. Requests that are
-        under way keep the replicas that they have."""
-        handles = {
-            name: serve.get_app_handle(application)
-            for name, application in (config.get("models") or {}).items()
-        }
-        self._router.set_targets({name: _Handle(handle) for name, handle in handles.items()})
+        """Which models there are, by name: `{"models": {name: application}}`, or in its place which
+        of a model's versions work, and which are loaded (`following.py`). Requests that are under
+        way keep the replicas that they have, and go to those that work now where these are gone."""
+        models = config.get("models") or {}
+        for name, told in models.items():
+            if isinstance(told, str):
+                handle = serve.get_app_handle(told)
+                self._versioned(name).follow(Plan(1), {1: _Handle(handle)})
+            else:
+                applications = {
+                    version: version_application(name, version) for version in told["loaded"]
+                }
+                targets = {
+                    version: _Handle(serve.get_app_handle(application))
+                    for version, application in applications.items()
+                }
+                plan = {key: told[key] for key in ("stable", "canary", "share", "shadow")}
+                self._versioned(name).follow(Plan(**plan), targets)
+        self._models = {name: self._models[name] for name in models}
+        self._router.set_targets(self._models)
+
+    def _versioned(self, name: str) -> Versioned:
+        return self._models.setdefault(name, Versioned(name))
 
 
 def model_deployment(served: Served, limits: Limits, name: str = "model", **options: Any) -> Any:
@@ -184,8 +209,11 @@ def model_deployment(served: Served, limits: Limits, name: str = "model", **opti
     return deployment.bind(served, limits)
 
 
-def gateway_deployment(handles: Mapping[str, Any], limits: Limits, **options: Any) -> Any:
-    """The gateway before some models."""
+def gateway_deployment(
+    handles: Mapping[str, Any], limits: Limits, storage: str | None = None, **options: Any
+) -> Any:
+    """The gateway before some models. `storage`: where its keys lie, beside that of the
+    environment."""
     deployment = serve.deployment(
         Gateway,
         name="gateway",
@@ -194,7 +222,7 @@ def gateway_deployment(handles: Mapping[str, Any], limits: Limits, **options: An
         ray_actor_options={"num_cpus": 0},
         **options,
     )
-    return deployment.bind(handles, limits)
+    return deployment.bind(handles, limits, storage)
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
@@ -272,9 +300,42 @@ def run_models(
     return {name: f"model-{name}" for name in names}
 
 
-def run_gateway(applications: Mapping[str, str], limits: Limits) -> None:
+def version_application(name: str, version: int) -> str:
+    """The application of a version."""
+    return f"model-{name}-v{version}"
+
+
+class Versions:
+    """What runs versions, for a follower: each is an application of its own."""
+
+    def __init__(self, limits: Limits, storage: str, **options: Any) -> None:
+        self._limits, self._storage, self._options = limits, storage, options
+
+    def load(self, name: str, version: int, served: Served) -> None:
+        """Raises RunFailed, with nothing left of it."""
+        deployed = model_deployment(served, self._limits, **self._options)
+        application = version_application(name, version)
+        try:
+            _deployed([serve.RunTarget(deployed, name=application, route_prefix=None)])
+        except RunFailed:
+            serve.delete(application, _blocking=False)
+            raise
+
+    def route(self, models: Mapping[str, Mapping[str, Any]]) -> None:
+        """The gateway begins, or is told."""
+        run_gateway(models, self._limits, self._storage)
+
+    def drop(self, name: str, version: int) -> None:
+        """Its requests end first."""
+        serve.delete(version_application(name, version), _blocking=False)
+
+
+def run_gateway(
+    models: Mapping[str, str | Mapping[str, Any]], limits: Limits, storage: str | None = None
+) -> None:
     """Start the gateway before them, or tell the one that runs which models there are now."""
-    gateway = gateway_deployment({}, limits, user_config={"models": dict(applications)})
+    config = {"models": dict(models)}
+    gateway = gateway_deployment({}, limits, storage, user_config=config)
     _deployed([serve.RunTarget(gateway, name=GATEWAY, route_prefix="/")])
 
 
