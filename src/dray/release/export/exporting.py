@@ -12,12 +12,12 @@ from dray.corpus.tokenizing import read_tokenizer_files
 from dray.errors import SpecError, StoreError
 from dray.models.adapters import merge
 from dray.models.build import num_parameters
-from dray.release.export import folder as folder_form
-from dray.release.export import gguf as gguf_form
-from dray.release.export import onnx as onnx_form
 from dray.release.export.card import CARD, Identity, make_card, told_of
+from dray.release.export.folder import FORM as FOLDER
 from dray.release.export.forms import Form, Options, check_options
+from dray.release.export.gguf import FORM as GGUF
 from dray.release.export.manifest import write_manifest
+from dray.release.export.onnx import FORM as ONNX
 from dray.release.export.signing import load_signer
 from dray.release.export.staging import check_free, check_room, staged
 from dray.release.trained import Chosen, Trained, Weights, open_trained
@@ -27,11 +27,7 @@ from dray.storage.filesystem import is_local
 
 __all__ = ["Options", "export", "write_export"]
 
-_FORMS: dict[str, Form] = {
-    "folder": folder_form.FORM,
-    "onnx": onnx_form.FORM,
-    "gguf": gguf_form.FORM,
-}
+_FORMS: dict[str, Form] = {"folder": FOLDER, "onnx": ONNX, "gguf": GGUF}
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}")
 
 
