@@ -256,7 +256,8 @@ def test_what_cannot_be_exported_is_refused_before_the_work(
     refused("lies in the folder of run", Path(storage, "talk", "out"), storage, "talk")
     (tmp_path / "file").write_text("")
     refused("cannot be written", tmp_path / "file" / "model", storage, "talk")
-    assert main(["export", "talk", str(folder), "--storage", storage, "--format", "x"]) == 2
+    with pytest.raises(SystemExit):
+        main(["export", "talk", str(folder), "--storage", storage, "--format", "x"])
     assert "invalid choice" in capsys.readouterr().err
     config = json.loads(Path(storage, "talk", "model.json").read_text())
     config["config"]["model_type"] = "olmo"

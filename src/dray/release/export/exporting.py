@@ -27,11 +27,7 @@ from dray.storage.filesystem import is_local
 
 __all__ = ["Options", "export", "write_export"]
 
-_FORMS: dict[str, Form] = {
-    "folder": FOLDER,
-    "onnx": ONNX,
-    "gguf": GGUF,
-}
+_FORMS: dict[str, Form] = {"folder": FOLDER, "onnx": ONNX, "gguf": GGUF}
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}")
 
 
