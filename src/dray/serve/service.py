@@ -238,7 +238,8 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
             models = [Served.model_validate({**given, **model}) for model in several]
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, ("args", *first["loc"][:1])))
+        # Of a model as a whole it is wrong that it names none.
+        where = ".".join(map(str, ("args", *(first["loc"][:1] or ("run",)))))
         known = f"args are {', '.join(Served.model_fields)}, models, limits"
         raise SpecError(where, first["msg"], known) from error
     except (TypeError, ValueError, AttributeError) as error:
