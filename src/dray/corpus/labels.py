@@ -82,7 +82,7 @@ def choose_labels(
     num_labels: int | None = None,
     known: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Names of the classes in the order of their ids: by number if all are whole numbers, else by
+    """Names of the classes in the order of their ids: by number if all are numbers, else by
     name.
 
     `train`, `validation`: documents of each label. `num_labels`: how many classes the model has, if
@@ -131,8 +131,8 @@ def similar_names(labels: Sequence[str]) -> list[list[str]]:
 
 
 def _sorted(labels: Mapping[str, int]) -> tuple[str, ...]:
-    if all(re.fullmatch(r"-?[0-9]+", name) for name in labels):
-        return tuple(sorted(labels, key=lambda name: (int(name), name)))
+    if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in labels):
+        return tuple(sorted(labels, key=lambda name: (Decimal(name), name)))
     return tuple(sorted(labels))
 
 

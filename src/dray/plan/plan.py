@@ -252,9 +252,11 @@ def make_plan(
     if not spec.task.tokenizes and (counted is None or counted.row is None):
         raise SpecError(
             f"task = {spec.task.name}",
-            why_not_counted or "its documents are no texts, and torch and transformers are absent",
+            why_not_counted or "its documents are no texts, and no model was built to be measured",
             "what a model takes that reads no text is measured on the model itself",
-            "mend that" if why_not_counted else "plan where they are installed",
+            "mend that"
+            if why_not_counted
+            else "plan by `dray plan`, or dray.models.counting.make_counted_plan, with torch there",
         )
     on_gpu = spec.resources.gpus_per_worker > 0
     sizes = load_dimensions(spec, vocab_size, num_labels, config, pad_token_id, counted=counted)

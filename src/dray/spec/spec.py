@@ -264,7 +264,7 @@ class Spec(Section):
                 "is nothing to validate on; give it, or leave patience out"
             )
         smoothing = self.regularization.label_smoothing
-        if smoothing and self.task.num_outputs is not None:
+        if smoothing and not self.task.smooths:
             raise ValueError(
                 f"regularization.label_smoothing = {smoothing:g}: {self.task.name} has no classes "
                 "to smooth; leave it out"

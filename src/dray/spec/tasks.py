@@ -122,6 +122,8 @@ class TaskKind(Protocol):
     """Tokens of every row, where rows have as many whatever `data.sequence_tokens` says."""
     needed_tokens: int
     """Tokens that a row must have room for beside a document's first one."""
+    smooths: bool
+    """Whether its loss has classes that `regularization.label_smoothing` smooths."""
     rows_together: int
     """Rows of a step that must be computed at once: each so many, from the first."""
 

@@ -77,6 +77,7 @@ class Policy(Task):
 
     name = "policy"
     generates = explores = True
+    smooths = False
     fields: Mapping[str, Field] = {
         "prompt": Field("record", column="prompt"),
         "answer": Field("text", column="answer"),

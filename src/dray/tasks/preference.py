@@ -72,6 +72,7 @@ class Preference(Task):
 
     name = "preference"
     generates = True
+    smooths = False
     head = Head(
         "AutoModelForCausalLM", over="vocabulary", each="token", looks_ahead=False, sequences=2
     )
@@ -121,6 +122,8 @@ class Preference(Task):
         return {"packs_rows": self.packs, "task": self.name, "version": self.version, **kind}
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
+        import numpy as np
+
         from dray.tasks.parts.answers import encode_answers
 
         found = encode_answers(texts, tools, 2 if self.is_paired else 1)
@@ -138,7 +141,7 @@ class Preference(Task):
             other[: found.room - len(prompt)]
             for other, prompt in zip([*firsts[1:], *firsts[:1]], found.prompts, strict=True)
         ]
-        good = [TRUTHS[names[record]] for record in found.records]
+        good = np.array([TRUTHS[names[record]] for record in found.records], np.uint8)
         return found.encoded(tools, others, good=good)
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:

@@ -46,6 +46,7 @@ class Rating(Task):
             return self
 
     name = "rating"
+    smooths = False
     fields: Mapping[str, Field] = {
         "user": Field("name", column="user"),
         "item": Field("name", column="item"),

@@ -47,6 +47,7 @@ class Regression(Task):
             return self
 
     name = "regression"
+    smooths = False
     predicts = True
     num_outputs = 1
     metrics: Mapping[str, Direction] = {

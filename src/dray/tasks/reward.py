@@ -26,6 +26,7 @@ class Reward(Task):
     """Scores of answers, the greater for the one that is preferred."""
 
     name = "reward"
+    smooths = False
     predicts = True
     fields: Mapping[str, Field] = {
         name: Field("record", column=name) for name in ("prompt", "chosen", "rejected")

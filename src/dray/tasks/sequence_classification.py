@@ -8,7 +8,7 @@ own way, decoders at the last token that is not padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field as Limits
@@ -108,6 +108,16 @@ class SequenceClassification(Task):
         if own.get("labels") in ("ordinal", "paths"):
             del own["labels"]
         return {"packs_rows": self.packs, **own}
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        if self.settings.labels != "ordinal":
+            return ()
+        return (
+            "Its outputs are a cumulative link over ordered classes, not their logits: the largest "
+            "of them is no prediction, and a pipeline of transformers tells another class than "
+            "`dray predict`.",
+        )
 
     def check(self, corpus: Corpus) -> None:
         """Raises SpecError for labels that the settings do not know, or that there are not."""

@@ -67,6 +67,7 @@ class SpeechRecognition(Task):
             return self
 
     name = "speech_recognition"
+    smooths = False
     tokenizes = False
     predicts = True
     fields: Mapping[str, Field] = {"audio": Field("bytes"), "text": Field("answer")}

@@ -122,6 +122,8 @@ class Task:
     needed_tokens = 0
     """Tokens that a row must have room for beside a document's first one: an answer that is written
     there, say."""
+    smooths = True
+    """Whether its loss has classes that `regularization.label_smoothing` smooths."""
     rows_together = 1
     """Rows of a step that must be computed at once: each so many, from the first. What `collate`
     makes of a row may depend on the others of these, which stay the same on any number of
@@ -263,6 +265,11 @@ class Task:
         """A batch of these rows as it is learnt from, where that is not what is validated: images
         that are turned, say. It is drawn as `collate` draws."""
         return batch
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What somebody should know who uses an exported model by transformers alone."""
+        return ()
 
     def save_processor(self, folder: str) -> None:
         """Write into an export what makes a model's inputs of documents that are no texts, as

@@ -7,13 +7,15 @@ in further rows, cut before a word at which no entity goes on; metrics put it to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from dray.errors import SpecError
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Section
 from dray.tasks.rows import IGNORED, Column
-from dray.tasks.task import Batch, Output, Task, TaskMetrics
+from dray.tasks.task import Batch, Corpus, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,6 +58,18 @@ class TokenClassification(Task):
             "f1_macro": "higher",
         }
         self.metrics = words if self.settings.scheme == "none" else words | entities
+
+    def check(self, corpus: Corpus) -> None:
+        """Raises SpecError for tags of another form than the scheme's."""
+        letters = {"BIO": "BI", "BIOES": "BIESLU", "none": ""}[self.settings.scheme]
+        odd = [tag for tag in corpus.labels if not re.fullmatch(rf"O|[{letters or '.'}]-.+", tag)]
+        if letters and odd:
+            raise SpecError(
+                f"task.scheme = {self.settings.scheme}",
+                f"the training documents have the tags {', '.join(odd[:8])}",
+                f"tags are O, or one of {', '.join(letters)} with a hyphen and a type",
+                "give scheme: BIOES, or none for tags of words alone",
+            )
 
     @property
     def row_settings(self) -> dict[str, Any]:

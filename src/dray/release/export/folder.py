@@ -41,8 +41,9 @@ def _write(trained: Trained, folder: Path, options: Options) -> Written:
     for path in (folder / "model").iterdir():
         path.rename(folder / path.name)
     (folder / "model").rmdir()
-    remarks = tuple(differences(trained, folder)) if trained.spec.task.tokenizes else ()
-    checks = (Check("AutoTokenizer's ids against training's", details={"same": not remarks}),)
+    differing = tuple(differences(trained, folder)) if trained.spec.task.tokenizes else ()
+    remarks = (*differing, *trained.spec.task.remarks)
+    checks = (Check("AutoTokenizer's ids against training's", details={"same": not differing}),)
     return Written(
         checks if trained.spec.task.tokenizes else (),
         "transformers",

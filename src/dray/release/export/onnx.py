@@ -56,7 +56,7 @@ def _write(trained: Trained, folder: Path, options: Options) -> Written:
     _trace(graph, folder / FILE, model)
     largest = _compare(graph, folder / FILE, shapes)
     model.config.save_pretrained(folder)
-    remarks = ["The graph has no cache: each call computes whole rows."]
+    remarks = ["The graph has no cache: each call computes whole rows.", *trained.task.remarks]
     if "attention_mask" in graph.inputs:
         remarks.append("Rows are padded at their end, where `attention_mask` is 0.")
     check = Check(

@@ -57,7 +57,7 @@ class Answers:
             self.room,
         )
 
-    def encoded(self, tools: Tools, others: Sequence[Ids], **columns: Sequence[Any]) -> Encoded:
+    def encoded(self, tools: Tools, others: Sequence[Ids], **columns: Any) -> Encoded:
         """Rows of each prompt with its first answer, and `others` beside; further columns by
         name."""
         pieces = [

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from dray.errors import caught
 from dray.tasks.rows import Encoded
 
 if TYPE_CHECKING:
@@ -232,11 +233,10 @@ def render(conversation: Conversation, tools: Tools, *, asks: bool = False) -> s
 def _render(
     conversation: Conversation, tools: Tools, *, asks: bool = False, marks: bool = False
 ) -> tuple[str, list[Span]]:
-    from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    try:
-        texts, spans = render_jinja_template(
+    found, error = caught(  # a template is a program, and may end in any way
+        lambda: render_jinja_template(
             [list(conversation.messages)],
             tools=list(conversation.tools) or None,
             chat_template=tools.chat_template,
@@ -244,8 +244,10 @@ def _render(
             add_generation_prompt=asks,
             **tools.roles,
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    )
+    if found is None:
         raise NoConversation("refused by the chat template") from error
+    texts, spans = found
     return texts[0], [(start, stop) for start, stop in (spans[0] if marks else ())]
 
 
@@ -376,6 +378,8 @@ def _encode_whole(conversation: Conversation, tools: Tools, *, answers: bool) ->
     places = np.array(starts, np.int64)
     for start, stop in spans:
         taught |= (places >= start) & (places < stop)
+    if answers and not taught.any():
+        raise NoConversation("no answer that the chat template writes")
     return _Piece(ids, taught.tolist())
 
 
