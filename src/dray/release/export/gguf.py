@@ -26,6 +26,7 @@ from dray.corpus.tokenizing import PROBES, read_tokenizer_files
 from dray.errors import SpecError, caught, one_line, translated
 from dray.release.export.forms import Check, Form, Options, Written
 from dray.release.export.loading import gguf_code
+from dray.release.export.texts import text_rows
 from dray.release.trained import Trained
 
 FILE = "model.gguf"
@@ -417,10 +418,11 @@ def _is_as_written(read: torch.Tensor, meant: torch.Tensor, turned: Turn, kind: 
 
 
 def _some_rows(trained: Trained) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
     longest = min(trained.longest_row or 256, 256)
-    for shape in ((1, min(5, longest)), (2, min(33, longest)), (1, longest)):
-        yield torch.randint(0, trained.manifest.vocab_size, shape, generator=generator)
+    for shape in ((1, min(5, longest)), (3, min(33, longest)), (1, longest)):
+        rows = text_rows(trained, *shape)
+        assert rows is not None  # its tokens are pieces of text, or it has been refused
+        yield rows
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ from dray.errors import SpecError, one_line, translated
 from dray.models.build import one_document_a_row
 from dray.release.export.forms import Check, Form, Options, Written
 from dray.release.export.loading import onnx_code
+from dray.release.export.texts import text_rows
 from dray.release.trained import Trained
+from dray.tasks.parts.graphs import ANSWER_IDS
 
 if TYPE_CHECKING:
     from dray.tasks import Batch
@@ -54,7 +56,7 @@ def _write(trained: Trained, folder: Path, options: Options) -> Written:
     graph = trained.task.graph(model)
     shapes = _shapes(trained, graph)
     _trace(graph, folder / FILE, model)
-    largest = _compare(graph, folder / FILE, shapes)
+    largest = _compare(trained, graph, folder / FILE, shapes)
     model.config.save_pretrained(folder)
     remarks = ["The graph has no cache: each call computes whole rows.", *trained.task.remarks]
     if "attention_mask" in graph.inputs:
@@ -116,7 +118,7 @@ def _trace(graph: Graph, path: Path, model: Any) -> None:
         program.save(path, external_data=num_bytes > _MOST_INSIDE)
 
 
-def _compare(graph: Graph, path: Path, shapes: list[tuple[int, int]]) -> float:
+def _compare(trained: Trained, graph: Graph, path: Path, shapes: list[tuple[int, int]]) -> float:
     """The largest difference of any output between onnxruntime and torch, where rows are no
     padding. Raises SpecError beyond ALLOWED."""
     import onnxruntime
@@ -128,7 +130,7 @@ def _compare(graph: Graph, path: Path, shapes: list[tuple[int, int]]) -> float:
     taken = {given.name for given in session.get_inputs()}
     largest = 0.0
     for seed, (rows, tokens) in enumerate(shapes):
-        batch = graph.draw(rows, tokens, torch.Generator().manual_seed(seed))
+        batch = _fill(trained, graph.draw(rows, tokens, torch.Generator().manual_seed(seed)))
         with (
             translated(
                 lambda error: SpecError(
@@ -150,6 +152,18 @@ def _compare(graph: Graph, path: Path, shapes: list[tuple[int, int]]) -> float:
         if not largest <= ALLOWED:
             raise _differs(f"differs from torch by {largest:.3g} at {rows} rows of {tokens} tokens")
     return largest
+
+
+def _fill(trained: Trained, batch: Batch) -> Batch:
+    """A batch with texts in place of tokens at random, where there are such."""
+    filled = dict(batch)
+    for name in (name for name in ("input_ids", ANSWER_IDS) if name in batch):
+        texts = text_rows(trained, *batch[name].shape)
+        if texts is None:
+            return batch
+        mask = batch.get("attention_mask") if name == "input_ids" else None
+        filled[name] = texts if mask is None else texts.where(mask == 1, batch[name])
+    return filled
 
 
 def _without_padding(output: torch.Tensor, batch: Batch) -> torch.Tensor:
