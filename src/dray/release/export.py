@@ -58,7 +58,7 @@ def export(
             "what a run keeps is its own",
             "choose another folder",
         )
-    trained = load_trained(storage, name, step, weights, chosen)
+    trained = load_trained(storage, name, step, weights, chosen, unpacked=True)
     if adapters_alone and not hasattr(trained.model, "dray_adapted"):
         raise SpecError(
             "--adapters",

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.sections import (
-    RUN_NAME,
+    ORIGIN_NAME,
     BatchSize,
     Checkpoint,
     Data,
@@ -104,7 +104,7 @@ class Spec(Section):
         """What a run has trained means something under that run's tokeniser alone."""
         model = given.get("model") if isinstance(given, Mapping) else None
         name = model.get("run") if isinstance(model, Mapping) else None
-        if given.get("tokenizer") is not None or not re.fullmatch(RUN_NAME, str(name or "")):
+        if given.get("tokenizer") is not None or not re.fullmatch(ORIGIN_NAME, str(name or "")):
             return given  # what is wrong with a name is said of the key that somebody typed
         return {**given, "tokenizer": {"run": name}}
 
@@ -215,6 +215,20 @@ class Spec(Section):
             why += "model.tie_embeddings=false"
         if why:
             raise ValueError(f"optimizer.width_transfer: {why}")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_zeros(self) -> Self:
+        if not self.regularization.keep_zeros:
+            return self
+        rule = "regularization.keep_zeros"
+        if self.optimizer.parts_hidden:
+            raise ValueError(
+                f"{rule}: {self.optimizer.name} updates a matrix as a whole, its zeros too; give "
+                "optimizer.name=adamw"
+            )
+        if self.adapters is not None:
+            raise ValueError(f"{rule}: adapters begin as zeros; leave one of them out")
         return self
 
     @model_validator(mode="after")
