@@ -471,6 +471,24 @@ class Regularization(Section):
     (`--weights ema`); validation measures the weights themselves. None: no average."""
 
 
+class Distil(Section):
+    """Learning from the outputs of another run of the same storage, beside the task's own loss."""
+
+    run: OriginName
+    """The teacher: a run that is complete, of the same task, tokeniser and classes, trained whole.
+    Its newest checkpoint is read by each rank."""
+    share: Annotated[Float, Field(ge=0, le=1)] = 0.5
+    """Share of the loss that is the divergence from the teacher's distribution; the rest is the
+    task's own."""
+    temperature: Annotated[Float, Field(gt=0)] = 2.0
+    """Both sides' logits are divided by it."""
+    hidden: Annotated[Float, Field(ge=0)] = 0.0
+    """Weight of the mean squared error of the blocks' outputs, which are as wide as the
+    teacher's."""
+    attention: Annotated[Float, Field(ge=0)] = 0.0
+    """Weight of the mean squared error of the attentions' probabilities, of as many heads."""
+
+
 class Duration(Section):
     """How long to train: exactly one of the three."""
 

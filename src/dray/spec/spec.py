@@ -22,6 +22,7 @@ from dray.spec.sections import (
     BatchSize,
     Checkpoint,
     Data,
+    Distil,
     Duration,
     Execution,
     Int,
@@ -75,6 +76,8 @@ class Spec(Section):
     """The learning rate over the steps."""
     regularization: Regularization = Regularization()
     """Regularisation."""
+    distil: Annotated[Distil | None, Field(default=None, exclude_if=lambda given: given is None)]
+    """A teacher. None: the task's own loss alone."""
     duration: Duration
     """How long to train."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
@@ -218,6 +221,15 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _taught(self) -> Self:
+        if self.distil is not None and self.zero.stage == 3:
+            raise ValueError(
+                "zero.stage = 3: a teacher's and a student's outputs are compared outside of their "
+                "modules, where ZeRO 3 has no weights; give zero.stage=2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _keeps_zeros(self) -> Self:
         if not self.regularization.keep_zeros:
             return self
@@ -345,7 +357,7 @@ class Spec(Section):
         identity = {key: dump[key] for key in keys} | {
             "batch": {"global_rows": self.batch.global_rows}
         }
-        identity |= {key: dump[key] for key in ("adapters", "freezing") if key in dump}
+        identity |= {key: dump[key] for key in ("adapters", "freezing", "distil") if key in dump}
         if self.duration_is_identity:
             identity["duration"] = dump["duration"]
         return identity

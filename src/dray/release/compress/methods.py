@@ -11,15 +11,28 @@ from itertools import pairwise
 from pydantic import ValidationError
 
 from dray.errors import SpecError
+from dray.release.compress.distil import Distil
+from dray.release.compress.fp8 import Fp8
 from dray.release.compress.half import Bf16, Fp16
+from dray.release.compress.heads import Heads
+from dray.release.compress.int4 import Int4
 from dray.release.compress.int8 import Int8
 from dray.release.compress.int8_dynamic import Int8Dynamic
+from dray.release.compress.int8_static import Int8Static
+from dray.release.compress.layers import Layers
 from dray.release.compress.magnitude import Magnitude
 from dray.release.compress.method import Method
+from dray.release.compress.movement import Movement
+from dray.release.compress.two_four import TwoFour
+from dray.release.compress.width import Width
 from dray.spec import BadYaml, read_yaml
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Bf16, Fp16, Int8, Int8Dynamic, Magnitude)
+    method.name: method
+    for method in (
+        *(Layers, Width, Heads, Distil, Magnitude, Movement, TwoFour),
+        *(Bf16, Fp16, Int8, Int8Dynamic, Int8Static, Int4, Fp8),
+    )
 }
 
 

@@ -7,12 +7,13 @@ another one clears it. It is gone once the new run is kept or refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from dray.corpus.prepare import Corpus
 from dray.errors import SpecError
+from dray.models.adapters import merge
 from dray.release.compress.keeping import Contents, keep, make_compressed_spec
 from dray.release.compress.method import Candidate, Method, Say
 from dray.release.trained import Trained, load_trained
@@ -22,7 +23,7 @@ from dray.runs.row_log import load_json, save_json
 from dray.spec import Spec
 from dray.storage.filesystem import child
 
-WORK, REQUEST = "work", "request.json"
+WORK, REQUEST, TEACHER = "work", "request.json", "teacher"
 
 
 class TrainRun(Protocol):
@@ -54,7 +55,7 @@ class Workshop:
             "methods": [method.told() for method in methods],
         }
         self._run: Run | None = None
-        self._number, self._method = 0, ""
+        self._number, self._round, self._method = 0, 0, ""
 
     def open(self, run: Run) -> None:
         """Take the folder of the run that is being made: what another command has left is
@@ -69,7 +70,7 @@ class Workshop:
 
     def enter(self, number: int, method: Method) -> None:
         """Say which method is at work."""
-        self._number, self._method = number, method.name
+        self._number, self._round, self._method = number, 0, method.name
 
     def close(self) -> None:
         """Delete what was trained."""
@@ -88,16 +89,28 @@ class Workshop:
             )
         assert self._run is not None
         save_json(self._run.filesystem, f"{self._run.path}/{REQUEST}", self._request)
-        start, end = f"{self._number}-{self._method}", f"{self._number}-{self._method}-trained"
-        end = re.sub(r"[^A-Za-z0-9._-]", "-", end)
+        self._round += 1
+        start = f"{self._number}-{self._method}-{self._round}"
+        end = f"{start}-trained"
         if Run.find(self._place, start) is None:
             self._keep(candidate, start)
+        if "distil" in sections:
+            self._keep_teacher(candidate)
+            sections["distil"] = {"run": TEACHER, **sections["distil"]}
         spec = self._make_spec(candidate, start, end, steps=steps, rate=rate, sections=sections)
         self._say(f"{self._method}: {steps:,} steps of training")
         trained = self._trained
         corpus = Corpus(trained.corpus, trained.manifest)
         self._train(spec, storage=self._place, run_name=end, corpus=corpus)
         return load_trained(self._place, end, unpacked=True).model
+
+    def _keep_teacher(self, candidate: Candidate) -> None:
+        """The run that is compressed, as a run of this storage."""
+        if Run.find(self._place, TEACHER) is None:
+            original = replace(self._trained)
+            if hasattr(original.model, "dray_adapted"):
+                merge(original.model)
+            self._keep(replace(candidate, model=original.model, keeps_zeros=False), TEACHER)
 
     def _keep(self, candidate: Candidate, name: str) -> None:
         with (
