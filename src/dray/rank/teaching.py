@@ -140,7 +140,7 @@ def divergence(wanted: Tensor, found: Tensor, temperature: float, *, heads: Any)
     width = found.shape[-1] if heads[1] is None else heads[1].out_features
     size = max(1, CHUNK_LOGITS // width)
     total = found.new_zeros((), dtype=torch.float32)
-    for theirs, ours in zip(wanted.split(size), found.split(size), strict=True):
+    for theirs, ours in zip(torch.split(wanted, size), torch.split(found, size), strict=True):
         if heads[1] is None:
             total = total + part(theirs, ours)
         else:
@@ -196,11 +196,9 @@ def _seen(model: Any, settings: Distil) -> Iterator[dict[str, Tensor]]:
         if settings.hidden:
             handles.append(block.register_forward_hook(_keeper(seen, f"hidden{place}")))
         if settings.attention:
-            for inner in block.modules():
-                if inner is not block:
-                    handles.append(
-                        inner.register_forward_hook(_keeper(seen, f"attention{place}", at=1))
-                    )
+            keeper = _keeper(seen, f"attention{place}", at=1)
+            inside = (inner for inner in block.modules() if inner is not block)
+            handles += [inner.register_forward_hook(keeper) for inner in inside]
     try:
         yield seen
     finally:

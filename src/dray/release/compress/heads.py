@@ -7,7 +7,7 @@ have fewer of the same size, and is refused.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field as Limits
@@ -103,7 +103,7 @@ class Heads(Method):
         """How much each group of heads matters, [groups]."""
         if self.settings.by == "weights":
             return {
-                name: module.weight.detach().square().sum(dim=0).reshape(-1, width).sum(dim=1)  # type: ignore[operator,union-attr]
+                name: module.weight.detach().square().sum(dim=0).reshape(-1, width).sum(dim=1)  # type: ignore[operator]
                 for name, module in outs.items()
             }
         gradients = self.settings.by == "gradients"
@@ -111,13 +111,15 @@ class Heads(Method):
         def score(module: nn.Module, value: Tensor, gradient: Tensor | None) -> Tensor:
             """Σ over tokens of |Σ over a head's places of activation · gradient| (Michel et al.,
             2019), or of what the head gives on."""
-            flat = value.flatten(0, -2).unflatten(-1, (-1, width))
+            flat = value.reshape(-1, value.shape[-1] // width, width)
+            found: Tensor
             if gradient is not None:
-                slope = gradient.flatten(0, -2).unflatten(-1, (-1, width))
-                return (flat * slope).sum(dim=-1).abs().sum(dim=0)
-            weight: Tensor = module.weight.detach().unflatten(1, (-1, width))  # type: ignore[operator,union-attr]
-            given = torch.einsum("tgi,ogi->tgo", flat, weight)
-            return given.norm(dim=-1).sum(dim=0)
+                found = (flat * gradient.reshape(flat.shape)).sum(dim=-1).abs().sum(dim=0)
+                return found
+            weight: Any = module.weight
+            parts = weight.detach().reshape(len(weight), -1, width)
+            found = torch.einsum("tgi,ogi->tgo", flat, parts).norm(dim=-1).sum(dim=0)
+            return found
 
         return watch(candidate, outs, score, num_rows=self.settings.rows, gradients=gradients)
 

@@ -1,7 +1,7 @@
-"""Weights as int4 codes, two a byte, with a scale for each group of a row. It saves bytes, not time:
-a layer unpacks its weight for each pass. torch's own int4 kernel for CPUs is private, and
-bitsandbytes' layout is another one, so neither is used. Tables keep int8: a row that is looked up is
-read alone, and its error is not averaged.
+"""Weights as int4 codes, two a byte, with a scale for each group of a row. It saves bytes, not
+time: a layer unpacks its weight for each pass. torch's own int4 kernel for CPUs is private, and
+bitsandbytes' layout is another one, so neither is used. Tables keep int8: a row that is looked up
+is read alone, and its error is not averaged.
 """
 
 from __future__ import annotations

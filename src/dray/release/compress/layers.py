@@ -1,5 +1,5 @@
-"""Whole blocks taken out: the model has fewer layers, and is faster by as many. Which ones matter is
-judged by what they do to the stream that goes through them.
+"""Whole blocks taken out: the model has fewer layers, and is faster by as many. Which ones matter
+is judged by what they do to the stream that goes through.
 """
 
 from __future__ import annotations

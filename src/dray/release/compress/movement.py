@@ -1,4 +1,4 @@
-"""Movement pruning: the model is trained on, and the weights of the blocks' matrices that moved most
+"""Movement pruning: the model is trained on, and weights of the blocks' matrices that moved most
 towards zero become zeros (Sanh, Wolf and Rush, 2020).
 
 Their score of a weight is the sum of -gradient · weight over the steps; with what the optimiser
@@ -45,9 +45,9 @@ class Movement(Method):
         num = int(len(every) * self.settings.share)
         gone = torch.zeros(len(every), dtype=torch.bool)
         gone[every.topk(num, largest=False).indices] = True
-        parts = gone.split([score.numel() for score in scores.values()])
+        parts = torch.split(gone, [score.numel() for score in scores.values()])
         with torch.no_grad():
-            for (name, tensor), part in zip(after.items(), parts, strict=True):
+            for tensor, part in zip(after.values(), parts, strict=True):
                 tensor[part.view(tensor.shape)] = 0.0
         candidate.model, candidate.keeps_zeros = trained, True
         self.recover(candidate)

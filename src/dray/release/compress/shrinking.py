@@ -101,7 +101,7 @@ def feed_forwards(
     """Of each block: its name, the names of the matrices into its feed-forward and out of it, and
     the latter itself. Found by their sizes. Raises SpecError where they are not plain."""
     wide = intermediate_of(candidate, method)[1]
-    found = []
+    found: list[tuple[str, list[str], str, nn.Module]] = []
     for name, block in find_stack(candidate, method):
         linears = {
             inner: module

@@ -23,7 +23,7 @@ class TwoFour(Method):
     class Settings(Judging):
         """Which of four stay."""
 
-        by: Literal["weights", "activations"] = "weights"  # type: ignore[assignment]
+        by: Literal["weights", "activations"] = "weights"
         """`weights`: the two with the greatest magnitude; `activations`: those with the greatest
         magnitude times the norm of their input on rows of the corpus (Wanda)."""
 
@@ -67,6 +67,6 @@ class TwoFour(Method):
 
 def two_of_four(score: Tensor) -> Tensor:
     """1 for the two greatest of each four neighbours of a row, 0 for the others."""
-    fours = score.unflatten(-1, (-1, 4))
+    fours = score.reshape(*score.shape[:-1], -1, 4)
     mask = torch.zeros_like(fours).scatter_(-1, fours.topk(2, dim=-1).indices, 1.0)
     return mask.flatten(-2)

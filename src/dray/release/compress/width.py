@@ -58,7 +58,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """How much each input of the matrices matters, [inputs]."""
     if settings.by == "weights":
-        return {name: module.weight.detach().norm(dim=0) for name, module in outs.items()}  # type: ignore[operator,union-attr]
+        return {name: module.weight.detach().norm(dim=0) for name, module in outs.items()}  # type: ignore[operator]
     gradients = settings.by == "gradients"
     return watch(
         candidate,
@@ -71,7 +71,7 @@ def _scores(
 
 def _of_places(module: nn.Module, value: Tensor, gradient: Tensor | None) -> Tensor:
     """Σ |activation| times the norm of what it is given on by (Sun et al., 2023: Wanda)."""
-    norm: Tensor = module.weight.detach().norm(dim=0)  # type: ignore[operator,union-attr]
+    norm: Tensor = module.weight.detach().norm(dim=0)  # type: ignore[operator]
     return value.flatten(0, -2).abs().sum(dim=0) * norm
 
 
