@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
 from dray.errors import SpecError, StoreError
-from dray.models.packed import Packing, held_bytes, pack
+from dray.models.packed import Int8Linear, Packing, held_bytes, install, pack
 from dray.release.compress.compress import compress
+from dray.release.compress.method import Candidate
+from dray.release.compress.methods import make_methods
+from dray.release.compress.recovering import Workshop
 from dray.release.evaluate import evaluate
+from dray.release.export import export
 from dray.release.trained import load_trained
 from dray.runs import CheckpointReader, Run, verify_checkpoint
 from dray.train.driver import train_locally
@@ -196,3 +201,210 @@ def test_what_cannot_be_is_said_before_any_work(
     told = capsys.readouterr().err
     assert re.search(message, told), told
     assert sorted(os.listdir(storage)) == before
+
+
+# ---- what methods make of a model ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier(storage: str, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A trained classifier of an architecture whose heads have no size of their own."""
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    rows = [
+        f"{'good fine' if n % 3 else 'bad awful'} film number {n},{int(n % 3 > 0)}"
+        for n in range(300)
+    ]
+    path.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
+    tree = tiny_tree(
+        path.parent,
+        name="classes",
+        task="sequence_classification",
+        data={"train": [{"path": str(path), "text": "text", "label": "label"}]},
+        model={"architecture": "bert"},
+        validation={"max_rows": None},
+    )
+    spec = dray.make_spec(tree)
+    prepare(spec, storage)
+    return train_locally(spec, storage=storage, run_name="classes").run
+
+
+def candidate_of(storage: str, name: str) -> Candidate:
+    """A run's model, in a process that trains nothing."""
+    trained = load_trained(storage, name, unpacked=True)
+    workshop = Workshop(storage, "none", [], trained, train=None, say=lambda line: None)
+    return Candidate(trained, trained.model, workshop.train, lambda line: None)
+
+
+def applied(storage: str, name: str, text: str) -> Candidate:
+    (method,) = make_methods([text])
+    candidate = candidate_of(storage, name)
+    method.check(candidate)
+    method.apply(candidate)
+    return candidate
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(5, 35).reshape(2, 15)
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("by", ["activations", "gradients", "weights", "spaced"])
+def test_a_model_of_fewer_layers_equals_a_hand_built_one(storage: str, run: Run, by: str) -> None:
+    candidate = applied(storage, "whole", f"layers:keep=1,by={by},rows=4")
+    assert candidate.model.config.num_hidden_layers == 1
+    found, matches = logits(candidate.model), 0
+    for stays in (0, 1):
+        whole = load_trained(storage, "whole").model
+        whole.model.layers = torch.nn.ModuleList([whole.model.layers[stays]])
+        matches += torch.equal(logits(whole), found)
+    assert matches == 1
+
+
+@pytest.mark.parametrize("by", ["gradients", "activations", "weights"])
+def test_a_narrower_model_equals_one_whose_places_give_nothing(
+    storage: str, run: Run, classifier: Run, by: str
+) -> None:
+    """What is left answers as the whole model does where the other places are cut off."""
+    for name, stem, out in (
+        ("whole", "model.layers", "mlp.down_proj"),
+        ("classes", "bert.encoder.layer", "output.dense"),
+    ):
+        candidate = applied(storage, name, f"width:share=0.5,by={by},rows=4")
+        whole = load_trained(storage, name).model
+        narrow = dict(candidate.model.named_parameters())
+        for number in range(2):
+            matrix = f"{stem}.{number}.{out}.weight"
+            kept, given = narrow[matrix].detach(), whole.get_parameter(matrix)
+            stays = (given.detach().T[:, None] == kept.T[None]).all(dim=-1).any(dim=1)
+            assert int(stays.sum()) == kept.shape[1] < given.shape[1]
+            given.data *= stays
+        assert torch.allclose(logits(candidate.model), logits(whole), atol=1e-5)
+
+
+def test_heads_go_in_the_groups_that_share_keys(storage: str, run: Run, classifier: Run) -> None:
+    candidate = applied(storage, "whole", "heads:keep=2,rows=4")
+    config = candidate.model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 2, 16)
+    whole = load_trained(storage, "whole").model
+    narrow = dict(candidate.model.named_parameters())
+    for number in range(2):
+        name = f"model.layers.{number}.self_attn.o_proj.weight"
+        given, kept = whole.get_parameter(name), narrow[name].detach()
+        stays = (given.detach().T[:, None] == kept.T[None]).all(dim=-1).any(dim=1)
+        assert (int(stays.sum()), kept.shape[1]) == (32, 32)
+        given.data *= stays
+    assert torch.allclose(logits(candidate.model), logits(whole), atol=1e-5)
+    with pytest.raises(SpecError, match="makes a head's size of the number of heads"):
+        applied(storage, "classes", "heads:keep=2")
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_two_of_four_are_zeros(storage: str, run: Run, classifier: Run, by: str) -> None:
+    whole = dict(load_trained(storage, "classes").model.named_parameters())
+    candidate = applied(storage, "classes", f"two_four:by={by},rows=4")
+    for name, weight in candidate.model.named_parameters():
+        if "encoder.layer" in name and weight.dim() == 2:
+            fours = weight.detach().reshape(len(weight), -1, 4)
+            assert ((fours != 0).sum(dim=-1) == 2).all()
+            if by == "weights":
+                was = whole[name].detach().reshape(fours.shape).abs()
+                least = was.masked_fill(fours == 0, torch.inf).amin(dim=-1)
+                assert (was.masked_fill(fours != 0, 0).amax(dim=-1) <= least).all()
+    with pytest.raises(SpecError, match="no matrix of rows of fours"):  # 170 places between
+        applied(storage, "whole", "two_four")
+
+
+@pytest.mark.parametrize("method", ["int8_dynamic", "int8_static:rows=16", "int4", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["whole", "classes"])
+def test_layers_of_codes_answer_nearly_as_the_model_does(
+    storage: str, run: Run, classifier: Run, name: str, method: str
+) -> None:
+    candidate = applied(storage, name, method)
+    before = logits(candidate.model)
+    size = held_bytes(candidate.model)
+    model = install(candidate.model, candidate.packed)
+    after = logits(model)
+    off = float((after - before).norm() / before.norm())
+    assert 0 < off < (0.2 if method == "int4" else 0.1), off
+    assert held_bytes(model) < 0.75 * size
+    has_kernels = any(isinstance(module, Int8Linear) for module in model.modules())
+    assert has_kernels == method.startswith("int8_")
+
+
+def test_fp8_and_training_without_training_are_refused(storage: str, run: Run) -> None:
+    with pytest.raises(SpecError, match=r"compute capability 8\.9"):
+        applied(storage, "whole", "fp8")
+    with pytest.raises(SpecError, match="no training was given"):
+        compress(storage, "whole", ["layers:keep=1,recover=2"], new_name="untrained")
+    assert Run.find(storage, "untrained") is None
+    assert not Path(storage, "untrained").exists()
+
+
+def test_a_compressed_run_is_exported_for_transformers(
+    storage: str, run: Run, tmp_path: Path
+) -> None:
+    """From codes and from a smaller architecture: transformers answers as the run does."""
+    from transformers import AutoModelForCausalLM
+
+    compress(storage, "whole", ["layers:keep=1,by=weights", "int8"], new_name="exported")
+    export(storage, "exported", str(tmp_path / "folder"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    assert theirs.config.num_hidden_layers == 1
+    ours = load_trained(storage, "exported").model
+    assert torch.allclose(logits(theirs), logits(ours), atol=1e-5)
+
+
+# ---- training what is left -----------------------------------------------------------------------
+
+
+def zeros_of(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: p.detach() == 0
+        for name, p in model.named_parameters()
+        if "layers." in name and p.dim() == 2
+    }
+
+
+def test_zeros_stay_through_recovery_and_through_a_kill(storage: str, run: Run) -> None:
+    """The first call is stopped within its training; the second one goes on with it."""
+    methods = ["magnitude:share=0.6,recover=8"]
+
+    def stopped(spec: Any, **given: Any) -> Any:
+        asked = iter([False] * 3)
+        train_locally(spec, **given, stop=lambda: next(asked, True))
+        os._exit(9)
+
+    child = os.fork()
+    if not child:
+        compress(storage, "whole", methods, new_name="sparse", train=stopped)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert Run.find(storage, "sparse") is None
+    begun = Run.open(f"{storage}/sparse/work", "1-magnitude-1-trained").latest_checkpoint()
+    assert begun is not None
+    assert 0 < begun.step < 8
+    done = compress(storage, "whole", methods, new_name="sparse", train=train_locally)
+    assert done.kept
+    assert not Path(storage, "sparse", "work").exists()
+    once = applied(storage, "whole", "magnitude:share=0.6").model
+    zeros, found = zeros_of(once), zeros_of(load_trained(storage, "sparse").model)
+    assert all(torch.equal(zeros[name], found[name]) for name in zeros)
+    before, after = (
+        dict(m.named_parameters()) for m in (once, load_trained(storage, "sparse").model)
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in zeros), "it was trained"
+
+
+def test_a_student_comes_nearer_to_its_teacher(storage: str, run: Run, classifier: Run) -> None:
+    for name in ("whole", "classes"):
+        teacher = logits(load_trained(storage, name).model)
+        dropped = logits(applied(storage, name, "layers:keep=1").model)
+        methods = ["layers:keep=1", "distil:steps=12,share=1,rate=0.003,hidden=0.1,attention=0.1"]
+        done = compress(storage, name, methods, new_name=f"{name}-student", train=train_locally)
+        assert done.kept
+        student = logits(load_trained(storage, f"{name}-student").model)
+
+        def apart(found: torch.Tensor, teacher: torch.Tensor = teacher) -> float:
+            return float((teacher.softmax(-1) - found.softmax(-1)).norm())
+
+        assert apart(student) < apart(dropped)

@@ -170,13 +170,13 @@ class PackedLinear(nn.Module):
         self.packing = packed.packing
         self.out_features, self.in_features = _rows_shape(packed.packing, packed.shape)
         for state, tensor in packed.states.items():
-            self.register_buffer(state, tensor, persistent=False)
+            self.register_buffer(f"stored_{state}", tensor, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
         """The weight in fp32, [outputs, inputs]; made anew each time."""
-        states = {state: getattr(self, state) for state in states_of(self.packing)}
+        states = {state: getattr(self, f"stored_{state}") for state in states_of(self.packing)}
         return unpack_rows(self.packing, states, (self.out_features, self.in_features))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -244,17 +244,19 @@ class PackedEmbedding(nn.Module):
         self.packing, self.shape, self.padding_idx = packed.packing, packed.shape, padding_idx
         self.num_embeddings, self.embedding_dim = packed.shape
         for state, tensor in packed.states.items():
-            self.register_buffer(state, tensor, persistent=False)
+            self.register_buffer(f"stored_{state}", tensor, persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """The table in fp32; made anew each time."""
-        states = {state: getattr(self, state) for state in states_of(self.packing)}
+        states = {state: getattr(self, f"stored_{state}") for state in states_of(self.packing)}
         return unpack_rows(self.packing, states, self.shape)  # type: ignore[arg-type]
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
-        states = {state: getattr(self, state)[flat] for state in states_of(self.packing)}
+        states = {
+            state: getattr(self, f"stored_{state}")[flat] for state in states_of(self.packing)
+        }
         rows = unpack_rows(self.packing, states, (len(flat), self.embedding_dim))
         return rows.reshape(*ids.shape, self.embedding_dim)
 
