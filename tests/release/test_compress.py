@@ -15,6 +15,7 @@ import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
 from dray.errors import SpecError, StoreError
+from dray.ledger import verify_ledger
 from dray.models.packed import Int8Linear, Packing, held_bytes, install, pack
 from dray.release.compress.compress import compress
 from dray.release.compress.method import Candidate
@@ -153,6 +154,13 @@ def test_a_compressed_run_is_not_trained_on(storage: str, run: Run, tiny_corpus:
         train_locally(dray.make_spec(tree), storage=storage, run_name="further")
     with pytest.raises(SpecError, match="has its weights as codes already"):
         compress(storage, "whole-int8", ["bf16"])
+
+
+def test_a_ledger_is_of_the_run_that_was_trained(storage: str, run: Run) -> None:
+    compress(storage, "whole", ["bf16"], new_name="half")
+    assert main(["doctor", "half", "--storage", storage]) == 0
+    with pytest.raises(StoreError, match="used no rows by steps of its own"):
+        verify_ledger(Run.open(storage, "half"))
 
 
 def test_magnitude_takes_the_smallest_and_names_stay(storage: str, run: Run) -> None:

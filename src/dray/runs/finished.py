@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dray.errors import StoreError
 from dray.runs.commit import CheckpointWriter
 from dray.runs.drivers import Driver, Heart
-from dray.runs.layout import COMPRESSION_FILE, DRIVERS, RUN_FILE, SPEC_FILE, SWEEP_FILE
+from dray.runs.layout import COMPRESSION_FILE, DRIVERS, PLAN_FILE, RUN_FILE, SPEC_FILE, SWEEP_FILE
 from dray.runs.row_log import make_json, now, save_json
 from dray.runs.run import Run
 from dray.spec import Spec, dump_spec
@@ -103,6 +103,7 @@ def create_finished(
     _copy_folder(like.corpus_copy, run.corpus_copy)
     run.keep_model(config)
     write_bytes(run.filesystem, f"{run.path}/{SPEC_FILE}", dump_spec(spec).encode())
+    save_json(run.filesystem, f"{run.path}/{PLAN_FILE}", {"num_steps": step})
     if table is not None:
         save_json(run.filesystem, f"{run.path}/{COMPRESSION_FILE}", table)
     run.end_attempt(attempt, "completed", step)
