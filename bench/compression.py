@@ -83,8 +83,8 @@ def main(storage: str = "runs/compression", *, only: str = "") -> None:
         lines += [
             f"**{spec.name}**",
             "",
-            f"| methods | {metric} before | after | difference (95 %) | stored | in memory | one row "
-            "| a batch |",
+            f"| methods | {metric} before | after | difference (95 %) | stored | in memory "
+            "| one row | a batch |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for number, (words, methods) in enumerate(recipes.items()):

@@ -14,7 +14,7 @@ import torch
 import dray
 from dray.cli import main
 from dray.corpus.prepare import prepare
-from dray.errors import SpecError, StoreError
+from dray.errors import Interrupted, SpecError, StoreError
 from dray.ledger import verify_ledger
 from dray.models.packed import Int8Linear, Packing, held_bytes, install, pack
 from dray.release.compress.compress import compress
@@ -401,6 +401,50 @@ def test_zeros_stay_through_recovery_and_through_a_kill(storage: str, run: Run) 
         dict(m.named_parameters()) for m in (once, load_trained(storage, "sparse").model)
     )
     assert any(not torch.equal(before[name], after[name]) for name in zeros), "it was trained"
+
+
+def test_what_moved_towards_zero_becomes_zero(storage: str, run: Run) -> None:
+    """Of a run that is trained on: what grew least, and nothing else."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def watched(spec: Any, **given: Any) -> Any:
+        ended = train_locally(spec, **given)
+        model = load_trained(given["storage"], given["run_name"]).model
+        kept.update((name, p.detach().clone()) for name, p in model.named_parameters())
+        return ended
+
+    methods = ["movement:share=0.3,steps=4"]
+    compress(storage, "whole", methods, new_name="moved", train=watched)
+    before = dict(load_trained(storage, "whole").model.named_parameters())
+    after = zeros_of(load_trained(storage, "moved").model)
+    grown = {name: kept[name].square() - before[name].detach().square() for name in after}
+    gone = torch.cat([grown[name][zero] for name, zero in after.items()])
+    left = torch.cat([grown[name][~zero] for name, zero in after.items()])
+    assert len(gone) == int(0.3 * (len(gone) + len(left)))
+    assert gone.max() <= left.min()
+
+
+def test_what_was_trained_outlives_an_interruption(storage: str, run: Run) -> None:
+    """Of a failed gate nothing does, of an interrupted call what the next one goes on with."""
+
+    def interrupted(spec: Any, **given: Any) -> Any:
+        train_locally(spec, **given)
+        raise Interrupted(2)
+
+    methods = ["layers:keep=1,by=weights,recover=2"]
+    with pytest.raises(Interrupted):
+        compress(storage, "whole", methods, new_name="later", train=interrupted)
+    assert Run.find(storage, "later") is None
+    trained = f"{storage}/later/work"
+    assert Run.open(trained, "1-layers-1-trained").status == "completed"
+    with pytest.raises(StoreError, match="not found"):
+        Run.open(storage, "later")
+    done = compress(
+        storage, "whole", methods, new_name="later", train=train_locally, max_drop=["loss=0"]
+    )
+    assert done.kept == done.table["gate"][0]["holds"]
+    assert Path(storage, "later").exists() == done.kept
+    assert not Path(trained).exists()
 
 
 def test_a_student_comes_nearer_to_its_teacher(storage: str, run: Run, classifier: Run) -> None:

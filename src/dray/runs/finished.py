@@ -8,19 +8,20 @@ cleared by the next one.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dray.errors import StoreError
+from dray.errors import Interrupted, RunFailed, StoreError
 from dray.runs.commit import CheckpointWriter
 from dray.runs.drivers import Driver, Heart
 from dray.runs.layout import COMPRESSION_FILE, DRIVERS, PLAN_FILE, RUN_FILE, SPEC_FILE, SWEEP_FILE
 from dray.runs.row_log import make_json, now, save_json
 from dray.runs.run import Run
-from dray.spec import Spec, dump_spec
+from dray.spec import NAME_RULE, RUN_NAME, Spec, dump_spec
 from dray.storage.exclusive import create_exclusive
 from dray.storage.filesystem import (
     delete_file,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 def check_name_free(storage: str | os.PathLike[str], name: str) -> None:
     """Raise StoreError where a run or a sweep has the name, or the storage cannot be written."""
+    if not re.fullmatch(RUN_NAME, name):
+        raise StoreError(f"run {ascii(name)[:200]}", "not a name for a run", NAME_RULE)
     run = Run(os.fspath(storage), name)
     taken = any(exists(run.filesystem, f"{run.path}/{file}") for file in (RUN_FILE, SWEEP_FILE))
     if taken:
@@ -55,19 +58,23 @@ def check_name_free(storage: str | os.PathLike[str], name: str) -> None:
 
 @contextmanager
 def holding_name(storage: str | os.PathLike[str], name: str) -> Iterator[tuple[Run, Driver]]:
-    """A name for a run that is to be made: nobody else makes one by it meanwhile. Where the block
-    ends without a run nothing of the folder is left, unless the process is killed. Raises
-    StoreError where another maker is at work."""
+    """A name for a run that is to be made: nobody else makes one by it meanwhile. Raises StoreError
+    where another maker is at work.
+
+    Where the block ends without a run nothing of the folder is left; but where it is interrupted,
+    or what was trained in there failed, that stays, for the next maker to go on with.
+    """
     run = Run(os.fspath(storage), name)
-    driver = run.take_over()
+    driver, goes_on = run.take_over(), False
     try:
         with Heart(partial(run.heartbeat, driver), lambda error: None):
             yield run, driver
+    except (KeyboardInterrupt, Interrupted, RunFailed):
+        goes_on = set(list_folders(run.filesystem, run.path)) != {DRIVERS}
+        raise
     finally:
-        if exists(run.filesystem, f"{run.path}/{RUN_FILE}"):
-            run.release(driver)
-        else:
-            run.release(driver)
+        run.release(driver)
+        if not goes_on and not exists(run.filesystem, f"{run.path}/{RUN_FILE}"):
             delete_folder(run.filesystem, run.path)
 
 

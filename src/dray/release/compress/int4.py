@@ -32,7 +32,9 @@ class Int4(Method):
         model = candidate.model
         tables = {n for n, m in matrices(model).items() if isinstance(m, nn.Embedding)}
         head = model.get_output_embeddings()
-        tables |= {name for name, p in model.named_parameters() if head and p is head.weight}
+        tables |= {
+            name for name, p in model.named_parameters() if head is not None and p is head.weight
+        }
         products = set(matrices(model)) - tables
         candidate.packed = pack_model(model, Packing("int4", group=self.settings.group), products)
         candidate.packed |= pack_model(model, Packing("int8"), tables)
