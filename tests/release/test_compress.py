@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -374,19 +377,27 @@ def zeros_of(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
+KILLED = """
+import os, signal, sys
+from dray.release.compress.compress import compress
+from dray.train.driver import train_locally
+
+def killed(spec, **given):
+    asked = iter([False] * 3)
+    train_locally(spec, **given, stop=lambda: next(asked, True))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+compress(sys.argv[1], "whole", sys.argv[2:], new_name="sparse", train=killed)
+"""
+
+
 def test_zeros_stay_through_recovery_and_through_a_kill(storage: str, run: Run) -> None:
-    """The first call is stopped within its training; the second one goes on with it."""
+    """The first process is killed within its training; the second one goes on with it."""
     methods = ["magnitude:share=0.6,recover=8"]
-
-    def stopped(spec: Any, **given: Any) -> Any:
-        asked = iter([False] * 3)
-        train_locally(spec, **given, stop=lambda: next(asked, True))
-        os._exit(9)
-
-    child = os.fork()
-    if not child:
-        compress(storage, "whole", methods, new_name="sparse", train=stopped)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, storage, *methods], capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert Run.find(storage, "sparse") is None
     begun = Run.open(f"{storage}/sparse/work", "1-magnitude-1-trained").latest_checkpoint()
     assert begun is not None
