@@ -414,6 +414,7 @@ def test_zeros_stay_through_recovery_and_through_a_kill(storage: str, run: Run) 
     assert any(not torch.equal(before[name], after[name]) for name in zeros), "it was trained"
 
 
+@pytest.mark.slow
 def test_what_moved_towards_zero_becomes_zero(storage: str, run: Run) -> None:
     """Of a run that is trained on: what grew least, and nothing else."""
     kept: dict[str, torch.Tensor] = {}
@@ -435,6 +436,7 @@ def test_what_moved_towards_zero_becomes_zero(storage: str, run: Run) -> None:
     assert gone.max() <= left.min()
 
 
+@pytest.mark.slow
 def test_what_was_trained_outlives_an_interruption(storage: str, run: Run) -> None:
     """Of a failed gate nothing does, of an interrupted call what the next one goes on with."""
 
@@ -458,6 +460,7 @@ def test_what_was_trained_outlives_an_interruption(storage: str, run: Run) -> No
     assert not Path(trained).exists()
 
 
+@pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher(storage: str, run: Run, classifier: Run) -> None:
     for name in ("whole", "classes"):
         teacher = logits(load_trained(storage, name).model)
