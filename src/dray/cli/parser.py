@@ -42,7 +42,13 @@ from dray.cli.submitting import (
     stop_command,
     submit_command,
 )
-from dray.cli.using import evaluate_command, export_command, generate_command, predict_command
+from dray.cli.using import (
+    compress_command,
+    evaluate_command,
+    export_command,
+    generate_command,
+    predict_command,
+)
 from dray.cli.words import Parser
 from dray.errors import SpecError, StoreError
 from dray.processes.streams import Results
@@ -336,6 +342,36 @@ def _add_uses(commands: Any) -> None:
     _add_checkpoint(generate)
     _add_adapters(generate)
     _add_json(generate)
+
+    compress = _add_run(
+        commands, "compress", compress_command, "a smaller or faster run from a checkpoint"
+    )
+    compress.add_argument(
+        "--with",
+        dest="methods",
+        action="append",
+        metavar="METHOD[:key=value,…]",
+        help="int8, layers:keep=3, …, in the order in which they are given (docs/compress.md)",
+    )
+    compress.add_argument(
+        "--name", dest="new_name", help="of the new run (default: RUN and the methods' names)"
+    )
+    compress.add_argument(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help="measure on other data, as `dray evaluate` does (default: the validation rows)",
+    )
+    compress.add_argument(
+        "--max-drop",
+        action="append",
+        metavar="METRIC=AMOUNT",
+        help="keep nothing, and end with 3, if a metric gets worse by more: accuracy=0.01, or "
+        "perplexity=5%% of what it was; may be given several times",
+    )
+    _add_checkpoint(compress)
+    _add_cluster(compress)
+    _add_json(compress)
 
     export = _add_run(
         commands, "export", export_command, "a checkpoint's model as a folder for others"

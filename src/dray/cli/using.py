@@ -125,6 +125,38 @@ def generate_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def compress_command(arguments: argparse.Namespace) -> int:
+    from functools import partial
+
+    from dray.release.compress.compress import compress
+    from dray.show.compression import format_compression
+    from dray.show.progress import Display
+    from dray.train.driver import train
+
+    storage, name = locate(arguments)
+    done = compress(
+        storage,
+        name,
+        arguments.methods or (),
+        new_name=arguments.new_name,
+        step=arguments.step,
+        weights=arguments.weights,
+        data=arguments.data,
+        max_drop=arguments.max_drop or (),
+        train=partial(train, address=arguments.address, verbose=arguments.verbose),
+        address=arguments.address,
+        verbose=arguments.verbose,
+        say=Display().say,
+    )
+    if arguments.json:
+        arguments.out.say_json({"name": done.name, "kept": done.kept, **done.table})
+    else:
+        arguments.out.say(format_compression(done.table))
+        kept = "is in the store" if done.kept else "was not kept: the gate does not hold"
+        arguments.out.say(f"{done.name} {kept}")
+    return 0 if done.kept else 3
+
+
 def export_command(arguments: argparse.Namespace) -> int:
     from dray.release.export import export
     from dray.show.progress import Display

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from dray.models.groups import hidden_matrices
 from dray.spec import Ema, Spec
 
 
@@ -82,7 +84,47 @@ class Average:
             ema.lerp_(tensor.weights, share.to(ema))
 
 
+class KeptZeros:
+    """Weights of the blocks' matrices that are zero get no gradient, and so stay zero: nothing that
+    an elementwise optimiser keeps of them or decays is anything else.
+
+    A weight says itself whether it is held, so that nothing is kept: a resumed run holds the same.
+    Gradients are silenced as they come, before any stage sums or cuts them.
+    """
+
+    states: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self._watched = False
+
+    def begin(self, stepped: Stepped) -> None:
+        """Nothing."""
+
+    def before_forward(self, module: nn.Module) -> None:
+        """Watch the matrices, once."""
+        if self._watched:
+            return
+        self._watched = True
+        hidden = hidden_matrices(module)
+        for parameter in module.parameters():
+            if id(parameter) in hidden and parameter.requires_grad:
+                parameter.register_hook(partial(_silenced, parameter))  # type: ignore[no-untyped-call]
+
+    def after_backward(self, module: nn.Module) -> None:
+        """Nothing."""
+
+    def after_update(
+        self, stepped: Sequence[Stepped], num_updates: Tensor, applied: Tensor
+    ) -> None:
+        """Nothing."""
+
+
+def _silenced(parameter: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * (parameter.detach() != 0)
+
+
 def build_hooks(spec: Spec) -> list[Hook]:
     """The hooks that a spec asks for."""
-    ema = spec.regularization.ema
-    return [] if ema is None else [Average(ema)]
+    given = spec.regularization
+    hooks: list[Hook] = [] if given.ema is None else [Average(given.ema)]
+    return [*hooks, KeptZeros()] if given.keep_zeros else hooks

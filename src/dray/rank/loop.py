@@ -58,6 +58,7 @@ from dray.rank.numerics import Watch
 from dray.rank.pulse import Pulse
 from dray.rank.saving import Outcome, Saver
 from dray.rank.schedule import learning_rate
+from dray.rank.teaching import TaughtLoss, load_teacher
 from dray.runs import CheckpointReader, Run, inspect_checkpoint
 from dray.runs.records import Event, Report, StepReport, ValidationReport, finite
 from dray.runs.uptime import INTERVAL
@@ -273,7 +274,13 @@ class _Loop:
         return with_depths(model, groups, self.spec)
 
     def _make_objective(self, model: torch.nn.Module) -> torch.nn.Module:
-        return self.task.objective(model, self.spec.regularization.label_smoothing)
+        objective = self.task.objective(model, self.spec.regularization.label_smoothing)
+        if self.spec.distil is None:
+            return objective
+        teacher = load_teacher(
+            self.job.storage, self.spec.distil, self.job.manifest, self.ranks.device
+        )
+        return TaughtLoss(objective, teacher, self.spec.distil)
 
     def restore(self) -> None:
         """Copy the newest checkpoint into the engine, if there is one. Nothing unverified is

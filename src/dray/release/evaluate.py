@@ -59,7 +59,7 @@ def evaluate(
                 "leave it out",
             )
         task = exact
-    rows = None if data else _held_out(trained)
+    rows = None if data else held_out(trained)
     with ExitStack() as stack:
         if data or workers:
             stack.enter_context(
@@ -70,7 +70,7 @@ def evaluate(
                     verbose=verbose,
                 )
             )
-        corpus, split = rows or _prepare_other(trained, data or (), storage)
+        corpus, split = rows or prepare_other(trained, data or (), storage)
         if workers:  # which read it when their turn comes
             stack.enter_context(trained.run.hold(trained.checkpoint))
             metrics = measure_on_workers(trained, task, corpus, split, workers)
@@ -84,7 +84,7 @@ def evaluate(
     return told | values
 
 
-def _held_out(trained: Trained) -> tuple[Corpus, Split]:
+def held_out(trained: Trained) -> tuple[Corpus, Split]:
     """The run's validation rows."""
     if trained.manifest.validation is None:
         raise CorpusError(
@@ -93,7 +93,7 @@ def _held_out(trained: Trained) -> tuple[Corpus, Split]:
     return Corpus(trained.corpus, trained.manifest), trained.manifest.validation
 
 
-def _prepare_other(trained: Trained, data: Sequence[str], storage: str) -> tuple[Corpus, Split]:
+def prepare_other(trained: Trained, data: Sequence[str], storage: str) -> tuple[Corpus, Split]:
     """Rows of other documents: the run's own settings, but nothing deduplicated or held out."""
     from dray.show.progress import Display
 

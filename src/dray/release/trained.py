@@ -31,6 +31,7 @@ from dray.models.adapters import adapt, leave_only_head, merge
 from dray.models.build import build_model
 from dray.models.config import longest_row
 from dray.models.freezing import freeze, is_base
+from dray.models.packed import Packed, Packing, install, state_shape, states_of
 from dray.origin import make_origin, open_weights
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Adapters, Spec
@@ -68,10 +69,13 @@ class Trained:
     manifest: Manifest
     weights: Weights = "trained"
     chosen: Chosen = Chosen()
+    unpacked: bool = False
+    """Whether weights that are stored in fewer bytes are held in fp32, as an export needs them."""
 
     @cached_property
     def model(self) -> Any:
-        """A transformers model in fp32, in evaluation mode; read when it is first asked for. Raises
+        """A transformers model in fp32, in evaluation mode; read when it is first asked for. What
+        is stored in fewer bytes is held as it is stored, unless `unpacked`. Raises
         StoreError for a checkpoint that is damaged, or has no such weights, and SpecError for
         adapters that do not go together."""
         run, spec, manifest = self.run, self.spec, self.manifest
@@ -97,12 +101,16 @@ class Trained:
             adapt(model, spec, unpacked=True)
         elif spec.freezing is not None:
             freeze(model, spec.freezing)
-        self._fill(model)
+        packed = self._fill(model)
+        if packed and not self.unpacked:
+            install(model, packed)
         return model.eval()
 
-    def _fill(self, model: torch.nn.Module, *, only: Collection[str] | None = None) -> None:
-        """Read the checkpoint into a model, or into what of it has one of the names. Raises
-        StoreError."""
+    def _fill(
+        self, model: torch.nn.Module, *, only: Collection[str] | None = None
+    ) -> dict[str, Packed]:
+        """Read the checkpoint into a model, or into what of it has one of the names. Returns what
+        is stored in fewer bytes, by name: the model has its values, too. Raises StoreError."""
         run, info = self.run, self.checkpoint
         with run.hold(info), CheckpointReader(run, info) as reader:
             problems = reader.verify_files(range(reader.num_files))
@@ -120,7 +128,7 @@ class Trained:
                     "a run keeps one if its spec has regularization.ema",
                     "leave --weights out for the trained weights",
                 )
-            _fill(model, reader, self.weights, only)
+            return _fill(model, reader, self.weights, only)
 
     def _adapted_otherwise(self, model: Any) -> Any:
         """A base with the adapters that are chosen. Those that change weights become a part of
@@ -232,7 +240,7 @@ class Trained:
         """Put the model on the GPU if there is one with room for it and its activations, and say
         where it is now."""
         device = torch.device("cpu")
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not getattr(self.model, "dray_on_cpu", False):
             num_bytes = sum(
                 tensor.numel() * tensor.element_size() for tensor in self.model.parameters()
             )
@@ -248,6 +256,8 @@ def open_trained(
     step: str | int | None = None,
     weights: Weights = "trained",
     chosen: Chosen = Chosen(),
+    *,
+    unpacked: bool = False,
 ) -> Trained:
     """What a run has at a step: a number, `best` by the run's validation metric (which measured the
     trained weights), or None for the newest. Its model is not read yet.
@@ -256,7 +266,8 @@ def open_trained(
     """
     run = Run.open(storage, name)
     info = choose_checkpoint(run, step)
-    return Trained(run, info, run.spec(), run.corpus, load_run_manifest(run), weights, chosen)
+    manifest = load_run_manifest(run)
+    return Trained(run, info, run.spec(), run.corpus, manifest, weights, chosen, unpacked)
 
 
 def load_trained(
@@ -265,10 +276,12 @@ def load_trained(
     step: str | int | None = None,
     weights: Weights = "trained",
     chosen: Chosen = Chosen(),
+    *,
+    unpacked: bool = False,
 ) -> Trained:
     """As `open_trained`, with its model read. Raises StoreError also when the checkpoint is damaged
     or has no such weights."""
-    trained = open_trained(storage, name, step, weights, chosen)
+    trained = open_trained(storage, name, step, weights, chosen, unpacked=unpacked)
     _ = trained.model
     return trained
 
@@ -335,9 +348,15 @@ def _fill(
     reader: CheckpointReader,
     weights: Weights,
     only: Collection[str] | None = None,
-) -> None:
+) -> dict[str, Packed]:
+    packed: dict[str, Packed] = {}
+    packings = reader.metadata.get("packing") or {}
     for name, parameter in model.named_parameters():
         if is_base(parameter) or (only is not None and name not in only):
+            continue
+        if name in packings:
+            packed[name] = _read_packed(reader, name, packings[name], tuple(parameter.shape))
+            parameter.copy_(packed[name].unpacked())
             continue
         # Frozen parameters have no average: it would be themselves.
         state = weights if reader.has(name, weights) else "param"
@@ -345,3 +364,16 @@ def _fill(
     for name, buffer in model.named_buffers():
         if reader.has(name, "buffer"):
             buffer.copy_(reader.read(name, "buffer").reshape(buffer.shape))
+    return packed
+
+
+def _read_packed(
+    reader: CheckpointReader, name: str, kept: dict[str, Any], shape: tuple[int, ...]
+) -> Packed:
+    """Raises StoreError."""
+    packing = Packing.from_json(kept, reader.path)
+    states = {
+        state: reader.read(name, state).reshape(state_shape(packing, shape, state))
+        for state in states_of(packing)
+    }
+    return Packed(packing, shape, states)

@@ -75,6 +75,8 @@ def find_begun(storage: str | os.PathLike[str], name: str, fork: str | None = No
     run."""
     check_run_name(name)
     run = Run.find(storage, fork or name)
+    if run is not None:
+        _check_has_states(run)
     if run is not None and fork and (run.origin() or {}).get("run") != name:
         raise StoreError(
             f"run {fork!r}", f"exists, and is no fork of {name!r}", "a fork gets a new name"
@@ -88,6 +90,7 @@ def find_origin(storage: str | os.PathLike[str], source: str) -> tuple[Run, Chec
     """The run that a fork is to start from, with its newest checkpoint. Raises StoreError if it
     has none."""
     origin = Run.open(storage, source)
+    _check_has_states(origin)
     info = origin.latest_checkpoint()
     if info is None:
         raise StoreError(
@@ -96,6 +99,26 @@ def find_origin(storage: str | os.PathLike[str], source: str) -> tuple[Run, Chec
             way_out="train it to its first checkpoint, or start afresh under another name",
         )
     return origin, info
+
+
+def _check_has_states(run: Run) -> None:
+    """Raise StoreError for a run that was made by compressing another: nothing of an optimiser came
+    with it."""
+    made = run.compressed()
+    if made is None:
+        return
+    further = (
+        f"train {made['run']} further, and compress it again"
+        if made["packed"]
+        else f"begin another run from its weights: model.run={run.name}, and "
+        "regularization.keep_zeros=true if its zeros are to stay"
+    )
+    raise StoreError(
+        f"run {run.name!r}",
+        f"was compressed from {made['run']}, and holds weights alone",
+        "a run goes on with its optimiser's states",
+        further,
+    )
 
 
 def create_run(

@@ -25,6 +25,7 @@ from pyarrow import fs as pafs
 from dray.errors import StoreError
 from dray.runs.checkpoint_manifest import (
     MODEL_STATES,
+    PACKED_STATES,
     CheckpointInfo,
     CheckpointManifest,
     Piece,
@@ -422,11 +423,14 @@ def verify_checkpoint(run: RunFolder, info: CheckpointInfo) -> CheckpointReport:
 
 def hash_weights(reader: CheckpointReader) -> str:
     """SHA-256 over (name, shape, fp32 little-endian bytes) of all weights in the order of their
-    names."""
+    names; of packed ones over what stands for them."""
     digest = hashlib.sha256()
-    for name in reader.names("param"):
-        digest.update(name.encode())
-        _update(digest, reader, name, "param")
+    weights = ("param", *PACKED_STATES)
+    for name in sorted({name for state in weights for name in reader.names(state)}):
+        for state in weights:
+            if reader.has(name, state):
+                digest.update(name.encode() + (b"" if state == "param" else state.encode()))
+                _update(digest, reader, name, state)
     return digest.hexdigest()
 
 

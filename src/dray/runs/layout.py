@@ -2,6 +2,7 @@
 
 <storage>/<sweep>/  sweep.json  space.yaml  spec.yaml  log/*.jsonl  drivers/  0001/ (a run), 0002/ …
 <storage>/<run>/  spec.yaml  plan.json  run.json  model.json  metrics.parquet
+    compression.json                      of a compressed run: the table, before and after
     corpus/manifest.json, tokenizer/      what a model must know of its corpus, without the rows
     attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
     checkpoints/step-00000020-a0001/      rank-*-of-*.safetensors, manifest.json, COMMITTED
@@ -24,6 +25,7 @@ PLAN_FILE = "plan.json"
 MODEL_FILE = "model.json"
 CORPUS = "corpus"
 RUN_FILE = "run.json"
+COMPRESSION_FILE = "compression.json"
 PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
 CHECKPOINTS, PINS, TRACKERS = "checkpoints", "pins", "trackers"

@@ -44,6 +44,7 @@ from dray.runs.history import Outline, iterate_history, last_rows, make_outline
 from dray.runs.layout import (
     ATTEMPTS,
     CHECKPOINTS,
+    COMPRESSION_FILE,
     CORPORA,
     CORPUS,
     DELETING_FILE,
@@ -270,6 +271,18 @@ class Run:
         if origin is not None:
             check_kept_checkpoint(origin["checkpoint"])
         return origin
+
+    def compressed(self) -> dict[str, Any] | None:
+        """What a compressed run was made from: run, step, attempt, manifest_sha256, methods, and
+        whether its weights are `packed` in fewer bytes; none for a run that was trained."""
+        return cast("dict[str, Any] | None", self.record().get("compressed"))
+
+    def compression(self) -> dict[str, Any] | None:
+        """The table of a compressed run, before and after; none for a run that was trained."""
+        try:
+            return load_json(self.filesystem, f"{self.path}/{COMPRESSION_FILE}")
+        except FileNotFoundError:
+            return None
 
     @property
     def fingerprint(self) -> str:
@@ -601,6 +614,7 @@ class Run:
                 }
                 for info in checkpoints
             ],
+            **({"compression": self.compression()} if record.get("compressed") else {}),
         }
 
 

@@ -18,6 +18,7 @@ from dray.ledger import LedgerReport
 from dray.plan import format_bytes, format_seconds
 from dray.runs import CheckpointReport, Run
 from dray.runs.uptime import describe_interval, find_interval
+from dray.show.compression import format_compression
 from dray.show.progress import format_loss, format_values
 from dray.storage.filesystem import open_filesystem
 
@@ -87,6 +88,8 @@ def format_summary(run: Run) -> str:
             f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}"
         )
     lines += _describe_data(run)
+    if table := summary.get("compression"):
+        lines += [f"  {line}".rstrip() for line in format_compression(table).splitlines()]
     if told := find_interval(run):
         lines.append(f"  saves        {describe_interval(told)}")
     for attempt in summary["attempts"]:

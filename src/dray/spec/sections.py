@@ -70,6 +70,9 @@ def _or_the_word_auto(schema: dict[str, Any]) -> None:
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 NAME_RULE = "up to 100 letters, digits, `.`, `_` and `-`, the first a letter or digit"
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
+ORIGIN_NAME = RUN_NAME.removesuffix("$") + r"(/[0-9]{4,})?$"
+"""A run's name, or that of a trial of a sweep: `SWEEP/0007`."""
+OriginName = Annotated[str, Field(pattern=ORIGIN_NAME)]
 
 
 def chosen_by_name(kinds: Mapping[str, type], default: str, section: str) -> Discriminator:
@@ -308,7 +311,7 @@ class Tokenizer(Section):
 
     path: str | None = None
     """A Hugging Face tokeniser folder; `python:PACKAGE/PATH` is one in an installed package."""
-    run: Annotated[RunName | None, Field(exclude_if=lambda given: given is None)] = None
+    run: Annotated[OriginName | None, Field(exclude_if=lambda given: given is None)] = None
     """A run in the same storage whose tokeniser to use; with `model.run` its tokeniser is the
     default."""
     train: Literal["byte_bpe", "words"] | None = None
@@ -338,9 +341,9 @@ class Model(Section):
     """A Hugging Face folder (config.json and safetensors) to start from, such as `dray export`
     writes; `python:PACKAGE/PATH` is one in an installed package, `hf://owner/name[@revision]` one
     on the hub."""
-    run: Annotated[RunName | None, Field(exclude_if=lambda given: given is None)] = None
-    """A run in the same storage to start from. Weights that fit are taken, a head of another task
-    is new, and what became of each is said."""
+    run: Annotated[OriginName | None, Field(exclude_if=lambda given: given is None)] = None
+    """A run in the same storage to start from; `SWEEP/0007` is a trial of a sweep. Weights that fit
+    are taken, a head of another task is new, and what became of each is said."""
     step: Annotated[
         Annotated[Int, Field(ge=1)] | Literal["best", "newest"],
         Field(exclude_if=lambda given: given == "newest"),
@@ -460,9 +463,30 @@ class Regularization(Section):
     """Probability mass spread over all classes in the training loss."""
     clip_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
     """Greatest global gradient norm; none: no clipping."""
+    keep_zeros: Annotated[bool, Field(exclude_if=lambda given: not given)] = False
+    """Weights of the blocks' matrices that are zero stay zero: a pruned model is trained without
+    growing back."""
     ema: Annotated[Ema | None, Field(exclude_if=lambda given: given is None)] = None
     """Keep a moving average of the weights, to evaluate or export instead of them
     (`--weights ema`); validation measures the weights themselves. None: no average."""
+
+
+class Distil(Section):
+    """Learning from the outputs of another run of the same storage, beside the task's own loss."""
+
+    run: OriginName
+    """The teacher: a run that is complete, of the same task, tokeniser and classes, trained whole.
+    Its newest checkpoint is read by each rank."""
+    share: Annotated[Float, Field(ge=0, le=1)] = 0.5
+    """Share of the loss that is the divergence from the teacher's distribution; the rest is the
+    task's own."""
+    temperature: Annotated[Float, Field(gt=0)] = 2.0
+    """Both sides' logits are divided by it."""
+    hidden: Annotated[Float, Field(ge=0)] = 0.0
+    """Weight of the mean squared error of the blocks' outputs, which are as wide as the
+    teacher's."""
+    attention: Annotated[Float, Field(ge=0)] = 0.0
+    """Weight of the mean squared error of the attentions' probabilities, of as many heads."""
 
 
 class Duration(Section):

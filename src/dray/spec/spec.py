@@ -18,10 +18,11 @@ from pydantic import Field, ValidationInfo, model_validator
 from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.sections import (
-    RUN_NAME,
+    ORIGIN_NAME,
     BatchSize,
     Checkpoint,
     Data,
+    Distil,
     Duration,
     Execution,
     Int,
@@ -75,6 +76,8 @@ class Spec(Section):
     """The learning rate over the steps."""
     regularization: Regularization = Regularization()
     """Regularisation."""
+    distil: Annotated[Distil | None, Field(default=None, exclude_if=lambda given: given is None)]
+    """A teacher. None: the task's own loss alone."""
     duration: Duration
     """How long to train."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
@@ -104,7 +107,7 @@ class Spec(Section):
         """What a run has trained means something under that run's tokeniser alone."""
         model = given.get("model") if isinstance(given, Mapping) else None
         name = model.get("run") if isinstance(model, Mapping) else None
-        if given.get("tokenizer") is not None or not re.fullmatch(RUN_NAME, str(name or "")):
+        if given.get("tokenizer") is not None or not re.fullmatch(ORIGIN_NAME, str(name or "")):
             return given  # what is wrong with a name is said of the key that somebody typed
         return {**given, "tokenizer": {"run": name}}
 
@@ -224,6 +227,29 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _taught(self) -> Self:
+        if self.distil is not None and self.zero.stage == 3:
+            raise ValueError(
+                "zero.stage = 3: a teacher's and a student's outputs are compared outside of their "
+                "modules, where ZeRO 3 has no weights; give zero.stage=2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_zeros(self) -> Self:
+        if not self.regularization.keep_zeros:
+            return self
+        rule = "regularization.keep_zeros"
+        if self.optimizer.parts_hidden:
+            raise ValueError(
+                f"{rule}: {self.optimizer.name} updates a matrix as a whole, its zeros too; give "
+                "optimizer.name=adamw"
+            )
+        if self.adapters is not None:
+            raise ValueError(f"{rule}: adapters begin as zeros; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _adapted(self) -> Self:
         adapters, rate = self.adapters, self.optimizer.block_rate
         if self.freezing is not None and adapters is not None:
@@ -337,7 +363,7 @@ class Spec(Section):
         identity = {key: dump[key] for key in keys} | {
             "batch": {"global_rows": self.batch.global_rows}
         }
-        identity |= {key: dump[key] for key in ("adapters", "freezing") if key in dump}
+        identity |= {key: dump[key] for key in ("adapters", "freezing", "distil") if key in dump}
         if self.duration_is_identity:
             identity["duration"] = dump["duration"]
         return identity

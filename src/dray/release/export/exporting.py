@@ -58,7 +58,7 @@ def export(
     check_options(options)
     check_free(folder)
     return write_export(
-        open_trained(storage, name, step, weights, chosen), folder, options, say=say
+        open_trained(storage, name, step, weights, chosen, unpacked=True), folder, options, say=say
     )
 
 

@@ -59,6 +59,25 @@ class NextTokenLoss(nn.Module):
             "num_correct": correct,
         }
 
+    taught = True
+    """Whether it can learn from another model's outputs."""
+
+    def outputs_of(self, model: Any, batch: Batch) -> None:
+        """Let another model see what its own sees of a batch."""
+        (model if self.projection is None else model.base_model)(**_places(batch))
+
+    def rows_of(self, model: Any, output: Any) -> Tensor:
+        """What became of a batch in a model, as rows beside the labels: [labels, …]."""
+        hidden: Tensor = output.logits if hasattr(output, "logits") else output[0]
+        return hidden.flatten(0, -2)
+
+    def head_of(self, model: Any) -> nn.Module | None:
+        """What makes logits of such rows; None: they are logits."""
+        head: nn.Module | None = None
+        if self.projection is not None:
+            head = model.get_output_embeddings()
+        return head
+
     def _from_logits(
         self, inputs: Batch, labels: Tensor, smoothing: float
     ) -> tuple[Tensor, Tensor | None]:
@@ -123,6 +142,20 @@ class LabelLoss(nn.Module):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
         self.takes_segments = takes_segments(model)
+
+    taught = True
+
+    def outputs_of(self, model: Any, batch: Batch) -> None:
+        """As `NextTokenLoss.outputs_of`."""
+        model(**model_inputs(batch, self.takes_segments))
+
+    def rows_of(self, model: Any, output: Any) -> Tensor:
+        """As `NextTokenLoss.rows_of`."""
+        logits: Tensor = output.logits
+        return logits.flatten(0, -2)
+
+    def head_of(self, model: Any) -> None:
+        """Its rows are logits."""
 
     def forward(self, batch: Batch) -> tuple[Terms, Output]:
         logits = self.model(**model_inputs(batch, self.takes_segments)).logits

@@ -1,0 +1,134 @@
+"""What compression costs and gives, on SST-2 with MiniLM and on English text with a small language
+model: `make compress`. The table goes to docs/compress.md.
+
+Trains both runs where the storage has none, compresses each by some recipes in one call each, and
+leaves every figure as that call measured it.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dray
+from bench.report import ROOT, write_section
+from dray.release.compress.compress import compress
+from dray.runs import Run
+from dray.runs.layout import RUN_FILE
+from dray.train.driver import train
+
+SST2 = {
+    "int8": ["int8"],
+    "int8_dynamic": ["int8_dynamic"],
+    "int4": ["int4"],
+    "width 1/2, recovery, int8_dynamic": [
+        "width:share=0.5,rows=128,recover=100,rate=0.00005",
+        "int8_dynamic",
+    ],
+    "4 of 6 layers, distil, int8_dynamic": [
+        "layers:keep=4,by=spaced",
+        "distil:steps=150,rate=0.00005,share=0.7,hidden=0.5",
+        "int8_dynamic",
+    ],
+}
+ONE_EPOCH = [
+    "duration.epochs=1",
+    "schedule.warmup_steps=20",
+    "validation.every_steps=216",
+    "checkpoint.every_steps=108",
+]
+"""What is compressed is a run of some minutes: the recipe's own three epochs reach more."""
+ENGLISH = {
+    "int8": ["int8"],
+    "int8_dynamic": ["int8_dynamic"],
+    "int4": ["int4"],
+    "width 3/4 + recovery + int8_dynamic": ["width:share=0.75,recover=100", "int8_dynamic"],
+}
+
+
+def english() -> Any:
+    """A language model of 6 M parameters on documents of corpus_en."""
+    return dray.make_spec(
+        {
+            "name": "speeches",
+            "data": {
+                "train": ["../shared/data/corpus_en/*.jsonl.gz"],
+                "validation": {"share": 0.02},
+                "sequence_tokens": 256,
+            },
+            "tokenizer": {"train": "byte_bpe", "vocab_size": 4096},
+            "model": {
+                "architecture": "llama",
+                "hidden_size": 256,
+                "num_layers": 6,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+            },
+            "batch": {"global_rows": 16, "micro_rows": 4},
+            "optimizer": {"learning_rate": 2e-3, "weight_decay": 0.1},
+            "schedule": {"name": "cosine", "warmup_steps": 20},
+            "duration": {"steps": 400},
+            "validation": {"max_rows": None},
+            "resources": {"workers": 2},
+        }
+    )
+
+
+def main(storage: str = "runs/compression", *, only: str = "") -> None:
+    """Train, compress, and write the section."""
+    lines, figures = [], {}
+    for spec, recipes, metric, step in (
+        (dray.load_spec("sst2_minilm", ONE_EPOCH), SST2, "accuracy", None),
+        (english(), ENGLISH, "perplexity", None),
+    ):
+        if only and spec.name != only:
+            continue
+        if (
+            Run.find(storage, spec.name) is None
+            or Run.open(storage, spec.name).status != "completed"
+        ):
+            train(spec, storage=storage)
+        lines += [
+            f"**{spec.name}**",
+            "",
+            f"| methods | {metric} before | after | difference (95 %) | stored | in memory "
+            "| one row | a batch |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for number, (words, methods) in enumerate(recipes.items()):
+            name = f"{spec.name}-{number}"
+            if Run.find(storage, name) is None:
+                compress(
+                    storage,
+                    spec.name,
+                    methods,
+                    new_name=name,
+                    step=step,
+                    train=train,
+                    say=partial(print, file=sys.stderr, flush=True),
+                )
+            table = Run.open(storage, name).compression()
+            assert table is not None, f"{name} has no {RUN_FILE}"
+            figures[f"{spec.name}: {words}"] = table
+            lines.append(_row(words, table, metric))
+        lines.append("")
+    write_section("compression", "\n".join(lines), figures, ROOT / "docs" / "compress.md")
+
+
+def _row(words: str, table: dict[str, Any], metric: str) -> str:
+    found, sizes, speed = table["metrics"][metric], table["sizes"], table["speed"]
+    change = found["difference"]
+    ratios = [sizes["before"][n] / sizes["after"][n] for n in ("weights_bytes", "memory_bytes")]
+    return (
+        f"| {words} | {found['before']['value']:.4f} | {found['after']['value']:.4f} "
+        f"| {change['value']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f}) "
+        f"| ÷ {ratios[0]:.2f} | ÷ {ratios[1]:.2f} | × {speed['row_seconds']['speedup']:.2f} "
+        f"| × {speed['rows_per_second']['speedup']:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    Path("runs").mkdir(exist_ok=True)
+    main(only=sys.argv[1] if len(sys.argv) > 1 else "")
