@@ -36,6 +36,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     writer = save_small_writer(folder / "writer")
     (port,) = free_ports(1)
     words = [str(writer), "--name", f"other={writer}", "--port", str(port)]
+    words += ["--storage", str(folder / "runs")]
     environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
     with (folder / "out").open("wb") as out:
         process = psutil.Popen(
