@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dray.tasks.parts.objectives import takes_segments
 from dray.tasks.rows import SEGMENT
 
 if TYPE_CHECKING:
@@ -110,6 +109,12 @@ def logits_graph(task: Task, model: Any, *, masked: bool = False) -> Graph:
         return found
 
     return make_graph(model, logits, "logits", draw)
+
+
+def takes_segments(model: Any) -> bool:
+    """Whether a model tells the two texts of a row apart by their segments."""
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return takes and getattr(model.config, "type_vocab_size", 1) > 1
 
 
 def draw_ids(

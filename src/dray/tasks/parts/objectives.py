@@ -6,7 +6,6 @@ need. Labels are smoothed in training alone.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dray.tasks.parts.graphs import takes_segments
 from dray.tasks.parts.heads import find_head, heeds_tokens_by_themselves
 from dray.tasks.parts.losses import (
     LogitRule,
@@ -256,12 +256,6 @@ class NumberLoss(nn.Module):
         loss = self.loss(found, wanted).sum()
         terms: Terms = {"loss": (loss, real.sum())}
         return terms, {} if torch.is_grad_enabled() else {"loss_sum": loss, "numbers": found}
-
-
-def takes_segments(model: Any) -> bool:
-    """Whether a model tells the two texts of a row apart by their segments."""
-    takes = "token_type_ids" in inspect.signature(model.forward).parameters
-    return takes and getattr(model.config, "type_vocab_size", 1) > 1
 
 
 def model_inputs(batch: Batch, takes_segments: bool) -> Batch:
