@@ -146,6 +146,10 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
             "task=regression data.train={path: x, label: y} regularization.label_smoothing=0.1",
             "label_smoothing = 0.1: regression has no classes to smooth",
         ),
+        (
+            "task=preference regularization.label_smoothing=0.1",
+            "label_smoothing = 0.1: preference has no classes to smooth",
+        ),
         ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher, not 0"),
         ("precision=int8", "precision = 'int8'"),
         (

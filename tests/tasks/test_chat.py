@@ -277,3 +277,18 @@ def test_nobody_pretends_by_a_tool_and_nobody_learns_silence(tmp_path: Path) -> 
     with pytest.raises(NoConversation, match="unknown role"):
         encode_prompt('{"messages": [{"role": "wizard", "content": "x"}]}', tools)
     assert encode_prompt("[well] say", tools)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "reason"),
+    [
+        ("{{ 1 / 0 }}", "refused by the chat template"),
+        ("{{ raise_exception('no') }}", "refused by the chat template"),
+        ("hello", "no answer that the chat template writes"),
+    ],
+)
+def test_a_template_may_end_in_any_way_and_write_nothing(
+    tmp_path: Path, jinja: str, reason: str
+) -> None:
+    tools = make_tools(tmp_path, jinja=jinja)
+    assert encode(tools, ALPACA).refused == {0: reason}

@@ -129,3 +129,11 @@ def test_a_row_has_room_for_the_answer_to_another_prompt(tmp_path: Path) -> None
     sizes = [len(other) for other in encoded.columns[OTHER].to_pylist()]
     assert max(map(sum, zip(prompts, sizes, strict=True))) <= 20
     assert (encoded.lengths + len(tool.prefix) + len(tool.suffix)).max() <= 20
+
+
+def test_labels_that_are_no_truths_are_refused_one_and_all(tmp_path: Path) -> None:
+    texts = pa.array([SEPARATOR.join(map(json.dumps, ("a", "b")))] * 2, pa.large_string())
+    task = make_task({"name": "preference", "loss": "kto"})
+    encoded = task.encode(texts, pa.array(["yes", "no"]), tools(tmp_path))
+    assert encoded.refused == dict.fromkeys((0, 1), "label is neither true nor false")
+    assert encoded.columns["good"].dtype == "uint8"

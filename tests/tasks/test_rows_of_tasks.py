@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -15,9 +16,10 @@ from dray.corpus.chunks import Tools
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.shards import read_groups
 from dray.corpus.tokenizing import TokenizerInfo
-from dray.errors import CorpusError
+from dray.errors import CorpusError, SpecError
 from dray.spec import Spec, make_spec
 from dray.spec import Tokenizer as Tokenizers
+from dray.spec.tasks import make_task
 from dray.storage.filesystem import open_filesystem
 from dray.tasks import IGNORED, draw_of
 from dray.tasks.rows import SEPARATOR
@@ -275,3 +277,23 @@ def test_a_tokeniser_without_a_mask_is_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(CorpusError, match="no mask token"):
         prepare(make_spec(tree), str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tags", "fits"),
+    [
+        ("BIO", ("O", "B-A", "I-A"), True),
+        ("BIOES", ("O", "B-A", "E-A", "S-A"), True),
+        ("BIO", ("O", "B-A", "S-A"), False),
+        ("BIO", ("NOUN", "VERB"), False),
+        ("none", ("NOUN", "VERB"), True),
+    ],
+)
+def test_tags_are_of_the_scheme(scheme: str, tags: tuple[str, ...], fits: bool) -> None:
+    task: Any = make_task({"name": "token_classification", "scheme": scheme})
+    corpus: Any = SimpleNamespace(labels=tags)
+    if fits:
+        task.check(corpus)
+        return
+    with pytest.raises(SpecError, match=f"task.scheme = {scheme}: the training documents have"):
+        task.check(corpus)

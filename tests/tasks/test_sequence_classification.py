@@ -233,3 +233,9 @@ def test_a_small_model_learns_sentiment() -> None:
     values = metrics.compute()
     assert values["accuracy"] > 0.65
     assert values["auc"] > 0.7
+
+
+def test_an_export_says_that_ordered_outputs_are_no_logits() -> None:
+    assert classifier(3).remarks == ()
+    ordered = SequenceClassification(SequenceClassification.Settings(labels="ordinal"))
+    assert "cumulative link" in ordered.remarks[0]
