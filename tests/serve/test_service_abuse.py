@@ -125,7 +125,7 @@ def test_bad_bodies_are_refused_by_name(service: Address):
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/", 404),
+        ("/page/../../api.py", 404),
         ("/v1", 404),
         ("/v1/models/..%2f..%2fetc%2fpasswd", 404),
         ("/v1/models/%00", 404),

@@ -43,7 +43,7 @@ def test_killed_twice_it_goes_on_elsewhere_with_the_same_rows_and_losses(
     straight = train_locally(whole, storage=storage, run_name="straight").run
 
     def elsewhere(**places: Any) -> Spec:
-        return make(name, folder, **lasts, **places)
+        return make(name, folder, **(lasts | places))
 
     killed = killed_and_resumed(elsewhere, storage, "killed", places=CASES[name].places)
     assert [attempt.num_ranks for attempt in killed.attempts()] == [2, 1, 2]
