@@ -24,12 +24,12 @@ SST2 = {
     "int8_dynamic": ["int8_dynamic"],
     "int4": ["int4"],
     "width 1/2, recovery, int8_dynamic": [
-        "width:share=0.5,rows=128,recover=100,rate=0.00005",
+        "width:share=0.5,rows=128,recover=200,rate=0.00005",
         "int8_dynamic",
     ],
     "4 of 6 layers, distil, int8_dynamic": [
         "layers:keep=4,by=spaced",
-        "distil:steps=150,rate=0.00005,share=0.7,hidden=0.5",
+        "distil:steps=400,rate=0.00005,share=0.7,hidden=0.5",
         "int8_dynamic",
     ],
 }
