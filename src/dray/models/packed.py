@@ -189,14 +189,16 @@ class Int8Linear(nn.Module):
     one that was measured (`static`).
 
     The kernel's codes of inputs have 7 bits where the CPU lacks VNNI, whose sums of pairs would
-    overflow 16 bits else. Raises StoreError on a machine without the kernel.
+    overflow 16 bits else. `engine`: of torch's; none: the best that this build has. Raises StoreError
+    on a machine without one.
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None, engine: str | None = None) -> None:
         super().__init__()
         self.packing = packed.packing
         self.out_features, self.in_features = _rows_shape(packed.packing, packed.shape)
-        engine = next((e for e in ("x86", "fbgemm", "qnnpack") if e in _engines()), None)
+        known = ("x86", "fbgemm", "qnnpack")
+        engine = engine or next((name for name in known if name in _engines()), None)
         if engine is None:
             raise StoreError(
                 f"weights as {packed.packing.format} with activations in int8",
