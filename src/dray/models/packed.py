@@ -189,8 +189,8 @@ class Int8Linear(nn.Module):
     one that was measured (`static`).
 
     The kernel's codes of inputs have 7 bits where the CPU lacks VNNI, whose sums of pairs would
-    overflow 16 bits else. `engine`: of torch's; none: the best that this build has. Raises StoreError
-    on a machine without one.
+    overflow 16 bits else. `engine`: of torch's; none: the best that this build has. Raises
+    StoreError on a machine without one.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None, engine: str | None = None) -> None:
