@@ -24,12 +24,12 @@ SST2 = {
     "int8_dynamic": ["int8_dynamic"],
     "int4": ["int4"],
     "width 1/2, recovery, int8_dynamic": [
-        "width:share=0.5,rows=128,recover=100,rate=0.00005",
+        "width:share=0.5,rows=128,recover=200,rate=0.00005",
         "int8_dynamic",
     ],
     "4 of 6 layers, distil, int8_dynamic": [
         "layers:keep=4,by=spaced",
-        "distil:steps=150,rate=0.00005,share=0.7,hidden=0.5",
+        "distil:steps=400,rate=0.00005,share=0.7,hidden=0.5",
         "int8_dynamic",
     ],
 }
@@ -129,6 +129,59 @@ def _row(words: str, table: dict[str, Any], metric: str) -> str:
     )
 
 
+def kernels() -> None:
+    """Ways to multiply tokens with a matrix of 384 × 1,536, in turns: medians."""
+    import statistics
+    import time
+    from collections.abc import Callable
+
+    import torch
+
+    from dray.models.packed import Int8Linear, PackedLinear, Packing, pack
+
+    weight = torch.randn(1536, 384, generator=torch.Generator().manual_seed(0)) / 20
+    packed = pack(weight, Packing("int8"))
+    dynamic = pack(weight, Packing("int8", activations="dynamic"))
+    half = weight.bfloat16()
+    codes, scales = packed.states["weight_codes"], packed.states["weight_scales"].flatten()
+    lines = ["| tokens | " + " | ".join(_KERNELS) + " |", "|---" * (len(_KERNELS) + 1) + "|"]
+    figures = {}
+    for num_tokens in (1, 24, 1024):
+        given = torch.randn(num_tokens, 384, generator=torch.Generator().manual_seed(1))
+        layers = [PackedLinear(packed, None)]
+        layers += [Int8Linear(dynamic, None, engine) for engine in ("x86", "onednn")]
+        ways: list[Callable[[], Any]] = [
+            lambda given=given: torch.nn.functional.linear(given, weight),
+            lambda given=given: torch.nn.functional.linear(given.bfloat16(), half),
+            *(lambda given=given, layer=layer: layer(given) for layer in layers),
+            lambda given=given: torch.ops.aten._weight_int8pack_mm(given, codes, scales),
+        ]
+        taken: list[list[float]] = [[] for _ in ways]
+        with torch.no_grad():
+            for _ in range(15):
+                for place, way in enumerate(ways):
+                    begun = time.perf_counter()
+                    way()
+                    taken[place].append(time.perf_counter() - begun)
+        found = [statistics.median(one) * 1e3 for one in taken]
+        figures[num_tokens] = dict(zip(_KERNELS, found, strict=True))
+        lines.append(f"| {num_tokens:,} | " + " | ".join(f"{ms:.2f} ms" for ms in found) + " |")
+    write_section("kernels", "\n".join(lines), figures, ROOT / "docs" / "compress.md")
+
+
+_KERNELS = (
+    "fp32",
+    "bf16",
+    "`int8`, unpacked a pass",
+    "`linear_dynamic`, x86",
+    "`linear_dynamic`, oneDNN",
+    "`_weight_int8pack_mm`",
+)
+
 if __name__ == "__main__":
     Path("runs").mkdir(exist_ok=True)
-    main(only=sys.argv[1] if len(sys.argv) > 1 else "")
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    if wanted in ("", "kernels"):
+        kernels()
+    if wanted != "kernels":
+        main(only=wanted)

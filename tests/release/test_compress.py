@@ -60,9 +60,9 @@ def test_int8_codes_reconstruct_within_half_a_scale(shape: tuple[int, ...]) -> N
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     packed = pack(weight, Packing("int8"))
     off = (packed.unpacked() - weight).abs().reshape(len(weight), -1)
-    assert (off <= packed.states["packed_scales"] / 2 * (1 + 1e-6)).all()
+    assert (off <= packed.states["weight_scales"] / 2 * (1 + 1e-6)).all()
     assert packed.num_bytes == weight.numel() + 4 * len(weight)
-    assert packed.states["packed_codes"].abs().amax() == 127
+    assert packed.states["weight_codes"].abs().amax() == 127
 
 
 @pytest.mark.parametrize("width", [5, 32, 33, 100])
@@ -70,9 +70,9 @@ def test_int4_codes_are_two_a_byte_and_reconstruct_within_half_a_scale(width: in
     weight = torch.randn((6, width), generator=torch.Generator().manual_seed(0))
     packed = pack(weight, Packing("int4", group=32))
     groups = -(-width // 32)
-    assert packed.states["packed_codes"].dtype == torch.uint8
-    assert packed.states["packed_codes"].shape[1] == -(-groups * min(32, width) // 2)
-    scales = packed.states["packed_scales"].repeat_interleave(min(32, width), dim=1)[:, :width]
+    assert packed.states["weight_codes"].dtype == torch.uint8
+    assert packed.states["weight_codes"].shape[1] == -(-groups * min(32, width) // 2)
+    scales = packed.states["weight_scales"].repeat_interleave(min(32, width), dim=1)[:, :width]
     assert ((packed.unpacked() - weight).abs() <= scales / 2 * (1 + 1e-6)).all()
 
 
@@ -114,7 +114,7 @@ def stored(run: Run) -> dict[str, torch.Tensor]:
     with CheckpointReader(run, run.latest_checkpoint()) as reader:
         return {
             f"{name}|{state}": reader.read(name, state)
-            for state in ("param", "buffer", "packed_half", "packed_codes", "packed_scales")
+            for state in ("param", "buffer", "weight_half", "weight_codes", "weight_scales")
             for name in reader.names(state)
         }
 
@@ -128,7 +128,7 @@ def test_codes_are_held_as_they_are_stored(storage: str, run: Run) -> None:
     with torch.no_grad():
         assert torch.allclose(packed(ids).logits, unpacked(ids).logits, atol=1e-5)
     for name, parameter in unpacked.named_parameters():
-        codes = stored(Run.open(storage, "whole-int8")).get(f"{name}|codes")
+        codes = stored(Run.open(storage, "whole-int8")).get(f"{name}|weight_codes")
         if codes is not None:
             assert codes.dtype == torch.int8
             assert (codes.reshape(parameter.shape).abs().amax(dim=1) == 127).all()

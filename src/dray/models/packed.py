@@ -1,10 +1,10 @@
 """Weights in fewer bytes: how a matrix becomes codes and scales and back, and layers that compute
 with them as they are.
 
-A packed weight is what a checkpoint stores of it: `half` (bf16 or fp16), or `codes` with the
-`scales` that a code counts. `pack` and `unpack` are each other's inverse as far as the format
-allows; `install` puts layers into a model that hold nothing else. Refuses to train: there is no
-gradient of a code.
+A packed weight is what a checkpoint stores of it: `weight_half` (bf16 or fp16), or `weight_codes`
+with `weight_scales`, what a code counts. `pack` and `unpacked` are each other's inverse as far as
+the format allows; `install` puts layers into a model that hold nothing else. Refuses to train:
+there is no gradient of a code.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def pack(weight: Tensor, packing: Packing) -> Packed:
     """
     shape = tuple(weight.shape)
     if packing.format in _HALVES:
-        return Packed(packing, shape, {"packed_half": weight.detach().to(_HALVES[packing.format])})
+        return Packed(packing, shape, {"weight_half": weight.detach().to(_HALVES[packing.format])})
     rows = weight.detach().float()
     rows = rows.T.contiguous() if packing.across else rows.reshape(len(rows), -1)
     most = _INT8_MOST if packing.format == "int8" else _INT4_MOST
@@ -98,15 +98,15 @@ def pack(weight: Tensor, packing: Packing) -> Packed:
     counted = padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     codes = counted.round().clamp(-most, most).to(torch.int8).reshape(len(rows), -1)
     codes = _in_pairs(codes) if packing.format == "int4" else codes[:, :width].contiguous()
-    return Packed(packing, shape, {"packed_codes": codes, "packed_scales": scales})
+    return Packed(packing, shape, {"weight_codes": codes, "weight_scales": scales})
 
 
 def unpack_rows(packing: Packing, states: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The weight in fp32 as rows of outputs, `shape`."""
     if packing.format in _HALVES:
-        half = states["packed_half"].float()
+        half = states["weight_half"].float()
         return half.T if packing.across else half.reshape(shape)
-    codes, scales = states["packed_codes"], states["packed_scales"]
+    codes, scales = states["weight_codes"], states["weight_scales"]
     num_rows, width = shape
     if packing.format == "int4":
         codes = _from_pairs(codes)
@@ -125,7 +125,7 @@ def state_shape(packing: Packing, shape: tuple[int, ...], state: str) -> tuple[i
     num_rows, width = _rows_shape(packing, shape)
     group = min(packing.group or width, width)
     num_groups = -(-width // group)
-    if state == "packed_scales":
+    if state == "weight_scales":
         return num_rows, num_groups
     return (
         (num_rows, width) if packing.format == "int8" else (num_rows, -(-num_groups * group // 2))
@@ -134,7 +134,7 @@ def state_shape(packing: Packing, shape: tuple[int, ...], state: str) -> tuple[i
 
 def states_of(packing: Packing) -> tuple[str, ...]:
     """Names of what stands for a weight."""
-    return ("packed_half",) if packing.format in _HALVES else ("packed_codes", "packed_scales")
+    return ("weight_half",) if packing.format in _HALVES else ("weight_codes", "weight_scales")
 
 
 def _rows_shape(packing: Packing, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -189,14 +189,16 @@ class Int8Linear(nn.Module):
     one that was measured (`static`).
 
     The kernel's codes of inputs have 7 bits where the CPU lacks VNNI, whose sums of pairs would
-    overflow 16 bits else. Raises StoreError on a machine without the kernel.
+    overflow 16 bits else. `engine`: of torch's; none: the best that this build has. Raises
+    StoreError on a machine without one.
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None, engine: str | None = None) -> None:
         super().__init__()
         self.packing = packed.packing
         self.out_features, self.in_features = _rows_shape(packed.packing, packed.shape)
-        engine = next((e for e in ("x86", "fbgemm", "qnnpack") if e in _engines()), None)
+        known = ("x86", "fbgemm", "qnnpack")
+        engine = engine or next((name for name in known if name in _engines()), None)
         if engine is None:
             raise StoreError(
                 f"weights as {packed.packing.format} with activations in int8",
@@ -205,11 +207,11 @@ class Int8Linear(nn.Module):
                 "compress the run by int8, whose activations stay as they are",
             )
         torch.backends.quantized.engine = engine
-        scales = packed.states["packed_scales"].reshape(-1).double().clamp(min=1e-30)
+        scales = packed.states["weight_scales"].reshape(-1).double().clamp(min=1e-30)
         with warnings.catch_warnings():  # the kernel takes no other tensors
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
             codes = torch._make_per_channel_quantized_tensor(
-                packed.states["packed_codes"],
+                packed.states["weight_codes"],
                 scales,
                 torch.zeros(len(scales), dtype=torch.int64),
                 0,

@@ -29,9 +29,10 @@ VERSION = 3
 WHOLE_STATES = ("buffer", "extra")
 """What is no parameter: the model's buffers, and whatever else the engine carries, such as
 generators' states."""
-PACKED_STATES = ("packed_half", "packed_codes", "packed_scales")
+PACKED_STATES = ("weight_half", "weight_codes", "weight_scales")
 """What stands for a parameter's weights where they are stored in fewer bytes: the weights in half
-precision, or codes and what a code counts (`models/packed.py`)."""
+precision, or codes and what a code counts (`models/packed.py`). Optimisers keep codes, too, under
+other names."""
 MODEL_STATES = ("param", *WHOLE_STATES, *PACKED_STATES)
 """All others are what the optimiser and hooks keep for a parameter, each under a name of its
 own."""
@@ -445,7 +446,7 @@ def _make_place(files: Ints, starts: Ints, lengths: Ints, size: int) -> Partitio
 
 def _check_all_there(places: Places, shapes: Shapes, where: str) -> None:
     for name, shape in shapes.by_name.items():
-        whole = (state for state in MODEL_STATES if state != "packed_scales")
+        whole = (state for state in MODEL_STATES if state != "weight_scales")
         if not any((name, state) in places for state in whole) and make_size(shape):
             raise StoreError(
                 where, f"{name}: no rank wrote it", "each tensor is written exactly once"
