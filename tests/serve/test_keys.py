@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import requests
-from served_here import Address, served_here
-from small_writer import save_small_writer
 
 from dray.errors import SpecError
 from dray.serve.held_keys import Ring, create_key, has_keys, list_keys, revoke_key
 from dray.serve.served import Served
+from served_here import Address, served_here
+from small_writer import save_small_writer
 from waiting import wait_for
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import requests
-from served_here import Address, served_here
-from small_writer import save_small_writer
 
 from dray.serve.served import Served
+from served_here import Address, served_here
+from small_writer import save_small_writer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

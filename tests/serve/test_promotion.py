@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 import torch
-from small_writer import save_small_writer
 
 from dray.cli import main
-from ports import free_ports
+from dray_serving import dray_serving
+from small_writer import save_small_writer
 from waiting import wait_for
 
 NEEDS_RAY = "local_ray"  # starts one of its own: tests/conftest.py deals by this word
 
 
 class Service:
-    def __init__(self, process: psutil.Popen, url: str, home: Path) -> None:
-        self.process, self.url, self.home = process, url, home
+    def __init__(self, url: str, home: Path) -> None:
+        self.url, self.home = url, home
 
     def ask(self, model: str = "chat", **more: object) -> requests.Response:
         body = {"model": model, "prompt": "what is", "max_tokens": 8, "temperature": 0, **more}
@@ -42,33 +39,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     save_small_writer(home / "first")
     save_small_writer(home / "second")
     change_weights(home / "second")
-    (port,) = free_ports(1)
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
-    words = ["--name", f"chat={home / 'first'}", "--port", str(port)]
-    words += ["--storage", str(home / "runs")]
-    with (home / "out").open("wb") as out:
-        process = psutil.Popen(
-            [sys.executable, "-m", "dray.cli", "serve", *words],
-            env=environment,
-            stdout=out,
-            stderr=out,
-        )
-    url = f"http://127.0.0.1:{port}"
-
-    def is_there() -> bool:
-        assert process.poll() is None, (home / "out").read_text()
-        try:
-            return requests.get(f"{url}/ready", timeout=10).json() == {"status": "ready"}
-        except (requests.RequestException, ValueError):
-            return False
-
-    try:
-        wait_for(is_there, "the service", 400, (home / "out").read_text)
-        yield Service(process, url, home)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(120)
+    with dray_serving(home, "--name", f"chat={home / 'first'}") as serving:
+        yield Service(serving.url, home)
 
 
 def change_weights(folder: Path) -> None:

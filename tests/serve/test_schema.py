@@ -8,11 +8,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import CHECKS
-from served_here import Address, served_here
-from small_writer import save_small_writer
 
 from dray.serve.limits import Limits
 from dray.serve.served import Served
+from served_here import Address, served_here
+from small_writer import save_small_writer
 
 pytestmark = pytest.mark.slow
 

@@ -13,12 +13,12 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from served_here import Address, served_here
-from small_writer import save_small_writer
 
 from dray.serve import guard
 from dray.serve.limits import Limits
 from dray.serve.served import Served
+from served_here import Address, served_here
+from small_writer import save_small_writer
 from waiting import wait_for
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"

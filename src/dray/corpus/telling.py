@@ -162,7 +162,7 @@ def _ask(teller: Teller, job: Preparation) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1)
 def _ask_once(teller: Teller, known: _Known) -> tuple[Any, Any]:
-    from dray.models.build import build_model
+    from dray.models.build import build_model, sizes_by
     from dray.models.config import read_config
     from dray.processes.heap import prepare_process
 
@@ -177,11 +177,7 @@ def _ask_once(teller: Teller, known: _Known) -> tuple[Any, Any]:
         config = read_config(origin.folder())
     model = build_model(
         spec,
-        vocab_size=known.vocab_size,
-        num_labels=task.num_labels,
-        labels=known.labels,
-        pad_token_id=known.pad_token_id,
-        eos_token_id=known.eos_token_id,
+        **sizes_by(known, task.num_labels),
         config=config,
         weights=None if origin is None else open_weights(origin),
     )

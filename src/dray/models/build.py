@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -53,6 +53,33 @@ def import_transformers() -> None:
 
 def _leanly() -> AbstractContextManager[None]:
     return first_import("transformers", without=("scipy", "sklearn"))
+
+
+class Sizing(Protocol):
+    """What a model takes its sizes of: a corpus' manifest, or what a task knows of it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def labels(self) -> Sequence[str]: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+
+def sizes_by(corpus: Sizing, num_labels: int) -> dict[str, Any]:
+    """The arguments of `build_model` that a corpus decides."""
+    return {
+        "vocab_size": corpus.vocab_size,
+        "num_labels": num_labels,
+        "labels": corpus.labels,
+        "pad_token_id": corpus.pad_token_id,
+        "eos_token_id": corpus.eos_token_id,
+    }
 
 
 def build_model(

@@ -37,6 +37,7 @@ from dray.models.build import (
     enable_activation_checkpointing,
     import_transformers,
     one_document_a_row,
+    sizes_by,
 )
 from dray.models.config import make_kept_config
 from dray.models.freezing import with_depths
@@ -248,11 +249,7 @@ class _Loop:
         origin = self.job.weights if fills else None
         model: Any = build_model(
             self.spec,
-            vocab_size=manifest.vocab_size,
-            num_labels=self.task.num_labels,
-            labels=manifest.labels,
-            pad_token_id=manifest.pad_token_id,
-            eos_token_id=manifest.eos_token_id,
+            **sizes_by(manifest, self.task.num_labels),
             constructing=constructing,
             gathering=gathering,
             initial_weights=fills,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dray.corpus.manifest import Manifest
-from dray.errors import SpecError, StoreError
-from dray.models.build import build_model
+from dray.errors import SpecError
+from dray.models.build import build_model, sizes_by
 from dray.models.groups import find_blocks
 from dray.runs import CheckpointReader, Run, choose_checkpoint
 from dray.spec import Distil
@@ -46,17 +46,12 @@ def load_teacher(storage: str, distil: Distil, manifest: Manifest, device: torch
     info = choose_checkpoint(run, None)
     model = build_model(
         spec,
-        vocab_size=manifest.vocab_size,
-        num_labels=spec.task.on(manifest, spec.model.num_labels).num_labels,
-        labels=manifest.labels,
-        pad_token_id=manifest.pad_token_id,
-        eos_token_id=manifest.eos_token_id,
+        **sizes_by(manifest, spec.task.on(manifest, spec.model.num_labels).num_labels),
         initial_weights=False,
         config=kept["config"],
     )
     with run.hold(info), CheckpointReader(run, info) as reader, torch.no_grad():
-        if problems := reader.verify_files(range(reader.num_files)):
-            raise StoreError(info.path, "; ".join(problems), "a damaged checkpoint is never loaded")
+        reader.check_files()
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read(name).reshape(parameter.shape))
         for name, buffer in model.named_buffers():

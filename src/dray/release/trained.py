@@ -28,7 +28,7 @@ from dray.corpus.tokenizing import (
 )
 from dray.errors import SpecError, StoreError
 from dray.models.adapters import adapt, leave_only_head, merge
-from dray.models.build import build_model
+from dray.models.build import build_model, sizes_by
 from dray.models.config import longest_row
 from dray.models.freezing import freeze, is_base
 from dray.models.packed import Packed, Packing, install, state_shape, states_of
@@ -85,11 +85,7 @@ class Trained:
             origin.check()
         model = build_model(
             spec,
-            vocab_size=manifest.vocab_size,
-            num_labels=spec.task.on(manifest, spec.model.num_labels).num_labels,
-            labels=manifest.labels,
-            pad_token_id=manifest.pad_token_id,
-            eos_token_id=manifest.eos_token_id,
+            **sizes_by(manifest, spec.task.on(manifest, spec.model.num_labels).num_labels),
             initial_weights=spec.keeps_base,
             config=kept["config"] if kept else None,
             weights=None if origin is None else open_weights(origin),
@@ -113,14 +109,7 @@ class Trained:
         is stored in fewer bytes, by name: the model has its values, too. Raises StoreError."""
         run, info = self.run, self.checkpoint
         with run.hold(info), CheckpointReader(run, info) as reader:
-            problems = reader.verify_files(range(reader.num_files))
-            if problems:
-                raise StoreError(
-                    info.path,
-                    "; ".join(problems),
-                    "a damaged checkpoint is never loaded",
-                    "try another --step",
-                )
+            reader.check_files("try another --step")
             if self.weights != "trained" and not reader.names(self.weights):
                 raise StoreError(
                     info.path,

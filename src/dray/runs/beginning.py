@@ -189,6 +189,22 @@ def fork_run(
     )
 
 
+def make_record(run: Run, spec: Spec, corpus: str, corpus_key: str) -> dict[str, Any]:
+    """The record of a run that begins, from nothing."""
+    return {
+        "name": run.name,
+        "created": now(),
+        "nonce": uuid.uuid4().hex,
+        "status": "created",
+        "reason": "",
+        "fingerprint": spec.fingerprint(),
+        "identity": spec.identity(),
+        "corpus": run.keep_place(corpus),
+        "corpus_key": corpus_key,
+        "origin": None,
+    }
+
+
 def _begin(
     run: Run,
     spec: Spec,
@@ -202,19 +218,9 @@ def _begin(
     """Write the record, whose presence makes the folder a run: of two simultaneous beginners
     one wins."""
     require_writable(run.filesystem, run.path, run.uri)
-    record = {
-        "name": run.name,
-        "created": now(),
-        "nonce": uuid.uuid4().hex,
-        "status": "created",
-        "reason": "",
-        "fingerprint": spec.fingerprint(),
-        "identity": spec.identity(),
-        "corpus": run.keep_place(corpus),
-        "corpus_key": corpus_key,
-        "origin": origin,
-        **({"left_out": list(left_out)} if left_out else {}),
-    }
+    record = make_record(run, spec, corpus, corpus_key) | {"origin": origin}
+    if left_out:
+        record["left_out"] = list(left_out)
     if not create_exclusive(run.filesystem, f"{run.path}/{RUN_FILE}", make_json(record, indent=1)):
         raise StoreError(
             f"run {run.name!r}",

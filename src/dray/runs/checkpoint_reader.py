@@ -221,6 +221,13 @@ class CheckpointReader:
     def num_files(self) -> int:
         return len(self.manifest.files)
 
+    def check_files(self, way_out: str = "") -> None:
+        """Raise StoreError unless every byte is as the manifest says."""
+        if problems := self.verify_files(range(self.num_files)):
+            raise StoreError(
+                self.path, "; ".join(problems), "a damaged checkpoint is never loaded", way_out
+            )
+
     def names(self, state: str = "param") -> list[str]:
         """Sorted names of the tensors that have this state."""
         return sorted(name for name, found in self._places if found == state)

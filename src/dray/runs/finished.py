@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dray.errors import Interrupted, RunFailed, StoreError
+from dray.runs.beginning import make_record
 from dray.runs.commit import CheckpointWriter
 from dray.runs.drivers import Driver, Heart
 from dray.runs.layout import COMPRESSION_FILE, DRIVERS, PLAN_FILE, RUN_FILE, SPEC_FILE, SWEEP_FILE
-from dray.runs.row_log import make_json, now, save_json
+from dray.runs.row_log import make_json, save_json
 from dray.runs.run import Run
 from dray.spec import NAME_RULE, RUN_NAME, Spec, dump_spec
 from dray.storage.exclusive import create_exclusive
@@ -114,19 +114,8 @@ def create_finished(
     if table is not None:
         save_json(run.filesystem, f"{run.path}/{COMPRESSION_FILE}", table)
     run.end_attempt(attempt, "completed", step)
-    record = {
-        "name": run.name,
-        "created": now(),
-        "nonce": uuid.uuid4().hex,
-        "status": "completed",
-        "reason": "",
-        "fingerprint": spec.fingerprint(),
-        "identity": spec.identity(),
-        "corpus": run.keep_place(like.corpus),
-        "corpus_key": like.record().get("corpus_key", ""),
-        "origin": None,
-        "compressed": dict(compressed),
-    }
+    record = make_record(run, spec, like.corpus, like.record().get("corpus_key", ""))
+    record |= {"status": "completed", "compressed": dict(compressed)}
     if not create_exclusive(run.filesystem, f"{run.path}/{RUN_FILE}", make_json(record, indent=1)):
         raise StoreError(f"run {run.name!r}", "was made by another meanwhile")
 

@@ -22,7 +22,7 @@ from dray.serve.held_keys import has_keys
 from dray.serve.keys import KEY, OPEN
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
-from dray.serve.served import Served
+from dray.serve.served import Served, check_names
 from dray.serve.versions import Record
 from dray.storage.filesystem import absolute
 
@@ -46,8 +46,7 @@ def serve_models(
         raise SpecError(
             "dray serve", f"--port {port} --replicas {replicas}", "1 to 65535; 1 or more"
         )
-    if not models:
-        raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
+    check_names(models)
     storage = absolute(storage)
     check_open(host, storage)
     for model in models:
@@ -90,13 +89,7 @@ def serve_models(
 
 def begin_records(models: Sequence[Served], storage: str) -> list[Record]:
     """Each model is version 1 of its name, where the name has none. Raises UserError."""
-    names = [model.called for model in models]
-    if not names:
-        raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        rule = "requests name a model by its name"
-        raise SpecError("dray serve", f"two models are called {twice[0]}", rule, "--name NAME=RUN")
-    records = [Record(storage, name) for name in names]
+    records = [Record(storage, model.called) for model in models]
     for record, model in zip(records, models, strict=True):
         record.begin(pin(model))
     return records

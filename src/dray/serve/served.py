@@ -4,6 +4,7 @@ name."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -59,3 +60,14 @@ def read_words(words: str, storage: str, name: str | None = None) -> Served:
             words, "holds no config.json", "a folder is one that `dray export` has written"
         )
     return Served(name=name, storage=storage, run=run, step=found)
+
+
+def check_names(models: Sequence[Served]) -> list[str]:
+    """Names of models. Raises SpecError where two have the same, or there is none."""
+    names = [model.called for model in models]
+    if not names:
+        raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        rule = "requests name a model by its name"
+        raise SpecError("dray serve", f"two models are called {twice[0]}", rule, "--name NAME=RUN")
+    return names

@@ -35,7 +35,7 @@ from dray.serve.keys import OneKey, read_key
 from dray.serve.limits import Bodies, Limits
 from dray.serve.routing import Full, Lost, Router
 from dray.serve.schemas import Card
-from dray.serve.served import Served
+from dray.serve.served import Served, check_names
 from dray.serve.shares import Plan, Versioned
 
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
@@ -170,24 +170,17 @@ class Gateway:
         return await self._bodies.drain(seconds)
 
     def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Which models there are, by name: `{"models": {name: application}}`, or in its place which
-        of a model's versions work, and which are loaded (`following.py`). Requests that are under
-        way keep the replicas that they have, and go to those that work now where these are gone."""
+        """Which models there are, by name, which of a model's versions work, and which are loaded
+        (`following.py`). Requests that are under way keep the replicas that they have, and go to
+        those that work now where these are gone."""
         models = config.get("models") or {}
         for name, told in models.items():
-            if isinstance(told, str):
-                handle = serve.get_app_handle(told)
-                self._versioned(name).follow(Plan(1), {1: _Handle(handle)})
-            else:
-                applications = {
-                    version: version_application(name, version) for version in told["loaded"]
-                }
-                targets = {
-                    version: _Handle(serve.get_app_handle(application))
-                    for version, application in applications.items()
-                }
-                plan = {key: told[key] for key in ("stable", "canary", "share", "shadow")}
-                self._versioned(name).follow(Plan(**plan), targets)
+            targets = {
+                version: _Handle(serve.get_app_handle(version_application(name, version)))
+                for version in told["loaded"]
+            }
+            plan = {key: told[key] for key in ("stable", "canary", "share", "shadow")}
+            self._versioned(name).follow(Plan(**plan), targets)
         self._models = {name: self._models[name] for name in models}
         self._router.set_targets(self._models)
 
@@ -255,17 +248,6 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     return gateway_deployment(handles, limits)
 
 
-def check_names(models: Sequence[Served]) -> list[str]:
-    """Names of models. Raises SpecError where two have the same, or there is none."""
-    names = [model.called for model in models]
-    if not names:
-        raise SpecError("dray serve", "nothing to serve", "name a run or a folder")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        rule = "requests name a model by its name"
-        raise SpecError("dray serve", f"two models are called {twice[0]}", rule, "--name NAME=RUN")
-    return names
-
-
 # --- dray serve ----------------------------------------------------------------------------------
 
 
@@ -280,25 +262,6 @@ def start(host: str, port: int, limits: Limits, *, verbose: bool) -> None:
         "keep_alive_timeout_s": 30,
     }
     serve.start(proxy_location="HeadOnly", http_options=http)
-
-
-def run_models(
-    models: Sequence[Served], limits: Limits, *, replicas: int, cpus: float, gpus: float = 0
-) -> dict[str, str]:
-    """Start each model as an application of its own; the application of each name, once all
-    answer."""
-    names = check_names(models)
-    targets = []
-    for name, model in zip(names, models, strict=True):
-        deployed = model_deployment(
-            model,
-            limits,
-            num_replicas=replicas,
-            ray_actor_options={"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})},
-        )
-        targets.append(serve.RunTarget(deployed, name=f"model-{name}", route_prefix=None))
-    _deployed(targets)
-    return {name: f"model-{name}" for name in names}
 
 
 def version_application(name: str, version: int) -> str:
@@ -332,7 +295,7 @@ class Versions:
 
 
 def run_gateway(
-    models: Mapping[str, str | Mapping[str, Any]], limits: Limits, storage: str | None = None
+    models: Mapping[str, Mapping[str, Any]], limits: Limits, storage: str | None = None
 ) -> None:
     """Start the gateway before them, or tell the one that runs which models there are now."""
     config = {"models": dict(models)}

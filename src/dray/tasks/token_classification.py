@@ -61,9 +61,10 @@ class TokenClassification(Task):
 
     def check(self, corpus: Corpus) -> None:
         """Raises SpecError for tags of another form than the scheme's."""
-        letters = {"BIO": "BI", "BIOES": "BIESLU", "none": ""}[self.settings.scheme]
-        odd = [tag for tag in corpus.labels if not re.fullmatch(rf"O|[{letters or '.'}]-.+", tag)]
-        if letters and odd:
+        letters = {"BIO": "BI", "BIOES": "BIESLU"}.get(self.settings.scheme)
+        if letters is None:
+            return
+        if odd := [tag for tag in corpus.labels if not re.fullmatch(rf"O|[{letters}]-.+", tag)]:
             raise SpecError(
                 f"task.scheme = {self.settings.scheme}",
                 f"the training documents have the tags {', '.join(odd[:8])}",

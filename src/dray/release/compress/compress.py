@@ -74,12 +74,12 @@ def compress(
     """
     methods = make_methods(wanted)
     trained = open_trained(storage, name, step, weights, unpacked=True)
-    if trained.run.compressed() and trained.run.compressed()["packed"]:  # type: ignore[index]
+    if (made := trained.run.compressed()) is not None and made["packed"]:
         raise SpecError(
             f"run {name!r}",
             "has its weights as codes already",
             "codes cannot be changed",
-            f"compress {trained.run.compressed()['run']} instead",  # type: ignore[index]
+            f"compress {made['run']} instead",
         )
     limits = make_limits(max_drop, trained.task.metrics)
     new_name = new_name or default_name(name, methods)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dray.models.build import build_model
+from dray.models.build import build_model, sizes_by
 from dray.models.config import INTERMEDIATE_NAMES, make_kept_config
 from dray.models.groups import find_blocks
 from dray.release.compress.keeping import make_compressed_spec
@@ -34,11 +34,7 @@ def rebuild(
     config = {**make_kept_config(candidate.model), **changes}
     model = build_model(
         make_compressed_spec(trained, trained.run.name.replace("/", "-")),
-        vocab_size=manifest.vocab_size,
-        num_labels=trained.task.num_labels,
-        labels=manifest.labels,
-        pad_token_id=manifest.pad_token_id,
-        eos_token_id=manifest.eos_token_id,
+        **sizes_by(manifest, trained.task.num_labels),
         initial_weights=False,
         config=config,
     )

@@ -47,10 +47,7 @@ async function look() {
     $("told").textContent = `${error.message}. A service that asks for keys wants one above.`;
     return;
   }
-  const names = served.flatMap((model) => [
-    model.id,
-    ...(model.versions?.length > 1 ? model.versions.map(({ version }) => `${model.id}@${version}`) : []),
-  ]);
+  const names = served.map((model) => model.id);
   $("model").replaceChildren(...names.map((name) => new Option(name)));
   $("beside").replaceChildren(new Option("nothing", ""), ...names.map((name) => new Option(name)));
   if (names.includes(before)) $("model").value = before;
@@ -58,9 +55,7 @@ async function look() {
 }
 
 function chosen(id) {
-  const name = $(id).value;
-  return served.find((model) => model.id === name)
-    ?? served.find((model) => model.id === name.replace(/@[^@]*$/, ""));
+  return served.find((model) => model.id === $(id).value);
 }
 
 function field(name) {
