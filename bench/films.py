@@ -16,6 +16,7 @@ import csv
 import gzip
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def read(folder: Path) -> list[Film]:
     for one in records("tags.csv.gz"):
         tags[one["movieId"]].add(one["tag"].lower())
     found = []
-    for one in records("movies.csv.gz"):
+    num_films = 0
+    for num_films, one in enumerate(records("movies.csv.gz"), 1):
         number = one["movieId"]
         if len(ratings[number]) >= LEAST_RATINGS:
             text = f"{one['title']}. {one['genres'].replace('|', ', ')}."
@@ -56,6 +58,8 @@ def read(folder: Path) -> list[Film]:
             digest = int(hashlib.sha256(number.encode()).hexdigest(), 16)
             stars = round(float(np.mean(ratings[number])), 3)
             found.append(Film(text, stars, digest % HELD_OUT_OF == 0))
+    few = f"{num_films - len(found):,} have fewer than {LEAST_RATINGS} ratings and are left out"
+    print(f"{len(found):,} of {num_films:,} films; {few}", file=sys.stderr)
     return found
 
 
