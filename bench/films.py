@@ -49,8 +49,8 @@ def read(folder: Path) -> list[Film]:
     for one in records("tags.csv.gz"):
         tags[one["movieId"]].add(one["tag"].lower())
     found = []
-    num_films = 0
-    for num_films, one in enumerate(records("movies.csv.gz"), 1):
+    films = list(records("movies.csv.gz"))
+    for one in films:
         number = one["movieId"]
         if len(ratings[number]) >= LEAST_RATINGS:
             text = f"{one['title']}. {one['genres'].replace('|', ', ')}."
@@ -58,8 +58,8 @@ def read(folder: Path) -> list[Film]:
             digest = int(hashlib.sha256(number.encode()).hexdigest(), 16)
             stars = round(float(np.mean(ratings[number])), 3)
             found.append(Film(text, stars, digest % HELD_OUT_OF == 0))
-    few = f"{num_films - len(found):,} have fewer than {LEAST_RATINGS} ratings and are left out"
-    print(f"{len(found):,} of {num_films:,} films; {few}", file=sys.stderr)
+    few = f"{len(films) - len(found):,} have fewer than {LEAST_RATINGS} ratings and are left out"
+    print(f"{len(found):,} of {len(films):,} films; {few}", file=sys.stderr)
     return found
 
 
