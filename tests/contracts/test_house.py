@@ -42,6 +42,7 @@ LEVELS = {
     "sweep": 11,
     "serve": 11,
     "ladder": 12,
+    "pipeline": 12,
     "cli": 13,
 }
 """The table of docs/design.md. A room may be a file or a folder."""

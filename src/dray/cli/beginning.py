@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dray.errors import DrayError, PlanError, SpecError, StoreError
+from dray.errors import DrayError, PlanError, RunFailed, SpecError, StoreError
 
 if TYPE_CHECKING:
     from dray.cluster.survey import Survey
@@ -40,7 +41,13 @@ def init_command(arguments: argparse.Namespace) -> int:
 
 def plan_command(arguments: argparse.Namespace) -> int:
     from dray.models.counting import make_counted_plan
-    from dray.plan import format_plan, load_prices, with_measured_step
+    from dray.plan import (
+        format_plan,
+        format_stages,
+        load_prices,
+        make_stages,
+        with_measured_step,
+    )
     from dray.rank.rehearsal import find_rehearsal, rehearse
     from dray.spec import load_spec, load_tree
     from dray.sweep.space import split_overrides
@@ -77,10 +84,13 @@ def plan_command(arguments: argparse.Namespace) -> int:
             {
                 **plan.model_dump(mode="json"),
                 **{key: item and item.model_dump(mode="json") for key, item in others.items()},
+                "stages": [stage.model_dump(mode="json") for stage in make_stages(spec, plan)],
             }
         )
         return 0
     arguments.out.say(format_plan(plan, demands, cost))
+    if len(stages := make_stages(spec, plan)) > len(("prepare", "train")):
+        arguments.out.say(f"\n{format_stages(stages)}")
     for title, found in (("cluster", survey), ("sweep", bill)):
         if found is not None:
             arguments.out.say("\n".join(["", title, *(f"  {line}" for line in found.describe())]))
@@ -288,6 +298,33 @@ def _with_trial(tree: Mapping[str, Any], trial: str, storage: str) -> dict[str, 
             f"--from-trial {trial}", "names no trial", "a trial is SWEEP/0007 or SWEEP/best"
         )
     return with_values(tree, find_trial(Sweep.open(place, sweep), which).parameters)
+
+
+def release_command(arguments: argparse.Namespace) -> int:
+    from dray.pipeline.release import Released, release
+    from dray.show.progress import Display
+    from dray.show.stages import format_stages_done
+    from dray.spec import load_spec
+
+    spec = load_spec(arguments.spec, arguments.overrides)
+
+    def report(released: Released) -> None:
+        if arguments.json:
+            arguments.out.say_json(asdict(released))
+        else:
+            arguments.out.say(format_stages_done(released.stages, released.missed))
+
+    released = release(
+        spec,
+        storage=arguments.storage,
+        run_name=arguments.run_name,
+        until=arguments.until,
+        address=arguments.address,
+        verbose=arguments.verbose,
+        say=Display().say,
+        report=report,
+    )
+    return RunFailed.exit_code if released.missed else 0
 
 
 def tune_command(arguments: argparse.Namespace) -> int:

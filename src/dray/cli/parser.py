@@ -15,6 +15,7 @@ from dray.cli.beginning import (
     ladder_command,
     plan_command,
     prepare_command,
+    release_command,
     train_command,
     tune_command,
 )
@@ -104,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SWEEP/BEST",
         help="with the values of a trial of a sweep: SWEEP/0007, or SWEEP/best",
     )
+
+    _add_release(commands)
 
     tune = _add_spec(commands, "tune", tune_command, "sweep it, or go on with it")
     tune.add_argument(
@@ -273,6 +276,28 @@ def _add_jobs(commands: Any) -> None:
     _add_storage(runs)
     runs.add_argument("--address", metavar="URL", help="list the jobs of this server of jobs")
     _add_json(runs)
+
+
+def _add_release(commands: Any) -> None:
+    """All of it, from one spec."""
+    release = _add_spec(
+        commands,
+        "release",
+        release_command,
+        "prepare, train, evaluate, compress, export and serve, as the spec's sections say; what is "
+        "there already is not done again",
+    )
+    _add_cluster(release)
+    _add_json(release)
+    release.add_argument(
+        "--run", dest="run_name", help="name of the run (default: the spec's name)"
+    )
+    release.add_argument(
+        "--until",
+        metavar="STAGE",
+        help="the last stage: prepare, train, evaluate, compress, export, promote (a version of "
+        "the served name) or serve",
+    )
 
 
 def _add_uses(commands: Any) -> None:

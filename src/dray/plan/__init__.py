@@ -54,7 +54,14 @@ from dray.plan.prices import (
     price_workers,
 )
 from dray.plan.rows import RowCost
-from dray.plan.table import format_bytes, format_money, format_plan, format_seconds
+from dray.plan.stages import Stage, make_stages
+from dray.plan.table import (
+    format_bytes,
+    format_money,
+    format_plan,
+    format_seconds,
+    format_stages,
+)
 from dray.plan.zero_config import Buckets, make_buckets, make_deepspeed_config
 
 __all__ = [
@@ -80,6 +87,7 @@ __all__ = [
     "RowCost",
     "SaveInterval",
     "Shape",
+    "Stage",
     "check_accelerator",
     "check_instance",
     "choose_interval",
@@ -93,6 +101,7 @@ __all__ = [
     "format_money",
     "format_plan",
     "format_seconds",
+    "format_stages",
     "free_disk_bytes",
     "load_config",
     "load_dimensions",
@@ -105,6 +114,7 @@ __all__ = [
     "make_demands",
     "make_plan",
     "make_shape",
+    "make_stages",
     "match_accelerator",
     "num_steps_of",
     "parse_shape",

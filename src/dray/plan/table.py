@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from dray.plan.demands import Demands
 from dray.plan.memory import MEMORY_TERMS
 from dray.plan.plan import Plan
 from dray.plan.prices import Cost
+from dray.plan.stages import Stage
 
 
 def format_plan(plan: Plan, demands: Demands | None = None, cost: Cost | None = None) -> str:
@@ -24,6 +26,15 @@ def format_plan(plan: Plan, demands: Demands | None = None, cost: Cost | None = 
     ]
     text = "\n\n".join("\n".join(lines) for lines in sections)
     return text + ("\n\n" + "\n".join(f"note: {note}" for note in plan.notes) if plan.notes else "")
+
+
+def format_stages(stages: Sequence[Stage]) -> str:
+    """The stages of a release as a part of that text."""
+    lines = [
+        _row(one.stage, "" if one.num_bytes is None else format_bytes(one.num_bytes), one.what)
+        for one in stages
+    ]
+    return "\n".join(["stages of dray release", *lines])
 
 
 def format_bytes(count: float) -> str:

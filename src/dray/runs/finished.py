@@ -40,13 +40,18 @@ if TYPE_CHECKING:
     import torch
 
 
+def is_name_free(storage: str | os.PathLike[str], name: str) -> bool:
+    """Whether neither a run nor a sweep has the name."""
+    run = Run(os.fspath(storage), name)
+    return not any(exists(run.filesystem, f"{run.path}/{file}") for file in (RUN_FILE, SWEEP_FILE))
+
+
 def check_name_free(storage: str | os.PathLike[str], name: str) -> None:
     """Raise StoreError where a run or a sweep has the name, or the storage cannot be written."""
     if not re.fullmatch(RUN_NAME, name):
         raise StoreError(f"run {ascii(name)[:200]}", "not a name for a run", NAME_RULE)
     run = Run(os.fspath(storage), name)
-    taken = any(exists(run.filesystem, f"{run.path}/{file}") for file in (RUN_FILE, SWEEP_FILE))
-    if taken:
+    if not is_name_free(storage, name):
         raise StoreError(
             f"run {name!r}",
             f"exists already in {shown(run.storage)}",

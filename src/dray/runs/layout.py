@@ -3,6 +3,7 @@
 <storage>/<sweep>/  sweep.json  space.yaml  spec.yaml  log/*.jsonl  drivers/  0001/ (a run), 0002/ …
 <storage>/<run>/  spec.yaml  plan.json  run.json  model.json  metrics.parquet
     compression.json                      of a compressed run: the table, before and after
+    evaluations/<digest>.json             what a release measured of a checkpoint
     corpus/manifest.json, tokenizer/      what a model must know of its corpus, without the rows
     attempts/0001.json, 0001-end.json     metrics/*.jsonl  validation/*.jsonl  events/*.jsonl
     checkpoints/step-00000020-a0001/      rank-*-of-*.safetensors, manifest.json, COMMITTED
@@ -29,6 +30,7 @@ COMPRESSION_FILE = "compression.json"
 PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"
 CHECKPOINTS, PINS, TRACKERS = "checkpoints", "pins", "trackers"
+EVALUATIONS = "evaluations"
 FAILURES, LOGS, STACKS, BEATS = "failures", "logs", "stacks", "beats"
 DRIVERS = "drivers"
 MANIFEST_FILE = "manifest.json"

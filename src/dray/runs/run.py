@@ -7,6 +7,7 @@ told in beginning.py.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -48,6 +49,7 @@ from dray.runs.layout import (
     CORPORA,
     CORPUS,
     DELETING_FILE,
+    EVALUATIONS,
     EVENTS,
     MARKER_FILE,
     METRICS,
@@ -283,6 +285,37 @@ class Run:
             return load_json(self.filesystem, f"{self.path}/{COMPRESSION_FILE}")
         except FileNotFoundError:
             return None
+
+    def keep_evaluation(
+        self, known: Mapping[str, Any], measured: Mapping[str, Any], data: Sequence[str] = ()
+    ) -> None:
+        """Keep what was measured of a checkpoint: `known` says of which, and on what; `data` is
+        that in words, nothing the validation rows."""
+        record = {"of": dict(known), "data": list(data), "measured": dict(measured)}
+        save_json(self.filesystem, self._evaluation(known), record)
+
+    def find_evaluation(self, known: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was measured and kept; none where nothing was."""
+        try:
+            record = load_json(self.filesystem, self._evaluation(known))
+        except FileNotFoundError:
+            return None
+        return cast("dict[str, Any]", record["measured"])
+
+    def evaluations(self, step: int) -> list[tuple[list[str], dict[str, Any]]]:
+        """All that was kept of a step: on which data, and what was measured."""
+        folder = f"{self.path}/{EVALUATIONS}"
+        records = [
+            load_json(self.filesystem, f"{folder}/{name}")
+            for name in sorted(list_files(self.filesystem, folder))
+            if name.endswith(".json")
+        ]
+        found = [(list(one["data"]), dict(one["measured"])) for one in records]
+        return [(data, measured) for data, measured in found if measured.get("step") == step]
+
+    def _evaluation(self, known: Mapping[str, Any]) -> str:
+        digest = hashlib.sha256(make_json(dict(sorted(known.items())))).hexdigest()
+        return f"{self.path}/{EVALUATIONS}/{digest[:32]}.json"
 
     @property
     def fingerprint(self) -> str:

@@ -41,6 +41,11 @@ class Served(BaseModel):
         return self
 
     @property
+    def bare(self) -> Served:
+        """The same, by no name of its own."""
+        return self.model_copy(update={"name": None})
+
+    @property
     def called(self) -> str:
         """Its name."""
         return self.name or self.run or os.path.basename(os.path.realpath(str(self.folder)))

@@ -242,8 +242,7 @@ def told(served: Served) -> str:
 
 def _find(state: State, served: Served) -> int | None:
     """The number of a version, if it is one: the same thing with the same weights."""
-    bare = served.model_copy(update={"name": None})
     for number, known in state.versions.items():
-        if known.model_copy(update={"name": None}) == bare:
+        if known.bare == served.bare:
             return number
     return None

@@ -1,8 +1,8 @@
 """The frozen spec.
 
 `sections.py` has its sections, `optimizers.py` the one of the optimiser, `adapting.py` those of
-adapters and frozen layers, `spec.py` the whole;
-`loading.py` reads and overrides it, `yaml_reading.py` reads the YAML that people write,
+adapters and frozen layers, `releasing.py` those of what is done with a run afterwards, `spec.py`
+the whole; `loading.py` reads and overrides it, `yaml_reading.py` reads the YAML that people write,
 `mistakes.py` says in a line what is wrong; `identity.py` compares two.
 """
 
@@ -21,6 +21,7 @@ from dray.spec.loading import (
 )
 from dray.spec.mistakes import shown_words, translate
 from dray.spec.optimizers import OPTIMIZERS, Optimizer, State
+from dray.spec.releasing import STAGES, Compress, Evaluate, Export, Serve
 from dray.spec.sections import (
     NAME_RULE,
     RUN_NAME,
@@ -63,16 +64,20 @@ __all__ = [
     "NAME_RULE",
     "OPTIMIZERS",
     "RUN_NAME",
+    "STAGES",
     "TEXT_KINDS",
     "WHOLE",
     "Adapters",
     "BadYaml",
     "Checkpoint",
     "Cleaning",
+    "Compress",
     "Direction",
     "Distil",
     "Duration",
     "Ema",
+    "Evaluate",
+    "Export",
     "Field",
     "Float",
     "Freezing",
@@ -89,6 +94,7 @@ __all__ = [
     "Resources",
     "Schedule",
     "Section",
+    "Serve",
     "Source",
     "Spec",
     "State",

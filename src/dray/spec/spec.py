@@ -13,10 +13,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.optimizers import AdamW, OptimizerChoice
+from dray.spec.releasing import STAGES, Compress, Evaluate, Export, OneOrMore, Serve, as_several
 from dray.spec.sections import (
     ORIGIN_NAME,
     BatchSize,
@@ -41,6 +42,9 @@ from dray.spec.sections import (
 )
 from dray.spec.tasks import TaskChoice, check_fields
 
+_LEFT_OUT = Field(exclude_if=lambda given: given is None)
+"""Of a section that a spec need not have: one that is not given stands nowhere."""
+
 
 def _tokenizer_of(model: Model) -> Tokenizer | None:
     """That of the run which a model starts from."""
@@ -60,13 +64,9 @@ class Spec(Section):
     """The tokeniser."""
     model: Model
     """The model."""
-    adapters: Annotated[
-        AdaptersChoice | None, Field(default=None, exclude_if=lambda given: given is None)
-    ]
+    adapters: Annotated[AdaptersChoice | None, _LEFT_OUT] = None
     """Small trained parts in a model that stays as it is. None: the model itself is trained."""
-    freezing: Annotated[
-        Freezing | None, Field(default=None, exclude_if=lambda given: given is None)
-    ]
+    freezing: Annotated[Freezing | None, _LEFT_OUT] = None
     """Layers that are not trained. None: all are."""
     batch: BatchSize = BatchSize()
     """The batch."""
@@ -76,7 +76,7 @@ class Spec(Section):
     """The learning rate over the steps."""
     regularization: Regularization = Regularization()
     """Regularisation."""
-    distil: Annotated[Distil | None, Field(default=None, exclude_if=lambda given: given is None)]
+    distil: Annotated[Distil | None, _LEFT_OUT] = None
     """A teacher. None: the task's own loss alone."""
     duration: Duration
     """How long to train."""
@@ -100,6 +100,19 @@ class Spec(Section):
     """Trackers."""
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights, the order of the rows and dropout."""
+    evaluate: Annotated[Evaluate | None, _LEFT_OUT] = None
+    """The gate of `dray release`. None: it measures nothing anew."""
+    compress: Annotated[Compress | None, _LEFT_OUT] = None
+    """How `dray release` makes the model smaller. None: not at all."""
+    export: Annotated[
+        tuple[Export, ...],
+        BeforeValidator(as_several),
+        OneOrMore,
+        Field(exclude_if=lambda given: not given),
+    ] = ()
+    """What `dray release` writes for others: one, or a list."""
+    serve: Annotated[Serve | None, _LEFT_OUT] = None
+    """Where `dray release` lets the model answer. None: nowhere."""
 
     @model_validator(mode="before")
     @classmethod
@@ -204,6 +217,41 @@ class Spec(Section):
         for name in ("vocab_size", "max_positions"):
             if getattr(model, name) is not None:
                 raise ValueError(f"model.{name} = {getattr(model, name)}: {reads} it out")
+
+    @model_validator(mode="after")
+    def _releases(self) -> Self:
+        named = {
+            "evaluate.gate": self.evaluate and self.evaluate.gate,
+            "compress.max_drop": self.compress and self.compress.max_drop,
+        }
+        for section, metrics in named.items():
+            for metric in metrics or ():
+                if metric not in self.task.metrics:
+                    raise ValueError(
+                        f"{section}.{metric}: {self.task.name} has {', '.join(self.task.metrics)}"
+                    )
+        folders = [one.folder for one in self.export]
+        if twice := next((one for one in folders if folders.count(one) > 1), ""):
+            raise ValueError(f"export: two are written to {twice}; give each a folder of its own")
+        for section, of in (("serve", self.serve), *(("export", one) for one in self.export)):
+            if of is not None and of.of == "compressed" and self.compress is None:
+                raise ValueError(
+                    f"{section}.of = compressed: nothing is compressed; give compress.methods, or "
+                    "of: trained"
+                )
+        return self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What `dray release` does with it, in order."""
+        given = {
+            "evaluate": self.evaluate,
+            "compress": self.compress,
+            "export": self.export,
+            "promote": self.serve,
+            "serve": self.serve,
+        }
+        return tuple(stage for stage in STAGES if given.get(stage, True))
 
     @model_validator(mode="after")
     def _lawful(self) -> Self:

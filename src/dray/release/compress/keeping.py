@@ -22,7 +22,8 @@ def make_compressed_spec(trained: Trained, name: str, **sections: Any) -> Spec:
     """The spec of a run that is made from another one: its own, but for what was only of its
     training, with weights that start from it; `sections` replace others."""
     tree = trained.spec.model_dump(mode="json")
-    for key in ("adapters", "freezing", "distil"):
+    released = ("evaluate", "compress", "export", "serve")
+    for key in ("adapters", "freezing", "distil", *released):
         tree.pop(key, None)
     tree["regularization"].pop("ema", None)
     tree["optimizer"].pop("width_transfer", None)

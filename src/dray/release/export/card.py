@@ -164,6 +164,24 @@ def _quoted(name: str) -> str:
 
 
 def _measured(trained: Trained) -> Iterator[str]:
+    yield from _validated(trained)
+    for data, measured in trained.run.evaluations(trained.checkpoint.step):
+        values = {name: measured.get(name) for name in trained.task.metrics}
+        rows = f"{measured['num_rows']:,}"
+        what = f"rows of {', '.join(data)}" if data else "held-out rows"
+        yield f"\nOn {rows} {what}, for its release:\n"
+        yield from _metrics(values)
+
+
+def _metrics(values: Mapping[str, float | None]) -> Iterator[str]:
+    yield "| metric | value |"
+    yield "|---|---|"
+    for name, value in sorted(values.items()):
+        shown = "undefined on these rows" if value is None else f"{value:.6g}"
+        yield f"| {name} | {shown} |"
+
+
+def _validated(trained: Trained) -> Iterator[str]:
     values = trained.checkpoint.metrics
     validation = trained.manifest.validation
     if not values or validation is None:
@@ -172,11 +190,7 @@ def _measured(trained: Trained) -> Iterator[str]:
     most = trained.spec.validation.max_rows
     rows = min(validation.num_rows, most) if most else validation.num_rows
     yield f"On {rows:,} held-out rows, at this step, with the trained weights:\n"
-    yield "| metric | value |"
-    yield "|---|---|"
-    for name, value in sorted(values.items()):
-        shown = "undefined on these rows" if value is None else f"{value:.6g}"
-        yield f"| {name} | {shown} |"
+    yield from _metrics(values)
 
 
 def _training(trained: Trained) -> Iterator[str]:
@@ -300,9 +314,8 @@ def told_of(identity: Identity, written: Written, options: Options) -> dict[str,
     """What a manifest says besides its files."""
     checks: Sequence[dict[str, Any]] = [check.to_json() for check in written.checks]
     return {
-        "format": "adapters" if options.adapters_alone else options.form,
+        **options.told(),
         "dray": __version__,
         **identity.to_json(),
-        "license": options.license,
         "checks": checks,
     }

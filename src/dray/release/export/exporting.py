@@ -3,7 +3,6 @@ describe, list, sign, and only then let the folder appear."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from dray.storage.filesystem import is_local
 __all__ = ["Options", "export", "write_export"]
 
 _FORMS: dict[str, Form] = {"folder": FOLDER, "onnx": ONNX, "gguf": GGUF}
-_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}")
 
 
 def export(
@@ -81,13 +79,6 @@ def write_export(
             "what a run keeps is its own",
             "choose another folder",
         )
-    if not _LICENSE.fullmatch(options.license):
-        raise SpecError(
-            "--license",
-            f"{options.license[:100]!r} is no name of a licence",
-            "the hub knows them by short names",
-            "e.g. apache-2.0, mit, cc-by-4.0, other",
-        )
     signer = load_signer(options.key_file) if options.key_file else None
     _check_adapters(trained, options)
     form.check(trained, options)
@@ -96,7 +87,7 @@ def write_export(
         check_room(folder, target, int(4 * num_parameters(model) * form.copies))
         if not options.adapters_alone and hasattr(model, "dray_adapted"):
             merge(model)
-        identity = _identify(trained)
+        identity = identify(trained)
         _write_tokenizer(trained, staging)
         written = form.write(trained, staging, options)
         trained.spec.task.save_processor(str(staging))
@@ -135,7 +126,8 @@ def _check_adapters(trained: Trained, options: Options) -> None:
         )
 
 
-def _identify(trained: Trained) -> Identity:
+def identify(trained: Trained) -> Identity:
+    """What an export of it is of; reads the whole checkpoint."""
     run, info = trained.run, trained.checkpoint
     with run.hold(info), CheckpointReader(run, info) as reader:
         chain = reader.metadata.get("rows_chain") or {}

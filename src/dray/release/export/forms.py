@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 NAMES = ("folder", "onnx", "gguf")
 VALUES = ("f32", "f16", "bf16", "q8_0")
 """How a GGUF file may hold the numbers of matrices."""
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Options:
     """What the card says."""
     key_file: str | None = None
     """Of the private key that signs the manifest."""
+
+    def told(self) -> dict[str, str]:
+        """What a manifest says of them."""
+        form = "adapters" if self.adapters_alone else self.form
+        values = {"values": self.values} if self.form == "gguf" else {}
+        return {"format": form, "license": self.license, **values}
 
 
 @dataclass(frozen=True)
@@ -93,4 +101,11 @@ def check_options(options: Options) -> None:
             f"does not go with --format {options.form}",
             "adapters alone are a folder that peft reads",
             "leave one of the two out",
+        )
+    if not _LICENSE.fullmatch(options.license):
+        raise SpecError(
+            "--license",
+            f"{options.license[:100]!r} is no name of a licence",
+            "the hub knows them by short names",
+            "e.g. apache-2.0, mit, cc-by-4.0, other",
         )

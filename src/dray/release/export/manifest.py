@@ -75,6 +75,16 @@ def is_export(place: str) -> bool:
     return any(os.path.lexists(os.path.join(place, name)) for name in (MANIFEST, SIGNATURE))
 
 
+def load_told(place: str) -> dict[str, Any]:
+    """What the manifest of an exported folder says besides its files; nothing where it cannot be
+    read, as `verify_folder` tells."""
+    try:
+        tree = json.loads(_read_plain(Path(place) / MANIFEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: tree[key] for key in tree if key != "files"} if isinstance(tree, dict) else {}
+
+
 def verify_folder(place: str, public_key: bytes | None = None) -> FolderReport:
     """Compare every file of an exported folder with its manifest, and the manifest with its
     signature.
