@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench compress tasks applications models serve-load serve-abuse docs clean
+.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench compress tasks applications models release serve-load serve-abuse docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -91,6 +91,12 @@ applications: setup-dev
 # Half an hour on two cores; stopped, it goes on where it was.
 models: setup-dev
 	$(BIN)/python -m bench.architectures
+
+# The README's commands from raw reviews to a service, and the notebook of the same; ten minutes on two cores.
+release: setup-dev
+	$(PIP) -e '.[bench]'
+	$(BIN)/python -m pytest tests/pipeline -m 'slow or not slow'
+	$(BIN)/python -m bench.notebooks
 
 # The service under load beside transformers' own server: docs/serving.md. Twenty minutes on two quiet cores.
 serve-load: setup-dev

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dray.release.export.manifest import verify_folder
+from dray.serve.versions import Record
 from heads import Head, dray, environment, started_head
 from ports import free_ports
 from small_disk import small_disk
@@ -127,12 +129,36 @@ def test_a_mistake_there_has_its_exit_code_here(home: Path, head: Head):
     assert "exit code 2" in done.stderr.splitlines()[-1]
 
 
+def test_a_release_ends_with_a_version_that_services_of_the_storage_follow(home: Path, head: Head):
+    storage, folder = home.parent / "runs", home.parent / "exported"
+    done = dray(
+        home,
+        head.token,
+        *("submit", "--wait", "release", "spec.yaml", "--until", "promote"),
+        *("--storage", str(storage), "--address", head.jobs, "--run", "released"),
+        *("compress.methods=int8", f"export={{folder: {folder}}}", "serve={name: tiny-served}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert verify_folder(str(folder)).ok
+    state = Record(str(storage), "tiny-served").read()
+    assert state.versions[state.stable].run == "released-int8"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["train", "spec.yaml"], "--storage ./runs: lies in a job's working directory"),
         (["train", "no.yaml", "--storage", "/x"], "no.yaml"),
         (["show", "tiny"], "'show' is no command for a cluster"),
+        (["release", "spec.yaml", "--storage", "/x", "serve={}"], "give --until promote"),
+        (
+            ["release", "spec.yaml", "--storage", "/x", "export={folder: out}"],
+            "export.0.folder = out: lies in a job's working directory",
+        ),
+        (
+            ["release", "spec.yaml", "--storage", "/x", "export={folder: /y, sign: key.pem}"],
+            "export.0.sign = key.pem: lies in a job's working directory",
+        ),
         ([], "no command is given"),
         (
             ["train", "spec.yaml", "--storage", "s3://KEY:SECRET12345@b/runs"],

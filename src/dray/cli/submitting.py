@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dray.jobs import Job, JobServer
     from dray.spec import Source
 
-SUBMITTED = ("prepare", "train", "tune", "ladder", "evaluate", "predict")
+SUBMITTED = ("prepare", "train", "tune", "ladder", "release", "evaluate", "predict")
 """Commands that a cluster can run for somebody elsewhere."""
 LOOK_SECONDS, SAY_SECONDS, SUPERVISED_SECONDS = 2.0, 60.0, 24 * 3600.0
 """How often a lost server is looked for, how often that is said, and for how long."""
@@ -185,7 +185,32 @@ def _read_words(arguments: argparse.Namespace) -> tuple[list[str], argparse.Name
             "predictions are written to a file that the head sees",
             "give an absolute path, or leave --out out: they come here",
         )
+    if words[0] == "release":
+        _check_release(inner)
     return words, inner
+
+
+def _check_release(inner: argparse.Namespace) -> None:
+    """Raise PlanError for stages that a job cannot do, or whose results would go with it."""
+    from dray.spec import make_spec
+
+    spec = make_spec(_load(inner), inner.spec)
+    if "serve" in spec.stages and inner.until in (None, "serve"):
+        raise PlanError(
+            "dray submit release",
+            "would serve for as long as its job lives",
+            "a cluster's services are KubeRay's, or those of `dray serve --address`",
+            "give --until promote: services of that storage follow",
+        )
+    for number, one in enumerate(spec.export):
+        for key, path in (("folder", one.folder), ("sign", one.sign)):
+            if path is not None and not os.path.isabs(path):
+                raise PlanError(
+                    f"export.{number}.{key} = {path}",
+                    "lies in a job's working directory, which goes away with the job",
+                    "what a release writes, and its key, are named by paths that the head sees",
+                    "give an absolute path",
+                )
 
 
 def _check_for_secrets(text: str, what: str) -> None:
@@ -249,6 +274,8 @@ def _find_names(inner: argparse.Namespace) -> tuple[list[str], int]:
         spec = make_spec(_load(inner), inner.spec)
         validation = spec.data.validation
         sources += [*spec.data.train, *(validation if isinstance(validation, tuple) else ())]
+        if spec.evaluate is not None:
+            sources += [_source(one) for one in spec.evaluate.words]
         names += local_names([path for path in (spec.tokenizer.path, spec.model.path) if path])
     num_left_out = 0
     for source in sources:

@@ -7,7 +7,6 @@ export by the weights in its manifest, a version by its pinned weights.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,7 +159,7 @@ class Release:
         """Metrics of the checkpoint, held against the gate."""
         section, trained = self._spec.evaluate, self._trained
         assert section is not None
-        data = [one if isinstance(one, str) else json.dumps(one) for one in section.data]
+        data = section.words
         corpus = None
         if data:
             with _said("--data", "evaluate.data"):

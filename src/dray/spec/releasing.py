@@ -6,6 +6,7 @@ compression there are is not known here (`release.compress.methods`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -59,6 +60,11 @@ class Evaluate(Section):
     gate: Annotated[dict[str, Float], Field(default_factory=dict)]
     """Of metrics, the least that is good enough where higher is better, the most where lower is:
     `{accuracy: 0.8}`. Where one does not hold nothing after it is done."""
+
+    @property
+    def words(self) -> list[str]:
+        """Its data as `dray evaluate --data` takes them."""
+        return [one if isinstance(one, str) else json.dumps(one) for one in self.data]
 
 
 class Compress(Section):
