@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from chats import make_tools
 from dray.models.folder import save_pretrained_folder
@@ -28,3 +29,14 @@ def save_small_writer(folder: Path, row_tokens: int = 256) -> Path:
     assert tools.chat_template
     save_pretrained_folder(model.state_dict(), model, tokenizer, folder)
     return folder
+
+
+def change_weights(folder: Path) -> None:
+    """Make another model of a saved one."""
+    (path,) = folder.glob("*.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import requests
-import torch
 
 from dray.cli import main
 from dray_serving import dray_serving
-from small_writer import save_small_writer
+from small_writer import change_weights, save_small_writer
 from waiting import wait_for
 
 NEEDS_RAY = "local_ray"  # starts one of its own: tests/conftest.py deals by this word
@@ -37,22 +36,9 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("served")
     save_small_writer(home / "first")
-    save_small_writer(home / "second")
-    change_weights(home / "second")
+    change_weights(save_small_writer(home / "second"))
     with dray_serving(home, "--name", f"chat={home / 'first'}") as serving:
         yield Service(serving.url, home)
-
-
-def change_weights(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    (path,) = folder.glob("*.safetensors")
-    generator = torch.Generator().manual_seed(5)
-    weights = {
-        name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in load_file(path).items()
-    }
-    save_file(weights, path, metadata={"format": "pt"})
 
 
 def test_a_version_is_shadow_canary_promoted_and_rolled_back_under_requests(service: Service):
