@@ -18,6 +18,7 @@ from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import Decoder, describe, read_tokenizer_files
 from dray.errors import SpecError, StoreError, translated
 from dray.models.config import longest_row
+from dray.release.export.manifest import is_export, verify_folder
 from dray.release.predict import Predictor
 from dray.release.trained import Trained, open_trained
 from dray.serve.pinning import check_pinned
@@ -96,6 +97,15 @@ class Writer:
 def load_served(served: Served) -> Loaded:
     """Read it. Raises UserError for what is not there, is damaged, or answers nothing."""
     check_pinned(served)
+    if served.folder is not None and is_export(served.folder):
+        report = verify_folder(served.folder)
+        if not report.ok:
+            raise StoreError(
+                served.folder,
+                report.problems[0],
+                "an export is served as it was written",
+                "`dray export` makes another one",
+            )
     return _load_folder(served) if served.folder is not None else _load_run(served)
 
 
