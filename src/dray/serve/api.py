@@ -24,10 +24,11 @@ import dray
 from dray.processes.streams import make_json
 from dray.serve.answers import Writes, chat_answer, completion_answer
 from dray.serve.asked import asked, now_asked
-from dray.serve.entrance import OPEN_PATHS, Entrance, Observer, refused
+from dray.serve.entrance import Entrance, refused
 from dray.serve.keys import METRICS_PATH, OneKey
 from dray.serve.limits import Bodies, Body, Limits, read_json
 from dray.serve.metering import CONTENT_TYPE, Meter
+from dray.serve.observing import OPEN_PATHS, Observer, observe
 from dray.serve.page import add_page
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Router
@@ -58,7 +59,7 @@ def make_api(
 ) -> ASGIApp:
     """The application. `bodies` counts its requests, and has its limits; `observer` hears of each
     of them."""
-    limits, observer = bodies.limits, observer or Observer()
+    limits, observer = bodies.limits, observer or observe(router)
     api = FastAPI(
         title="dray",
         version=dray.__version__,

@@ -1,14 +1,10 @@
 """Around all routes: a request is admitted by its headers, counted, and given the reader of its
-body; what came of it is measured and logged once it has ended.
-
-`Observer` is who hears of each request: the metrics, the drift of what is asked and answered, the
-log. None of them can make a request fail or wait.
+body. Once it has ended, the observer hears what came of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -16,39 +12,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dray.serve.asked import Asked, asked, now_asked
-from dray.serve.drift import Drift
-from dray.serve.keys import METRICS_PATH, OneKey
+from dray.serve.keys import OneKey
 from dray.serve.limits import Bodies, check_declared
-from dray.serve.metering import Meter
-from dray.serve.page import FILES
+from dray.serve.observing import OPEN_PATHS, Bodied, Observer
 from dray.serve.refusals import Refusal
-from dray.serve.request_log import BODY_BYTES, RequestLog
 
-OPEN_PATHS = ("/health", "/ready", *FILES)
-"""Which ask for no key and tell nothing of what is served."""
 MODEL_PATH = "/v1/models/"
 OTHER = "other"
 """The route of a path that there is not."""
-
-
-class Observer:
-    """Hears of each request of a gateway."""
-
-    def __init__(
-        self,
-        meter: Meter | None = None,
-        drift: Drift | None = None,
-        log: RequestLog | None = None,
-    ) -> None:
-        self.meter, self.drift, self.log = meter or Meter(), drift or Drift(), log
-
-    def end(self, request: Asked, route: str, bodies: Bodied | None) -> None:
-        """A request has ended."""
-        self.meter.end(request, route)
-        if request.model is not None and request.version is not None and request.looks:
-            self.drift.note(request.model, request.version, request.looks)
-        if self.log is not None and route not in (*OPEN_PATHS, METRICS_PATH):
-            self.log.write(_line(request, route) | ({} if bodies is None else bodies.told()))
 
 
 class Entrance:
@@ -129,60 +100,3 @@ def _noting(send: Send, request: Asked) -> Send:
             request.is_whole = not message.get("more_body", False)
 
     return sending
-
-
-def _line(request: Asked, route: str) -> dict[str, Any]:
-    """Of the log."""
-    first = None if request.first is None else request.first - request.began
-    return {
-        "id": request.id,
-        "key": request.key,
-        "route": route,
-        "model": request.model,
-        "version": request.version,
-        "status": request.status,
-        "whole": request.is_whole,
-        "refusal": None if request.refusal is None else request.refusal.word,
-        "seconds": round(request.seconds, 6),
-        "first_byte_seconds": None if first is None else round(first, 6),
-        "tokens_in": request.tokens_in,
-        "tokens_out": request.tokens_out,
-        "bytes_in": request.num_bytes,
-    }
-
-
-class Bodied:
-    """What was asked and answered, as far as it is kept."""
-
-    def __init__(self) -> None:
-        self._asked, self._answered = bytearray(), bytearray()
-
-    def receiving(self, receive: Receive) -> Receive:
-        """The same, kept."""
-
-        async def received() -> Message:
-            message = await receive()
-            _keep(self._asked, message)
-            return message
-
-        return received
-
-    def sending(self, send: Send) -> Send:
-        """The same, kept."""
-
-        async def sent(message: Message) -> None:
-            _keep(self._answered, message)
-            await send(message)
-
-        return sent
-
-    def told(self) -> dict[str, str]:
-        """As text."""
-        return {
-            "request": self._asked.decode(errors="replace"),
-            "answer": self._answered.decode(errors="replace"),
-        }
-
-
-def _keep(kept: bytearray, message: Message) -> None:
-    kept += message.get("body", b"")[: max(0, BODY_BYTES - len(kept))]

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -71,6 +78,7 @@ class Meter:
     """Counts of one gateway."""
 
     def __init__(self, live: Live | None = None) -> None:
+        disable_created_metrics()  # when each series began: as many gauges again, of no use here
         self._registry = CollectorRegistry()
         self._live = _Reader(live or Live())
         self._registry.register(self._live)

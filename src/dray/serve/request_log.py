@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
@@ -77,7 +78,8 @@ class RequestLog:
         """Write what waits, and end."""
         self._in.wait_for_room()
         self._listener.stop()
-        self._out.close()
+        with suppress(OSError):  # what a full disk did not take is counted already
+            self._out.close()
 
 
 class _Lines(QueueHandler):

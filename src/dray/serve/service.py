@@ -29,14 +29,12 @@ from starlette.types import ASGIApp
 from dray.errors import RunFailed, SpecError
 from dray.plan.machine import free_memory_bytes
 from dray.serve.api import make_api
-from dray.serve.drift import Drift
-from dray.serve.entrance import Observer
 from dray.serve.events import Event, joined
 from dray.serve.held_keys import Ring, has_keys
 from dray.serve.keys import OneKey, read_key
 from dray.serve.limits import Bodies, Limits
-from dray.serve.metering import Live, Meter
-from dray.serve.request_log import Logged, RequestLog
+from dray.serve.observing import observe
+from dray.serve.request_log import Logged
 from dray.serve.routing import Full, Lost, Router
 from dray.serve.schemas import Card
 from dray.serve.served import Served, check_names
@@ -181,21 +179,11 @@ class Gateway:
         self._logged = logged
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return make_api(self._router, self._keys, self._bodies, self._observer())
+        observer = observe(self._router, self._agreements, self._logged)
+        return make_api(self._router, self._keys, self._bodies, observer)
 
-    def _observer(self) -> Observer:
-        def agreements() -> dict[str, Mapping[str, int]]:
-            return {name: model.agreement for name, model in self._models.items()}
-
-        log = None if self._logged is None else RequestLog(self._logged)
-        drift = Drift(self._router.reference)
-        live = Live(
-            queue=lambda: self._router.queue,
-            agreements=agreements,
-            drift=drift.read,
-            log_lost=lambda: None if log is None else log.num_lost,
-        )
-        return Observer(Meter(live), drift, log)
+    def _agreements(self) -> dict[str, Mapping[str, int]]:
+        return {name: model.agreement for name, model in self._models.items()}
 
     async def drain(self, seconds: float) -> int:
         """Take in nothing more; how many requests are left after so many seconds."""
