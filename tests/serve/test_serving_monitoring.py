@@ -13,6 +13,7 @@ import pytest
 import requests
 import yaml
 
+from dray.cluster.nodes import answers
 from dray.serve.held_keys import Ring, create_key
 from dray.serve.metering import METRICS, PREFIX
 from dray.serve.request_log import Logged
@@ -144,9 +145,8 @@ def test_a_real_service_is_scraped_with_a_key_for_metrics(tmp_path: Path):
             return bool(ask(expression))
 
         with running(*words, log=tmp_path / "prometheus.log"):
-            wait_for(
-                lambda: requests.get(f"http://127.0.0.1:{port}/-/ready", timeout=5).ok, "it", 60,
-            )  # fmt: skip
+            wait_for(lambda: answers("127.0.0.1", port), "Prometheus", 60)
+            wait_for(lambda: ask("up == 1"), "a scrape", 60)
             for title, expressions in panels(DASHBOARD).items():
                 for expression in expressions if "hadows" not in title else ():
                     asked = expression.replace("$model", ".*")
