@@ -3,6 +3,7 @@ process: all but Ray."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -19,9 +20,12 @@ from dray.serve.held_keys import Ring
 from dray.serve.keys import OneKey
 from dray.serve.limits import Bodies, Limits
 from dray.serve.loading import load_served
+from dray.serve.observing import observe
+from dray.serve.request_log import Logged
 from dray.serve.routing import Router
 from dray.serve.schemas import Card
 from dray.serve.served import Served
+from dray.serve.shares import Plan, Versioned
 from waiting import wait_for
 
 
@@ -44,6 +48,9 @@ class Here:
     async def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return self.answerer.predict(records)
 
+    async def reference(self, version: int) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(self.answerer.reference)
+
 
 class Address:
     def __init__(self, port: int, answerers: Mapping[str, Answerer]) -> None:
@@ -57,15 +64,22 @@ def served_here(
     limits: Limits | None = None,
     key: bytes = b"",
     ring: Ring | None = None,
+    logged: Logged | None = None,
 ) -> Iterator[Address]:
     """A service for the time of the block."""
     limits = limits or Limits()
     loaded = [load_served(model) for model in models]
     answerers = {one.served.called: Answerer(one, limits, free_bytes=200_000_000) for one in loaded}
-    router = Router({name: Here(answerer) for name, answerer in answerers.items()}, limits)
+    models_by_name = {name: Versioned(name) for name in answerers}
+    for name, model in models_by_name.items():
+        model.follow(Plan(1), {1: Here(answerers[name])})
+    router = Router(models_by_name, limits)
+    observer = observe(
+        router, lambda: {name: one.agreement for name, one in models_by_name.items()}, logged
+    )
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(
-        BodyGuard(make_api(router, OneKey(key, ring), Bodies(limits)), limits),
+        BodyGuard(make_api(router, OneKey(key, ring), Bodies(limits), observer), limits),
         http=BoundedProtocol,
         log_level="critical",
         lifespan="off",
@@ -80,6 +94,7 @@ def served_here(
         server.should_exit = True
         thread.join(30)
         listener.close()
+        observer.close()
         for answerer in answerers.values():
             if answerer.engine is not None:
                 answerer.engine.close()

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,43 +21,20 @@ import yaml
 from dray.cluster.gauges import GAUGES, PREFIX
 from heads import Head, dray, started_head
 from ports import free_ports
+from promtool import MONITORING, alerts, check, fires, needs, panels, running
 from tiny import tiny_tree
 from waiting import rank_processes, wait_for
 
-MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring"
 SECONDS = 90
 T = TypeVar("T")
 
 
-def check(*words: str) -> None:
-    """Have a tool check a file of that folder."""
-    done = subprocess.run(words, cwd=MONITORING, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def needs(*tools: str) -> pytest.MarkDecorator:
-    missing = [tool for tool in tools if shutil.which(tool) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed (Debian)")
-
-
-def alerts() -> dict[str, dict[str, Any]]:
-    document = yaml.safe_load((MONITORING / "alerts.yml").read_text())
-    return {rule["alert"]: rule for group in document["groups"] for rule in group["rules"]}
-
-
-def panels() -> dict[str, list[str]]:
-    document = json.loads((MONITORING / "grafana.json").read_text())
-    return {
-        panel["title"]: [target["expr"] for target in panel["targets"]]
-        for panel in document["panels"]
-        if panel["type"] != "row"
-    }
-
-
 def test_what_is_charted_or_watched_is_a_gauge_and_every_gauge_is_charted():
-    charted = set(re.findall(r"ray_(\w+)", json.dumps(panels())))
+    charted = set(re.findall(r"ray_(\w+)", json.dumps(panels("grafana.json"))))
     watched = set(
-        re.findall(r"ray_(\w+)", json.dumps([rule["expr"] for rule in alerts().values()]))
+        re.findall(
+            r"ray_(\w+)", json.dumps([rule["expr"] for rule in alerts("alerts.yml").values()])
+        )
     )
     known = {PREFIX + name for name in GAUGES}
     assert charted | watched == known
@@ -104,51 +81,17 @@ TROUBLES: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("alert", sorted(TROUBLES))
 def test_each_alert_fires_for_its_trouble_alone(alert: str, tmp_path: Path):
     """With the thresholds as they are, on a clock of promtool's own."""
-    assert set(TROUBLES) == set(alerts())
-    shutil.copy(MONITORING / "alerts.yml", tmp_path)
+    assert set(TROUBLES) == set(alerts("alerts.yml"))
     troubled = dict(STEADY)
     for name, values in TROUBLES[alert].items():
         troubled["ray_dray_" + (name if "{" in name else f"{name}{{{RUN}}}")] = values
 
-    def fires(series: dict[str, str]) -> bool:
-        labels = {"run": "r", **alerts()[alert]["labels"]}
-        if alert == "DrayFailures":
-            labels["cause"] = "node_loss"
-        test = {
-            "interval": "1m",
-            "input_series": [{"series": key, "values": text} for key, text in series.items()],
-            "promql_expr_test": [
-                {
-                    "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing",run="r"}})',
-                    "eval_time": "200m",
-                    "exp_samples": [{"labels": "{}", "value": 1}],
-                }
-            ],
-        }
-        file = tmp_path / "tests.yml"
-        file.write_text(yaml.safe_dump({"rule_files": ["alerts.yml"], "tests": [test]}))
-        done = subprocess.run(
-            ["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 or "got:" in done.stdout + done.stderr, done.stderr
-        return done.returncode == 0
-
-    assert fires(troubled)
-    assert not fires(STEADY)
+    about = ',run="r"'
+    assert fires("alerts.yml", alert, troubled, tmp_path, about)
+    assert not fires("alerts.yml", alert, STEADY, tmp_path, about)
 
 
 # ---- for real ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def running(*words: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 class Receiver:
@@ -249,7 +192,7 @@ def test_a_real_run_is_scraped_and_its_alerts_fire_and_resolve(
         wait_for(lambda: ask("ray_dray_validation"), "no validation was scraped", SECONDS)
         of_a_sweep = {"Trials by status", "Best trial"}
         of_trouble = {"Failed attempts by cause"}
-        for title, expressions in panels().items():
+        for title, expressions in panels("grafana.json").items():
             for expression in expressions if title not in of_a_sweep | of_trouble else ():
                 asked = expression.replace("$run", "watched")
                 wait_for(lambda asked=asked: ask(asked), f"{title}: {asked} has no data", 30)
@@ -266,7 +209,7 @@ def test_a_real_run_is_scraped_and_its_alerts_fire_and_resolve(
         wait_for(lambda: told.get("DrayNoProgress") == "resolved", f"not resolved: {told}", SECONDS)
 
         rank.kill()
-        (asked,) = panels()["Failed attempts by cause"]
+        (asked,) = panels("grafana.json")["Failed attempts by cause"]
         wait_for(lambda: ask(asked.replace("$run", "watched")), "no failure was scraped", SECONDS)
         stopped = command("stop", "watched")
         assert stopped.returncode == 0, stopped.stderr

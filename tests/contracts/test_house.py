@@ -143,6 +143,7 @@ FOREIGN = {
     "optuna": ("sweep/search.py", "sweep/importance.py"),
     "matplotlib": ("show/plots.py",),
     "ray.serve": ("serve/service.py",),
+    "prometheus_client": ("serve/metering.py",),
 }
 
 

@@ -3,14 +3,17 @@ starts a `local_ray` of its own."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import requests
@@ -19,25 +22,41 @@ from dray.errors import SpecError
 from dray.serve.foreground import check_open
 from dray.serve.served import Served, read_words
 from dray_serving import Serving, dray_serving
+from self_signed import save_certificate
 from small_writer import save_small_writer
 from waiting import processes_named, wait_for
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Two models."""
-    home = tmp_path_factory.mktemp("served")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def log(home: Path) -> Path:
+    return home / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def service(home: Path, log: Path) -> Iterator[Serving]:
+    """Two models, over HTTPS, with a log."""
     writer = save_small_writer(home / "writer")
-    with dray_serving(home, str(writer), "--name", f"other={writer}") as serving:
+    tls = save_certificate(home / "tls")
+    words = [str(writer), "--name", f"other={writer}", "--log", str(log)]
+    with dray_serving(home, *words, tls=tls) as serving:
         yield serving
 
 
 @pytest.fixture(scope="module")
 def client(service: Serving) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=120
-    ) as found:
-        yield found
+    with httpx.Client(verify=ssl.create_default_context(cafile=service.certificate)) as http:
+        yield openai.OpenAI(
+            base_url=f"{service.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=120,
+            http_client=http,
+        )
 
 
 def test_both_models_answer(client: openai.OpenAI):
@@ -57,8 +76,39 @@ def test_both_models_answer(client: openai.OpenAI):
 
 def test_a_body_that_is_too_long_is_refused_before_ray_has_it(service: Serving):
     body = {"model": "writer", "prompt": "word " * 2_000_000}
-    found = requests.post(f"{service.url}/v1/completions", json=body, timeout=60)
+    found = requests.post(
+        f"{service.url}/v1/completions", json=body, timeout=60, verify=str(service.certificate)
+    )
     assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_long")
+
+
+def test_nobody_is_answered_over_plain_http_or_without_trust(service: Serving):
+    plain = service.url.replace("https", "http")
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{plain}/health", timeout=60)
+    with pytest.raises(requests.exceptions.SSLError, match="self-signed"):
+        requests.get(f"{service.url}/health", timeout=60)
+
+
+def test_each_request_has_a_line_in_the_log_and_is_counted(
+    service: Serving, client: openai.OpenAI, log: Path
+):
+    found = client.completions.with_raw_response.create(
+        model="writer", prompt="what secret", max_tokens=3, logit_bias={"0": -100}
+    )
+    told = found.headers["x-request-id"]
+    wait_for(lambda: told in log.read_text(), "its line", 30)
+    (line,) = [one for one in map(json.loads, log.read_text().splitlines()) if one["id"] == told]
+    assert (line["model"], line["version"], line["status"]) == ("writer", 1, 200)
+    assert line["tokens_out"] == 3
+    assert "secret" not in log.read_text()
+    metrics = requests.get(
+        f"{service.url}/metrics", timeout=60, verify=str(service.certificate)
+    ).text
+    about = 'model="writer",route="/v1/completions",status="200",version="1"'
+    assert f"dray_serve_requests_total{{{about}}}" in metrics
+    for model in ("writer", "other"):
+        assert f'dray_serve_ready{{model="{model}"}} 1.0' in metrics
 
 
 def test_no_request_is_lost_when_a_replica_is_killed(service: Serving, client: openai.OpenAI):
@@ -101,6 +151,7 @@ def test_it_ends_when_it_is_told_to_and_answers_what_was_asked(
         (("a", "--name", "b"), "no NAME=RUN"),
         (("a@b",), "@b is no step"),
         (("a", "--storage", "nowhere"), "nowhere"),
+        (("a", "--log-bodies"), "needs --log FILE"),
         (("a", "--host", "0.0.0.0"), "asks for a key everywhere but on loopback"),
     ],
 )

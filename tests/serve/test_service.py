@@ -8,12 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 import yaml
 
+from dray.corpus.stream import read_rows
 from dray.errors import SpecError
+from dray.release.predict import Predicted
+from dray.serve.guard import CALLBACK
+from dray.serve.keys import KEY as KEY_NAME
 from dray.serve.keys import read_key
+from dray.serve.loading import load_served
+from dray.serve.served import Served
 from dray.serve.service import application
 from heads import dray, started_head
 from ports import free_ports
@@ -59,6 +66,20 @@ class Asked:
         return requests.post(f"{self.address}{path}", data=data, headers=headers, timeout=60)
 
 
+def environment_of_nodes() -> dict[str, str]:
+    """What the manifest gives the head, where the gateway or the proxy may be, as it does the
+    workers, and the image all nodes."""
+    cluster = yaml.safe_load(MANIFEST.read_text())["spec"]["rayClusterConfig"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    for group in cluster["workerGroupSpecs"]:
+        (worker,) = group["template"]["spec"]["containers"]
+        assert worker["env"] == head["env"]
+    found = {item["name"]: item.get("value", KEY) for item in head["env"]}
+    assert found == {KEY_NAME: KEY, CALLBACK: "dray.serve.guard:middlewares"}
+    assert f"{CALLBACK}={found[CALLBACK]}" in (MANIFEST.parents[1] / "Dockerfile").read_text()
+    return found
+
+
 @pytest.fixture(scope="module")
 def ask(storage: Path) -> Iterator[Asked]:
     (port,) = free_ports(1)
@@ -67,7 +88,7 @@ def ask(storage: Path) -> Iterator[Asked]:
     (application,) = config["applications"]
     application["args"] = {"storage": str(storage), "run": "words"}
     application["deployments"][0]["ray_actor_options"]["num_cpus"] = 1
-    with started_head(num_cpus=2, variables={"DRAY_SERVE_KEY": KEY}) as head:
+    with started_head(num_cpus=2, variables=environment_of_nodes()) as head:
         token = {"Authorization": f"Bearer {head.token.read_text()}"}
         serve = f"{head.jobs}/api/serve/applications/"
         put = requests.put(serve, json=config, headers=token, timeout=120)
@@ -143,11 +164,49 @@ def test_without_the_key_nothing_is_told(ask: Asked, key: str | None):
         ({"records": ["fine"]}, 400),
         ({"records": [{"text": "fine"}] * 1_001}, 400),
         (b" " * 1_000_001, 413),
+        (b" " * 3_000_000, 413),  # by the guard before Ray's proxy
     ],
 )
 def test_a_bad_body_is_refused_and_the_service_goes_on(ask: Asked, body: Any, status: int):
     assert ask(body).status_code == status
     assert ask({"records": [{"text": "fine"}]}).json()["predictions"][0]["prediction"] == "good"
+
+
+def test_prometheus_is_told_of_requests_and_replicas(ask: Asked):
+    assert ask({"records": [{"text": "fine"}]}).status_code == 200
+    headers = {"Authorization": f"Bearer {KEY}"}
+    found = requests.get(f"{ask.address}/metrics", headers=headers, timeout=60).text
+    answered = 'dray_serve_requests_total{model="words",route="/predict",status="200",version="1"}'
+    assert any(line.startswith(answered) for line in found.splitlines()), found
+    assert 'dray_serve_ready{model="words"} 1.0' in found
+    assert 'dray_serve_queue{model="words"} 0.0' in found
+    assert "fine" not in found
+
+
+def test_drift_is_measured_from_what_the_model_makes_of_held_out_rows(storage: Path):
+    """As it does of their texts."""
+    predictor = load_served(Served(storage=str(storage), run="words")).predictor
+    assert predictor is not None
+    trained = predictor.trained
+    split = trained.manifest.validation
+    assert split is not None
+    rows = read_rows(trained.corpus, trained.manifest, split, np.arange(split.num_rows))
+    ids, lengths = rows.column("input_ids").to_pylist(), rows.column("num_tokens").to_pylist()
+    texts = [trained.decode(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+    expected = predictor.predict([{"text": text} for text in texts])
+
+    def told(some: list[Predicted]) -> list[tuple[int, int, str, float]]:
+        return sorted(
+            (one.num_tokens, one.num_unknown, one.told["prediction"],
+             round(max(one.told["scores"].values()), 4))
+            for one in some
+        )  # fmt: skip
+
+    found = predictor.predict_held_out(10_000, 60)
+    assert len(found) == split.num_rows > 5
+    assert told(found) == told(expected)
+    assert len(predictor.predict_held_out(3, 60)) == 3
+    assert predictor.predict_held_out(10_000, -1) == []
 
 
 def test_without_a_key_no_replica_starts(monkeypatch: pytest.MonkeyPatch):

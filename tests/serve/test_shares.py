@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from dray.serve.asked import Asked, asked
 from dray.serve.events import Event
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Lost
 from dray.serve.schemas import Card
-from dray.serve.shares import Asked, Plan, Versioned, asked, split_version
+from dray.serve.shares import Plan, Versioned, split_version
 
 
 class Says:

@@ -459,6 +459,16 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--replicas", type=int, default=1, metavar="N", help="of each model (default: 1)"
     )
+    serve.add_argument(
+        "--tls-cert", metavar="FILE", help="a certificate, PEM: HTTPS in the place of HTTP"
+    )
+    serve.add_argument("--tls-key", metavar="FILE", help="its key, PEM, not encrypted")
+    serve.add_argument(
+        "--log", metavar="FILE", help="a line of JSON a request, without what was asked or answered"
+    )
+    serve.add_argument(
+        "--log-bodies", action="store_true", help="with what was asked and answered, too"
+    )
     _add_storage(serve)
     _add_cluster(serve)
     _add_versions(commands)
@@ -490,7 +500,7 @@ def _add_keys(commands: Any) -> None:
     create.add_argument(
         "--scopes",
         default="write,predict,models",
-        help="of write, predict, models, admin (default: all but admin)",
+        help="of write, predict, models, metrics (default: all but metrics)",
     )
     create.add_argument("--rate", help="60/minute, or 5 per second (default: no limit)")
     create.add_argument("--expires", type=float, metavar="DAYS", help="(default: never)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from datetime import UTC, datetime
 
 from dray.errors import SpecError
@@ -11,7 +12,9 @@ from dray.errors import SpecError
 def serve_command(arguments: argparse.Namespace) -> int:
     from dray.serve.foreground import serve_models
     from dray.serve.limits import Limits
+    from dray.serve.request_log import Logged
     from dray.serve.served import read_words
+    from dray.serve.tls import read_tls
     from dray.show.progress import Display
 
     models = [read_words(words, arguments.storage) for words in arguments.models]
@@ -20,6 +23,9 @@ def serve_command(arguments: argparse.Namespace) -> int:
         if not (name and equals and words):
             raise SpecError(f"--name {given}", "is no NAME=RUN", "as --name chat=assistant@best")
         models.append(read_words(words, arguments.storage, name))
+    if arguments.log_bodies and not arguments.log:
+        raise SpecError("--log-bodies", "needs --log FILE", "bodies are lines of the request log")
+    log, bodies = arguments.log, arguments.log_bodies
     serve_models(
         models,
         host=arguments.host,
@@ -30,6 +36,8 @@ def serve_command(arguments: argparse.Namespace) -> int:
         limits=Limits(),
         storage=arguments.storage,
         say=Display().say,
+        tls=read_tls(arguments.tls_cert, arguments.tls_key),
+        logged=Logged(file=os.path.abspath(log), bodies=bodies) if log else None,
     )
     return 0
 

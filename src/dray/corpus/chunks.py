@@ -240,6 +240,17 @@ class Tools:
         return all_special_tokens(self._files)
 
     @cached_property
+    def unknown(self) -> int | None:
+        """The id of what stands for all that the vocabulary lacks, where it has one."""
+        text = self.roles.get("unk_token")
+        if text is None:
+            return None
+        decoder = load_decoder(self._folder)
+        find = getattr(decoder, "token_to_id", None) or decoder.convert_tokens_to_ids
+        found = find(text)
+        return None if found is None else int(found)
+
+    @cached_property
     def word_starts(self) -> npt.NDArray[np.uint8]:
         return find_word_starts(self._files, self._info.vocab_size)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -29,6 +31,7 @@ from dray.corpus.rows import pad_rows, row_values
 from dray.corpus.scattering import gather_here
 from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.sources import InputFile
+from dray.corpus.stream import read_rows
 from dray.corpus.tokenizing import token_names
 from dray.errors import SpecError, StoreError
 from dray.processes.streams import make_json
@@ -55,6 +58,17 @@ class Counts:
         is_bad = "prediction" not in record and "error" in record
         self.num_bad += is_bad
         self.num_predicted += not is_bad
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was predicted of a record."""
+
+    told: dict[str, Any]
+    """`prediction` with what goes with it, or `error`."""
+    num_tokens: int = 0
+    num_unknown: int = 0
+    """Of its tokens: those that stand for what the vocabulary lacks."""
 
 
 def predict(
@@ -157,32 +171,56 @@ class Predictor:
         self.device = trained.move_to_device()
         self.objective = self.task.objective(trained.model).eval()
         self.info, self.tools = trained.tokenizer, trained.tools
+        self._unknown = self.tools.unknown if task.tokenizes else None
         if self.task.tells_tokens:
             self.task.token_names = token_names(trained.tokenizer_folder)
 
-    def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(self, records: Sequence[Mapping[str, Any]]) -> list[Predicted]:
         """Predictions of values by field, in their order, without the fields; `error` in the place
         of one that is no such record."""
-        found: list[dict[str, Any]] = [{} for _ in records]
+        found = [Predicted({}) for _ in records]
         texts: dict[int, str] = {}
         for place, record in enumerate(records):
             try:
                 texts[place] = self._wanted.read(record)[0]
             except KeyError as error:
-                found[place] = {"error": f"no {error}"}
+                found[place] = Predicted({"error": f"no {error}"})
             except BadRecord as error:
-                found[place] = {"error": str(error)}
+                found[place] = Predicted({"error": str(error)})
         told = self._told(pa.array(texts.values(), pa.large_string()))
-        for place, (_, prediction) in zip(texts, told, strict=True):
-            found[place] = prediction
+        for place, (_, predicted) in zip(texts, told, strict=True):
+            found[place] = predicted
+        return found
+
+    def predict_held_out(self, num_rows: int, seconds: float) -> list[Predicted]:
+        """Predictions of at most so many rows that were held out of training, spread evenly over
+        them, as far as they come in so many seconds; none where a held-out row is not what a record
+        becomes."""
+        manifest, task = self.trained.manifest, self.trained.task
+        split = manifest.validation
+        if split is None or self.task is not task or task.head.sequences != 1:
+            return []
+        ids = np.unique(np.linspace(0, split.num_rows - 1, num_rows).astype(np.int64))
+        end, found = time.monotonic() + seconds, list[Predicted]()
+        # In an order of their own: rows of a class may lie side by side, and time may end.
+        ids = np.random.default_rng(0).permutation(ids)
+        size = rows_at_once(self.trained, self.task)
+        for start in range(0, len(ids), size):
+            if time.monotonic() > end:
+                break
+            rows = read_rows(self.trained.corpus, manifest, split, ids[start : start + size])
+            sizes = self._sizes(rows)
+            for place, value in self._predict(rows):
+                joined = self.task.join_predictions([value], {})
+                found.append(Predicted(joined, *sizes[place].tolist()))
         return found
 
     def records(self, texts: pa.Array) -> Iterator[dict[str, Any]]:
         """Predictions of a block of texts, in their order."""
-        for given, prediction in self._told(texts):
-            yield {**given, **prediction}
+        for given, predicted in self._told(texts):
+            yield {**given, **predicted.told}
 
-    def _told(self, texts: pa.Array) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def _told(self, texts: pa.Array) -> Iterator[tuple[dict[str, Any], Predicted]]:
         """The fields of each text and what is told of it, in their order."""
         if not len(texts):
             return
@@ -190,21 +228,24 @@ class Predictor:
         encoded = self.task.encode(normal, None, self.tools)
         records = np.arange(len(texts)) if encoded.records is None else encoded.records
         found: list[list[Any]] = [[] for _ in range(len(texts))]
-        for place, prediction in self._predict(encoded):
+        rows = self._rows(encoded)
+        sizes = np.zeros((len(texts), 2), np.int64)
+        np.add.at(sizes, records, self._sizes(rows))
+        for place, prediction in self._predict(rows):
             found[int(records[place])].append((place, prediction))
         for place, (text, pieces) in enumerate(zip(texts.to_pylist(), found, strict=True)):
             values = [prediction for _, prediction in sorted(pieces, key=lambda item: item[0])]
             given = _given(text, self.fields)
             if place in encoded.refused:
-                yield given, {"error": encoded.refused[place]}
+                yield given, Predicted({"error": encoded.refused[place]})
                 continue
             untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}
-            yield given, self.task.join_predictions(values, given, **untold)
+            told = self.task.join_predictions(values, given, **untold)
+            yield given, Predicted(told, *sizes[place].tolist())
 
     @torch.no_grad()
-    def _predict(self, encoded: Encoded) -> Iterator[tuple[int, Any]]:
-        """The place and the prediction of each document, those of like length together."""
-        table = self._rows(encoded)
+    def _predict(self, table: pa.Table) -> Iterator[tuple[int, Any]]:
+        """The place and the prediction of each row, those of like length together."""
         size = rows_at_once(self.trained, self.task)
         order = np.argsort(table.column("num_tokens").to_numpy(), kind="stable")
         for start in range(0, len(order), size):
@@ -213,6 +254,16 @@ class Predictor:
             on_device = {key: tensor.to(self.device) for key, tensor in batch.items()}
             _, output = self.objective(on_device)
             yield from zip(places.tolist(), self.task.predictions(batch, output), strict=True)
+
+    def _sizes(self, table: pa.Table) -> npt.NDArray[np.int64]:
+        """Tokens of each row, and the unknown ones among them, [rows, 2]."""
+        lengths = table.column("num_tokens").to_numpy().astype(np.int64)
+        if self._unknown is None or "input_ids" not in table.column_names:
+            return np.stack([lengths, np.zeros_like(lengths)], axis=1)
+        ids = table.column("input_ids").combine_chunks().flatten().to_numpy()
+        ids = ids.reshape(len(lengths), -1)
+        inside = np.arange(ids.shape[1]) < lengths[:, None]
+        return np.stack([lengths, ((ids == self._unknown) & inside).sum(axis=1)], axis=1)
 
     def _rows(self, encoded: Encoded) -> pa.Table:
         manifest, task = self.trained.manifest, self.task

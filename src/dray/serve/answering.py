@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from dray.serve.checking import make_asks
+from dray.serve.drift import REFERENCE, look_at_prediction
 from dray.serve.events import Event
 from dray.serve.generation import Engine, Said, Sink, make_steps
 from dray.serve.limits import Limits
@@ -19,6 +20,8 @@ from dray.serve.refusals import Refusal
 from dray.serve.sampling import Drawn
 from dray.serve.schemas import ChatRequest, CompletionRequest, Sampled
 
+REFERENCE_SECONDS = 10.0
+"""In which held-out rows are predicted, beside requests, for a version's drift."""
 KINDS: dict[str, type[Sampled]] = {"completions": CompletionRequest, "chat": ChatRequest}
 
 
@@ -59,10 +62,22 @@ class Answerer:
             raise RuntimeError("the engine has ended") from self.engine.error
 
     def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """A prediction of each record, in its order, or its error."""
+        """A prediction of each record, in its order, or its error; `size` besides: its tokens, and
+        the unknown ones among them."""
         if self.loaded.predictor is None:
             raise Refusal(404, "this model predicts nothing", code="no_such_route")
-        return self.loaded.predictor.predict(records)
+        found = self.loaded.predictor.predict(records)
+        return [{**one.told, "size": [one.num_tokens, one.num_unknown]} for one in found]
+
+    def reference(self) -> list[dict[str, Any]]:
+        """What its drift is measured from: looks at held-out rows (`drift.py`), where it has any.
+        Raises what reading or computing them raises."""
+        if self.loaded.predictor is None:
+            return []
+        found = self.loaded.predictor.predict_held_out(REFERENCE, REFERENCE_SECONDS)
+        return [
+            dict(look_at_prediction(one.told, [one.num_tokens, one.num_unknown])) for one in found
+        ]
 
     async def write(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
         """The events of a request, of `completions` or `chat`."""
@@ -82,10 +97,14 @@ class Answerer:
         )
         queue: asyncio.Queue[tuple[int, Said]] = asyncio.Queue()
         writings = engine.submit(asks, _sinks(queue, len(asks)))
-        prompts = [len(ask.ids) for ask in asks[:: request.n or 1]]
+        prompts = [
+            [len(ask.ids), ask.ids.count(writer.unknown) if writer.unknown is not None else 0]
+            for ask in asks[:: request.n or 1]
+        ]
+        num_prompt = sum(size[0] for size in prompts)
         num_open, num_written = len(asks), 0
         try:
-            yield {"begin": sum(prompts)}
+            yield {"begin": num_prompt, "prompts": prompts}
             while num_open:
                 pieces = []
                 for place, said in await _all_there(queue):
@@ -97,7 +116,7 @@ class Answerer:
                 yield {"pieces": pieces}
         finally:
             engine.leave(writings)
-        yield {"usage": [sum(prompts), num_written]}
+        yield {"usage": [num_prompt, num_written]}
 
     def _token(self, drawn: Drawn | None) -> list[Any] | None:
         """A token with its log-probability and the likeliest ones, where they are told."""

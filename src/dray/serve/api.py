@@ -17,16 +17,19 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 import dray
 from dray.processes.streams import make_json
 from dray.serve.answers import Writes, chat_answer, completion_answer
-from dray.serve.keys import OneKey
-from dray.serve.limits import Bodies, Body, Limits, check_declared, read_json
-from dray.serve.page import FILES, add_page
+from dray.serve.asked import asked, now_asked
+from dray.serve.entrance import Entrance, refused
+from dray.serve.keys import METRICS_PATH, OneKey
+from dray.serve.limits import Bodies, Body, Limits, read_json
+from dray.serve.metering import CONTENT_TYPE, Meter
+from dray.serve.observing import OPEN_PATHS, Observer, observe
+from dray.serve.page import add_page
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Router
 from dray.serve.schemas import (
@@ -46,16 +49,17 @@ from dray.serve.schemas import (
     Sampled,
     Status,
 )
-from dray.serve.shares import Asked, asked, split_version
+from dray.serve.shares import split_version
 
-OPEN_PATHS = ("/health", "/ready", *FILES)
-"""Which ask for no key and tell nothing of what is served."""
 Read = TypeVar("Read", bound=BaseModel)
 
 
-def make_api(router: Router, keys: OneKey, bodies: Bodies) -> ASGIApp:
-    """The application. `bodies` counts its requests, and has its limits."""
-    limits = bodies.limits
+def make_api(
+    router: Router, keys: OneKey, bodies: Bodies, observer: Observer | None = None
+) -> ASGIApp:
+    """The application. `bodies` counts its requests, and has its limits; `observer` hears of each
+    of them."""
+    limits, observer = bodies.limits, observer or observe(router)
     api = FastAPI(
         title="dray",
         version=dray.__version__,
@@ -67,57 +71,12 @@ def make_api(router: Router, keys: OneKey, bodies: Bodies) -> ASGIApp:
     _add_errors(api)
     add_page(api)
     _add_told(api, router)
+    _add_metrics(api, router, observer.meter)
     _add_writing(api, router)
     _add_predicting(api, router, limits)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
-    return _Guard(api, keys, bodies)
-
-
-class _Guard:
-    """Around all routes: counts requests, admits by headers, and gives routes the body's reader."""
-
-    def __init__(self, api: FastAPI, keys: OneKey, bodies: Bodies) -> None:
-        self._api, self._keys, self._bodies = api, keys, bodies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._api(scope, receive, send)
-            return
-        request = Request(scope, receive)
-        path = scope["path"]
-        asking = Asked()
-        asked.set(asking)
-        send = _with_version(send, asking)
-        try:
-            if path in OPEN_PATHS:  # they are asked while it is shut down, too
-                await self._api(scope, receive, send)
-                return
-            scope["dray_caller"] = self._keys.admit(request.headers, path)
-            asking.key = scope["dray_caller"].key
-            check_declared(request.headers.get("content-length"), self._bodies.limits)
-            with self._bodies.counted() as body:
-                scope["dray_body"] = body
-                await self._api(scope, receive, send)
-        except Refusal as refusal:
-            await _refused(refusal)(scope, receive, send)
-
-
-def _with_version(send: Send, asking: Asked) -> Send:
-    """Every answer tells its request's id and which version answered."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["x-request-id"] = asking.id
-            if asking.version is not None:
-                headers["x-dray-version"] = str(asking.version)
-        await send(message)
-
-    return sending
-
-
-def _refused(refusal: Refusal) -> Response:
-    return JSONResponse(refusal.body(), refusal.status, refusal.headers())
+    routes = [str(getattr(route, "path", "")) for route in api.routes]
+    return Entrance(api, keys, bodies, observer, routes)
 
 
 def _add_errors(api: FastAPI) -> None:
@@ -125,18 +84,18 @@ def _add_errors(api: FastAPI) -> None:
 
     async def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
-        return _refused(error)
+        return refused(error)
 
     async def refuse_http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = {404: "there is no such path", 405: "this path has no such method"}
         refusal = Refusal(error.status_code, what.get(error.status_code, str(error.detail)))
-        response = _refused(refusal)
+        response = refused(refusal)
         response.headers.update(error.headers or {})
         return response
 
     async def refuse_unforeseen(_: Request, error: Exception) -> Response:
-        return _refused(Refusal(500, f"this was not foreseen ({type(error).__name__})"))
+        return refused(Refusal(500, f"this was not foreseen ({type(error).__name__})"))
 
     api.add_exception_handler(Refusal, refuse)
     api.add_exception_handler(HTTPException, refuse_http)
@@ -241,6 +200,13 @@ def _add_told(api: FastAPI, router: Router) -> None:
         return next(card for card in await router.cards() if card.id == model)
 
 
+def _add_metrics(api: FastAPI, router: Router, meter: Meter) -> None:
+    @api.get(METRICS_PATH, include_in_schema=False)
+    async def metrics() -> Response:
+        """As Prometheus reads them."""
+        return Response(meter.text(await router.readiness()), media_type=CONTENT_TYPE)
+
+
 # --- models that write ---------------------------------------------------------------------------
 
 
@@ -315,6 +281,7 @@ async def _lines(
             for piece in make(event):
                 yield f"data: {make_json(piece)}\n\n"
     except Refusal as refusal:
+        now_asked().refusal = refusal
         yield f"data: {make_json(refusal.body())}\n\n"
         return
     yield "data: [DONE]\n\n"

@@ -22,7 +22,9 @@ from dray.serve.held_keys import has_keys
 from dray.serve.keys import KEY, OPEN
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
+from dray.serve.request_log import Logged, check_log
 from dray.serve.served import Served, check_names
+from dray.serve.tls import Tls
 from dray.serve.versions import Record
 from dray.storage.filesystem import absolute
 
@@ -38,10 +40,12 @@ def serve_models(
     limits: Limits,
     storage: str,
     say: Callable[[str], None],
+    tls: Tls | None = None,
+    logged: Logged | None = None,
 ) -> None:
     """Serve until a signal comes, and follow what is promoted meanwhile. `storage`: where keys and
-    versions lie. Raises UserError for what cannot be served, and RunFailed where the service does
-    not start."""
+    versions lie. `tls`: for HTTPS. `logged`: where requests are logged, if they are. Raises
+    UserError for what cannot be served, and RunFailed where the service does not start."""
     if not 0 < port < 65_536 or replicas < 1:
         raise SpecError(
             "dray serve", f"--port {port} --replicas {replicas}", "1 to 65535; 1 or more"
@@ -53,6 +57,10 @@ def serve_models(
         _check_there(model)
     if not address and answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
+    if logged is not None and not address:
+        check_log(logged)
+    if tls is None and not _is_loopback(host):
+        say(f"plain HTTP on {host}: keys and texts can be read on the way; --tls-cert, --tls-key")
     records = begin_records(models, storage)
     with stops(noted=True) as wishes:
         cores = os.cpu_count() or 1
@@ -69,16 +77,17 @@ def serve_models(
                 share = limits.memory_share / (3 * num_replicas)
                 limits = limits.model_copy(update={"memory_share": share})
             gpus = 1 if connection.shape.accelerator is not None else 0
-            service.start(host, port, limits, verbose=verbose)
+            service.start(host, port, limits, verbose=verbose, tls=tls)
             try:
                 options = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
                 versions = service.Versions(
-                    limits, storage, num_replicas=replicas, ray_actor_options=options
+                    limits, storage, logged, num_replicas=replicas, ray_actor_options=options
                 )
                 follower = Follower(records, versions, say)
                 follower.begin()
                 names = ", ".join(record.name for record in records)
-                say(f"http://{host}:{port} answers for {names}; Ctrl-C ends it")
+                scheme = "http" if tls is None else "https"
+                say(f"{scheme}://{host}:{port} answers for {names}; Ctrl-C ends it")
                 _wait(wishes, follower)
                 say("stopping: requests that are under way end first; Ctrl-C again ends them")
                 if left := service.drain(limits.request_seconds):

@@ -30,7 +30,7 @@ from dray.serve.refusals import Refusal
 from dray.storage.exclusive import create_exclusive
 from dray.storage.filesystem import child, list_files, read_bytes, share_filesystem
 
-Scope = Literal["write", "predict", "models", "admin"]
+Scope = Literal["write", "predict", "models", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What a key may be for: texts, predictions, being told what is served, being told how it goes."""
 PREFIX = "dray-"

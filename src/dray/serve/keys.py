@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KEY, OPEN = "DRAY_SERVE_KEY", "DRAY_OPEN_SERVICE"
 WRITES = ("/v1/completions", "/v1/chat/completions")
 PREDICTS = ("/v1/embeddings", "/classify", "/extract", "/predict")
+METRICS_PATH = "/metrics"
 
 
 @dataclass(frozen=True)
@@ -83,4 +84,4 @@ def find_scope(route: str) -> str:
         return "write"
     if route in PREDICTS:
         return "predict"
-    return "admin" if route == "/metrics" else "models"
+    return "metrics" if route == METRICS_PATH else "models"

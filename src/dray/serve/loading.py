@@ -70,6 +70,11 @@ class Writer:
             found |= {ids} if isinstance(ids, int) else {*(ids or ())}
         return frozenset(found | self._turn_ends())
 
+    @cached_property
+    def unknown(self) -> int | None:
+        """The token that stands for what the vocabulary lacks."""
+        return self.tools.unknown
+
     @property
     def converses(self) -> bool:
         return self.tools.chat_template is not None

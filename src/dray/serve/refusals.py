@@ -42,10 +42,19 @@ class Refusal(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _read_refusal, (self.told(),)
 
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        return TYPES.get(self.status, "invalid_request_error")
+
+    @property
+    def word(self) -> str:
+        """By which refusals are counted and logged: one of a few."""
+        return self.code or self.kind
+
     def body(self) -> dict[str, Any]:
         """The document of the answer."""
-        kind = TYPES.get(self.status, "invalid_request_error")
-        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        told = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": told}
 
     def headers(self) -> dict[str, str]:

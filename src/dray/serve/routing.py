@@ -9,10 +9,12 @@ the seam for versions: `Router.choose` may have several targets of a model to ch
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, Protocol
 
+from dray.serve.asked import Asked, now_asked
 from dray.serve.events import Event
 from dray.serve.limits import Limits
 from dray.serve.refusals import Refusal, too_many
@@ -20,6 +22,8 @@ from dray.serve.schemas import Card
 
 TRIES = 4
 """Of a request, where replicas are lost under it."""
+READY_SECONDS = 5.0
+"""In which a model's replica says what it is, or the model is not ready."""
 PAUSE_SECONDS = 0.2
 """Before the second try; twice as long before each further one."""
 
@@ -45,7 +49,11 @@ class Target(Protocol):
         """The events of an answer. Raises Lost and Full."""
 
     async def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Raises Lost and Full."""
+        """Each with its `size` where that is known: tokens and unknown ones. Raises Lost and
+        Full."""
+
+    async def reference(self, version: int) -> list[dict[str, Any]]:
+        """Looks at held-out rows of a version, for its drift; none where there are none."""
 
 
 class Router:
@@ -53,6 +61,8 @@ class Router:
 
     def __init__(self, targets: Mapping[str, Target], limits: Limits) -> None:
         self.targets, self.limits = dict(targets), limits
+        self.queue: Counter[str] = Counter()
+        """Requests of each model that are with its replicas: waiting, or worked on."""
         self._cards: dict[str, Card] = {}
 
     def set_targets(self, targets: Mapping[str, Target]) -> None:
@@ -68,12 +78,16 @@ class Router:
 
     async def is_ready(self) -> bool:
         """Whether every model has a replica that answers."""
-        try:
-            async with asyncio.timeout(5):
-                await asyncio.gather(*(target.card() for target in self.targets.values()))
-        except (Lost, Full, TimeoutError):
-            return False
-        return True
+        return all((await self.readiness()).values())
+
+    async def readiness(self) -> dict[str, bool]:
+        """Which models have a replica that answers, each asked now."""
+        found = await asyncio.gather(*map(_answers, self.targets.values()))
+        return dict(zip(self.targets, found, strict=True))
+
+    async def reference(self, model: str, version: int) -> list[dict[str, Any]]:
+        """What the drift of a version is measured from."""
+        return await self.targets[model].reference(version)
 
     def choose(self, model: str) -> Target:
         """The replicas of a request. Raises Refusal 404."""
@@ -108,40 +122,45 @@ class Router:
     async def write(self, model: str, kind: str, body: dict[str, Any]) -> Event:
         """A whole answer (`events.joined`). Raises Refusal."""
         target = self.choose(model)
-        async for place in self._tries():
-            try:
-                found = await target.write(kind, body)
-            except Lost:
-                await self._pause(place)
-                continue
-            except Full:
-                raise _full() from None
-            if _is_lost(found) and place + 1 < TRIES:
-                await self._pause(place)
-                continue
-            return _answered(found)
+        with self._given(model) as request:
+            async for place in self._tries():
+                try:
+                    found = await target.write(kind, body)
+                except Lost:
+                    await self._pause(place)
+                    continue
+                except Full:
+                    raise _full() from None
+                if _is_lost(found) and place + 1 < TRIES:
+                    await self._pause(place)
+                    continue
+                request.note_event(_answered(found))
+                return found
         raise _gone()
 
     async def stream(self, model: str, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
         """The events of an answer, from the first of its pieces. Raises Refusal; behind the first
         piece nothing is tried again."""
         target = self.choose(model)
-        async for place in self._tries():
-            given = False
-            try:
-                async with aclosing(target.stream(kind, body)) as events:  # type: ignore[type-var]
-                    async for event in events:
-                        if _is_lost(event) and not given and place + 1 < TRIES:
-                            raise Lost
-                        given = given or "pieces" in event
-                        yield _answered(event)
-                return
-            except Full:
-                raise _full() from None
-            except Lost:
-                if given:
-                    raise _gone() from None
-                await self._pause(place)
+        with self._given(model) as request:
+            request.streams = True
+            async for place in self._tries():
+                given = False
+                try:
+                    async with aclosing(target.stream(kind, body)) as events:  # type: ignore[type-var]
+                        async for event in events:
+                            if _is_lost(event) and not given and place + 1 < TRIES:
+                                raise Lost
+                            given = given or "pieces" in event
+                            request.note_event(_answered(event))
+                            yield event
+                    return
+                except Full:
+                    raise _full() from None
+                except Lost:
+                    if given:
+                        raise _gone() from None
+                    await self._pause(place)
         raise _gone()
 
     async def predict(
@@ -150,14 +169,30 @@ class Router:
         """A prediction of each record. Raises Refusal."""
         target = self.choose(model)
         await self.card_for(model, route)
-        async for place in self._tries():
-            try:
-                return await target.predict(records)
-            except Lost:
-                await self._pause(place)
-            except Full:
-                raise _full() from None
+        with self._given(model) as request:
+            async for place in self._tries():
+                try:
+                    found = await target.predict(records)
+                except Lost:
+                    await self._pause(place)
+                    continue
+                except Full:
+                    raise _full() from None
+                sizes = [item.pop("size", (0, 0)) for item in found]
+                request.note_predictions(found, sizes)
+                return found
         raise _gone()
+
+    @contextmanager
+    def _given(self, model: str) -> Iterator[Asked]:
+        """The request that is under way, with the replicas of a model for the time of the block."""
+        request = now_asked()
+        request.model = model
+        self.queue[model] += 1
+        try:
+            yield request
+        finally:
+            self.queue[model] -= 1
 
     @staticmethod
     async def _tries() -> AsyncIterator[int]:
@@ -167,6 +202,15 @@ class Router:
     @staticmethod
     async def _pause(place: int) -> None:
         await asyncio.sleep(PAUSE_SECONDS * 2**place)
+
+
+async def _answers(target: Target) -> bool:
+    try:
+        async with asyncio.timeout(READY_SECONDS):
+            await target.card()
+    except (Lost, Full, TimeoutError):
+        return False
+    return True
 
 
 def _is_lost(event: Event) -> bool:

@@ -33,10 +33,13 @@ from dray.serve.events import Event, joined
 from dray.serve.held_keys import Ring, has_keys
 from dray.serve.keys import OneKey, read_key
 from dray.serve.limits import Bodies, Limits
+from dray.serve.observing import observe
+from dray.serve.request_log import Logged
 from dray.serve.routing import Full, Lost, Router
 from dray.serve.schemas import Card
 from dray.serve.served import Served, check_names
 from dray.serve.shares import Plan, Versioned
+from dray.serve.tls import Tls
 
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
@@ -89,6 +92,10 @@ class Model:
         found = iter(await asyncio.to_thread(self._answerer.predict, records))
         return [[next(found) for _ in request] for request in requests]
 
+    async def reference(self) -> list[dict[str, Any]]:
+        """What its drift is measured from."""
+        return await asyncio.to_thread(self._answerer.reference)
+
     def check_health(self) -> None:
         """Raises where it can answer no more: Serve puts another replica in its place."""
         self._answerer.check()
@@ -109,6 +116,10 @@ class _Handle:
 
     async def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = await self._call("predict", records)
+        return found
+
+    async def reference(self, version: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await self._call("reference")
         return found
 
     async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
@@ -152,7 +163,11 @@ class Gateway:
     """Answers HTTP. Raises SpecError as it starts without a key."""
 
     def __init__(
-        self, handles: Mapping[str, Any], limits: Limits, storage: str | None = None
+        self,
+        handles: Mapping[str, Any],
+        limits: Limits,
+        storage: str | None = None,
+        logged: Logged | None = None,
     ) -> None:
         self._models: dict[str, Versioned] = {}
         for name, handle in handles.items():
@@ -161,9 +176,14 @@ class Gateway:
         ring = Ring(storage) if storage is not None and has_keys(storage) else None
         keys = OneKey(read_key(held=ring is not None), ring)
         self._keys, self._bodies = keys, Bodies(limits)
+        self._logged = logged
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return make_api(self._router, self._keys, self._bodies)
+        observer = observe(self._router, self._agreements, self._logged)
+        return make_api(self._router, self._keys, self._bodies, observer)
+
+    def _agreements(self) -> dict[str, Mapping[str, int]]:
+        return {name: model.agreement for name, model in self._models.items()}
 
     async def drain(self, seconds: float) -> int:
         """Take in nothing more; how many requests are left after so many seconds."""
@@ -203,10 +223,14 @@ def model_deployment(served: Served, limits: Limits, name: str = "model", **opti
 
 
 def gateway_deployment(
-    handles: Mapping[str, Any], limits: Limits, storage: str | None = None, **options: Any
+    handles: Mapping[str, Any],
+    limits: Limits,
+    storage: str | None = None,
+    logged: Logged | None = None,
+    **options: Any,
 ) -> Any:
     """The gateway before some models. `storage`: where its keys lie, beside that of the
-    environment."""
+    environment. There is one: what it counts is of all requests."""
     deployment = serve.deployment(
         Gateway,
         name="gateway",
@@ -215,15 +239,18 @@ def gateway_deployment(
         ray_actor_options={"num_cpus": 0},
         **options,
     )
-    return deployment.bind(handles, limits, storage)
+    return deployment.bind(handles, limits, storage, logged)
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
     """What Ray Serve builds from its configuration's `args`: the fields of `Served`, or `models`
-    with a list of such; and `limits`. Raises SpecError for what these do not have."""
+    with a list of such; `limits`, and `log` with the fields of `Logged`. Raises SpecError for what
+    these do not have."""
     try:
         given = dict(arguments)
         limits = Limits.model_validate(given.pop("limits", {}))
+        log = given.pop("log", None)
+        logged = None if log is None else Logged.model_validate(log)
         several = given.pop("models", None)
         if several is None:
             models = [Served.model_validate(given)]
@@ -233,7 +260,7 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         first = error.errors()[0]
         # Of a model as a whole it is wrong that it names none.
         where = ".".join(map(str, ("args", *(first["loc"][:1] or ("run",)))))
-        known = f"args are {', '.join(Served.model_fields)}, models, limits"
+        known = f"args are {', '.join(Served.model_fields)}, models, limits, log"
         raise SpecError(where, first["msg"], known) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise SpecError("args", f"is no mapping ({error})", "args are fields of a model") from error
@@ -245,13 +272,13 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
             name: model_deployment(model, limits, f"model-{name}")
             for name, model in zip(names, models, strict=True)
         }
-    return gateway_deployment(handles, limits)
+    return gateway_deployment(handles, limits, logged=logged)
 
 
 # --- dray serve ----------------------------------------------------------------------------------
 
 
-def start(host: str, port: int, limits: Limits, *, verbose: bool) -> None:
+def start(host: str, port: int, limits: Limits, *, verbose: bool, tls: Tls | None = None) -> None:
     """Start Ray Serve on the connected Ray, or find the one that runs there."""
     if not verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -260,6 +287,7 @@ def start(host: str, port: int, limits: Limits, *, verbose: bool) -> None:
         "port": port,
         "request_timeout_s": limits.request_seconds + 30,
         "keep_alive_timeout_s": 30,
+        **({} if tls is None else {"ssl_keyfile": tls.key, "ssl_certfile": tls.certificate}),
     }
     serve.start(proxy_location="HeadOnly", http_options=http)
 
@@ -272,8 +300,11 @@ def version_application(name: str, version: int) -> str:
 class Versions:
     """What runs versions, for a follower: each is an application of its own."""
 
-    def __init__(self, limits: Limits, storage: str, **options: Any) -> None:
-        self._limits, self._storage, self._options = limits, storage, options
+    def __init__(
+        self, limits: Limits, storage: str, logged: Logged | None = None, **options: Any
+    ) -> None:
+        self._limits, self._storage, self._logged = limits, storage, logged
+        self._options = options
 
     def load(self, name: str, version: int, served: Served) -> None:
         """Raises RunFailed, with nothing left of it."""
@@ -287,7 +318,7 @@ class Versions:
 
     def route(self, models: Mapping[str, Mapping[str, Any]]) -> None:
         """The gateway begins, or is told."""
-        run_gateway(models, self._limits, self._storage)
+        run_gateway(models, self._limits, self._storage, self._logged)
 
     def drop(self, name: str, version: int) -> None:
         """Its requests end first."""
@@ -295,11 +326,14 @@ class Versions:
 
 
 def run_gateway(
-    models: Mapping[str, Mapping[str, Any]], limits: Limits, storage: str | None = None
+    models: Mapping[str, Mapping[str, Any]],
+    limits: Limits,
+    storage: str | None = None,
+    logged: Logged | None = None,
 ) -> None:
     """Start the gateway before them, or tell the one that runs which models there are now."""
     config = {"models": dict(models)}
-    gateway = gateway_deployment({}, limits, storage, user_config=config)
+    gateway = gateway_deployment({}, limits, storage, logged, user_config=config)
     _deployed([serve.RunTarget(gateway, name=GATEWAY, route_prefix="/")])
 
 

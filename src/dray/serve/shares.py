@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from dray.serve.asked import Asked, now_asked
 from dray.serve.events import Event, joined
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Lost, Target
@@ -25,25 +24,6 @@ from dray.serve.schemas import Card
 
 SHADOWED_AT_ONCE = 8
 """Copies that a shadow works on; what comes beyond is not copied."""
-
-
-@dataclass
-class Asked:
-    """What of a request decides who answers it, and who did."""
-
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
-    key: str | None = None
-    """The key's name, where it has one of its own."""
-    wanted: int | None = None
-    """The version that it names."""
-    version: int | None = None
-    """That answers it."""
-    lost: set[int] = field(default_factory=set)
-    """Versions whose replicas were lost under it."""
-
-
-asked: ContextVar[Asked] = ContextVar("asked")
-"""Of the request that is under way: set before its route is called."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +70,12 @@ class Versioned:
         """Of the promoted version."""
         return await self._targets[self._plan.stable].card()
 
+    async def reference(self, version: int) -> list[dict[str, Any]]:
+        """Of a version that is asked. Raises Lost where it is none any more."""
+        if version not in self._targets:
+            raise Lost
+        return await self._targets[version].reference(version)
+
     async def write(self, kind: str, body: dict[str, Any]) -> Event:
         version, target = self._choose(body.get("user"))
         try:
@@ -131,7 +117,7 @@ class Versioned:
         return found
 
     def _choose(self, user: str | None) -> tuple[int, Target]:
-        request = asked.get(None) or Asked()
+        request = now_asked()
         version = self._plan.draw(self.model, request, user)
         if version not in self._targets:
             raise Lost
@@ -140,8 +126,7 @@ class Versioned:
 
     @staticmethod
     def _lose(version: int) -> None:
-        if (request := asked.get(None)) is not None:
-            request.lost.add(version)
+        now_asked().lost.add(version)
 
     def _note(self, event: Event, version: int) -> None:
         if event.get("refusal", {}).get("code") in ("lost", "closed"):
