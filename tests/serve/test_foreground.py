@@ -112,18 +112,24 @@ def test_each_request_has_a_line_in_the_log_and_is_counted(
 
 
 def test_no_request_is_lost_when_a_replica_is_killed(service: Serving, client: openai.OpenAI):
-    """The answers of all are those of a quiet service."""
+    """The answers of all are those of a quiet service; streams go on where they broke off."""
 
-    def complete(seed: int) -> str:
+    def complete(*, streams: bool) -> str:
         found = client.completions.create(
-            model="writer", prompt="what is", max_tokens=60, seed=seed, logit_bias={"0": -100}
+            model="writer",
+            prompt="what is",
+            max_tokens=60,
+            seed=3,
+            logit_bias={"0": -100},
+            stream=streams,
         )
-        assert found.choices[0].finish_reason == "length"
-        return found.choices[0].text
+        choices = [piece.choices[0] for piece in (found if streams else [found])]
+        assert choices[-1].finish_reason == "length"
+        return "".join(choice.text for choice in choices)
 
-    expected = complete(3)
+    expected = complete(streams=False)
     with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(complete, 3) for _ in range(40)]
+        answers = [pool.submit(complete, streams=turn % 2 == 0) for turn in range(40)]
         wait_for(lambda: any(answer.done() for answer in answers), "an answer", 120)
         (replica,) = processes_named("ServeReplica:model-writer", service.process)
         replica.kill()

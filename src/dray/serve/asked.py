@@ -34,6 +34,8 @@ class Asked:
     """That is to answer it: one that is served."""
     version: int | None = None
     """That answers it."""
+    resumes: int | None = None
+    """The version that has begun a stream which another of its replicas is to go on with."""
     lost: set[int] = field(default_factory=set)
     """Versions whose replicas were lost under it."""
     status: int | None = None

@@ -1,9 +1,9 @@
 """From a request to the replicas that answer it: which model, which of its targets, and once more
 where a replica is lost.
 
-A request is asked again only while nothing of its answer has been given out: until then it has no
-effect that anybody saw. This file knows no Ray: `service.py` makes targets of its handles. It is
-the seam for versions: `Router.choose` may have several targets of a model to choose from.
+A request is asked again where its replica is lost: whoever asked sees one answer. This file knows
+no Ray: `service.py` makes targets of its handles. It is the seam for versions: `Router.choose` may
+have several targets of a model to choose from.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dray.serve.asked import Asked, now_asked
 from dray.serve.events import Event
 from dray.serve.limits import Limits
 from dray.serve.refusals import Refusal, too_many
+from dray.serve.resuming import Differs, Given, with_seed
 from dray.serve.schemas import Card
 
 TRIES = 4
@@ -139,28 +140,32 @@ class Router:
         raise _gone()
 
     async def stream(self, model: str, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
-        """The events of an answer, from the first of its pieces. Raises Refusal; behind the first
-        piece nothing is tried again."""
-        target = self.choose(model)
+        """The events of an answer, from the first of its pieces. Where a replica is lost another
+        one goes on (`resuming.py`). Raises Refusal."""
+        target, body, given = self.choose(model), with_seed(body), Given()
         with self._given(model) as request:
             request.streams = True
             async for place in self._tries():
-                given = False
+                given.begin()
                 try:
                     async with aclosing(target.stream(kind, body)) as events:  # type: ignore[type-var]
                         async for event in events:
-                            if _is_lost(event) and not given and place + 1 < TRIES:
+                            if _is_lost(event) and place + 1 < TRIES:
                                 raise Lost
-                            given = given or "pieces" in event
-                            request.note_event(_answered(event))
-                            yield event
+                            if (fresh := given.fresh(_answered(event))) is not None:
+                                request.note_event(fresh)
+                                yield fresh
                     return
                 except Full:
-                    raise _full() from None
+                    if not given.is_any:
+                        raise _full() from None
+                except Differs:
+                    raise _gone() from None
                 except Lost:
-                    if given:
-                        raise _gone() from None
-                    await self._pause(place)
+                    pass
+                if given.is_any:  # no other version would say the same
+                    request.resumes = request.version
+                await self._pause(place)
         raise _gone()
 
     async def predict(

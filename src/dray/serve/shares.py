@@ -38,6 +38,8 @@ class Plan:
     def draw(self, model: str, request: Asked, user: str | None) -> int:
         """The version of a request: the same for the same user, or else the same key; and whoever
         has the canary keeps it while its share grows. Raises Refusal 404 for one that it names."""
+        if request.resumes is not None:
+            return request.resumes
         if request.wanted is not None:
             if request.wanted not in (self.stable, self.canary, self.shadow):
                 what = f"version {request.wanted} of {model} is none that answers"
