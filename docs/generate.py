@@ -19,6 +19,8 @@ from pydantic_core import PydanticUndefined
 
 from dray.cli import build_parser
 from dray.cluster.gauges import GAUGES, PREFIX
+from dray.serve.metering import METRICS
+from dray.serve.metering import PREFIX as SERVE_PREFIX
 from dray.spec import Adapters, Optimizer, Spec, default_task, find_task, task_names
 
 HERE = Path(__file__).parent
@@ -168,6 +170,11 @@ def gauges_page() -> str:
     lines += ["| gauge | further label | |", "|---|---|---|"]
     for name, (label, says) in GAUGES.items():
         lines.append(f"| `ray_{PREFIX}{name}` | {f'`{label}`' if label else ''} | {says} |")
+    lines += ["\n## Of a service\n", "What `/metrics` of `dray serve` tells.\n"]
+    lines += ["| metric | labels | |", "|---|---|---|"]
+    for name, (labels, says) in METRICS.items():
+        told = ", ".join(f"`{label}`" for label in labels)
+        lines.append(f"| `{SERVE_PREFIX}{name}` | {told} | {says} |")
     return "\n".join(lines) + "\n"
 
 

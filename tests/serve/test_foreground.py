@@ -94,9 +94,13 @@ def test_each_request_has_a_line_in_the_log_and_is_counted(
     service: Serving, client: openai.OpenAI, log: Path
 ):
     found = client.completions.with_raw_response.create(
-        model="writer", prompt="what secret", max_tokens=3, logit_bias={"0": -100}
+        model="writer",
+        prompt="what secret",
+        max_tokens=3,
+        logit_bias={"0": -100},
+        extra_headers={"x-request-id": "of-somebody-else"},
     )
-    told = found.headers["x-request-id"]
+    (told,) = found.headers.get_list("x-request-id")
     wait_for(lambda: told in log.read_text(), "its line", 30)
     (line,) = [one for one in map(json.loads, log.read_text().splitlines()) if one["id"] == told]
     assert (line["model"], line["version"], line["status"]) == ("writer", 1, 200)

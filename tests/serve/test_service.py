@@ -227,6 +227,7 @@ def test_without_a_key_no_replica_starts(monkeypatch: pytest.MonkeyPatch):
         ({"storage": "runs"}, "a run or a folder is served"),
         ({"storage": "runs", "run": "a", "ste": 1}, "args.ste"),
         ({"storage": "runs", "run": "../a"}, "args.run"),
+        ({"storage": "runs", "run": "a", "log": {"fil": "x"}}, "args.fil"),
         ({"storage": "runs", "run": "a", "step": "bset"}, "args.step"),
         ({"storage": "runs", "run": "a", "step": True}, "args.step"),
         (None, "args"),

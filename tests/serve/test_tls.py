@@ -9,6 +9,7 @@ import pytest
 
 from dray.cli import main
 from dray.errors import SpecError, StoreError
+from dray.serve.foreground import warn_of_plain_http
 from dray.serve.tls import Tls, read_tls
 from self_signed import save_certificate
 
@@ -30,6 +31,21 @@ def test_a_certificate_and_its_key_go_together(tmp_path: Path):
     ):
         with pytest.raises(StoreError, match=message):
             read_tls(str(certificate), str(key))
+
+
+def test_plain_http_beyond_loopback_is_said_in_a_line():
+    said: list[str] = []
+    for host in ("127.0.0.1", "localhost", "::1"):
+        warn_of_plain_http(host, None, said.append)
+    warn_of_plain_http("0.0.0.0", Tls("a", "b"), said.append)
+    assert said == []
+    for host in ("0.0.0.0", "10.0.0.1", "serving.example"):
+        warn_of_plain_http(host, None, said.append)
+    assert [line.split(":")[0] for line in said] == [
+        "plain HTTP on 0.0.0.0",
+        "plain HTTP on 10.0.0.1",
+        "plain HTTP on serving.example",
+    ]
 
 
 def test_a_service_with_half_of_it_is_not_started(

@@ -198,7 +198,7 @@ class Predictor:
         becomes."""
         manifest, task = self.trained.manifest, self.trained.task
         split = manifest.validation
-        if split is None or self.task is not task or task.head.sequences != 1:
+        if split is None or self.task is not task or task.packs or task.head.sequences != 1:
             return []
         ids = np.unique(np.linspace(0, split.num_rows - 1, num_rows).astype(np.int64))
         end, found = time.monotonic() + seconds, list[Predicted]()

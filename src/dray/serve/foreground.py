@@ -59,8 +59,7 @@ def serve_models(
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
     if logged is not None and not address:
         check_log(logged)
-    if tls is None and not _is_loopback(host):
-        say(f"plain HTTP on {host}: keys and texts can be read on the way; --tls-cert, --tls-key")
+    warn_of_plain_http(host, tls, say)
     records = begin_records(models, storage)
     with stops(noted=True) as wishes:
         cores = os.cpu_count() or 1
@@ -119,6 +118,13 @@ def check_open(host: str, storage: str | None = None) -> None:
         "a service asks for a key everywhere but on loopback",
         f"`dray serve key create NAME`, or set {KEY}, or {OPEN}=1 if all may",
     )
+
+
+def warn_of_plain_http(host: str, tls: Tls | None, say: Callable[[str], None]) -> None:
+    """Say so where keys and texts go over a network as they are."""
+    if tls is None and not _is_loopback(host):
+        way = "--tls-cert FILE --tls-key FILE, unless something before it speaks HTTPS"
+        say(f"plain HTTP on {host}: whoever is on the way can read keys and texts; {way}")
 
 
 def _check_there(model: Served) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -94,6 +95,8 @@ class _Counted:
         return message
 
     async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            _keep_one_id(message)
         if self._refusal is None or self._begun:
             if self._refusal is None:
                 self._begun = True
@@ -102,6 +105,15 @@ class _Counted:
         self._begun, refusal = True, self._refusal
         answer = JSONResponse(refusal.body(), refusal.status, refusal.headers())
         await answer(self._scope, self._receive, self._send)
+
+
+def _keep_one_id(message: Message) -> None:
+    """Ray's proxy appends an id of its own, which is whatever a request brought along, to the
+    gateway's: the first is the one that log and metrics know."""
+    headers = MutableHeaders(scope=message)
+    if first := headers.get("x-request-id"):
+        del headers["x-request-id"]  # all of them
+        headers["x-request-id"] = first
 
 
 def middlewares() -> list[Middleware]:

@@ -78,7 +78,8 @@ class Meter:
     """Counts of one gateway."""
 
     def __init__(self, live: Live | None = None) -> None:
-        disable_created_metrics()  # when each series began: as many gauges again, of no use here
+        # When each series began: as many gauges again, of no use here.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._live = _Reader(live or Live())
         self._registry.register(self._live)
