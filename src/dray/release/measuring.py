@@ -22,6 +22,7 @@ from dray.corpus.prepare import Corpus
 from dray.corpus.stream import read_rows
 from dray.errors import DrayError, PlanError, RunFailed, one_line
 from dray.processes.heap import prepare_process
+from dray.release.opened import Opened
 from dray.release.trained import Chosen, Trained, Weights, open_trained
 from dray.tasks import Task, TaskMetrics, draw_of
 
@@ -127,7 +128,7 @@ def _open_once(storage: str, name: str, step: int, weights: Weights, chosen: Cho
     return open_trained(storage, name, step, weights, chosen)
 
 
-def rows_at_once(trained: Trained, task: Task) -> int:
+def rows_at_once(trained: Opened, task: Task) -> int:
     """Rows of a trained model that are computed at once."""
     width = trained.manifest.sequence_tokens * task.head.sequences
     outputs = trained.manifest.vocab_size if task.head.over == "vocabulary" else task.num_labels

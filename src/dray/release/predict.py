@@ -37,7 +37,8 @@ from dray.errors import SpecError, StoreError
 from dray.processes.streams import make_json
 from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import rows_at_once
-from dray.release.trained import Chosen, Trained, Weights, load_trained
+from dray.release.opened import Opened
+from dray.release.trained import Chosen, Weights, load_trained
 from dray.spec import WHOLE
 from dray.tasks.rows import SEPARATOR, Encoded
 
@@ -152,12 +153,11 @@ class Predictor:
     """A model that predicts records, many at a time. Raises SpecError for a task without
     predictions."""
 
-    def __init__(self, trained: Trained, counts: Counts | None = None) -> None:
+    def __init__(self, trained: Opened, counts: Counts | None = None) -> None:
         task = trained.task
         if not task.predicts:
             way = "`dray generate` writes text" if task.generates else "`dray evaluate` measures it"
-            where = f"run {trained.run.name!r}"
-            raise SpecError(where, f"its task is {task.name}", "it predicts nothing", way)
+            raise SpecError(trained.where, f"its task is {task.name}", "it predicts nothing", way)
         self.trained, self.counts = trained, counts or Counts()
         self.task = task.predicting()
         self.fields = self.task.asked

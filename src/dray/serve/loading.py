@@ -1,7 +1,8 @@
 """What is served: a run of a storage at a step, or an exported folder, as a model that answers.
 
-A run answers to what its task says (`Task.serves`, whether it writes and predicts), never by its
-name; a folder that transformers loads as a causal language model writes. Nothing is unpickled:
+A model answers to what its task says (`Task.serves`, whether it writes and predicts), never by its
+name; a folder that does not say what was learnt, and that transformers loads as a causal language
+model, writes. Nothing is unpickled:
 weights are verified safetensors.
 """
 
@@ -16,11 +17,13 @@ from typing import Any
 
 from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import Decoder, describe, read_tokenizer_files
-from dray.errors import SpecError, StoreError, translated
+from dray.errors import SpecError, StoreError
 from dray.models.config import longest_row
 from dray.release.export.manifest import is_export, verify_folder
+from dray.release.exported import load_folder, open_exported
+from dray.release.opened import Opened
 from dray.release.predict import Predictor
-from dray.release.trained import Trained, open_trained
+from dray.release.trained import open_trained
 from dray.serve.pinning import check_pinned
 from dray.serve.served import Served
 
@@ -116,77 +119,66 @@ def load_served(served: Served) -> Loaded:
 
 def _load_run(served: Served) -> Loaded:
     trained = open_trained(str(served.storage), str(served.run), served.step, served.weights)
-    task, config = trained.task, trained.model.config
+    return _load_opened(served, trained, trained.checkpoint.step)
+
+
+def _load_opened(served: Served, opened: Opened, step: int | None) -> Loaded:
+    """A model that says what was learnt. Raises SpecError where that answers nothing."""
+    task, config = opened.task, opened.model.config
     writes = task.generates and not getattr(config, "is_encoder_decoder", False)
-    writer = _run_writer(trained) if writes else None
-    predictor = Predictor(trained) if task.predicts else None
+    writer = _opened_writer(opened) if writes else None
+    predictor = Predictor(opened) if task.predicts else None
     if writer is None and predictor is None:
-        where = f"run {served.run!r}"
         rule = "models that write or predict can be served"
-        raise SpecError(where, f"its task is {task.name}", rule, "`dray evaluate` measures it")
+        raise SpecError(
+            opened.where, f"its task is {task.name}", rule, "`dray evaluate` measures it"
+        )
     routes = (
         *(["completions"] if writer else []),
         *(["chat"] if writer and writer.converses else []),
         *(task.serves if predictor else ()),
         *(["predict"] if predictor else []),
     )
-    told = {"run": served.run, "step": trained.checkpoint.step, "task": task.name}
+    told = {"run": served.run, "step": step, "task": task.name}
     return Loaded(served, routes, predictor, writer, told)
 
 
-def _run_writer(trained: Trained) -> Writer:
-    end = trained.manifest.eos_token_id
-    trained.move_to_device()
+def _opened_writer(opened: Opened) -> Writer:
+    end = opened.manifest.eos_token_id
+    opened.move_to_device()
     ends = () if end is None else (end,)
     return Writer(
-        trained.model, trained.tools, trained.tokenizer_folder, ends=ends, normal=trained.normal
+        opened.model, opened.tools, opened.tokenizer_folder, ends=ends, normal=opened.normal
     )
 
 
 def _load_folder(served: Served) -> Loaded:
-    """A folder of transformers' with a causal language model. Raises SpecError for another one,
-    StoreError for none."""
-    folder = Path(str(served.folder))
+    """An exported folder, or any of transformers' with a causal language model. Raises SpecError
+    for another one, StoreError for none."""
+    folder = str(served.folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         names = [str(name) for name in config.get("architectures") or []]
     except (OSError, ValueError, AttributeError) as error:
         raise StoreError(
-            str(folder),
+            folder,
             "holds no model",
             "an exported folder has a config.json, safetensors and a tokeniser",
             "`dray export` makes one",
         ) from error
+    if (exported := open_exported(folder)) is not None:
+        return _load_opened(served, exported, None)
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise SpecError(
-            str(folder),
+            folder,
             f"is a {', '.join(names) or 'model without a head'}",
-            "of a folder alone, models that write are served: it does not tell what was learnt",
-            "serve the run",
+            "a folder that does not say what was learnt is served if its model writes",
+            "serve the run, or a folder that `dray export` has written",
         )
-    model = _load_causal(folder)
-    files = read_tokenizer_files(str(folder))
-    info = describe(files, [], needs_end=True)
-    tools = Tools(str(folder), info, longest_row(model.config) or 0)
+    model = load_folder(folder, "AutoModelForCausalLM")
+    info = describe(read_tokenizer_files(folder), [], needs_end=True)
+    tools = Tools(folder, info, longest_row(model.config) or 0)
     ends = () if info.eos_token_id is None else (info.eos_token_id,)
-    writer = Writer(model, tools, str(folder), ends=ends)
+    writer = Writer(model, tools, folder, ends=ends)
     routes = ("completions", *(["chat"] if writer.converses else []))
     return Loaded(served, routes, None, writer, {"run": None, "step": None})
-
-
-def _load_causal(folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    def refused(error: Exception) -> StoreError:
-        return StoreError(str(folder), f"cannot be loaded ({str(error).splitlines()[0][:200]})")
-
-    with translated(refused):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype="auto" if torch.cuda.is_available() else torch.float32,
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

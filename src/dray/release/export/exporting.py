@@ -19,6 +19,7 @@ from dray.release.export.manifest import write_manifest
 from dray.release.export.onnx import FORM as ONNX
 from dray.release.export.signing import load_signer
 from dray.release.export.staging import check_free, check_room, staged
+from dray.release.exported import write_origin
 from dray.release.trained import Chosen, Trained, Weights, open_trained
 from dray.runs import CheckpointReader
 from dray.runs.checkpoint_reader import hash_weights
@@ -91,6 +92,8 @@ def write_export(
         _write_tokenizer(trained, staging)
         written = form.write(trained, staging, options)
         trained.spec.task.save_processor(str(staging))
+        if options.form == "folder" and not options.adapters_alone:
+            write_origin(trained.spec, trained.manifest, staging)
         card = make_card(trained, identity, written, options)
         (staging / CARD).write_text(card, encoding="utf-8")
         write_manifest(staging, told_of(identity, written, options), signer)
