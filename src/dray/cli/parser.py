@@ -457,7 +457,10 @@ def _add_serve(commands: Any) -> None:
     )
     serve.add_argument("--port", type=int, default=8000, help="(default: 8000)")
     serve.add_argument(
-        "--replicas", type=int, default=1, metavar="N", help="of each model (default: 1)"
+        "--replicas",
+        default="1",
+        metavar="N",
+        help="of each model (default: 1); 1-4: as many as are asked for, within that",
     )
     serve.add_argument(
         "--tls-cert", metavar="FILE", help="a certificate, PEM: HTTPS in the place of HTTP"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from datetime import UTC, datetime
 
 from dray.errors import SpecError
@@ -30,7 +31,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
         models,
         host=arguments.host,
         port=arguments.port,
-        replicas=arguments.replicas,
+        replicas=_read_replicas(arguments.replicas),
         address=arguments.address,
         verbose=arguments.verbose,
         limits=Limits(),
@@ -40,6 +41,14 @@ def serve_command(arguments: argparse.Namespace) -> int:
         logged=Logged(file=os.path.abspath(log), bodies=bodies) if log else None,
     )
     return 0
+
+
+def _read_replicas(words: str) -> tuple[int, int]:
+    """`2`, or `1-4`. Raises SpecError."""
+    least, sign, most = words.partition("-")
+    if not re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", words):
+        raise SpecError(f"--replicas {words}", "is no number of replicas", "2, or 1-4")
+    return int(least), int(most if sign else least)
 
 
 def key_create_command(arguments: argparse.Namespace) -> int:

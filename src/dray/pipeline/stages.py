@@ -31,7 +31,9 @@ from dray.runs.finished import is_name_free
 from dray.serve.foreground import check_open, serve_models
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
+from dray.serve.request_log import Logged
 from dray.serve.served import Served
+from dray.serve.tls import read_tls
 from dray.serve.versions import Record
 from dray.spec import Export, Serve, Spec
 from dray.train.driver import train
@@ -99,6 +101,7 @@ class Release:
             if "serve" in stages:
                 with _said("--", "serve."):
                     check_open(spec.serve.host, self._storage)
+                    read_tls(spec.serve.tls_cert, spec.serve.tls_key)
 
     # --- training --------------------------------------------------------------------------------
 
@@ -320,7 +323,7 @@ class Release:
         """Answers until it is told to stop; where somebody listens already, that is left so."""
         section, served = self._spec.serve, self._served
         assert section is not None
-        place = f"http://{section.host}:{section.port}"
+        place = f"{section.scheme}://{section.host}:{section.port}"
         host = "127.0.0.1" if section.host in ("0.0.0.0", "::") else section.host
         if not self._address and answers(host, section.port):
             what = f"somebody answers at {place}: a `dray serve` of this storage follows by itself"
@@ -329,12 +332,14 @@ class Release:
             [served],
             host=section.host,
             port=section.port,
-            replicas=section.replicas,
+            replicas=section.range,
             address=self._address,
             verbose=self._verbose,
             limits=Limits(),
             storage=self._storage,
             say=self._say,
+            tls=read_tls(section.tls_cert, section.tls_key),
+            logged=Logged(file=os.path.abspath(section.log)) if section.log else None,
         )
         return Told(f"{place} has ended", place)
 

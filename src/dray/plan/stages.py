@@ -63,9 +63,11 @@ def _stages(spec: Spec, plan: Plan) -> Iterator[Stage]:
     if spec.serve is not None:
         name = spec.serve.name or spec.name
         yield Stage(stage="promote", what=f"a version of {name}")
-        times = f"{spec.serve.replicas} replica{'s' * (spec.serve.replicas > 1)}"
+        least, most = spec.serve.range
+        times = f"{least if least == most else f'{least} to {most}'} replica{'s' * (most > 1)}"
         yield Stage(
-            stage="serve", what=f"http://{spec.serve.host}:{spec.serve.port}, {times} of {name}"
+            stage="serve",
+            what=f"{spec.serve.scheme}://{spec.serve.host}:{spec.serve.port}, {times} of {name}",
         )
 
 

@@ -34,7 +34,7 @@ def serve_models(
     *,
     host: str,
     port: int,
-    replicas: int,
+    replicas: tuple[int, int],
     address: str | None,
     verbose: bool,
     limits: Limits,
@@ -43,12 +43,16 @@ def serve_models(
     tls: Tls | None = None,
     logged: Logged | None = None,
 ) -> None:
-    """Serve until a signal comes, and follow what is promoted meanwhile. `storage`: where keys and
-    versions lie. `tls`: for HTTPS. `logged`: where requests are logged, if they are. Raises
-    UserError for what cannot be served, and RunFailed where the service does not start."""
-    if not 0 < port < 65_536 or replicas < 1:
+    """Serve until a signal comes, and follow what is promoted meanwhile. `replicas`: the fewest and
+    the most of each model. `storage`: where keys and versions lie. `tls`: for HTTPS. `logged`:
+    where requests are logged, if they are. Raises UserError for what cannot be served, and
+    RunFailed where the service does not start."""
+    least, most = replicas
+    if not 0 < port < 65_536:
+        raise SpecError("dray serve", f"--port {port}", "a port is 1 to 65535")
+    if not 0 < least <= most:
         raise SpecError(
-            "dray serve", f"--port {port} --replicas {replicas}", "1 to 65535; 1 or more"
+            "dray serve", f"--replicas {least}-{most}", "1 or more, the fewest first", "e.g. 1-4"
         )
     check_names(models)
     storage = absolute(storage)
@@ -63,10 +67,10 @@ def serve_models(
     records = begin_records(models, storage)
     with stops(noted=True) as wishes:
         cores = os.cpu_count() or 1
-        cpus = max(1, cores // (replicas * len(models)))
+        num_replicas = most * len(models)
+        cpus = max(1, cores // num_replicas)
         os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
         os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
-        num_replicas = replicas * len(models)
         # Beside what answers, there may be what answered before, and what is to answer.
         needed = 3 * cpus * num_replicas
         with connect(address, num_cpus=needed, verbose=verbose) as connection:
@@ -80,7 +84,7 @@ def serve_models(
             try:
                 options = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
                 versions = service.Versions(
-                    limits, storage, logged, num_replicas=replicas, ray_actor_options=options
+                    limits, storage, logged, replicas=replicas, ray_actor_options=options
                 )
                 follower = Follower(records, versions, say)
                 follower.begin()

@@ -43,6 +43,8 @@ from dray.serve.tls import Tls
 
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
+ONGOING_WANTED = 8
+"""Requests of a replica beyond which there are to be more replicas, where there may be."""
 MAX_ONGOING = 200
 """Requests that a replica works on; how many of them write is its engine's to say."""
 FLUSH_SECONDS = 1.0
@@ -208,6 +210,21 @@ class Gateway:
         return self._models.setdefault(name, Versioned(name))
 
 
+def scaling(least: int, most: int) -> dict[str, Any]:
+    """How many replicas a model has, for Serve: always so many, or by what they are asked."""
+    if least == most:
+        return {"num_replicas": most}
+    autoscaling = {
+        "min_replicas": least,
+        "initial_replicas": least,
+        "max_replicas": most,
+        "target_ongoing_requests": ONGOING_WANTED,
+        "upscale_delay_s": 10.0,
+        "downscale_delay_s": 300.0,
+    }
+    return {"autoscaling_config": autoscaling}
+
+
 def model_deployment(served: Served, limits: Limits, name: str = "model", **options: Any) -> Any:
     """A model's replicas, bound to what they hold. `options`: of Serve's deployment."""
     deployment = serve.deployment(
@@ -301,10 +318,16 @@ class Versions:
     """What runs versions, for a follower: each is an application of its own."""
 
     def __init__(
-        self, limits: Limits, storage: str, logged: Logged | None = None, **options: Any
+        self,
+        limits: Limits,
+        storage: str,
+        logged: Logged | None = None,
+        *,
+        replicas: tuple[int, int] = (1, 1),
+        **options: Any,
     ) -> None:
         self._limits, self._storage, self._logged = limits, storage, logged
-        self._options = options
+        self._options = {**scaling(*replicas), **options}
 
     def load(self, name: str, version: int, served: Served) -> None:
         """Raises RunFailed, with nothing left of it."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dray.spec.sections import Float, Int, RunName, Section
+from dray.spec.sections import Float, Int, RunName, Section, as_pair
 
 Of = Literal["trained", "compressed"]
 """Which model: the one that was trained, or what compressing made of it."""
@@ -114,8 +114,36 @@ class Serve(Section):
     """Where it listens; elsewhere than on loopback it asks for a key."""
     port: Annotated[Int, Field(gt=0, lt=65_536)] = 8000
     """The port."""
-    replicas: Annotated[Int, Field(ge=1)] = 1
-    """How many of them answer."""
+    replicas: Annotated[
+        Annotated[Int, Field(ge=1)]
+        | tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]],
+        BeforeValidator(as_pair),
+    ] = 1
+    """How many of them answer; `[fewest, most]`: as many as are asked for, within that."""
+    log: str | None = None
+    """A file that gets a line of JSON a request, without what was asked or answered."""
+    tls_cert: str | None = None
+    """File of a certificate, PEM: HTTPS in the place of HTTP."""
+    tls_key: str | None = None
+    """File of its key, PEM."""
+
+    @property
+    def scheme(self) -> str:
+        """Of its addresses."""
+        return "http" if self.tls_cert is None else "https"
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The fewest and the most replicas."""
+        return (self.replicas,) * 2 if isinstance(self.replicas, int) else self.replicas
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.range[0] > self.range[1]:
+            raise ValueError(f"replicas {list(self.range)}: the first must not exceed the second")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; give both or neither")
+        return self
 
 
 STAGES = ("prepare", "train", "evaluate", "compress", "export", "promote", "serve")

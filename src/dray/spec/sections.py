@@ -576,7 +576,8 @@ class Watchdog(Section):
     """The same for what is no step: imports, compilation, waiting for rows, storage."""
 
 
-def _as_pair(value: Any) -> Any:
+def as_pair(value: Any) -> Any:
+    """A list as a tuple, which pydantic tells from a number."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -608,7 +609,7 @@ class Resources(Section):
     workers: Annotated[
         Annotated[Int, Field(ge=1, le=1_000_000)]
         | tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1, le=1_000_000)]],
-        BeforeValidator(_as_pair),
+        BeforeValidator(as_pair),
     ] = 1
     """Number of workers (ranks), or `[fewest, most]` for an elastic group."""
     cpus_per_worker: Annotated[Float, Field(gt=0)] = 1
