@@ -4,6 +4,7 @@ interface of a real head, and asked over HTTP."""
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ WORDS = {"good": "fine lovely warm", "bad": "dull broken cold"}
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that tells a few words apart."""
     home = tmp_path_factory.mktemp("served")
-    rows = [{"text": f"{word} thing {n}", "label": label} for n in range(40)
+    rows = [{"text": f"{word} thing {n}", "label": label} for n in range(400)
             for label, words in WORDS.items() for word in words.split()]  # fmt: skip
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = tiny_tree(
@@ -181,6 +182,27 @@ def test_prometheus_is_told_of_requests_and_replicas(ask: Asked):
     assert 'dray_serve_ready{model="words"} 1.0' in found
     assert 'dray_serve_queue{model="words"} 0.0' in found
     assert "fine" not in found
+
+
+def test_a_drift_of_what_is_asked_and_answered_is_told(ask: Asked):
+    """Measured from held-out rows, which a replica has computed."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    draws = random.Random(1)
+
+    def drift(words: list[str]) -> float | None:
+        """Of classes, once 16 × 32 records with some of these words have been asked."""
+        for _ in range(16):
+            texts = [f"{draws.choice(words)} thing {draws.randrange(400)}" for _ in range(32)]
+            assert ask({"records": [{"text": text} for text in texts]}).status_code == 200
+        found = requests.get(f"{ask.address}/metrics", headers=headers, timeout=60).text
+        about = 'dray_serve_drift{model="words",of="class",reference="held_out",version="1"}'
+        told = [line for line in found.splitlines() if line.startswith(about)]
+        return float(told[0].split()[-1]) if told else None
+
+    both = [word for words in WORDS.values() for word in words.split()]
+    wait_for(lambda: drift(both) is not None, "the reference", 60)
+    assert (drift(both) or 0) < 0.1
+    assert (drift(WORDS["good"].split()) or 0) > 0.5
 
 
 def test_drift_is_measured_from_what_the_model_makes_of_held_out_rows(storage: Path):

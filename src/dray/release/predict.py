@@ -261,7 +261,7 @@ class Predictor:
         if self._unknown is None or "input_ids" not in table.column_names:
             return np.stack([lengths, np.zeros_like(lengths)], axis=1)
         ids = table.column("input_ids").combine_chunks().flatten().to_numpy()
-        ids = ids.reshape(len(lengths), -1)
+        ids = ids.reshape(len(lengths), ids.size // max(1, len(lengths)))
         inside = np.arange(ids.shape[1]) < lengths[:, None]
         return np.stack([lengths, ((ids == self._unknown) & inside).sum(axis=1)], axis=1)
 
