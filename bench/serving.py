@@ -31,6 +31,8 @@ from bench.report import ROOT, write_section
 
 CLIENTS = (1, 8, 32)
 NUM_TOKENS = 32
+LEAST_ASKED = 8
+"""Answers of all clients together in a round, so that one client's have a median."""
 PROMPTS = (
     "What is the capital of France?",
     "Tell a story of a lighthouse keeper who finds a letter in a bottle. " * 4,
@@ -171,7 +173,8 @@ def main() -> None:
         for turn in range(given.rounds):
             for clients in given.clients:
                 for place in range(len(arms)):
-                    measure(arms[(turn + place) % len(arms)], clients, given.each)
+                    each = max(given.each, LEAST_ASKED // clients)
+                    measure(arms[(turn + place) % len(arms)], clients, each)
     table = make_table(arms, busy)
     if given.no_write:
         print(table)
