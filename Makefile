@@ -107,7 +107,7 @@ serve-load: setup-dev
 
 # schemathesis on the service's OpenAPI document, and what it is given by those who mean it harm.
 serve-abuse: setup-dev
-	$(BIN)/python -m pytest tests/serve/test_schema.py tests/serve/test_service_abuse.py -m 'slow or not slow'
+	$(BIN)/python -m pytest tests/serve/test_schema.py tests/serve/test_service_abuse.py tests/serve/test_flood.py -m 'slow or not slow'
 
 docs: setup-dev
 	$(BIN)/python docs/generate.py

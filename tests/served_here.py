@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -53,9 +53,15 @@ class Here:
 
 
 class Address:
-    def __init__(self, port: int, answerers: Mapping[str, Answerer]) -> None:
-        self.port, self.answerers = port, answerers
+    def __init__(self, port: int, answerers: Mapping[str, Answerer], router: Router) -> None:
+        self.port, self.answerers, self.router = port, answerers, router
         self.url = f"http://127.0.0.1:{port}"
+
+    def follow(self, name: str, plan: Plan, answerers: Mapping[int, Answerer]) -> None:
+        """Other versions of a model from now on."""
+        versioned = cast(Versioned, self.router.targets[name])
+        versioned.follow(plan, {version: Here(one) for version, one in answerers.items()})
+        self.router.set_targets(self.router.targets)
 
 
 @contextmanager
@@ -89,7 +95,7 @@ def served_here(
     thread.start()
     try:
         wait_for(lambda: server.started, "the service", 60)
-        yield Address(listener.getsockname()[1], answerers)
+        yield Address(listener.getsockname()[1], answerers, router)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from dray.serve.served import Served
+from dray.serve.shares import Plan
 from served_here import Address, served_here
 from small_writer import save_small_writer
 
@@ -24,6 +25,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     folder = str(save_small_writer(tmp_path_factory.mktemp("served") / "writer"))
     models = [Served(folder=folder), Served(folder=folder, name="other")]
     with served_here(models, key=KEY.encode()) as address:
+        writer, other = (address.answerers[name] for name in ("writer", "other"))
+        address.follow("writer", Plan(1, canary=2, share=0.5), {1: writer, 2: other})
         yield address
 
 
@@ -88,8 +91,10 @@ def test_somebody_talks_to_two_models_by_keyboard_alone(service: Address, browse
     assert active().get_attribute("id") == "key"
     active().send_keys(KEY, Keys.TAB)
     wait.until(lambda _: find("ask").is_displayed())
-    assert [option.text for option in Select(find("model")).options] == ["writer", "other"]
-    Select(find("beside")).select_by_visible_text("other")
+    offered = [option.text for option in Select(find("model")).options]
+    assert offered == ["writer", "writer@1 (promoted)", "writer@2 (canary)", "other"]
+    Select(find("model")).select_by_visible_text("writer@1 (promoted)")
+    Select(find("beside")).select_by_visible_text("writer@2 (canary)")
     asked = browser.find_element(By.NAME, "text")
     asked.send_keys("what is the capital of <b>France</b>?", Keys.CONTROL, Keys.ENTER)
     wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "article .hint")) == 2)

@@ -116,3 +116,14 @@ def test_where_a_canary_is_lost_the_promoted_version_answers():
         return found["choices"][0]["text"], request.version
 
     assert asyncio.run(work()) == ("one", 1)
+
+
+def test_a_card_tells_the_versions_that_may_be_asked() -> None:
+    versioned = Versioned("chat")
+    versioned.follow(Plan(2, canary=3, share=0.1, shadow=4), {2: Says("a")})
+    told = asyncio.run(versioned.card()).versions
+    assert [(one.version, one.role) for one in told] == [
+        (2, "promoted"),
+        (3, "canary"),
+        (4, "shadow"),
+    ]

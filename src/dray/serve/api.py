@@ -317,7 +317,8 @@ def _add_predicting(api: FastAPI, router: Router, limits: Limits) -> None:
             }
             for index, item in enumerate(found)
         ]
-        usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        tokens = now_asked().tokens_in or 0
+        usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
     @api.post(

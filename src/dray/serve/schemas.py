@@ -156,6 +156,12 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
+class VersionCard(BaseModel):
+    version: int
+    """Asked for as `NAME@VERSION`."""
+    role: Literal["promoted", "canary", "shadow"]
+
+
 class Card(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -169,6 +175,8 @@ class Card(BaseModel):
     """Tokens of a prompt and its answer together, or of a text."""
     run: str | None
     step: int | None
+    versions: list[VersionCard] = []
+    """Those that may be asked by their number."""
 
 
 class Cards(BaseModel):

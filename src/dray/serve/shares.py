@@ -20,7 +20,7 @@ from dray.serve.asked import Asked, now_asked
 from dray.serve.events import Event, joined
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Lost, Target
-from dray.serve.schemas import Card
+from dray.serve.schemas import Card, VersionCard
 
 SHADOWED_AT_ONCE = 8
 """Copies that a shadow works on; what comes beyond is not copied."""
@@ -34,6 +34,11 @@ class Plan:
     canary: int | None = None
     share: float = 0.0
     shadow: int | None = None
+
+    def told(self) -> list[VersionCard]:
+        """The versions that may be asked by their number."""
+        some = [(self.stable, "promoted"), (self.canary, "canary"), (self.shadow, "shadow")]
+        return [VersionCard(version=one, role=role) for one, role in some if one is not None]
 
     def draw(self, model: str, request: Asked, user: str | None) -> int:
         """The version of a request: the same for the same user, or else the same key; and whoever
@@ -69,8 +74,9 @@ class Versioned:
         self._plan, self._targets = plan, dict(targets)
 
     async def card(self) -> Card:
-        """Of the promoted version."""
-        return await self._targets[self._plan.stable].card()
+        """Of the promoted version, with those that there are."""
+        card = await self._targets[self._plan.stable].card()
+        return card.model_copy(update={"versions": self._plan.told()})
 
     async def reference(self, version: int) -> list[dict[str, Any]]:
         """Of a version that is asked. Raises Lost where it is none any more."""

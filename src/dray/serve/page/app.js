@@ -41,17 +41,24 @@ function way(model) {
 async function look() {
   const before = $("model").value;
   try {
-    served = (await (await ask("v1/models")).json()).data;
+    served = (await (await ask("v1/models")).json()).data.flatMap(withVersions);
   } catch (error) {
     $("ask").hidden = true;
     $("told").textContent = `${error.message}. A service that asks for keys wants one above.`;
     return;
   }
   const names = served.map((model) => model.id);
-  $("model").replaceChildren(...names.map((name) => new Option(name)));
-  $("beside").replaceChildren(new Option("nothing", ""), ...names.map((name) => new Option(name)));
+  const options = () => served.map(({ id, role }) => new Option(role ? `${id} (${role})` : id, id));
+  $("model").replaceChildren(...options());
+  $("beside").replaceChildren(new Option("nothing", ""), ...options());
   if (names.includes(before)) $("model").value = before;
   show();
+}
+
+// A model, and its versions by name where there are several.
+function withVersions(model) {
+  const some = model.versions.length > 1 ? model.versions : [];
+  return [model, ...some.map(({ version, role }) => ({ ...model, id: `${model.id}@${version}`, role }))];
 }
 
 function chosen(id) {
