@@ -8,6 +8,7 @@ leaves every figure as that call measured it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ ENGLISH = {
     "int8": ["int8"],
     "int8_dynamic": ["int8_dynamic"],
     "int4": ["int4"],
-    "width 3/4 + recovery + int8_dynamic": ["width:share=0.75,recover=100", "int8_dynamic"],
+    "width 3/4, recovery, int8_dynamic": ["width:share=0.75,recover=100", "int8_dynamic"],
+    "4 of 6 layers, distil, int8_dynamic": [
+        "layers:keep=4,by=spaced",
+        "distil:steps=400,rate=0.001,share=0.7",
+        "int8_dynamic",
+    ],
 }
 
 
@@ -77,26 +83,24 @@ def english() -> Any:
 
 
 def main(storage: str = "runs/compression", *, only: str = "") -> None:
-    """Train, compress, and write the section."""
-    lines, figures = [], {}
-    for spec, recipes, metric, step in (
-        (dray.load_spec("sst2_minilm", ONE_EPOCH), SST2, "accuracy", None),
-        (english(), ENGLISH, "perplexity", None),
+    """Train, compress, and write a section for each run."""
+    for spec, recipes, metrics in (
+        (dray.load_spec("sst2_minilm", ONE_EPOCH), SST2, ("accuracy",)),
+        (english(), ENGLISH, ("accuracy", "perplexity")),
     ):
-        if only and spec.name != only:
+        if only not in ("", spec.name):
             continue
         if (
             Run.find(storage, spec.name) is None
             or Run.open(storage, spec.name).status != "completed"
         ):
             train(spec, storage=storage)
-        lines += [
-            f"**{spec.name}**",
-            "",
-            f"| methods | {metric} before | after | difference (95 %) | stored | in memory "
-            "| one row | a batch |",
-            "|---|---|---|---|---|---|---|---|",
+        heads = [f"{metric} before | after | difference (95 %)" for metric in metrics]
+        lines = [
+            f"| methods | {' | '.join(heads)} | stored | in memory | one row | a batch |",
+            "|---" * (5 + 3 * len(metrics)) + "|",
         ]
+        figures = {}
         for number, (words, methods) in enumerate(recipes.items()):
             name = f"{spec.name}-{number}"
             if Run.find(storage, name) is None:
@@ -105,28 +109,32 @@ def main(storage: str = "runs/compression", *, only: str = "") -> None:
                     spec.name,
                     methods,
                     new_name=name,
-                    step=step,
                     train=train,
                     say=partial(print, file=sys.stderr, flush=True),
                 )
             table = Run.open(storage, name).compression()
             assert table is not None, f"{name} has no {RUN_FILE}"
-            figures[f"{spec.name}: {words}"] = table
-            lines.append(_row(words, table, metric))
-        lines.append("")
-    write_section("compression", "\n".join(lines), figures, ROOT / "docs" / "compress.md")
+            figures[words] = table
+            lines.append(_row(words, table, metrics))
+        page = ROOT / "docs" / "compress.md"
+        write_section(f"compression of {spec.name}", "\n".join(lines), figures, page)
 
 
-def _row(words: str, table: dict[str, Any], metric: str) -> str:
-    found, sizes, speed = table["metrics"][metric], table["sizes"], table["speed"]
-    change = found["difference"]
+def _row(words: str, table: dict[str, Any], metrics: Sequence[str]) -> str:
+    sizes, speed = table["sizes"], table["speed"]
+    cells = []
+    for metric in metrics:
+        found = table["metrics"][metric]
+        change = found["difference"]
+        cells += [
+            f"{found['before']['value']:.4f}",
+            f"{found['after']['value']:.4f}",
+            f"{change['value']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f})",
+        ]
     ratios = [sizes["before"][n] / sizes["after"][n] for n in ("weights_bytes", "memory_bytes")]
-    return (
-        f"| {words} | {found['before']['value']:.4f} | {found['after']['value']:.4f} "
-        f"| {change['value']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f}) "
-        f"| ÷ {ratios[0]:.2f} | ÷ {ratios[1]:.2f} | × {speed['row_seconds']['speedup']:.2f} "
-        f"| × {speed['rows_per_second']['speedup']:.2f} |"
-    )
+    cells += [f"÷ {ratio:.2f}" for ratio in ratios]
+    cells += [f"× {speed[n]['speedup']:.2f}" for n in ("row_seconds", "rows_per_second")]
+    return f"| {words} | {' | '.join(cells)} |"
 
 
 def kernels() -> None:
