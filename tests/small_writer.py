@@ -31,8 +31,8 @@ def save_small_writer(folder: Path, row_tokens: int = 256) -> Path:
     return folder
 
 
-def change_weights(folder: Path) -> None:
-    """Make another model of a saved one."""
+def change_weights(folder: Path) -> Path:
+    """Make another model of a saved one. Returns its folder."""
     (path,) = folder.glob("*.safetensors")
     generator = torch.Generator().manual_seed(5)
     weights = {
@@ -40,3 +40,4 @@ def change_weights(folder: Path) -> None:
         for name, tensor in load_file(path).items()
     }
     save_file(weights, path, metadata={"format": "pt"})
+    return folder

@@ -10,16 +10,16 @@ import pytest
 import requests
 
 from dray.cli import main
-from dray_serving import dray_serving
+from dray_serving import Serving, dray_serving
 from small_writer import change_weights, save_small_writer
-from waiting import wait_for
+from waiting import processes_named, wait_for
 
 NEEDS_RAY = "local_ray"  # starts one of its own: tests/conftest.py deals by this word
 
 
 class Service:
-    def __init__(self, url: str, home: Path) -> None:
-        self.url, self.home = url, home
+    def __init__(self, serving: Serving, home: Path) -> None:
+        self.url, self.process, self.home = serving.url, serving.process, home
 
     def ask(self, model: str = "chat", **more: object) -> requests.Response:
         body = {"model": model, "prompt": "what is", "max_tokens": 8, "temperature": 0, **more}
@@ -38,7 +38,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     save_small_writer(home / "first")
     change_weights(save_small_writer(home / "second"))
     with dray_serving(home, "--name", f"chat={home / 'first'}") as serving:
-        yield Service(serving.url, home)
+        yield Service(serving, home)
 
 
 def test_a_version_is_shadow_canary_promoted_and_rolled_back_under_requests(service: Service):
@@ -98,3 +98,11 @@ def test_what_cannot_be_loaded_changes_nothing(service: Service):
     assert service.version() == "1"
     service.do("rollback", "chat")
     assert service.version() == "1"
+
+
+def test_it_ends_while_a_version_is_being_loaded(service: Service):
+    service.do("promote", "chat", str(change_weights(save_small_writer(service.home / "third"))))
+    name = "ServeReplica:model-chat-v4"
+    wait_for(lambda: processes_named(name, service.process), "the replica that loads", 120)
+    service.process.terminate()
+    assert service.process.wait(60) == 0

@@ -49,7 +49,7 @@ def release(
 ) -> Released:
     """Do the stages that the spec has (`Spec.stages`), up to `until`, each unless what it would
     make is there. The last one, `serve`, ends when the process is told to stop; `report` is called
-    before it begins, or at the end.
+    before that, or at the end.
 
     Raises UserError for what cannot be, before anything is written, and RunFailed where training or
     the service ends of itself. A gate that does not hold is told in what is returned.
@@ -58,7 +58,7 @@ def release(
     start = look(spec, storage, run_name)
     releasing = Release(spec, storage, start.name, address=address, verbose=verbose, say=say)
     releasing.check(wanted)
-    released = Released(start.name)
+    released, reported = Released(start.name), False
     with ExitStack() as stack:
         resources = spec.resources
         stack.enter_context(
@@ -73,8 +73,9 @@ def release(
         for stage in wanted:
             if stage in AFTER_RAY:
                 stack.close()
-            if stage == "serve":
+            if stage == "serve" and not releasing.is_served:
                 report(released)
+                reported = True
             began = time.monotonic()
             say(f"── {stage}")
             told: Told = getattr(releasing, stage)()
@@ -86,7 +87,7 @@ def release(
             if told.missed:
                 released.missed = told.missed
                 break
-    if "serve" not in wanted or released.missed:
+    if not reported:
         report(released)
     return released
 

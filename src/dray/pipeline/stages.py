@@ -319,13 +319,21 @@ class Release:
         what = f"version {state.stable} of {served.called}: {served.run}@{served.step}"
         return Told(what, served.called, was_there)
 
+    @property
+    def is_served(self) -> bool:
+        """Whether somebody listens there already."""
+        section = self._spec.serve
+        if section is None or self._address:
+            return False
+        host = "127.0.0.1" if section.host in ("0.0.0.0", "::") else section.host
+        return answers(host, section.port)
+
     def serve(self) -> Told:
         """Answers until it is told to stop; where somebody listens already, that is left so."""
         section, served = self._spec.serve, self._served
         assert section is not None
         place = f"{section.scheme}://{section.host}:{section.port}"
-        host = "127.0.0.1" if section.host in ("0.0.0.0", "::") else section.host
-        if not self._address and answers(host, section.port):
+        if self.is_served:
             what = f"somebody answers at {place}: a `dray serve` of this storage follows by itself"
             return Told(what, place, was_there=True)
         serve_models(

@@ -83,6 +83,10 @@ class Follower:
         """Load nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def join(self) -> None:
+        """Wait for what is being loaded or dropped: it ends of itself once Serve is gone."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
     def _note_loaded(self, name: str) -> None:
         for pair in [pair for pair, future in self._loading.items() if future.done()]:
             if pair[0] != name:

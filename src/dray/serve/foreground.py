@@ -71,6 +71,8 @@ def serve_models(
         cpus = max(1, cores // num_replicas)
         os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
         os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
+        # A thread that asks a Ray which has ended is to fail, not to wait for another one.
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         # Beside what answers, there may be what answered before, and what is to answer.
         needed = 3 * cpus * num_replicas
         with connect(address, num_cpus=needed, verbose=verbose) as connection:
@@ -81,6 +83,7 @@ def serve_models(
                 limits = limits.model_copy(update={"memory_share": share})
             gpus = 1 if connection.shape.accelerator is not None else 0
             service.start(host, port, limits, verbose=verbose, tls=tls)
+            follower = None
             try:
                 options = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
                 versions = service.Versions(
@@ -97,6 +100,8 @@ def serve_models(
                     say(f"{left} requests did not end in {limits.request_seconds:g} seconds")
             finally:
                 service.stop()
+                if follower is not None:
+                    follower.join()  # while there is a Ray that it can ask
 
 
 def begin_records(models: Sequence[Served], storage: str) -> list[Record]:
