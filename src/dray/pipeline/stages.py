@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from dray.cluster.nodes import answers
 from dray.corpus.prepare import prepare
 from dray.errors import RunFailed, StoreError, UserError
 from dray.release.compress.compress import compress, default_name
@@ -25,10 +24,11 @@ from dray.release.export.exporting import identify, write_export
 from dray.release.export.forms import Options, check_options
 from dray.release.export.manifest import is_export, load_told, verify_folder
 from dray.release.export.signing import load_signer
+from dray.release.export.staging import check_free
 from dray.release.trained import Trained, open_trained
 from dray.runs import CheckpointReader, Run
 from dray.runs.finished import is_name_free
-from dray.serve.foreground import check_open, serve_models
+from dray.serve.foreground import check_open, is_taken, serve_models
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
 from dray.serve.request_log import Logged
@@ -94,8 +94,10 @@ class Release:
                 check_options(_options(one))
                 if one.sign is not None:
                     load_signer(one.sign)
-            if "{step}" not in one.folder:
-                _check_folder(self._folder(one, self._name, 0), f"export.{number}.folder")
+            folder = self._folder(one, self._name, 0)
+            if "{step}" not in one.folder and not is_export(folder):
+                with _said(folder, f"export.{number}.folder = {folder}"):
+                    check_free(folder)
         if spec.serve is not None and "promote" in stages:
             Record(self._storage, spec.serve.name or self._name)
             if "serve" in stages:
@@ -325,8 +327,7 @@ class Release:
         section = self._spec.serve
         if section is None or self._address:
             return False
-        host = "127.0.0.1" if section.host in ("0.0.0.0", "::") else section.host
-        return answers(host, section.port)
+        return is_taken(section.host, section.port)
 
     def serve(self) -> Told:
         """Answers until it is told to stop; where somebody listens already, that is left so."""
@@ -359,22 +360,6 @@ def _options(section: Export) -> Options:
         license=section.license,
         key_file=section.sign,
     )
-
-
-def _check_folder(folder: str, where: str) -> None:
-    """Raise StoreError for a folder that is neither free nor an export."""
-    if os.path.lexists(folder) and not is_export(folder):
-        try:
-            taken = bool(os.listdir(folder))
-        except OSError:
-            taken = True
-        if taken:
-            raise StoreError(
-                f"{where} = {folder}",
-                "exists and is no export",
-                "nothing is overwritten",
-                "name another one",
-            )
 
 
 def _missed(gate: Mapping[str, float], found: Mapping[str, Any], better: Mapping[str, str]) -> str:

@@ -59,7 +59,7 @@ def serve_models(
     check_open(host, storage)
     for model in models:
         _check_there(model)
-    if not address and answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port):
+    if not address and is_taken(host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
     if logged is not None and not address:
         check_log(logged)
@@ -102,6 +102,11 @@ def serve_models(
                 service.stop()
                 if follower is not None:
                     follower.join()  # while there is a Ray that it can ask
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether somebody listens already where a service is to."""
+    return answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
 
 
 def begin_records(models: Sequence[Served], storage: str) -> list[Record]:
