@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,12 @@ def test_a_module_that_is_named_in_a_string_is_there():
             )
             is_room = folder.parent == SOURCE and folder.is_dir()
             assert is_room or place in NAMED_IN_STRINGS, f"{path} names {node.value}"
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their file names alone, and collects neither of two alike."""
+    names = Counter(path.name for path in Path(__file__).parents[1].rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_public_name_is_there():
