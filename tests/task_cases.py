@@ -240,6 +240,7 @@ def make(name: str, folder: Path, **sections: Any) -> Spec:
         },
     )
     tree["tokenizer"] = {"train": "byte_bpe", "vocab_size": 300}
+    tree["regularization"] = {"dropout": 0.1}
     tree |= {key: value for key, value in case.sections.items() if key != "data"}
     tree |= sections
     return make_spec({key: value for key, value in tree.items() if key not in case.without})

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,12 @@ def rooms() -> dict[str, list[Path]]:
     return found
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A file of the program, for many tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def names_imported_by(node: ast.AST) -> set[str]:
     """Dotted names, if the node is an import: of modules, or of what is in them."""
     if isinstance(node, ast.Import):
@@ -70,7 +77,7 @@ def names_imported_by(node: ast.AST) -> set[str]:
 def imported_modules(path: Path) -> set[str]:
     """Dotted names below dray that a file imports, anywhere in it, except for annotations alone."""
     names: set[str] = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     skipped = {
         id(child)
         for node in ast.walk(tree)
@@ -152,7 +159,7 @@ FOREIGN = {
 def test_each_foreign_system_is_spoken_to_in_one_place(library: str):
     for path in sorted(SOURCE.rglob("*.py")):
         place = path.relative_to(SOURCE).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             names = names_imported_by(node)
             if any(name == library or name.startswith(library + ".") for name in names):
                 assert place.startswith(FOREIGN[library]), f"{path} imports {library}"
@@ -160,12 +167,13 @@ def test_each_foreign_system_is_spoken_to_in_one_place(library: str):
 
 OTHER_MEANINGS = {
     ("redaction.py", "policy"),
+    ("models/config.py", "embedding"),
     ("models/groups.py", "embedding"),
     ("serve/api.py", "embedding"),
     ("serve/schemas.py", "embedding"),
 }
-"""Words that a file has which happen to be a task's: of a signed URI, of a weight's name, and of
-OpenAI's answers."""
+"""Words that a file has which happen to be a task's: of a signed URI, of dropout, of a weight's
+name, and of OpenAI's answers."""
 
 
 def test_nothing_outside_of_tasks_asks_for_a_task():
@@ -183,7 +191,7 @@ def test_nothing_outside_of_tasks_asks_for_a_task():
         }
         named = {
             node.value
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for node in ast.walk(parsed(path))
             if isinstance(node, ast.Constant)
             and node.value in task_names()
             and (place, node.value) not in OTHER_MEANINGS
@@ -200,7 +208,7 @@ def test_a_module_that_is_named_in_a_string_is_there():
     """Such a name breaks in silence when its file moves. Loggers' names are rooms."""
     for path in sorted(SOURCE.rglob("*.py")):
         place = path.relative_to(SOURCE).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
                 continue
             if re.fullmatch(r"dray(/\w+)+(/|\.py)", node.value):  # as stacks show it
@@ -232,7 +240,7 @@ def test_every_error_of_dray_is_in_one_file():
         if isinstance(node, ast.ClassDef):
             names.add(node.name)
     for path in sorted(SOURCE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and path.name != "errors.py":
                 bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
                 assert not bases & names, f"{path}: {node.name} belongs into errors.py"

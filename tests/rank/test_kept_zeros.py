@@ -19,6 +19,7 @@ def train_pruned(ranks: Ranks, stage: int, precision: str, keeps: bool) -> tuple
     matrix, on this rank."""
     from dray.models.build import build_model
     from dray.models.groups import parameter_groups
+    from dray.rank.chance import Chance
     from dray.rank.engine import build_engine
     from dray.rank.hooks import build_hooks
     from dray.tasks.causal_lm import CausalLM
@@ -48,7 +49,7 @@ def train_pruned(ranks: Ranks, stage: int, precision: str, keeps: bool) -> tuple
         plan,
         ranks,
         make_objective=CausalLM().objective,
-        hooks=build_hooks(spec),
+        hooks=build_hooks(spec, Chance()),
     )
 
     def pieces() -> list[torch.Tensor]:

@@ -188,6 +188,7 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def measure_states(ranks: Ranks, spec: Spec) -> tuple[int, int]:
     """(bytes that the engine keeps for the optimiser and hooks, bytes that the plan counts)"""
+    from dray.rank.chance import Chance
     from dray.rank.engine import build_engine
     from dray.rank.hooks import build_hooks
 
@@ -201,7 +202,7 @@ def measure_states(ranks: Ranks, spec: Spec) -> tuple[int, int]:
         spec.optimizer,
         plan,
         ranks,
-        hooks=build_hooks(spec),
+        hooks=build_hooks(spec, Chance()),
     )
     kept = engine._layout.kept
     held = [engine._optimizer.state[flat][state.name] for flat in kept for state in kept[flat]]

@@ -140,6 +140,7 @@ def build(place: Place, ranks: Ranks, *, initial: bool, kind: type[nn.Module] = 
 
     import dray.models.groups
     from dray.models.groups import parameter_groups
+    from dray.rank.chance import Chance
     from dray.rank.engine import build_engine
     from dray.rank.hooks import build_hooks
 
@@ -162,7 +163,7 @@ def build(place: Place, ranks: Ranks, *, initial: bool, kind: type[nn.Module] = 
         spec.optimizer,
         plan,
         ranks,
-        hooks=build_hooks(spec),
+        hooks=build_hooks(spec, Chance()),
     )
 
 

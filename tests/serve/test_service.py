@@ -121,6 +121,17 @@ def test_records_are_predicted_in_their_order_as_dray_predict_does(ask: Asked, s
         assert one["scores"] == pytest.approx(other["scores"], rel=1e-5)
 
 
+def test_keys_of_the_storage_are_taken_beside_that_of_the_environment(ask: Asked, storage: Path):
+    made = dray(storage.parent, None, "serve", "key", "create", "team", "--storage", str(storage))
+    assert made.returncode == 0, made.stderr
+    key = made.stdout.strip()
+    body = {"records": [{"text": "fine"}]}
+    wait_for(lambda: ask(body, key).status_code == 200, "the new key", 30)
+    assert ask(body).ok
+    dray(storage.parent, None, "serve", "key", "revoke", "team", "--storage", str(storage))
+    wait_for(lambda: ask(body, key).status_code == 401, "the end of the key", 30)
+
+
 def test_classes_are_told_of_texts_as_the_task_says(ask: Asked):
     body = {"model": "words", "input": ["fine thing", "cold thing"]}
     found = ask(body, path="/classify").json()

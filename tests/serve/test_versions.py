@@ -10,7 +10,7 @@ import pytest
 from dray.errors import SpecError, StoreError
 from dray.serve.pinning import check_pinned, pin
 from dray.serve.served import Served
-from dray.serve.versions import Record, State, served_names
+from dray.serve.versions import Record, State
 
 
 def of(step: int) -> Served:
@@ -35,7 +35,6 @@ def test_a_name_goes_from_version_to_version_and_back(tmp_path: Path):
     assert [change.deed for change in again.history()] == [
         "promote", "canary", "promote", "shadow", "rollback", "rollback",
     ]  # fmt: skip
-    assert served_names(str(tmp_path)) == ["chat"]
 
 
 def test_what_is_begun_anew_is_what_was_promoted(tmp_path: Path):

@@ -86,12 +86,27 @@ def test_overrides_reach_dotted_paths(spec_file: Path, override: str, section: s
     assert found == value
 
 
+def test_overrides_reach_the_items_of_a_list(spec_file: Path):
+    spec = load_spec(
+        spec_file,
+        ["data.train=[a, {path: b}, c]", "data.train.1.format=csv", "data.train.2.format=csv"],
+    )
+    found = [(source.path, source.format) for source in spec.data.train]
+    assert found == [("a", "auto"), ("b", "csv"), ("c", "csv")]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("batch.globl_rows=3", "unknown key batch.globl_rows; did you mean batch.global_rows?"),
         ("data.trian=3", "unknown key data.trian; did you mean data.train?"),
         ("data.train={pth: 3}", "unknown key data.train.0.pth; did you mean data.train.path?"),
+        ("data.train=[a.txt] data.train.1.path=b.txt", "the list has no item 1; .* from 0: 0 to 0"),
+        ("data.train=[a.txt] data.train.path=b.txt", "the list has no item path"),
+        (
+            "data.train={path: a.txt} data.train.0.path=b.txt",
+            "the command line: data.train is no list, .* without a number: data.train.KEY",
+        ),
         ("foo=1", "unknown key foo; known here: name, task"),
         (
             "batch.global_rows=0",
@@ -194,7 +209,7 @@ def test_a_mistake_is_one_line_that_says_where_and_what(
     spec_file: Path, override: str, message: str
 ):
     with pytest.raises(SpecError, match=message) as caught:
-        load_spec(spec_file, re.split(r" (?=[a-z._]+=)", override))
+        load_spec(spec_file, re.split(r" (?=[a-z0-9._]+=)", override))
     assert "\n" not in str(caught.value)
 
 

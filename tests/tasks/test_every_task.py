@@ -48,3 +48,36 @@ def test_killed_twice_it_goes_on_elsewhere_with_the_same_rows_and_losses(
     killed = killed_and_resumed(elsewhere, storage, "killed", places=CASES[name].places)
     assert [attempt.num_ranks for attempt in killed.attempts()] == [2, 1, 2]
     assert_same_steps(killed, straight)
+
+
+REGULARIZED = {
+    "dropout": 0.1,
+    "stochastic_depth": 0.2,
+    "l1": 1e-5,
+    "l2": 1e-3,
+    "max_norm": 2.0,
+    "gradient_noise": {"eta": 1e-4},
+    "adversarial": {"name": "pgd", "epsilon": 0.1, "steps": 2},
+    "ema": {"decay": 0.9},
+    "swa": {"first_step": 10, "every_steps": 3},
+}
+
+
+def test_so_does_one_with_all_kinds_of_regularisation(tmp_path: Path, local_ray: None) -> None:
+    folder, storage = tmp_path / "in", str(tmp_path / "runs")
+    folder.mkdir()
+    name, drawn = "sequence_classification", random.Random(0)
+    lines = [json.dumps(CASES[name].record(drawn)) for _ in range(160)]
+    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    lasts = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 5}}
+    lasts |= {"model": {"architecture": "bert", "hidden_size": 32, "num_layers": 2, "num_heads": 2}}
+    lasts |= {"regularization": REGULARIZED}
+    whole = make(name, folder, resources={"workers": 1}, zero={"stage": 0}, **lasts)
+    prepare(whole, storage)
+    straight = train_locally(whole, storage=storage, run_name="straight").run
+
+    def elsewhere(**places: Any) -> Spec:
+        return make(name, folder, **(lasts | places))
+
+    killed = killed_and_resumed(elsewhere, storage, "killed", places=((2, 3), (1, 0), (2, 1)))
+    assert_same_steps(killed, straight)

@@ -592,9 +592,9 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", help="step of the checkpoint, or `best` (default: the newest)")
     parser.add_argument(
         "--weights",
-        choices=("trained", "ema"),
+        choices=("trained", "ema", "swa"),
         default="trained",
-        help="the trained weights, or their moving average, where the spec has one",
+        help="the trained weights, or their moving or equal average, where the spec has one",
     )
 
 

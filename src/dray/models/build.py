@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
@@ -160,9 +160,16 @@ def _make_thin(config: Any, num_blocks: int) -> None:
         config.layer_types = config.layer_types[:num_blocks]
 
 
-def enable_activation_checkpointing(model: Any) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
+
+
+def enable_activation_checkpointing(model: Any, contexts: Contexts | None = None) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them. `contexts`:
+    what a block is computed in the first time, and the second time."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if contexts is not None:
+        options["context_fn"] = contexts
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def compile_model(model: nn.Module, backend: str = "inductor") -> None:

@@ -247,7 +247,7 @@ def _sized_config(spec: Spec, vocab_size: int, pad_token_id: int | None) -> Any:
             f"{model.architecture} has no grouped heads",
             way_out="leave it out",
         )
-    fields |= _intermediate(spec, default) | _dropouts(default, spec.regularization.dropout)
+    fields |= _intermediate(spec, default) | _dropouts(default, spec)
     # Ids of the architecture's own tokeniser may lie outside this one's vocabulary.
     fields |= dict.fromkeys(_token_id_fields(default), 0)
     follows = spec.task.model_options
@@ -375,16 +375,48 @@ def _intermediate(spec: Spec, default: Any) -> dict[str, Any]:
     return dict.fromkeys([name, *twins], spec.model.intermediate_size or width)
 
 
-def _dropouts(config: Any, probability: float) -> dict[str, Any]:
-    """Every dropout probability of a configuration; not the dropping of whole layers."""
-    return {
-        name: probability
+_DROPPED: Mapping[str, tuple[str, ...]] = {
+    "attention": ("attn", "attention"),
+    "embedding": ("embd", "embed"),
+    "activation": ("activation", "relu"),
+    "head": ("classif", "summary", "final", "head"),
+}
+"""What is dropped, by what a field's name has in it; all else is `hidden`."""
+
+
+def _dropouts(config: Any, spec: Spec) -> dict[str, Any]:
+    """Every dropout probability of a configuration; not the dropping of whole layers. Raises
+    SpecError for one that the architecture has not."""
+    given = spec.regularization
+    own = {} if given.dropouts is None else given.dropouts.model_dump(exclude_none=True)
+    names = _dropout_fields(config)
+    kinds = {name: _dropped_by(name) for name in names}
+    if missing := sorted(own.keys() - set(kinds.values())):
+        has = ", ".join(sorted(set(kinds.values()))) or "none"
+        raise SpecError(
+            f"regularization.dropouts.{missing[0]}",
+            f"{config.model_type} drops nothing of that kind",
+            f"it has {has}",
+            "leave it out",
+        )
+    return {name: own.get(kind, given.dropout) for name, kind in kinds.items()}
+
+
+def _dropped_by(name: str) -> str:
+    return next(
+        (kind for kind, words in _DROPPED.items() if any(word in name for word in words)), "hidden"
+    )
+
+
+def _dropout_fields(config: Any) -> list[str]:
+    return [
+        name
         for name, value in config.to_dict().items()
         if ("dropout" in name or "pdrop" in name)
         and "layer" not in name
         and "path" not in name
         and (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)))
-    }
+    ]
 
 
 def _token_id_fields(config: Any) -> list[str]:
@@ -465,9 +497,7 @@ def _origin_config(spec: Spec, vocab_size: int, kept: Mapping[str, Any] | None) 
             check_vocabulary(spec, kept, str(folder), vocab_size)
     config = _kept_config(kept)
     _check_sizes(spec, config)
-    for name, value in (
-        _dropouts(config, spec.regularization.dropout) | _checked_options(spec, config)
-    ).items():
+    for name, value in (_dropouts(config, spec) | _checked_options(spec, config)).items():
         setattr(config, name, value)
     limit = longest_row(config)
     if spec.task.tokenizes and limit is not None and limit < spec.data.sequence_tokens:

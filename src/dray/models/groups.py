@@ -27,7 +27,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters as the optimiser's groups: with weight decay, and (norms, biases,
-    embeddings) without.
+    embeddings) without; `penalized` says so whatever the decay is.
 
     A head tied to the embedding counts as embedding. Works on partitioned parameters: it goes by
     the kind of the module and the full shape. Empty groups are left out.
@@ -46,8 +46,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             (spared if is_spared or flat else decayed).append(parameter)
     order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay, "penalized": True},
+        {"params": spared, "weight_decay": 0.0, "penalized": False},
     ]
     for group in groups:
         group["params"].sort(key=lambda parameter: order[id(parameter)])  # type: ignore[attr-defined]

@@ -122,6 +122,8 @@ class Load:
     working_copies: int
     """Copies in fp32 of what is updated at once that come and go in an update."""
     compiled: bool = False
+    kept_passes: int = 1
+    """Forward passes of a micro batch whose activations are kept at once."""
 
     @property
     def element_bytes(self) -> int:
@@ -227,6 +229,10 @@ def logits_bytes(load: Load) -> int:
 
 
 def _activation_bytes(load: Load) -> int:
+    return load.kept_passes * _activation_bytes_of_a_pass(load)
+
+
+def _activation_bytes_of_a_pass(load: Load) -> int:
     if load.sizes.row is not None:
         return load.micro_rows * load.sizes.row.elements * load.element_bytes
     one_block = layer_bytes_per_token(

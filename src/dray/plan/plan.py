@@ -147,7 +147,9 @@ class _Question:
     @property
     def state_bytes(self) -> int:
         """What the optimiser and hooks keep for all parameters."""
-        averages = 0 if self.spec.regularization.ema is None else MASTER_BYTES * self.count.trained
+        given = self.spec.regularization
+        num_averages = (given.ema is not None) + (given.swa is not None)
+        averages = num_averages * MASTER_BYTES * self.count.trained
         return count_state_bytes(self.spec.optimizer, self.sizes, self.count) + averages
 
     @property
@@ -200,6 +202,7 @@ class _Question:
             state_bytes=self.state_bytes / max(1, self.count.trained),
             working_copies=spec.optimizer.working_copies,
             compiled=setting.compiled,
+            kept_passes=spec.regularization.num_kept_passes,
         )
 
     def peak_flops(self, num_ranks: int) -> float | None:

@@ -31,7 +31,7 @@ from dray.models.initialize import Gathering, no_gathering
 from dray.plan import Plan
 from dray.processes.imports import first_import
 from dray.rank.group import Ranks
-from dray.rank.hooks import Hook, Stepped
+from dray.rank.hooks import Hook, Part, Stepped, Whole
 from dray.rank.layouts import LiveFragment, choose_layout
 from dray.rank.optimizers import build_optimizer
 from dray.spec import Optimizer, State
@@ -76,6 +76,7 @@ class Engine:
         *,
         optimizer: Optimizer,
         hooks: Sequence[Hook] = (),
+        wholes: Mapping[str, Whole] | None = None,
         calendar: Calendar | None = None,
     ) -> None:
         self._engine = deepspeed_engine
@@ -105,6 +106,10 @@ class Engine:
         self._norm: Tensor | None = None
         self._withheld: Tensor | None = None
         self._optimizer.withheld = self._is_withheld
+        self._step = 0
+        self._wholes = wholes or {}
+        if hooks:
+            self._surround_updates()
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -153,6 +158,11 @@ class Engine:
                 hook.before_forward(self.module)
         return self._engine(*inputs, **named_inputs)
 
+    def probe(self, *inputs: Any) -> Any:
+        """The same pass for gradients of what goes in alone: DeepSpeed, which wants a backward pass
+        of its own after each of its forward passes, does not know of it."""
+        return self._engine.module(*inputs)
+
     def train(self, mode: bool) -> None:
         self._engine.train(mode)
 
@@ -172,7 +182,7 @@ class Engine:
     def begin_step(self, step: int) -> None:
         """Say which step (from 1 on) the next passes are of: groups may be trained only from a
         `first_step` on. Without a word all are trained."""
-        self._calendar.step = step
+        self._calendar.step = self._step = step
 
     def step(self, learning_rate: float, *, withhold: Tensor | None = None) -> Update:
         """Update the weights, unless `withhold` (bool) says not to or the gradient norm, which all
@@ -214,6 +224,43 @@ class Engine:
     def _begin(self, hook: Hook) -> None:
         for stepped in self._stepped(hook):
             hook.begin(stepped)
+
+    def _surround_updates(self) -> None:
+        """Call the hooks around each of the optimiser's updates: one of a group of parameters under
+        ZeRO, whose wrappers call `step` themselves."""
+        update = self._optimizer.step
+
+        def step(closure: Any = None) -> Any:
+            parts = self._parts()
+            with torch.no_grad():
+                for hook in self._hooks:
+                    hook.before_update(parts, self._step)
+            result = update(closure)
+            with torch.no_grad():
+                for hook in self._hooks:
+                    hook.after_update_of(parts, self._wholes, self._total_of_parts)
+            return result
+
+        self._optimizer.step = step
+
+    def _parts(self) -> list[Part]:
+        """What the optimiser is about to step on this rank."""
+        gradients = {
+            flat: flat.grad.view(-1)
+            for group in self._optimizer.param_groups
+            for flat in group["params"]
+            if flat.grad is not None
+        }
+        return [
+            Part(name, start, weights, found[at : at + len(weights)], self._wholes[name])
+            for name, start, weights, flat, at in self._layout.places()
+            if (found := gradients.get(flat)) is not None and name in self._wholes
+        ]
+
+    def _total_of_parts(self, mine: Tensor) -> Tensor:
+        if not self._layout.parts_among_ranks:
+            return mine
+        return self._ranks.total(mine.to(self._ranks.device)).to(mine.device)
 
     def _is_withheld(self) -> Tensor:
         """Asked once a group of parameters; the answer is the same for all groups of a step."""
@@ -371,6 +418,7 @@ def build_engine(
         groups = part_hidden(model, groups)
     calendar = Calendar()
     calendar.watch(groups)
+    wholes = _wholes(model, groups)
     stepping = build_optimizer(groups, optimizer)
     objective = model if make_objective is None else make_objective(model)
     deepspeed_engine, *_ = deepspeed.initialize(model=objective, optimizer=stepping, config=config)
@@ -380,8 +428,32 @@ def build_engine(
     if plan.compile:
         compile_model(model)
     return Engine(
-        deepspeed_engine, model, plan, ranks, optimizer=optimizer, hooks=hooks, calendar=calendar
+        deepspeed_engine,
+        model,
+        plan,
+        ranks,
+        optimizer=optimizer,
+        hooks=hooks,
+        wholes=wholes,
+        calendar=calendar,
     )
+
+
+def _wholes(module: torch.nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, Whole]:
+    """The parameters of the optimiser's groups by name, in the module's order."""
+    from transformers.pytorch_utils import Conv1D
+
+    penalized = {id(p) for group in groups if group.get("penalized") for p in group["params"]}
+    turned = {id(part.weight) for part in module.modules() if isinstance(part, Conv1D)}
+    return {
+        name: Whole(
+            tuple(getattr(parameter, "ds_shape", parameter.shape)),
+            is_penalized=id(parameter) in penalized,
+            inputs_first=id(parameter) in turned,
+        )
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _declare(

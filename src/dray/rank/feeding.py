@@ -35,6 +35,12 @@ class StepRows:
     num_targets: int
     num_tokens: int
     row_ids: Ints
+    micro_rows: int
+    """Rows of a micro batch."""
+
+    def ids_of(self, index: int) -> Ints:
+        """The rows of a micro batch; those that hold no row are negative."""
+        return self.row_ids[index * self.micro_rows : (index + 1) * self.micro_rows]
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ def _make_pieces(
                 sum(task.num_targets(batch) for batch in batches),
                 int(tokens),
                 row_ids,
+                stream.micro_rows,
             )
 
 

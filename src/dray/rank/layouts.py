@@ -43,6 +43,8 @@ class Layout:
 
     measures_norm = False
     """Whether DeepSpeed measures the gradients' norm; else the engine does."""
+    parts_among_ranks = False
+    """Whether each rank steps a part of its own of the parameters; else all step all of them."""
 
     def __init__(self, wrapper: Any, module: torch.nn.Module, ranks: Ranks) -> None:
         self.wrapper, self.module, self.ranks = wrapper, module, ranks
@@ -95,6 +97,22 @@ class Layout:
             for state, start, view in self._owned(parameter, master, whole=whole_replicas):
                 if view.numel():
                     yield LiveFragment(name, state, start, view)
+
+    def places(self) -> list[tuple[str, int, Tensor, Tensor, int]]:
+        """What the optimiser steps on this rank, as (parameter's name, its first element, the
+        elements as a 1-D view, the tensor that is stepped, the first element in that)."""
+        flats: dict[int, list[Tensor]] = {}
+        for flat in self.flats():
+            flats.setdefault(flat.untyped_storage().data_ptr(), []).append(flat)
+        found = []
+        for name, state, start, view in self.fragments(whole_replicas=True):
+            if state != "param":
+                continue
+            for flat in flats.get(view.untyped_storage().data_ptr(), ()):
+                at = int(view.storage_offset()) - int(flat.storage_offset())
+                if 0 <= at < flat.numel():
+                    found.append((name, start, view, flat, at))
+        return found
 
     def state_shapes(self) -> dict[str, dict[str, list[int]]]:
         """By parameter and state the shapes of what is kept in another shape than the
@@ -160,6 +178,7 @@ class PartitionedLayout(Layout):
     its place in this rank's flat fp32 partition."""
 
     measures_norm = True
+    parts_among_ranks = True
 
     def __init__(self, wrapper: Any, module: torch.nn.Module, ranks: Ranks) -> None:
         super().__init__(wrapper, module, ranks)
@@ -231,6 +250,7 @@ class Stage3Layout(Layout):
     r · partition on; the last partition is padded."""
 
     measures_norm = True
+    parts_among_ranks = True
 
     def flats(self) -> list[Tensor]:
         return list(self.wrapper.fp32_partitioned_groups_flat)

@@ -18,9 +18,10 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -48,14 +49,16 @@ from dray.order import NO_STEPS, Ints, chain_digest, format_digest, row_digest
 from dray.origin import open_weights
 from dray.processes.heap import prepare_heap
 from dray.rank.cadence import build_cadence
+from dray.rank.chance import Chance
 from dray.rank.device import Clock, Reading, is_queued, send
 from dray.rank.engine import Engine, build_engine, import_deepspeed
 from dray.rank.exploring import explore
 from dray.rank.feeding import StepRows, ValidationRows, feed
 from dray.rank.group import Ranks
-from dray.rank.hooks import build_hooks
+from dray.rank.hooks import build_hooks, check_blocks
 from dray.rank.job import Attempt, Job
 from dray.rank.numerics import Watch
+from dray.rank.passes import Micro, build_passes
 from dray.rank.pulse import Pulse
 from dray.rank.saving import Outcome, Saver
 from dray.rank.schedule import learning_rate
@@ -208,6 +211,8 @@ class _Loop:
         self.newest = inspect_checkpoint(run.filesystem, path) if path else None
         self.spec, self.plan = job.spec, attempt.plan
         decode = Decoder(child(run.corpus_copy, "tokenizer"))
+        self.chance = Chance()
+        self.passes = build_passes(job.spec.regularization, self.chance)
         self.task: Task = job.spec.task.on(job.manifest, job.spec.model.num_labels, decode)
         self.engine: Engine = build_engine(
             self._build_model,
@@ -216,7 +221,7 @@ class _Loop:
             self.plan,
             ranks,
             make_objective=self._make_objective,
-            hooks=build_hooks(self.spec),
+            hooks=build_hooks(self.spec, self.chance),
         )
         self.saver = Saver(
             run,
@@ -261,7 +266,7 @@ class _Loop:
         if self.job.config is None and self.ranks.rank == 0:
             self.run.keep_model(make_kept_config(model))
         if self.plan.activation_checkpointing:
-            enable_activation_checkpointing(model)
+            enable_activation_checkpointing(model, self.chance.contexts)
         module: torch.nn.Module = model
         return module
 
@@ -272,8 +277,11 @@ class _Loop:
 
     def _make_objective(self, model: torch.nn.Module) -> torch.nn.Module:
         objective = self.task.objective(model, self.spec.regularization.label_smoothing)
+        check_blocks(model, self.spec)
+        if not self.plan.compile:
+            self.chance.watch(objective)
         if self.spec.distil is None:
-            return objective
+            return self.passes.around(objective)
         teacher = load_teacher(
             self.job.storage, self.spec.distil, self.job.manifest, self.ranks.device
         )
@@ -338,6 +346,7 @@ class _Loop:
         """Agree on one optimiser update and queue it. Returns whether all ranks stop after it."""
         step, progress = rows.step, self.progress
         agreed = self._agree(rows)
+        self.engine.begin_step(step)
         rate = learning_rate(
             self.spec.schedule, step, self.plan.num_steps or step, self.spec.optimizer.learning_rate
         )
@@ -397,30 +406,49 @@ class _Loop:
         """The gradients of one step. Returns this rank's summed loss (fp64, on the device), and
         marks around its forward passes: those alone, below ZeRO-3, tell a slow rank from a waiting
         one."""
-        self.engine.begin_step(rows.step)
         batches: list[Batch] = rows.batches
         if self.task.explores:
             self.pulse.enter("forward")
             batches = explore(self.engine, self.task, batches, self.ranks)
         self.engine.train(True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        forwards = []
+        forwards: list[tuple[Any, Any]] = []
         for index, batch in enumerate(batches):
-            # Dropout's randomness belongs to the place in the run, so there is no generator to
-            # save.
-            torch.manual_seed(make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index))
-            self.pulse.enter("forward")
-            on_device, begun = send(batch, self.ranks.device), self.clock.mark()
-            terms, _ = self.engine(on_device)
-            summed, _ = terms["loss"]
-            forwards.append((begun, self.clock.mark()))
-            # DeepSpeed averages gradients over ranks; the sum over all targets wants their number
-            # instead.
-            mean = summed * (self.ranks.num_ranks / max(1, all_targets))
-            self.pulse.enter("backward")
-            self.engine.backward(mean, last=index == len(batches) - 1)
-            loss_sum += summed.detach().double()
+            with self._drawing(rows, index):
+                is_last = index == len(batches) - 1
+                backward = partial(self._backward, all_targets=all_targets, is_last=is_last)
+                forward = partial(self._forward, forwards=forwards)
+                micro = Micro(forward, self.engine.probe, backward)
+                on_device = send(batch, self.ranks.device)
+                loss_sum += self.passes.learn(micro, on_device).double()
         return loss_sum, forwards
+
+    def _forward(self, batch: Batch, *, forwards: list[tuple[Any, Any]]) -> Any:
+        self.pulse.enter("forward")
+        begun = self.clock.mark()
+        found = self.engine(batch)
+        forwards.append((begun, self.clock.mark()))
+        return found
+
+    def _backward(self, loss: Tensor, *, last: bool, all_targets: int, is_last: bool) -> None:
+        """DeepSpeed averages gradients over ranks; the sum over all targets wants their number
+        instead."""
+        self.pulse.enter("backward")
+        mean = loss * (self.ranks.num_ranks / max(1, all_targets))
+        self.engine.backward(mean, last=last and is_last)
+
+    @contextmanager
+    def _drawing(self, rows: StepRows, index: int) -> Iterator[None]:
+        """What a micro batch draws: by its rows, so there is no generator to save, and nothing goes
+        by ranks. What torch draws by itself (fused attention on GPUs, compiled models) goes by the
+        place in the run."""
+        torch.manual_seed(make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index))
+        if self.plan.compile:
+            yield
+            return
+        ids = rows.ids_of(index)
+        with self.chance.rows(self.spec.seed, rows.step, ids, self.ranks.device):
+            yield
 
     def _pooled_forward_backward(
         self, rows: StepRows, all_targets: int
@@ -433,14 +461,10 @@ class _Loop:
         nor micro batches show in the loss, and no more than a micro batch has its activations.
         """
         self.engine.train(True)
-        seeds = [
-            make_dropout_seed(self.spec.seed, rows.step, self.ranks.rank, index)
-            for index in range(len(rows.batches))
-        ]
         forwards, parts = [], []
-        for seed, batch in zip(seeds, rows.batches, strict=True):
-            with torch.no_grad():
-                part, marks = self._pooled(batch, seed)
+        for index, batch in enumerate(rows.batches):
+            with torch.no_grad(), self._drawing(rows, index):
+                part, marks = self._pooled(batch)
             parts.append(part)
             forwards.append(marks)
         own = sum(map(len, parts))
@@ -453,21 +477,21 @@ class _Loop:
         mine = torch.zeros((own, *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
         mine[: max(0, len(pool) - first)] = gradient[first : first + own]
         done = 0
-        for index, (seed, batch) in enumerate(zip(seeds, rows.batches, strict=True)):
-            part, marks = self._pooled(batch, seed)
-            forwards.append(marks)
-            share = (part * mine[done : done + len(part)]).sum()
-            done += len(part)
-            self.pulse.enter("backward")
-            self.engine.backward(
-                share * (self.ranks.num_ranks / max(1, all_targets)),
-                last=index == len(rows.batches) - 1,
-            )
+        for index, batch in enumerate(rows.batches):
+            with self._drawing(rows, index):
+                part, marks = self._pooled(batch)
+                forwards.append(marks)
+                share = (part * mine[done : done + len(part)]).sum()
+                done += len(part)
+                self.pulse.enter("backward")
+                self.engine.backward(
+                    share * (self.ranks.num_ranks / max(1, all_targets)),
+                    last=index == len(rows.batches) - 1,
+                )
         return losses.detach()[first : first + own].double().sum(), forwards
 
-    def _pooled(self, batch: Batch, seed: int) -> tuple[Tensor, tuple[Any, Any]]:
+    def _pooled(self, batch: Batch) -> tuple[Tensor, tuple[Any, Any]]:
         """What the model makes of a micro batch, fp32, and marks around its forward pass."""
-        torch.manual_seed(seed)
         self.pulse.enter("forward")
         on_device, begun = send(batch, self.ranks.device), self.clock.mark()
         _, output = self.engine(on_device)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,10 @@ from dray.spec import Spec
 from dray.storage.cache import cache_folder
 
 if TYPE_CHECKING:
+    from dray.rank.chance import Chance
     from dray.rank.engine import Engine
     from dray.rank.group import Ranks
+    from dray.rank.passes import Passes
 
 NUM_BLOCKS = (1, 3)
 """Blocks of the two thin copies."""
@@ -135,7 +138,7 @@ def _place(spec: Spec, plan: Plan, config: Config = None) -> Path:
         "deepspeed": plan.deepspeed,
         "compile": plan.compile,
         "checkpointing": plan.activation_checkpointing,
-        "dropout": spec.regularization.dropout,
+        "regularization": spec.regularization.model_dump(mode="json"),
         "accumulates": plan.batch.accumulation > 1,
     }
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -173,11 +176,11 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, config: Config, folder: str) ->
     sizes = load_dimensions(spec, config=config, counted=plan.counted)
     seconds = [
         _time_steps(
-            _build_thin(spec, plan, config, ranks, sizes, num_blocks=number),
-            spec,
-            plan,
-            ranks,
-            sizes,
+            *_build_thin(spec, plan, config, ranks, sizes, num_blocks=number),
+            spec=spec,
+            plan=plan,
+            ranks=ranks,
+            sizes=sizes,
         )
         for number in NUM_BLOCKS
     ]
@@ -190,11 +193,16 @@ def _run_rank(rank: int, spec: Spec, plan: Plan, config: Config, folder: str) ->
 
 def _build_thin(
     spec: Spec, plan: Plan, config: Config, ranks: Ranks, sizes: Dimensions, *, num_blocks: int
-) -> Engine:
+) -> tuple[Engine, Chance, Passes]:
     from dray.models.build import build_model, enable_activation_checkpointing
     from dray.models.groups import parameter_groups
+    from dray.rank.chance import Chance
     from dray.rank.engine import build_engine
     from dray.rank.hooks import build_hooks
+    from dray.rank.passes import build_passes
+
+    chance = Chance()
+    passes = build_passes(spec.regularization, chance)
 
     def build(constructing: Any, gathering: Any) -> Any:
         model = build_model(
@@ -209,26 +217,42 @@ def _build_thin(
             num_blocks=num_blocks,
         )
         if plan.activation_checkpointing:
-            enable_activation_checkpointing(model)
+            enable_activation_checkpointing(model, chance.contexts)
         return model
 
-    return build_engine(
+    def surround(model: Any) -> Any:
+        objective = _task(spec, sizes).objective(model)
+        chance.watch(objective)
+        return passes.around(objective)
+
+    engine = build_engine(
         build,
         lambda model: parameter_groups(model, spec.optimizer.weight_decay),
         spec.optimizer,
         plan,
         ranks,
-        make_objective=lambda model: _task(spec, sizes).objective(model),
-        hooks=build_hooks(spec),
+        make_objective=surround,
+        hooks=build_hooks(spec, chance),
     )
+    return engine, chance, passes
 
 
 def _time_steps(
-    engine: Engine, spec: Spec, plan: Plan, ranks: Ranks, sizes: Dimensions
+    engine: Engine,
+    chance: Chance,
+    passes: Passes,
+    *,
+    spec: Spec,
+    plan: Plan,
+    ranks: Ranks,
+    sizes: Dimensions,
 ) -> dict[str, float]:
     """Seconds of a micro batch before the last, where the plan has any, and of the last one with
     the update: medians, and their mean over the widths where batches differ in width."""
+    import numpy as np
+
     from dray.rank.exploring import explore
+    from dray.rank.passes import Micro
 
     task = _task(spec, sizes)
     tables = [
@@ -245,6 +269,7 @@ def _time_steps(
     found: dict[str, list[list[float]]] = {name: [[] for _ in tables] for name in ("micro", "last")}
     for number in range(len(tables) * (WARM_STEPS + NUM_STEPS)):
         nth = number % len(tables)
+        engine.begin_step(number + 1)
         table = tables[nth]
         for index in reversed(range(min(2, plan.batch.accumulation))):
             ranks.barrier()
@@ -253,10 +278,10 @@ def _time_steps(
             if task.explores:
                 (batch,) = explore(engine, task, [batch], ranks)
                 engine.train(True)
-            terms, _ = engine(batch)
-            loss, count = terms["loss"]
-            engine.backward(loss / count.clamp(min=1), last=index == 0)
-            del loss, terms
+            with chance.rows(spec.seed, number, np.arange(table.num_rows), ranks.device):
+                targets = max(1, task.num_targets(batch))
+                backward = partial(_backward, engine, targets, index == 0)
+                passes.learn(Micro(engine, engine.probe, backward), batch)
             if index == 0:
                 engine.step(1e-6)
             found["micro" if index else "last"][nth].append(time.perf_counter() - begun)
@@ -266,6 +291,10 @@ def _time_steps(
         )
         for name, by_width in found.items()
     }
+
+
+def _backward(engine: Engine, targets: int, is_last: bool, loss: Any, *, last: bool) -> None:
+    engine.backward(loss / targets, last=last and is_last)
 
 
 def _widths(spec: Spec, plan: Plan) -> list[int]:

@@ -26,7 +26,7 @@ from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint
 from dray.spec import Adapters, Spec
 from dray.storage.filesystem import child, list_files, open_filesystem
 
-Weights = Literal["trained", "ema"]
+Weights = Literal["trained", "ema", "swa"]
 """Which of a checkpoint's weights: those that were trained, or their moving average."""
 
 
@@ -102,7 +102,7 @@ class Trained(Opened):
                 raise StoreError(
                     info.path,
                     f"holds no average of the weights (--weights {self.weights})",
-                    "a run keeps one if its spec has regularization.ema",
+                    f"a run keeps one if its spec has regularization.{self.weights}",
                     "leave --weights out for the trained weights",
                 )
             return _fill(model, reader, self.weights, only)

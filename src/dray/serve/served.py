@@ -26,7 +26,7 @@ class Served(BaseModel):
     run: RunName | None = None
     step: Annotated[int, Field(ge=0, strict=True)] | Literal["best"] | None = None
     """A number, `best`, or nothing for the newest."""
-    weights: Literal["trained", "ema"] = "trained"
+    weights: Literal["trained", "ema", "swa"] = "trained"
     folder: Annotated[str, Field(min_length=1)] | None = None
     """An exported folder, in place of a run."""
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None

@@ -175,9 +175,11 @@ class Gateway:
         for name, handle in handles.items():
             self._versioned(name).follow(Plan(1), {1: _Handle(handle)})
         self._router = Router(self._models, limits)
-        ring = Ring(storage) if storage is not None and has_keys(storage) else None
-        keys = OneKey(read_key(held=ring is not None), ring)
-        self._keys, self._bodies = keys, Bodies(limits)
+        held = storage is not None and has_keys(storage)
+        key = read_key(held)
+        # A service that asks for a key also takes those that are made later.
+        ring = Ring(storage) if storage is not None and (key or held) else None
+        self._keys, self._bodies = OneKey(key, ring), Bodies(limits)
         self._logged = logged
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -261,8 +263,9 @@ def gateway_deployment(
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
     """What Ray Serve builds from its configuration's `args`: the fields of `Served`, or `models`
-    with a list of such; `limits`, and `log` with the fields of `Logged`. Raises SpecError for what
-    these do not have."""
+    with a list of such; `limits`, and `log` with the fields of `Logged`. Keys that `dray serve key`
+    has made in the models' storage are taken, if it is one. Raises SpecError for what these do not
+    have."""
     try:
         given = dict(arguments)
         limits = Limits.model_validate(given.pop("limits", {}))
@@ -289,7 +292,9 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
             name: model_deployment(model, limits, f"model-{name}")
             for name, model in zip(names, models, strict=True)
         }
-    return gateway_deployment(handles, limits, logged=logged)
+    storages = {model.storage for model in models} - {None}
+    keys_of = storages.pop() if len(storages) == 1 else None
+    return gateway_deployment(handles, limits, keys_of, logged)
 
 
 # --- dray serve ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from dray.errors import SpecError, StoreError
 from dray.runs.layout import SERVING
 from dray.serve.served import Name, Served
 from dray.storage.exclusive import create_exclusive
-from dray.storage.filesystem import child, list_files, list_folders, read_bytes, share_filesystem
+from dray.storage.filesystem import child, list_files, read_bytes, share_filesystem
 
 Deed = Literal["promote", "canary", "shadow", "rollback"]
 _FILE = re.compile(r"([0-9]{6})\.json")
@@ -227,11 +227,6 @@ def fold(changes: Iterable[Change]) -> State:
     for change in changes:
         state = after(state, change)
     return state
-
-
-def served_names(storage: str) -> list[str]:
-    """Names that have versions in a storage."""
-    return list_folders(*share_filesystem(child(storage, SERVING, "models")))
 
 
 def told(served: Served) -> str:

@@ -148,7 +148,7 @@ _ALTERNATIVES = {
     "tokenizer": ("path", "run", "train"),
 }
 """Keys of which a section has one: an override replaces the one that is there."""
-_SHORT = {"task": "name", "checkpoint": "every_minutes"}
+_SHORT = {"task": "name", "checkpoint": "every_minutes", "train": "path", "validation": "path"}
 """Sections that may be given by one word, and the key that it stands for."""
 
 
@@ -181,16 +181,39 @@ def with_value(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]
     place."""
     *parents, last = path.split(".")
     changed = dict(tree)
-    node = changed
+    node: Any = changed
+    section = ""  # the last name on the way: a list's items have its name
     for parent in parents:
-        child = node.get(parent)
-        if isinstance(child, str) and parent in _SHORT:
-            child = {_SHORT[parent]: child}
-        node[parent] = dict(child) if isinstance(child, Mapping) else {}
-        node = node[parent]
+        key = _key_in(node, parent, path)
+        child = node[key] if isinstance(node, list) else node.get(key)
+        section = section if isinstance(node, list) else parent
+        if isinstance(child, str) and section in _SHORT:
+            child = {_SHORT[section]: child}
+        if isinstance(child, list):
+            node[key] = list(child)
+        else:
+            node[key] = dict(child) if isinstance(child, Mapping) else {}
+        node = node[key]
+    last_key = _key_in(node, last, path)
     alternatives = _ALTERNATIVES.get(parents[-1], ()) if parents else ()
     if last in alternatives and value is not None:
         for other in alternatives:
             node.pop(other, None)
-    node[last] = value
+    node[last_key] = value
     return changed
+
+
+def _key_in(node: dict[str, Any] | list[Any], part: str, path: str) -> Any:
+    """A part of a dotted path as what it names in a mapping, or the number of a list's item. Raises
+    SpecError for an item that there is not."""
+    if not isinstance(node, list):
+        return part
+    if not part.isdigit() or int(part) >= len(node):
+        items = f"0 to {len(node) - 1}" if node else "none"
+        raise SpecError(
+            "the command line",
+            f"{path}: the list has no item {part}",
+            f"items are counted from 0: {items}",
+            "give the whole list, e.g. key='[…]'",
+        )
+    return int(part)

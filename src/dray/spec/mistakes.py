@@ -66,6 +66,16 @@ def translate(
         f"{path}.".startswith(f"{override.partition('=')[0]}.") for override in overrides
     ):
         where = "the command line"
+    if (
+        first["type"] == "extra_forbidden" and parts[-1].isdigit()
+    ):  # of what may be a list, and is none
+        section = re.sub(r"(\.\d+)+$", "", path)
+        way_out = f"name its keys without a number: {section}.KEY"
+        if any(override.startswith(f"{section}.{parts[-1]}") for override in overrides):
+            where = "the command line"
+        return SpecError(
+            where, f"{section} is no list, it has no item {parts[-1]}", way_out=way_out
+        )
     if first["type"] == "extra_forbidden":
         return SpecError(where, f"unknown key {path}", way_out=_suggest(model, path, parts))
     if first["type"] == "invalid_key":

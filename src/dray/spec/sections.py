@@ -454,11 +454,109 @@ class Ema(Section):
     (1 + n) / (10 + n), so that a short run does not hold on to its initial weights."""
 
 
+class Swa(Section):
+    """The mean of the weights of the last part of a run, beside those that are trained."""
+
+    first_step: Annotated[Int, Field(ge=1)]
+    """The first update after which the weights are taken in; before it the mean is the weights."""
+    every_steps: Annotated[Int, Field(ge=1)] = 1
+    """Updates from one taking in to the next."""
+
+
+class GradientNoise(Section):
+    """Normal noise on the gradients, less of it with every step."""
+
+    eta: Annotated[Float, Field(gt=0)] = 0.01
+    """Its variance at the first step."""
+    gamma: Annotated[Float, Field(ge=0)] = 0.55
+    """It falls as eta / step^gamma."""
+
+
+class Adversarial(Section):
+    """Training on inputs that are made worse: the embeddings of a row are moved to where its loss
+    is greater, within a small distance."""
+
+    name: Literal["fgm", "pgd", "freelb", "smart"]
+    """fgm: one step along the gradient. pgd: several, each back into the ball. freelb: several, and
+    the loss is the mean of all of them. smart: where the outputs change most, and the loss is by
+    how much."""
+    epsilon: Annotated[Float, Field(gt=0)] | None = None
+    """The greatest distance: of a row's embeddings together (2-norm; 1 for fgm, pgd and freelb), of
+    smart of each number (1e-3)."""
+    step_size: Annotated[Float, Field(gt=0)] | None = None
+    """Of each step up: 0.3 for pgd, 0.1 for freelb, 1e-3 for smart; fgm goes epsilon far."""
+    steps: Annotated[Int, Field(ge=1, le=20)] | None = None
+    """Steps up: 3 for pgd and freelb, 1 for smart; fgm has one."""
+    weight: Annotated[Float, Field(gt=0)] | None = None
+    """fgm, pgd: the share of the loss that is of worse inputs (0.5); smart: what the divergence
+    counts beside the loss (1); freelb has none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name, method in (("steps", "fgm"), ("step_size", "fgm"), ("weight", "freelb")):
+            if self.name == method and getattr(self, name) is not None:
+                raise ValueError(f"{method} has no {name}")
+        if self.name in ("fgm", "pgd") and self.weight is not None and self.weight > 1:
+            raise ValueError(f"weight = {self.weight:g}: a share of the loss is at most 1")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Steps up."""
+        return self.steps or {"fgm": 1, "pgd": 3, "freelb": 3, "smart": 1}[self.name]
+
+    @property
+    def num_kept(self) -> int:
+        """Passes whose activations are kept at once."""
+        return 2 if self.name == "smart" else 1
+
+
+class Dropouts(Section):
+    """Dropout probabilities by what is dropped, where the architecture has it; each in the place of
+    `dropout`."""
+
+    attention: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """Attention's probabilities."""
+    hidden: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """What blocks add to what goes through."""
+    embedding: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """What comes from the table."""
+    activation: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """Within feed-forwards."""
+    head: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """What goes into a classifier."""
+
+
 class Regularization(Section):
     """What keeps the model from fitting too closely or diverging."""
 
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability, where the architecture has dropout."""
+    dropouts: Annotated[Dropouts | None, Field(exclude_if=lambda given: given is None)] = None
+    """Other probabilities for some of what is dropped."""
+    stochastic_depth: Annotated[
+        Float, Field(ge=0, lt=1), Field(exclude_if=lambda given: not given)
+    ] = 0.0
+    """Probability that a row passes by the last block; it grows evenly from the first one on."""
+    l1: Annotated[Float, Field(ge=0), Field(exclude_if=lambda given: not given)] = 0.0
+    """What Σ|w| costs, of what weight decay is for. It goes through the gradients, after clipping;
+    reported losses do not have it."""
+    l2: Annotated[Float, Field(ge=0), Field(exclude_if=lambda given: not given)] = 0.0
+    """What Σw²/2 costs, in the same way: other than `optimizer.weight_decay`, which is apart from
+    the gradients."""
+    max_norm: Annotated[
+        Float | None, Field(gt=0), Field(exclude_if=lambda given: given is None)
+    ] = None
+    """Greatest norm of the weights that lead to a unit; they are scaled down after each update."""
+    gradient_noise: Annotated[
+        GradientNoise | None, Field(exclude_if=lambda given: given is None)
+    ] = None
+    """Noise on the gradients, after clipping."""
+    r_drop: Annotated[Float, Field(ge=0), Field(exclude_if=lambda given: not given)] = 0.0
+    """What it costs that two passes of a row, under two masks of dropout, differ (R-Drop: Liang et
+    al. 2021): the weight of the mean of both divergences beside the mean loss of both."""
+    adversarial: Annotated[Adversarial | None, Field(exclude_if=lambda given: given is None)] = None
+    """Training on worse inputs."""
     label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Probability mass spread over all classes in the training loss."""
     clip_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
@@ -469,6 +567,15 @@ class Regularization(Section):
     ema: Annotated[Ema | None, Field(exclude_if=lambda given: given is None)] = None
     """Keep a moving average of the weights, to evaluate or export instead of them
     (`--weights ema`); validation measures the weights themselves. None: no average."""
+    swa: Annotated[Swa | None, Field(exclude_if=lambda given: given is None)] = None
+    """Keep an equal average of the weights from a step on, in the same way (`--weights swa`)."""
+
+    @property
+    def num_kept_passes(self) -> int:
+        """Forward passes of a micro batch whose activations are kept at once."""
+        if self.adversarial is not None:
+            return self.adversarial.num_kept
+        return 2 if self.r_drop else 1
 
 
 class Distil(Section):

@@ -284,6 +284,35 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _passes_again(self) -> Self:
+        given, wanted = self.regularization, list[str]()
+        if given.r_drop:
+            wanted.append("regularization.r_drop")
+        if given.adversarial is not None:
+            wanted.append("regularization.adversarial")
+        if self.distil is not None and wanted:
+            wanted.append("distil")
+        if len(wanted) > 1:
+            raise ValueError(f"{' and '.join(wanted)}: each makes a loss of its own; give one")
+        compares = given.r_drop or (given.adversarial and given.adversarial.name == "smart")
+        if compares and self.zero.stage == 3 and self.task.head.over == "vocabulary":
+            raise ValueError(
+                f"{wanted[0]}: zero.stage = 3: outputs are compared outside of their modules, "
+                "where ZeRO 3 has no weights of a head over a vocabulary; give zero.stage=2"
+            )
+        if wanted and self.task.pools:
+            raise ValueError(
+                f"{wanted[0]}: {self.task.name} has a loss of all rows together, which has one "
+                "pass of each; leave it out"
+            )
+        if given.r_drop and not (given.dropout or given.dropouts):
+            raise ValueError(
+                "regularization.r_drop: two passes without dropout are the same; give "
+                "regularization.dropout=0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _keeps_zeros(self) -> Self:
         if not self.regularization.keep_zeros:
             return self

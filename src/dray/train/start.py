@@ -179,10 +179,13 @@ def open_run(
         if start.run is not None and (spec.keeps_base or find_resume_checkpoint(start.run) is None):
             origin.check()
         origin = origin.pinned()
-    if start.run is None and start.keeper is not None and spec.regularization.ema is not None:
+    if start.run is None and start.keeper is not None:
         before = start.keeper.record()["identity"]["regularization"]
-        if not before.get("ema"):
-            say(f"{start.keeper.name} kept no average of its weights: it begins with the fork")
+        for average in ("ema", "swa"):
+            if getattr(spec.regularization, average) is not None and not before.get(average):
+                say(
+                    f"{start.keeper.name} kept no {average} of its weights: it begins with the fork"
+                )
     run = open_or_create(
         start.storage,
         start.name,

@@ -25,7 +25,8 @@ def make_compressed_spec(trained: Trained, name: str, **sections: Any) -> Spec:
     released = ("evaluate", "compress", "export", "serve")
     for key in ("adapters", "freezing", "distil", *released):
         tree.pop(key, None)
-    tree["regularization"].pop("ema", None)
+    for average in ("ema", "swa"):
+        tree["regularization"].pop(average, None)
     tree["optimizer"].pop("width_transfer", None)
     tree["optimizer"].pop("block_rate", None)
     labels = trained.spec.model.num_labels
