@@ -16,7 +16,7 @@ from dray.serve.schemas import ChatRequest, CompletionRequest, PredictRequest
 def test_a_text_without_an_end_is_read_once(inside: bytes) -> None:
     """Of a million characters: what looked at each again from each quote took hours."""
     body = b'{"model": "' + inside * (900_000 // len(inside))
-    with pytest.raises(Refusal, match="no JSON|nested deeper"):
+    with pytest.raises(Refusal, match=r"no JSON|nested deeper"):
         read_json(body, Limits())
 
 

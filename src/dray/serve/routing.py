@@ -79,16 +79,15 @@ class Router:
         known = self._cards  # another mapping after a change of the versions
         async for place in self._tries():
             if name in known:
-                break
+                return known[name]
             try:
                 known[name] = (await target.card()).model_copy(update={"id": name})
+                return known[name]
             except Lost:
                 await self._pause(place)
             except Full:
                 raise _full() from None
-        else:
-            raise _gone()
-        return known[name]
+        raise _gone()
 
     async def is_ready(self) -> bool:
         """Whether every model has a replica that answers."""
