@@ -24,36 +24,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
-OWN_RAYS = {"cluster", "faults", "security", "serve"}
-"""Folders whose tests start Rays of their own, one after the other."""
-ONE_RAY = {"e2e", "release"}
-"""Folders whose tests use `local_ray`, or a Ray of one command after the other."""
+RAY_FOLDERS = {"cluster", "e2e", "faults", "release"}
+"""Folders whose tests start Rays of their own, too."""
 
 
 class _Lanes(LoadScopeScheduling):
-    """Three lanes: what starts Rays of its own, what shares one, and all else. The first two go one
-    test after the other in a process each, and wait most of the time; the third fills the cores."""
+    """Two lanes: files that share a Ray, and folders that start many, go one after the other in one
+    process; all others fill the other one, since waiting is most of what the first does."""
 
     def _split_scope(self, nodeid: str) -> str:
         """What stays together: xdist's own marks of groups do nothing under pytest 9.2."""
         file = nodeid.partition("::")[0]
-        return _lane(file) or file
+        return "ray" if _needs_ray(file) else file
 
 
 @cache
-def _lane(file: str) -> str:
+def _needs_ray(file: str) -> bool:
     path = Path(__file__).parents[1] / file
-    if path.parent.name in OWN_RAYS:
-        return "own rays"
     text = path.read_text(encoding="utf-8")
-    if path.parent.name in ONE_RAY or any(word in text for word in ("local_ray", "started_head")):
-        return "one ray"
-    return ""
+    return path.parent.name in RAY_FOLDERS or any(
+        word in text for word in ("local_ray", "started_head", "hostile")
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """What `pytest -n 3` deals tests by."""
+    """What `pytest -n 2` deals tests by."""
     return _Lanes(config, log)
 
 
