@@ -24,27 +24,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
-RAY_FOLDERS = {"cluster", "e2e", "faults", "release"}
-"""Folders whose tests start Rays of their own, too."""
+OWN_RAYS = {"cluster", "faults", "security", "serve"}
+"""Folders whose tests start Rays of their own, one after the other."""
+ONE_RAY = {"e2e", "release"}
+"""Folders whose tests use `local_ray`, or a Ray of one command after the other."""
 
 
 class _Lanes(LoadScopeScheduling):
-    """Two lanes: files that share a Ray, and folders that start many, go one after the other in one
-    process; all others fill the other one, since waiting is most of what the first does."""
+    """What starts Rays of its own, and what shares one, each go one test after the other in one
+    process, and wait most of the time. All else goes file by file to whoever is free. A third
+    process would keep two cores so busy that Rays do not start in time."""
 
     def _split_scope(self, nodeid: str) -> str:
         """What stays together: xdist's own marks of groups do nothing under pytest 9.2."""
         file = nodeid.partition("::")[0]
-        return "ray" if _needs_ray(file) else file
+        return _lane(file) or file
 
 
 @cache
-def _needs_ray(file: str) -> bool:
+def _lane(file: str) -> str:
     path = Path(__file__).parents[1] / file
+    if path.parent.name in OWN_RAYS:
+        return "own rays"
     text = path.read_text(encoding="utf-8")
-    return path.parent.name in RAY_FOLDERS or any(
-        word in text for word in ("local_ray", "started_head", "hostile")
-    )
+    if path.parent.name in ONE_RAY or any(word in text for word in ("local_ray", "started_head")):
+        return "one ray"
+    return ""
 
 
 @pytest.hookimpl(optionalhook=True)
