@@ -78,6 +78,7 @@ def test_a_submitted_run_is_the_run_at_home(home: Path, head: Head):
     assert "complete at step 6" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_second_submit_follows_the_first_and_a_stop_saves_the_state(home: Path, head: Head):
     storage = home.parent / "runs"
     words = ["train", "spec.yaml", "--run", "long", "--storage", str(storage)]
@@ -129,6 +130,7 @@ def test_a_mistake_there_has_its_exit_code_here(home: Path, head: Head):
     assert "exit code 2" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_release_ends_with_a_version_that_services_of_the_storage_follow(home: Path, head: Head):
     storage, folder = home.parent / "runs", home.parent / "exported"
     done = dray(

@@ -67,6 +67,7 @@ def test_each_rung_is_a_run_and_together_they_foretell(
     assert best["loss"]["value"] <= loss["value"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_says_what_it_tells(
     climbed: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_it_goes_on_and_says_what_it_tells(
     assert summarize(Sweep.open(str(storage), "whole-ladder"))["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_its_page(climbed: tuple[list[str], Path], tmp_path: Path) -> None:
     _, storage = climbed
     page = tmp_path / "page.html"

@@ -27,6 +27,7 @@ def losses(corpus: Path, storage: str, stage: int, *, base: int | None) -> list[
     return [row["loss"] for row in run.metrics()]
 
 
+@pytest.mark.slow
 def test_stages_agree_with_width_transfer(tiny_corpus: Path, tmp_path: Path) -> None:
     """Two ranks, under every stage, for a model that is four times as wide as its base."""
     storage = str(tmp_path / "runs")

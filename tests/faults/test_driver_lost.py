@@ -16,6 +16,7 @@ from dray.train.driver import train
 from waiting import processes_named, wait_for
 
 
+@pytest.mark.slow
 def test_the_driver_is_killed_and_started_again(
     storage: str, tiny_corpus: Path, undisturbed: Run, measured, tmp_path: Path
 ):

@@ -58,6 +58,7 @@ class Befalling(SweepDisplay):
         self._faults.get(int(trial["name"].rpartition("/")[2]) + 1, lambda: None)()
 
 
+@pytest.mark.slow
 def test_what_befalls_a_trial_leaves_the_others_alone(
     storage: str, tiny_corpus: Path, local_ray: None, name_fault: Callable[..., Path]
 ):

@@ -36,6 +36,7 @@ def test_one_rung_that_went_wrong_hardly_counts() -> None:
     assert fit_law(rungs).loss(*TARGET) == pytest.approx(TRUE.loss(*TARGET), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     inside = 0
     for seed in range(5):

@@ -17,7 +17,7 @@ from resuming import assert_same_steps, killed_and_resumed
 from task_cases import CASES, make
 
 STEPS = 24
-QUICK = ("policy", "image_classification", "embedding")
+QUICK = ("policy", "embedding")
 """Those whose rows or losses hang on other rows or on the model itself. The others go the way that
 these go."""
 
