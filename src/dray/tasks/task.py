@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dray.tasks.parts.graphs import Graph
+    from dray.tasks.parts.scores import Scores
     from dray.tasks.rows import Encoded, Tools
 
 Batch = dict[str, "Tensor"]
@@ -361,6 +362,13 @@ class Task:
     def report(self, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
         """Rows of a table that tells more than the metrics do, by what they are of."""
         found: dict[str, dict[str, float]] = getattr(metrics, "report", dict)()
+        return found
+
+    def scores(self, metrics: TaskMetrics) -> Scores | None:
+        """What the model gave for each row, in the rows' order, as the metrics of them gathered it;
+        None for metrics that keep sums alone."""
+        tell = getattr(metrics, "scores", None)
+        found: Scores | None = None if tell is None else tell(self.labels)
         return found
 
     def measured(self, metrics: TaskMetrics, held: Held | None) -> dict[str, float | None]:
