@@ -50,7 +50,7 @@ def measure(
     device = trained.move_to_device()
     objective = task.objective(trained.model).eval()
     group = corpus.manifest.group_rows
-    apart = by_row and getattr(metrics, "keeps_batches", False)
+    apart = by_row and getattr(metrics, "gather_rows", bool)()
     num_rows = 1 if apart else rows_at_once(trained, task)
     for start in range(first, end, group):  # a group is read at once
         ids = np.arange(start, min(start + group, end), dtype=np.int64)

@@ -366,7 +366,8 @@ class Task:
 
     def scores(self, metrics: TaskMetrics) -> Scores | None:
         """What the model gave for each row, in the rows' order, as the metrics of them gathered it;
-        None for metrics that keep sums alone."""
+        None for metrics that keep sums alone. Metrics that have to be told to gather rows, or that
+        need a row a batch to do so, have `gather_rows`, which says whether they need the latter."""
         tell = getattr(metrics, "scores", None)
         found: Scores | None = None if tell is None else tell(self.labels)
         return found

@@ -187,10 +187,10 @@ def scores_of(measured: Measured) -> Scores:
 
 def _lengths(measured: Measured) -> npt.NDArray[np.int64]:
     """Tokens of each row."""
-    found = []
-    for table in _tables(measured, np.arange(measured.split.num_rows)):
-        found.append(table.column("num_tokens").to_numpy().astype(np.int64))
-    return np.concatenate(found)
+    tables = _tables(measured, np.arange(measured.split.num_rows))
+    return np.concatenate(
+        [table.column("num_tokens").to_numpy().astype(np.int64) for table in tables]
+    )
 
 
 def _tables(measured: Measured, ids: npt.NDArray[np.int64]) -> Any:

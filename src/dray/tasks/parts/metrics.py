@@ -42,8 +42,9 @@ class TokenMetrics:
         self._counts: list[tuple[int, int]] = []
         """Targets and right ones of each batch."""
 
-    keeps_batches = True
-    """Whether what it can tell of rows are sums of batches: of rows, where each is a batch."""
+    def gather_rows(self) -> bool:
+        """Sums of batches are kept in any case: of rows, where each is a batch by itself."""
+        return True
 
     def update(self, batch: Batch, output: Output) -> None:
         counts = int((batch["labels"] != IGNORED).sum()), int(output["num_correct"])
