@@ -300,6 +300,59 @@ def _add_release(commands: Any) -> None:
     )
 
 
+def _add_judging(evaluate: argparse.ArgumentParser) -> None:
+    """What is asked of an evaluation besides its metrics."""
+    evaluate.add_argument(
+        "--intervals",
+        type=int,
+        nargs="?",
+        const=1000,
+        metavar="N",
+        help="a 95 %% interval of each metric, by N samples of the rows (default: 1000)",
+    )
+    evaluate.add_argument(
+        "--slices",
+        action="append",
+        metavar="KIND",
+        help="metrics of parts of the rows, by label, length or source; may be given several times",
+    )
+    evaluate.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit a temperature on half of the rows and measure it on the other half",
+    )
+    evaluate.add_argument(
+        "--against",
+        metavar="RUN2",
+        help="how much greater each metric is in that run (its best or newest step as --step says) "
+        "on the same rows, with interval and p-value",
+    )
+    evaluate.add_argument(
+        "--checks",
+        metavar="FILE",
+        help="prompts with what is expected of their answers, a line of JSON each: "
+        "docs/evaluating.md",
+    )
+    evaluate.add_argument(
+        "--program",
+        metavar="FILE",
+        help="the Python file whose functions --checks may name; it runs",
+    )
+    evaluate.add_argument(
+        "--max-tokens", type=int, default=64, help="of an answer to a check (default: 64)"
+    )
+    evaluate.add_argument(
+        "--html",
+        metavar="FILE",
+        help="all of it as one page, which needs no network; replaces FILE",
+    )
+    evaluate.add_argument(
+        "--texts",
+        action="store_true",
+        help="the texts of the rows that the model is most wrong of, too, in the page and the JSON",
+    )
+
+
 def _add_uses(commands: Any) -> None:
     """What is done with a trained model."""
     evaluate = _add_run(commands, "evaluate", evaluate_command, "metrics of a checkpoint on data")
@@ -323,6 +376,7 @@ def _add_uses(commands: Any) -> None:
         help="measure with N workers on Ray, each with a CPU, and a GPU where there are some "
         "(default: in this process)",
     )
+    _add_judging(evaluate)
     _add_checkpoint(evaluate)
     _add_adapters(evaluate)
     _add_cluster(evaluate)

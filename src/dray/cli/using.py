@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from dray.cli.looking import locate
+from dray.cli.looking import locate, split_place
+from dray.errors import SpecError, StoreError
+from dray.processes.imports import require_package
 
 if TYPE_CHECKING:
+    from dray.release.checks import Check
+    from dray.release.judging.judge import Asked
     from dray.release.trained import Chosen
 
 
@@ -49,51 +55,139 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    from dray.release.evaluate import evaluate
+    from dray.release.evaluate import measure_run
 
     storage, name = locate(arguments)
-    report: dict[str, dict[str, float]] = {}
-    result = evaluate(
-        storage,
-        name,
-        data=arguments.data,
-        step=arguments.step,
-        weights=arguments.weights,
-        chosen=_chosen(arguments),
-        thorough=arguments.thorough,
-        workers=arguments.workers,
-        address=arguments.address,
-        verbose=arguments.verbose,
-        report=report,
-    )
+    asked, checks = _asked(arguments)
+    settings = {
+        "data": arguments.data,
+        "step": arguments.step,
+        "weights": arguments.weights,
+        "chosen": _chosen(arguments),
+        "thorough": arguments.thorough,
+        "workers": arguments.workers,
+        "address": arguments.address,
+        "verbose": arguments.verbose,
+    }
+    measured = measure_run(storage, name, **settings, by_row=asked is not None)
+    result, report = measured.told(), measured.task.report(measured.metrics)
+    more: dict[str, Any] = {}
+    if asked is not None:
+        from dray.release.judging.judge import judge, judge_against
+
+        more["judgement"] = judge(measured, asked)
+        if arguments.against:
+            place, other = split_place(arguments.against, arguments.storage)
+            settings |= {"chosen": type(settings["chosen"])()}
+            second = measure_run(place, other, **settings, by_row=True)
+            more["against"] = judge_against(measured, second, asked.num_draws)
+    if checks:
+        more["checks"] = _checked(arguments, storage, name, checks)
+    if arguments.html:
+        _write_page(arguments.html, result, more, report)
     if arguments.json:
-        arguments.out.say_json(result)
+        arguments.out.say_json(result | more)
     else:
-        shown = {
-            key: f"{value:.6g}"
-            if isinstance(value, float)
-            else "undefined on these rows"
-            if value is None
-            else str(value)
-            for key, value in result.items()
-        }
-        arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
-        if report:
-            arguments.out.say(_table(report))
+        _say_evaluation(arguments, result, more, report)
     return 0
 
 
-def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Rows of numbers by name, under the names of the columns."""
-    columns = list(next(iter(rows.values())))
-    lines = [f"{'':<20} " + " ".join(f"{column:>10}" for column in columns)]
-    for name, values in rows.items():
-        shown = (
-            f"{value:>10.4f}" if isinstance(value, float) else f"{value:>10,}"
-            for value in values.values()
+def _asked(arguments: argparse.Namespace) -> tuple[Asked | None, list[tuple[int, Check]]]:
+    """What is asked besides metrics: None for nothing that needs rows; and the checks. Raises
+    UserError before a model is read."""
+    checks: list[tuple[int, Check]] = []
+    if arguments.checks:
+        from dray.release.checks import read_checks
+
+        checks = read_checks(arguments.checks, arguments.program)
+    elif arguments.program:
+        raise SpecError(
+            "--program", "is of --checks, which is not given", way_out="give --checks FILE, too"
         )
-        lines.append(f"{name:<20} " + " ".join(shown))
-    return "\n".join(lines)
+    if arguments.html:
+        require_package("matplotlib", "report", "a page")
+    wants = (arguments.intervals is not None, arguments.slices, arguments.calibrate)
+    if not any((*wants, arguments.against, arguments.html, arguments.texts)):
+        return None, checks
+    from dray.release.judging.judge import Asked
+
+    asked = Asked(
+        arguments.intervals,
+        tuple(dict.fromkeys(arguments.slices or ())),
+        arguments.calibrate,
+        arguments.texts,
+    )
+    asked.check()
+    return asked, checks
+
+
+def _checked(
+    arguments: argparse.Namespace, storage: str, name: str, checks: Sequence[tuple[int, Check]]
+) -> dict[str, Any]:
+    from dray.release.checks import run_checks, told_checks
+    from dray.release.generate import generate
+    from dray.show.progress import Display
+
+    def write(prompts: Sequence[str]) -> list[str]:
+        return generate(
+            storage,
+            name,
+            prompts,
+            step=arguments.step,
+            weights=arguments.weights,
+            chosen=_chosen(arguments),
+            max_tokens=arguments.max_tokens,
+            temperature=0.0,
+            say=Display().say,
+        )
+
+    return told_checks(run_checks(checks, write, arguments.program))
+
+
+def _write_page(
+    path: str,
+    result: Mapping[str, Any],
+    more: Mapping[str, Any],
+    report: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Write the page whole or not at all. Raises StoreError."""
+    from dray.show.judgement import make_judgement_page
+
+    text = make_judgement_page(result, more, report).render()
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(partial)
+        raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
+
+
+def _say_evaluation(
+    arguments: argparse.Namespace,
+    result: Mapping[str, Any],
+    more: Mapping[str, Any],
+    report: Mapping[str, Mapping[str, float]],
+) -> None:
+    from dray.show.judgement import format_judgement
+
+    shown = {
+        key: f"{value:.6g}"
+        if isinstance(value, float)
+        else "undefined on these rows"
+        if value is None
+        else str(value)
+        for key, value in result.items()
+    }
+    arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
+    if report:
+        arguments.out.say(_table(report))
+    if more:
+        arguments.out.say(format_judgement(more))
+    if arguments.html:
+        arguments.out.say(f"{arguments.html} written: open it in a browser")
 
 
 def generate_command(arguments: argparse.Namespace) -> int:

@@ -180,7 +180,8 @@ class Classes(Scores):
         return costs
 
     def correct(self) -> npt.NDArray[np.bool_]:
-        return self.wanted == self.guesses
+        right: npt.NDArray[np.bool_] = self.wanted == self.guesses
+        return right
 
     def by_label(self) -> Mapping[str, npt.NDArray[np.bool_]]:
         return {name: self.wanted == number for number, name in enumerate(self.labels)}
@@ -476,7 +477,8 @@ class Entities(Scores):
         return costs
 
     def correct(self) -> npt.NDArray[np.bool_]:
-        return self.costs() == 0
+        right: npt.NDArray[np.bool_] = self.costs() == 0
+        return right
 
     def by_label(self) -> Mapping[str, npt.NDArray[np.bool_]]:
         """Sentences with an entity of each type, or with none."""
@@ -507,7 +509,9 @@ def quarters(values: Sequence[float] | Floats | Ints) -> dict[str, npt.NDArray[n
     """Rows by the quarter that their value lies in, those of one value always together; fewer than
     four where values are few."""
     given = np.asarray(values, dtype=np.float64)
-    edges = np.unique(np.quantile(given, [0.25, 0.5, 0.75], method="lower")) if len(given) else []
+    if not len(given):
+        return {}
+    edges = np.unique(np.quantile(given, [0.25, 0.5, 0.75], method="lower"))
     places = np.searchsorted(edges, given, side="left")
     found = {}
     for place in range(len(edges) + 1):

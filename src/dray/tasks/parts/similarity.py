@@ -136,7 +136,7 @@ class RetrievalMetrics:
         """Of each pair, the place of its second text among those of all pairs: rows that are drawn
         again, or left out, stay among them."""
         vectors = torch.from_numpy(np.concatenate(self._vectors))
-        losses, found = self._look_up(vectors)
+        _, found = self._look_up(vectors)
         places = np.array(found, np.float64)
         worth = {
             "recall_1": (places <= 1).astype(np.float64),
