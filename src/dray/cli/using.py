@@ -190,6 +190,19 @@ def _say_evaluation(
         arguments.out.say(f"{arguments.html} written: open it in a browser")
 
 
+def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Rows of numbers by name, under the names of the columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'':<20} " + " ".join(f"{column:>10}" for column in columns)]
+    for name, values in rows.items():
+        shown = (
+            f"{value:>10.4f}" if isinstance(value, float) else f"{value:>10,}"
+            for value in values.values()
+        )
+        lines.append(f"{name:<20} " + " ".join(shown))
+    return "\n".join(lines)
+
+
 def generate_command(arguments: argparse.Namespace) -> int:
     from dray.release.generate import generate
     from dray.show.progress import Display

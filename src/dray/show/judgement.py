@@ -27,9 +27,10 @@ def format_judgement(more: Mapping[str, Any]) -> str:
         found = judged["calibration"]
         before, after = found["before"], found["after"]
         parts.append(
-            f"temperature {found['temperature']:.4g}, fitted on {found['num_fitted']:,} rows; on the "
-            f"other {found['num_measured']:,}: ECE {before['ece']:.4f} → {after['ece']:.4f}, log loss "
-            f"{before['log_loss']:.4f} → {after['log_loss']:.4f}"
+            f"temperature {found['temperature']:.4g}, fitted on {found['num_fitted']:,} rows; "
+            f"on the other {found['num_measured']:,}: "
+            f"ECE {before['ece']:.4f} → {after['ece']:.4f}, "
+            f"log loss {before['log_loss']:.4f} → {after['log_loss']:.4f}"
         )
     for kind, slices in judged.get("slices", {}).items():
         parts += [f"by {kind}", _columns(_slice_rows(slices))]
@@ -145,8 +146,8 @@ def _reliability_note(judged: Mapping[str, Any]) -> str:
         return note
     found = judged["calibration"]
     return (
-        f"{note} A temperature of {found['temperature']:.4g}, fitted on {found['num_fitted']:,} rows "
-        f"and measured on the other {found['num_measured']:,}: ECE {found['before']['ece']:.4f} "
+        f"{note} A temperature of {found['temperature']:.4g}, fitted on {found['num_fitted']:,} "
+        f"rows and measured on the other {found['num_measured']:,}: ECE {found['before']['ece']:.4f} "
         f"before, {found['after']['ece']:.4f} after; log loss {found['before']['log_loss']:.4f} "
         f"before, {found['after']['log_loss']:.4f} after."
     )
@@ -165,9 +166,9 @@ def _add_confusion(page: Page, judged: Mapping[str, Any]) -> None:
 
 def _add_against(page: Page, against: Mapping[str, Any]) -> None:
     note = (
-        f"On the same {against['num']:,} {against['unit']}s; positive differences: the other run is "
-        f"higher. p-values are of a paired permutation test with {against['num_draws']:,} draws, of "
-        "each metric by itself."
+        f"On the same {against['num']:,} {against['unit']}s; positive differences: the other run "
+        "is higher. p-values are of a paired permutation test with "
+        f"{against['num_draws']:,} draws, of each metric by itself."
     )
     page.section(_against_title(against), note)
     _add_table(page, _against_rows(against))
