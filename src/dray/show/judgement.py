@@ -94,8 +94,10 @@ def _add_curves(page: Page, judged: Mapping[str, Any]) -> None:
             for name, one in curves.items()
         ]
         chance = Line("chance", [0, 1], [0, 1], color="#8c959f")
-        labels = {"x_label": "false positive rate", "y_label": "true positive rate"}
-        plots.append(("ROC", draw_lines([*roc, chance][:6], **labels)))
+        shown = draw_lines(
+            [*roc, chance], x_label="false positive rate", y_label="true positive rate"
+        )
+        plots.append(("ROC", shown))
         precise = [
             Line(
                 f"{name} (AP {one['average_precision']:.3f})",
@@ -147,9 +149,9 @@ def _reliability_note(judged: Mapping[str, Any]) -> str:
     found = judged["calibration"]
     return (
         f"{note} A temperature of {found['temperature']:.4g}, fitted on {found['num_fitted']:,} "
-        f"rows and measured on the other {found['num_measured']:,}: ECE {found['before']['ece']:.4f} "
-        f"before, {found['after']['ece']:.4f} after; log loss {found['before']['log_loss']:.4f} "
-        f"before, {found['after']['log_loss']:.4f} after."
+        f"rows and measured on the other {found['num_measured']:,}: "
+        f"ECE {found['before']['ece']:.4f} before, {found['after']['ece']:.4f} after; "
+        f"log loss {found['before']['log_loss']:.4f} before, {found['after']['log_loss']:.4f} after."
     )
 
 

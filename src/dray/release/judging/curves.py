@@ -13,7 +13,8 @@ from dray.tasks.parts.scores import Classes, LabelSets
 
 MOST_POINTS = 200
 """Of a curve: others between them are left out, evenly."""
-MOST_CURVES = 6
+MOST_CURVES = 5
+"""As many as a plot names beside its line of chance."""
 
 
 def curves(scores: Classes | LabelSets) -> dict[str, dict[str, Any]]:

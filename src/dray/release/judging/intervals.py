@@ -7,6 +7,7 @@ Rows are taken as independent draws. Every draw is seeded, so the same rows give
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def intervals(scores: Scores, num_draws: int, seed: int) -> dict[str, dict[str, 
     """By metric `value`, and `low` and `high`: the percentiles of the bootstrap (Efron, 1979) that
     hold LEVEL of its draws. None where it stands for nothing; `num_undefined`: draws in which it
     does, which are left out."""
-    drawn = [scores.take(rows).metrics() for rows in draw_again(len(scores), num_draws, seed)]
+    with _unchecked():
+        drawn = [scores.take(rows).metrics() for rows in draw_again(len(scores), num_draws, seed)]
     return {
         name: {"value": finite(value)} | _between([values[name] for values in drawn])
         for name, value in scores.metrics().items()
@@ -59,16 +61,12 @@ def compare(first: Scores, second: Scores, num_draws: int, seed: int) -> dict[st
     num_rows, both = len(first), first.join(second)
     own, other = first.metrics(), second.metrics()
     observed = {name: other[name] - own[name] for name in own}
-    resampled = [
-        _difference(first.take(rows), second.take(rows))
-        for rows in draw_again(num_rows, num_draws, seed)
-    ]
-    generator, places = np.random.default_rng([seed, 1]), np.arange(num_rows)
-    swapped = []
-    for _ in range(num_draws):
-        shift = np.where(generator.random(num_rows) < 0.5, num_rows, 0)
-        one, two = places + shift, places + (num_rows - shift)
-        swapped.append(_difference(both.take(one), both.take(two)))
+    with _unchecked():
+        resampled = [
+            _difference(first.take(rows), second.take(rows))
+            for rows in draw_again(num_rows, num_draws, seed)
+        ]
+        swapped = _exchanged(both, num_draws, seed)
     return {
         name: {
             "first": finite(own[name]),
@@ -79,6 +77,28 @@ def compare(first: Scores, second: Scores, num_draws: int, seed: int) -> dict[st
         }
         for name, value in observed.items()
     }
+
+
+def _exchanged(both: Scores, num_draws: int, seed: int) -> list[dict[str, float]]:
+    """Differences between two runs, one after the other in `both`, that exchange rows at random."""
+    num_rows = len(both) // 2
+    generator, places = np.random.default_rng([seed, 1]), np.arange(num_rows)
+    found = []
+    for _ in range(num_draws):
+        shift = np.where(generator.random(num_rows) < 0.5, num_rows, 0)
+        one, two = places + shift, places + (num_rows - shift)
+        found.append(_difference(both.take(one), both.take(two)))
+    return found
+
+
+def _unchecked() -> AbstractContextManager[None]:
+    """scikit-learn without its checks of arguments: these are the same each time."""
+    from sklearn import config_context
+
+    found: AbstractContextManager[None] = config_context(
+        assume_finite=True, skip_parameter_validation=True
+    )
+    return found
 
 
 def _difference(first: Scores, second: Scores) -> dict[str, float]:
