@@ -82,7 +82,7 @@ def test_what_rows_of_one_class_cannot_tell_is_undefined() -> None:
     scores = drawn()
     found = scores.take(np.flatnonzero(scores.wanted == 0)).metrics()
     undefined = {name for name, value in found.items() if math.isnan(value)}
-    assert undefined == {"recall", "f1", "auc", "average_precision"}
+    assert undefined == {"recall", "f1", "mcc", "auc", "average_precision"}
     told = intervals(scores.take(np.flatnonzero(scores.wanted == 0)), 20, 0)
     assert told["auc"] == {"value": None, "low": None, "high": None, "num_undefined": 20}
 

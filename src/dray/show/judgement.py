@@ -151,7 +151,8 @@ def _reliability_note(judged: Mapping[str, Any]) -> str:
         f"{note} A temperature of {found['temperature']:.4g}, fitted on {found['num_fitted']:,} "
         f"rows and measured on the other {found['num_measured']:,}: "
         f"ECE {found['before']['ece']:.4f} before, {found['after']['ece']:.4f} after; "
-        f"log loss {found['before']['log_loss']:.4f} before, {found['after']['log_loss']:.4f} after."
+        f"log loss {found['before']['log_loss']:.4f} before, "
+        f"{found['after']['log_loss']:.4f} after."
     )
 
 

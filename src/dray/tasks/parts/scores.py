@@ -127,7 +127,9 @@ class Classes(Scores):
             "precision": float(precision),
             "recall": float(recall) if num != 2 or 1 in every else math.nan,
             "f1": float(f1) if num != 2 or 1 in every else math.nan,
-            "mcc": float(metrics.matthews_corrcoef(wanted, guesses)),
+            "mcc": float(metrics.matthews_corrcoef(wanted, guesses))
+            if len(every) > 1
+            else math.nan,
             **self._areas(every),
             "brier": float(np.mean(self._squares)),
             "log_loss": float(-np.mean(np.log(own))),
