@@ -41,14 +41,15 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, task, seed in (("one", "sequence_classification", 0),
                              ("two", "sequence_classification", 1),
                              ("texts", "causal_lm", 0)):  # fmt: skip
+        columns = {} if task == "causal_lm" else {"label": "label"}
         spec = make_spec(
             tiny_tree(
                 folder,
                 name=name,
                 task=task,
                 data={
-                    "train": [f"{folder}/train.jsonl"],
-                    "validation": {"path": f"{folder}/held.jsonl"},
+                    "train": {"path": f"{folder}/train.jsonl", **columns},
+                    "validation": {"path": f"{folder}/held.jsonl", **columns},
                     "sequence_tokens": 32,
                     "cleaning": {"deduplicate": "none"},
                 },
