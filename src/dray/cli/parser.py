@@ -49,6 +49,7 @@ from dray.cli.using import (
     export_command,
     generate_command,
     predict_command,
+    soup_command,
 )
 from dray.cli.words import Parser
 from dray.errors import SpecError, StoreError
@@ -486,6 +487,38 @@ def _add_uses(commands: Any) -> None:
     )
     _add_checkpoint(export)
     _add_adapters(export)
+    _add_soup(commands)
+
+
+def _add_soup(commands: Any) -> None:
+    """One model of several."""
+    soup = _add(commands, "soup", soup_command, "one run from the mean of the weights of several")
+    soup.add_argument(
+        "models", nargs="*", metavar="RUN", help="RUN, RUN@STEP or RUN@best; two or more"
+    )
+    soup.add_argument("--name", dest="new_name", required=True, help="of the new run")
+    soup.add_argument("--sweep", metavar="SWEEP", help="take the best trials of a sweep, too")
+    soup.add_argument(
+        "--best", type=int, default=3, metavar="K", help="how many of them (default: 3)"
+    )
+    soup.add_argument(
+        "--greedy",
+        action="store_true",
+        help="the best one, then each that makes the mean no worse (default: all of them)",
+    )
+    soup.add_argument(
+        "--metric", help="by which they are ranked (default: the first run's validation.metric)"
+    )
+    soup.add_argument(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help="measure on other data, as `dray evaluate` does (default: the validation rows)",
+    )
+    _add_weights(soup)
+    _add_storage(soup)
+    _add_cluster(soup)
+    _add_json(soup)
 
 
 def _add_serve(commands: Any) -> None:
@@ -644,6 +677,10 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", help="step of the checkpoint, or `best` (default: the newest)")
+    _add_weights(parser)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("trained", "ema", "swa"),

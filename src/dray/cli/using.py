@@ -264,6 +264,37 @@ def compress_command(arguments: argparse.Namespace) -> int:
     return 0 if done.kept else 3
 
 
+def soup_command(arguments: argparse.Namespace) -> int:
+    from dray.release.soup import Ingredient, soup
+    from dray.show.compression import format_soup
+    from dray.show.progress import Display
+    from dray.sweep.record import Sweep
+    from dray.sweep.summary import best_trials
+
+    ingredients = [Ingredient.read(words) for words in arguments.models]
+    if arguments.sweep is not None:
+        names = best_trials(Sweep.open(arguments.storage, arguments.sweep), arguments.best)
+        ingredients += [Ingredient(name, "best") for name in names]
+    table = soup(
+        arguments.storage,
+        ingredients,
+        arguments.new_name,
+        how="greedy" if arguments.greedy else "uniform",
+        metric=arguments.metric,
+        weights=arguments.weights,
+        data=arguments.data,
+        address=arguments.address,
+        verbose=arguments.verbose,
+        say=Display().say,
+    )
+    if arguments.json:
+        arguments.out.say_json({"name": arguments.new_name, **table})
+    else:
+        arguments.out.say(format_soup(table))
+        arguments.out.say(f"{arguments.new_name} is in the store")
+    return 0
+
+
 def export_command(arguments: argparse.Namespace) -> int:
     from dray.release.export import export
     from dray.show.progress import Display

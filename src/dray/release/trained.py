@@ -210,7 +210,7 @@ def _check_chosen(trained: Trained) -> None:
         other = open_trained(trained.run.storage, name)
         if other.spec.adapters is None:
             raise SpecError(f"--adapter {name}", "has no adapters: it was trained whole")
-        if _base_of(other) != _base_of(trained):
+        if base_of(other) != base_of(trained):
             raise SpecError(
                 f"--adapter {name}",
                 f"was trained on another model than {trained.run.name}",
@@ -229,7 +229,7 @@ def _check_chosen(trained: Trained) -> None:
         )
 
 
-def _base_of(trained: Trained) -> Any:
+def base_of(trained: Trained) -> Any:
     """What two runs with the same base have in common: what its weights are known by, or what they
     are drawn from."""
     kept = trained.run.model()

@@ -10,15 +10,15 @@ from dray.plan import format_bytes
 
 def format_compression(table: Mapping[str, Any]) -> str:
     """Lines for people, of what `dray compress --json` gives."""
+    if "soup" in table:
+        return format_soup(table)
     parent, speed, sizes = table["parent"], table["speed"], table["sizes"]
     methods = ", ".join(map(_method, table["methods"]))
     lines = [
         f"compressed   from {parent['run']}, step {parent['step']}: {methods}",
         f"{'':<24}{'before':>22}{'after':>22}  {'difference (95 %)'}",
+        *_metric_lines(table["metrics"]),
     ]
-    for name, found in table["metrics"].items():
-        before, after, change = (found[key] for key in ("before", "after", "difference"))
-        lines.append(f"{name:<24}{_interval(before):>22}{_interval(after):>22}  {_range(change)}")
     before, after = sizes["before"], sizes["after"]
     for name, words in (("weights_bytes", "weights stored"), ("memory_bytes", "weights in memory")):
         lines.append(
@@ -43,6 +43,32 @@ def format_compression(table: Mapping[str, Any]) -> str:
     for limit in table["gate"]:
         lines.append(_limit(limit))
     return "\n".join(lines)
+
+
+def format_soup(table: Mapping[str, Any]) -> str:
+    """Lines for people, of what `dray soup --json` gives."""
+    metric = table["metric"]
+    lines = [
+        f"{table['how']} soup of {sum(one['in'] for one in table['soup'])} models, by {metric}"
+    ]
+    for one in table["soup"]:
+        with_it = "" if one["with_it"] is None else f"  with it {one['with_it']:.6g}"
+        alone = "undefined" if one["value"] is None else f"{one['value']:.6g}"
+        lines.append(f"  {one['model']:<40} {alone:>12}  {'in ' if one['in'] else 'out'}{with_it}")
+    lines += [
+        f"{'':<24}{'best alone':>22}{'soup':>22}  {'difference (95 %)'}",
+        *_metric_lines(table["metrics"]),
+        f"measured on {table['num_rows']:,} rows",
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, found in metrics.items():
+        before, after, change = (found[key] for key in ("before", "after", "difference"))
+        lines.append(f"{name:<24}{_interval(before):>22}{_interval(after):>22}  {_range(change)}")
+    return lines
 
 
 def _method(told: Mapping[str, Any]) -> str:

@@ -94,6 +94,22 @@ def find_trial(sweep: Sweep, which: str) -> Trial:
     return study.trials[number]
 
 
+def best_trials(sweep: Sweep, number: int) -> list[str]:
+    """Names of the trials with the best results, the best one first. Raises StoreError where there
+    are fewer."""
+    study = load_study(sweep)
+    sign = study.scale.sign
+    best = [(trial.best(sign), trial.number) for trial in study.trials.values()]
+    found = [(one.value * sign, trial) for one, trial in best if one and one.value is not None]
+    if len(found) < number:
+        raise StoreError(
+            f"sweep {sweep.name!r}",
+            f"has results of {len(found)} trials, not of {number}",
+            way_out=f"`dray show {sweep.name}` lists them",
+        )
+    return [make_trial_name(sweep.name, trial) for _, trial in sorted(found)[:number]]
+
+
 def summarize_study(study: Study, name: str, status: str, metric: str) -> dict[str, Any]:
     """The state of a sweep as plain values."""
     sign = study.scale.sign
