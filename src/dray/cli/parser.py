@@ -356,7 +356,12 @@ def _add_judging(evaluate: argparse.ArgumentParser) -> None:
 
 def _add_uses(commands: Any) -> None:
     """What is done with a trained model."""
-    evaluate = _add_run(commands, "evaluate", evaluate_command, "metrics of a checkpoint on data")
+    evaluate = _add(commands, "evaluate", evaluate_command, "metrics of a checkpoint on data")
+    _add_runs(evaluate)
+    evaluate.add_argument(
+        "--metric",
+        help="of several models: by which the best one is told (default: validation.metric)",
+    )
     evaluate.add_argument(
         "--data",
         action="append",
@@ -383,9 +388,8 @@ def _add_uses(commands: Any) -> None:
     _add_cluster(evaluate)
     _add_json(evaluate)
 
-    predict = _add_run(
-        commands, "predict", predict_command, "what a checkpoint tells of each record"
-    )
+    predict = _add(commands, "predict", predict_command, "what a checkpoint tells of each record")
+    _add_runs(predict)
     predict.add_argument(
         "--data",
         action="append",
@@ -630,6 +634,31 @@ def _add_run(commands: Any, name: str, command: Command, text: str) -> argparse.
     )
     _add_storage(parser)
     return parser
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """One run, or several that are taken together."""
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="name of a run in the storage, or path of its folder"
+    )
+    parser.add_argument(
+        "others",
+        nargs="*",
+        metavar="RUN",
+        help="further ones, to be taken together with it; of several, RUN may be RUN@STEP or "
+        "RUN@best",
+    )
+    parser.add_argument("--sweep", metavar="SWEEP", help="take the best trials of a sweep, too")
+    parser.add_argument(
+        "--best", type=int, default=3, metavar="K", help="how many of them (default: 3)"
+    )
+    parser.add_argument(
+        "--combine",
+        choices=("soft", "hard", "stacking"),
+        help="of several models: the mean of probabilities or numbers, a vote each, or a "
+        "regression over them, fitted on the held-out rows (default: soft)",
+    )
+    _add_storage(parser)
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:

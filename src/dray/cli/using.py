@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dray.cli.looking import locate, split_place
+from dray.cli.together import evaluate_together, is_together, predict_together_command
 from dray.errors import SpecError, StoreError
 from dray.processes.imports import require_package
 
@@ -29,6 +30,8 @@ def predict_command(arguments: argparse.Namespace) -> int:
     from dray.release.predict import Counts, predict, write_records
     from dray.show.progress import Display
 
+    if is_together(arguments):
+        return predict_together_command(arguments)
     storage, name = locate(arguments)
     counts = Counts()
     found = predict(
@@ -57,6 +60,8 @@ def predict_command(arguments: argparse.Namespace) -> int:
 def evaluate_command(arguments: argparse.Namespace) -> int:
     from dray.release.evaluate import measure_run
 
+    if is_together(arguments):
+        return evaluate_together(arguments)
     storage, name = locate(arguments)
     asked, checks = _asked(arguments)
     settings = {

@@ -211,6 +211,27 @@ def _add_checks(page: Page, checks: Mapping[str, Any]) -> None:
 Rows = list[list[str]]
 
 
+def format_together(found: Mapping[str, Any]) -> str:
+    """Models alone and together, and how far they are from the best one alone."""
+    names = list(found["models"][0]["metrics"])
+    rows = [
+        ["model", *names],
+        *([one["name"], *(_number(one["metrics"][name]) for name in names)]
+          for one in found["models"]),
+    ]  # fmt: skip
+    fitted = f", fitted on {found['num_fitted']:,} held-out" if "num_fitted" in found else ""
+    lines = [
+        f"{found['num']:,} {found['unit']}s{fitted}; best alone by {found['metric']}: "
+        f"{found['best']}",
+        "",
+        _columns(rows),
+    ]
+    for name, metrics in found["against_best"].items():
+        title = f"{name} against {found['best']} ({found['level']:.0%}, paired)"
+        lines += ["", title, _columns(_against_rows({"metrics": metrics}))]
+    return "\n".join(lines)
+
+
 def _metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> Rows:
     has_intervals = any("low" in one for one in metrics.values())
     head = ["metric", "value", *(["low", "high"] if has_intervals else [])]

@@ -208,6 +208,11 @@ class Task:
         }
 
     @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """The place of each class by id, where they are in an order."""
+        return None
+
+    @property
     def model_options(self) -> Mapping[str, Any]:
         """Fields of the model's configuration that follow from the task, where it has them: the
         size of its images, say."""
