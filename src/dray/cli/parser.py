@@ -511,6 +511,12 @@ def _add_soup(commands: Any) -> None:
         help="the best one, then each that makes the mean no worse (default: all of them)",
     )
     soup.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="compare the soup with the mean of its ingredients' answers and with the best of them, "
+        "on the same rows",
+    )
+    soup.add_argument(
         "--metric", help="by which they are ranked (default: the first run's validation.metric)"
     )
     soup.add_argument(

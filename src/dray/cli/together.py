@@ -4,6 +4,7 @@ one run is named."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dray.cli.looking import split_place
@@ -11,6 +12,7 @@ from dray.errors import PlanError, SpecError
 
 if TYPE_CHECKING:
     from dray.release.soup import Ingredient
+    from dray.release.together import Combine
 
 ALONE = ("slices", "calibrate", "checks", "texts", "html", "thorough", "adapter", "no_adapters")
 """Options of one model alone."""
@@ -51,10 +53,8 @@ def _members(arguments: argparse.Namespace) -> list[Ingredient]:
 
 def evaluate_together(arguments: argparse.Namespace) -> int:
     """Models alone and together, with paired tests."""
-    from dray.release.evaluate import measure_run
     from dray.release.judging.judge import Asked
     from dray.release.soup import Ingredient
-    from dray.release.together import judge_together
     from dray.show.judgement import format_together
 
     Asked(arguments.intervals).check()
@@ -66,6 +66,28 @@ def evaluate_together(arguments: argparse.Namespace) -> int:
             "it is measured on others",
             "give --data",
         )
+    beside = [Ingredient.read(arguments.against)] if arguments.against else []
+    settings = {"workers": arguments.workers, "num_draws": arguments.intervals}
+    found = judged_together(arguments, _members(arguments), how, beside, **settings)
+    if arguments.json:
+        arguments.out.say_json(found)
+    else:
+        arguments.out.say(format_together(found))
+    return 0
+
+
+def judged_together(
+    arguments: argparse.Namespace,
+    members: Sequence[Ingredient],
+    how: Combine,
+    beside: Sequence[Ingredient],
+    *,
+    workers: int | None = None,
+    num_draws: int | None = None,
+) -> dict[str, Any]:
+    """Models alone, together, and others beside them, on the same rows."""
+    from dray.release.evaluate import measure_run
+    from dray.release.together import judge_together
 
     def measured(one: Ingredient, data: Any) -> Any:
         place, name = split_place(one.run, arguments.storage)
@@ -75,27 +97,20 @@ def evaluate_together(arguments: argparse.Namespace) -> int:
             data=data,
             step=one.step,
             weights=arguments.weights,
-            workers=arguments.workers,
+            workers=workers,
             address=arguments.address,
             verbose=arguments.verbose,
             by_row=True,
         )
 
-    members = _members(arguments)
-    beside = [Ingredient.read(arguments.against)] if arguments.against else []
-    found = judge_together(
+    return judge_together(
         [measured(one, arguments.data) for one in members],
         how,
         fitted=[measured(one, None) for one in members] if how == "stacking" else (),
         beside=[measured(one, arguments.data) for one in beside],
         metric=arguments.metric,
-        num_draws=arguments.intervals,
+        num_draws=num_draws,
     )
-    if arguments.json:
-        arguments.out.say_json(found)
-    else:
-        arguments.out.say(format_together(found))
-    return 0
 
 
 def predict_together_command(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dray.cli.looking import locate, split_place
-from dray.cli.together import evaluate_together, is_together, predict_together_command
+from dray.cli.together import (
+    evaluate_together,
+    is_together,
+    judged_together,
+    predict_together_command,
+)
 from dray.errors import SpecError, StoreError
 from dray.processes.imports import require_package
 
@@ -272,6 +277,7 @@ def compress_command(arguments: argparse.Namespace) -> int:
 def soup_command(arguments: argparse.Namespace) -> int:
     from dray.release.soup import Ingredient, soup
     from dray.show.compression import format_soup
+    from dray.show.judgement import format_together
     from dray.show.progress import Display
     from dray.sweep.record import Sweep
     from dray.sweep.summary import best_trials
@@ -292,10 +298,17 @@ def soup_command(arguments: argparse.Namespace) -> int:
         verbose=arguments.verbose,
         say=Display().say,
     )
+    together = None
+    if arguments.ensemble:
+        own = [Ingredient(arguments.new_name)]
+        together = judged_together(arguments, ingredients, "soft", own)
     if arguments.json:
-        arguments.out.say_json({"name": arguments.new_name, **table})
+        more = {} if together is None else {"ensemble": together}
+        arguments.out.say_json({"name": arguments.new_name, **table, **more})
     else:
         arguments.out.say(format_soup(table))
+        if together is not None:
+            arguments.out.say(format_together(together))
         arguments.out.say(f"{arguments.new_name} is in the store")
     return 0
 
