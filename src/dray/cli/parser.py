@@ -513,8 +513,8 @@ def _add_soup(commands: Any) -> None:
     soup.add_argument(
         "--ensemble",
         action="store_true",
-        help="compare the soup with the mean of its ingredients' answers and with the best of them, "
-        "on the same rows",
+        help="compare the soup with the mean of its ingredients' answers, and with the best of "
+        "them, on the same rows",
     )
     soup.add_argument(
         "--metric", help="by which they are ranked (default: the first run's validation.metric)"

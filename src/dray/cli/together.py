@@ -96,7 +96,7 @@ def judged_together(
             name,
             data=data,
             step=one.step,
-            weights=arguments.weights,
+            weights=arguments.weights if one in members else "trained",
             workers=workers,
             address=arguments.address,
             verbose=arguments.verbose,
