@@ -4,9 +4,9 @@ plain run, over three seeds, with its interval and its cost in time.
     python -m bench.methods [--only fgm swap …] [--seeds 3] [--sentences 1600]
 
 MiniLM learns a part of SST-2's training sentences, few enough that it overfits; the 872 sentences
-of dev.tsv are measured after the last step. Arms take turns: each seed trains the plain run and every
-method once, by `dray train`; what is done already is found. Reads ../shared/data, the package with
-MiniLM's weights and Debian's mythes-en-us; what of it is absent ends the run.
+of dev.tsv are measured after the last step. Arms take turns: each seed trains the plain run and
+every method once, by `dray train`; what is done already is found. Reads ../shared/data, the package
+with MiniLM's weights and Debian's mythes-en-us; what of it is absent ends the run.
 """
 
 from __future__ import annotations
