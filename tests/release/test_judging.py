@@ -24,16 +24,9 @@ from dray.release.judging.curves import curves
 from dray.release.judging.intervals import compare, compare_right_answers, intervals
 from dray.release.judging.judge import Asked
 from dray.release.judging.slices import check_kinds, slice_metrics
-from dray.tasks.parts.scores import (
-    Classes,
-    Entities,
-    LabelSets,
-    Numbers,
-    Ratios,
-    Scores,
-    perplexity,
-    quarters,
-)
+from dray.tasks.parts.ratio_scores import Ratios, perplexity
+from dray.tasks.parts.scores import Classes, LabelSets, Numbers, Scores, quarters
+from dray.tasks.parts.tag_scores import Entities
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ from dray.errors import PlanError
 from dray.release.predict import predict
 from dray.release.together import combine, fit_stack
 from dray.spec import make_spec
-from dray.tasks.parts.scores import Classes, Entities, LabelSets, Numbers
+from dray.tasks.parts.scores import Classes, LabelSets, Numbers
+from dray.tasks.parts.tag_scores import Entities
 from dray.train import train_locally
 from tiny import tiny_tree
 
@@ -138,7 +139,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
                 batch={"global_rows": 16, "micro_rows": 16},
                 schedule={"name": "cosine", "cycle_steps": 6},
                 duration={"steps": 12},
-                checkpoint={"every_steps": 6, "keep": 3},
+                checkpoint={"every_steps": 6, "keep_last": 3},
                 resources={"workers": 1},
                 validation={"every_steps": 12, "max_rows": None, "metric": "accuracy"},
                 seed=seed,

@@ -58,7 +58,7 @@ def evaluate_together(arguments: argparse.Namespace) -> int:
     from dray.show.judgement import format_together
 
     Asked(arguments.intervals).check()
-    how = arguments.combine or "soft"
+    how: Combine = arguments.combine or "soft"
     if how == "stacking" and not arguments.data:
         raise PlanError(
             "--combine stacking",
@@ -121,7 +121,7 @@ def predict_together_command(arguments: argparse.Namespace) -> int:
 
     counts = Counts()
     places = [(*split_place(one.run, arguments.storage), one.step) for one in _members(arguments)]
-    how = arguments.combine or "soft"
+    how: Combine = arguments.combine or "soft"
     found = predict_together(places, arguments.data, how, arguments.weights, counts)
     if arguments.file is None:
         for record in found:

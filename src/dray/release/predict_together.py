@@ -16,7 +16,8 @@ from dray.release.predict import Counts, predict
 from dray.release.together import Combine, Stack, combine, fit_stack
 from dray.release.trained import Weights, open_trained
 from dray.tasks import Task
-from dray.tasks.parts.scores import Classes, Entities, LabelSets, Numbers, Scores
+from dray.tasks.parts.scores import Classes, LabelSets, Numbers, Scores
+from dray.tasks.parts.tag_scores import Entities
 
 RECORDS_AT_ONCE = 256
 

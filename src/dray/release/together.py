@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +22,11 @@ from dray.errors import PlanError, SpecError
 from dray.release.evaluate import Measured
 from dray.release.judging.intervals import LEVEL, compare, finite
 from dray.release.judging.judge import DEFAULT_DRAWS, SEED, check_same_rows, scores_of
-from dray.tasks.parts.scores import (
-    LEAST_PROBABILITY,
-    Classes,
-    Entities,
-    Floats,
-    LabelSets,
-    Numbers,
-    Scores,
-)
+from dray.tasks.parts.scores import LEAST_PROBABILITY, Classes, Floats, LabelSets, Numbers, Scores
+from dray.tasks.parts.tag_scores import Entities
 
 Combine = Literal["soft", "hard", "stacking"]
-COMBINES = get_args(Combine)
+S = TypeVar("S", bound=Scores)
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,8 @@ def combine(members: Sequence[Scores], how: Combine, stack: Stack | None = None)
     )
 
 
-def _all(members: Sequence[Scores], kind: type[Any]) -> list[Any]:
+def _all(members: Sequence[Scores], kind: type[S]) -> list[S]:
+    """The members, which are of one kind."""
     return [one for one in members if isinstance(one, kind)]
 
 
@@ -87,12 +81,13 @@ def _combined_classes(members: Sequence[Classes], how: Combine) -> Classes:
 
 def _decide(like: Classes, probabilities: Floats) -> npt.NDArray[np.int64]:
     """The likeliest class; of classes in an order the one above which less than half lies."""
+    found: npt.NDArray[np.int64]
     if like.ranks is None:
-        return probabilities.argmax(axis=1)
+        found = probabilities.argmax(axis=1)
+        return found
     order = np.argsort(like.ranks)
     below = probabilities[:, order].cumsum(axis=1)
-    places = (below >= 0.5).argmax(axis=1)
-    found: npt.NDArray[np.int64] = order[places]
+    found = order[(below >= 0.5).argmax(axis=1)]
     return found
 
 
@@ -128,7 +123,7 @@ def fit_stack(members: Sequence[Scores]) -> Stack:
         model = LogisticRegression(max_iter=2000).fit(_features(members), first.wanted)
 
         def classes(others: Sequence[Scores]) -> Scores:
-            own: Any = others[0]
+            (own, *_) = _all(others, Classes)
             seen = model.predict_proba(_features(others))
             likely = np.full((len(own), len(own.labels)), LEAST_PROBABILITY)
             likely[:, model.classes_] = seen
@@ -141,7 +136,7 @@ def fit_stack(members: Sequence[Scores]) -> Stack:
         ridge = RidgeCV(alphas=np.logspace(-4, 4, 17)).fit(found, first.wanted)
 
         def numbers(others: Sequence[Scores]) -> Scores:
-            own: Any = others[0]
+            (own, *_) = _all(others, Numbers)
             given = np.stack([one.found for one in _all(others, Numbers)], axis=1)
             return replace(own, found=ridge.predict(given))
 
@@ -157,7 +152,8 @@ def fit_stack(members: Sequence[Scores]) -> Stack:
 def _features(members: Sequence[Scores]) -> Floats:
     """Logarithms of all models' probabilities, side by side."""
     likely = [one.probabilities for one in _all(members, Classes)]
-    return np.log(np.clip(np.concatenate(likely, axis=1), LEAST_PROBABILITY, 1.0))
+    found: Floats = np.log(np.clip(np.concatenate(likely, axis=1), LEAST_PROBABILITY, 1.0))
+    return found
 
 
 def judge_together(

@@ -29,7 +29,8 @@ from dray.release.judging.intervals import (
     intervals,
 )
 from dray.release.judging.slices import check_kinds, find_slices, slice_metrics
-from dray.tasks.parts.scores import Classes, Entities, LabelSets, Numbers, Scores
+from dray.tasks.parts.scores import Classes, LabelSets, Numbers, Scores
+from dray.tasks.parts.tag_scores import Entities
 
 SEED = 0
 NUM_WORST = 20

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dray.tasks.parts.metrics import total
 from dray.tasks.parts.mixed_labels import given_inputs
-from dray.tasks.parts.scores import Ratios
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.task import Batch, Output, Terms
 
 BLANK = 0

@@ -11,7 +11,7 @@ import torch
 
 from dray.tasks.parts.answer_objectives import good_or_bad_losses
 from dray.tasks.parts.metrics import Gathered, total
-from dray.tasks.parts.scores import Ratios
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.task import Batch, Output
 
 

@@ -12,15 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dray.tasks.parts.scores import (
-    Classes,
-    Entities,
-    LabelSets,
-    Numbers,
-    Ratios,
-    Scores,
-    perplexity,
-)
+from dray.tasks.parts.ratio_scores import Ratios, perplexity
+from dray.tasks.parts.scores import Classes, LabelSets, Numbers, Scores
+from dray.tasks.parts.tag_scores import Entities
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dray.tasks.parts.metrics import total
 from dray.tasks.parts.objectives import NextTokenLoss
-from dray.tasks.parts.scores import Ratios
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.rows import FIRST_WORD, IGNORED
 from dray.tasks.task import Batch, Output, Terms
 

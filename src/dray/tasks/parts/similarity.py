@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dray.tasks.parts.metrics import total
-from dray.tasks.parts.scores import Ratios
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.task import Batch, Output, Terms
 
 ROWS_AT_ONCE = 1024

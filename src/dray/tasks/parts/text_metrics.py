@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from dray.tasks.parts.metrics import TokenMetrics
-from dray.tasks.parts.scores import Ratios, Scores
+from dray.tasks.parts.ratio_scores import Ratios
+from dray.tasks.parts.scores import Scores
 from dray.tasks.parts.texts import Words
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Decode, Output
