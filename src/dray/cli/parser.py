@@ -301,9 +301,67 @@ def _add_release(commands: Any) -> None:
     )
 
 
+def _add_judging(evaluate: argparse.ArgumentParser) -> None:
+    """What is asked of an evaluation besides its metrics."""
+    evaluate.add_argument(
+        "--intervals",
+        type=int,
+        nargs="?",
+        const=1000,
+        metavar="N",
+        help="a 95 %% interval of each metric, by N samples of the rows (default: 1000)",
+    )
+    evaluate.add_argument(
+        "--slices",
+        action="append",
+        metavar="KIND",
+        help="metrics of parts of the rows, by label, length or source; may be given several times",
+    )
+    evaluate.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit a temperature on half of the rows and measure it on the other half",
+    )
+    evaluate.add_argument(
+        "--against",
+        metavar="RUN2",
+        help="how much greater each metric is in that run (its best or newest step as --step says) "
+        "on the same rows, with interval and p-value",
+    )
+    evaluate.add_argument(
+        "--checks",
+        metavar="FILE",
+        help="prompts with what is expected of their answers, a line of JSON each: "
+        "docs/evaluating.md",
+    )
+    evaluate.add_argument(
+        "--program",
+        metavar="FILE",
+        help="the Python file whose functions --checks may name; it runs",
+    )
+    evaluate.add_argument(
+        "--max-tokens", type=int, default=64, help="of an answer to a check (default: 64)"
+    )
+    evaluate.add_argument(
+        "--html",
+        metavar="FILE",
+        help="all of it as one page, which needs no network; replaces FILE",
+    )
+    evaluate.add_argument(
+        "--texts",
+        action="store_true",
+        help="the texts of the rows that the model is most wrong of, too, in the page and the JSON",
+    )
+
+
 def _add_uses(commands: Any) -> None:
     """What is done with a trained model."""
-    evaluate = _add_run(commands, "evaluate", evaluate_command, "metrics of a checkpoint on data")
+    evaluate = _add(commands, "evaluate", evaluate_command, "metrics of a checkpoint on data")
+    _add_runs(evaluate)
+    evaluate.add_argument(
+        "--metric",
+        help="of several models: by which the best one is told (default: validation.metric)",
+    )
     evaluate.add_argument(
         "--data",
         action="append",
@@ -324,14 +382,14 @@ def _add_uses(commands: Any) -> None:
         help="measure with N workers on Ray, each with a CPU, and a GPU where there are some "
         "(default: in this process)",
     )
+    _add_judging(evaluate)
     _add_checkpoint(evaluate)
     _add_adapters(evaluate)
     _add_cluster(evaluate)
     _add_json(evaluate)
 
-    predict = _add_run(
-        commands, "predict", predict_command, "what a checkpoint tells of each record"
-    )
+    predict = _add(commands, "predict", predict_command, "what a checkpoint tells of each record")
+    _add_runs(predict)
     predict.add_argument(
         "--data",
         action="append",
@@ -451,6 +509,12 @@ def _add_soup(commands: Any) -> None:
         "--greedy",
         action="store_true",
         help="the best one, then each that makes the mean no worse (default: all of them)",
+    )
+    soup.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="compare the soup with the mean of its ingredients' answers, and with the best of "
+        "them, on the same rows",
     )
     soup.add_argument(
         "--metric", help="by which they are ranked (default: the first run's validation.metric)"
@@ -576,6 +640,31 @@ def _add_run(commands: Any, name: str, command: Command, text: str) -> argparse.
     )
     _add_storage(parser)
     return parser
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """One run, or several that are taken together."""
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="name of a run in the storage, or path of its folder"
+    )
+    parser.add_argument(
+        "others",
+        nargs="*",
+        metavar="RUN",
+        help="further ones, to be taken together with it; of several, RUN may be RUN@STEP or "
+        "RUN@best",
+    )
+    parser.add_argument("--sweep", metavar="SWEEP", help="take the best trials of a sweep, too")
+    parser.add_argument(
+        "--best", type=int, default=3, metavar="K", help="how many of them (default: 3)"
+    )
+    parser.add_argument(
+        "--combine",
+        choices=("soft", "hard", "stacking"),
+        help="of several models: the mean of probabilities or numbers, a vote each, or a "
+        "regression over them, fitted on the held-out rows (default: soft)",
+    )
+    _add_storage(parser)
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from dray.cli.looking import locate
+from dray.cli.looking import locate, split_place
+from dray.cli.together import (
+    evaluate_together,
+    is_together,
+    judged_together,
+    predict_together_command,
+)
+from dray.errors import SpecError, StoreError
+from dray.processes.imports import require_package
 
 if TYPE_CHECKING:
+    from dray.release.checks import Check
+    from dray.release.judging.judge import Asked
     from dray.release.trained import Chosen
 
 
@@ -23,6 +35,8 @@ def predict_command(arguments: argparse.Namespace) -> int:
     from dray.release.predict import Counts, predict, write_records
     from dray.show.progress import Display
 
+    if is_together(arguments):
+        return predict_together_command(arguments)
     storage, name = locate(arguments)
     counts = Counts()
     found = predict(
@@ -49,38 +63,141 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    from dray.release.evaluate import evaluate
+    from dray.release.evaluate import measure_run
 
+    if is_together(arguments):
+        return evaluate_together(arguments)
     storage, name = locate(arguments)
-    report: dict[str, dict[str, float]] = {}
-    result = evaluate(
-        storage,
-        name,
-        data=arguments.data,
-        step=arguments.step,
-        weights=arguments.weights,
-        chosen=_chosen(arguments),
-        thorough=arguments.thorough,
-        workers=arguments.workers,
-        address=arguments.address,
-        verbose=arguments.verbose,
-        report=report,
-    )
+    asked, checks = _asked(arguments)
+    settings = {
+        "data": arguments.data,
+        "step": arguments.step,
+        "weights": arguments.weights,
+        "chosen": _chosen(arguments),
+        "thorough": arguments.thorough,
+        "workers": arguments.workers,
+        "address": arguments.address,
+        "verbose": arguments.verbose,
+    }
+    measured = measure_run(storage, name, **settings, by_row=asked is not None)
+    result, report = measured.told(), measured.task.report(measured.metrics)
+    more: dict[str, Any] = {}
+    if asked is not None:
+        from dray.release.judging.judge import judge, judge_against
+
+        more["judgement"] = judge(measured, asked)
+        if arguments.against:
+            place, other = split_place(arguments.against, arguments.storage)
+            settings |= {"chosen": type(settings["chosen"])()}
+            second = measure_run(place, other, **settings, by_row=True)
+            more["against"] = judge_against(measured, second, asked.num_draws)
+    if checks:
+        more["checks"] = _checked(arguments, storage, name, checks)
+    if arguments.html:
+        _write_page(arguments.html, result, more, report)
     if arguments.json:
-        arguments.out.say_json(result)
+        arguments.out.say_json(result | more)
     else:
-        shown = {
-            key: f"{value:.6g}"
-            if isinstance(value, float)
-            else "undefined on these rows"
-            if value is None
-            else str(value)
-            for key, value in result.items()
-        }
-        arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
-        if report:
-            arguments.out.say(_table(report))
+        _say_evaluation(arguments, result, more, report)
     return 0
+
+
+def _asked(arguments: argparse.Namespace) -> tuple[Asked | None, list[tuple[int, Check]]]:
+    """What is asked besides metrics: None for nothing that needs rows; and the checks. Raises
+    UserError before a model is read."""
+    checks: list[tuple[int, Check]] = []
+    if arguments.checks:
+        from dray.release.checks import read_checks
+
+        checks = read_checks(arguments.checks, arguments.program)
+    elif arguments.program:
+        raise SpecError(
+            "--program", "is of --checks, which is not given", way_out="give --checks FILE, too"
+        )
+    if arguments.html:
+        require_package("matplotlib", "report", "a page")
+    wants = (arguments.intervals is not None, arguments.slices, arguments.calibrate)
+    if not any((*wants, arguments.against, arguments.html, arguments.texts)):
+        return None, checks
+    from dray.release.judging.judge import Asked
+
+    asked = Asked(
+        arguments.intervals,
+        tuple(dict.fromkeys(arguments.slices or ())),
+        arguments.calibrate,
+        arguments.texts,
+    )
+    asked.check()
+    return asked, checks
+
+
+def _checked(
+    arguments: argparse.Namespace, storage: str, name: str, checks: Sequence[tuple[int, Check]]
+) -> dict[str, Any]:
+    from dray.release.checks import run_checks, told_checks
+    from dray.release.generate import generate
+    from dray.show.progress import Display
+
+    def write(prompts: Sequence[str]) -> list[str]:
+        return generate(
+            storage,
+            name,
+            prompts,
+            step=arguments.step,
+            weights=arguments.weights,
+            chosen=_chosen(arguments),
+            max_tokens=arguments.max_tokens,
+            temperature=0.0,
+            say=Display().say,
+        )
+
+    return told_checks(run_checks(checks, write, arguments.program))
+
+
+def _write_page(
+    path: str,
+    result: Mapping[str, Any],
+    more: Mapping[str, Any],
+    report: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Write the page whole or not at all. Raises StoreError."""
+    from dray.show.judgement import make_judgement_page
+
+    text = make_judgement_page(result, more, report).render()
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(partial)
+        raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
+
+
+def _say_evaluation(
+    arguments: argparse.Namespace,
+    result: Mapping[str, Any],
+    more: Mapping[str, Any],
+    report: Mapping[str, Mapping[str, float]],
+) -> None:
+    from dray.show.judgement import format_judgement
+
+    shown = {
+        key: f"{value:.6g}"
+        if isinstance(value, float)
+        else "undefined on these rows"
+        if value is None
+        else str(value)
+        for key, value in result.items()
+    }
+    arguments.out.say("\n".join(f"{key:<20} {value}" for key, value in shown.items()))
+    if report:
+        arguments.out.say(_table(report))
+    if more:
+        arguments.out.say(format_judgement(more))
+    if arguments.html:
+        arguments.out.say(f"{arguments.html} written: open it in a browser")
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -160,6 +277,7 @@ def compress_command(arguments: argparse.Namespace) -> int:
 def soup_command(arguments: argparse.Namespace) -> int:
     from dray.release.soup import Ingredient, soup
     from dray.show.compression import format_soup
+    from dray.show.judgement import format_together
     from dray.show.progress import Display
     from dray.sweep.record import Sweep
     from dray.sweep.summary import best_trials
@@ -180,10 +298,17 @@ def soup_command(arguments: argparse.Namespace) -> int:
         verbose=arguments.verbose,
         say=Display().say,
     )
+    together = None
+    if arguments.ensemble:
+        own = [Ingredient(arguments.new_name)]
+        together = judged_together(arguments, ingredients, "soft", own)
     if arguments.json:
-        arguments.out.say_json({"name": arguments.new_name, **table})
+        more = {} if together is None else {"ensemble": together}
+        arguments.out.say_json({"name": arguments.new_name, **table, **more})
     else:
         arguments.out.say(format_soup(table))
+        if together is not None:
+            arguments.out.say(format_together(together))
         arguments.out.say(f"{arguments.new_name} is in the store")
     return 0
 

@@ -18,6 +18,8 @@ def learning_rate(schedule: Schedule, step: int, num_steps: int, peak: float) ->
     Warm-up rises linearly from 0 to the peak at `warmup_steps`. cosine and linear fall from there
     to `floor_share · peak` at `decay_steps` (none: num_steps) and stay; wsd holds the peak and
     falls linearly over the last `decay_steps` (none: a tenth). Past num_steps the last rate holds.
+    With `cycle_steps` cosine falls anew after each so many steps (SGDR: Loshchilov and Hutter,
+    2017).
     Raises ValueError below step 1.
     """
     if step < 1:
@@ -29,6 +31,10 @@ def learning_rate(schedule: Schedule, step: int, num_steps: int, peak: float) ->
     else:
         begin, end = schedule.warmup_steps, schedule.decay_steps or num_steps
     rate = peak
+    if schedule.cycle_steps is not None and step > begin:
+        step_of_cycle = (step - begin - 1) % schedule.cycle_steps + 1
+        share = (1 + math.cos(math.pi * step_of_cycle / schedule.cycle_steps)) / 2
+        return floor + (peak - floor) * share
     if schedule.name != "constant" and step > begin:
         progress = min(1.0, (step - begin) / max(1, end - begin))
         share = (

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from dray.cluster.connection import connect
@@ -19,9 +20,43 @@ from dray.origin import Origin, make_origin
 from dray.release.measuring import measure, measure_on_workers
 from dray.release.trained import Chosen, Trained, Weights, load_trained, open_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
+from dray.tasks import Task, TaskMetrics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's checkpoint that was measured on rows: the metrics keep what it gave for them."""
+
+    trained: Trained
+    task: Task
+    corpus: Corpus
+    split: Split
+    metrics: TaskMetrics
+
+    def told(self) -> dict[str, Any]:
+        """As `evaluate` tells it."""
+        trained, split = self.trained, self.split
+        values: dict[str, float | None] = self.task.measured(self.metrics, split)
+        told = {"run": trained.run.name, "step": trained.checkpoint.step}
+        told |= {"num_rows": split.num_rows}
+        kind = {} if trained.weights == "trained" else {"weights": trained.weights}
+        return told | kind | trained.chosen.told() | values
 
 
 def evaluate(
+    storage: str, name: str, *, report: dict[str, dict[str, float]] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Metrics by name, with `step` and `num_rows` (and `weights`, where they are not the trained
+    ones); None for one that stands for nothing on these rows. `report` gets what the task tells
+    besides, by what it is of. Settings and errors are those of `measure_run`.
+    """
+    measured = measure_run(storage, name, **settings)
+    if report is not None:
+        report.update(measured.task.report(measured.metrics))
+    return measured.told()
+
+
+def measure_run(
     storage: str,
     name: str,
     *,
@@ -33,17 +68,16 @@ def evaluate(
     workers: int | None = None,
     address: str | None = None,
     verbose: bool = False,
-    report: dict[str, dict[str, float]] | None = None,
-) -> dict[str, Any]:
-    """Metrics by name, with `step` and `num_rows` (and `weights`, where they are not the trained
-    ones); None for one that stands for nothing on these rows. `report` gets what the task tells
-    besides, by what it is of.
+    by_row: bool = False,
+) -> Measured:
+    """A run's checkpoint measured.
 
     `data`: paths, or YAML mappings like a spec's data source; none: the run's validation rows.
     Other data may be any slice, of one class alone, too. `thorough`: to the letter of the task's
     metric, at a greater cost (`Task.thorough`). `workers`: how many measure at once, on Ray, with a
     CPU and, where the cluster has GPUs, a GPU each; none: this process does, and needs no Ray for
-    the validation rows. Raises UserError for data that cannot be evaluated.
+    the validation rows. `by_row`: metrics that keep sums of batches get each row by itself. Raises
+    UserError for data that cannot be evaluated.
     """
     if workers is not None and workers < 1:
         raise PlanError("--workers", f"is {workers}", "at least one worker measures")
@@ -73,15 +107,11 @@ def evaluate(
         corpus, split = rows or prepare_other(trained, data or (), storage)
         if workers:  # which read it when their turn comes
             stack.enter_context(trained.run.hold(trained.checkpoint))
-            metrics = measure_on_workers(trained, task, corpus, split, workers)
+            metrics = measure_on_workers(trained, task, corpus, split, workers, by_row=by_row)
         else:
-            metrics = measure(trained, task, corpus, split, first=0, end=split.num_rows)
-    if report is not None:
-        report.update(task.report(metrics))
-    values: dict[str, float | None] = task.measured(metrics, split)
-    told = {"run": name, "step": trained.checkpoint.step, "num_rows": split.num_rows}
-    told |= ({} if weights == "trained" else {"weights": weights}) | chosen.told()
-    return told | values
+            every = split.num_rows
+            metrics = measure(trained, task, corpus, split, first=0, end=every, by_row=by_row)
+    return Measured(trained, task, corpus, split, metrics)
 
 
 def held_out(trained: Trained) -> tuple[Corpus, Split]:

@@ -35,15 +35,23 @@ PARTS_A_WORKER = 4
 
 @torch.no_grad()
 def measure(
-    trained: Trained, task: Task, corpus: Corpus, split: Split, *, first: int, end: int
+    trained: Trained,
+    task: Task,
+    corpus: Corpus,
+    split: Split,
+    *,
+    first: int,
+    end: int,
+    by_row: bool = False,
 ) -> TaskMetrics:
     """The sums of the task's metrics over the rows from `first` to before `end`, in this process,
-    on the GPU where there is one."""
+    on the GPU where there is one. `by_row`: those that keep sums of batches get a row a batch."""
     metrics = task.new_metrics()
     device = trained.move_to_device()
     objective = task.objective(trained.model).eval()
     group = corpus.manifest.group_rows
-    num_rows = rows_at_once(trained, task)
+    apart = by_row and getattr(metrics, "gather_rows", bool)()
+    num_rows = 1 if apart else rows_at_once(trained, task)
     for start in range(first, end, group):  # a group is read at once
         ids = np.arange(start, min(start + group, end), dtype=np.int64)
         rows = read_rows(corpus.folder, corpus.manifest, split, ids)
@@ -55,7 +63,13 @@ def measure(
 
 
 def measure_on_workers(
-    trained: Trained, task: Task, corpus: Corpus, split: Split, num_workers: int
+    trained: Trained,
+    task: Task,
+    corpus: Corpus,
+    split: Split,
+    num_workers: int,
+    *,
+    by_row: bool = False,
 ) -> TaskMetrics:
     """The same over all rows of the split, by workers of the connected Ray with a CPU each, and a
     GPU where a node has one.
@@ -78,7 +92,13 @@ def measure_on_workers(
     bounds = np.linspace(0, split.num_rows, num_workers * PARTS_A_WORKER + 1).astype(int).tolist()
     parts = [(first, end) for first, end in pairwise(bounds) if first < end]
     run, step = trained.run, trained.checkpoint.step
-    what = (run.storage, run.name, step, trained.weights, trained.chosen), task, corpus, split
+    what = (
+        (run.storage, run.name, step, trained.weights, trained.chosen),
+        task,
+        corpus,
+        split,
+        by_row,
+    )
     work = ray.remote(
         num_cpus=1,
         num_gpus=num_gpus,
@@ -117,8 +137,9 @@ def _take_one(pending: dict[Any, int], states: dict[int, dict[str, Any]]) -> Non
 
 
 def _measure_part(what: Any, first: int, end: int) -> dict[str, Any]:
-    place, task, corpus, split = what
-    return measure(_open_once(*place), task, corpus, split, first=first, end=end).state()
+    place, task, corpus, split, by_row = what
+    trained = _open_once(*place)
+    return measure(trained, task, corpus, split, first=first, end=end, by_row=by_row).state()
 
 
 @lru_cache(maxsize=1)

@@ -428,8 +428,21 @@ class Schedule(Section):
     decay_steps: Annotated[Int, Field(ge=1)] | None = None
     """cosine, linear: the step at which the floor is reached (none: the last). wsd: length of the
     decay (none: a tenth)."""
+    cycle_steps: Annotated[
+        Annotated[Int, Field(ge=2)] | None, Field(exclude_if=lambda given: given is None)
+    ] = None
+    """cosine: steps of a fall from the peak to the floor, after which the next one begins (snapshot
+    ensembles: a checkpoint at the end of each is a model of its own). None: one fall."""
     floor_share: Annotated[Float, Field(ge=0, le=1)] = 0.1
     """The final rate, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _cycles(self) -> Self:
+        if self.cycle_steps is not None and (self.name != "cosine" or self.decay_steps is not None):
+            raise ValueError(
+                f"schedule.cycle_steps = {self.cycle_steps}: it is of cosine, without decay_steps"
+            )
+        return self
 
     def check_length(self, num_steps: int) -> None:
         """Raise ValueError if a run of so many steps is too short for it."""

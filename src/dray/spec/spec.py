@@ -415,13 +415,14 @@ class Spec(Section):
         """Whether a longer duration leaves the learning rate of all steps done as it was, the last
         ones' too."""
         return self.schedule.name == "constant" or (
-            self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is not None
+            self.schedule.name in ("cosine", "linear") and not self.duration_is_identity
         )
 
     @property
     def duration_is_identity(self) -> bool:
         """Whether the learning rate at a given step depends on the run's duration."""
-        return self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is None
+        falls = self.schedule.name in ("cosine", "linear") and self.schedule.decay_steps is None
+        return falls and self.schedule.cycle_steps is None
 
     def identity(self) -> dict[str, Any]:
         """The part of the spec that changes the result."""

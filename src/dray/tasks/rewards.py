@@ -38,6 +38,15 @@ def numeric(answer: str, wanted: str, prompt: str) -> float:
     return float(bool(found and right) and _value(found[-1]) == _value(right[-1]))
 
 
+def numeric_within(answer: str, wanted: str, tolerance: float) -> bool:
+    """Whether the last number of the answer is at most so far from the last one that was wanted.
+    Raises ValueError where no number was wanted."""
+    found, right = (_NUMBER.findall(text) for text in (answer, wanted))
+    if not right:
+        raise ValueError(f"{wanted!r} holds no number")
+    return bool(found) and abs(_value(found[-1]) - _value(right[-1])) <= Decimal(str(tolerance))
+
+
 def _value(number: str) -> Decimal:
     return Decimal(number.replace(",", ""))
 

@@ -147,6 +147,10 @@ class SequenceClassification(Task):
             )
 
     @property
+    def ranks(self) -> tuple[int, ...] | None:
+        return tuple(self._ranks) if self.settings.labels == "ordinal" else None
+
+    @property
     def _ranks(self) -> list[int]:
         """The place in the order of each class by id."""
         if {*self.settings.order} != {*self.labels}:  # it is theirs, or there is no corpus

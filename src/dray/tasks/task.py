@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dray.tasks.parts.graphs import Graph
+    from dray.tasks.parts.scores import Scores
     from dray.tasks.rows import Encoded, Tools
 
 Batch = dict[str, "Tensor"]
@@ -207,6 +208,11 @@ class Task:
         }
 
     @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """The place of each class by id, where they are in an order."""
+        return None
+
+    @property
     def model_options(self) -> Mapping[str, Any]:
         """Fields of the model's configuration that follow from the task, where it has them: the
         size of its images, say."""
@@ -361,6 +367,14 @@ class Task:
     def report(self, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
         """Rows of a table that tells more than the metrics do, by what they are of."""
         found: dict[str, dict[str, float]] = getattr(metrics, "report", dict)()
+        return found
+
+    def scores(self, metrics: TaskMetrics) -> Scores | None:
+        """What the model gave for each row, in the rows' order, as the metrics of them gathered it;
+        None for metrics that keep sums alone. Metrics that have to be told to gather rows, or that
+        need a row a batch to do so, have `gather_rows`, which says whether they need the latter."""
+        tell = getattr(metrics, "scores", None)
+        found: Scores | None = None if tell is None else tell(self.labels)
         return found
 
     def measured(self, metrics: TaskMetrics, held: Held | None) -> dict[str, float | None]:

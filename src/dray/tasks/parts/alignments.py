@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dray.tasks.parts.metrics import total
 from dray.tasks.parts.mixed_labels import given_inputs
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.task import Batch, Output, Terms
 
 BLANK = 0
@@ -177,6 +178,22 @@ class TextMetrics:
             "exact": same / len(self._wanted),
             "num_targets": float(self._num_letters),
         }
+
+    def scores(self, labels: Sequence[str]) -> Ratios:
+        """Of each text its errors in words and in characters, and whether there are none."""
+        import jiwer
+
+        pairs = list(zip(self._wanted, self._found, strict=True))
+        sums = {}
+        for name, count in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
+            told = [count(one, other) for one, other in pairs]
+            errors = [one.substitutions + one.deletions + one.insertions for one in told]
+            sizes = [one.hits + one.substitutions + one.deletions for one in told]
+            sums[name] = np.array(errors, np.float64), np.array(sizes, np.float64)
+        same = np.array([one == other for one, other in pairs], np.float64)
+        return Ratios(
+            sums | {"exact": (same, np.ones(len(pairs)))}, "wer", of="text", aligned=False
+        )
 
     def undefined(self) -> tuple[str, ...]:
         return () if self._wanted else self.names

@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dray.tasks.parts.answer_objectives import good_or_bad_losses
 from dray.tasks.parts.metrics import Gathered, total
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.task import Batch, Output
 
 
@@ -43,6 +45,18 @@ class PairMetrics(Gathered):
                 "rejected_reward": statistics.fmean(second),
             }
         return found | ({"kl": statistics.fmean(drifts)} if "kl" in self.names else {})
+
+    def scores(self, labels: Sequence[str]) -> Ratios:
+        """Of each pair its loss, whether the preferred answer wins, and by how much."""
+        first, second, _ = np.array(self._found, np.float64).reshape(-1, 3).T
+        right = (first > second) + 0.5 * (first == second)
+        ones = np.ones(len(first))
+        losses = np.array(self._losses, np.float64)
+        return Ratios(
+            {"loss": (losses, ones), "accuracy": (right, ones), "margin": (first - second, ones)},
+            "loss",
+            of="pair",
+        )
 
 
 class GoodOrBadMetrics(Gathered):
@@ -122,3 +136,10 @@ class RewardMetrics(Gathered):
             name: statistics.fmean(values)
             for name, values in zip(self.names[1:], columns, strict=True)
         }
+
+    def scores(self, labels: Sequence[str]) -> Ratios:
+        """Of each prompt what its answers are worth."""
+        columns = np.array(self._found, np.float64).reshape(-1, 4).T
+        ones = np.ones(columns.shape[1])
+        sums = {name: (values, ones) for name, values in zip(self.names[1:], columns, strict=True)}
+        return Ratios(sums, "reward", is_loss=False, of="prompt")

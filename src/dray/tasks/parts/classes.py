@@ -4,6 +4,7 @@ the metrics that go with them."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dray.tasks.parts.metrics import ClassificationMetrics
 from dray.tasks.parts.objectives import LabelLoss, model_inputs
+from dray.tasks.parts.scores import Classes
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output, Terms
 
@@ -179,6 +181,10 @@ class OrdinalMetrics(ClassificationMetrics):
             "mae": float((wanted - found).abs().double().mean()),
             "kappa": float(kappa),
         }
+
+    def scores(self, labels: Sequence[str]) -> Classes:
+        """Those of classes, with their order."""
+        return replace(super().scores(labels), ranks=tuple(self._ranks))
 
     def _guesses(self, scores: Tensor) -> list[int]:
         ranks = torch.tensor(self._ranks)

@@ -8,9 +8,13 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dray.tasks.parts.ratio_scores import Ratios, perplexity
+from dray.tasks.parts.scores import Classes, LabelSets, Numbers, Scores
+from dray.tasks.parts.tag_scores import Entities
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output
 
@@ -29,17 +33,33 @@ class TokenMetrics:
         self._losses: list[float] = []
         self._num_targets = 0
         self._num_correct = 0
+        self._counts: list[tuple[int, int]] = []
+        """Targets and right ones of each batch."""
+
+    def gather_rows(self) -> bool:
+        """Sums of batches are kept in any case: of rows, where each is a batch by itself."""
+        return True
 
     def update(self, batch: Batch, output: Output) -> None:
+        counts = int((batch["labels"] != IGNORED).sum()), int(output["num_correct"])
         self._losses.append(float(output["loss_sum"]))
-        self._num_targets += int((batch["labels"] != IGNORED).sum())
-        self._num_correct += int(output["num_correct"])
+        self._counts.append(counts)
+        self._num_targets += counts[0]
+        self._num_correct += counts[1]
+
+    def scores(self, labels: Sequence[str]) -> Scores:
+        """Loss, perplexity and accuracy of each batch."""
+        targets, right = np.array(self._counts, np.float64).reshape(-1, 2).T
+        sums = {"loss": (np.array(self._losses), targets), "accuracy": (right, targets)}
+        named = self._perplexity == "perplexity"
+        return Ratios(sums, "loss", derive=perplexity if named else None)
 
     def state(self) -> dict[str, Any]:
         return {
             "losses": list(self._losses),
             "num_targets": self._num_targets,
             "num_correct": self._num_correct,
+            "counts": [list(pair) for pair in self._counts],
         }
 
     def merge(self, states: Iterable[dict[str, Any]]) -> TokenMetrics:
@@ -47,6 +67,7 @@ class TokenMetrics:
             self._losses += state["losses"]
             self._num_targets += state["num_targets"]
             self._num_correct += state["num_correct"]
+            self._counts += [(targets, right) for targets, right in state["counts"]]
         return self
 
     def compute(self) -> dict[str, float]:
@@ -154,6 +175,17 @@ class ClassificationMetrics(Gathered):
         likeliest: list[int] = scores.argmax(dim=-1).tolist()
         return likeliest
 
+    def scores(self, labels: Sequence[str]) -> Classes:
+        """What was found of each document, with the names of the classes."""
+        found = torch.tensor(self._found, dtype=torch.float64)
+        names = tuple(labels) or tuple(map(str, range(self._num_labels)))
+        return Classes(
+            np.array(self._wanted, np.int64),
+            np.array(self._guesses(found), np.int64),
+            found.numpy(),
+            names,
+        )
+
     def undefined(self) -> tuple[str, ...]:
         """The AUC without every class; with two classes what asks for documents of class 1, where
         there are none."""
@@ -208,6 +240,11 @@ class ManyLabelsMetrics(Gathered):
             "auc": float(sum(areas) / len(areas)) if areas else 0.5,
         }
 
+    def scores(self, labels: Sequence[str]) -> LabelSets:
+        """What was found of each document, with the names of the labels."""
+        found = np.array(self._found, np.float64)
+        return LabelSets(np.array(self._wanted, np.int64), found, tuple(labels))
+
     def undefined(self) -> tuple[str, ...]:
         if not self._wanted:
             return self.names
@@ -241,6 +278,10 @@ class NumberMetrics(Gathered):
             "pearson": float(pearsonr(self._wanted, self._found).statistic) if varies else 0.0,
             "spearman": float(spearmanr(self._wanted, self._found).statistic) if varies else 0.0,
         }
+
+    def scores(self, labels: Sequence[str]) -> Numbers:
+        """What was found of each row."""
+        return Numbers(np.array(self._wanted, np.float64), np.array(self._found, np.float64))
 
     def undefined(self) -> tuple[str, ...]:
         if not self._wanted:
@@ -334,6 +375,11 @@ class EntityMetrics(Gathered):
             }
             for name, row in found.items()
         }
+
+    def scores(self, labels: Sequence[str]) -> Entities:
+        """What was found of each sentence."""
+        wanted, found = (tuple(map(tuple, tags)) for tags in self._sentences())
+        return Entities(wanted, found, self._entities)
 
     def _sentences(self) -> tuple[list[list[str]], list[list[str]]]:
         """Wanted and found tags of whole sentences."""

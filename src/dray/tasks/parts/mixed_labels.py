@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dray.tasks.parts.metrics import total
+from dray.tasks.parts.scores import Classes
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Output, Terms
 
@@ -73,6 +75,12 @@ class ConfusionMetrics:
         self._losses: list[float] = []
         self._counts: Counter[tuple[int, int]] = Counter()
         self._num_in_five = 0
+        self._rows: list[tuple[int, list[float]]] | None = None
+
+    def gather_rows(self) -> bool:
+        """Keep each row's class and probabilities, too, from now on."""
+        self._rows = []
+        return False
 
     def update(self, batch: Batch, output: Output) -> None:
         real = batch["labels"] != IGNORED
@@ -83,10 +91,19 @@ class ConfusionMetrics:
         likeliest = scores.topk(min(5, scores.shape[1])).indices
         self._num_in_five += int((likeliest == wanted[:, None]).any(dim=1).sum())
         self._counts.update(zip(wanted.tolist(), likeliest[:, 0].tolist(), strict=True))
+        if self._rows is not None:
+            likely = scores.double().exp().tolist()
+            self._rows += zip(wanted.tolist(), likely, strict=True)
 
     def state(self) -> dict[str, Any]:
         counts = [[*pair, count] for pair, count in self._counts.items()]
-        return {"losses": list(self._losses), "counts": counts, "in_five": self._num_in_five}
+        kept = {} if self._rows is None else {"rows": [list(row) for row in self._rows]}
+        return {
+            "losses": list(self._losses),
+            "counts": counts,
+            "in_five": self._num_in_five,
+            **kept,
+        }
 
     def merge(self, states: Iterable[dict[str, Any]]) -> Self:
         for state in states:
@@ -94,7 +111,17 @@ class ConfusionMetrics:
             for wanted, found, count in state["counts"]:
                 self._counts[wanted, found] += count
             self._num_in_five += state["in_five"]
+            if "rows" in state:
+                self._rows = [*(self._rows or []), *map(tuple, state["rows"])]
         return self
+
+    def scores(self, labels: Sequence[str]) -> Classes | None:
+        """What was found of each row, where that was gathered."""
+        if self._rows is None:
+            return None
+        found = np.array([likely for _, likely in self._rows], np.float64)
+        wanted = np.array([place for place, _ in self._rows], np.int64)
+        return Classes(wanted, found.argmax(axis=1), found, self._labels)
 
     def compute(self) -> dict[str, float]:
         """`loss` (nats a row), `accuracy`, `top5`, and the unweighted means of `precision`,

@@ -7,15 +7,17 @@ Of a body and a plain projection only the rows' last places go through the proje
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dray.tasks.parts.metrics import total
 from dray.tasks.parts.objectives import NextTokenLoss
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.rows import FIRST_WORD, IGNORED
 from dray.tasks.task import Batch, Output, Terms
 
@@ -135,6 +137,18 @@ class RankMetrics:
             "mrr": math.fsum(1 / rank for rank in known) / count,
             "num_targets": float(count),
         }
+
+    def scores(self, labels: Sequence[str]) -> Ratios:
+        """Of each row that is measured, what its rank is worth."""
+        ranks = np.array(self._ranks, np.float64)
+        ones, known = np.ones(len(ranks)), np.where(ranks > 0, ranks, np.inf)
+        worth = {
+            "hr_10": (known <= 10).astype(np.float64),
+            "ndcg_10": np.where(known <= 10, 1 / np.log2(1 + known), 0.0),
+            "mrr": 1 / known,
+        }
+        sums = {name: (values, ones) for name, values in worth.items()}
+        return Ratios(sums, "mrr", is_loss=False, of="sequence", aligned=False)
 
     def undefined(self) -> tuple[str, ...]:
         if not self._ranks:

@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dray.tasks.parts.metrics import total
+from dray.tasks.parts.ratio_scores import Ratios
 from dray.tasks.task import Batch, Output, Terms
 
 ROWS_AT_ONCE = 1024
@@ -130,6 +131,21 @@ class RetrievalMetrics:
     @property
     def _num_pairs(self) -> int:
         return sum(len(part) for part in self._vectors)
+
+    def scores(self, labels: Sequence[str]) -> Ratios:
+        """Of each pair, the place of its second text among those of all pairs: rows that are drawn
+        again, or left out, stay among them."""
+        vectors = torch.from_numpy(np.concatenate(self._vectors))
+        _, found = self._look_up(vectors)
+        places = np.array(found, np.float64)
+        worth = {
+            "recall_1": (places <= 1).astype(np.float64),
+            "recall_10": (places <= 10).astype(np.float64),
+            "mrr": 1 / places,
+        }
+        ones = np.ones(len(places))
+        sums = {name: (values, ones) for name, values in worth.items()}
+        return Ratios(sums, "mrr", is_loss=False, of="pair")
 
     def undefined(self) -> tuple[str, ...]:
         return () if self._num_pairs else self.names

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from dray.tasks.parts.metrics import TokenMetrics
+from dray.tasks.parts.ratio_scores import Ratios
+from dray.tasks.parts.scores import Scores
 from dray.tasks.parts.texts import Words
 from dray.tasks.rows import IGNORED
 from dray.tasks.task import Batch, Decode, Output
@@ -59,6 +64,19 @@ class WrittenMetrics(TokenMetrics):
         empty = dict.fromkeys(NAMES, 0.0)
         return {**super().compute(), **empty, **found, "num_texts": float(len(pairs))}
 
+    def scores(self, labels: Sequence[str]) -> Scores:
+        """Those of tokens and, where each batch was one answer, whether it is the wanted one, and
+        its ROUGE-L. BLEU and chrF are of a whole corpus, not of its texts."""
+        found = super().scores(labels)
+        if not isinstance(found, Ratios) or len(found) != len(self._texts):
+            return found
+        scorer = _rouge(("rougeL",), self._words)
+        shared = [scorer.score(*pair)["rougeL"].fmeasure for pair in self._texts]
+        same = [wanted.strip() == written.strip() for wanted, written in self._texts]
+        ones = np.ones(len(found))
+        written = {"exact": (np.array(same, np.float64), ones), "rougel": (np.array(shared), ones)}
+        return replace(found, sums={**found.sums, **written}, of="answer", aligned=False)
+
     def undefined(self) -> tuple[str, ...]:
         return (*super().undefined(), *(() if self._texts else NAMES))
 
@@ -69,11 +87,10 @@ def measure_texts(
     """`bleu` (0 to 100, over the corpus; sacrebleu), `chrf` (0 to 100), `rouge1`, `rouge2` and
     `rougel` (the mean F-measure, 0 to 1), `exact`: the share of texts that are equal but for space
     around them."""
-    from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    scorer = RougeScorer(list(_ROUGE), tokenizer=_Splitter(words))
+    scorer = _rouge(_ROUGE, words)
     scores = [scorer.score(one, other) for one, other in zip(wanted, written, strict=True)]
     same = sum(one.strip() == other.strip() for one, other in zip(wanted, written, strict=True))
     return {
@@ -85,6 +102,12 @@ def measure_texts(
         },
         "exact": same / len(scores),
     }
+
+
+def _rouge(names: Sequence[str], words: Words) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(names), tokenizer=_Splitter(words))
 
 
 class _Splitter:
