@@ -33,9 +33,9 @@ demo: setup
 	@echo "  $(BIN)/dray export quickstart model                            a Hugging Face folder"
 	@echo "  $(BIN)/dray init speeches                                      a spec of your own to edit"
 
-# Three processes: tests/conftest.py says what each has.
+# Two processes: tests/conftest.py says what each has.
 test: setup-dev
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 2
 
 # What takes long and rarely breaks, the faults and clusters aside.
 slow: setup-dev

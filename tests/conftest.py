@@ -31,8 +31,9 @@ ONE_RAY = {"e2e", "release"}
 
 
 class _Lanes(LoadScopeScheduling):
-    """Three lanes: what starts Rays of its own, what shares one, and all else. The first two go one
-    test after the other in a process each, and wait most of the time; the third fills the cores."""
+    """What starts Rays of its own, and what shares one, each go one test after the other in one
+    process, and wait most of the time. All else goes file by file to whoever is free. A third
+    process would keep two cores so busy that Rays do not start in time."""
 
     def _split_scope(self, nodeid: str) -> str:
         """What stays together: xdist's own marks of groups do nothing under pytest 9.2."""
@@ -53,7 +54,7 @@ def _lane(file: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """What `pytest -n 3` deals tests by."""
+    """What `pytest -n 2` deals tests by."""
     return _Lanes(config, log)
 
 

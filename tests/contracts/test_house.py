@@ -314,3 +314,17 @@ def test_help_and_plan_import_neither_torch_nor_ray(arguments: list[str], tmp_pa
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_release_needs_the_packages_of_a_service_only_to_serve():
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('fastapi', 'starlette', 'uvicorn', 'limits'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import dray.pipeline.release, dray.serve.foreground, dray.serve.held_keys\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

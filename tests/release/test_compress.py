@@ -28,6 +28,7 @@ from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.trained import load_trained
 from dray.runs import CheckpointReader, Run, verify_checkpoint
+from dray.runs.finished import holding_name
 from dray.train.driver import train_locally
 from tiny import tiny_tree
 
@@ -341,6 +342,17 @@ def test_layers_of_codes_answer_nearly_as_the_model_does(
     assert held_bytes(model) < 0.75 * size
     has_kernels = any(isinstance(module, Int8Linear) for module in model.modules())
     assert has_kernels == method.startswith("int8_")
+
+
+def test_a_folder_of_somebody_is_no_name_for_a_run(storage: str, run: Run) -> None:
+    mine = Path(storage, "thesis")
+    (mine / "chapters").mkdir(parents=True)
+    (mine / "chapters" / "one.txt").write_text("everything")
+    with pytest.raises(StoreError, match=r"holds chapters; .* nothing of others is overwritten"):
+        compress(storage, "whole", ["int8"], new_name="thesis")
+    with pytest.raises(StoreError, match="holds chapters"), holding_name(storage, "thesis"):
+        pass
+    assert (mine / "chapters" / "one.txt").read_text() == "everything"
 
 
 def test_fp8_and_training_without_training_are_refused(storage: str, run: Run) -> None:

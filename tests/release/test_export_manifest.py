@@ -129,7 +129,15 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pipe": (_replace_by_pipe, "config.json: is no plain file"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "cannot be read"),
     "torn manifest": (lambda f: (f / MANIFEST).write_text('{"version": 1, "fi'), "cannot be read"),
-    "empty manifest": (lambda f: (f / MANIFEST).write_text("[]"), "it is no manifest"),
+    "empty manifest": (lambda f: (f / MANIFEST).write_text("[]"), "it lists no files"),
+    "a manifest of words": (
+        lambda f: (f / MANIFEST).write_text('{"version": 1, "files": ["a", 3]}'),
+        "what it lists is no file",
+    ),
+    "no version": (
+        lambda f: (f / MANIFEST).write_text('{"version": true, "files": []}'),
+        "it has no version",
+    ),
     "newer": (_rewrite(lambda t: t.update(version=9)), "version 9 is newer"),
     "above": (_name_first("../outside"), "is no name of a file in the folder"),
     "deep above": (_name_first("deep/../../outside"), "is no name of a file in the folder"),

@@ -10,6 +10,8 @@ import requests
 
 from dray.errors import SpecError
 from dray.serve.held_keys import Ring, create_key, has_keys, list_keys, revoke_key
+from dray.serve.keys import Caller, OneKey
+from dray.serve.refusals import Refusal
 from dray.serve.served import Served
 from served_here import Address, served_here
 from small_writer import save_small_writer
@@ -122,3 +124,29 @@ def test_a_key_that_would_limit_nothing_is_not_made(tmp_path: Path, wrong: dict[
     with pytest.raises(SpecError):
         create_key(str(tmp_path), **given)  # type: ignore[arg-type]
     assert not has_keys(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("host", "may"),
+    [
+        ("localhost:8000", True),
+        ("LOCALHOST", True),
+        ("127.0.0.1:8000", True),
+        ("127.9.9.9", True),
+        ("[::1]:8000", True),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example:8000", False),
+        ("10.0.0.7:8000", False),
+        ("", False),
+    ],
+)
+def test_an_open_service_on_loopback_answers_to_its_own_name_alone(host: str, may: bool):
+    """A page of a place whose name was made to lead here asks by that place's name."""
+    assert OneKey(b"", local=True).admit({"host": host}, "/v1/models") if may else True
+    if not may:
+        with pytest.raises(Refusal, match="localhost alone"):
+            OneKey(b"", local=True).admit({"host": host}, "/v1/models")
+    assert OneKey(b"").admit({"host": host}, "/v1/models") == Caller()
+    with pytest.raises(Refusal):
+        OneKey(b"secret", local=True).admit({"host": "localhost"}, "/v1/models")

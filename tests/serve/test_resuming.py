@@ -16,6 +16,7 @@ from dray.serve.events import Event, joined
 from dray.serve.limits import Limits
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Full, Lost, Router
+from dray.serve.schemas import Card
 from dray.serve.shares import Plan, Versioned
 
 WORDS = ["one ", "two ", "three ", "four"]
@@ -110,3 +111,37 @@ def test_another_answer_is_not_gone_on_with() -> None:
     with pytest.raises(Refusal, match="no replica answers"):
         asyncio.run(read())
     assert joined(seen)["choices"][0]["text"] == "one two "
+
+
+class Told:
+    """A version whose replicas say what they are, once they have failed so often."""
+
+    def __init__(self, fails: Sequence[Exception]) -> None:
+        self.fails = list(fails)
+
+    async def card(self) -> Card:
+        if self.fails:
+            raise self.fails.pop(0)
+        return Card(
+            id="x", created=0, routes=["classify"], fields=["text"], row_tokens=8, run="r", step=1
+        )
+
+
+@pytest.mark.parametrize(
+    ("fails", "status"),
+    [([], None), ([Lost()] * 3, None), ([Lost()] * routing.TRIES, 503), ([Full()], 429)],
+)
+def test_what_a_model_is_is_asked_again_where_a_replica_is_lost(
+    fails: list[Exception], status: int | None
+) -> None:
+    async def find() -> Card:
+        other = Told([Lost()] * 9)  # of another model, which is nobody's business
+        router = Router({"chat": Told(fails), "other": other}, Limits())  # type: ignore[dict-item]
+        return await router.card_for("chat", "classify")
+
+    if status is None:
+        assert asyncio.run(find()).id == "chat"
+        return
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(find())
+    assert caught.value.status == status

@@ -197,6 +197,12 @@ def test_a_slow_body_and_a_silent_connection_are_not_waited_for(
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.sendall(b"GET /health HTT")
         assert connection.recv(4096) == b""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
+        for _ in range(2):  # whole requests are waited for anew
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert b"live" in connection.recv(4096)
+        connection.sendall(b"GET /health HTT")
+        assert connection.recv(4096) == b""
 
 
 def test_headers_are_bounded(service: Address):

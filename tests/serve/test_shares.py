@@ -127,3 +127,22 @@ def test_a_card_tells_the_versions_that_may_be_asked() -> None:
         (3, "canary"),
         (4, "shadow"),
     ]
+
+
+def test_predictions_go_by_the_user_too() -> None:
+    versioned = Versioned("words")
+    versioned.follow(Plan(1, canary=2, share=0.5), {1: Says("old"), 2: Says("new")})
+
+    async def told(user: str | None) -> Any:
+        asked.set(Asked(user=user))
+        (found,) = await versioned.predict([{}])
+        return found["prediction"]
+
+    async def all_told() -> None:
+        for number in range(8):
+            user = f"user {number}"
+            assert len({await told(user) for _ in range(12)}) == 1
+        assert {await told(f"user {number}") for number in range(40)} == {"old", "new"}
+        assert {await told(None) for _ in range(40)} == {"old", "new"}
+
+    asyncio.run(all_told())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -75,3 +76,10 @@ def test_draws_follow_the_distribution():
         counts[sampler.draw(logits).token] += 1
     expected = (logits / 0.5).softmax(-1)
     assert torch.allclose(counts / 4000, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300, 1e-7])
+def test_next_to_no_temperature_is_the_likeliest_token(temperature: float):
+    logits = torch.tensor([2.0, 40.0, 39.9, -9.0])
+    sampler = Sampler(Sampling(temperature=temperature, seed=1))
+    assert {sampler.draw(logits).token for _ in range(50)} == {1}

@@ -95,3 +95,14 @@ def test_other_weights_than_those_that_were_promoted_are_refused(tmp_path: Path)
     (tmp_path / "model.safetensors").write_bytes(b"others!")
     with pytest.raises(StoreError, match="other weights"):
         check_pinned(pinned)
+
+
+def test_versions_are_found_where_the_storage_was_moved_to(tmp_path: Path):
+    record = Record(str(tmp_path / "before"), "chat")
+    record.begin(of(1))
+    record.promote(of(2))
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = Record(str(tmp_path / "after"), "chat")
+    storages = {served.storage for served in moved.read().versions.values()}
+    assert storages == {str(tmp_path / "after")}
+    assert len(moved.promote(of(1)).versions) == 2

@@ -92,11 +92,16 @@ def promote_command(arguments: argparse.Namespace) -> int:
     from dray.serve.pinning import pin
     from dray.serve.served import read_words
     from dray.serve.versions import Record
+    from dray.show.progress import Display
 
     served = pin(read_words(arguments.run, arguments.storage))
     record = Record(arguments.storage, arguments.name)
     state = record.promote(served, arguments.share, arguments.shadow)
     arguments.out.say(f"{arguments.name}: {state_told(state)}")
+    if len(record.history()) == 1:
+        Display().say(
+            f"{arguments.name} is a new name: `dray serve --name {arguments.name}=RUN` serves it"
+        )
     return 0
 
 

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from dray.corpus.prepare import prepare
-from dray.errors import RunFailed, StoreError, UserError
+from dray.errors import PlanError, RunFailed, SpecError, StoreError, UserError
 from dray.release.compress.compress import compress, default_name
 from dray.release.compress.gate import make_limits
 from dray.release.compress.methods import make_methods
@@ -28,10 +28,10 @@ from dray.release.export.staging import check_free
 from dray.release.trained import Trained, open_trained
 from dray.runs import CheckpointReader, Run
 from dray.runs.finished import is_name_free
-from dray.serve.foreground import check_open, is_taken, serve_models
+from dray.serve.foreground import check_installed, check_open, is_service, is_taken, serve_models
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
-from dray.serve.request_log import Logged
+from dray.serve.request_log import Logged, check_log
 from dray.serve.served import Served
 from dray.serve.tls import read_tls
 from dray.serve.versions import Record
@@ -85,7 +85,7 @@ class Release:
 
     def check(self, stages: Sequence[str]) -> None:
         """Raise UserError for what of the spec's sections cannot be, before anything is done."""
-        spec = self._spec
+        spec, folders = self._spec, set[str]()
         if spec.compress is not None and "compress" in stages:
             with _said("--with", "compress.methods"):
                 make_methods(spec.compress.methods)
@@ -94,16 +94,26 @@ class Release:
                 check_options(_options(one))
                 if one.sign is not None:
                     load_signer(one.sign)
-            folder = self._folder(one, self._name, 0)
+            folder = self._folder(one, self._exported_name(one), 0)
+            if folder in folders:
+                raise SpecError(
+                    f"export.{number}.folder = {folder}",
+                    "is that of another export, too",
+                    "each has a folder of its own",
+                )
+            folders.add(folder)
             if "{step}" not in one.folder and not is_export(folder):
                 with _said(folder, f"export.{number}.folder = {folder}"):
                     check_free(folder)
         if spec.serve is not None and "promote" in stages:
             Record(self._storage, spec.serve.name or self._name)
             if "serve" in stages:
+                check_installed()
                 with _said("--", "serve."):
                     check_open(spec.serve.host, self._storage)
                     read_tls(spec.serve.tls_cert, spec.serve.tls_key)
+                    if spec.serve.log and not self._address:
+                        check_log(Logged(file=os.path.abspath(spec.serve.log)))
 
     # --- training --------------------------------------------------------------------------------
 
@@ -282,7 +292,8 @@ class Release:
                     "nothing is overwritten",
                     f"move it away, or give export.{number}.folder with {{step}} in it",
                 )
-            report = verify_folder(folder)
+            public = None if section.sign is None else load_signer(section.sign).public
+            report = verify_folder(folder, public)
             if not report.ok:
                 raise StoreError(
                     folder, f"is damaged: {report.problems[0]}", "", "move it away, and try again"
@@ -293,6 +304,13 @@ class Release:
         with _said("--", f"export.{number}."):
             write_export(trained, folder, options, say=self._say)
         return Told(what, folder)
+
+    def _exported_name(self, section: Export) -> str:
+        """The run that an export is of, before there is one: as far as can be told."""
+        if section.of == "trained" or self._spec.compress is None:
+            return self._name
+        given = self._spec.compress.name
+        return given or default_name(self._name, make_methods(self._spec.compress.methods))
 
     @staticmethod
     def _folder(section: Export, name: str, step: int) -> str:
@@ -335,6 +353,13 @@ class Release:
         assert section is not None
         place = f"{section.scheme}://{section.host}:{section.port}"
         if self.is_served:
+            if not is_service(place):
+                raise PlanError(
+                    f"serve.port = {section.port}",
+                    f"something that is no service of models answers at {place}",
+                    "a port has one server",
+                    "give another port",
+                )
             what = f"somebody answers at {place}: a `dray serve` of this storage follows by itself"
             return Told(what, place, was_there=True)
         serve_models(

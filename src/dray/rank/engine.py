@@ -108,7 +108,7 @@ class Engine:
         self._optimizer.withheld = self._is_withheld
         self._step = 0
         self._wholes = wholes or {}
-        if hooks:
+        if any(hook.works_on_parts for hook in hooks):
             self._surround_updates()
 
     @property

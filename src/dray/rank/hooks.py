@@ -77,6 +77,15 @@ class Hook:
     states: Sequence[str] = ()
     """Names of what it keeps for every trained weight, in fp32."""
 
+    @property
+    def works_on_parts(self) -> bool:
+        """Whether it does anything around the optimiser, for which every part is looked up."""
+        own = type(self)
+        return (
+            own.before_update is not Hook.before_update
+            or own.after_update_of is not Hook.after_update_of
+        )
+
     def begin(self, stepped: Stepped) -> None:
         """Set the states, which are zeros, as they are before the first update. Also called after a
         checkpoint without them was restored."""

@@ -28,6 +28,7 @@ from dray.release.compress.table import Measured, Rows, compare, measure_groups
 from dray.release.evaluate import held_out, prepare_other
 from dray.release.trained import Trained, Weights, base_of, open_trained
 from dray.runs import CheckpointReader
+from dray.runs.checkpoint_choice import read_step
 from dray.runs.finished import check_name_free, create_finished, holding_name
 from dray.spec import Direction
 from dray.storage.filesystem import exists, open_filesystem, read_bytes
@@ -47,11 +48,7 @@ class Ingredient:
     def read(cls, words: str) -> Ingredient:
         """`RUN`, `RUN@STEP` or `RUN@best`. Raises SpecError."""
         run, at, step = words.partition("@")
-        if not at:
-            return cls(run)
-        if step != "best" and not (step.isascii() and step.isdigit() and len(step) < 12):
-            raise SpecError(words, f"@{step} is no step", "it is a number, or best")
-        return cls(run, "best" if step == "best" else int(step))
+        return cls(run, read_step(step, words) if at else None)
 
 
 def soup(

@@ -7,11 +7,22 @@ storage that lost files, must not undo weeks of training without anyone being as
 
 from __future__ import annotations
 
-from dray.errors import CheckpointsLost, StoreError
+from typing import Literal
+
+from dray.errors import CheckpointsLost, SpecError, StoreError
 from dray.runs.checkpoint_manifest import CheckpointInfo
 from dray.runs.layout import REJECTED_FILE
 from dray.runs.records import finite
 from dray.runs.run import Run
+
+
+def read_step(step: str, words: str) -> int | Literal["best"]:
+    """The step behind RUN@ on a command line. Raises SpecError that names all the words."""
+    if step == "best":
+        return "best"
+    if not (step.isascii() and step.isdigit() and len(step) < 12):
+        raise SpecError(words, f"@{step} is no step", "it is a number, or best")
+    return int(step)
 
 
 def find_resume_checkpoint(run: Run) -> CheckpointInfo | None:

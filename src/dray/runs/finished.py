@@ -58,7 +58,21 @@ def check_name_free(storage: str | os.PathLike[str], name: str) -> None:
             "a new run has a new name",
             "name another one: --name",
         )
+    _check_ours(run)
     require_writable(run.filesystem, run.storage_path, run.storage)
+
+
+def _check_ours(run: Run) -> None:
+    """Raise StoreError for a folder that nobody has held a name by: what is in it is somebody's.
+    What a maker that was killed has left may be cleared."""
+    found = [*list_folders(run.filesystem, run.path), *list_files(run.filesystem, run.path)]
+    if found and DRIVERS not in found:
+        raise StoreError(
+            f"run {run.name!r}",
+            f"would lie in a folder of {shown(run.storage)} that holds {', '.join(found[:5])}",
+            "a run has a folder of its own, and nothing of others is overwritten",
+            "name another one: --name",
+        )
 
 
 @contextmanager
@@ -70,6 +84,7 @@ def holding_name(storage: str | os.PathLike[str], name: str) -> Iterator[tuple[R
     or what was trained in there failed, that stays, for the next maker to go on with.
     """
     run = Run(os.fspath(storage), name)
+    _check_ours(run)
     driver, goes_on = run.take_over(), False
     try:
         with Heart(partial(run.heartbeat, driver), lambda error: None):

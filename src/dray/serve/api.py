@@ -117,6 +117,7 @@ async def _read(request: Request, kind: type[Read], limits: Limits) -> Read:
         found: Read = kind.model_validate(tree)
     except ValidationError as error:
         raise _no_such(error) from None
+    asked.get().user = getattr(found, "user", None)
     return found
 
 

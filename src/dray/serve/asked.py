@@ -30,6 +30,8 @@ class Asked:
     """The key's name, where it has one of its own."""
     wanted: int | None = None
     """The version that it names."""
+    user: str | None = None
+    """Whose it says that it is."""
     model: str | None = None
     """That is to answer it: one that is served."""
     version: int | None = None

@@ -34,8 +34,9 @@ def make_asks(writer: Writer, request: Sampled, limits: Limits, row_tokens: int)
         else []
     )
     num_choices = request.n or 1
-    if num_choices * len(prompts) > max(limits.choices, limits.prompts):
-        raise _over("n", f"{num_choices * len(prompts):,} answers are asked for", limits.choices)
+    most_answers = max(limits.choices, limits.prompts)
+    if num_choices * len(prompts) > most_answers:
+        raise _over("n", f"{num_choices * len(prompts):,} answers are asked for", most_answers)
     if num_choices > limits.choices:
         raise _over("n", f"n is {num_choices:,}", limits.choices)
     _check_stops(request.stops, limits)

@@ -77,7 +77,12 @@ class Follower:
             self._note_loaded(name)
             self._load_missing(name, state)
             if state != one.followed and self._can_follow(name, state):
-                self._follow(name, one, state)
+                before = one.followed
+                try:
+                    self._follow(name, one, state)
+                except DrayError as error:
+                    one.followed = before  # tried again at the next look
+                    self._say(f"{name}: the gateway was not told, what answers goes on: {error}")
 
     def close(self) -> None:
         """Load nothing more."""

@@ -7,19 +7,24 @@ Without a key only loopback is served.
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
+import ssl
 import time
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
+from urllib.request import urlopen
 
 from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
 from dray.errors import PlanError, SpecError
+from dray.processes.imports import require_package
 from dray.processes.signals import Wishes, stops
+from dray.release.export.manifest import is_export
 from dray.runs import Run, choose_checkpoint
 from dray.serve.following import POLL_SECONDS, Follower
-from dray.serve.guard import CALLBACK
 from dray.serve.held_keys import has_keys
-from dray.serve.keys import KEY, OPEN
+from dray.serve.keys import KEY, LOCAL, OPEN
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
 from dray.serve.request_log import Logged, check_log
@@ -55,24 +60,22 @@ def serve_models(
             "dray serve", f"--replicas {least}-{most}", "1 or more, the fewest first", "e.g. 1-4"
         )
     check_names(models)
+    check_installed()
     storage = absolute(storage)
     check_open(host, storage)
     for model in models:
-        _check_there(model)
+        _check_there(model, say)
     if not address and is_taken(host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
     if logged is not None and not address:
         check_log(logged)
     warn_of_plain_http(host, tls, say)
-    records = begin_records(models, storage)
+    records = check_records(models, storage)
     with stops(noted=True) as wishes:
         cores = os.cpu_count() or 1
         num_replicas = most * len(models)
         cpus = max(1, cores // num_replicas)
-        os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
-        os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
-        # A thread that asks a Ray which has ended is to fail, not to wait for another one.
-        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+        _set_environment()
         # Beside what answers, there may be what answered before, and what is to answer.
         needed = 3 * cpus * num_replicas
         with connect(address, num_cpus=needed, verbose=verbose) as connection:
@@ -85,13 +88,15 @@ def serve_models(
             service.start(host, port, limits, verbose=verbose, tls=tls)
             follower = None
             try:
+                for record, model in records:
+                    record.begin(model)
                 options = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
                 versions = service.Versions(
                     limits, storage, logged, replicas=replicas, ray_actor_options=options
                 )
-                follower = Follower(records, versions, say)
+                follower = Follower([record for record, _ in records], versions, say)
                 follower.begin()
-                names = ", ".join(record.name for record in records)
+                names = ", ".join(record.name for record, _ in records)
                 scheme = "http" if tls is None else "https"
                 say(f"{scheme}://{host}:{port} answers for {names}; Ctrl-C ends it")
                 _wait(wishes, follower)
@@ -104,17 +109,47 @@ def serve_models(
                     follower.join()  # while there is a Ray that it can ask
 
 
+def _set_environment() -> None:
+    """What a Ray of our own is started with."""
+    from dray.serve.guard import CALLBACK
+
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a service is no work in the background
+    os.environ.setdefault(CALLBACK, "dray.serve.guard:middlewares")
+    # A thread that asks a Ray which has ended is to fail, not to wait for another one.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
+
+def check_installed() -> None:
+    """Raise SpecError where what a service is made of is not installed."""
+    for package in ("fastapi", "limits", "prometheus_client"):
+        require_package(package, "serve", "dray serve")
+
+
 def is_taken(host: str, port: int) -> bool:
     """Whether somebody listens already where a service is to."""
     return answers("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
 
 
-def begin_records(models: Sequence[Served], storage: str) -> list[Record]:
-    """Each model is version 1 of its name, where the name has none. Raises UserError."""
-    records = [Record(storage, model.called) for model in models]
-    for record, model in zip(records, models, strict=True):
-        record.begin(pin(model))
-    return records
+def is_service(place: str) -> bool:
+    """Whether what answers at a URL says that it lives as a service of ours does. Nothing secret is
+    sent, so that its certificate does not matter."""
+    anybody = ssl.create_default_context()
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    try:
+        with urlopen(f"{place}/health", timeout=5, context=anybody) as answer:
+            return bool(json.loads(answer.read(1000)) == {"status": "live"})
+    except (OSError, ValueError, HTTPException):
+        return False
+
+
+def check_records(models: Sequence[Served], storage: str) -> list[tuple[Record, Served]]:
+    """Each model with its name's record: one of its versions, where it has some. Those that have
+    none get theirs once the service is there. Raises UserError."""
+    found = [(Record(storage, model.called), pin(model)) for model in models]
+    for record, model in found:
+        if record.read().stable:
+            record.begin(model)
+    return found
 
 
 def check_open(host: str, storage: str | None = None) -> None:
@@ -124,7 +159,7 @@ def check_open(host: str, storage: str | None = None) -> None:
     if os.environ.get(KEY, "").strip() or os.environ.get(OPEN) == "1":
         return
     if _is_loopback(host):
-        os.environ[OPEN] = "1"
+        os.environ[OPEN] = LOCAL
         return
     raise SpecError(
         f"--host {host}",
@@ -141,8 +176,10 @@ def warn_of_plain_http(host: str, tls: Tls | None, say: Callable[[str], None]) -
         say(f"plain HTTP on {host}: whoever is on the way can read keys and texts; {way}")
 
 
-def _check_there(model: Served) -> None:
+def _check_there(model: Served, say: Callable[[str], None]) -> None:
     """Raise StoreError where there is no such run or checkpoint, before anything is started."""
+    if model.folder is not None and not is_export(model.folder):
+        say(f"{model.folder} has no list of its files, so they are served as they are")
     if model.run is not None and model.storage is not None:
         choose_checkpoint(Run.open(model.storage, model.run), model.step)
 

@@ -31,7 +31,9 @@ HEADER_SECONDS = 15.0
 class BoundedProtocol(H11Protocol):
     """A connection: one of a bounded number, closed where no request comes."""
 
-    _first: asyncio.TimerHandle | None = None
+    _headers: asyncio.TimerHandle | None = None
+    """Runs while headers are awaited: those of the first request from the start, those of a later
+    one from its first byte on."""
 
     def connection_made(self, transport: Any) -> None:
         if len(self.connections) >= MAX_CONNECTIONS:
@@ -39,15 +41,35 @@ class BoundedProtocol(H11Protocol):
             self.transport = transport
             return
         super().connection_made(transport)
-        self._first = self.loop.call_later(HEADER_SECONDS, self._close_idle)
+        self._is_counted = True
+        self._headers = self.loop.call_later(HEADER_SECONDS, self._close_slow)
+
+    _is_counted = False
+
+    def data_received(self, data: bytes) -> None:
+        if self._headers is None and not self._answers:
+            self._headers = self.loop.call_later(HEADER_SECONDS, self._close_slow)
+        super().data_received(data)
+        if self._answers:
+            self._stop_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._first is not None:
-            self._first.cancel()
+        self._stop_waiting()
+        if self._is_counted:
             super().connection_lost(exc)
 
-    def _close_idle(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    @property
+    def _answers(self) -> bool:
+        """Whether a request is under way whose headers are there."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _stop_waiting(self) -> None:
+        if self._headers is not None:
+            self._headers.cancel()
+            self._headers = None
+
+    def _close_slow(self) -> None:
+        if not self.transport.is_closing():
             self.transport.close()
 
 

@@ -19,12 +19,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
-from limits import parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dray.errors import SpecError, StoreError
+from dray.processes.imports import require_package
 from dray.runs.layout import SERVING
 from dray.serve.refusals import Refusal
 from dray.storage.exclusive import create_exclusive
@@ -129,6 +127,9 @@ def has_keys(storage: str) -> bool:
 
 def check_rate(rate: str) -> None:
     """Raises SpecError for what is no rate, or one of nothing."""
+    require_package("limits", "serve", f"--rate {rate}")
+    from limits import parse
+
     try:
         if parse(rate).amount < 1:
             raise ValueError("it lets nobody ask")
@@ -141,6 +142,9 @@ class Ring:
     storage does not answer, keys are as they were last known. Raises StoreError as it starts."""
 
     def __init__(self, storage: str, poll_seconds: float = POLL_SECONDS) -> None:
+        from limits.storage import MemoryStorage
+        from limits.strategies import MovingWindowRateLimiter
+
         self._place = _open(storage)
         self._known: dict[str, HeldKey] = {}
         self._valid: Mapping[str, HeldKey] = {}
@@ -173,6 +177,8 @@ class Ring:
         """One request of a key. Raises Refusal 429 beyond its rate."""
         if held.rate is None:
             return
+        from limits import parse
+
         rate = parse(held.rate)
         if not self._rates.hit(rate, "key", held.name):
             wait = self._rates.get_window_stats(rate, "key", held.name).reset_time - time.time()

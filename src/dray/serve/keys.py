@@ -8,7 +8,9 @@ and a rate. Once a storage has had a key, its service is never open.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from dray.serve.held_keys import Ring
 
 KEY, OPEN = "DRAY_SERVE_KEY", "DRAY_OPEN_SERVICE"
+LOCAL = "loopback"
+"""A value of the second: all on this machine may ask."""
 WRITES = ("/v1/completions", "/v1/chat/completions")
 PREDICTS = ("/v1/embeddings", "/classify", "/extract", "/predict")
 METRICS_PATH = "/metrics"
@@ -34,11 +38,20 @@ class Caller:
     """The name of its key, where it is one of the storage's."""
 
 
+def is_own_name(host: str) -> bool:
+    """Whether a request's Host is this machine by a name that nobody else can have."""
+    name = re.sub(r":[0-9]*$", "", host.strip().lower()).strip("[]")
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 def read_key(held: bool = False) -> bytes:
     """What requests must have; nothing where all may ask, or where there are `held` keys. Raises
     SpecError if neither is said."""
     key = os.environ.get(KEY, "").strip()
-    if not key and not held and os.environ.get(OPEN) != "1":
+    if not key and not held and os.environ.get(OPEN) not in ("1", LOCAL):
         raise SpecError(
             KEY,
             "is not set",
@@ -48,16 +61,26 @@ def read_key(held: bool = False) -> bytes:
     return key.encode()
 
 
-class OneKey:
-    """The one key of the environment, or none; and keys of the storage where it has any."""
+def is_local() -> bool:
+    """Whether a service without a key is open to this machine alone."""
+    return os.environ.get(OPEN) == LOCAL
 
-    def __init__(self, key: bytes, ring: Ring | None = None) -> None:
-        self._key, self._ring = key, ring
+
+class OneKey:
+    """The one key of the environment, or none; and keys of the storage where it has any. Without
+    either all may ask, or, where that is `local`, those who ask this machine by its own name: a
+    page of a place whose name leads here asks by that place's."""
+
+    def __init__(self, key: bytes, ring: Ring | None = None, *, local: bool = False) -> None:
+        self._key, self._ring, self._local = key, ring, local
 
     def admit(self, headers: Mapping[str, str], route: str) -> Caller:
         """Raises Refusal 401 for whoever has no key, 403 for a key that is not for this route, 429
         beyond its rate."""
         if not self._key and self._ring is None:
+            if self._local and not is_own_name(headers.get("host", "")):
+                what = "without a key this service answers to localhost alone, by that name"
+                raise Refusal(403, what, code="wrong_host")
             return Caller()
         scheme, _, given = headers.get("authorization", "").partition(" ")
         token = given.strip() if scheme.lower() == "bearer" else ""

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dray.serve.refusals import Refusal, too_many
 
-_NESTING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
-"""A string, or a bracket outside of one."""
+_NESTING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
+"""A string, which may have no end, or a bracket outside of one: each character is read once."""
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

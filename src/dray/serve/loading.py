@@ -9,6 +9,7 @@ weights are verified safetensors.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +20,8 @@ from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import Decoder, describe, read_tokenizer_files
 from dray.errors import SpecError, StoreError
 from dray.models.config import longest_row
-from dray.release.export.manifest import is_export, verify_folder
-from dray.release.exported import load_folder, open_exported
+from dray.release.export.manifest import MANIFEST, is_export, verify_folder
+from dray.release.exported import SPEC, load_folder, open_exported
 from dray.release.opened import Opened
 from dray.release.predict import Predictor
 from dray.release.trained import open_trained
@@ -114,6 +115,13 @@ def load_served(served: Served) -> Loaded:
                 "an export is served as it was written",
                 "`dray export` makes another one",
             )
+    elif served.folder is not None and os.path.lexists(os.path.join(served.folder, SPEC)):
+        raise StoreError(
+            served.folder,
+            f"was exported by dray, and its {MANIFEST} is gone",
+            "an export is served once every file is what that lists",
+            "`dray export` makes another one",
+        )
     return _load_folder(served) if served.folder is not None else _load_run(served)
 
 

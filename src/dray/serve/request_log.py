@@ -112,7 +112,10 @@ class _Files(RotatingFileHandler):
 
     def _open(self) -> TextIOWrapper:
         def private(path: str, flags: int) -> int:
-            return os.open(path, flags, 0o600)
+            descriptor = os.open(path, flags, 0o600)
+            with suppress(OSError):  # one that was there, and is somebody else's
+                os.fchmod(descriptor, 0o600)
+            return descriptor
 
         return open(self.baseFilename, "a", encoding="ascii", opener=private)
 

@@ -72,10 +72,22 @@ class Router:
 
     async def cards(self) -> list[Card]:
         """What each model is; of those that have answered once, from memory."""
-        for name, target in self.targets.items():
-            if name not in self._cards:
-                self._cards[name] = (await target.card()).model_copy(update={"id": name})
-        return [self._cards[name] for name in self.targets]
+        return [await self._card(name, target) for name, target in tuple(self.targets.items())]
+
+    async def _card(self, name: str, target: Target) -> Card:
+        """Raises Refusal 503 where no replica says it, and 429 where all are full."""
+        known = self._cards  # another mapping after a change of the versions
+        async for place in self._tries():
+            if name in known:
+                return known[name]
+            try:
+                known[name] = (await target.card()).model_copy(update={"id": name})
+                return known[name]
+            except Lost:
+                await self._pause(place)
+            except Full:
+                raise _full() from None
+        raise _gone()
 
     async def is_ready(self) -> bool:
         """Whether every model has a replica that answers."""
@@ -113,8 +125,7 @@ class Router:
 
     async def card_for(self, model: str, route: str) -> Card:
         """What a model is that answers to a route. Raises Refusal 404."""
-        self.choose(model)
-        card = next(card for card in await self.cards() if card.id == model)
+        card = await self._card(model, self.choose(model))
         if route not in card.routes:
             what = f"{model} does not answer to {route}, but to {', '.join(card.routes)}"
             raise Refusal(404, what, param="model", code="no_such_route")

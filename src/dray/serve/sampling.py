@@ -56,6 +56,10 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
 
 
+COLDEST = 1e-6
+"""Below it a temperature is this one: fp32 has no smaller quotients."""
+
+
 class Sampler:
     """Draws the tokens of one answer. `place` is its number among the answers to a prompt."""
 
@@ -96,7 +100,9 @@ class Sampler:
         return logits
 
     def _drawn(self, logits: Tensor) -> int:
-        probabilities = (logits / self.sampling.temperature).softmax(-1)
+        # From the greatest on, so that a temperature near 0 leaves that one, not infinities.
+        shifted = (logits - logits.max()) / max(self.sampling.temperature, COLDEST)
+        probabilities = shifted.softmax(-1)
         if self.sampling.top_p < 1:
             probabilities = in_nucleus(probabilities, self.sampling.top_p)
         sums = probabilities.double().cumsum(-1)

@@ -7,13 +7,17 @@ bounded here once; what depends on the service's limits is checked in `checking.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A list that is refused at the first item that does not fit: a long one has as many mistakes."""
 Text = Annotated[str, Field(strict=True)]
 Model = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Metadata = dict[str, Any] | None
@@ -28,15 +32,15 @@ class Request(BaseModel):
     """As `/v1/models` names it."""
     user: Text | None = None
     metadata: Metadata = None
-    store: bool | None = None
+    store: Flag | None = None
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = False
+    include_usage: Flag = False
     """Whether a last piece tells the tokens of all."""
-    include_obfuscation: bool | None = None
+    include_obfuscation: Flag | None = None
 
 
 class Sampled(Request):
@@ -48,8 +52,8 @@ class Sampled(Request):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     n: Annotated[Whole, Field(ge=1)] | None = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | list[Text] | None = None
-    stream: bool | None = None
+    stop: Text | Many[Text] | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -61,7 +65,7 @@ class Sampled(Request):
 
 
 class CompletionRequest(Sampled):
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]]
     """Texts, or ids of tokens."""
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     """How many of the likeliest tokens are told beside each."""
@@ -81,9 +85,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Text | Many[Part] | None = None
     name: Text | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Many[dict[str, Any]] | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
     refusal: Text | None = None
@@ -96,23 +100,23 @@ class ResponseFormat(BaseModel):
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    logprobs: bool | None = None
+    logprobs: Flag | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] | None = None
     """JSON schemas, which the chat template writes; what a model makes of them is its text."""
     tool_choice: Literal["auto", "none"] | None = None
     response_format: ResponseFormat | None = None
 
 
 class EmbeddingRequest(Request):
-    input: Text | list[Text]
+    input: Text | Many[Text]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = None
 
 
-Input = Text | list[Text] | list[dict[str, Any]]
+Input = Text | Many[Text] | Many[dict[str, Any]]
 
 
 class ClassifyRequest(Request):
@@ -121,7 +125,7 @@ class ClassifyRequest(Request):
 
 
 class ExtractRequest(Request):
-    input: Text | list[Text] | list[list[Text]] | list[dict[str, Any]]
+    input: Text | Many[Text] | Many[Many[Text]] | Many[dict[str, Any]]
     """A text, texts, lists of words, or records with the model's fields. A text is split into words
     and signs."""
 
@@ -131,7 +135,8 @@ class PredictRequest(BaseModel):
 
     model: Model | None = None
     """May be left out where one model predicts."""
-    records: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    user: Text | None = None
+    records: Annotated[Many[dict[str, Any]], Field(min_length=1)]
 
 
 # --- answers -------------------------------------------------------------------------------------

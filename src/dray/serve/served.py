@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dray.errors import SpecError
+from dray.runs.checkpoint_choice import read_step
 from dray.spec.sections import RunName
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -57,9 +58,7 @@ def read_words(words: str, storage: str, name: str | None = None) -> Served:
     if os.path.isfile(os.path.join(words, "config.json")):
         return Served(name=name, folder=os.path.abspath(words))
     run, _, step = words.partition("@")
-    if step and not (step == "best" or (step.isascii() and step.isdigit() and len(step) < 12)):
-        raise SpecError(words, f"@{step} is no step", "it is a number, or best")
-    found = None if not step else "best" if step == "best" else int(step)
+    found = read_step(step, words) if step else None
     if os.path.isdir(words) and os.sep in words:
         raise SpecError(
             words, "holds no config.json", "a folder is one that `dray export` has written"

@@ -26,12 +26,12 @@ from ray.serve.exceptions import (
 )
 from starlette.types import ASGIApp
 
-from dray.errors import RunFailed, SpecError
+from dray.errors import PlanError, RunFailed, SpecError
 from dray.plan.machine import free_memory_bytes
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
 from dray.serve.held_keys import Ring, has_keys
-from dray.serve.keys import OneKey, read_key
+from dray.serve.keys import OneKey, is_local, read_key
 from dray.serve.limits import Bodies, Limits
 from dray.serve.observing import observe
 from dray.serve.request_log import Logged
@@ -179,7 +179,7 @@ class Gateway:
         key = read_key(held)
         # A service that asks for a key also takes those that are made later.
         ring = Ring(storage) if storage is not None and (key or held) else None
-        self._keys, self._bodies = OneKey(key, ring), Bodies(limits)
+        self._keys, self._bodies = OneKey(key, ring, local=is_local()), Bodies(limits)
         self._logged = logged
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -301,7 +301,16 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
 
 
 def start(host: str, port: int, limits: Limits, *, verbose: bool, tls: Tls | None = None) -> None:
-    """Start Ray Serve on the connected Ray, or find the one that runs there."""
+    """Start Ray Serve on the connected Ray. Raises PlanError where one runs that has other
+    applications: it has one address, and one set of paths, for all of them."""
+    if others := _applications():
+        raise PlanError(
+            "dray serve",
+            f"Ray Serve runs on this cluster already, with {', '.join(sorted(others)[:8])}",
+            "all applications of a cluster share its address, port and certificate",
+            "end those, name another cluster, or add yours to their configuration "
+            "(cluster/kuberay/rayservice.yaml has one)",
+        )
     if not verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = {
@@ -387,7 +396,14 @@ def drain(seconds: float) -> int:
     return 0
 
 
+def _applications() -> set[str]:
+    """Names of the applications of the connected Ray; none where Serve does not run."""
+    with suppress(RayError, RayServeException):
+        return set(serve.status().applications)
+    return set()
+
+
 def stop() -> None:
-    """End all replicas, and Serve."""
+    """End all replicas, and Serve: `start` has made sure that nobody else has anything there."""
     with suppress(RayError, RayServeException):
         serve.shutdown()

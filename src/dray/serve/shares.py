@@ -115,7 +115,7 @@ class Versioned:
             self._copy(version, lambda shadow: shadow.write(kind, body), found, _texts)
 
     async def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        version, target = self._choose(None)
+        version, target = self._choose(now_asked().user)
         try:
             found = await target.predict(records)
         except Lost:

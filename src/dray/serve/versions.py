@@ -22,7 +22,7 @@ from dray.errors import SpecError, StoreError
 from dray.runs.layout import SERVING
 from dray.serve.served import Name, Served
 from dray.storage.exclusive import create_exclusive
-from dray.storage.filesystem import child, list_files, read_bytes, share_filesystem
+from dray.storage.filesystem import absolute, child, list_files, read_bytes, share_filesystem
 
 Deed = Literal["promote", "canary", "shadow", "rollback"]
 _FILE = re.compile(r"([0-9]{6})\.json")
@@ -127,6 +127,7 @@ class Record:
             rule = "letters, digits, dots, - and _, at most 100"
             raise SpecError(f"model {name!r}", "is no name", rule) from None
         self.name = name
+        self._storage = absolute(storage)
         self._filesystem, self._folder = share_filesystem(child(storage, SERVING, "models", name))
         self._changes: list[Change] = []
 
@@ -140,13 +141,25 @@ class Record:
             path = self._path(number)
             try:
                 content = json.loads(read_bytes(self._filesystem, path))
-                self._changes.append(Change.model_validate(content))
+                self._changes.append(self._here(Change.model_validate(content)))
             except ValueError as error:
                 raise StoreError(path, "is no change of a model's versions") from error
         try:
             return fold(self._changes)
         except ValueError as error:
             raise StoreError(self._folder, f"is damaged ({error})") from error
+
+    def _here(self, change: Change) -> Change:
+        if change.served is None:
+            return change
+        return change.model_copy(update={"served": self._located(change.served)})
+
+    def _located(self, served: Served) -> Served:
+        """Versions are runs of the storage that the record lies in, also when all of it was
+        moved."""
+        if served.run is None:
+            return served
+        return served.model_copy(update={"storage": self._storage})
 
     def history(self) -> tuple[Change, ...]:
         """All changes, the first one first."""
@@ -156,7 +169,7 @@ class Record:
     def begin(self, served: Served) -> State:
         """Make it version 1 where there is none. Raises SpecError where the name has versions, and
         this is none of them."""
-        state = self.read()
+        state, served = self.read(), self._located(served)
         if not state.stable:
             return self.promote(served)
         if _find(state, served) is None:
@@ -172,6 +185,7 @@ class Record:
     def promote(self, served: Served, share: float | None = None, shadow: bool = False) -> State:
         """Let it answer: all requests, a share of them, or copies of them. Raises SpecError where
         that cannot be."""
+        served = self._located(served)
         deed: Deed = "shadow" if shadow else "promote" if share is None else "canary"
         if share is not None and not 0 < share < 1:
             raise SpecError(f"--share {share:g}", "is no share", "more than 0 and less than 1")

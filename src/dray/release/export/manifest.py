@@ -144,22 +144,25 @@ def _told(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed(tree: Any) -> dict[str, tuple[int, str]]:
-    """(bytes, SHA-256) of each file. Raises ValueError, TypeError or KeyError for what is no
-    manifest."""
-    if not isinstance(tree, dict) or not isinstance(tree["version"], int):
-        raise ValueError("it is no manifest")
+    """(bytes, SHA-256) of each file. Raises ValueError for what is no manifest."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("files"), list):
+        raise ValueError("it lists no files")
+    if type(tree.get("version")) is not int or tree["version"] < 1:
+        raise ValueError("it has no version")
     if tree["version"] > VERSION:
         raise ValueError(f"version {tree['version']} is newer than this dray's {VERSION}")
     listed: dict[str, tuple[int, str]] = {}
     for item in tree["files"]:
-        name, size, digest = item["file"], item["bytes"], item["sha256"]
+        if not isinstance(item, dict):
+            raise ValueError("what it lists is no file")
+        name, size, digest = (item.get(key) for key in ("file", "bytes", "sha256"))
         if not isinstance(name, str) or not is_inside(name):
             raise ValueError(f"{name!r} is no name of a file in the folder")
         if name in listed or name in (MANIFEST, SIGNATURE):
             raise ValueError(f"{name!r} is listed where it may not be")
-        if type(size) is not int or size < 0 or not _SHA256.fullmatch(digest):
+        if type(size) is not int or size < 0 or not _SHA256.fullmatch(str(digest)):
             raise ValueError(f"{name!r} has no size and SHA-256")
-        listed[name] = size, digest
+        listed[name] = size, str(digest)
     return listed
 
 
@@ -182,7 +185,7 @@ def _judge_signature(
     if signer is None or not has_file:
         wrong = (
             f"{SIGNATURE} is missing, and the manifest names who signed it"
-            if signer
+            if signer is not None
             else f"{SIGNATURE} is there, and the manifest names nobody who signed it"
         )
         return "broken", wrong

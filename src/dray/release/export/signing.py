@@ -90,9 +90,9 @@ def load_public_key(path: str) -> bytes:
 def is_signed_by(public: bytes, signature: bytes, content: bytes) -> bool:
     """Whether a public key's owner has signed the content. Raises StoreError without the
     library."""
+    _, ed25519 = _library("--key")
     from cryptography.exceptions import InvalidSignature
 
-    _, ed25519 = _library("--key")
     try:
         ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, content)
     except (InvalidSignature, ValueError):

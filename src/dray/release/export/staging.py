@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -88,7 +89,7 @@ def check_room(folder: str, target: Path, num_bytes: int) -> None:
 
 def _remove_left(target: Path) -> None:
     """Remove what processes left that were killed while they wrote this folder."""
-    for left in target.parent.glob(f".{target.name}.*{_LEFT}"):
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{_LEFT}"):
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
