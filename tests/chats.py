@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from dray.corpus.chunks import Tools
+from dray.corpus.tools import Tools
 from dray.corpus.tokenizing import describe, read_tokenizer_files, save_trained, train_byte_bpe
 from dray.tasks.parts.templates import MARKS, TEMPLATES
 

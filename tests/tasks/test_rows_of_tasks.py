@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dray.corpus.chunks import Tools
+from dray.corpus.tools import Tools
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.shards import read_groups
 from dray.corpus.tokenizing import TokenizerInfo

@@ -1,10 +1,10 @@
-"""Texts in other words, for training alone: synonyms, words that change places or fall out, slips of
-the keyboard and of readers of print.
+"""Texts in other words, for training alone: synonyms, words that change places or fall out, slips
+of the keyboard and of readers of print.
 
 What is done to a row is drawn from the seed, the epoch and the row's id, and from nothing else, so
 that a resumed run reads the same on any number of workers. Every operator takes a text apart into
-words and what stands between them, and changes words alone. Chinese, which has no spaces, is cut into
-words by rjieba. Refuses a thesaurus that is none.
+words and what stands between them, and changes words alone. Chinese, which has no spaces, is cut
+into words by rjieba.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 
+from dray.corpus.thesaurus import Thesaurus
 from dray.errors import CorpusError
 
 Draw = np.random.Generator
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?|[\d_]+", re.UNICODE)
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]+")
-_MARKS = re.compile(r"\s*\((?:generic|similar|related) term\)|\s*\(antonym\)")
-"""How a MyThes file marks what is not quite a synonym."""
 
 ROWS_OF_KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 LOOKALIKES: Mapping[str, tuple[str, ...]] = {
@@ -35,6 +33,25 @@ LOOKALIKES: Mapping[str, tuple[str, ...]] = {
     "i": ("j", "1"), "j": ("i",), "D": ("O",), "G": ("6",), "Z": ("2",), "T": ("7",),
 }  # fmt: skip
 """What a reader of print takes a letter for."""
+
+
+@dataclass(frozen=True)
+class Augmenter:
+    """What changes a text by a kind that the spec names. `strength`: the share of its words."""
+
+    strength: float
+    thesaurus: Thesaurus
+
+    def change(self, kind: str, text: str, draw: Draw) -> str:
+        """The text by one kind; as it is where it has nothing that the kind changes."""
+        words = Words.of(text)
+        if not words.words:
+            return text
+        number = max(1, round(self.strength * len(words.words)))
+        if kind in ("synonyms", "insertion"):
+            by = replace_by_synonyms if kind == "synonyms" else insert_synonyms
+            return str(by(words, number, draw, self.thesaurus))
+        return str(_OPERATORS[kind](words, number, draw))
 
 
 @dataclass(frozen=True)
@@ -87,82 +104,6 @@ def _cut(chinese: str) -> Sequence[str]:
         ) from None
     words: Sequence[str] = rjieba.cut(chinese, hmm=False)
     return words
-
-
-class Thesaurus(Protocol):
-    """Words that mean the same."""
-
-    def __call__(self, word: str) -> Sequence[str]: ...
-
-
-class Synonyms:
-    """A thesaurus from a file: as MyThes (Debian's mythes-*, OpenOffice) has it, or lines of words
-    that mean the same, with spaces between. Raises CorpusError for what is neither."""
-
-    def __init__(self, path: str, content: bytes) -> None:
-        head, _, rest = content.partition(b"\n")
-        encoding = head.decode("ascii", "replace").strip()
-        try:
-            is_mythes = b"|" in rest[:4096] and bool("x".encode(encoding))
-        except LookupError:
-            is_mythes = False
-        try:
-            self._words = (
-                _read_mythes(rest.decode(encoding)) if is_mythes else _read_lines(content.decode())
-            )
-        except UnicodeDecodeError as error:
-            raise CorpusError(path, f"is no text ({error.reason})") from error
-        if not self._words:
-            raise CorpusError(
-                path,
-                "has no two words that mean the same",
-                "a thesaurus is a MyThes file, or a line for each group of words",
-                "Debian's mythes-en-us installs /usr/share/mythes/th_en_US_v2.dat",
-            )
-
-    def __len__(self) -> int:
-        return len(self._words)
-
-    def __call__(self, word: str) -> Sequence[str]:
-        """In the word's own case."""
-        found = self._words.get(word.lower(), ())
-        if word.isupper() and len(word) > 1:
-            return [other.upper() for other in found]
-        if word[:1].isupper():
-            return [other[:1].upper() + other[1:] for other in found]
-        return found
-
-
-def _read_mythes(text: str) -> dict[str, tuple[str, ...]]:
-    """`word|number of meanings`, then a line for each: `(noun)|synonym|synonym (generic term)|…`.
-    Marked ones are left out: a generic term is not the same, and an antonym its opposite."""
-    found: dict[str, dict[str, None]] = {}
-    lines = iter(text.splitlines())
-    for line in lines:
-        word, _, number = line.partition("|")
-        same: dict[str, None] = {}
-        for _ in range(int(number) if number.strip().isdigit() else 0):
-            for other in next(lines, "").split("|")[1:]:
-                other = other.strip()
-                if other and not _MARKS.search(other) and " " not in other:
-                    same[other] = None
-        same.pop(word, None)
-        if same and " " not in word:
-            found.setdefault(word.lower(), {}).update(same)
-    return {word: tuple(same) for word, same in found.items()}
-
-
-def _read_lines(text: str) -> dict[str, tuple[str, ...]]:
-    found: dict[str, dict[str, None]] = {}
-    for line in text.splitlines():
-        words = line.split()
-        for word in words if len(words) > 1 else ():
-            same = found.setdefault(word.lower(), {})
-            same.update(dict.fromkeys(other for other in words if other.lower() != word.lower()))
-    return {word: tuple(same) for word, same in found.items() if same}
-
-
-# --- operators ------------------------------------------------------------------------------------
 
 
 def replace_by_synonyms(text: Words, number: int, draw: Draw, thesaurus: Thesaurus) -> Words:
@@ -218,8 +159,8 @@ def delete_words(text: Words, number: int, draw: Draw) -> Words:
 
 
 def slip_on_keys(text: Words, number: int, draw: Draw) -> Words:
-    """In `number` words a letter is one beside it on the keyboard, is doubled, falls out, or changes
-    places with the next one."""
+    """In `number` words a letter is one beside it on the keyboard, is doubled, falls out, or
+    changes places with the next one."""
 
     def slip(word: str) -> str:
         place = int(draw.integers(len(word)))
@@ -280,3 +221,11 @@ def _neighbours() -> Mapping[str, str]:
             if other != key and abs(row - there) <= 1 and abs(at - where) <= 1:
                 found.setdefault(key, set()).add(other)
     return {key: "".join(sorted(others)) for key, others in found.items()}
+
+
+_OPERATORS: Mapping[str, Callable[[Words, int, Draw], Words]] = {
+    "swap": swap_words,
+    "deletion": delete_words,
+    "keyboard": slip_on_keys,
+    "ocr": misread_print,
+}
