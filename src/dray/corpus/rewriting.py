@@ -121,6 +121,11 @@ class Rewriter:
     """On the corpus."""
     seed: int
 
+    @property
+    def is_of_words(self) -> bool:
+        """Whether a text is a list of words, of which each has its place."""
+        return any(field.kind == "words" for field in self.task.fields.values())
+
     def rewrite(self, rows: pa.Table, epochs: Ints, folder: str, manifest: Manifest) -> pa.Table:
         """Rows as they are learnt from: the same columns without those that are kept for this, and
         HIDDEN where tokens are hidden. `epochs`: of each row."""
@@ -164,7 +169,7 @@ class Rewriter:
             return text_at(rows, PARAPHRASE.name, change.place) or text
         synonyms = load_thesaurus(folder) if self.settings.thesaurus else Synonyms({})
         augmenter = Augmenter(self.settings.strength, synonyms)
-        if any(field.kind == "words" for field in self.task.fields.values()):
+        if self.is_of_words:
             return augmenter.change(change.kind, text, change.draw)
         parts = text.split(SEPARATOR)  # of a pair each by itself: no word goes from one to another
         return SEPARATOR.join(augmenter.change(change.kind, part, change.draw) for part in parts)

@@ -79,7 +79,8 @@ def find_teller(spec: Spec, storage: str, origin: Origin | None = None) -> Telle
 
 
 def telling_options(job: Preparation, teller: Any) -> dict[str, Any]:
-    """Ray's options of the tasks that ask a `teller`, or translators: no more of them on a node than it has memory for."""
+    """Ray's options of the tasks that ask a `teller`, or translators: no more of them on a node
+    than it has memory for."""
     import ray
 
     needed = teller.memory_bytes
