@@ -112,7 +112,7 @@ def replace_by_synonyms(text: Words, number: int, draw: Draw, thesaurus: Thesaur
     for place in draw.permutation(len(words)):
         same = thesaurus(words[place]) if left else ()
         if same:
-            words[place] = same[draw.integers(len(same))]
+            words[place] = same[int(draw.integers(len(same)))]
             left -= 1
     return Words(tuple(words), text.gaps)
 
@@ -126,7 +126,7 @@ def insert_synonyms(text: Words, number: int, draw: Draw, thesaurus: Thesaurus) 
             break
         same = known[draw.integers(len(known))]
         place = int(draw.integers(len(words) + 1))
-        words.insert(place, same[draw.integers(len(same))])
+        words.insert(place, same[int(draw.integers(len(same)))])
         between = "" if _HAN.search(words[place]) else " "
         gaps.insert(place + 1 if place else 0, between if place else "")
         if not place:

@@ -148,8 +148,8 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
             if arrays:
                 record[split]["num_array_bytes"] = sum(values[name].nbytes for name in arrays)
             if GIVEN_TEXT in job.task.columns:
-                empty = values[GIVEN_TEXT.name].lengths == 0
-                record[split]["num_without_text"] = int(empty.sum())
+                texts: Any = values[GIVEN_TEXT.name]
+                record[split]["num_without_text"] = int((texts.lengths == 0).sum())
             if job.labels:
                 record[split]["by_label"] = _count_classes(job, values)
             if labels is not None:

@@ -35,7 +35,7 @@ from dray.models.source import find_pretrained
 from dray.origin import Origin, RunWeights, find_run_weights, open_weights
 from dray.processes.imports import whole
 from dray.runs import Run
-from dray.spec import BackTranslation, Spec, Translator
+from dray.spec import Spec, Translator
 from dray.storage.filesystem import share_filesystem
 from dray.tasks.rows import SEPARATOR
 
@@ -65,7 +65,7 @@ class Translators:
 def find_translators(spec: Spec, storage: str) -> Translators | None:
     """Those of the spec; None: it asks for none. Raises UserError where one is gone, or is of a run
     that answers no texts."""
-    settings: BackTranslation | None = spec.augmentation and spec.augmentation.back_translation
+    settings = None if spec.augmentation is None else spec.augmentation.back_translation
     if settings is None:
         return None
     found = [

@@ -172,5 +172,7 @@ def make_stream(job: Job, attempt: Attempt) -> RowStream:
         validate_every=spec.validation.every_steps,
         max_validation_rows=spec.validation.max_rows,
         left_out=attempt.left_out,
-        rewriter=spec.augmentation and Rewriter(spec.augmentation, spec.task, spec.seed),
+        rewriter=None
+        if spec.augmentation is None
+        else Rewriter(spec.augmentation, spec.task, spec.seed),
     )
