@@ -521,6 +521,7 @@ class _Claim:
 
 
 def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Manifest:
+    write_thesaurus(spec, *share_filesystem(folder))
     job, work = _plan(spec, folder, inputs, say)
     pieces, work.parts = plan_gathering(work.parts, job.sources)
     work.scatters = run_stage(job, "scattered", scatter_part, pieces, say)
@@ -570,7 +571,6 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job)
     filesystem, path = share_filesystem(folder)
-    write_thesaurus(spec, filesystem, path)
     write_bytes(filesystem, f"{path}/{SOURCE_FILES}", dump_source_files(work.source_files()))
     return make_manifest(key, job, work)
 
