@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import describe, read_tokenizer_files, save_trained, train_byte_bpe
+from dray.corpus.tools import Tools
 from dray.tasks.parts.templates import MARKS, TEMPLATES
 
 TEXT = "what is the capital of France and who wrote the books? It is Paris. 首都是巴黎。"

@@ -101,28 +101,31 @@ class RunWeights:
 Origin = Pretrained | RunWeights
 
 
-def find_run_weights(storage: str, name: str, step: int | str) -> RunWeights:
-    """The checkpoint that `model.run` and `model.step` mean now. Raises SpecError."""
+def find_run_weights(
+    storage: str, name: str, step: int | str, key: str = "model.run"
+) -> RunWeights:
+    """The checkpoint that `model.run` and `model.step`, or another `key`, mean now. Raises
+    SpecError."""
     try:
         run = Run.open(storage, name)
         info, whole = choose_checkpoint(run, None if step == "newest" else step), run.spec()
     except StoreError as error:
         raise SpecError(
-            f"model.run = {name}", str(error), "the weights of another run are read from it"
+            f"{key} = {name}", str(error), "the weights of another run are read from it"
         ) from error
     if (made := run.compressed()) is not None and made["packed"]:
         raise SpecError(
-            f"model.run = {name}",
+            f"{key} = {name}",
             f"its weights are stored in fewer bytes (compressed from {made['run']})",
             "a run starts from whole weights",
-            f"give model.run={made['run']}, and compress what comes of it",
+            f"give {key}={made['run']}",
         )
     if whole.keeps_base:
         raise SpecError(
-            f"model.run = {name}",
+            f"{key} = {name}",
             "its checkpoints hold only what it trained of its model",
             "a run starts from whole weights",
-            f"`dray export {name} FOLDER`, and give model.path=FOLDER",
+            f"`dray export {name} FOLDER`, and give {key.replace('.run', '.path')}=FOLDER",
         )
     return RunWeights(storage, name, info.step, info.attempt)
 

@@ -81,3 +81,49 @@ def test_so_does_one_with_all_kinds_of_regularisation(tmp_path: Path, local_ray:
 
     killed = killed_and_resumed(elsewhere, storage, "killed", places=((2, 3), (1, 0), (2, 1)))
     assert_same_steps(killed, straight)
+
+
+CHANGES = ["synonyms", "insertion", "swap", "deletion", "keyboard", "ocr"]
+HIDES = ["token_cutoff", "span_masking"]
+AUGMENTED = {
+    "sequence_classification": [*CHANGES, *HIDES],
+    "token_classification": ["synonyms", "keyboard", "ocr", *HIDES],
+    "regression": [*CHANGES, *HIDES],
+    "embedding": CHANGES,
+    "seq2seq": [*CHANGES, *HIDES],
+    "seq2seq of a decoder": CHANGES,
+    "causal_lm": HIDES,
+    "instruction": HIDES,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n == "sequence_classification" else pytest.mark.slow)
+        for n in AUGMENTED
+    ],
+)
+def test_so_does_one_whose_rows_are_read_in_other_words(
+    tmp_path: Path, local_ray: None, name: str
+) -> None:
+    folder, storage = tmp_path / "in", str(tmp_path / "runs")
+    folder.mkdir()
+    drawn = random.Random(0)
+    lines = [json.dumps(CASES[name].record(drawn)) for _ in range(160)]
+    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "thesaurus").write_text("red crimson\nold aged\nnew fresh\n", encoding="utf-8")
+    augmentation: dict[str, Any] = {"kinds": AUGMENTED[name], "share": 0.6, "strength": 0.3}
+    if "synonyms" in AUGMENTED[name]:
+        augmentation["thesaurus"] = f"{folder}/thesaurus"
+    lasts = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 5}}
+    lasts |= {"augmentation": augmentation}
+    whole = make(name, folder, resources={"workers": 1}, zero={"stage": 0}, **lasts)
+    prepare(whole, storage)
+    straight = train_locally(whole, storage=storage, run_name="straight").run
+
+    def elsewhere(**places: Any) -> Spec:
+        return make(name, folder, **(lasts | places))
+
+    killed = killed_and_resumed(elsewhere, storage, "killed", places=CASES[name].places)
+    assert_same_steps(killed, straight)

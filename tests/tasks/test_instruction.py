@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chats import make_tools
-from dray.corpus.chunks import Tools
 from dray.corpus.packing import pack
 from dray.corpus.prepare import prepare
 from dray.corpus.shards import make_batch, stored_columns
+from dray.corpus.tools import Tools
 from dray.errors import CorpusError, SpecError
 from dray.models.build import build_model, documents_apart
 from dray.release.evaluate import evaluate

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 
-from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import describe, read_tokenizer_files, save_trained, train_byte_bpe
+from dray.corpus.tools import Tools
 from dray.spec.tasks import make_task
 from dray.tasks.parts.answers import OTHER, PROMPT_TOKENS, encode_answers
 from dray.tasks.parts.prompts import NoAnswer, write_prompt

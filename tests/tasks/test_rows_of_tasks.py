@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dray.corpus.chunks import Tools
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.shards import read_groups
 from dray.corpus.tokenizing import TokenizerInfo
+from dray.corpus.tools import Tools
 from dray.errors import CorpusError, SpecError
 from dray.spec import Spec, make_spec
 from dray.spec import Tokenizer as Tokenizers

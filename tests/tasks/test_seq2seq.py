@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from dray.cli import main
-from dray.corpus.chunks import Tools
 from dray.corpus.prepare import prepare
 from dray.corpus.tokenizing import TokenizerInfo
+from dray.corpus.tools import Tools
 from dray.release.evaluate import evaluate
 from dray.release.export import export
 from dray.release.generate import generate

@@ -89,6 +89,8 @@ def show_command(arguments: argparse.Namespace) -> int:
     from dray.runs import Run
     from dray.show.report import format_summary, load_account
 
+    if arguments.augment is not None:
+        return _say_augmented(arguments)
     storage, name = locate(arguments, sweeps=True)
     sweep = _find_sweep(storage, name)
     if sweep is not None:
@@ -99,6 +101,35 @@ def show_command(arguments: argparse.Namespace) -> int:
         arguments.out.say_json({**run.summary(), "data": load_account(run)})
     else:
         arguments.out.say(format_summary(run))
+    return 0
+
+
+def _say_augmented(arguments: argparse.Namespace) -> int:
+    from dray.corpus.manifest import load_run_manifest
+    from dray.corpus.prepare import find
+    from dray.runs import Run
+    from dray.show.augmented import find_examples, format_examples
+    from dray.spec import load_spec
+
+    if arguments.run.endswith((".yaml", ".yml")):
+        spec = load_spec(arguments.run)
+        corpus = find(spec, arguments.storage)
+        if corpus is None:
+            raise StoreError(
+                arguments.run,
+                "its corpus is not prepared",
+                "examples are of its training rows",
+                f"dray prepare {arguments.run}",
+            )
+        folder, manifest = corpus.folder, corpus.manifest
+    else:
+        run = Run.open(*locate(arguments))
+        spec, manifest, folder = run.spec(), load_run_manifest(run), run.corpus
+    found = find_examples(spec, folder, manifest, max(0, arguments.augment))
+    if arguments.json:
+        arguments.out.say_json(found)
+    else:
+        arguments.out.say(format_examples(found))
     return 0
 
 

@@ -151,8 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_jobs(commands)
 
-    show = _add_run(commands, "show", show_command, "what a run did and has")
-    _add_json(show)
+    _add_show(commands)
 
     report = _add_run(commands, "report", report_command, "a run or a sweep as a page, in one file")
     report.add_argument(
@@ -277,6 +276,20 @@ def _add_jobs(commands: Any) -> None:
     _add_storage(runs)
     runs.add_argument("--address", metavar="URL", help="list the jobs of this server of jobs")
     _add_json(runs)
+
+
+def _add_show(commands: Any) -> None:
+    show = _add_run(commands, "show", show_command, "what a run did and has")
+    show.add_argument(
+        "--augment",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="N rows as augmentation has them, by each of its kinds (default: 3); RUN may be a "
+        "spec whose corpus is prepared",
+    )
+    _add_json(show)
 
 
 def _add_release(commands: Any) -> None:

@@ -83,7 +83,21 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
         )
     else:
         lines.append(f"rows         {manifest.train.num_rows:,}, without tokens")
+    lines += _describe_unchanged(manifest)
     return [line.replace("\n", "\\n") for line in lines]  # as a file's name may have them
+
+
+def _describe_unchanged(manifest: Manifest) -> list[str]:
+    """What augmentation of texts cannot do."""
+    found = {
+        "are of documents that became several, and keep their words": manifest.num_unchanged,
+        "keep their words: no translation, or one that is too long": manifest.num_untranslated,
+    }
+    return [
+        f"augmented    {_number(count, 'training row')} {what}"
+        for what, count in found.items()
+        if count
+    ]
 
 
 def _describe_truncated(manifest: Manifest) -> str:
@@ -118,6 +132,8 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "num_truncated_tokens": manifest.packing.num_truncated_tokens,
         "num_truncated_validation_documents": manifest.packing.num_truncated_validation_documents,
         "num_truncated_validation_tokens": manifest.packing.num_truncated_validation_tokens,
+        "num_unchanged": manifest.num_unchanged,
+        "num_untranslated": manifest.num_untranslated,
         "dropped": manifest.dropped,
         "num_bad": manifest.num_bad,
         "bad_share": manifest.bad_share,

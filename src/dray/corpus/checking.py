@@ -45,6 +45,7 @@ class Work:
     deals: Sequence[Deal] = ()
     shards: Sequence[Shard] = ()
     """Deal after deal."""
+    num_untranslated: int = 0
     compressors: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of each input file by name."""
@@ -280,6 +281,8 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         shuffle_seed=job.shuffle_seed,
         bad_share=round(weigh_bad(files).share, 9),
         left_out=work.left_out,
+        num_unchanged=sum(record.get("num_without_text", 0) for record in packed),
+        num_untranslated=work.num_untranslated,
         validation_compressors=work.compressors,
     )
 

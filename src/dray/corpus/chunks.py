@@ -7,10 +7,9 @@ equal ones are found.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,8 @@ import pyarrow as pa
 from dray.corpus.cleaning import clean, hash_texts
 from dray.corpus.contents import check_unchanged
 from dray.corpus.duplicates import further_pieces, partition_hashes
-from dray.corpus.encoded import check_encoded
+from dray.corpus.encoded import GIVEN_TEXT, as_array, check_encoded, given
 from dray.corpus.gathering import TOO_FEW, gathered_documents
-from dray.corpus.packing import Ints
 from dray.corpus.parts import (
     NAMES,
     Part,
@@ -36,18 +34,7 @@ from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, fi
 from dray.corpus.records import PLAIN
 from dray.corpus.sections import write_sections
 from dray.corpus.sources import InputFile
-from dray.corpus.tokenizer_folder import (
-    all_special_tokens,
-    find_chat_template,
-    special_tokens,
-)
-from dray.corpus.tokenizing import (
-    TokenizerInfo,
-    find_word_starts,
-    load_decoder,
-    load_encoder,
-    read_tokenizer_files,
-)
+from dray.corpus.tools import Tools
 from dray.errors import CorpusError, one_line, translated
 from dray.spec import Field, Source
 from dray.storage.filesystem import (
@@ -192,80 +179,6 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
     )
 
 
-class Tools:
-    """What a task encodes documents with, by the tokeniser in a folder."""
-
-    def __init__(self, folder: str, info: TokenizerInfo, row_tokens: int) -> None:
-        self.prefix, self.middle, self.suffix = info.prefix, info.middle, info.suffix
-        self.row_tokens, self.dtype = row_tokens, info.dtype
-        self._folder, self._info = folder, info
-        self.names: dict[str, int] = {}
-        """Numbers of the names met so far."""
-        self.counts: Counter[str] = Counter()
-
-    @cached_property
-    def _encoder(self) -> Any:
-        return load_encoder(self._folder, self._info.encoder)
-
-    def encode(self, texts: pa.Array) -> tuple[npt.NDArray[np.uint32], Ints]:
-        found: tuple[npt.NDArray[np.uint32], Ints] = self._encoder.encode(texts)
-        return found
-
-    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        tokenizer = load_decoder(self._folder)
-        if not hasattr(tokenizer, "encode_batch"):  # transformers' slow ones know no places
-            raise CorpusError(
-                "tokenizer.path",
-                "the tokeniser does not tell which word a token is of",
-                "tokens of words need a tokenizer.json",
-                "convert the tokeniser to a fast one",
-            )
-        found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [(item.ids, [start for start, _ in item.offsets]) for item in found]
-
-    @cached_property
-    def _files(self) -> Mapping[str, bytes]:
-        return read_tokenizer_files(self._folder)
-
-    @cached_property
-    def chat_template(self) -> str | None:
-        return find_chat_template(self._files)
-
-    @cached_property
-    def roles(self) -> Mapping[str, str]:
-        return special_tokens(self._files)
-
-    @cached_property
-    def special(self) -> frozenset[str]:
-        return all_special_tokens(self._files)
-
-    @cached_property
-    def unknown(self) -> int | None:
-        """The id of what stands for all that the vocabulary lacks, where it has one."""
-        text = self.roles.get("unk_token")
-        if text is None:
-            return None
-        decoder = load_decoder(self._folder)
-        find = getattr(decoder, "token_to_id", None) or decoder.convert_tokens_to_ids
-        found = find(text)
-        return None if found is None else int(found)
-
-    @cached_property
-    def word_starts(self) -> npt.NDArray[np.uint8]:
-        return find_word_starts(self._files, self._info.vocab_size)
-
-    def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
-        """Numbers of names, which are counted; -1 for null."""
-        encoded = names.dictionary_encode()
-        met = encoded.dictionary.to_pylist()
-        own = [self.names.setdefault(name, len(self.names)) for name in met]
-        places = encoded.indices.fill_null(len(own)).to_numpy()
-        found: npt.NDArray[np.int32] = np.array([*own, -1], np.int32)[places]
-        for name, count in zip(met, np.bincount(places, minlength=len(met)), strict=False):
-            self.counts[name] += int(count)
-        return found
-
-
 class _ChunkWriter:
     """Gathers encoded documents and writes a chunk whenever there are enough."""
 
@@ -340,13 +253,15 @@ class _ChunkWriter:
 
         with translated(explain):
             encoded: Encoded = task.encode(texts, targets, self._tools)
-        return check_encoded(
+        checked = check_encoded(
             task,
             encoded,
             len(texts),
             vocab_size=self._job.info.vocab_size,
             num_names=len(self._tools.names),
         )
+        own = given(task, checked, texts, targets) if GIVEN_TEXT in task.columns else {}
+        return replace(checked, columns={**checked.columns, **own})
 
     def close(self) -> None:
         """Write what has been gathered as a chunk."""
@@ -374,14 +289,6 @@ class _ChunkWriter:
         self.chunks.append(name)
         self.num_documents += len(high)
         self._tokens, self._columns, self._num_bytes = [], {}, 0
-
-
-def as_array(values: Any) -> pa.Array:
-    """A column of documents, one value each: what is an array in every row lies flat."""
-    if not isinstance(values, np.ndarray) or values.ndim == 1:
-        return pa.array(values)
-    flat = pa.array(values.reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, math.prod(values.shape[1:]))
 
 
 def _join(parts: Sequence[Any]) -> Any:

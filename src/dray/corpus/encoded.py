@@ -6,6 +6,7 @@ Refuses columns that rows cannot have, and documents that are not as they are de
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,18 @@ RESERVED = {
 """Names that rows and documents have columns of already."""
 DOCUMENT = "document"
 """The column that says which document of the corpus a row is of, if the task has it."""
+
+
+GIVEN_TEXT = Column("given_text", "uint8", varies=True)
+"""The text that a row was made of, in UTF-8, if the task has it: where a document became several
+rows it is empty."""
+GIVEN_TARGET = Column("given_target", "uint8", varies=True)
+"""What went along with that text, as it was read."""
+PARAPHRASE = Column("paraphrase", "uint8", varies=True)
+"""The same text in other words, as translators wrote it once the rows were there; empty: they did
+not."""
+NOT_ENCODED = {DOCUMENT, GIVEN_TEXT.name, GIVEN_TARGET.name, PARAPHRASE.name}
+"""Columns that no task's `encode` gives."""
 
 
 def check_columns(task: Any) -> None:
@@ -131,7 +144,7 @@ def check_encoded(
     declared = {
         column.name: column
         for column in task.columns
-        if column.name != DOCUMENT and not column.told
+        if column.name not in NOT_ENCODED and not column.told
     }
     if declared.keys() != encoded.columns.keys():
         raise _wrong(task, "columns", f"are {sorted(encoded.columns)}, not {sorted(declared)}")
@@ -155,6 +168,40 @@ def check_encoded(
         records=records,
         num_lost=num_lost,
     )
+
+
+def given(
+    task: Any, encoded: Encoded, texts: pa.Array, targets: pa.Array | None
+) -> dict[str, pa.Array]:
+    """What documents were made of, as lists of bytes, where the task has columns of that."""
+    records = np.arange(len(texts)) if encoded.records is None else encoded.records
+    alone = pa.array(np.bincount(records, minlength=len(texts))[records] == 1)
+    found = {}
+    for column, values in ((GIVEN_TEXT, texts), (GIVEN_TARGET, targets), (PARAPHRASE, None)):
+        own = pa.array([""] * len(records), pa.large_string())
+        if values is not None:
+            taken = values.take(pa.array(records)).cast(pa.large_string()).fill_null("")
+            own = pc.if_else(alone, taken, own)
+        if column in task.columns:
+            found[column.name] = as_bytes(own)
+    return found
+
+
+def as_bytes(texts: pa.Array) -> pa.Array:
+    """Texts (large_string without nulls) as lists of their bytes."""
+    whole = pa.concat_arrays([texts])
+    offsets = np.frombuffer(whole.buffers()[1], np.int64)[whole.offset :][: len(whole) + 1]
+    data = whole.buffers()[2]
+    content = np.frombuffer(b"" if data is None else data, np.uint8)[offsets[0] : offsets[-1]]
+    return pa.LargeListArray.from_arrays(pa.array(offsets - offsets[0]), pa.array(content))
+
+
+def as_array(values: Any) -> pa.Array:
+    """A column of documents, one value each: what is an array in every row lies flat."""
+    if not isinstance(values, np.ndarray) or values.ndim == 1:
+        return pa.array(values)
+    flat = pa.array(values.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, math.prod(values.shape[1:]))
 
 
 def _checked_tokens(task: Any, tokens: Any, vocab_size: int) -> npt.NDArray[np.unsignedinteger]:

@@ -191,6 +191,11 @@ class Manifest(_Record):
     """Share of the documents or of the bytes, whichever is larger, that could not be read."""
     left_out: tuple[LeftOut, ...] = ()
     """Files that the sources' paths hold but that were not read, by reason."""
+    num_unchanged: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
+    """Training rows that augmentation of texts leaves as they are, since their document became
+    several."""
+    num_untranslated: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
+    """Training rows that translators have no other words for."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 

@@ -10,10 +10,11 @@
     mix_rows          rows of a bundle of chunks → those that go to a group of shards
     merge_rows        slices of all chunks' rows → one token shard
     tell_shard        token shard   → the same with what a model tells of its rows
+    translate_shard   token shard   → the same with its texts in other words
 
 `scatter_part` is in `scattering.py`, the others of the first three in `chunks.py`, the next three
-in `duplicates.py`, three in `rows.py`, the last, which few tasks have, in `telling.py`; each is a
-pure function of files to files.
+in `duplicates.py`, three in `rows.py`, the last two, which few corpora need, in `telling.py` and
+`translating.py`; each is a pure function of files to files.
 
 Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to
 shards. Of a large corpus that would be millions of small reads, so it goes there in two steps, by
@@ -172,6 +173,8 @@ class Preparation:
     tell of."""
     teller: Any = None
     """The model that tells columns of the rows (`telling.Teller`), where the task has such."""
+    translators: Any = None
+    """The models that write their texts in other words (`translating.Translators`)."""
     task_options: Mapping[str, Any] = field(default_factory=lambda: {"num_cpus": 1})
     """Ray's options of the tasks: what each takes, and where it may be."""
 

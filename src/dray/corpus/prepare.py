@@ -58,7 +58,7 @@ from dray.corpus.manifest import (
     load_manifest,
     load_source_files,
 )
-from dray.corpus.parts import STAGING, Chunk, CorpusSource, Part, Preparation, staged
+from dray.corpus.parts import SPLITS, STAGING, Chunk, CorpusSource, Part, Preparation, staged
 from dray.corpus.planning import (
     Deal,
     Plans,
@@ -68,6 +68,7 @@ from dray.corpus.planning import (
     make_parts,
     plan_bundles,
 )
+from dray.corpus.rewriting import keeping_texts, kept_settings, write_thesaurus
 from dray.corpus.rows import merge_rows, mix_rows, pack_chunk
 from dray.corpus.sampling import make_tokenizer
 from dray.corpus.scattering import scatter_part
@@ -75,6 +76,7 @@ from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.telling import Teller, find_teller, tell_shard, telling_options
 from dray.corpus.tokenizing import NO_TOKENIZER, TokenizerInfo, read_tokenizer_files
+from dray.corpus.translating import Translators, find_translators, translate_shard
 from dray.errors import CorpusError, SpecError, StoreError
 from dray.origin import Origin
 from dray.runs import Run
@@ -146,6 +148,8 @@ class _Inputs:
     left_out: tuple[LeftOut, ...] = ()
     teller: Teller | None = None
     """The model that tells columns of their rows, where the task has such."""
+    translators: Translators | None = None
+    """The models that write their texts in other words, where augmentation asks for it."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Ray's options of the tasks that make a corpus of them."""
 
@@ -245,11 +249,11 @@ def _with_tokenizer(spec: Spec, folder: str) -> Spec:
     return spec.model_copy(update={"tokenizer": Tokenizer(path=folder)})
 
 
-def corpus_key(spec: Spec, inputs: _Inputs | None = None, teller: Teller | None = None) -> str:
+def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
     """16 hexadecimal digits of a hash over what the inputs hold, in their order, and every setting
-    that changes the result, the model that tells columns of the rows among them. Neither names nor
-    times count: copied or moved files are the same corpus."""
-    inputs = inputs or replace(find_inputs(spec), teller=teller)
+    that changes the result, the `models` that tell something of the rows (`teller`, `translators`)
+    among them. Neither names nor times count: copied or moved files are the same corpus."""
+    inputs = inputs or replace(find_inputs(spec), **models)
     tokenizer: Any = spec.task.tokenizes and {
         "train": spec.tokenizer.train,
         "vocab_size": spec.tokenizer.vocab_size,
@@ -287,6 +291,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, teller: Teller | None 
             for source, files in zip(inputs.sources, inputs.files, strict=True)
         ],
         **({"told_by": inputs.teller.digest} if inputs.teller else {}),
+        **({"augmentation": kept} if (kept := kept_settings(spec, inputs.translators)) else {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -321,7 +326,7 @@ def find(spec: Spec, storage: str) -> Corpus | None:
     """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as
     `prepare` does."""
     spec = with_tokenizer_folder(spec, storage)
-    key = corpus_key(spec, teller=find_teller(spec, storage))
+    key = corpus_key(spec, **_find_models(spec, storage))
     return _find(spec, child(storage, CORPORA, key))
 
 
@@ -337,8 +342,16 @@ def recall(spec: Spec, storage: str) -> Corpus | None:
     if any(file.path not in digests for file in read):
         return None
     known = _regroup(inputs, (replace(file, digest=digests[file.path]) for file in files))
-    known = replace(known, teller=find_teller(spec, storage))
+    known = replace(known, **_find_models(spec, storage))
     return _find(spec, child(storage, CORPORA, corpus_key(spec, known)))
+
+
+def _find_models(spec: Spec, storage: str, origin: Origin | None = None) -> dict[str, Any]:
+    """The models that tell something of the spec's rows."""
+    return {
+        "teller": find_teller(spec, storage, origin),
+        "translators": find_translators(spec, storage),
+    }
 
 
 def _find(spec: Spec, folder: str) -> Corpus | None:
@@ -405,7 +418,7 @@ def prepare(
         find_inputs(spec),
         labels=tuple(labels),
         task_options=options,
-        teller=find_teller(spec, storage, origin),
+        **_find_models(spec, storage, origin),
     )
     key = corpus_key(spec, inputs)
     place = child(storage, CORPORA)
@@ -508,6 +521,7 @@ class _Claim:
 
 
 def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Manifest:
+    write_thesaurus(spec, *share_filesystem(folder))
     job, work = _plan(spec, folder, inputs, say)
     pieces, work.parts = plan_gathering(work.parts, job.sources)
     work.scatters = run_stage(job, "scattered", scatter_part, pieces, say)
@@ -540,6 +554,20 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
         told = replace(job, task_options=telling_options(job, job.teller))
         given = [(index, Shard.model_validate(record)) for index, record in enumerate(shards)]
         shards = run_stage(told, "told", tell_shard, given, say)
+    if job.translators is not None:
+        say("translating the training documents there and back")
+        train = [
+            (index, Shard.model_validate(record))
+            for index, record in enumerate(shards)
+            if record["file"].startswith(f"{SPLITS[0]}/")
+        ]
+        options = telling_options(job, job.translators)
+        translated = run_stage(
+            replace(job, task_options=options), "translated", translate_shard, train, say
+        )
+        work.num_untranslated = sum(record["num_untranslated"] for record in translated)
+        for (index, _), record in zip(train, translated, strict=True):
+            shards[index] = record["shard"]
     work.shards = [Shard.model_validate(record) for record in shards]
     _write_quarantine(job)
     filesystem, path = share_filesystem(folder)
@@ -578,7 +606,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
         sequence_tokens=data.sequence_tokens,
         group_rows=GROUP_ROWS if spec.task.packs else LABELLED_GROUP_ROWS,
         shuffle_seed=data.shuffle_seed,
-        task=spec.task,
+        task=keeping_texts(spec.task, spec.augmentation),
         share=_share(spec),
         chunk_bytes=max(MIN_CHUNK_BYTES, part_bytes * 3 // 2),
         num_partitions=-(-total // PARTITION_BYTES) if compares else 0,
@@ -587,6 +615,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
         known_labels=inputs.labels,
         work=_name_of_work(inputs),
         teller=inputs.teller,
+        translators=inputs.translators,
         task_options=inputs.task_options,
     )
     quoted = find_quoted(inputs.files, [source.source for source in sources], part_bytes)
@@ -622,11 +651,13 @@ def _make_tokenizer(
     tree = json.loads(read_bytes(*path))
     around = {name: tuple(tree[name]) for name in ("prefix", "middle", "suffix")}
     info = TokenizerInfo(**{**tree, **around})
-    if spec.task.masks and info.mask_token_id is None:
+    if job.task.masks and info.mask_token_id is None:
         raise CorpusError(
             "tokenizer.path",
             "the tokeniser has no mask token",
-            f"{spec.task.name} puts one where a token is to be guessed",
+            f"{spec.task.name} puts one where a token is to be guessed"
+            if spec.task.masks
+            else "augmentation puts one where it hides a token",
             "name it as mask_token in tokenizer_config.json, or train one: {train: byte_bpe}",
         )
     return info

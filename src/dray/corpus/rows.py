@@ -7,7 +7,6 @@ of the chunks send to some of the shards.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from dray.corpus.cleaning import held_out
 from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.duplicates import further_pieces, kept_documents
-from dray.corpus.encoded import DOCUMENT
+from dray.corpus.encoded import DOCUMENT, GIVEN_TEXT
 from dray.corpus.packing import (
     Aligned,
     Ints,
@@ -29,7 +27,6 @@ from dray.corpus.packing import (
     Values,
     Varying,
     gather,
-    one_a_row,
     order_by_length,
     pack,
 )
@@ -47,7 +44,8 @@ from dray.corpus.parts import (
     write_arrays,
 )
 from dray.corpus.shards import Stored, make_batch, write_shard
-from dray.corpus.tokenizing import TokenizerInfo, load_decoder
+from dray.corpus.tables import hot_values, pad_rows, row_values
+from dray.corpus.tokenizing import load_decoder
 from dray.storage.filesystem import (
     child,
     make_folder,
@@ -149,6 +147,9 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
             arrays = [c.name for c in job.task.columns if c.shape or c.varies]
             if arrays:
                 record[split]["num_array_bytes"] = sum(values[name].nbytes for name in arrays)
+            if GIVEN_TEXT in job.task.columns:
+                texts: Any = values[GIVEN_TEXT.name]
+                record[split]["num_without_text"] = int((texts.lengths == 0).sum())
             if job.labels:
                 record[split]["by_label"] = _count_classes(job, values)
             if labels is not None:
@@ -196,30 +197,6 @@ def _write_sample(job: Preparation, index: int, documents: _Encoded) -> None:
     write_bytes(*staged(job, "packed", f"{index:06d}.text"), text, durable=False)
 
 
-def pad_rows(  # noqa: PLR0917
-    task: Any,
-    info: TokenizerInfo,
-    sequence_tokens: int,
-    tokens: npt.NDArray[np.unsignedinteger],
-    lengths: Ints,
-    aligned: Aligned,
-) -> Rows:
-    """A document a row, between what the tokeniser puts around one; as it is where the task packs,
-    since its documents have that already."""
-    if not task.tokenizes:
-        return Rows(np.empty((len(lengths), 0), tokens.dtype), lengths.astype(np.int32))
-    return one_a_row(
-        tokens,
-        lengths,
-        sequence_tokens,
-        info.filler,
-        prefix=() if task.packs else info.prefix,
-        suffix=() if task.packs else info.suffix,
-        aligned=aligned,
-        extended=[column.name for column in task.columns if column.extends],
-    )
-
-
 def _make_rows(job: Preparation, index: int, documents: _Encoded) -> tuple[Rows, dict[str, Values]]:
     """Documents as rows, and the columns of these by name."""
     info, width = job.info, job.sequence_tokens
@@ -240,7 +217,7 @@ def _make_rows(job: Preparation, index: int, documents: _Encoded) -> tuple[Rows,
         elif column.each == "row":
             found = documents.columns.column(column.name)
             if column.hot:
-                values[column.name] = _hot_values(column, found, classes, len(job.labels))
+                values[column.name] = hot_values(column, found, classes, len(job.labels))
             else:
                 own = row_values(column, found)
                 values[column.name] = _renumber(own, classes) if column.names else own
@@ -258,25 +235,6 @@ def _renumber(numbers: Any, classes: npt.NDArray[np.int32]) -> npt.NDArray[np.in
     """Class ids of numbers; negative ones stay as they are."""
     found: npt.NDArray[np.int32] = np.where(numbers < 0, numbers, classes[np.maximum(numbers, -1)])
     return found
-
-
-def row_values(column: Any, found: pa.Array) -> Values:
-    """A column that documents have one value each of, as rows have it."""
-    if column.varies:
-        return Varying.of(found, column.dtype)
-    values = found.flatten() if column.shape else found
-    own: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).astype(column.dtype)
-    return own.reshape(len(found), math.prod(column.shape)) if column.shape else own
-
-
-def _hot_values(
-    column: Any, found: pa.Array, classes: npt.NDArray[np.int32], num_labels: int
-) -> npt.NDArray[Any]:
-    hot = np.zeros((len(found), num_labels), column.dtype)
-    lengths = pc.list_value_length(found).to_numpy(zero_copy_only=False)
-    numbers = found.flatten().to_numpy(zero_copy_only=False)
-    hot[np.repeat(np.arange(len(found)), lengths), classes[numbers]] = 1
-    return hot
 
 
 def _write_rows(

@@ -12,7 +12,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +176,49 @@ def read_groups(
             found = _kept.groups(filesystem, folder, source.shards[index], within)
             batches |= {first + number: batch for number, batch in found.items()}
     return pa.Table.from_batches([batches[group] for group in wanted.tolist()])
+
+
+def rewrite_shard(  # noqa: PLR0917
+    filesystem: pafs.FileSystem,
+    folder: str,
+    shard: Shard,
+    group_rows: int,
+    columns: Sequence[Stored],
+    tell: Callable[[pa.Table], Mapping[str, Values]],
+) -> Shard:
+    """Write a shard anew with some of its columns as `tell` has them for each group of its rows.
+
+    What was told before is told again, so that work which was cut short may be done over.
+    """
+    alone = SourceRows(
+        name=shard.file,
+        weight=None,
+        num_rows=shard.num_rows,
+        num_documents=0,
+        num_tokens=0,
+        num_text_bytes=0,
+        shards=(shard,),
+    )
+    tables: list[pa.Table] = []
+    told: dict[str, list[Any]] = {}
+    for group in range(-(-shard.num_rows // group_rows)):
+        table = read_groups(filesystem, folder, alone, [group], group_rows)
+        for name, values in tell(table).items():
+            told.setdefault(name, []).append(values)
+        tables.append(table)
+    rows = pa.concat_tables(tables).combine_chunks().to_batches()[0]
+    for column in columns:
+        if (parts := told.get(column.name)) is None:
+            continue
+        values = (
+            Varying.join(parts, column.dtype)
+            if column.varies
+            else np.concatenate(parts).astype(column.dtype)
+        )
+        (array,) = make_batch([column], {column.name: values}).columns
+        place = rows.schema.get_field_index(column.name)
+        rows = rows.set_column(place, rows.schema.field(place), array)
+    return write_shard(filesystem, folder, shard.file, rows, group_rows)
 
 
 _Place = tuple[str, str, str, tuple[int, ...]]

@@ -21,10 +21,13 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from dray.corpus.manifest import Manifest, Split, load_manifest
+from dray.corpus.rewriting import Rewriter
 from dray.corpus.shards import read_groups
+from dray.corpus.tables import take_rows
 from dray.errors import CorpusError
 from dray.order import PADDING, Ints, LeftOut, Order, Segment, SourceCount, make_segments
 from dray.processes.ahead import run_ahead
@@ -100,6 +103,8 @@ class RowStream:
     rows."""
     max_validation_rows: int | None = None
     left_out: tuple[int, ...] = ()
+    rewriter: Rewriter | None = None
+    """What training rows become as they are read; None: they are read as they lie."""
     block_bytes: int = BLOCK_BYTES
     window_tasks: int = WINDOW_TASKS
 
@@ -185,22 +190,33 @@ class RowStream:
         """Row ids of a segment for one rank; PADDING where a slot is empty. `rows_of` long, a
         multiple of `micro_rows`."""
         if segment.kind == "train":
-            steps = np.arange(segment.first, segment.last + 1, dtype=np.int64)
-            slots = rank * self.rows_per_rank + np.arange(self.rows_per_rank, dtype=np.int64)
-            taken = slots[slots < self.global_rows]
-            ids = np.full((len(steps), self.rows_per_rank), PADDING, dtype=np.int64)
-            positions = self._left_out.batches_at(steps)[:, None] * self.global_rows + taken
-            ids[:, : len(taken)] = self.order.rows_at(positions.reshape(-1)).reshape(
-                positions.shape
-            )
-            return ids.reshape(-1)
+            positions, filled = self._positions(segment, rank)
+            ids = np.full(filled.shape, PADDING, dtype=np.int64)
+            ids[filled] = self.order.rows_at(positions)
+            return ids
         num_rows, share = segment.stop_row - segment.start_row, self.rows_of(segment)
         slots = rank * share + np.arange(share, dtype=np.int64)
         return np.where(slots < num_rows, segment.start_row + slots, PADDING)
 
+    def _positions(self, segment: Segment, rank: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """The positions of the order that a rank reads in a training segment, and which of its
+        slots hold one."""
+        steps = np.arange(segment.first, segment.last + 1, dtype=np.int64)
+        slots = rank * self.rows_per_rank + np.arange(self.rows_per_rank, dtype=np.int64)
+        taken = slots < self.global_rows
+        positions = self._left_out.batches_at(steps)[:, None] * self.global_rows + slots[taken]
+        return positions.reshape(-1), np.tile(taken, len(steps))
+
+    def _epochs(self, segment: Segment, rank: int) -> Ints:
+        """The epoch in which each slot of a training segment is read; 0 where it holds no row."""
+        positions, filled = self._positions(segment, rank)
+        epochs = np.zeros(filled.shape, np.int64)
+        epochs[filled] = self.order.epochs_at(positions)[1]
+        return epochs
+
     def read_block(self, load: Load, rank: int) -> pa.Table:
-        """One rank's block: the columns of the token shards and `row_id` (int64; PADDING for rows
-        to ignore), segment after segment."""
+        """One rank's block: the columns of the token shards, as augmentation has those of training
+        rows, and `row_id` (int64; PADDING for rows to ignore), segment after segment."""
         pieces: dict[Segment, pa.Table] = {}
         for kind, split in (
             ("train", self.manifest.train),
@@ -213,6 +229,11 @@ class RowStream:
                 raise ValueError(f"the corpus {self.key} has no validation rows for {segments[0]}")
             ids = np.concatenate([self.row_ids(segment, rank) for segment in segments])
             rows = read_rows(self.folder, self.manifest, split, ids)
+            if self.rewriter is not None and kind == "train":
+                epochs = np.concatenate([self._epochs(segment, rank) for segment in segments])
+                rows = self.rewriter.rewrite(rows, epochs, self.folder, self.manifest)
+            elif self.rewriter is not None:
+                rows = self.rewriter.leave(rows)
             pieces |= dict(self.cut(rows, segments))
         block = pa.concat_tables(pieces[segment] for segment in load)
         return block if len(load) == 1 else block.combine_chunks()
@@ -247,30 +268,12 @@ def read_rows(folder: str, manifest: Manifest, split: Split, ids: Ints) -> pa.Ta
         local = wanted[chosen] - offsets[index]
         groups, nth = np.unique(local // group_rows, return_inverse=True)
         table = read_groups(filesystem, path, source, groups.tolist(), group_rows)
-        pieces.append(_take(table, nth * group_rows + local % group_rows))
+        pieces.append(take_rows(table, nth * group_rows + local % group_rows))
         places.append(chosen)
     rows = pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces)
     if len(pieces) > 1:
-        rows = _take(rows, np.argsort(np.concatenate(places), kind="stable"))
+        rows = take_rows(rows, np.argsort(np.concatenate(places), kind="stable"))
     return rows.append_column("row_id", pa.array(ids))
-
-
-def _take(table: pa.Table, indices: Ints) -> pa.Table:
-    """Rows by index. numpy gathers fixed-size lists several times faster than Arrow's take."""
-    columns = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            column = column.chunk(0)
-        if pa.types.is_fixed_size_list(column.type):
-            width = column.type.list_size
-            values = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
-            columns[name] = pa.FixedSizeListArray.from_arrays(
-                pa.array(values[indices].reshape(-1)), width
-            )
-        else:
-            columns[name] = column.take(pa.array(indices))
-    return pa.table(columns)
 
 
 def build_dataset(

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dray.corpus.manifest import Shard, SourceRows
+from dray.corpus.manifest import Shard
 from dray.corpus.parts import Preparation, save_record
-from dray.corpus.shards import make_batch, read_groups, write_shard
+from dray.corpus.shards import rewrite_shard
 from dray.models.source import find_pretrained
 from dray.origin import Origin, RunWeights, find_run_weights, open_weights
 from dray.spec import Spec
@@ -27,6 +27,10 @@ from dray.storage.filesystem import share_filesystem
 
 TOKENS_AT_ONCE = 8_192
 """Of the rows that a model is asked of at the same time."""
+
+
+PROCESS_BYTES = 600 * 1024 * 1024
+"""What a process takes that has imported what models need."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,16 @@ class Teller:
 
     @property
     def memory_bytes(self) -> int:
-        """About what it takes in fp32, by what its weights take on storage; 0: unknown."""
-        if self.origin is None:
-            return 0
-        if isinstance(self.origin, RunWeights):
-            return self.origin.find()[1].num_bytes
-        files = self.origin.folder().glob("*.safetensors")
-        return 2 * sum(path.stat().st_size for path in files)  # they may be in half precision
+        """About what it takes in fp32; 0: unknown."""
+        return 0 if self.origin is None else weights_bytes(self.origin)
+
+
+def weights_bytes(origin: Origin) -> int:
+    """About what a model takes in fp32, by what its weights take on storage."""
+    if isinstance(origin, RunWeights):
+        return origin.find()[1].num_bytes
+    files = origin.folder().glob("*.safetensors")
+    return 2 * sum(path.stat().st_size for path in files)  # they may be in half precision
 
 
 def find_teller(spec: Spec, storage: str, origin: Origin | None = None) -> Teller | None:
@@ -75,47 +82,27 @@ def find_teller(spec: Spec, storage: str, origin: Origin | None = None) -> Telle
     return Teller(spec, None if origin is None else origin.pinned())
 
 
-def telling_options(job: Preparation, teller: Teller) -> dict[str, Any]:
-    """Ray's options of the tasks that ask it: no more of them on a node than it has memory for."""
+def telling_options(job: Preparation, teller: Any) -> dict[str, Any]:
+    """Ray's options of the tasks that ask a `teller`, or translators: no more of them on a node
+    than it has memory for."""
     import ray
 
-    needed = teller.memory_bytes
+    needed = teller.memory_bytes and teller.memory_bytes + PROCESS_BYTES
     most = max((node["Resources"].get("memory", 0.0) for node in ray.nodes()), default=0.0)
     return {**job.task_options, **({"memory": min(needed, most)} if needed and most else {})}
 
 
 def tell_shard(job: Preparation, item: tuple[int, Shard]) -> dict[str, Any]:
-    """Write a shard anew, with the columns that its task's model tells. Returns the shard's record.
-
-    What was told before is told again, so that work which was cut short may be done over.
-    """
+    """Write a shard anew, with the columns that its task's model tells. Returns the shard's
+    record."""
     index, shard = item
     task, objective = _ask(job.teller, job)
-    filesystem, path = share_filesystem(job.folder)
-    alone = SourceRows(
-        name=shard.file,
-        weight=None,
-        num_rows=shard.num_rows,
-        num_documents=0,
-        num_tokens=0,
-        num_text_bytes=0,
-        shards=(shard,),
-    )
-    tables: list[pa.Table] = []
-    told: dict[str, list[Any]] = {column.name: [] for column in task.columns if column.told}
-    for group in range(-(-shard.num_rows // job.group_rows)):
-        table = read_groups(filesystem, path, alone, [group], job.group_rows)
-        for name, values in _tell(task, objective, table, job.sequence_tokens).items():
-            told[name].append(values)
-        tables.append(table)
-    rows = pa.concat_tables(tables).combine_chunks().to_batches()[0]
-    for column in job.columns:
-        if column.name in told:
-            values = {column.name: np.concatenate(told[column.name]).astype(column.dtype)}
-            (array,) = make_batch([column], values).columns
-            place = rows.schema.get_field_index(column.name)
-            rows = rows.set_column(place, rows.schema.field(place), array)
-    written = write_shard(filesystem, path, shard.file, rows, job.group_rows)
+
+    def tell(rows: pa.Table) -> dict[str, Any]:
+        return _tell(task, objective, rows, job.sequence_tokens)
+
+    place = share_filesystem(job.folder)
+    written = rewrite_shard(*place, shard, job.group_rows, job.columns, tell)
     return save_record(job, "told", index, written.model_dump())
 
 

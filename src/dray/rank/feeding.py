@@ -11,14 +11,19 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
+from dray.corpus.manifest import Manifest
 from dray.corpus.stream import RowStream, check_rows
 from dray.order import Ints
 from dray.processes.ahead import run_ahead
 from dray.rank.device import pin
 from dray.rank.group import Ranks
 from dray.tasks import Batch, Task, draw_of
+from dray.tasks.rows import HIDDEN
 
 READY_PIECES = 2
 
@@ -71,7 +76,9 @@ def _make_pieces(
         for at in range(0, rows.num_rows, stream.micro_rows):
             some = rows.slice(at, stream.micro_rows)
             batch = task.collate(some, draw)
-            yield pin(task.vary(batch, some, draw) if step else batch, ranks.device)
+            if step:
+                batch = hide_tokens(task.vary(batch, some, draw), some, stream.manifest)
+            yield pin(batch, ranks.device)
 
     for segment, block in check_rows(stream, blocks, ranks.rank):
         if segment.kind == "validation":
@@ -90,6 +97,23 @@ def _make_pieces(
                 row_ids,
                 stream.micro_rows,
             )
+
+
+def hide_tokens(batch: Batch, rows: pa.Table, manifest: Manifest) -> Batch:
+    """A batch whose model sees a mask in the place of the tokens that augmentation hides; labels
+    stay as they are."""
+    if HIDDEN not in rows.column_names:
+        return batch
+    if manifest.mask_token_id is None:
+        raise ValueError(f"the corpus {manifest.key} hides tokens, and has no mask token")
+    lists = rows.column(HIDDEN).combine_chunks()
+    places = torch.from_numpy(lists.flatten().to_numpy().astype("int64"))
+    sizes = pc.list_value_length(lists).to_numpy()
+    row = torch.from_numpy(np.repeat(np.arange(rows.num_rows), sizes))
+    ids = batch["input_ids"].clone()
+    inside = places < ids.shape[1]
+    ids[row[inside], places[inside]] = manifest.mask_token_id
+    return {**batch, "input_ids": ids}
 
 
 def _run_ahead(pieces: Iterator[T]) -> Generator[T]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.corpus.manifest import Manifest
+from dray.corpus.rewriting import Rewriter
 from dray.corpus.stream import RowStream, remember_manifest
 from dray.doctor.budget import SmallerBatch
 from dray.errors import StorageNotShared
@@ -171,4 +172,7 @@ def make_stream(job: Job, attempt: Attempt) -> RowStream:
         validate_every=spec.validation.every_steps,
         max_validation_rows=spec.validation.max_rows,
         left_out=attempt.left_out,
+        rewriter=None
+        if spec.augmentation is None
+        else Rewriter(spec.augmentation, spec.task, spec.seed),
     )

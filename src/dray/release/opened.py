@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from dray.corpus.chunks import Tools
 from dray.corpus.cleaning import normalize
 from dray.corpus.manifest import Manifest
 from dray.corpus.tokenizer_folder import Dress
@@ -25,6 +24,7 @@ from dray.corpus.tokenizing import (
     load_encoder,
     read_tokenizer_files,
 )
+from dray.corpus.tools import Tools
 from dray.models.config import longest_row
 from dray.spec import Spec
 from dray.tasks import Task

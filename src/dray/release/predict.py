@@ -20,18 +20,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from dray.corpus.chunks import as_array
 from dray.corpus.cleaning import normalize
-from dray.corpus.packing import Aligned, Varying
 from dray.corpus.parts import CorpusSource
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Bad, Span, SpanReader
 from dray.corpus.records import BadRecord, Wanted
-from dray.corpus.rows import pad_rows, row_values
 from dray.corpus.scattering import gather_here
-from dray.corpus.shards import make_batch, stored_columns
 from dray.corpus.sources import InputFile
 from dray.corpus.stream import read_rows
+from dray.corpus.tables import make_table
 from dray.corpus.tokenizing import token_names
 from dray.errors import SpecError, StoreError
 from dray.processes.streams import make_json
@@ -266,36 +263,13 @@ class Predictor:
         return np.stack([lengths, ((ids == self._unknown) & inside).sum(axis=1)], axis=1)
 
     def _rows(self, encoded: Encoded) -> pa.Table:
-        manifest, task = self.trained.manifest, self.task
-        aligned: Aligned = {
-            column.name: (np.asarray(encoded.columns[column.name]), column.pad)
-            for column in task.columns
-            if column.each == "token"
-        }
-        width = manifest.sequence_tokens
-        rows = pad_rows(task, self.info, width, encoded.tokens, encoded.lengths, aligned)
+        manifest = self.trained.manifest
+        table, rows = make_table(
+            self.task, self.info, manifest.sequence_tokens, len(manifest.labels), encoded
+        )
         lost = np.zeros(1) if encoded.num_lost is None else encoded.num_lost
         self.counts.num_cut += rows.num_truncated_documents + int((lost > 0).sum())
-        columns = stored_columns(
-            task, manifest.sequence_tokens, self.info.dtype, len(manifest.labels)
-        )
-        values: dict[str, Any] = {
-            "input_ids": rows.tokens,
-            "num_tokens": rows.num_tokens,
-            **rows.aligned,
-        }
-        for column in task.columns:
-            if column.each == "row" and column.name in encoded.columns:
-                values[column.name] = row_values(column, as_array(encoded.columns[column.name]))
-        for stored in columns:
-            if stored.name in values:
-                continue
-            if stored.varies:  # a target of no length
-                empty = np.zeros(0, stored.dtype), np.zeros(len(rows.tokens), np.int64)
-                values[stored.name] = Varying(*empty)
-            else:  # a target, or a place in a corpus
-                values[stored.name] = np.zeros((len(rows.tokens), *stored.shape), stored.dtype)
-        return pa.Table.from_batches([make_batch(columns, values)])
+        return table
 
 
 def _given(text: str, fields: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dray.corpus.chunks import Tools
 from dray.corpus.tokenizing import Decoder, describe, read_tokenizer_files
+from dray.corpus.tools import Tools
 from dray.errors import SpecError, StoreError
 from dray.models.config import longest_row
 from dray.release.export.manifest import MANIFEST, is_export, verify_folder

@@ -1,12 +1,14 @@
 """The frozen spec.
 
-`sections.py` has its sections, `optimizers.py` the one of the optimiser, `adapting.py` those of
+`sections.py` has its sections, `optimizers.py` the one of the optimiser, `augmenting.py` that of
+augmentation, `adapting.py` those of
 adapters and frozen layers, `releasing.py` those of what is done with a run afterwards, `spec.py`
 the whole; `loading.py` reads and overrides it, `yaml_reading.py` reads the YAML that people write,
 `mistakes.py` says in a line what is wrong; `identity.py` compares two.
 """
 
 from dray.spec.adapting import ADAPTERS, Adapters, Freezing
+from dray.spec.augmenting import TEXT_CHANGES, Augmentation, BackTranslation, Translator
 from dray.spec.identity import differing_paths, without_places
 from dray.spec.loading import (
     MAX_SPEC_BYTES,
@@ -69,10 +71,13 @@ __all__ = [
     "OPTIMIZERS",
     "RUN_NAME",
     "STAGES",
+    "TEXT_CHANGES",
     "TEXT_KINDS",
     "WHOLE",
     "Adapters",
     "Adversarial",
+    "Augmentation",
+    "BackTranslation",
     "BadYaml",
     "Checkpoint",
     "Cleaning",
@@ -107,6 +112,7 @@ __all__ = [
     "State",
     "Swa",
     "Tokenizer",
+    "Translator",
     "Watchdog",
     "default_task",
     "differing_paths",

@@ -31,7 +31,21 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
         name: {**identity[name], "path": identity[name].get("path") is not None}
         for name in ("model", "tokenizer")
     }
+    if augmentation := identity.get("augmentation"):
+        placed["augmentation"] = _without_files(augmentation)
     return {**identity, "data": data, **placed}
+
+
+def _without_files(augmentation: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the places of a thesaurus and of translators."""
+    found = {**augmentation, "thesaurus": augmentation["thesaurus"] is not None}
+    if models := augmentation["back_translation"]:
+        sides = {
+            side: {**models[side], "path": models[side]["path"] is not None}
+            for side in ("there", "back")
+        }
+        found["back_translation"] = {**models, **sides}
+    return found
 
 
 def _without_paths(source: Mapping[str, Any]) -> dict[str, Any]:

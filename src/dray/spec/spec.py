@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from dray.spec.adapting import AdaptersChoice, Freezing
+from dray.spec.augmenting import KEEPS_PLACES, TEXT_CHANGES, Augmentation
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.releasing import STAGES, Compress, Evaluate, Export, OneOrMore, Serve, as_several
 from dray.spec.sections import (
@@ -42,6 +43,8 @@ from dray.spec.sections import (
 )
 from dray.spec.tasks import TaskChoice, check_fields
 
+LATER_SECTIONS = ("adapters", "freezing", "augmentation", "distil")
+"""What is a part of an identity where it is given."""
 _LEFT_OUT = Field(exclude_if=lambda given: given is None)
 """Of a section that a spec need not have: one that is not given stands nowhere."""
 
@@ -76,6 +79,8 @@ class Spec(Section):
     """The learning rate over the steps."""
     regularization: Regularization = Regularization()
     """Regularisation."""
+    augmentation: Annotated[Augmentation | None, _LEFT_OUT] = None
+    """Training rows in other words each time. None: as they were prepared."""
     distil: Annotated[Distil | None, _LEFT_OUT] = None
     """A teacher. None: the task's own loss alone."""
     duration: Duration
@@ -313,6 +318,27 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _augmented(self) -> Self:
+        if self.augmentation is None:
+            return self
+        task, kinds = self.task, self.augmentation.kinds
+        why = ""
+        texts = [kind for kind in kinds if kind in TEXT_CHANGES]
+        if not task.tokenizes:
+            why = f"documents of {task.name} are no texts"
+        elif texts and (task.packs or task.whole_words or task.converses):
+            what = "whole names" if task.whole_words else "packed or in several parts"
+            why = f"{texts[0]}: texts of {task.name} are {what}"
+        elif not texts and (task.masks or task.explores or task.head.sequences > 1):
+            why = f"{kinds[0]}: {task.name} hides or writes tokens itself, or compares texts"
+        moved = [kind for kind in kinds if kind not in KEEPS_PLACES]
+        if moved and any(field.kind == "words" for field in task.fields.values()):
+            why = f"{moved[0]}: a tag belongs to each word of {task.name}, in its place"
+        if why:
+            raise ValueError(f"augmentation.kinds: {why}; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _keeps_zeros(self) -> Self:
         if not self.regularization.keep_zeros:
             return self
@@ -441,7 +467,7 @@ class Spec(Section):
         identity = {key: dump[key] for key in keys} | {
             "batch": {"global_rows": self.batch.global_rows}
         }
-        identity |= {key: dump[key] for key in ("adapters", "freezing", "distil") if key in dump}
+        identity |= {key: dump[key] for key in LATER_SECTIONS if key in dump}
         if self.duration_is_identity:
             identity["duration"] = dump["duration"]
         return identity

@@ -62,6 +62,10 @@ UNKNOWN_WORD = 1
 SEPARATOR = "\x1f"
 """Between the parts of a text or a target that has several."""
 
+HIDDEN = "hidden"
+"""The column of the places of those tokens of a row that a model is not to see, where augmentation
+hides some."""
+
 
 class Tools(Protocol):
     """What a task encodes documents with."""
