@@ -2,8 +2,8 @@
 
 Tokens by integrated gradients (Sundararajan et al., 2017) over their embeddings: what is told of
 all tokens adds up to the output's distance from that of the same text with every token hidden, and
-how far it does is told. Patches by occlusion (Zeiler and Fergus, 2014): how much the output falls when
-one is covered. captum computes both.
+how far it does is told. Patches by occlusion (Zeiler and Fergus, 2014): how much the output falls
+when one is covered. captum computes both.
 """
 
 from __future__ import annotations

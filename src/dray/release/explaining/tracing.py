@@ -1,8 +1,8 @@
 """Where training rows came from, and when they were learnt.
 
 A corpus keeps no names of files beside its rows. So the raw files are read once more, and a
-document that becomes the same row is the one, or one that is equal to it. Steps are those of the ledger's
-history: what a restart undid is not among them.
+document that becomes the same row is the one, or one that is equal to it. Steps are those of the
+ledger's history: what a restart undid is not among them.
 """
 
 from __future__ import annotations
