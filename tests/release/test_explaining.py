@@ -235,7 +235,8 @@ def test_patches_of_an_image_are_those_that_it_hangs_on(tmp_path: Path, capsys: 
         patches = np.array(record["patches"])
         assert patches.shape == (8, 8)
         row, column = np.unravel_index(np.abs(patches).argmax(), patches.shape)
-        assert (1 <= row < 3) and (5 <= column < 7)
+        assert 1 <= row < 3
+        assert 5 <= column < 7
         assert [near["label"] for near in record["nearest"]] == [record["prediction"]] * 2
         assert record["nearest"][0]["similarity"] == pytest.approx(1, abs=1e-4)  # itself
         assert all(near["places"] for near in record["nearest"])
