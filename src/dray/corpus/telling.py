@@ -29,6 +29,10 @@ TOKENS_AT_ONCE = 8_192
 """Of the rows that a model is asked of at the same time."""
 
 
+PROCESS_BYTES = 600 * 1024 * 1024
+"""What a process takes that has imported what models need."""
+
+
 @dataclass(frozen=True)
 class Teller:
     """The model that a run of the spec begins with."""
@@ -83,7 +87,7 @@ def telling_options(job: Preparation, teller: Any) -> dict[str, Any]:
     than it has memory for."""
     import ray
 
-    needed = teller.memory_bytes
+    needed = teller.memory_bytes and teller.memory_bytes + PROCESS_BYTES
     most = max((node["Resources"].get("memory", 0.0) for node in ray.nodes()), default=0.0)
     return {**job.task_options, **({"memory": min(needed, most)} if needed and most else {})}
 

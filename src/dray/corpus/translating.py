@@ -168,7 +168,8 @@ class LoadedTranslator:
             ids, mask = pad_before(rows, pad or 0)
         else:
             padded = pad_behind(rows, -1)
-            ids, mask = padded.clamp(min=pad or 0), (padded >= 0).long()
+            mask = (padded >= 0).long()
+            ids = padded.masked_fill(mask == 0, pad or 0)
         written = write(self.model, ids, mask, most_tokens=max_tokens, pad_token_id=pad)
         decoder = load_decoder(self.folder)
         return [str(decoder.decode(row, skip_special_tokens=True)) for row in written.tolist()]
@@ -209,11 +210,14 @@ def _of_run(origin: RunWeights, longest_row: Any) -> LoadedTranslator:
     run = Run.open(origin.storage, origin.run)
     spec, manifest = run.spec(), load_run_manifest(run)
     task = spec.task.on(manifest, spec.model.num_labels)
+    # Whatever that run began with, its model is that of its own checkpoint.
+    begun = spec.model_copy(update={"model": spec.model.model_copy(update={"run": run.name})})
     model = build_model(
-        spec,
+        begun,
         **sizes_by(manifest, task.num_labels),
         config=origin.config(),
         weights=open_weights(origin),
+        adapted=False,
     ).eval()
     info = TokenizerInfo(
         manifest.vocab_size,
