@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dray.cli import main
 from dray.corpus.manifest import load_run_manifest
 from dray.corpus.prepare import prepare
-from dray.corpus.stream import make_order
+from dray.corpus.stream import make_order, read_rows
 from dray.ledger import find_steps
+from dray.release.explaining.neighbours import LastLayer, Search
+from dray.release.predict import Predictor
+from dray.release.trained import load_trained
 from dray.runs import Run
 from dray.spec import make_spec
 from dray.train import train_locally
@@ -133,7 +137,7 @@ def test_rollout_is_a_share_of_each_token(storage: str, asked: Path, capsys: Any
             assert min(shares) > 0
 
 
-@pytest.mark.parametrize("by", ["embedding", "gradient"])
+@pytest.mark.parametrize("by", ["cosine", "gradient"])
 def test_neighbours_are_where_they_are_said_to_be(
     storage: str, asked: Path, capsys: Any, by: str
 ) -> None:
@@ -145,7 +149,8 @@ def test_neighbours_are_where_they_are_said_to_be(
         assert len(record["nearest"]) == 3
         values = [near["similarity"] for near in record["nearest"]]
         assert values == sorted(values, reverse=True)
-        assert all(near["label"] == record["prediction"] for near in record["nearest"])
+        if by == "cosine":
+            assert all(near["label"] == record["prediction"] for near in record["nearest"])
         assert all(near["similarity"] < 0 for near in record.get("opposed", ()))
         for near in (*record["nearest"], *record.get("opposed", ())):
             assert near["places"]
@@ -158,6 +163,31 @@ def test_neighbours_are_where_they_are_said_to_be(
             for step in near["steps"]:
                 assert near["row"] in order.rows((step - 1) * 16, step * 16)
             assert len(near["steps"]) == 4  # 40 steps of 16 rows: four epochs of 160
+
+
+def test_likeness_by_gradient_is_the_product_of_the_loss_gradients(storage: str) -> None:
+    trained = load_trained(storage, "encoder")
+    predictor = Predictor(trained)
+    layer = LastLayer(predictor.task, predictor.objective, trained.where)
+    split = trained.manifest.train
+    rows = read_rows(trained.corpus, trained.manifest, split, np.arange(6))
+    batch = predictor.task.collate(rows)
+    vectors, slopes = layer.of(batch)
+    assert slopes is not None
+    search = Search(vectors[:1], slopes[:1], 6)
+    search.add(np.arange(6), vectors, slopes)
+    found = {one.row: one.similarity for one in (*search.nearest(0), *search.opposed(0))}
+    head = trained.model.classifier
+    gradients = []
+    for place in range(6):
+        trained.model.zero_grad()
+        one = predictor.task.collate(rows.slice(place, 1))
+        terms, _ = predictor.objective(one)
+        terms["loss"][0].backward()
+        gradients.append(torch.cat([head.weight.grad.flatten(), head.bias.grad]).clone())
+    for place, gradient in enumerate(gradients):
+        expected = float(gradients[0] @ gradient)
+        assert found[place] == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 def test_steps_are_those_of_the_history(storage: str) -> None:
@@ -204,7 +234,7 @@ def test_patches_of_an_image_are_those_that_it_hangs_on(tmp_path: Path, capsys: 
     for _ in range(200):
         bright = int(drawn.integers(2))
         pixels = drawn.integers(0, 60, (16, 16)).astype(np.uint8)
-        pixels[2:6, 10:14] = 250 if bright else 5  # what tells both apart
+        pixels[4:8, 8:12] = 250 if bright else 5  # what tells both apart
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "PNG")
         image = base64.b64encode(out.getvalue()).decode()
@@ -228,19 +258,21 @@ def test_patches_of_an_image_are_those_that_it_hangs_on(tmp_path: Path, capsys: 
     prepare(spec, storage)
     train_locally(spec, storage=storage, run_name="lamp")
     page = tmp_path / "why.html"
-    words = ("--rows", "4", "--neighbours", "2", "--html", str(page))
+    words = ("--rows", "6", "--neighbours", "2", "--html", str(page))
     found = explained(storage, capsys, "lamp", tmp_path / "a.jsonl", *words)
     assert found["method"] == "occlusion"
+    assert {record["prediction"] for record in found["records"]} == {"on", "off"}
     for record in found["records"]:
         patches = np.array(record["patches"])
         assert patches.shape == (8, 8)
-        row, column = np.unravel_index(np.abs(patches).argmax(), patches.shape)
-        assert 1 <= row < 3
-        assert 5 <= column < 7
+        if record["prediction"] == "on":  # what is off hangs on no one patch
+            row, column = np.unravel_index(patches.argmax(), patches.shape)
+            assert 2 <= row < 4
+            assert 4 <= column < 6
         assert [near["label"] for near in record["nearest"]] == [record["prediction"]] * 2
         assert record["nearest"][0]["similarity"] == pytest.approx(1, abs=1e-4)  # itself
         assert all(near["places"] for near in record["nearest"])
-    assert page.read_text(encoding="utf-8").count("<svg") == 4
+    assert page.read_text(encoding="utf-8").count("<svg") == 6
 
 
 @pytest.mark.parametrize(

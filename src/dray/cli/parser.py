@@ -325,10 +325,10 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument(
         "--by",
-        choices=("embedding", "gradient"),
-        default="embedding",
+        choices=("cosine", "gradient"),
+        default="cosine",
         help="likeness: the cosine of what the last layer is given, or the product of the loss' "
-        "gradients there, which has rows that taught against it, too (default: embedding)",
+        "gradients there, which has rows that taught against it, too (default: cosine)",
     )
     explain.add_argument(
         "--search",

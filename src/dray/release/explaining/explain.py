@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +34,12 @@ from dray.release.explaining.tracing import Traced, trace
 from dray.release.measuring import rows_at_once
 from dray.release.predict import Counts, Predictor
 from dray.release.trained import Trained
+from dray.tasks import Batch
 from dray.tasks.rows import IGNORED
 
 Method = Literal["gradients", "rollout", "occlusion", "none"]
-METHODS = get_args(Method)
+_TAKEN: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids")
+"""What of a batch of texts a model is given."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Wanted:
     """The first so many."""
     num_neighbours: int = 5
     """Training rows told of each; 0: none are looked for."""
-    by: By = "embedding"
+    by: By = "cosine"
     most_rows: int | None = None
     """Training rows that are looked at, evenly spread; None: all."""
     traces: bool = True
@@ -141,7 +143,7 @@ def explain(
     task that cannot be explained, PlanError for numbers that make no sense."""
     wanted.check()
     predictor = Predictor(trained, Counts())
-    explainer = _Explainer(predictor, wanted)
+    explainer = _Explainer(trained, predictor, wanted)
     texts, problems = _read(trained, predictor, data, wanted.num_records)
     if problems:
         say(f"{problems} records cannot be read, and are left out")
@@ -179,10 +181,10 @@ def _read(
 class _Explainer:
     """A model whose predictions are explained, one row at a time."""
 
-    def __init__(self, predictor: Predictor, wanted: Wanted) -> None:
-        self.predictor, self.wanted = predictor, wanted
-        self.trained, self.task = predictor.trained, predictor.task
-        task, where = self.task, predictor.trained.where
+    def __init__(self, trained: Trained, predictor: Predictor, wanted: Wanted) -> None:
+        self.trained, self.predictor, self.wanted = trained, predictor, wanted
+        self.task = predictor.task
+        task, where = self.task, trained.where
         self.is_text = task.tokenizes
         one_output = task.head.each == "row" and task.head.over == "labels"
         if not one_output or task.head.sequences > 1 or not self._has_logits():
@@ -200,7 +202,7 @@ class _Explainer:
                 f"{task.name} reads {'texts' if self.is_text else 'images'}",
                 f"for these there are {', '.join(fits)}",
             )
-        self.model = predictor.objective.model
+        self.model: Any = predictor.objective.model
 
     def _has_logits(self) -> bool:
         """Whether a model's own outputs are what is predicted by: an ordinal link's are not."""
@@ -247,11 +249,7 @@ class _Explainer:
                 record.attribution = attribute_patches(output, batch["pixel_values"])
             return
         size = int(rows.column("num_tokens")[0].as_py())
-        inputs = {
-            name: batch[name][:, :size]
-            for name in ("input_ids", "attention_mask", "token_type_ids")
-            if name in batch
-        }
+        inputs: Batch = {name: batch[name][:, :size] for name in _TAKEN if name in batch}
         ids = inputs["input_ids"][0].tolist()
         record.tokens = [self.trained.decode_token(token) for token in ids]
         if self.method == "gradients":
@@ -306,7 +304,7 @@ def _add_neighbours(
                 trained.where,
                 f"its task is {predictor.task.name}, which tells no probabilities",
                 "gradients of the loss go by these",
-                "give --by embedding",
+                "give --by cosine",
             )
         slopes = torch.cat([slope for _, slope in pieces if slope is not None])
     search = Search(vectors, slopes, wanted.num_neighbours)

@@ -1,7 +1,7 @@
 """The training rows that are most like a prediction, by what the model's last layer is given of
 each.
 
-`embedding`: the cosine between both. `gradient`: the product of both gradients of the loss in the
+`cosine`: that of the angle between both. `gradient`: the product of both gradients of the loss in the
 last layer (TracIn of Pruthi et al., 2020, by its last layer as Yeh et al., 2022, do): rows above 0
 have taught the model to predict this, those below 0 something else. Memory does not grow with the
 corpus. Refuses models whose last layer is no linear one.
@@ -10,7 +10,7 @@ corpus. Refuses models whose last layer is no linear one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from dray.order import Ints
 from dray.tasks import Batch, Task
 from dray.tasks.rows import IGNORED
 
-By = Literal["embedding", "gradient"]
+By = Literal["cosine", "gradient"]
 Floats = npt.NDArray[np.float64]
 
 
@@ -45,7 +45,7 @@ class LastLayer:
     task: Task
     objective: Any
     where: str
-    _given: list[Tensor] = field(default_factory=list)
+    _last: tuple[nn.Module, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         model = self.objective.model
@@ -60,17 +60,9 @@ class LastLayer:
     def of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Vectors [rows, width] and, where outputs have probabilities, those less what is wanted
         [rows, outputs]: what the loss' gradient is in the outputs. Raises SpecError."""
-        self._last: Any = None
+        self._last = None
         _, output = self.objective(batch)
-        if self._last is None:
-            raise SpecError(
-                self.where,
-                "its last layer is no linear one",
-                "neighbours are found by what that is given",
-                "leave --neighbours out",
-            )
-        _, given, _ = self._last
-        vectors = given.float()
+        vectors = self._given().float()
         if vectors.dim() == 3:  # of every token: it predicts by the last one
             ends = batch["attention_mask"].sum(dim=1) - 1
             vectors = vectors[torch.arange(len(ends), device=ends.device), ends]
@@ -79,6 +71,16 @@ class LastLayer:
             return vectors.flatten(1), None
         likely = scores.exp() if "log_scores" in output else scores
         return vectors.flatten(1), likely.float() - _wanted(batch["labels"], likely)
+
+    def _given(self) -> Tensor:
+        if self._last is None:
+            raise SpecError(
+                self.where,
+                "its last layer is no linear one",
+                "neighbours are found by what that is given",
+                "leave --neighbours out",
+            )
+        return self._last[1]
 
 
 def _wanted(labels: Tensor, likely: Tensor) -> Tensor:
