@@ -137,6 +137,25 @@ def verify_ledger(run: Run, step: int | None = None) -> LedgerReport:
     )
 
 
+def find_steps(run: Run, rows: Sequence[int]) -> dict[int, list[int]]:
+    """The steps that have learnt each of some rows, by row id: those of the history that leads to
+    the run's newest sound checkpoint, ascending. Nothing is proven by it (`verify_ledger` does).
+    Time grows with the rows that were used. Raises StoreError, CorpusError."""
+    info = run.latest_checkpoint()
+    spec, manifest = run.spec(), load_run_manifest(run)
+    order, size = make_order(manifest, spec.seed), spec.batch.global_rows
+    wanted = np.array(sorted(set(rows)), np.int64)
+    found: dict[int, list[int]] = {row: [] for row in wanted.tolist()}
+    for span in _make_spans(run.attempts()):
+        last = min(span.last, info.step if info else 0)
+        for first in range(span.first, int(last) + 1, max(1, CHUNK_POSITIONS // size)):
+            steps = np.arange(first, min(first + max(1, CHUNK_POSITIONS // size), int(last) + 1))
+            read = order.rows_at(batch_positions(span.left_out.batches_at(steps), size))
+            for place in np.flatnonzero(np.isin(read, wanted)).tolist():
+                found[int(read[place])].append(int(steps[place // size]))
+    return found
+
+
 def _make_report(
     run: Run,
     walk: _Walk,

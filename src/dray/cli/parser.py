@@ -19,6 +19,7 @@ from dray.cli.beginning import (
     train_command,
     tune_command,
 )
+from dray.cli.explaining import explain_command
 from dray.cli.looking import (
     doctor_command,
     report_command,
@@ -292,6 +293,63 @@ def _add_show(commands: Any) -> None:
     _add_json(show)
 
 
+def _add_explain(commands: Any) -> None:
+    explain = _add_run(
+        commands,
+        "explain",
+        explain_command,
+        "what predictions hang on, and the training rows that are like them",
+    )
+    explain.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SOURCE",
+        help="a path, or a YAML mapping like a spec's data source; targets are not needed",
+    )
+    explain.add_argument(
+        "--rows", type=int, default=10, metavar="N", help="the first N records (default: 10)"
+    )
+    explain.add_argument(
+        "--method",
+        choices=("gradients", "rollout", "occlusion", "none"),
+        help="integrated gradients or attention rollout of tokens, occlusion of patches of images "
+        "(default: gradients, of images occlusion)",
+    )
+    explain.add_argument(
+        "--neighbours",
+        type=int,
+        default=5,
+        metavar="K",
+        help="training rows that are most like each record (default: 5; 0: none)",
+    )
+    explain.add_argument(
+        "--by",
+        choices=("cosine", "gradient"),
+        default="cosine",
+        help="likeness: the cosine of what the last layer is given, or the product of the loss' "
+        "gradients there, which has rows that taught against it, too (default: cosine)",
+    )
+    explain.add_argument(
+        "--search",
+        type=int,
+        metavar="N",
+        help="look at N training rows, evenly spread (default: all)",
+    )
+    explain.add_argument(
+        "--no-trace",
+        action="store_true",
+        help="do not look for these rows in the raw files and in the run's history",
+    )
+    explain.add_argument(
+        "--html",
+        metavar="FILE",
+        help="all of it as one page, which needs no network; replaces FILE",
+    )
+    _add_checkpoint(explain)
+    _add_json(explain)
+
+
 def _add_release(commands: Any) -> None:
     """All of it, from one spec."""
     release = _add_spec(
@@ -415,6 +473,8 @@ def _add_uses(commands: Any) -> None:
     )
     _add_checkpoint(predict)
     _add_adapters(predict)
+
+    _add_explain(commands)
 
     generate = _add_run(commands, "generate", generate_command, "text from a checkpoint")
     generate.add_argument(

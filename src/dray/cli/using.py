@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dray.cli.looking import locate, split_place
@@ -15,7 +13,7 @@ from dray.cli.together import (
     judged_together,
     predict_together_command,
 )
-from dray.errors import SpecError, StoreError
+from dray.errors import SpecError
 from dray.processes.imports import require_package
 
 if TYPE_CHECKING:
@@ -94,7 +92,10 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if checks:
         more["checks"] = _checked(arguments, storage, name, checks)
     if arguments.html:
-        _write_page(arguments.html, result, more, report)
+        from dray.show.html import write_page
+        from dray.show.judgement import make_judgement_page
+
+        write_page(make_judgement_page(result, more, report), arguments.html)
     if arguments.json:
         arguments.out.say_json(result | more)
     else:
@@ -152,27 +153,6 @@ def _checked(
         )
 
     return told_checks(run_checks(checks, write, arguments.program))
-
-
-def _write_page(
-    path: str,
-    result: Mapping[str, Any],
-    more: Mapping[str, Any],
-    report: Mapping[str, Mapping[str, float]],
-) -> None:
-    """Write the page whole or not at all. Raises StoreError."""
-    from dray.show.judgement import make_judgement_page
-
-    text = make_judgement_page(result, more, report).render()
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            os.remove(partial)
-        raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
 
 
 def _say_evaluation(

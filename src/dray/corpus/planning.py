@@ -62,7 +62,7 @@ def find_quoted(
                     for file in group
                     if file.form in QUOTED_FORMS
                     and file.num_bytes > size * 3 // 2
-                    and _is_divisible(file)
+                    and is_divisible(file)
                 }
             )
     return list(found.values())
@@ -95,7 +95,7 @@ def _cut(file: InputFile, size: int, bounds: Sequence[int] | None) -> Iterator[t
     if (
         file.num_bytes > size * 3 // 2
         and file.form in LINE_FORMS
-        and (bounds is not None or _is_divisible(file))
+        and (bounds is not None or is_divisible(file))
     ):
         count = -(-file.num_bytes // size)
         starts = (
@@ -111,7 +111,7 @@ def _cut(file: InputFile, size: int, bounds: Sequence[int] | None) -> Iterator[t
         yield Span(file), file.estimated_bytes
 
 
-def _is_divisible(file: InputFile) -> bool:
+def is_divisible(file: InputFile) -> bool:
     """Whether any line may begin a range: not in what is compressed, by its name or not, in an
     array, in no text."""
     if file.compression:

@@ -21,6 +21,7 @@ from dray.corpus.tokenizing import (
     Decoder,
     TokenizerInfo,
     describe,
+    load_decoder,
     load_encoder,
     read_tokenizer_files,
 )
@@ -118,6 +119,11 @@ class Opened(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Ids as text, without special tokens."""
         return Decoder(self.tokenizer_folder)(ids)
+
+    def decode_token(self, token: int) -> str:
+        """One id as text; a special token by its name."""
+        decoder = load_decoder(self.tokenizer_folder)
+        return str(decoder.decode([token], skip_special_tokens=False))
 
     def move_to_device(self) -> torch.device:
         """Put the model on the GPU if there is one with room for it and its activations, and say

@@ -184,7 +184,7 @@ class Predictor:
                 found[place] = Predicted({"error": f"no {error}"})
             except BadRecord as error:
                 found[place] = Predicted({"error": str(error)})
-        told = self._told(pa.array(texts.values(), pa.large_string()))
+        told = self.told(pa.array(texts.values(), pa.large_string()))
         for place, (_, predicted) in zip(texts, told, strict=True):
             found[place] = predicted
         return found
@@ -214,15 +214,14 @@ class Predictor:
 
     def records(self, texts: pa.Array) -> Iterator[dict[str, Any]]:
         """Predictions of a block of texts, in their order."""
-        for given, predicted in self._told(texts):
+        for given, predicted in self.told(texts):
             yield {**given, **predicted.told}
 
-    def _told(self, texts: pa.Array) -> Iterator[tuple[dict[str, Any], Predicted]]:
+    def told(self, texts: pa.Array) -> Iterator[tuple[dict[str, Any], Predicted]]:
         """The fields of each text and what is told of it, in their order."""
         if not len(texts):
             return
-        normal = normalize(texts, self.trained.spec.data.cleaning.normalize)
-        encoded = self.task.encode(normal, None, self.tools)
+        encoded = self._encode(texts)
         records = np.arange(len(texts)) if encoded.records is None else encoded.records
         found: list[list[Any]] = [[] for _ in range(len(texts))]
         rows = self._rows(encoded)
@@ -239,6 +238,14 @@ class Predictor:
             untold = {"untold": encoded.untold[place]} if place in encoded.untold else {}
             told = self.task.join_predictions(values, given, **untold)
             yield given, Predicted(told, *sizes[place].tolist())
+
+    def _encode(self, texts: pa.Array) -> Encoded:
+        normal = normalize(texts, self.trained.spec.data.cleaning.normalize)
+        return self.task.encode(normal, None, self.tools)
+
+    def rows_of(self, texts: pa.Array) -> pa.Table:
+        """The rows that texts become."""
+        return self._rows(self._encode(texts))
 
     @torch.no_grad()
     def _predict(self, table: pa.Table) -> Iterator[tuple[int, Any]]:

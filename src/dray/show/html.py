@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 
-from dray.errors import visible
+from dray.errors import StoreError, visible
 from dray.redaction import redact
 
 _STYLE = """
@@ -27,6 +29,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #eaeef2;
   vertical-align: top; } th { color: #57606a; font-weight: 600; }
 tr.best td { font-weight: 600; } .bad { color: #d1242f; } .good { color: #1a7f37; }
+.tokens span { padding: .05rem .1rem; border-radius: 2px; white-space: pre-wrap; }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 """
 
@@ -77,6 +80,19 @@ class Page:
         )
         self._parts.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
 
+    def tokens(self, tokens: Sequence[str], weights: Sequence[float]) -> None:
+        """Tokens of a text one after the other, each as deep in colour as its weight is great:
+        green for what is above 0, red for what is below. Its number is told when it is pointed
+        at."""
+        most = max((abs(weight) for weight in weights), default=0.0) or 1.0
+        colors = {True: "26 127 55", False: "209 36 47"}
+        inner = "".join(
+            f'<span title="{weight:+.4f}" style="background: rgb({colors[weight >= 0]} / '
+            f'{0.6 * abs(weight) / most:.2f})">{_text(token)}</span>'
+            for token, weight in zip(tokens, weights, strict=True)
+        )
+        self._parts.append(f'<p class="tokens">{inner}</p>')
+
     def code(self, text: str) -> None:
         self._parts.append(f"<pre>{_text(text)}</pre>")
 
@@ -89,6 +105,19 @@ class Page:
             f"<title>{_text(self.title)}</title><style>{_STYLE}</style></head>\n<body>"
             f"<h1>{_text(self.title)}</h1>\n" + "\n".join(self._parts) + "\n</body></html>\n"
         )
+
+
+def write_page(page: Page, path: str) -> None:
+    """Write a page whole or not at all. Raises StoreError."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(page.render())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(partial)
+        raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
 
 
 def _text(value: str) -> str:

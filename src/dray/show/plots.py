@@ -141,6 +141,19 @@ def draw_bars(
     return drawn[0]
 
 
+def draw_grid(values: Sequence[Sequence[float]]) -> str:
+    """Numbers in their places: green above 0, red below."""
+    if not values or not values[0]:
+        return ""
+    most = max(abs(value) for row in values for value in row) or 1.0
+    with _figure(2.6, 2.6) as (_, axes, drawn):
+        axes.grid(visible=False)
+        axes.imshow(values, cmap="RdYlGn", vmin=-most, vmax=most, interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return drawn[0]
+
+
 def draw_points(
     points: Mapping[str, Sequence[tuple[float, float]]],
     *,

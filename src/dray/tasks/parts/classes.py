@@ -75,6 +75,9 @@ class OrdinalLoss(ClassLoss):
     part in it.
     """
 
+    links = True
+    """That the model's outputs are no logits of the classes."""
+
     def __init__(
         self,
         model: Any,
