@@ -1,10 +1,10 @@
 """The training rows that are most like a prediction, by what the model's last layer is given of
 each.
 
-`cosine`: that of the angle between both. `gradient`: the product of both gradients of the loss in the
-last layer (TracIn of Pruthi et al., 2020, by its last layer as Yeh et al., 2022, do): rows above 0
-have taught the model to predict this, those below 0 something else. Memory does not grow with the
-corpus. Refuses models whose last layer is no linear one.
+`cosine`: that of the angle between both. `gradient`: the product of both gradients of the loss in
+the last layer (TracIn of Pruthi et al., 2020, by its last layer as Yeh et al., 2022, do): rows
+above 0 have taught the model to predict this, those below 0 something else. Memory does not grow
+with the corpus. Refuses models whose last layer is no linear one.
 """
 
 from __future__ import annotations
