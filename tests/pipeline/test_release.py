@@ -185,6 +185,14 @@ def test_training_that_is_gone_on_with_is_released_anew(
     [
         ({"compress": {"methods": ["int9"]}}, "compress.methods int9"),
         ({"compress": {"methods": ["int8", "magnitude"]}}, "compress.methods magnitude"),
+        ({"compress": {"methods": ["layers:keep=99"]}}, "compress.methods layers"),
+        (
+            {
+                "export": [{"folder": "out", "format": "gguf"}],
+                "model": {"architecture": "gemma"},
+            },
+            "export.0.format gguf",
+        ),
         ({"export": [{"folder": "out", "license": "@"}]}, "export.0.license"),
         ({"export": [{"folder": "out", "sign": "none.pem"}]}, "export.0.sign"),
         ({"export": [{"folder": "TAKEN"}]}, "export.0.folder = TAKEN"),

@@ -19,6 +19,7 @@ import pytest
 import requests
 
 from dray.errors import SpecError
+from dray.release.export.manifest import verify_folder, write_manifest
 from dray.serve.foreground import check_open
 from dray.serve.served import Served, read_words
 from dray_serving import Serving, dray_serving
@@ -179,6 +180,23 @@ def test_what_cannot_be_served_is_refused_at_once(words: tuple[str, ...], messag
     )
     assert done.returncode == 2
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_damaged_export_is_named_before_anything_is_started(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(tmp_path, {}, None)
+    assert verify_folder(str(tmp_path)).ok
+    (tmp_path / "config.json").write_text("{ }")
+    done = subprocess.run(
+        [sys.executable, "-m", "dray.cli", "serve", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "is damaged: config.json" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

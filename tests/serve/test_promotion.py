@@ -10,6 +10,7 @@ import pytest
 import requests
 
 from dray.cli import main
+from dray.serve.foreground import promoted_version
 from dray_serving import Serving, dray_serving
 from small_writer import change_weights, save_small_writer
 from waiting import processes_named, wait_for
@@ -45,6 +46,8 @@ def test_a_version_is_shadow_canary_promoted_and_rolled_back_under_requests(serv
     second = str(service.home / "second")
     first_text = service.ask().json()["choices"][0]["text"]
     assert service.version() == "1"
+    assert promoted_version(service.url, "chat") == 1
+    assert promoted_version(service.url, "nobody") is None
     assert service.ask("chat@2").status_code == 404
 
     answers: list[tuple[int, str | None, str]] = []
@@ -74,6 +77,7 @@ def test_a_version_is_shadow_canary_promoted_and_rolled_back_under_requests(serv
 
         service.do("promote", "chat", second)
         wait_for(lambda: {service.version() for _ in range(6)} == {"2"}, "the promotion", 120)
+        assert promoted_version(service.url, "chat") == 2
         assert service.ask("chat@1").status_code == 404
 
         service.do("rollback", "chat")

@@ -76,6 +76,8 @@ BODIES: list[tuple[str, Any, int, str]] = [
     (COMPLETE, {**PROMPT, "max_tokens": -5}, 400, "max_tokens"),
     (COMPLETE, {**PROMPT, "max_tokens": 2.5}, 400, "max_tokens"),
     (COMPLETE, {**PROMPT, "best_of": 20}, 400, "best_of"),
+    (COMPLETE, {**PROMPT, "best_of": True}, 400, "best_of"),
+    (COMPLETE, {**PROMPT, "echo": 0}, 400, "echo"),
     (COMPLETE, {**PROMPT, "unheard_of": 1}, 400, "unheard_of"),
     (COMPLETE, {**PROMPT, "stop": ["a"] * 9}, 400, "stop"),
     (COMPLETE, {**PROMPT, "stop": ""}, 400, "stop"),

@@ -65,7 +65,7 @@ def test_a_version_is_named_or_refused():
             plan.draw("chat", Asked(wanted=wanted), None)
     assert split_version("chat") == ("chat", None)
     assert split_version("chat@12") == ("chat", 12)
-    for wrong in ("chat@", "chat@best", "chat@-1", "chat@1@2", "chat@²"):
+    for wrong in ("chat@", "chat@best", "chat@-1", "chat@1@2", "chat@01", "chat@²"):
         with pytest.raises(Refusal):
             split_version(wrong)
 

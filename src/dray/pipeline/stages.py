@@ -8,6 +8,7 @@ export by the weights in its manifest, a version by its pinned weights.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +21,23 @@ from dray.release.compress.compress import compress, default_name
 from dray.release.compress.gate import make_limits
 from dray.release.compress.methods import make_methods
 from dray.release.evaluate import evaluate, prepare_other
-from dray.release.export.exporting import identify, write_export
-from dray.release.export.forms import Options, check_options
+from dray.release.export.exporting import check_suits, identify, write_export
+from dray.release.export.forms import Options
 from dray.release.export.manifest import is_export, load_told, verify_folder
 from dray.release.export.signing import load_signer
 from dray.release.export.staging import check_free
 from dray.release.trained import Trained, open_trained
 from dray.runs import CheckpointReader, Run
 from dray.runs.finished import is_name_free
-from dray.serve.foreground import check_installed, check_open, is_service, is_taken, serve_models
+from dray.serve.following import POLL_SECONDS
+from dray.serve.foreground import (
+    check_installed,
+    check_open,
+    is_service,
+    is_taken,
+    promoted_version,
+    serve_models,
+)
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
 from dray.serve.request_log import Logged, check_log
@@ -38,6 +47,8 @@ from dray.serve.versions import Record
 from dray.spec import Export, Serve, Spec
 from dray.train.driver import train
 
+FOLLOWING_SECONDS = 180.0
+"""How long a service that answers already is waited for to follow."""
 MOST_NAMES = 1000
 """How many runs of one name and a number are looked through for one that is there already."""
 
@@ -88,10 +99,11 @@ class Release:
         spec, folders = self._spec, set[str]()
         if spec.compress is not None and "compress" in stages:
             with _said("--with", "compress.methods"):
-                make_methods(spec.compress.methods)
+                for method in make_methods(spec.compress.methods):
+                    method.suits(spec)
         for number, one in enumerate(spec.export if "export" in stages else ()):
             with _said("--", f"export.{number}."):
-                check_options(_options(one))
+                check_suits(_options(one), spec)
                 if one.sign is not None:
                     load_signer(one.sign)
             folder = self._folder(one, self._exported_name(one), 0)
@@ -347,6 +359,26 @@ class Release:
             return False
         return is_taken(section.host, section.port)
 
+    def _followed(self, place: str, name: str) -> str:
+        """What becomes of a service that answers already: it follows what was promoted, once the
+        new version's replicas are there, and that is awaited where anybody may ask what answers."""
+        wanted = Record(self._storage, name).read().stable
+        end = time.monotonic() + FOLLOWING_SECONDS
+        told = False
+        while (found := promoted_version(place, name)) is not None and time.monotonic() < end:
+            if found == wanted:
+                return f"{place} answers for {name} by version {wanted}"
+            if not told:
+                self._say(f"{place} answers by version {found}; version {wanted} is on its way")
+                told = True
+            time.sleep(POLL_SECONDS)
+        if found is None:
+            return f"somebody answers at {place}: a `dray serve` of this storage follows by itself"
+        return (
+            f"{place} still answers for {name} by version {found}: is it a `dray serve` of this "
+            "storage?"
+        )
+
     def serve(self) -> Told:
         """Answers until it is told to stop; where somebody listens already, that is left so."""
         section, served = self._spec.serve, self._served
@@ -360,8 +392,7 @@ class Release:
                     "a port has one server",
                     "give another port",
                 )
-            what = f"somebody answers at {place}: a `dray serve` of this storage follows by itself"
-            return Told(what, place, was_there=True)
+            return Told(self._followed(place, served.called), place, was_there=True)
         serve_models(
             [served],
             host=section.host,

@@ -90,7 +90,9 @@ class Answerer:
     async def _write(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Event]:
         engine, writer = self.engine, self.loaded.writer
         if engine is None or writer is None or kind not in self.loaded.routes:
-            raise Refusal(404, f"this model does not answer to {kind}", code="no_such_route")
+            raise Refusal(
+                404, f"this model does not answer to {kind}", param="model", code="no_such_route"
+            )
         request = KINDS[kind].model_validate(body)
         asks = await asyncio.to_thread(
             make_asks, writer, request, self.limits, engine.steps.row_tokens

@@ -13,14 +13,15 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
+from urllib.parse import quote
 from urllib.request import urlopen
 
 from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
-from dray.errors import PlanError, SpecError
+from dray.errors import PlanError, SpecError, StoreError
 from dray.processes.imports import require_package
 from dray.processes.signals import Wishes, stops
-from dray.release.export.manifest import is_export
+from dray.release.export.manifest import is_export, verify_folder
 from dray.runs import Run, choose_checkpoint
 from dray.serve.following import POLL_SECONDS, Follower
 from dray.serve.held_keys import has_keys
@@ -85,6 +86,7 @@ def serve_models(
                 share = limits.memory_share / (3 * num_replicas)
                 limits = limits.model_copy(update={"memory_share": share})
             gpus = 1 if connection.shape.accelerator is not None else 0
+            say("starting: the service answers once its models are read")
             service.start(host, port, limits, verbose=verbose, tls=tls)
             follower = None
             try:
@@ -142,6 +144,17 @@ def is_service(place: str) -> bool:
         return False
 
 
+def promoted_version(place: str, name: str) -> int | None:
+    """The version by which the service at a URL answers for a name; None where it has no such model
+    or tells it to those alone who have a key, or where its certificate is not known here."""
+    try:
+        with urlopen(f"{place}/v1/models/{quote(name, safe='')}", timeout=5) as answer:
+            versions = json.loads(answer.read(100_000))["versions"]
+        return next(int(one["version"]) for one in versions if one["role"] == "promoted")
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, HTTPException):
+        return None
+
+
 def check_records(models: Sequence[Served], storage: str) -> list[tuple[Record, Served]]:
     """Each model with its name's record: one of its versions, where it has some. Those that have
     none get theirs once the service is there. Raises UserError."""
@@ -177,9 +190,17 @@ def warn_of_plain_http(host: str, tls: Tls | None, say: Callable[[str], None]) -
 
 
 def _check_there(model: Served, say: Callable[[str], None]) -> None:
-    """Raise StoreError where there is no such run or checkpoint, before anything is started."""
+    """Raise StoreError where there is no such run or checkpoint, or an export is not what it was,
+    before anything is started."""
     if model.folder is not None and not is_export(model.folder):
         say(f"{model.folder} has no list of its files, so they are served as they are")
+    elif model.folder is not None and not (report := verify_folder(model.folder, None)).ok:
+        raise StoreError(
+            model.folder,
+            f"is damaged: {report.problems[0]}",
+            "every file is what the manifest lists before it is served",
+            f"`dray verify {model.folder}` tells all of it; export it again",
+        )
     if model.run is not None and model.storage is not None:
         choose_checkpoint(Run.open(model.storage, model.run), model.step)
 

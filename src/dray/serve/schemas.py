@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]
@@ -64,13 +64,20 @@ class Sampled(Request):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
+def _no_number(value: Any) -> Any:
+    """0 is no truth value, though it equals one."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("a truth value is wanted")
+    return value
+
+
 class CompletionRequest(Sampled):
     prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]]
     """Texts, or ids of tokens."""
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     """How many of the likeliest tokens are told beside each."""
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: Annotated[Literal[False], BeforeValidator(_no_number)] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
     suffix: None = None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -188,7 +189,7 @@ def split_version(model: str) -> tuple[str, int | None]:
     name, sign, version = model.partition("@")
     if not sign:
         return model, None
-    if not (version.isascii() and version.isdigit() and len(version) < 10):
+    if not re.fullmatch("[1-9][0-9]{0,8}", version):
         what = f"{model[:100]!r}: a version is a number, as {name[:100]}@2"
         raise Refusal(404, what, param="model", code="model_not_found")
     return name, int(version)

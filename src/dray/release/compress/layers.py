@@ -10,9 +10,11 @@ import torch
 from pydantic import Field as Limits
 from torch import Tensor, nn
 
+from dray.errors import SpecError
 from dray.release.compress.calibrating import Judging, watch
 from dray.release.compress.method import Candidate, Method
 from dray.release.compress.shrinking import find_stack, rebuild, state_of, subset
+from dray.spec import Spec
 from dray.spec.sections import Int
 
 
@@ -31,6 +33,16 @@ class Layers(Method):
         and what comes out: block influence); `gradients`: those whose leaving would change the loss
         most, to first order; `weights`: those with the largest matrices; `spaced`: evenly from the
         first to the last."""
+
+    def suits(self, spec: Spec) -> None:
+        num = spec.model.num_layers
+        if num is not None and self.settings.keep >= num:
+            raise SpecError(
+                f"--with {self.name}",
+                f"the model has {num} blocks",
+                f"keep = {self.settings.keep} takes none out",
+                f"give {num - 1} or fewer",
+            )
 
     def check(self, candidate: Candidate) -> None:
         num = len(find_stack(candidate, self))

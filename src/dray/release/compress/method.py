@@ -15,6 +15,7 @@ from pydantic import Field as Limits
 
 from dray.errors import SpecError
 from dray.models.packed import Packed
+from dray.spec import Spec
 from dray.spec.sections import Float, Int, Section
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Method:
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
+
+    def suits(self, spec: Spec) -> None:
+        """Raise SpecError for a spec whose model cannot have it, as far as the spec says what that
+        is. Called before there is one."""
 
     def check(self, candidate: Candidate) -> None:
         """Raise SpecError for a model that cannot have it. Called before anything is measured."""

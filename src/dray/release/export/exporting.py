@@ -23,11 +23,19 @@ from dray.release.exported import write_origin
 from dray.release.trained import Chosen, Trained, Weights, open_trained
 from dray.runs import CheckpointReader
 from dray.runs.checkpoint_reader import hash_weights
+from dray.spec import Spec
 from dray.storage.filesystem import is_local
 
 __all__ = ["Options", "export", "write_export"]
 
 _FORMS: dict[str, Form] = {"folder": FOLDER, "onnx": ONNX, "gguf": GGUF}
+
+
+def check_suits(options: Options, spec: Spec) -> None:
+    """Raise SpecError for a form that no run of a spec can be exported in, as far as the spec says
+    what its model is."""
+    check_options(options)
+    _FORMS[options.form].suits(spec)
 
 
 def export(

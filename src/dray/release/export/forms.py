@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dray.errors import SpecError
+from dray.spec import Spec
 
 if TYPE_CHECKING:
     from dray.release.trained import Trained
@@ -87,6 +88,8 @@ class Form:
     Raises UserError."""
     copies: float
     """What it takes on the disk while it is written, as copies of the model in fp32."""
+    suits: Callable[[Spec], None] = lambda spec: None
+    """Raises SpecError for a spec none of whose runs it can hold, before there is one."""
 
 
 def check_options(options: Options) -> None:

@@ -28,6 +28,7 @@ from dray.release.export.forms import Check, Form, Options, Written
 from dray.release.export.loading import gguf_code
 from dray.release.export.texts import text_rows
 from dray.release.trained import Trained
+from dray.spec import Spec
 
 FILE = "model.gguf"
 ALLOWED = 1e-3
@@ -90,6 +91,13 @@ _LAYOUTS = {
 
 
 def _check(trained: Trained, options: Options) -> None:
+    _suits(trained.spec)
+    config = (trained.run.model() or {}).get("config") or trained.model.config.to_dict()
+    _check_config(config)
+    _splitting(_tokenizer_tree(trained))
+
+
+def _suits(spec: Spec) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise SpecError(
             "--format gguf",
@@ -97,7 +105,7 @@ def _check(trained: Trained, options: Options) -> None:
             "it writes the file",
             "pip install 'dray[gguf]'",
         )
-    task = trained.spec.task
+    task = spec.task
     if task.head.auto_class != "AutoModelForCausalLM" or task.whole_words:
         raise SpecError(
             "--format gguf",
@@ -105,14 +113,11 @@ def _check(trained: Trained, options: Options) -> None:
             "GGUF files are for models that write text",
             "export a folder, or --format onnx",
         )
-    config = (trained.run.model() or {}).get("config") or trained.model.config.to_dict()
-    _check_config(config)
-    _splitting(_tokenizer_tree(trained))
+    if spec.model.architecture is not None:
+        _check_kind(spec.model.architecture)
 
 
-def _check_config(config: Config) -> None:
-    """Raise SpecError for an architecture, or a kind of one, that is not read back as it was."""
-    kind = str(config.get("model_type"))
+def _check_kind(kind: str) -> None:
     if kind not in _LAYOUTS:
         raise SpecError(
             "--format gguf",
@@ -120,6 +125,12 @@ def _check_config(config: Config) -> None:
             f"files of {', '.join(_LAYOUTS)} are read back as they were",
             "export a folder, or --format onnx",
         )
+
+
+def _check_config(config: Config) -> None:
+    """Raise SpecError for an architecture, or a kind of one, that is not read back as it was."""
+    kind = str(config.get("model_type"))
+    _check_kind(kind)
     found = {name: config.get(name) for name in _LAYOUTS[kind].fixed}
     rope = config.get("rope_parameters") or {}
     wrong = {
@@ -185,7 +196,7 @@ def _write(trained: Trained, folder: Path, options: Options) -> Written:
     )
 
 
-FORM = Form(_check, _write, 1.2)
+FORM = Form(_check, _write, 1.2, _suits)
 
 
 def _once(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

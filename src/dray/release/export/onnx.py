@@ -24,6 +24,7 @@ from dray.release.export.forms import Check, Form, Options, Written
 from dray.release.export.loading import onnx_code
 from dray.release.export.texts import text_rows
 from dray.release.trained import Trained
+from dray.spec import Spec
 from dray.tasks.parts.graphs import ANSWER_IDS
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def _check(trained: Trained, options: Options) -> None:
+    _suits(trained.spec)
+
+
+def _suits(spec: Spec) -> None:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise SpecError(
@@ -70,7 +75,7 @@ def _write(trained: Trained, folder: Path, options: Options) -> Written:
     return Written((check,), "onnx", onnx_code(trained, FILE, graph.inputs), tuple(remarks))
 
 
-FORM = Form(_check, _write, 1.2)
+FORM = Form(_check, _write, 1.2, _suits)
 
 
 def _shapes(trained: Trained, graph: Graph) -> list[tuple[int, int]]:
