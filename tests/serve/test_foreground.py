@@ -160,6 +160,7 @@ def test_it_ends_when_it_is_told_to_and_answers_what_was_asked(
         ((), "nothing to serve"),
         (("nothing-here", "--port", "99999"), "65535"),
         (("a", "--name", "b"), "no NAME=RUN"),
+        (("--name", "a/b=c"), "--name a/b: is no name"),
         (("a@b",), "@b is no step"),
         (("a", "--replicas", "4-1"), "the fewest first"),
         (("a", "--replicas", "many"), "is no number of replicas"),

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 
 from dray.errors import SpecError
 
+FOLLOWING = "services of this storage follow: within a second, or once new replicas are there"
+
 
 def serve_command(arguments: argparse.Namespace) -> int:
     from dray.serve.foreground import serve_models
@@ -98,6 +100,7 @@ def promote_command(arguments: argparse.Namespace) -> int:
     record = Record(arguments.storage, arguments.name)
     state = record.promote(served, arguments.share, arguments.shadow)
     arguments.out.say(f"{arguments.name}: {state_told(state)}")
+    Display().say(FOLLOWING)
     if len(record.history()) == 1:
         Display().say(
             f"{arguments.name} is a new name: `dray serve --name {arguments.name}=RUN` serves it"
@@ -108,9 +111,11 @@ def promote_command(arguments: argparse.Namespace) -> int:
 def rollback_command(arguments: argparse.Namespace) -> int:
     from dray.serve.following import state_told
     from dray.serve.versions import Record
+    from dray.show.progress import Display
 
     state = Record(arguments.storage, arguments.name).rollback()
     arguments.out.say(f"{arguments.name}: {state_told(state)}")
+    Display().say(FOLLOWING)
     return 0
 
 

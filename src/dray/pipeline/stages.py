@@ -121,6 +121,7 @@ class Release:
             Record(self._storage, spec.serve.name or self._name)
             if "serve" in stages:
                 check_installed()
+                self._check_port()
                 with _said("--", "serve."):
                     check_open(spec.serve.host, self._storage)
                     read_tls(spec.serve.tls_cert, spec.serve.tls_key)
@@ -359,6 +360,19 @@ class Release:
             return False
         return is_taken(section.host, section.port)
 
+    def _check_port(self) -> None:
+        """Raise PlanError where somebody else listens."""
+        section = self._spec.serve
+        assert section is not None
+        place = f"{section.scheme}://{section.host}:{section.port}"
+        if self.is_served and not is_service(place):
+            raise PlanError(
+                f"serve.port = {section.port}",
+                f"something that is no service of models answers at {place}",
+                "a port has one server",
+                "give another port",
+            )
+
     def _followed(self, place: str, name: str) -> str:
         """What becomes of a service that answers already: it follows what was promoted, once the
         new version's replicas are there, and that is awaited where anybody may ask what answers."""
@@ -385,13 +399,7 @@ class Release:
         assert section is not None
         place = f"{section.scheme}://{section.host}:{section.port}"
         if self.is_served:
-            if not is_service(place):
-                raise PlanError(
-                    f"serve.port = {section.port}",
-                    f"something that is no service of models answers at {place}",
-                    "a port has one server",
-                    "give another port",
-                )
+            self._check_port()
             return Told(self._followed(place, served.called), place, was_there=True)
         serve_models(
             [served],

@@ -21,13 +21,13 @@ from dray.cluster.nodes import answers
 from dray.errors import PlanError, SpecError, StoreError
 from dray.processes.imports import require_package
 from dray.processes.signals import Wishes, stops
-from dray.release.export.manifest import is_export, verify_folder
+from dray.release.export.manifest import is_export
 from dray.runs import Run, choose_checkpoint
 from dray.serve.following import POLL_SECONDS, Follower
 from dray.serve.held_keys import has_keys
 from dray.serve.keys import KEY, LOCAL, OPEN
 from dray.serve.limits import Limits
-from dray.serve.pinning import pin
+from dray.serve.pinning import check_pinned, pin
 from dray.serve.request_log import Logged, check_log
 from dray.serve.served import Served, check_names
 from dray.serve.tls import Tls
@@ -160,9 +160,20 @@ def check_records(models: Sequence[Served], storage: str) -> list[tuple[Record, 
     none get theirs once the service is there. Raises UserError."""
     found = [(Record(storage, model.called), pin(model)) for model in models]
     for record, model in found:
-        if record.read().stable:
+        state = record.read()
+        if state.stable:
             record.begin(model)
+            _check_answering(record.name, state.versions[state.stable])
     return found
+
+
+def _check_answering(name: str, answering: Served) -> None:
+    """Raise StoreError where what was promoted is not there any more as it was."""
+    try:
+        check_pinned(answering)
+    except StoreError as error:
+        way_out = f"`dray serve rollback {name}`, or mend it: {error.way_out}"
+        raise StoreError(error.where, error.what, error.rule, way_out) from error
 
 
 def check_open(host: str, storage: str | None = None) -> None:
@@ -190,17 +201,9 @@ def warn_of_plain_http(host: str, tls: Tls | None, say: Callable[[str], None]) -
 
 
 def _check_there(model: Served, say: Callable[[str], None]) -> None:
-    """Raise StoreError where there is no such run or checkpoint, or an export is not what it was,
-    before anything is started."""
+    """Raise StoreError where there is no such run or checkpoint, before anything is started."""
     if model.folder is not None and not is_export(model.folder):
         say(f"{model.folder} has no list of its files, so they are served as they are")
-    elif model.folder is not None and not (report := verify_folder(model.folder, None)).ok:
-        raise StoreError(
-            model.folder,
-            f"is damaged: {report.problems[0]}",
-            "every file is what the manifest lists before it is served",
-            f"`dray verify {model.folder}` tells all of it; export it again",
-        )
     if model.run is not None and model.storage is not None:
         choose_checkpoint(Run.open(model.storage, model.run), model.step)
 

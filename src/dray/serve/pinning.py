@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 
 from dray.errors import StoreError
+from dray.release.export.manifest import is_export, verify_folder
 from dray.release.trained import open_trained
 from dray.runs.layout import MANIFEST_FILE
 from dray.serve.served import Served
@@ -20,6 +21,7 @@ def pin(served: Served) -> Served:
     """With the step that it means now, and its weights' digest: of a run's manifest, which has the
     SHA-256 of every file of the checkpoint; of a folder's own files. Raises StoreError."""
     if served.folder is not None:
+        check_folder(served.folder)
         return served.model_copy(update={"digest": _folder_digest(Path(served.folder))})
     trained = open_trained(str(served.storage), str(served.run), served.step, served.weights)
     info = trained.checkpoint
@@ -27,6 +29,18 @@ def pin(served: Served) -> Served:
     digest = hashlib.sha256(manifest).hexdigest()
     storage = absolute(str(served.storage))
     return served.model_copy(update={"step": info.step, "digest": digest, "storage": storage})
+
+
+def check_folder(folder: str) -> None:
+    """Raises StoreError for an exported folder that is not what its manifest lists; one without a
+    manifest is as it is."""
+    if is_export(folder) and not (report := verify_folder(folder)).ok:
+        raise StoreError(
+            folder,
+            f"is damaged: {report.problems[0]}",
+            "every file is what the manifest lists before it is served",
+            f"`dray verify {folder}` tells all of it; export it again",
+        )
 
 
 def check_pinned(served: Served) -> None:

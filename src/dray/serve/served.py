@@ -4,6 +4,7 @@ name."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
@@ -11,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dray.errors import SpecError
 from dray.runs.checkpoint_choice import read_step
-from dray.spec.sections import RunName
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+from dray.spec.sections import NAME_RULE, RUN_NAME, RunName
 
 
 class Served(BaseModel):
@@ -21,7 +20,7 @@ class Served(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Name | None = None
+    name: RunName | None = None
     """By which requests name it; the run's or the folder's by itself."""
     storage: Annotated[str, Field(min_length=1)] | None = None
     run: RunName | None = None
@@ -55,6 +54,8 @@ class Served(BaseModel):
 def read_words(words: str, storage: str, name: str | None = None) -> Served:
     """What `RUN`, `RUN@STEP` or a folder with a model in it means on the command line. Raises
     SpecError."""
+    if name is not None and not re.fullmatch(RUN_NAME, name):
+        raise SpecError(f"--name {name[:100]}", "is no name", NAME_RULE)
     if os.path.isfile(os.path.join(words, "config.json")):
         return Served(name=name, folder=os.path.abspath(words))
     run, _, step = words.partition("@")

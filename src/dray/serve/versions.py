@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dray.errors import SpecError, StoreError
 from dray.runs.layout import SERVING
-from dray.serve.served import Name, Served
+from dray.serve.served import Served
+from dray.spec.sections import RunName
 from dray.storage.exclusive import create_exclusive
 from dray.storage.filesystem import absolute, child, list_files, read_bytes, share_filesystem
 
@@ -122,7 +123,7 @@ class Record:
 
     def __init__(self, storage: str, name: str) -> None:
         try:
-            TypeAdapter(Name).validate_python(name)
+            TypeAdapter(RunName).validate_python(name)
         except ValidationError:
             rule = "letters, digits, dots, - and _, at most 100"
             raise SpecError(f"model {name!r}", "is no name", rule) from None
@@ -202,6 +203,13 @@ class Record:
         is none."""
 
         def make(state: State) -> Change:
+            if not state.stable:
+                raise SpecError(
+                    f"model {self.name!r}",
+                    "has no versions in this storage",
+                    "`dray serve` begins it",
+                    "name its storage with --storage",
+                )
             beside = state.canary is not None or state.shadow is not None
             version = state.stable if beside else next(iter(state.before), 0)
             if not version:

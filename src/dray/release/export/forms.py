@@ -98,6 +98,13 @@ def check_options(options: Options) -> None:
         raise SpecError("--format", f"{options.form} is none", f"it is {', '.join(NAMES)}")
     if options.values not in VALUES:
         raise SpecError("--values", f"{options.values} is none", f"it is {', '.join(VALUES)}")
+    if options.values != Options().values and options.form != "gguf":
+        raise SpecError(
+            f"--values {options.values}",
+            f"does not go with --format {options.form}",
+            "they are of a GGUF file",
+            "give --format gguf, or leave them out",
+        )
     if options.adapters_alone and options.form != "folder":
         raise SpecError(
             "--adapters",
