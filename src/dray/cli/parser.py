@@ -20,6 +20,7 @@ from dray.cli.beginning import (
     tune_command,
 )
 from dray.cli.explaining import explain_command
+from dray.cli.labelling import label_command
 from dray.cli.looking import (
     doctor_command,
     report_command,
@@ -145,6 +146,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_cluster(ladder)
     _add_json(ladder)
+
+    _add_label(commands)
 
     _add_uses(commands)
 
@@ -291,6 +294,43 @@ def _add_show(commands: Any) -> None:
         "spec whose corpus is prepared",
     )
     _add_json(show)
+
+
+def _add_label(commands: Any) -> None:
+    label = _add(commands, "label", label_command, "records labelled by rules, into a new file")
+    label.add_argument("rules", metavar="RULES", help="a YAML file of rules: docs/labelling.md")
+    label.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SOURCE",
+        help="a path, or a YAML mapping like a spec's data source, of files with columns",
+    )
+    label.add_argument(
+        "--out", dest="file", required=True, help="the file to write; must not exist"
+    )
+    label.add_argument(
+        "--by",
+        choices=("model", "majority"),
+        default="model",
+        help="a model of how often each rule is right, or the most votes (default: model)",
+    )
+    label.add_argument(
+        "--least",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out what is less likely (default: 0)",
+    )
+    label.add_argument(
+        "--gold",
+        metavar="COLUMN",
+        help="right labels, by which rules are measured; nothing is learnt from them",
+    )
+    label.add_argument(
+        "--program", metavar="FILE", help="the Python file whose functions rules may name; it runs"
+    )
+    _add_json(label)
 
 
 def _add_explain(commands: Any) -> None:
