@@ -281,6 +281,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
                 "header": source.source.header,
                 "quoting": source.source.quoting,
                 **({"columns": source.source.columns} if source.source.columns else {}),
+                **({"template": source.source.template} if source.source.template else {}),
                 **_gathering(source),
                 **({"records": source.source.records} if source.source.records else {}),
                 "files": [

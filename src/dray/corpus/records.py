@@ -65,6 +65,9 @@ class Wanted:
     target: tuple[str, str, str] | None = None
     most: float = math.inf
     """The greatest size of a target that is a number."""
+    template: str | None = None
+    """By which the first text is made of `template_columns`, in place of its own column."""
+    template_columns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: Source, fields: Mapping[str, Field], form: str = "") -> Wanted:
@@ -76,15 +79,20 @@ class Wanted:
         }
         texts = [part for part in found.values() if part[2] in TEXT_KINDS]
         targets = [part for part in found.values() if part[2] not in TEXT_KINDS]
+        more: dict[str, Any] = {}
+        if source.template is not None:
+            more = {"template": source.template, "template_columns": source.template_columns}
         if not targets:
-            return cls(tuple(texts))
-        return cls(tuple(texts), targets[0], fields[targets[0][0]].most)
+            return cls(tuple(texts), **more)
+        return cls(tuple(texts), targets[0], fields[targets[0][0]].most, **more)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is one text, with or without the name of a class."""
-        return [part[2] for part in self.texts] == ["text"] and (
-            self.target is None or self.target[2] == "label"
+        return (
+            self.template is None
+            and [part[2] for part in self.texts] == ["text"]
+            and (self.target is None or self.target[2] == "label")
         )
 
     @property
@@ -94,7 +102,7 @@ class Wanted:
 
     @property
     def text_column(self) -> str:
-        return self.texts[0][1]
+        return self.template_columns[0] if self.template_columns else self.texts[0][1]
 
     @property
     def target_column(self) -> str | None:
@@ -102,7 +110,11 @@ class Wanted:
 
     @property
     def parts(self) -> tuple[tuple[str, str, str], ...]:
-        return self.texts if self.target is None else (*self.texts, self.target)
+        texts = self.texts
+        if self.template is not None:
+            filled = (("template", column, "name") for column in self.template_columns)
+            texts = (*filled, *self.texts[1:])
+        return texts if self.target is None else (*texts, self.target)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -112,10 +124,13 @@ class Wanted:
 
     def read(self, values: Mapping[str, Any]) -> tuple[str, str]:
         """Text and target of a record's values by column. Raises BadRecord."""
+        parts = self.texts[1:] if self.template_columns else self.texts
         texts = [
             _READERS[kind](column, values if column == WHOLE else values[column])
-            for _, column, kind in self.texts
+            for _, column, kind in parts
         ]
+        if self.template is not None:
+            texts.insert(0, self._filled(values))
         if len(texts) > 1 and any(SEPARATOR in text for text in texts):
             raise BadRecord("an ASCII unit separator in a text")
         target = (
@@ -134,6 +149,18 @@ class Wanted:
             if num_words != num_tags:
                 raise BadRecord(f"{num_tags} tags for {num_words} tokens")
         return SEPARATOR.join(texts), target
+
+    def _filled(self, values: Mapping[str, Any]) -> str:
+        """The template with a record's values in it. Raises BadRecord."""
+        found = {name: _filled_in(name, values[name]) for name in self.template_columns}
+        return str(self.template).format_map(found)
+
+
+def _filled_in(column: str, value: Any) -> str:
+    """A text or a number in its place. Raises BadRecord."""
+    if value is None or value == "":
+        raise BadRecord(f"{column!r} is empty")
+    return read_text(column, value) if isinstance(value, str) else parse_label(value)
 
 
 def read_text(column: str, value: Any) -> str:
@@ -267,9 +294,13 @@ def missing_column(where: str, part: tuple[str, str, str], columns: Sequence[str
     """The error for a file without the column of a part of its documents."""
     field, column, _ = part
     known = f"columns: {', '.join(columns)}" if columns else "it has no columns"
-    key = {"text": "text", "label": "label", "by": "gather.by", "order": "gather.order"}.get(
-        field, f"columns.{field}"
-    )
+    key = {
+        "text": "text",
+        "label": "label",
+        "by": "gather.by",
+        "order": "gather.order",
+        "template": "template",
+    }.get(field, f"columns.{field}")
     return CorpusError(
         where, f"no {field} column {column!r}", known, f"set `{key}` of the source to one of them"
     )

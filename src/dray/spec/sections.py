@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -155,6 +156,9 @@ class Source(Section):
     of labels beside."""
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
+    template: Annotated[str | None, Field(exclude_if=lambda given: given is None)] = None
+    """The text made of several columns in place of one: `{head} {relation} {tail}.`. A brace is
+    written twice; a record without one of the columns is a bad record."""
     label: str | None = None
     """The column that holds the label; tasks with labels need it. A label is a text, a number, or
     true or false; 1, "1" and 1.0 are one label in every format."""
@@ -181,6 +185,28 @@ class Source(Section):
     to its rows."""
     exclude: tuple[str, ...] = ()
     """Globs of paths to leave out."""
+
+    @model_validator(mode="after")
+    def _templated(self) -> Self:
+        if self.template is None:
+            return self
+        try:
+            parts = list(Formatter().parse(self.template))
+        except ValueError as error:
+            raise ValueError(f"template: {error}; a brace is written twice") from error
+        names = [name for _, name, _, _ in parts if name is not None]
+        if any(form or kind or not re.fullmatch(r"[^.\[\]]+", name or "")
+               for _, name, form, kind in parts if name is not None):  # fmt: skip
+            raise ValueError("template: a place is the name of a column alone, as {head}")
+        if not names:
+            raise ValueError("template: no column is named in it, as {head}")
+        return self
+
+    @property
+    def template_columns(self) -> tuple[str, ...]:
+        """Those that the template names; none without one."""
+        parts = Formatter().parse(self.template or "")
+        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
 
     @model_validator(mode="after")
     def _numbered(self) -> Self:
