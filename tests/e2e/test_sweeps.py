@@ -245,6 +245,7 @@ def test_what_can_never_start_is_refused_before_anything_is_written(
     assert Sweep.find(storage, "tiny-sweep") is None
 
 
+@pytest.mark.slow
 def test_a_population_takes_over_checkpoints_and_batches(storage: str, tiny_corpus: Path) -> None:
     space = make_space(
         {

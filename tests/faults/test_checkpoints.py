@@ -56,7 +56,7 @@ def rank_file(folder: Path) -> Path:
         pytest.param(truncate, [], id="truncated", marks=pytest.mark.slow),
         pytest.param(remove, [], id="without-a-rank's-file", marks=pytest.mark.slow),
         pytest.param(remove_marker, [], id="without-its-marker", marks=pytest.mark.slow),
-        pytest.param(flip_a_bit, ["checkpoint"], id="with-one-bit-flipped"),
+        pytest.param(flip_a_bit, ["checkpoint"], id="with-one-bit-flipped", marks=pytest.mark.slow),
     ],
 )
 def test_the_newest_checkpoint_is_damaged(

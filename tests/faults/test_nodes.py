@@ -320,6 +320,7 @@ def blind_node(head: Nodes, tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_storage_that_a_node_does_not_see_is_refused(
     head: Nodes, blind_node: str, tiny_corpus: Path, tmp_path: Path
 ):

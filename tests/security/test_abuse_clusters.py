@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -73,13 +73,21 @@ def check_refused(
 # ---- tokens ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["train", "submit", "stop", "runs"])
+def some(*names: str) -> list[Any]:
+    """Ways to a cluster; those that go as the first and the last one do are slow tests."""
+    return [
+        pytest.param(name, marks=() if name in (names[0], names[-1]) else pytest.mark.slow)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("way", some("train", "submit", "stop", "runs"))
 def test_no_token(home: Path, head: Head, way: str):
     done = dray(home, None, *ways(home, head.address, head.jobs)[way])
     check_refused(done, home, "wants a token", "there is no token")
 
 
-@pytest.mark.parametrize("way", ["train", "submit", "stop", "runs"])
+@pytest.mark.parametrize("way", some("train", "submit", "stop", "runs"))
 def test_a_wrong_token(home: Path, head: Head, way: str):
     wrong = home.parent / "wrong"
     wrong.touch(0o600)
@@ -125,7 +133,7 @@ def test_a_token_is_hidden_once_it_was_read(head: Head, monkeypatch: pytest.Monk
 # ---- heads without one -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["train", "prepare", "tune", "submit", "stop", "runs"])
+@pytest.mark.parametrize("way", some("train", "prepare", "tune", "submit", "stop", "runs"))
 def test_an_open_head_off_loopback(home: Path, open_head: Head, way: str):
     here = address_of_this_machine()
     cluster = open_head.address.replace("127.0.0.1", here)
