@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dray.corpus.prepare import prepare
+from dray.runs import Run
 from dray.spec import Spec, task_names
 from dray.train import train_locally
 from resuming import assert_same_steps, killed_and_resumed
@@ -20,6 +22,29 @@ STEPS = 24
 QUICK = ("policy", "embedding")
 """Those whose rows or losses hang on other rows or on the model itself. The others go the way that
 these go."""
+
+
+def goes_on_elsewhere(
+    tmp_path: Path, name: str, sections: dict[str, Any], places: Sequence[tuple[int, int]]
+) -> Run:
+    """A run of a case that is killed twice has the same rows and losses as one that is not, each
+    attempt in one of the places (workers, ZeRO stage)."""
+    folder, storage = tmp_path / "in", str(tmp_path / "runs")
+    folder.mkdir()
+    drawn = random.Random(0)
+    lines = [json.dumps(CASES[name].record(drawn)) for _ in range(160)]
+    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    lasts = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 5}, **sections}
+    whole = make(name, folder, resources={"workers": 1}, zero={"stage": 0}, **lasts)
+    prepare(whole, storage)
+    straight = train_locally(whole, storage=storage, run_name="straight").run
+
+    def elsewhere(**others: Any) -> Spec:
+        return make(name, folder, **(lasts | others))
+
+    killed = killed_and_resumed(elsewhere, storage, "killed", places=places)
+    assert_same_steps(killed, straight)
+    return killed
 
 
 def test_every_task_that_dray_has_is_here() -> None:
@@ -32,22 +57,8 @@ def test_every_task_that_dray_has_is_here() -> None:
 def test_killed_twice_it_goes_on_elsewhere_with_the_same_rows_and_losses(
     tmp_path: Path, local_ray: None, name: str
 ) -> None:
-    folder, storage = tmp_path / "in", str(tmp_path / "runs")
-    folder.mkdir()
-    drawn = random.Random(0)
-    lines = [json.dumps(CASES[name].record(drawn)) for _ in range(160)]
-    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    lasts = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 5}}
-    whole = make(name, folder, resources={"workers": 1}, zero={"stage": 0}, **lasts)
-    prepare(whole, storage)
-    straight = train_locally(whole, storage=storage, run_name="straight").run
-
-    def elsewhere(**places: Any) -> Spec:
-        return make(name, folder, **(lasts | places))
-
-    killed = killed_and_resumed(elsewhere, storage, "killed", places=CASES[name].places)
+    killed = goes_on_elsewhere(tmp_path, name, {}, CASES[name].places)
     assert [attempt.num_ranks for attempt in killed.attempts()] == [2, 1, 2]
-    assert_same_steps(killed, straight)
 
 
 REGULARIZED = {
@@ -64,23 +75,11 @@ REGULARIZED = {
 
 
 def test_so_does_one_with_all_kinds_of_regularisation(tmp_path: Path, local_ray: None) -> None:
-    folder, storage = tmp_path / "in", str(tmp_path / "runs")
-    folder.mkdir()
-    name, drawn = "sequence_classification", random.Random(0)
-    lines = [json.dumps(CASES[name].record(drawn)) for _ in range(160)]
-    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    lasts = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 5}}
-    lasts |= {"model": {"architecture": "bert", "hidden_size": 32, "num_layers": 2, "num_heads": 2}}
-    lasts |= {"regularization": REGULARIZED}
-    whole = make(name, folder, resources={"workers": 1}, zero={"stage": 0}, **lasts)
-    prepare(whole, storage)
-    straight = train_locally(whole, storage=storage, run_name="straight").run
-
-    def elsewhere(**places: Any) -> Spec:
-        return make(name, folder, **(lasts | places))
-
-    killed = killed_and_resumed(elsewhere, storage, "killed", places=((2, 3), (1, 0), (2, 1)))
-    assert_same_steps(killed, straight)
+    sections = {
+        "model": {"architecture": "bert", "hidden_size": 32, "num_layers": 2, "num_heads": 2},
+        "regularization": REGULARIZED,
+    }
+    goes_on_elsewhere(tmp_path, "sequence_classification", sections, ((2, 3), (1, 0), (2, 1)))
 
 
 CHANGES = ["synonyms", "insertion", "swap", "deletion", "keyboard", "ocr"]
@@ -107,23 +106,9 @@ AUGMENTED = {
 def test_so_does_one_whose_rows_are_read_in_other_words(
     tmp_path: Path, local_ray: None, name: str
 ) -> None:
-    folder, storage = tmp_path / "in", str(tmp_path / "runs")
-    folder.mkdir()
-    drawn = random.Random(0)
-    lines = [json.dumps(CASES[name].record(drawn)) for _ in range(160)]
-    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "thesaurus").write_text("red crimson\nold aged\nnew fresh\n", encoding="utf-8")
+    thesaurus = tmp_path / "thesaurus"
+    thesaurus.write_text("red crimson\nold aged\nnew fresh\n", encoding="utf-8")
     augmentation: dict[str, Any] = {"kinds": AUGMENTED[name], "share": 0.6, "strength": 0.3}
     if "synonyms" in AUGMENTED[name]:
-        augmentation["thesaurus"] = f"{folder}/thesaurus"
-    lasts = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 5}}
-    lasts |= {"augmentation": augmentation}
-    whole = make(name, folder, resources={"workers": 1}, zero={"stage": 0}, **lasts)
-    prepare(whole, storage)
-    straight = train_locally(whole, storage=storage, run_name="straight").run
-
-    def elsewhere(**places: Any) -> Spec:
-        return make(name, folder, **(lasts | places))
-
-    killed = killed_and_resumed(elsewhere, storage, "killed", places=CASES[name].places)
-    assert_same_steps(killed, straight)
+        augmentation["thesaurus"] = str(thesaurus)
+    goes_on_elsewhere(tmp_path, name, {"augmentation": augmentation}, CASES[name].places)

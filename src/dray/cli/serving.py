@@ -91,12 +91,14 @@ def key_revoke_command(arguments: argparse.Namespace) -> int:
 
 def promote_command(arguments: argparse.Namespace) -> int:
     from dray.serve.following import state_told
-    from dray.serve.pinning import pin
+    from dray.serve.pinning import check_sound, pin
     from dray.serve.served import read_words
     from dray.serve.versions import Record
     from dray.show.progress import Display
 
-    served = pin(read_words(arguments.run, arguments.storage))
+    named = read_words(arguments.run, arguments.storage)
+    check_sound(named)
+    served = pin(named)
     record = Record(arguments.storage, arguments.name)
     state = record.promote(served, arguments.share, arguments.shadow)
     arguments.out.say(f"{arguments.name}: {state_told(state)}")

@@ -4,7 +4,7 @@ one run is named."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dray.cli.looking import split_place
@@ -113,9 +113,20 @@ def judged_together(
     )
 
 
+def give_records(arguments: argparse.Namespace, records: Iterator[dict[str, Any]]) -> None:
+    """Records as the result, a line each, or into the file that is named."""
+    from dray.processes.streams import write_records
+
+    if arguments.file is not None:
+        write_records(records, arguments.file)
+        return
+    for record in records:
+        arguments.out.say_record(record)
+
+
 def predict_together_command(arguments: argparse.Namespace) -> int:
     """What models say together of each record."""
-    from dray.release.predict import Counts, write_records
+    from dray.release.predict import Counts
     from dray.release.predict_together import predict_together
     from dray.show.progress import Display
 
@@ -123,11 +134,7 @@ def predict_together_command(arguments: argparse.Namespace) -> int:
     places = [(*split_place(one.run, arguments.storage), one.step) for one in _members(arguments)]
     how: Combine = arguments.combine or "soft"
     found = predict_together(places, arguments.data, how, arguments.weights, counts)
-    if arguments.file is None:
-        for record in found:
-            arguments.out.say_record(record)
-    else:
-        write_records(found, arguments.file)
+    give_records(arguments, found)
     bad = f", {counts.num_bad:,} could not be read" if counts.num_bad else ""
     Display().say(f"{counts.num_predicted:,} records predicted by {len(places)} models{bad}")
     return 0

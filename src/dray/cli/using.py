@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dray.cli.looking import locate, split_place
 from dray.cli.together import (
     evaluate_together,
+    give_records,
     is_together,
     judged_together,
     predict_together_command,
@@ -30,7 +31,7 @@ def _chosen(arguments: argparse.Namespace) -> Chosen:
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
-    from dray.release.predict import Counts, predict, write_records
+    from dray.release.predict import Counts, predict
     from dray.show.progress import Display
 
     if is_together(arguments):
@@ -46,11 +47,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
         chosen=_chosen(arguments),
         counts=counts,
     )
-    if arguments.file is None:
-        for record in found:
-            arguments.out.say_record(record)
-    else:
-        write_records(found, arguments.file)
+    give_records(arguments, found)
     bad = f", {counts.num_bad:,} could not be read" if counts.num_bad else ""
     cut = f", {counts.num_cut:,} lost what a row has no place for" if counts.num_cut else ""
     short = (

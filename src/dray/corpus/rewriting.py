@@ -30,8 +30,7 @@ from dray.corpus.encoded import (
 from dray.corpus.manifest import Manifest
 from dray.corpus.tables import make_table, take_rows
 from dray.corpus.thesaurus import Synonyms
-from dray.corpus.tokenizing import TokenizerInfo
-from dray.corpus.tools import Tools
+from dray.corpus.tools import Tools, tokenizer_of
 from dray.errors import CorpusError
 from dray.order import Ints
 from dray.spec import TEXT_CHANGES, TEXT_KINDS, Augmentation, Spec
@@ -263,18 +262,9 @@ def encode_again(
 ) -> tuple[pa.Table, Ints]:
     """Documents as rows of a corpus, by its tokeniser and classes; and the place among the texts of
     each row. One that becomes no row, or several, has none."""
-    info = TokenizerInfo(
-        manifest.vocab_size,
-        manifest.pad_token_id,
-        manifest.eos_token_id,
-        manifest.encoder,
-        manifest.prefix or (),
-        manifest.suffix or (),
-        manifest.middle,
-        manifest.mask_token_id,
-    )
-    tools = Tools(child(folder, "tokenizer"), info, manifest.sequence_tokens)
-    tools.names = {label: number for number, label in enumerate(manifest.labels)}
+    info = tokenizer_of(manifest)
+    folder = child(folder, "tokenizer")
+    tools = Tools(folder, info, manifest.sequence_tokens, manifest.labels)
     targeted = any(field.kind not in TEXT_KINDS for field in task.fields.values())
     encoded = task.encode(
         pa.array(texts, pa.large_string()),

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dray.corpus.manifest import Manifest
 from dray.corpus.packing import Ints
 from dray.corpus.tokenizer_folder import (
     all_special_tokens,
@@ -27,14 +28,32 @@ from dray.corpus.tokenizing import (
 from dray.errors import CorpusError
 
 
+def tokenizer_of(manifest: Manifest) -> TokenizerInfo:
+    """What a manifest knows of its corpus' tokeniser, with the encoder that its rows were made
+    by."""
+    return TokenizerInfo(
+        manifest.vocab_size,
+        manifest.pad_token_id,
+        manifest.eos_token_id,
+        manifest.encoder,
+        manifest.prefix or (),
+        manifest.suffix or (),
+        manifest.middle,
+        manifest.mask_token_id,
+    )
+
+
 class Tools:
     """What a task encodes documents with, by the tokeniser in a folder."""
 
-    def __init__(self, folder: str, info: TokenizerInfo, row_tokens: int) -> None:
+    def __init__(
+        self, folder: str, info: TokenizerInfo, row_tokens: int, names: Sequence[str] = ()
+    ) -> None:
+        """`names`: those whose numbers are known already, in the order of these."""
         self.prefix, self.middle, self.suffix = info.prefix, info.middle, info.suffix
         self.row_tokens, self.dtype = row_tokens, info.dtype
         self._folder, self._info = folder, info
-        self.names: dict[str, int] = {}
+        self.names = {name: number for number, name in enumerate(names)}
         """Numbers of the names met so far."""
         self.counts: Counter[str] = Counter()
 

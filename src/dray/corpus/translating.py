@@ -30,6 +30,7 @@ from dray.corpus.tokenizing import (
     load_encoder,
     read_tokenizer_files,
 )
+from dray.corpus.tools import tokenizer_of
 from dray.errors import SpecError, caught, first_line
 from dray.models.source import find_pretrained
 from dray.origin import Origin, RunWeights, find_run_weights, open_weights
@@ -134,7 +135,6 @@ class LoadedTranslator:
     folder: str
     """Of its tokeniser."""
     info: TokenizerInfo
-    encoder: str
     alone: bool
     """Whether it is a decoder alone, which is asked by a text with what stands between two."""
     most: int | None
@@ -142,7 +142,9 @@ class LoadedTranslator:
 
     def answer(self, texts: Sequence[str], max_tokens: int) -> list[str]:
         """Its likeliest answers; empty for a text that it has no room for."""
-        encoded = load_encoder(self.folder, self.encoder).encode(pa.array(texts, pa.large_string()))
+        encoded = load_encoder(self.folder, self.info.encoder).encode(
+            pa.array(texts, pa.large_string())
+        )
         prompts = []
         for ids in np.split(encoded[0], np.cumsum(encoded[1])[:-1]):
             end = self.info.middle if self.alone else self.info.suffix
@@ -199,9 +201,7 @@ def open_translator(origin: Origin) -> LoadedTranslator:
         )
     files = read_tokenizer_files(folder)
     info = describe(files, [], needs_end=False)
-    return LoadedTranslator(
-        model.eval(), folder, info, info.encoder, False, longest_row(model.config)
-    )
+    return LoadedTranslator(model.eval(), folder, info, False, longest_row(model.config))
 
 
 def _of_run(origin: RunWeights, longest_row: Any) -> LoadedTranslator:
@@ -219,17 +219,7 @@ def _of_run(origin: RunWeights, longest_row: Any) -> LoadedTranslator:
         weights=open_weights(origin),
         adapted=False,
     ).eval()
-    info = TokenizerInfo(
-        manifest.vocab_size,
-        manifest.pad_token_id,
-        manifest.eos_token_id,
-        manifest.encoder,
-        manifest.prefix or (),
-        manifest.suffix or (),
-        manifest.middle,
-    )
+    info = tokenizer_of(manifest)
     alone = not model.config.is_encoder_decoder
     rows = [size for size in (longest_row(model.config), manifest.sequence_tokens) if size]
-    return LoadedTranslator(
-        model, origin.tokenizer_folder, info, manifest.encoder, alone, min(rows)
-    )
+    return LoadedTranslator(model, origin.tokenizer_folder, info, alone, min(rows))

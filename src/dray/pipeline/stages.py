@@ -360,15 +360,20 @@ class Release:
             return False
         return is_taken(section.host, section.port)
 
+    @property
+    def _place(self) -> str:
+        """Where it is served."""
+        section = self._spec.serve
+        assert section is not None
+        return f"{section.scheme}://{section.host}:{section.port}"
+
     def _check_port(self) -> None:
         """Raise PlanError where somebody else listens."""
         section = self._spec.serve
-        assert section is not None
-        place = f"{section.scheme}://{section.host}:{section.port}"
-        if self.is_served and not is_service(place):
+        if section is not None and self.is_served and not is_service(self._place):
             raise PlanError(
                 f"serve.port = {section.port}",
-                f"something that is no service of models answers at {place}",
+                f"something that is no service of models answers at {self._place}",
                 "a port has one server",
                 "give another port",
             )
@@ -397,7 +402,7 @@ class Release:
         """Answers until it is told to stop; where somebody listens already, that is left so."""
         section, served = self._spec.serve, self._served
         assert section is not None
-        place = f"{section.scheme}://{section.host}:{section.port}"
+        place = self._place
         if self.is_served:
             self._check_port()
             return Told(self._followed(place, served.called), place, was_there=True)

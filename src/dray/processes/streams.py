@@ -196,3 +196,21 @@ class Forgiving:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def write_records(records: Iterator[dict[str, Any]], path: str, what: str = "predictions") -> None:
+    """Write records as lines of JSON into a new file; it is there once it is whole. `what` they
+    are. Raises StoreError if the file exists or cannot be written."""
+    if os.path.lexists(path):
+        raise StoreError(path, "is there already", f"{what} go to a new file", "name another")
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(make_json(record) + "\n")
+        os.rename(partial, path)
+    except OSError as error:
+        raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            os.remove(partial)

@@ -8,10 +8,8 @@ line of its own that says why.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +28,7 @@ from dray.corpus.sources import InputFile
 from dray.corpus.stream import read_rows
 from dray.corpus.tables import make_table
 from dray.corpus.tokenizing import token_names
-from dray.errors import SpecError, StoreError
-from dray.processes.streams import make_json
+from dray.errors import SpecError
 from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.measuring import rows_at_once
 from dray.release.opened import Opened
@@ -126,24 +123,6 @@ def _predict_gathered(
 def _told_bad(bad: Bad, counts: Counts) -> dict[str, Any]:
     counts.num_bad += 1
     return {"file": bad.file, "offset": bad.offset, "error": bad.reason}
-
-
-def write_records(records: Iterator[dict[str, Any]], path: str) -> None:
-    """Write records as lines of JSON into a new file; it is there once it is whole. Raises
-    StoreError if it exists or cannot be written."""
-    if os.path.lexists(path):
-        raise StoreError(path, "is there already", "predictions go to a new file", "name another")
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(make_json(record) + "\n")
-        os.rename(partial, path)
-    except OSError as error:
-        raise StoreError(path, f"cannot be written ({error.strerror or error})") from error
-    finally:
-        with suppress(OSError):
-            os.remove(partial)
 
 
 class Predictor:

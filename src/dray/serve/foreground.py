@@ -27,7 +27,7 @@ from dray.serve.following import POLL_SECONDS, Follower
 from dray.serve.held_keys import has_keys
 from dray.serve.keys import KEY, LOCAL, OPEN
 from dray.serve.limits import Limits
-from dray.serve.pinning import check_pinned, pin
+from dray.serve.pinning import check_pinned, check_sound, pin
 from dray.serve.request_log import Logged, check_log
 from dray.serve.served import Served, check_names
 from dray.serve.tls import Tls
@@ -158,6 +158,8 @@ def promoted_version(place: str, name: str) -> int | None:
 def check_records(models: Sequence[Served], storage: str) -> list[tuple[Record, Served]]:
     """Each model with its name's record: one of its versions, where it has some. Those that have
     none get theirs once the service is there. Raises UserError."""
+    for model in models:
+        check_sound(model)
     found = [(Record(storage, model.called), pin(model)) for model in models]
     for record, model in found:
         state = record.read()
@@ -170,6 +172,7 @@ def check_records(models: Sequence[Served], storage: str) -> list[tuple[Record, 
 def _check_answering(name: str, answering: Served) -> None:
     """Raise StoreError where what was promoted is not there any more as it was."""
     try:
+        check_sound(answering)
         check_pinned(answering)
     except StoreError as error:
         way_out = f"`dray serve rollback {name}`, or mend it: {error.way_out}"

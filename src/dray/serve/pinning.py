@@ -21,7 +21,6 @@ def pin(served: Served) -> Served:
     """With the step that it means now, and its weights' digest: of a run's manifest, which has the
     SHA-256 of every file of the checkpoint; of a folder's own files. Raises StoreError."""
     if served.folder is not None:
-        check_folder(served.folder)
         return served.model_copy(update={"digest": _folder_digest(Path(served.folder))})
     trained = open_trained(str(served.storage), str(served.run), served.step, served.weights)
     info = trained.checkpoint
@@ -31,10 +30,11 @@ def pin(served: Served) -> Served:
     return served.model_copy(update={"step": info.step, "digest": digest, "storage": storage})
 
 
-def check_folder(folder: str) -> None:
+def check_sound(served: Served) -> None:
     """Raises StoreError for an exported folder that is not what its manifest lists; one without a
-    manifest is as it is."""
-    if is_export(folder) and not (report := verify_folder(folder)).ok:
+    manifest is as it is, and a run's checkpoint is looked at as it is read."""
+    folder = served.folder
+    if folder is not None and is_export(folder) and not (report := verify_folder(folder)).ok:
         raise StoreError(
             folder,
             f"is damaged: {report.problems[0]}",

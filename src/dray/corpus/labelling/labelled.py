@@ -10,7 +10,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from dray.corpus.labelling.rules import ABSTAINS, Rules, make_voters
 from dray.corpus.reading import Span, SpanReader
 from dray.corpus.sources import list_source
 from dray.errors import CorpusError, PlanError, SpecError, StoreError
-from dray.processes.streams import make_json
+from dray.processes.streams import write_records
 from dray.spec import Field, Source
 
 Places = npt.NDArray[np.int64]
@@ -87,7 +86,8 @@ def label_records(
     # A majority that is none keeps out, too.
     sure = (share >= least) & (np.sum(shares == share[:, None], axis=1) == 1)
     kept = spoken & sure
-    _write(file, sources, kept, chosen, share, rules)
+    told_labels = _told_labels(sources, kept, chosen, share, rules)
+    write_records(told_labels, file, "labelled records")
     for name, count in slow.items():
         say(f"rule {name} took too long over {count:,} records, and kept out")
     told: dict[str, Any] = {
@@ -165,26 +165,12 @@ def _gold_told(
     }
 
 
-def _write(  # noqa: PLR0917
-    file: str,
-    sources: Sequence[Source],
-    kept: Any,
-    chosen: Places,
-    share: Floats,
-    rules: Rules,
-) -> None:
-    partial = f"{file}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8") as out:
-            whole = (record for record in _records(sources) if record is not None)
-            for number, record in enumerate(whole):
-                if kept[number]:
-                    label = rules.labels[int(chosen[number])]
-                    told = {**record, "label": label, "label_share": round(float(share[number]), 6)}
-                    out.write(make_json(told) + "\n")
-        os.rename(partial, file)
-    except OSError as error:
-        raise StoreError(file, f"cannot be written ({error.strerror or error})") from error
-    finally:
-        with suppress(OSError):
-            os.remove(partial)
+def _told_labels(
+    sources: Sequence[Source], kept: Any, chosen: Places, share: Floats, rules: Rules
+) -> Iterator[dict[str, Any]]:
+    """The records that are kept, with their labels."""
+    whole = (record for record in _records(sources) if record is not None)
+    for number, record in enumerate(whole):
+        if kept[number]:
+            label = rules.labels[int(chosen[number])]
+            yield {**record, "label": label, "label_share": round(float(share[number]), 6)}

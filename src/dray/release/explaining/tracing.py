@@ -22,6 +22,7 @@ from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Documents, Span, SpanReader
 from dray.corpus.sources import InputFile
 from dray.corpus.tables import make_table
+from dray.corpus.tools import Tools
 from dray.ledger import find_steps
 from dray.release.opened import Opened
 from dray.runs import Run
@@ -108,8 +109,8 @@ def _marked(trained: Opened, documents: Documents) -> Iterator[tuple[int, bytes]
         return
     spec, manifest = trained.spec, trained.manifest
     texts = normalize(documents.texts, spec.data.cleaning.normalize)
-    tools = trained.tools
-    tools.names = {label: number for number, label in enumerate(manifest.labels)}
+    folder, info = trained.tokenizer_folder, trained.tokenizer
+    tools = Tools(folder, info, manifest.sequence_tokens, manifest.labels)
     encoded = check_encoded(
         spec.task,
         spec.task.encode(texts, documents.labels, tools),
