@@ -13,9 +13,10 @@ import pytest
 from dray.cli import main
 from dray.corpus.labelling.labelled import label_records
 from dray.corpus.labelling.model import fit, majority
-from dray.corpus.labelling.rules import ABSTAINS, Rules, make_voters, read_rules
+from dray.corpus.labelling.rules import Rules, make_voters, read_rules
 from dray.errors import DrayError, StoreError
 from dray.spec import Source
+from dray.tasks.parts.rules import ABSTAINS
 
 RULES = {
     "labels": ["bad", "good"],

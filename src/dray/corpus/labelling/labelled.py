@@ -16,19 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from dray.corpus.labelling.model import Floats, Votes, fit, majority
-from dray.corpus.labelling.rules import ABSTAINS, Rules, make_voters
+from dray.corpus.labelling.rules import Rules, make_voters
 from dray.corpus.reading import Span, SpanReader
 from dray.corpus.sources import list_source
-from dray.errors import CorpusError, PlanError, SpecError, StoreError
+from dray.errors import CorpusError, PlanError, StoreError
 from dray.processes.streams import write_records
 from dray.spec import Field, Source
+from dray.tasks.parts.rules import ABSTAINS
 
 Places = npt.NDArray[np.int64]
 By = Literal["model", "majority"]
 RECORD = {"record": Field("record")}
 MOST_BYTES = 16 * 1024 * 1024
 """Of a record."""
-MOST_LABELS = 127
 
 
 def label_records(
@@ -57,8 +57,6 @@ def label_records(
         )
     if not 0 <= least <= 1:
         raise PlanError("--least", f"is {least:g}", "a share is 0 to 1")
-    if len(rules.labels) > MOST_LABELS:
-        raise SpecError("labels", f"are {len(rules.labels)}", f"at most {MOST_LABELS}")
     slow: Counter[str] = Counter()
     voters = make_voters(rules, program, slow)
     held, golds, num_bad = bytearray(), list[int](), 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dray.corpus.labelling.rules import ABSTAINS
+from dray.tasks.parts.rules import ABSTAINS
 
 Votes = npt.NDArray[np.int8]
 """[records, rules]: a label, or ABSTAINS."""
