@@ -115,10 +115,18 @@ def spec_page() -> str:
         lines.append(f"\n## task: {name}\n\n{(find_task(name).__doc__ or '').strip()}\n")
         if settings.model_fields:
             lines.append("| setting | kind | default | meaning |\n|---|---|---|---|")
-        for key, field in settings.model_fields.items():
-            kind = describe(field.annotation) + bounds(field.metadata)
-            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{key}` | {kind} | `{json.dumps(field.default)}` | {meaning} |")
+        for prefix, section in sections(settings):
+            if prefix:
+                lines.append(
+                    f"\n`{prefix.rstrip('.')}`: {' '.join((section.__doc__ or '').split())}"
+                )
+                lines.append("\n| setting | kind | default | meaning |\n|---|---|---|---|")
+            for key, field in section.model_fields.items():
+                kind = describe(field.annotation) + bounds(field.metadata)
+                meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+                is_wanted = field.default is PydanticUndefined
+                default = "required" if is_wanted else f"`{json.dumps(field.default)}`"
+                lines.append(f"| `{prefix}{key}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

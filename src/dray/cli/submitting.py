@@ -276,7 +276,8 @@ def _find_names(inner: argparse.Namespace) -> tuple[list[str], int]:
         sources += [*spec.data.train, *(validation if isinstance(validation, tuple) else ())]
         if spec.evaluate is not None:
             sources += [_source(one) for one in spec.evaluate.words]
-        names += local_names([path for path in (spec.tokenizer.path, spec.model.path) if path])
+        named_places = (spec.tokenizer.path, spec.model.path, *spec.task.files.values())
+        names += local_names([path for path in named_places if path])
     num_left_out = 0
     for source in sources:
         files, beside = _find_inputs(source)

@@ -83,8 +83,17 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
         )
     else:
         lines.append(f"rows         {manifest.train.num_rows:,}, without tokens")
+    lines += _describe_votes(manifest)
     lines += _describe_unchanged(manifest)
     return [line.replace("\n", "\\n") for line in lines]  # as a file's name may have them
+
+
+def _describe_votes(manifest: Manifest) -> list[str]:
+    """How often each rule votes, and those that never do."""
+    counts = {rule: count for rule, count in manifest.votes.items() if count}
+    lines = [f"rules        vote for training rows: {named(counts)}"] if counts else []
+    silent = [rule for rule, count in manifest.votes.items() if not count]
+    return lines + [f"rules        {rule} votes for no training row" for rule in silent]
 
 
 def _describe_unchanged(manifest: Manifest) -> list[str]:
@@ -134,6 +143,7 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "num_truncated_validation_tokens": manifest.packing.num_truncated_validation_tokens,
         "num_unchanged": manifest.num_unchanged,
         "num_untranslated": manifest.num_untranslated,
+        "votes": manifest.votes,
         "dropped": manifest.dropped,
         "num_bad": manifest.num_bad,
         "bad_share": manifest.bad_share,

@@ -283,6 +283,10 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         left_out=work.left_out,
         num_unchanged=sum(record.get("num_without_text", 0) for record in packed),
         num_untranslated=work.num_untranslated,
+        votes={
+            rule: sum(record["votes"][place] for record in packed)
+            for place, rule in enumerate(job.task.rules)
+        },
         validation_compressors=work.compressors,
     )
 

@@ -196,6 +196,8 @@ class Manifest(_Record):
     several."""
     num_untranslated: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
     """Training rows that translators have no other words for."""
+    votes: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = {}
+    """Training rows that each rule votes for, where the task has some."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 

@@ -76,6 +76,7 @@ from dray.corpus.sources import InputFile, list_source
 from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.telling import Teller, find_teller, tell_shard, telling_options
 from dray.corpus.tokenizing import NO_TOKENIZER, TokenizerInfo, read_tokenizer_files
+from dray.corpus.tools import keep_files
 from dray.corpus.translating import Translators, find_translators, translate_shard
 from dray.errors import CorpusError, SpecError, StoreError
 from dray.origin import Origin
@@ -150,6 +151,8 @@ class _Inputs:
     """The model that tells columns of their rows, where the task has such."""
     translators: Translators | None = None
     """The models that write their texts in other words, where augmentation asks for it."""
+    task_files: Mapping[str, bytes] | None = None
+    """What the files of the task hold, once they are read."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Ray's options of the tasks that make a corpus of them."""
 
@@ -254,6 +257,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
     that changes the result, the `models` that tell something of the rows (`teller`, `translators`)
     among them. Neither names nor times count: copied or moved files are the same corpus."""
     inputs = inputs or replace(find_inputs(spec), **models)
+    files = spec.task.read_files() if inputs.task_files is None else inputs.task_files
     tokenizer: Any = spec.task.tokenizes and {
         "train": spec.tokenizer.train,
         "vocab_size": spec.tokenizer.vocab_size,
@@ -261,7 +265,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
     }
     if spec.tokenizer.path is not None:
         tokenizer = {
-            name: hashlib.sha256(content).hexdigest()
+            name: _digest(content)
             for name, content in read_tokenizer_files(spec.tokenizer.path).items()
         }
     settings = {
@@ -291,10 +295,15 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
             }
             for source, files in zip(inputs.sources, inputs.files, strict=True)
         ],
+        **({"files": {n: _digest(content) for n, content in files.items()}} if files else {}),
         **({"told_by": inputs.teller.digest} if inputs.teller else {}),
         **({"augmentation": kept} if (kept := kept_settings(spec, inputs.translators)) else {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _gathering(source: CorpusSource) -> dict[str, Any]:
@@ -419,6 +428,7 @@ def prepare(
         find_inputs(spec),
         labels=tuple(labels),
         task_options=options,
+        task_files=spec.task.read_files(),
         **_find_models(spec, storage, origin),
     )
     key = corpus_key(spec, inputs)
@@ -523,6 +533,7 @@ class _Claim:
 
 def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) -> Manifest:
     write_thesaurus(spec, *share_filesystem(folder))
+    keep_files(inputs.task_files or {}, folder)
     job, work = _plan(spec, folder, inputs, say)
     pieces, work.parts = plan_gathering(work.parts, job.sources)
     work.scatters = run_stage(job, "scattered", scatter_part, pieces, say)

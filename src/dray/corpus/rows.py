@@ -53,6 +53,7 @@ from dray.storage.filesystem import (
     share_filesystem,
     write_bytes,
 )
+from dray.tasks.rows import VOTES
 
 WINDOW_GROUPS = 64
 
@@ -150,6 +151,9 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
             if GIVEN_TEXT in job.task.columns:
                 texts: Any = values[GIVEN_TEXT.name]
                 record[split]["num_without_text"] = int((texts.lengths == 0).sum())
+            if job.task.rules:
+                voted: Any = values[VOTES] != 0
+                record[split]["votes"] = voted.reshape(len(order), -1).sum(axis=0).tolist()
             if job.labels:
                 record[split]["by_label"] = _count_classes(job, values)
             if labels is not None:

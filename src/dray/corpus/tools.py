@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,34 @@ from dray.corpus.tokenizing import (
     read_tokenizer_files,
 )
 from dray.errors import CorpusError
+from dray.storage.filesystem import (
+    child,
+    open_filesystem,
+    parent,
+    read_bytes,
+    write_bytes,
+)
+from dray.tasks import Task
+
+FILES = "files"
+"""Where a corpus keeps the files that its task goes by, beside its tokeniser."""
+
+
+def keep_files(files: Mapping[str, bytes], folder: str) -> None:
+    """Put what a task goes by into a corpus."""
+    for name, content in files.items():
+        filesystem, path = open_filesystem(child(folder, FILES, name))
+        write_bytes(filesystem, path, content, durable=False)
+
+
+def with_kept_files(task: Task, folder: str) -> Task:
+    """The task with its files as a corpus, or a run, keeps them."""
+    return task.reading({name: child(folder, FILES, name) for name in task.files})
+
+
+@lru_cache(maxsize=16)
+def _read_kept(place: str) -> bytes:
+    return read_bytes(*open_filesystem(place))
 
 
 def tokenizer_of(manifest: Manifest) -> TokenizerInfo:
@@ -44,7 +72,7 @@ def tokenizer_of(manifest: Manifest) -> TokenizerInfo:
 
 
 class Tools:
-    """What a task encodes documents with, by the tokeniser in a folder."""
+    """What a task encodes documents with, by the tokeniser in a folder of a corpus or a run."""
 
     def __init__(
         self, folder: str, info: TokenizerInfo, row_tokens: int, names: Sequence[str] = ()
@@ -118,3 +146,6 @@ class Tools:
         for name, count in zip(met, np.bincount(places, minlength=len(met)), strict=False):
             self.counts[name] += int(count)
         return found
+
+    def file(self, name: str) -> bytes:
+        return _read_kept(child(parent(self._folder), FILES, name))

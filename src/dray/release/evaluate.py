@@ -15,11 +15,13 @@ from dray.cluster.needs import Needs
 from dray.corpus.manifest import Split
 from dray.corpus.prepare import Corpus, prepare
 from dray.corpus.sources import suffix_form
+from dray.corpus.tools import with_kept_files
 from dray.errors import CorpusError, PlanError, SpecError, UserError
 from dray.origin import Origin, make_origin
 from dray.release.measuring import measure, measure_on_workers
 from dray.release.trained import Chosen, Trained, Weights, load_trained, open_trained
 from dray.spec import BadYaml, Source, Spec, make_spec, read_yaml
+from dray.storage.filesystem import parent
 from dray.tasks import Task, TaskMetrics
 
 
@@ -186,6 +188,7 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
         "cleaning": cleaning,
         "balance": 0.0,
     }
+    tree["task"] = with_kept_files(spec.task, parent(tokenizer_folder))
     if spec.task.tokenizes:
         tree["tokenizer"] = {"path": tokenizer_folder}
     return make_spec(tree, "--data", kept=True)

@@ -19,7 +19,7 @@ import yaml
 from dray.corpus.manifest import Manifest, Split
 from dray.errors import SpecError, StoreError, translated
 from dray.release.opened import Opened
-from dray.spec import BadYaml, Spec, make_spec, read_yaml
+from dray.spec import BadYaml, Spec, dump_task, make_spec, read_yaml
 
 SPEC, CORPUS = "dray-spec.yaml", "dray-corpus.json"
 
@@ -54,7 +54,8 @@ def write_origin(spec: Spec, manifest: Manifest, folder: Path) -> None:
     data = {key: tree["data"][key] for key in ("sequence_tokens", "cleaning")}
     data["train"] = [_without_places(source) for source in tree["data"]["train"]]
     labels = spec.model.num_labels
-    kept = {key: tree[key] for key in ("name", "task", "duration")} | {
+    kept = {key: tree[key] for key in ("name", "duration")} | {
+        "task": dump_task(spec.task.reading({name: name for name in spec.task.files})),
         "data": data,
         "model": {"path": ".", **({} if labels is None else {"num_labels": labels})},
         **({"tokenizer": {"path": "."}} if spec.task.tokenizes else {}),

@@ -59,6 +59,7 @@ from dray.spec.tasks import (
     Head,
     NoSettings,
     default_task,
+    dump_task,
     find_task,
     task_names,
 )
@@ -117,6 +118,7 @@ __all__ = [
     "default_task",
     "differing_paths",
     "dump_spec",
+    "dump_task",
     "find_task",
     "load_spec",
     "load_text",

@@ -31,9 +31,20 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
         name: {**identity[name], "path": identity[name].get("path") is not None}
         for name in ("model", "tokenizer")
     }
+    placed["task"] = _without_path_keys(identity["task"])
     if augmentation := identity.get("augmentation"):
         placed["augmentation"] = _without_files(augmentation)
     return {**identity, "data": data, **placed}
+
+
+def _without_path_keys(settings: Any) -> Any:
+    """A task's settings without what is called `path` anywhere in them: the place of a file."""
+    if isinstance(settings, Mapping):
+        kept = {key: value for key, value in settings.items() if key != "path"}
+        return {key: _without_path_keys(value) for key, value in kept.items()}
+    if isinstance(settings, list | tuple):
+        return [_without_path_keys(value) for value in settings]
+    return settings
 
 
 def _without_files(augmentation: Mapping[str, Any]) -> dict[str, Any]:

@@ -240,6 +240,8 @@ def make_task(value: Any) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden" and len(first["loc"]) > 1:
+            raise ValueError(f"{name} has no setting {key}") from error
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.Settings.model_fields) or "none"
             raise ValueError(f"{name} has no setting {key}; its settings: {known}") from error
@@ -278,6 +280,21 @@ def dump_task(task: Any) -> Any:
     return {"name": task.name, **settings} if settings else task.name
 
 
+def _inlined(schema: Any, sections: Mapping[str, Any] | None = None) -> Any:
+    """A JSON schema with the sections that it refers to in their places: it becomes a part of a
+    spec's, which has sections of its own. Raises RecursionError for one that holds itself."""
+    if isinstance(schema, list):
+        return [_inlined(item, sections) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    sections = schema.get("$defs", sections)
+    if "$ref" in schema and sections is not None:
+        whole = sections[schema["$ref"].rpartition("/")[2]]
+        others = {key: value for key, value in schema.items() if key != "$ref"}
+        return _inlined({**whole, **others}, sections)
+    return {key: _inlined(value, sections) for key, value in schema.items() if key != "$defs"}
+
+
 class _Schema:
     """The JSON schema of the tasks that are installed."""
 
@@ -290,7 +307,7 @@ class _Schema:
                 "type": "object",
                 "properties": {
                     "name": {"const": kind.name},
-                    **kind.Settings.model_json_schema().get("properties", {}),
+                    **_inlined(kind.Settings.model_json_schema()).get("properties", {}),
                 },
                 "required": ["name"],
                 "additionalProperties": False,

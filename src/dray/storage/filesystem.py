@@ -75,6 +75,15 @@ def child(place: str | os.PathLike[str], *names: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}" + (f"?{parts.query}" if parts.query else "")
 
 
+def parent(place: str | os.PathLike[str]) -> str:
+    """The folder that a place is in, as `child` gives places."""
+    text = absolute(place)
+    if not is_uri(text):
+        return os.path.dirname(text)
+    whole, mark, query = text.partition("?")
+    return f"{whole.rstrip('/').rpartition('/')[0]}{mark}{query}"
+
+
 def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a path or URI, and the path inside it (absolute, no trailing slash).
 

@@ -62,6 +62,10 @@ UNKNOWN_WORD = 1
 SEPARATOR = "\x1f"
 """Between the parts of a text or a target that has several."""
 
+VOTES = "votes"
+"""The column of what rules say of a row's text, [rules], if the task has `rules`: 0 where one keeps
+out, else one more than the place of its label among those that rules vote for."""
+
 HIDDEN = "hidden"
 """The column of the places of those tokens of a row that a model is not to see, where augmentation
 hides some."""
@@ -106,6 +110,9 @@ class Tools(Protocol):
 
     def number(self, names: pa.Array) -> npt.NDArray[np.int32]:
         """Numbers of names; -1 for null."""
+
+    def file(self, name: str) -> bytes:
+        """One of `Task.files`, as it was when the corpus was prepared."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ own way, decoders at the last token that is not padding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -17,7 +18,9 @@ from pydantic import model_validator
 from dray.errors import SpecError
 from dray.spec import Direction, Field, Head
 from dray.spec.sections import Float, Section
-from dray.tasks.rows import IGNORED, Column
+from dray.tasks.parts.constraints import Constraints, find_votes
+from dray.tasks.parts.rules import ABSTAINS
+from dray.tasks.rows import IGNORED, VOTES, Column
 from dray.tasks.task import Batch, Corpus, Output, Task, TaskMetrics
 
 if TYPE_CHECKING:
@@ -61,8 +64,15 @@ class SequenceClassification(Task):
         """Whether a document is two texts: `text`, and the column that `columns.text_pair` of a
         source names."""
 
+        constraints: Constraints | None = None
+        """Rules that the model is to keep to, more or less. None: it learns from labels alone."""
+
         @model_validator(mode="after")
         def _fits(self) -> Self:
+            if self.constraints is not None and self.labels != "one":
+                raise ValueError(
+                    f"constraints are of one label of several names, and labels = {self.labels}"
+                )
             if self.order and self.labels != "ordinal":
                 raise ValueError(f"order is of ordinal labels, and labels = {self.labels}")
             if len(set(self.order)) != len(self.order):
@@ -92,11 +102,16 @@ class SequenceClassification(Task):
         }
         segments = (Column("segment", "uint8", "token", extends=True),) if pairs else ()
         label = Column("label", "uint8", hot=True) if many else Column("label", names=True)
-        self.columns = (*segments, label)
+        rules = self.settings.constraints
+        self.rules = tuple(rule.name for rule in rules.rules) if rules else ()
+        votes = (Column(VOTES, "uint8", shape=(len(self.rules),)),) if rules else ()
+        self.columns = (*segments, *votes, label)
         more: dict[str, dict[str, Direction]] = {
             "ordinal": {"mae": "lower", "kappa": "higher"},
             "paths": {"path_f1": "higher"},
         }
+        if rules:
+            more["one"] = {"rules_broken": "lower"}
         self.metrics: Mapping[str, Direction] = METRICS | more.get(self.settings.labels, {})
         kind = "multi_label_classification" if many else "single_label_classification"
         self.head = Head(AUTO_CLASS, over="labels", each="row", problem_type=kind)
@@ -107,7 +122,26 @@ class SequenceClassification(Task):
         own = self.settings.model_dump(include={"labels", "pairs"}, exclude_defaults=True)
         if own.get("labels") in ("ordinal", "paths"):
             del own["labels"]
+        if (rules := self.settings.constraints) is not None:
+            own["rules"] = rules.row_settings
         return {"packs_rows": self.packs, **own}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        rules = self.settings.constraints
+        return {} if rules is None else rules.files
+
+    def reading(self, files: Mapping[str, str]) -> Self:
+        rules = self.settings.constraints
+        if rules is None:
+            return self
+        found = copy.copy(self)
+        found.settings = self.settings.model_copy(update={"constraints": rules.reading(files)})
+        return found
+
+    def read_files(self) -> Mapping[str, bytes]:
+        rules = self.settings.constraints
+        return {} if rules is None else rules.read_files()
 
     @property
     def remarks(self) -> Sequence[str]:
@@ -145,6 +179,22 @@ class SequenceClassification(Task):
                 "a weight is of a label",
                 rule,
             )
+        rules = self.settings.constraints
+        if rules is not None and (other := [name for name in rules.labels if name not in labels]):
+            raise SpecError(
+                "task.constraints.labels",
+                f"no training document has the label {', '.join(other[:8])}",
+                "rules vote for labels that a model learns",
+                rule,
+            )
+
+    @property
+    def _voted_classes(self) -> list[int]:
+        """The class of each label that rules vote for; any, where there are made-up labels alone,
+        as in a rehearsal."""
+        known = {label: number for number, label in enumerate(self.labels)}
+        labels = self.settings.constraints.labels
+        return [known.get(label, n % max(1, self.num_labels)) for n, label in enumerate(labels)]
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
@@ -166,11 +216,13 @@ class SequenceClassification(Task):
             return encoded
         many = self.settings.labels == "many"
         numbers = number_lists(targets, tools) if many else tools.number(targets)
-        return with_columns(encoded, label=numbers)
+        rules = self.settings.constraints
+        votes = {} if rules is None else {VOTES: find_votes(rules, texts, tools)}
+        return with_columns(encoded, label=numbers, **votes)
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`input_ids` and `attention_mask` [rows, width], `labels` [rows] or, 1 or 0 for each,
-        [rows, classes], all int64; padding rows are IGNORED."""
+        [rows, classes], and with rules VOTES [rows, rules], all int64; padding rows are IGNORED."""
         from dray.tasks.parts.columns import integer_column, matrix, padded_tokens, real_rows
 
         real = real_rows(table)
@@ -178,7 +230,8 @@ class SequenceClassification(Task):
             labels = matrix(table, "label").masked_fill(~real[:, None], IGNORED)
         else:
             labels = integer_column(table, "label").masked_fill(~real, IGNORED)
-        return {**padded_tokens(table, self.pad_token_id), "labels": labels}
+        votes = {VOTES: matrix(table, VOTES) + ABSTAINS} if self.rules else {}
+        return {**padded_tokens(table, self.pad_token_id), **votes, "labels": labels}
 
     def num_targets(self, batch: Batch) -> int:
         labels = batch["labels"]
@@ -193,6 +246,7 @@ class SequenceClassification(Task):
             path_groups,
         )
         from dray.tasks.parts.objectives import LabelLoss, ManyLabelsLoss
+        from dray.tasks.parts.rule_loss import RuleLoss
 
         settings = self.settings
         weights = class_weights(settings.class_weights, self.labels, self.label_counts)
@@ -203,6 +257,17 @@ class SequenceClassification(Task):
         if settings.labels == "paths":
             groups = path_groups(self.labels)
             return PathLoss(model, label_smoothing, groups=groups, weights=weights)
+        if (rules := settings.constraints) is not None:
+            return RuleLoss(
+                model,
+                label_smoothing,
+                classes=self._voted_classes,
+                rule_weights=[rule.weight for rule in rules.rules],
+                share=rules.share,
+                strength=rules.strength,
+                weights=weights,
+                focal=settings.focal,
+            )
         if weights is None and not settings.focal:
             return LabelLoss(model, label_smoothing)
         return ClassLoss(model, label_smoothing, weights=weights, focal=settings.focal)
@@ -238,4 +303,8 @@ class SequenceClassification(Task):
             return OrdinalMetrics(self._ranks)
         if self.settings.labels == "paths" and self.labels:
             return PathMetrics(self.labels)
+        if self.rules:
+            from dray.tasks.parts.rule_loss import RuleMetrics
+
+            return RuleMetrics(self.num_labels, self.rules, self._voted_classes)
         return ClassificationMetrics(self.num_labels)

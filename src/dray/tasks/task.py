@@ -153,6 +153,8 @@ class Task:
     from them (`explored`)."""
     pools = False
     """Whether its loss is of all rows of a global batch together, by `pooled_losses`."""
+    rules: Sequence[str] = ()
+    """Names of rules, whose votes rows have as the column VOTES."""
     tells_tokens = False
     """Whether what it predicts are tokens by name: then it has `token_names` when it predicts."""
     head: Head
@@ -206,6 +208,21 @@ class Task:
             for name, field in self.fields.items()
             if field.kind in TEXT_KINDS and field.asked
         }
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The places of files that `encode` goes by, by the names under which a corpus keeps them:
+        what they hold is a part of its key."""
+        return {}
+
+    def reading(self, files: Mapping[str, str]) -> Self:
+        """The task with its files in other places, by name."""
+        return self
+
+    def read_files(self) -> Mapping[str, bytes]:
+        """What the files hold. Raises UserError where one is not there, or no such file, and for
+        settings of which only `encode` would find out that no row can be made by them."""
+        return {}
 
     @property
     def ranks(self) -> tuple[int, ...] | None:

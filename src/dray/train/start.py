@@ -17,6 +17,7 @@ from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
 from dray.corpus.prepare import Corpus, corpus_key, describe_changes, with_tokenizer_folder
 from dray.corpus.telling import find_teller
 from dray.corpus.tokenizer_folder import TOKENIZER_JSON
+from dray.corpus.tools import FILES
 from dray.errors import CorpusError, PlanError, SpecError, StoreError, one_line, translated
 from dray.models.counting import make_counted_plan
 from dray.models.source import Pretrained, check_weights, find_pretrained
@@ -52,7 +53,6 @@ from dray.runs.layout import check_run_name
 from dray.spec import OPTIMIZERS, Model, Spec, without_places
 from dray.storage.filesystem import (
     absolute,
-    child,
     exists,
     is_local,
     list_files,
@@ -103,7 +103,7 @@ class Start:
             without_places(self.spec.identity()),
         )
         return all(before[key] == now[key] for key in ("task", "data", "tokenizer")) and not _moved(
-            self.keeper, self.spec, ("data", "tokenizer")
+            self.keeper, self.spec, ("task", "data", "tokenizer")
         )
 
 
@@ -294,14 +294,16 @@ def _make_corpus_again(keeper: Run, folder: str, spec: Spec, prepared: Prepare, 
 
 
 def _keep_corpus(run: Run, corpus: Corpus) -> None:
-    """Keep in the run what a model must know of its corpus: the manifest, and the tokeniser before
-    it."""
+    """Keep in the run what a model must know of its corpus: the manifest, and before it the
+    tokeniser and the files that its task goes by."""
     filesystem, path = open_filesystem(run.corpus_copy)
     if exists(filesystem, f"{path}/{MANIFEST}"):
         return
-    source, folder = open_filesystem(child(corpus.folder, "tokenizer"))
-    for name in list_files(source, folder):
-        write_bytes(filesystem, f"{path}/tokenizer/{name}", read_bytes(source, f"{folder}/{name}"))
+    source, folder = open_filesystem(corpus.folder)
+    for part in ("tokenizer", FILES):
+        for name in list_files(source, f"{folder}/{part}"):
+            content = read_bytes(source, f"{folder}/{part}/{name}")
+            write_bytes(filesystem, f"{path}/{part}/{name}", content)
     write_bytes(filesystem, f"{path}/{MANIFEST}", dump_manifest(corpus.manifest))
 
 
@@ -315,7 +317,7 @@ def _moved(run: Run, spec: Spec, sections: tuple[str, ...]) -> list[str]:
 def _check_moved(run: Run, spec: Spec) -> None:
     """Raise StoreError if the spec names other inputs than the run began with, and they hold
     something else."""
-    moved = _moved(run, spec, ("data", "tokenizer"))
+    moved = _moved(run, spec, ("task", "data", "tokenizer"))
     if moved and not _holds_the_same(run, spec):
         raise _other_inputs(run, moved)
     if _moved(run, spec, ("model",)):

@@ -110,7 +110,7 @@ def _voter(
         slow[rule.name] += 1
         return ABSTAINS
 
-    content = None if rule.lexicon is None else read_lexicon(rule.lexicon)
+    content = None if rule.lexicon is None else read_lexicon(rule)
     ask = make_vote(rule, rules.labels, content, keep_out)
     return lambda record: ask(Said(_text(record, column)))
 

@@ -42,10 +42,10 @@ class ClassLoss(LabelLoss):
         labels = batch["labels"]
         real = labels != IGNORED
         chosen = labels.clamp(min=0)
-        losses = torch.where(real, self._losses(logits, chosen), 0.0)
+        losses = self._losses(logits, chosen)
         if self.weights is not None:
             losses = losses * self.weights.to(logits.device)[chosen]
-        loss = losses.sum()
+        loss = torch.where(real, self._learnt(losses, logits, batch), 0.0).sum()
         terms: Terms = {"loss": (loss, real.sum())}
         if torch.is_grad_enabled():
             return terms, {}
@@ -59,6 +59,10 @@ class ClassLoss(LabelLoss):
             return losses
         likely = logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0].exp()
         return losses * (1 - likely) ** self.focal
+
+    def _learnt(self, losses: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of each row as it is learnt from."""
+        return losses
 
     def _scores(self, logits: Tensor) -> Tensor:
         """Probabilities of the classes by id."""

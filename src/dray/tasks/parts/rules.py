@@ -130,9 +130,8 @@ def make_vote(rule: Rule, labels: Sequence[str], content: bytes | None, slow: Sl
     if rule.words is not None:
         wanted = {word.lower() for word in rule.words}
         return lambda said: ABSTAINS if wanted.isdisjoint(said.words) else own
-    assert rule.lexicon is not None
     assert content is not None
-    return _by_lexicon(_parse_lexicon(rule.name, rule.lexicon, content, labels))
+    return _by_lexicon(_parse_lexicon(rule, content, labels))
 
 
 def _by_pattern(rule: Rule, pattern: str, own: int, slow: Slow) -> Vote:
@@ -165,23 +164,28 @@ def _by_lexicon(speaks: Mapping[str, int]) -> Vote:
     return vote
 
 
-def read_lexicon(lexicon: Lexicon) -> bytes:
-    """The file of a lexicon. Raises StoreError."""
-    filesystem, path = open_filesystem(lexicon.path)
+def read_lexicon(rule: Rule) -> bytes:
+    """The file of a rule's lexicon. Raises CorpusError where there is none, StoreError."""
+    assert rule.lexicon is not None
+    place = rule.lexicon.path
+    filesystem, path = open_filesystem(place)
     try:
         return read_bytes(filesystem, path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CorpusError(
+            f"rule {rule.name}", f"{shown(place)} is no file", "a lexicon is read from one"
+        ) from error
     except OSError as error:
-        raise StoreError(shown(lexicon.path), f"cannot be read ({one_line(error)})") from error
+        raise StoreError(shown(place), f"cannot be read ({one_line(error)})") from error
 
 
-def _parse_lexicon(
-    name: str, lexicon: Lexicon, content: bytes, labels: Sequence[str]
-) -> dict[str, int]:
+def _parse_lexicon(rule: Rule, content: bytes, labels: Sequence[str]) -> dict[str, int]:
     """The place among the labels of what each word speaks for."""
     import pyarrow as pa
     from pyarrow import csv
 
-    place = shown(lexicon.path)
+    assert rule.lexicon is not None
+    lexicon, place = rule.lexicon, shown(rule.lexicon.path)
     as_texts = {column: pa.string() for column in (lexicon.word, lexicon.label)}
     try:
         table = csv.read_csv(
@@ -193,14 +197,15 @@ def _parse_lexicon(
         raise StoreError(place, f"cannot be read ({one_line(error)})") from error
     for column in (lexicon.word, lexicon.label):
         if column not in table.column_names:
-            raise CorpusError(place, f"has no column {column}", f"it has {table.column_names}")
+            has = f"it has {', '.join(table.column_names)}"
+            raise CorpusError(f"rule {rule.name}", f"{place} has no column {column}", has)
     found: dict[str, int] = {}
     for word, label in zip(
         table.column(lexicon.word).to_pylist(), table.column(lexicon.label).to_pylist(), strict=True
     ):
         if label not in labels:
             raise CorpusError(
-                f"rule {name}",
+                f"rule {rule.name}",
                 f"{place} has the label {label!r}",
                 f"labels are {', '.join(labels)}",
             )
