@@ -117,9 +117,8 @@ def spec_page() -> str:
             lines.append("| setting | kind | default | meaning |\n|---|---|---|---|")
         for prefix, section in sections(settings):
             if prefix:
-                lines.append(
-                    f"\n`{prefix.rstrip('.')}`: {' '.join((section.__doc__ or '').split())}"
-                )
+                says = " ".join((section.__doc__ or "").split())
+                lines.append(f"\n`{prefix.rstrip('.')}`: {says}")
                 lines.append("\n| setting | kind | default | meaning |\n|---|---|---|---|")
             for key, field in section.model_fields.items():
                 kind = describe(field.annotation) + bounds(field.metadata)
