@@ -248,7 +248,8 @@ def make_task(value: Any) -> Any:
         if first["type"] == "missing":
             raise ValueError(f"{name}: {key} is missing; it has no default") from error
         message = first["msg"].removeprefix("Value error, ")
-        given = f" = {_shown(first['input'])}" if key else ""
+        whole = not key or isinstance(first["input"], Mapping)
+        given = "" if whole else f" = {_shown(first['input'])}"
         raise ValueError(f"{key or name}{given}: {message[:1].lower()}{message[1:]}") from error
 
 

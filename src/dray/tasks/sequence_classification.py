@@ -71,7 +71,7 @@ class SequenceClassification(Task):
         def _fits(self) -> Self:
             if self.constraints is not None and self.labels != "one":
                 raise ValueError(
-                    f"constraints are of one label of several names, and labels = {self.labels}"
+                    f"constraints are of documents with one label, and labels = {self.labels}"
                 )
             if self.order and self.labels != "ordinal":
                 raise ValueError(f"order is of ordinal labels, and labels = {self.labels}")

@@ -58,12 +58,19 @@ class Constraint(Rule):
             )
         return given
 
+    def with_lexicon_in(self, place: str) -> Self:
+        """The same with its lexicon in another place."""
+        assert self.lexicon is not None
+        lexicon = self.lexicon.model_copy(update={"path": place})
+        return self.model_copy(update={"lexicon": lexicon})
+
 
 class Constraints(RuleSet):
     """Rules as constraints of what is learnt: beside its label a document teaches the model's own
     distribution, drawn towards what the rules say of its text."""
 
     rules: Annotated[tuple[Constraint, ...], Limits(min_length=1)]
+    """What they are, each with a name of its own."""
     share: Annotated[Float, Limits(ge=0, le=1)] = 0.3
     """Of a document's loss: how much is imitation of the corrected distribution; 0: rules are
     measured alone."""
@@ -74,7 +81,7 @@ class Constraints(RuleSet):
     @property
     def row_settings(self) -> dict[str, Any]:
         """What of them decides over votes."""
-        without = {"weight": True, "lexicon": {"path"}}
+        without: Any = {"weight": True, "lexicon": {"path"}}
         return {
             "labels": self.labels,
             "rules": [rule.model_dump(mode="json", exclude=without) for rule in self.rules],
@@ -87,17 +94,11 @@ class Constraints(RuleSet):
 
     def reading(self, files: Mapping[str, str]) -> Self:
         """The same with its lexicons in other places, by name."""
-        rules = [
-            rule.model_copy(
-                update={
-                    "lexicon": rule.lexicon.model_copy(update={"path": files[_kept_name(rule)]})
-                }
-            )
-            if rule.lexicon
-            else rule
+        rules = tuple(
+            rule.with_lexicon_in(files[_kept_name(rule)]) if rule.lexicon else rule
             for rule in self.rules
-        ]
-        return self.model_copy(update={"rules": tuple(rules)})
+        )
+        return self.model_copy(update={"rules": rules})
 
     def read_files(self) -> dict[str, bytes]:
         """The lexicons by name. Raises UserError for rules that no text can be asked by."""
@@ -131,8 +132,8 @@ def _make_votes(constraints: Constraints, contents: tuple[bytes | None, ...]) ->
 
 
 def find_votes(constraints: Constraints, texts: pa.Array, tools: Tools) -> npt.NDArray[np.uint8]:
-    """The column VOTES of texts, [texts, rules]. Of a pair rules see both texts, a line
-    each. Raises CorpusError for a rule that takes too long."""
+    """The column VOTES of texts, [texts, rules]. Of a pair rules see both texts, a line each.
+    Raises CorpusError for a rule that takes too long."""
     import numpy as np
 
     contents = [

@@ -1,5 +1,5 @@
-"""The loss of a classifier that keeps to rules, more or less, and how far it does (Hu, Ma, Liu, Hovy
-and Xing, 2016: Harnessing Deep Neural Networks with Logic Rules)."""
+"""The loss of a classifier that keeps to rules, more or less, and how far it does (Hu, Ma, Liu,
+Hovy and Xing, 2016: Harnessing Deep Neural Networks with Logic Rules)."""
 
 from __future__ import annotations
 

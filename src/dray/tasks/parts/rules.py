@@ -48,6 +48,7 @@ class Rule(Section):
     """What speaks for a label of a text: exactly one of `regex`, `words` and `lexicon`."""
 
     name: Annotated[str, Limits(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """By which messages and tables know it."""
     label: str | None = None
     """What it votes for; a lexicon says it itself."""
     regex: str | None = None
@@ -87,6 +88,7 @@ class RuleSet(Section):
     labels: Annotated[tuple[str, ...], Limits(min_length=2, max_length=MOST_LABELS)]
     """All that rules may vote for."""
     rules: Annotated[tuple[Rule, ...], Limits(min_length=1)]
+    """What they are, each with a name of its own."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
