@@ -20,7 +20,6 @@ from pydantic import model_validator
 from dray.errors import CorpusError, SpecError, StoreError, one_line
 from dray.processes.imports import require_package
 from dray.spec.sections import Section
-from dray.storage.filesystem import open_filesystem, read_bytes, shown
 
 ABSTAINS = -1
 PATTERN_SECONDS = 1.0
@@ -168,6 +167,8 @@ def _by_lexicon(speaks: Mapping[str, int]) -> Vote:
 
 def read_lexicon(rule: Rule) -> bytes:
     """The file of a rule's lexicon. Raises CorpusError where there is none, StoreError."""
+    from dray.storage.filesystem import open_filesystem, read_bytes, shown
+
     assert rule.lexicon is not None
     place = rule.lexicon.path
     filesystem, path = open_filesystem(place)
@@ -185,6 +186,8 @@ def _parse_lexicon(rule: Rule, content: bytes, labels: Sequence[str]) -> dict[st
     """The place among the labels of what each word speaks for."""
     import pyarrow as pa
     from pyarrow import csv
+
+    from dray.storage.filesystem import shown
 
     assert rule.lexicon is not None
     lexicon, place = rule.lexicon, shown(rule.lexicon.path)
