@@ -74,6 +74,38 @@ REGULARIZED = {
 }
 
 
+def test_so_does_one_whose_rules_vote_on_other_words_each_time(
+    tmp_path: Path, local_ray: None
+) -> None:
+    (tmp_path / "words.csv").write_text("word,label\nred,rare\ncold,so\n", encoding="utf-8")
+    (tmp_path / "thesaurus").write_text("red cold\ncold red\nold new\n", encoding="utf-8")
+    rules = [
+        {"name": "words", "lexicon": {"path": str(tmp_path / "words.csv")}},
+        {"name": "aged", "label": "rare", "regex": r"\bold\b", "weight": 2.0},
+    ]
+    constraints = {"labels": ["rare", "so"], "rules": rules, "share": 0.5, "strength": 2.0}
+    sections = {
+        "task": {
+            "name": "sequence_classification",
+            "class_weights": "balanced",
+            "constraints": constraints,
+        },
+        "augmentation": {
+            "kinds": ["synonyms", "swap", "token_cutoff"],
+            "thesaurus": str(tmp_path / "thesaurus"),
+            "share": 0.6,
+            "strength": 0.5,
+        },
+        "regularization": {"dropout": 0.1, "r_drop": 0.5, "label_smoothing": 0.1},
+    }
+    killed = goes_on_elsewhere(
+        tmp_path, "sequence_classification", sections, ((2, 3), (1, 0), (2, 1))
+    )
+    broken = [row["rules_broken"] for row in killed.validations()]
+    assert broken
+    assert all(0 < value < 1 for value in broken)
+
+
 def test_so_does_one_with_all_kinds_of_regularisation(tmp_path: Path, local_ray: None) -> None:
     sections = {
         "model": {"architecture": "bert", "hidden_size": 32, "num_layers": 2, "num_heads": 2},

@@ -199,7 +199,11 @@ def _parse_lexicon(rule: Rule, content: bytes, labels: Sequence[str]) -> dict[st
             convert_options=csv.ConvertOptions(column_types=as_texts),
         )
     except pa.ArrowException as error:
-        raise StoreError(place, f"cannot be read ({one_line(error)})") from error
+        raise CorpusError(
+            f"rule {rule.name}",
+            f"{place} is no table ({one_line(error)})",
+            "a lexicon is csv or tsv",
+        ) from error
     for column in (lexicon.word, lexicon.label):
         if column not in table.column_names:
             has = f"it has {', '.join(table.column_names)}"
