@@ -1,5 +1,5 @@
-"""A model that was taught by rules and labels: what it learns of them, and that whoever uses it needs
-no lexicon."""
+"""A model that was taught by rules and labels: what it learns of them, and that whoever uses it
+needs no lexicon."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def spec_of(folder: Path, **constraints: Any) -> Any:
         tokenizer={"train": "byte_bpe", "vocab_size": 300},
         duration={"steps": 60},
         resources={"workers": 1},
+        validation={"max_rows": None},
     )
     tree["model"] = {"architecture": "bert", "hidden_size": 32, "num_layers": 1, "num_heads": 2}
     return dray.make_spec(tree)
@@ -142,4 +143,4 @@ def test_what_rules_do_is_shown(storage: str, capsys: pytest.CaptureFixture[str]
     assert main(["show", "taught", "--storage", storage]) == 0
     said = capsys.readouterr().out
     assert "rules        vote for training rows: 'words'" in said
-    assert "rules_broken" in said
+    assert "rules broken" in said
