@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dray.tasks.parts.classes import ClassLoss
@@ -64,8 +63,8 @@ class RuleLoss(ClassLoss):
         voted = self.classes.to(votes.device)[votes.clamp(min=0)]
         weights = self.rule_weights.to(votes.device) * (votes != ABSTAINS)
         # No scatter: on a GPU its sums would have another order each time.
-        kept = weights[..., None] * F.one_hot(voted, num_classes)
-        return weights.sum(dim=-1, keepdim=True) - kept.sum(dim=1)
+        breaks = voted[..., None] != torch.arange(num_classes, device=votes.device)
+        return (weights[..., None] * breaks).sum(dim=1)
 
 
 class RuleMetrics(ClassificationMetrics):
