@@ -30,6 +30,7 @@ from dray.storage.filesystem import (
     list_files,
     open_filesystem,
     open_whole,
+    parent,
     read_bytes,
     shown,
     write_bytes,
@@ -64,6 +65,12 @@ def test_absolute(place: str, expected: str) -> None:
 )
 def test_child(place: str, expected: str) -> None:
     assert child(place, "x", "y") == expected
+
+
+@pytest.mark.parametrize("place", ["/a/b", "s3://bucket", "s3://bucket/a?endpoint_override=x:1"])
+def test_a_place_is_in_the_folder_that_it_is_a_child_of(place: str) -> None:
+    assert parent(child(place, "c")) == absolute(place)
+    assert parent(child(place, "c", "d")) == child(place, "c")
 
 
 def test_messages_show_no_secrets() -> None:
