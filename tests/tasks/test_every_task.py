@@ -74,6 +74,7 @@ REGULARIZED = {
 }
 
 
+@pytest.mark.slow
 def test_so_does_one_whose_rules_vote_on_other_words_each_time(
     tmp_path: Path, local_ray: None
 ) -> None:
