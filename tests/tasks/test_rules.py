@@ -14,6 +14,7 @@ from torch import nn
 from dray.errors import SpecError
 from dray.rank.chance import Chance
 from dray.rank.passes import TwoMasks
+from dray.rank.rehearsal import make_rows
 from dray.rank.teaching import TaughtLoss
 from dray.spec import Distil, dump_task, make_spec
 from dray.spec.tasks import make_task
@@ -246,6 +247,22 @@ def test_a_rule_that_cannot_be_is_refused(rule: dict[str, Any], message: str) ->
 def test_constraints_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task_of(**settings)
+
+
+@pytest.mark.parametrize("num_labels", [2, 12])
+def test_a_rehearsal_has_votes_and_labels_of_its_own(num_labels: int) -> None:
+    rows = make_rows(task_of(), num_rows=8, width=4, vocab_size=30, num_labels=num_labels)
+    labels = tuple(map(str, range(num_labels)))
+    corpus: Any = SimpleNamespace(
+        labels=labels, label_counts={}, pad_token_id=0, mask_token_id=None, vocab_size=30
+    )
+    task = task_of().on(corpus)
+    given = task.collate(rows)
+    assert set(given[VOTES].flatten().tolist()) == {-1, 0, 1}
+    objective = task.objective(Fixed(torch.zeros(8, num_labels))).train()
+    loss, count = objective(given)[0]["loss"]
+    assert int(count) == 8
+    assert bool(loss.isfinite())
 
 
 def test_labels_that_the_corpus_does_not_have_are_refused() -> None:

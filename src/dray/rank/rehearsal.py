@@ -313,10 +313,12 @@ def make_rows(task: Any, *, num_rows: int, width: int, vocab_size: int, num_labe
 
     from dray.corpus.packing import Varying
     from dray.corpus.shards import make_batch, stored_columns
+    from dray.tasks.rows import VOTES
 
     random = np.random.default_rng(0)
     columns = stored_columns(task, width, "uint32", num_labels)
-    most = {"input_ids": vocab_size, **dict.fromkeys(("num_tokens",), 1)}
+    # Rules vote for two labels at least, or keep out.
+    most = {"input_ids": vocab_size, "num_tokens": 1, VOTES: 3}
     values: dict[str, Any] = {}
     for column in columns:
         shape = (num_rows * width,) if column.varies else (num_rows, *column.shape)
