@@ -283,6 +283,7 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         left_out=work.left_out,
         num_unchanged=sum(record.get("num_without_text", 0) for record in packed),
         num_untranslated=work.num_untranslated,
+        fitted=tuple(job.task.fitted),
         validation_compressors=work.compressors,
     )
 
