@@ -85,7 +85,7 @@ class FeatureClassification(Task):
 
         of: Literal["columns", "image"] = "columns"
         """What a record's numbers are: `columns` of it, each a number or a list of numbers, or the
-        pixels of an `image`."""
+        pixels of an `image`, 0 to 1."""
         columns: tuple[str, ...] = ()
         """Which, in this order."""
         size: Annotated[Int, Limits(ge=1, le=MOST_NUMBERS)] | None = None
@@ -238,7 +238,7 @@ class FeatureClassification(Task):
         refused = {place: one for place, one in enumerate(found) if isinstance(one, str)}
         kept = [one for one in found if not isinstance(one, str)]
         values = np.stack(kept) if kept else np.empty((0, *own.shape))
-        return values.astype(np.float64), refused
+        return values / (255.0 if own.of == "image" else 1.0), refused
 
     def collate(self, table: pa.Table, draw: int = 0) -> Batch:
         """`pixel_values` [rows, 1, 1, numbers], fp32, and `labels` [rows], int64; padding rows are
