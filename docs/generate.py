@@ -124,9 +124,14 @@ def spec_page() -> str:
                 kind = describe(field.annotation) + bounds(field.metadata)
                 meaning = " ".join((field.description or "").split()).replace("|", "\\|")
                 is_wanted = field.default is PydanticUndefined
-                default = "required" if is_wanted else f"`{json.dumps(field.default)}`"
+                default = "required" if is_wanted else f"`{dumped(field.default)}`"
                 lines.append(f"| `{prefix}{key}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def dumped(value: object) -> str:
+    """A default as JSON; of sections what they say."""
+    return json.dumps(value, default=lambda one: one.model_dump(exclude_unset=True))
 
 
 def cli_page() -> str:

@@ -77,6 +77,14 @@ def items(drawn: random.Random) -> Record:
     return {"items": [f"film {(start + place) % 20}" for place in range(drawn.randint(4, 12))]}
 
 
+def waves(drawn: random.Random) -> Record:
+    """A signal of one of two frequencies, and a number beside it."""
+    quick = drawn.randrange(2)
+    phase, noise = drawn.random() * 6, np.random.default_rng(drawn.randrange(2**32)).normal(0, 0.3)
+    signal = np.sin(np.arange(32) * (1.5 if quick else 0.4) + phase) + noise
+    return {"signal": signal.round(4).tolist(), "age": drawn.random(), "label": "sq"[quick] + "!"}
+
+
 def rated(drawn: random.Random) -> Record:
     user, item = drawn.randrange(12), drawn.randrange(20)
     return {"user": f"u{user}", "item": f"i{item}", "stars": 1 + (user + item) % 5}
@@ -120,6 +128,22 @@ CASES = {
         {"temperature": 0.1},
         {"columns": {"text_pair": "other"}},
         {"model": bert()},
+    ),
+    "feature_classification": Case(
+        waves,
+        {
+            "columns": ["signal", "age"],
+            "size": 33,
+            "transforms": [
+                {"name": "standardize"},
+                {"name": "wavelet", "keep": 24},
+                {"name": "pca", "keep": 12, "whiten": True},
+            ],
+            "patch": 2,
+        },
+        {"label": "label"},
+        {"model": bert(architecture="vit")},
+        without=("tokenizer",),
     ),
     "image_classification": pictures(
         {"architecture": "resnet"},

@@ -45,7 +45,7 @@ def test_what_goes_in_and_comes_out(name: str) -> None:
     assert graph.output == OUTPUTS.get(task, "logits")
     assert all(axes[0] == ROWS for axes in graph.inputs.values())
     grows = any(TOKENS in axes for axes in graph.inputs.values())
-    assert grows == (task not in ("image_classification", "rating"))
+    assert grows == (task not in ("feature_classification", "image_classification", "rating"))
     assert (ANSWER in str(graph.inputs)) == (name == "seq2seq")
     for rows, tokens in ((1, 9), (4, 12)):
         batch = graph.draw(rows, tokens, torch.Generator().manual_seed(rows))

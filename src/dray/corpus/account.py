@@ -84,6 +84,7 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     else:
         lines.append(f"rows         {manifest.train.num_rows:,}, without tokens")
     lines += _describe_votes(manifest)
+    lines += [f"fitted       {one['said']}" for one in manifest.fitted if one.get("said")]
     lines += _describe_unchanged(manifest)
     return [line.replace("\n", "\\n") for line in lines]  # as a file's name may have them
 

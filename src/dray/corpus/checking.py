@@ -287,6 +287,7 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
             rule: sum(record["votes"][place] for record in packed)
             for place, rule in enumerate(job.task.rules)
         },
+        fitted=tuple(job.task.fitted),
         validation_compressors=work.compressors,
     )
 

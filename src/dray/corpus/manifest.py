@@ -24,6 +24,8 @@ ROWS_VERSION = 3
 """Raised when the same inputs and settings give other rows: it is a part of a corpus' key."""
 MANIFEST = "manifest.json"
 SOURCE_FILES = "source_files.json"
+EXPORTED_MANIFEST = "dray-corpus.json"
+"""What a model must know of its corpus, in a folder that it was exported to."""
 
 
 class _Record(BaseModel):
@@ -198,6 +200,8 @@ class Manifest(_Record):
     """Training rows that translators have no other words for."""
     votes: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = {}
     """Training rows that each rule votes for, where the task has some."""
+    fitted: Annotated[tuple[dict[str, Any], ...], Field(exclude_if=lambda found: not found)] = ()
+    """What the task has taken from a sample of the training documents (`Task.fit`)."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 

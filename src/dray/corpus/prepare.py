@@ -43,6 +43,7 @@ from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
 from dray.corpus.encoded import check_columns
+from dray.corpus.fitting import Fitted, digest_of, find_fitted, with_fitted
 from dray.corpus.gathering import plan_gathering
 from dray.corpus.listing import Leavings
 from dray.corpus.manifest import (
@@ -153,6 +154,9 @@ class _Inputs:
     """The models that write their texts in other words, where augmentation asks for it."""
     task_files: Mapping[str, bytes] | None = None
     """What the files of the task hold, once they are read."""
+    fitted: Fitted = ()
+    """What their task encodes them by, where a model was trained by it; empty: it is taken from a
+    sample of them."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Ray's options of the tasks that make a corpus of them."""
 
@@ -254,8 +258,8 @@ def _with_tokenizer(spec: Spec, folder: str) -> Spec:
 
 def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
     """16 hexadecimal digits of a hash over what the inputs hold, in their order, and every setting
-    that changes the result, the `models` that tell something of the rows (`teller`, `translators`)
-    among them. Neither names nor times count: copied or moved files are the same corpus."""
+    that changes the result, what `find_models` has found of the spec among them. Neither names nor
+    times count: copied or moved files are the same corpus."""
     inputs = inputs or replace(find_inputs(spec), **models)
     files = spec.task.read_files() if inputs.task_files is None else inputs.task_files
     tokenizer: Any = spec.task.tokenizes and {
@@ -297,6 +301,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
         ],
         **({"files": {n: _digest(content) for n, content in files.items()}} if files else {}),
         **({"told_by": inputs.teller.digest} if inputs.teller else {}),
+        **({"fitted": digest_of(inputs.fitted)} if inputs.fitted else {}),
         **({"augmentation": kept} if (kept := kept_settings(spec, inputs.translators)) else {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -336,7 +341,7 @@ def find(spec: Spec, storage: str) -> Corpus | None:
     """The corpus of this spec if it is prepared already; needs no Ray. Raises CorpusError as
     `prepare` does."""
     spec = with_tokenizer_folder(spec, storage)
-    key = corpus_key(spec, **_find_models(spec, storage))
+    key = corpus_key(spec, **find_models(spec, storage))
     return _find(spec, child(storage, CORPORA, key))
 
 
@@ -352,15 +357,19 @@ def recall(spec: Spec, storage: str) -> Corpus | None:
     if any(file.path not in digests for file in read):
         return None
     known = _regroup(inputs, (replace(file, digest=digests[file.path]) for file in files))
-    known = replace(known, **_find_models(spec, storage))
+    known = replace(known, **find_models(spec, storage))
     return _find(spec, child(storage, CORPORA, corpus_key(spec, known)))
 
 
-def _find_models(spec: Spec, storage: str, origin: Origin | None = None) -> dict[str, Any]:
-    """The models that tell something of the spec's rows."""
+def find_models(
+    spec: Spec, storage: str, origin: Origin | None = None, fitted: Fitted = ()
+) -> dict[str, Any]:
+    """The models that tell something of the spec's rows, and what the one that it starts from
+    encodes them by."""
     return {
         "teller": find_teller(spec, storage, origin),
         "translators": find_translators(spec, storage),
+        "fitted": fitted or find_fitted(spec, storage),
     }
 
 
@@ -409,6 +418,7 @@ def prepare(
     *,
     placement: Placement | None = None,
     origin: Origin | None = None,
+    fitted: Fitted = (),
 ) -> Corpus:
     """Prepare the corpus of a spec below `<storage>/corpora/`, or find it prepared; Ray must be
     connected if not.
@@ -416,9 +426,9 @@ def prepare(
     `progress` gets a line now and then. `labels`: the classes of a trained model that the corpus is
     to measure, in the order of their ids; it may lack some of them. `placement`: where the work is
     done, instead of wherever Ray has a free CPU. `origin`: the weights of the model that tells
-    columns, as a run keeps them, instead of those that the spec names now. Raises CorpusError for
-    inputs that cannot become a corpus, StoreError for a storage that cannot be written, PlanError
-    where no Ray is connected.
+    columns, as a run keeps them, instead of those that the spec names now. `fitted`: what documents
+    are encoded by, of a trained model. Raises CorpusError for inputs that cannot become a corpus,
+    StoreError for a storage that cannot be written, PlanError where no Ray is connected.
     """
     say = progress or (lambda line: None)
     spec = with_tokenizer_folder(spec, storage)
@@ -429,7 +439,7 @@ def prepare(
         labels=tuple(labels),
         task_options=options,
         task_files=spec.task.read_files(),
-        **_find_models(spec, storage, origin),
+        **find_models(spec, storage, origin, fitted),
     )
     key = corpus_key(spec, inputs)
     place = child(storage, CORPORA)
@@ -538,6 +548,7 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     pieces, work.parts = plan_gathering(work.parts, job.sources)
     work.scatters = run_stage(job, "scattered", scatter_part, pieces, say)
     job = replace(job, tokenizer=_make_tokenizer(spec, job, work.parts, say))
+    job = with_fitted(job, work.parts, inputs.fitted, say)
     check_width(job)
     work.reads = run_stage(job, "read", read_part, work.parts, say)
     _check_unchanged(inputs, work)

@@ -1,5 +1,5 @@
-"""The sample of documents that a tokeniser is trained on, and checked with: spread evenly over the
-training files.
+"""The sample of documents that a tokeniser is trained on, and checked with, or that a task fits its
+transforms to: spread evenly over the training files.
 
 The sample depends on the inputs alone. Documents held out for validation are never in it.
 """
@@ -44,7 +44,7 @@ def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -
     filesystem, path = share_filesystem(job.folder)
     size = settings.sample_bytes if settings.train else CHECK_BYTES
     words = settings.train == "words"
-    texts = [] if words else list(_sample(job, parts, size))
+    texts = [] if words else list(sample_texts(job, parts, size))
     if words:
         counts = count_words(job, list(parts))
         save_trained(
@@ -76,7 +76,7 @@ def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -
     return asdict(describe(files, spread, needs_end=job.packs))
 
 
-def _sample(job: Preparation, parts: Sequence[Part], size: int) -> Iterator[str]:
+def sample_texts(job: Preparation, parts: Sequence[Part], size: int) -> Iterator[str]:
     """About `size` bytes of cleaned training documents."""
     spans = [
         (span, job.sources[part.source].source)
@@ -116,7 +116,8 @@ def _take(job: Preparation, span: Span, source: Source, size: float) -> Iterator
         answers = batch.labels if job.answers else None
         cleaned = clean(batch.texts, answers, job.cleaning, answers=job.answers)
         texts, answers = cleaned.texts, cleaned.labels
-        if not job.wanted(source).is_plain:  # what stands between several texts is no text
+        # What stands between several texts is no text.
+        if job.task.tokenizes and not job.wanted(source).is_plain:
             texts = pc.replace_substring(texts, SEPARATOR, " ")
         if job.share:
             mine = pa.array(~held_out(hash_texts(cleaned.texts)[1], job.share))

@@ -137,6 +137,7 @@ def prepare_other(trained: Trained, data: Sequence[str], storage: str) -> tuple[
             Display().say,
             trained.manifest.labels,
             origin=_kept_origin(trained),
+            fitted=trained.manifest.fitted,
         )
     return corpus, corpus.manifest.train
 

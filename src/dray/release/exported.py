@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from dray.corpus.manifest import Manifest, Split
+from dray.corpus.manifest import EXPORTED_MANIFEST, Manifest, Split
 from dray.errors import SpecError, StoreError, translated
 from dray.release.opened import Opened
 from dray.spec import BadYaml, Spec, dump_task, make_spec, read_yaml
 
-SPEC, CORPUS = "dray-spec.yaml", "dray-corpus.json"
+SPEC, CORPUS = "dray-spec.yaml", EXPORTED_MANIFEST
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class Predictor:
         """What a record consists of, targets aside."""
         self._wanted = Wanted(
             tuple(
-                (name, WHOLE if field.kind == "record" else name, field.kind)
+                (name, name if field.column or field.kind != "record" else WHOLE, field.kind)
                 for name, field in self.fields.items()
             )
         )

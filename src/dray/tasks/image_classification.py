@@ -183,12 +183,9 @@ class ImageClassification(Task):
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         """The likeliest class, and the probability of each."""
-        found = []
-        for row in output["log_scores"].exp().tolist():
-            scores = dict(zip(self.labels, row, strict=True))
-            best = max(scores, key=lambda label: scores[label])
-            found.append({"prediction": best, "scores": scores})
-        return found
+        from dray.tasks.parts.mixed_labels import likeliest
+
+        return likeliest(output, self.labels)
 
     def save_processor(self, folder: str) -> None:
         """`preprocessor_config.json`, by which AutoImageProcessor makes the pixels that training

@@ -157,6 +157,9 @@ class Task:
     """Names of rules, whose votes rows have as the column VOTES."""
     tells_tokens = False
     """Whether what it predicts are tokens by name: then it has `token_names` when it predicts."""
+    fits = False
+    """Whether something is taken from a sample of its training documents once (`fit`), by which all
+    documents are encoded then."""
     head: Head
 
     def __init__(self, settings: Any = None) -> None:
@@ -170,6 +173,8 @@ class Task:
         self.mask_token_id: int | None = None
         self.vocab_size = 0
         self.decode: Decode | None = None
+        self.fitted: Sequence[Mapping[str, Any]] = ()
+        """What `fit` has given for the corpus."""
         self.token_names: Sequence[str] = ()
         """By id, where a model predicts and `tells_tokens`."""
 
@@ -250,6 +255,7 @@ class Task:
         bound.mask_token_id, bound.vocab_size = corpus.mask_token_id, corpus.vocab_size
         bound.decode = decode
         bound.label_counts = getattr(corpus, "label_counts", {})  # few need them
+        bound.fitted = getattr(corpus, "fitted", ())
         bound.num_labels = self.num_outputs or num_labels or len(corpus.labels) or 2
         return bound
 
@@ -267,6 +273,18 @@ class Task:
             return texts
         both = [text for pair in zip(texts, answers, strict=True) for text in pair]
         return pa.array([text.as_py() for text in both], pa.large_string())
+
+    def fit(self, texts: pa.Array) -> Sequence[Mapping[str, Any]]:
+        """What documents are encoded by besides, where `fits`, from a sample of those to train on:
+        plain values, which the manifest keeps. Where one of them has a text `said`, people read it.
+        Raises CorpusError where the sample is none for it."""
+        raise NotImplementedError
+
+    def fitted_by(self, fitted: Sequence[Mapping[str, Any]]) -> Self:
+        """The task with what `fit` has given."""
+        bound = copy.copy(self)
+        bound.fitted = fitted
+        return bound
 
     def encode(self, texts: pa.Array, targets: pa.Array | None, tools: Tools) -> Encoded:
         """Cleaned documents as tokens and the task's columns: packed ones with what stands around

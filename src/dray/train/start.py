@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.corpus.manifest import MANIFEST, dump_manifest, load_manifest
-from dray.corpus.prepare import Corpus, corpus_key, describe_changes, with_tokenizer_folder
-from dray.corpus.telling import find_teller
+from dray.corpus.prepare import (
+    Corpus,
+    corpus_key,
+    describe_changes,
+    find_models,
+    with_tokenizer_folder,
+)
 from dray.corpus.tokenizer_folder import TOKENIZER_JSON
 from dray.corpus.tools import FILES
 from dray.errors import CorpusError, PlanError, SpecError, StoreError, one_line, translated
@@ -347,8 +352,8 @@ def _holds_the_same(run: Run, spec: Spec) -> bool:
     try:
         own = with_tokenizer_folder(spec, run.storage)
         kept = (run.model() or {}).get("pretrained")
-        teller = find_teller(own, run.storage, kept and make_origin(kept, run.storage))
-        return bool(corpus_key(own, teller=teller) == run.record()["corpus_key"])
+        models = find_models(own, run.storage, kept and make_origin(kept, run.storage))
+        return bool(corpus_key(own, **models) == run.record()["corpus_key"])
     except CorpusError:
         return False
 

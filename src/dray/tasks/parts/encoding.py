@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -195,6 +197,22 @@ def read_bytes(texts: pa.Array) -> list[bytes]:
     """The bytes that documents of one field of kind `bytes` are. Those of several are parted by
     SEPARATOR first (`pc.split_pattern`). Raises ValueError for what is no base64."""
     return [base64.b64decode(text, validate=True) for text in texts.to_pylist()]
+
+
+def read_numbers(text: str, size: int) -> list[float] | str:
+    """The numbers that a document of fields of kind `record` holds, each a number, a text of one or
+    a list of numbers; or, in some words, why it is not `size` of them."""
+    found: list[float] = []
+    for part in text.split(SEPARATOR):
+        value = json.loads(part)
+        for one in value if isinstance(value, list) else [value]:
+            try:
+                if isinstance(one, bool) or not math.isfinite(number := float(one)):
+                    return "what is no number in it"
+            except (TypeError, ValueError, OverflowError):
+                return "what is no number in it"
+            found.append(number)
+    return found if len(found) == size else f"not {size:,} numbers in it"
 
 
 def join_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.LargeListArray:

@@ -64,6 +64,16 @@ def given_inputs(model: Any, batch: Batch, names: Sequence[str]) -> Batch:
     }
 
 
+def likeliest(output: Output, labels: Sequence[str]) -> list[Any]:
+    """Of each row the likeliest class, and the probability of each."""
+    found = []
+    for row in output["log_scores"].exp().tolist():
+        scores = dict(zip(labels, row, strict=True))
+        best = max(scores, key=lambda label: scores[label])
+        found.append({"prediction": best, "scores": scores})
+    return found
+
+
 class ConfusionMetrics:
     """Counts of each class taken for each other, and of rows whose class was among the likeliest
     five."""
