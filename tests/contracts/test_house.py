@@ -38,6 +38,7 @@ LEVELS = {
     "corpus": 7,
     "rank": 8,
     "ledger": 8,
+    "privacy": 8,
     "show": 9,
     "train": 10,
     "release": 10,

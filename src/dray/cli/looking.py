@@ -86,6 +86,7 @@ def _say_jobs(arguments: argparse.Namespace) -> int:
 
 
 def show_command(arguments: argparse.Namespace) -> int:
+    from dray.privacy import privacy_of
     from dray.runs import Run
     from dray.show.report import format_summary, load_account
 
@@ -98,7 +99,10 @@ def show_command(arguments: argparse.Namespace) -> int:
         return 0
     run = Run.open(storage, name)
     if arguments.json:
-        arguments.out.say_json({**run.summary(), "data": load_account(run)})
+        told = {**run.summary(), "data": load_account(run)}
+        if (privacy := privacy_of(run)) is not None:
+            told["privacy"] = privacy
+        arguments.out.say_json(told)
     else:
         arguments.out.say(format_summary(run))
     return 0

@@ -87,6 +87,17 @@ class Chance:
         finally:
             self._pass = before
 
+    @contextmanager
+    def only(self, place: int) -> Iterator[None]:
+        """Draw for one of the rows alone within the block, which passes through the model by
+        itself."""
+        before = self._keys
+        self._keys = None if before is None else before[place : place + 1]
+        try:
+            yield
+        finally:
+            self._keys = before
+
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """What a block is computed in now, and once more for its gradients: of the same pass."""
         return nullcontext(), self.another_pass(self._pass)

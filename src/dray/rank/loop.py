@@ -31,7 +31,7 @@ from torch import Tensor
 from dray.corpus.stream import RowStream
 from dray.corpus.tokenizing import Decoder
 from dray.doctor.hangs import agreement_seconds
-from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer
+from dray.errors import CheckpointDamaged, GroupDissolved, LossSpike, ReadsDiffer, StoreError
 from dray.models.build import (
     build_model,
     documents_apart,
@@ -55,7 +55,8 @@ from dray.rank.engine import Engine, build_engine, import_deepspeed
 from dray.rank.exploring import explore
 from dray.rank.feeding import StepRows, ValidationRows, feed
 from dray.rank.group import Ranks
-from dray.rank.hooks import build_hooks, check_blocks
+from dray.rank.hiding import PrivateNoise, PrivateRows
+from dray.rank.hooks import Hook, build_hooks, check_blocks
 from dray.rank.job import Attempt, Job
 from dray.rank.numerics import Watch
 from dray.rank.passes import Micro, build_passes
@@ -213,6 +214,8 @@ class _Loop:
         decode = Decoder(child(run.corpus_copy, "tokenizer"))
         self.chance = Chance()
         self.passes = build_passes(job.spec.regularization, self.chance)
+        if job.spec.privacy is not None:
+            self.passes = PrivateRows(job.spec.privacy, self.chance)
         self.task: Task = job.spec.task.on(job.manifest, job.spec.model.num_labels, decode)
         self.engine: Engine = build_engine(
             self._build_model,
@@ -221,7 +224,7 @@ class _Loop:
             self.plan,
             ranks,
             make_objective=self._make_objective,
-            hooks=build_hooks(self.spec, self.chance),
+            hooks=[*build_hooks(self.spec, self.chance), *self._hiding()],
         )
         self.saver = Saver(
             run,
@@ -246,6 +249,15 @@ class _Loop:
         )
         self.metrics: TaskMetrics | None = None
         self.is_undefined_told = False
+
+    def _hiding(self) -> list[Hook]:
+        """The noise of a private run."""
+        privacy = self.spec.privacy
+        if privacy is None:
+            return []
+        if (kept := self.run.noise()) is None:
+            raise StoreError(f"run {self.run.name!r}", "has lost its noise", "it was kept there")
+        return [PrivateNoise(privacy, kept, self.spec.batch.global_rows)]
 
     def _build_model(self, constructing: Any, gathering: Any) -> torch.nn.Module:
         manifest, is_new = self.job.manifest, self.newest is None
@@ -398,6 +410,8 @@ class _Loop:
                 int(self.reporter.notice_given()),
             ]
         )
+        if self.spec.privacy is not None:  # how many targets rows have says something of them
+            targets = self.spec.batch.global_rows
         return _Agreed(targets, tokens, digest, stops > 0, saves > 0, notices > 0)
 
     def _forward_backward(

@@ -2,6 +2,7 @@
 
 <storage>/<sweep>/  sweep.json  space.yaml  spec.yaml  log/*.jsonl  drivers/  0001/ (a run), 0002/ …
 <storage>/<run>/  spec.yaml  plan.json  run.json  model.json  metrics.parquet
+    noise.json                            of a private run: its noise, a secret
     compression.json                      of a compressed run: the table, before and after
     evaluations/<digest>.json             what a release measured of a checkpoint
     corpus/manifest.json, tokenizer/      what a model must know of its corpus, without the rows
@@ -26,6 +27,7 @@ PLAN_FILE = "plan.json"
 MODEL_FILE = "model.json"
 CORPUS = "corpus"
 RUN_FILE = "run.json"
+NOISE_FILE = "noise.json"
 COMPRESSION_FILE = "compression.json"
 PARQUET_FILE = "metrics.parquet"
 ATTEMPTS, METRICS, VALIDATION, EVENTS = "attempts", "metrics", "validation", "events"

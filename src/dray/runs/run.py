@@ -8,6 +8,7 @@ told in beginning.py.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -54,6 +55,7 @@ from dray.runs.layout import (
     MARKER_FILE,
     METRICS,
     MODEL_FILE,
+    NOISE_FILE,
     PARQUET_FILE,
     PLAN_FILE,
     REJECTED_FILE,
@@ -93,6 +95,7 @@ from dray.storage.filesystem import (
     child,
     exists,
     is_file,
+    is_local,
     is_uri,
     list_files,
     list_folders,
@@ -259,6 +262,20 @@ class Run:
             f"{self.path}/{MODEL_FILE}",
             {"config": config, "pretrained": pretrained},
         )
+
+    def noise(self) -> dict[str, Any] | None:
+        """What the noise of a private run follows from: `key` and `noise_multiplier`. A secret."""
+        try:
+            return load_json(self.filesystem, f"{self.path}/{NOISE_FILE}")
+        except FileNotFoundError:
+            return None
+
+    def keep_noise(self, kept: Mapping[str, Any]) -> None:
+        """Keep it, for the run's owner alone where the storage is a disk."""
+        path = f"{self.path}/{NOISE_FILE}"
+        create_exclusive(self.filesystem, path, json.dumps(kept).encode())
+        if is_local(self.filesystem):
+            os.chmod(path, 0o600)
 
     @property
     def corpus_copy(self) -> str:

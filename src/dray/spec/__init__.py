@@ -23,6 +23,7 @@ from dray.spec.loading import (
 )
 from dray.spec.mistakes import shown_words, translate
 from dray.spec.optimizers import OPTIMIZERS, Optimizer, State
+from dray.spec.private import Privacy
 from dray.spec.releasing import STAGES, Compress, Evaluate, Export, Serve
 from dray.spec.sections import (
     NAME_RULE,
@@ -103,6 +104,7 @@ __all__ = [
     "Numerics",
     "Optimizer",
     "Packaged",
+    "Privacy",
     "Regularization",
     "Resources",
     "Schedule",

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.augmenting import KEEPS_PLACES, TEXT_CHANGES, Augmentation
 from dray.spec.optimizers import AdamW, OptimizerChoice
+from dray.spec.private import Privacy
 from dray.spec.releasing import STAGES, Compress, Evaluate, Export, OneOrMore, Serve, as_several
 from dray.spec.sections import (
     ORIGIN_NAME,
@@ -43,7 +44,7 @@ from dray.spec.sections import (
 )
 from dray.spec.tasks import TaskChoice, check_fields
 
-LATER_SECTIONS = ("adapters", "freezing", "augmentation", "distil")
+LATER_SECTIONS = ("adapters", "freezing", "augmentation", "distil", "privacy")
 """What is a part of an identity where it is given."""
 _LEFT_OUT = Field(exclude_if=lambda given: given is None)
 """Of a section that a spec need not have: one that is not given stands nowhere."""
@@ -83,6 +84,8 @@ class Spec(Section):
     """Training rows in other words each time. None: as they were prepared."""
     distil: Annotated[Distil | None, _LEFT_OUT] = None
     """A teacher. None: the task's own loss alone."""
+    privacy: Annotated[Privacy | None, _LEFT_OUT] = None
+    """Differential privacy. None: there is none."""
     duration: Duration
     """How long to train."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
@@ -315,6 +318,30 @@ class Spec(Section):
                 "regularization.r_drop: two passes without dropout are the same; give "
                 "regularization.dropout=0.1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _hides_rows(self) -> Self:
+        if self.privacy is None:
+            return self
+        task, given, why = self.task, self.regularization, ""
+        if self.zero.stage != 0:
+            why = f"zero.stage = {self.zero.stage}: a row's gradient is whole at stage 0 alone"
+            why += "; give zero.stage=0"
+        elif self.precision == "fp16":
+            why = "precision = fp16: its scaled gradients are no rows' own; give bf16 or fp32"
+        elif given.r_drop or given.adversarial is not None or self.distil is not None:
+            why = "r_drop, adversarial and distil make losses of their own; leave them out"
+        elif task.packs or task.pools or task.explores or task.rows_together > 1:
+            why = f"a row of {task.name} is no document by itself"
+        elif self.numerics.spike == "rewind":
+            why = "numerics.spike = rewind: what is left out depends on the rows; give spike=warn"
+        elif self.engine.activation_checkpointing is True or self.engine.compile is True:
+            why = (
+                "engine.compile and activation_checkpointing are for whole batches; leave them out"
+            )
+        if why:
+            raise ValueError(f"privacy: {why}")
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ from dray.plan import (
     make_demands,
     with_numbers,
 )
+from dray.privacy import keep_noise
 from dray.rank.job import Job, make_corpus_plan
 from dray.runs import (
     Run,
@@ -209,6 +210,7 @@ def open_run(
     if spec.keeps_base and isinstance(origin, RunWeights):
         origin.keep_for(run.name)
     _keep_corpus(run, corpus)
+    keep_noise(run, spec, corpus.manifest, plan.num_steps or 0)
     return run, Job(
         spec,
         plan,
