@@ -37,9 +37,7 @@ def add_dictionary(model: Any, settings: Any) -> None:
     where = f"task.block = {settings.block}"
     if getattr(model.config, "is_encoder_decoder", False) or not blocks:
         what = "reads and writes apart" if blocks else "has no blocks that transformers knows"
-        raise SpecError(
-            where, f"{type(model).__name__} {what}", "a block is one of a row of them"
-        )
+        raise SpecError(where, f"{type(model).__name__} {what}", "a block is one of a row of them")
     if settings.block >= len(blocks):
         raise SpecError(
             where,
