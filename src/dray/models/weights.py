@@ -7,7 +7,7 @@ over is reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -205,7 +205,16 @@ def _classes_moved(theirs: Mapping[str, Any], config: Any) -> bool:
 
 def _in_backbone(model: Any, name: str) -> bool:
     # Poolers are part of a head in all but name: language models are saved without.
-    return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name
+    is_body = model.base_model is model  # built without a head, its names have no prefix
+    return (is_body or name.startswith(f"{model.base_model_prefix}.")) and "pooler" not in name
+
+
+def name_in(model: Any, name: str, known: Collection[str]) -> str:
+    """What a model calls a tensor of another model on the same body, of which one may be the body
+    itself: its names have no prefix."""
+    prefix = f"{model.base_model_prefix}."
+    others = (name, name.removeprefix(prefix), f"{prefix}{name}")
+    return next((other for other in others if other in known), name)
 
 
 def _check_backbone(
