@@ -118,7 +118,8 @@ def spec_page() -> str:
         for key, field in settings.model_fields.items():
             kind = describe(field.annotation) + bounds(field.metadata)
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{key}` | {kind} | `{json.dumps(field.default)}` | {meaning} |")
+            given = "needed" if field.is_required() else f"`{json.dumps(field.default)}`"
+            lines.append(f"| `{key}` | {kind} | {given} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
