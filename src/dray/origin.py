@@ -184,7 +184,9 @@ class _CheckpointWeights:
 
         known = shapes_of(model)
         return [
-            Stored(name_in(model, name, known), name, reader.shape(name), partial(read, name, state))
+            Stored(
+                name_in(model, name, known), name, reader.shape(name), partial(read, name, state)
+            )
             for state in ("param", "buffer")
             for name in reader.names(state)
         ]
