@@ -183,6 +183,8 @@ def _other_outputs(theirs: Mapping[str, Any], model: Any, found: Mapping[str, St
     """The part of the head that was trained for other outputs than the model's: the whole of it
     where classes stand in another order, and of another task's what gives values for classes, even
     if these are as many."""
+    if model.base_model is model:  # it has no outputs
+        return []
     head = [name for name in found if not name.startswith(f"{model.base_model_prefix}.")]
     if _classes_moved(theirs, model.config):
         return head
