@@ -27,7 +27,7 @@ def _head(found: Mapping[str, Any]) -> str:
 def _context(told: Mapping[str, Any]) -> str:
     """The tokens around one, which stands in brackets."""
     parts = [
-        f" [{token.strip()}] " if index == told["at"] else token
+        f"{' ' * token.startswith(' ')}[{token.strip()}]" if index == told["at"] else token
         for index, token in enumerate(told["tokens"])
     ]
     return " ".join("".join(parts).split())

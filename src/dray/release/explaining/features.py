@@ -182,5 +182,14 @@ class _Windows:
             _, columns, values = _of_rows(self.predictor, one)
             every = torch.zeros(size, len(self.chosen))
             every[columns] = values[:, self.chosen]
-            self._rows[row] = [self.trained.decode_token(token) for token in ids], every
+            tokens = [self.trained.decode_token(token) for token in ids]
+            self._rows[row] = _spaced(tokens), every
         return self._rows[row]
+
+
+def _spaced(tokens: list[str]) -> list[str]:
+    """Tokens of a text with the spaces before them, which WordPiece leaves out, and marks instead
+    what goes on with a word."""
+    if any(token.startswith(" ") for token in tokens):
+        return tokens
+    return [token[2:] if token.startswith("##") else f" {token}" for token in tokens]
