@@ -348,7 +348,16 @@ def _add_explain(commands: Any) -> None:
         help="a path, or a YAML mapping like a spec's data source; targets are not needed",
     )
     explain.add_argument(
-        "--rows", type=int, default=10, metavar="N", help="the first N records (default: 10)"
+        "--rows",
+        type=int,
+        metavar="N",
+        help="the first N records (default: 10; 1000 of a task that finds features)",
+    )
+    explain.add_argument(
+        "--features",
+        type=int,
+        metavar="N",
+        help="of a task that finds features, N of those that fire most often (default: 20)",
     )
     explain.add_argument(
         "--method",
