@@ -682,6 +682,11 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--log-bodies", action="store_true", help="with what was asked and answered, too"
     )
+    serve.add_argument(
+        "--feedback",
+        metavar="NAME",
+        help="take in what people say of answers, into this dataset of the storage",
+    )
     _add_storage(serve)
     _add_cluster(serve)
     _add_versions(commands)
