@@ -54,6 +54,9 @@ class Here:
 
 
 class Address:
+    recall: Recall | None = None
+    """Where a test gave one."""
+
     def __init__(self, port: int, answerers: Mapping[str, Answerer], router: Router) -> None:
         self.port, self.answerers, self.router = port, answerers, router
         self.url = f"http://127.0.0.1:{port}"

@@ -200,6 +200,25 @@ def test_an_answer_is_known_for_a_while(asking: Asking, clock: Clock) -> None:
     assert asking.say("ann", asking.classify("ann", "good 7"), rating="up").status_code == 200
 
 
+def test_what_is_said_is_counted_as_right_or_wrong(asking: Asking) -> None:
+    right, wrong = (("mood", "1", verdict) for verdict in ("right", "wrong"))
+    before = {name: asking.recall.counts[name] for name in (right, wrong)}
+    request = asking.classify("ann", "good 8", "good 9", "good 10")
+    found = asking.post("ann", "/classify", {"model": "mood", "input": ["good 8"]}).json()
+    guess = found["predictions"][0]["prediction"]
+    other = "bad" if guess == "good" else "good"
+    for index, label in enumerate((guess, other)):
+        assert asking.say("ann", request, index=index, label=label).status_code == 200
+    assert asking.say("ann", request, index=2, rating="down").status_code == 200
+    after = asking.recall.counts
+    assert after[right] - before[right] in (1, 2)  # of other texts the guess may differ
+    assert after[right] + after[wrong] - sum(before.values()) == 3
+    metrics = requests.get(
+        f"{asking.address.url}/metrics", headers={"Authorization": "Bearer the-one"}, timeout=60
+    )
+    assert 'dray_serve_feedback_total{model="mood",verdict="wrong",version="1"}' in metrics.text
+
+
 def test_what_is_kept_in_memory_is_bounded(storage: str, tmp_path: Path) -> None:
     from dray.serve.asked import Asked
 

@@ -64,6 +64,10 @@ def drift(of: str) -> str:
 
 READY, QUEUE = 'dray_serve_ready{model="m"}', 'dray_serve_queue{model="m"}'
 FULL = 'dray_serve_refusals_total{code="overloaded",status="429"}'
+RIGHT, WRONG = (
+    f'dray_serve_feedback_total{{model="m",version="1",verdict="{said}"}}'
+    for said in ("right", "wrong")
+)
 UP, LOST = 'up{job="dray_serve",instance="i"}', "dray_serve_log_lost_total"
 STEADY = {
     UP: "1x400",
@@ -76,6 +80,8 @@ STEADY = {
     FULL: "0x400",
     drift("input_length"): "0.04x400",
     drift("class"): "0.05x400",
+    RIGHT: "0+9x400",
+    WRONG: "0+1x400",
     LOST: "0x400",
 }
 """Series of a service that is well, a minute a sample."""
@@ -92,6 +98,7 @@ TROUBLES: dict[str, dict[str, str]] = {
     "DrayServeOverloaded": {FULL: "0x150 0+60x250"},
     "DrayServeInputDrift": {drift("input_length"): "0.04x150 0.4x250"},
     "DrayServeScoreDrift": {drift("class"): "0.05x150 0.4x250"},
+    "DrayServeFeedbackFalls": {WRONG: "0+1x150 150+9x250"},
     "DrayServeLogLost": {LOST: "0x190 0+5x210"},
 }
 """Alert → what differs from that where it is to fire, 200 minutes later."""

@@ -1,10 +1,10 @@
 """Datasets of feedback in a storage: an entry is a file that is created once and never changed.
 
 Below `STORAGE/serving/feedback/NAME`, `entries/ID.json` are the entries, `forgotten/ID.json` says
-of one that is no more when and why, without a word of it, and `snapshots/DIGEST/{train,held}.jsonl`
-are what training reads: the same entries give the same bytes. So nothing is half written, an entry
-is taken once however often it is sent, and what a run has learnt from can be told line by line.
-Refuses entries of a damaged dataset.
+of one that is no more when and why, without a word of it, and `snapshots/DIGEST/` has two files
+that training reads, `NAME-DIGEST-train.jsonl` and `…-held.jsonl`: the same entries give the same
+bytes. So nothing is half written, an entry is taken once however often it is sent, and what a run
+has learnt from can be told line by line. Refuses entries of a damaged dataset.
 """
 
 from __future__ import annotations
@@ -142,14 +142,15 @@ class Dataset:
         contents = ["".join(own).encode() for own in lines]
         digest = hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
         folder = f"{self._folder}/snapshots/{digest}"
-        for name, content in zip(("train", "held"), contents, strict=True):
-            if content and not exists(self._filesystem, f"{folder}/{name}.jsonl"):
-                write_bytes(self._filesystem, f"{folder}/{name}.jsonl", content)
+        for side, content in zip(("train", "held"), contents, strict=True):
+            path = f"{folder}/{self._file(digest, side)}"
+            if content and not exists(self._filesystem, path):
+                write_bytes(self._filesystem, path, content)
         place = child(self.place, "snapshots", digest)
         return Snapshot(
             digest,
-            child(place, "train.jsonl"),
-            child(place, "held.jsonl") if sides[1] else "",
+            child(place, self._file(digest, "train")),
+            child(place, self._file(digest, "held")) if sides[1] else "",
             tuple(entry.id for entry in sides[0]),
             tuple(entry.id for entry in sides[1]),
             num_unusable=len(entries) - len(sides[0]) - len(sides[1]),
@@ -159,13 +160,17 @@ class Dataset:
         """Those that were made."""
         for digest in sorted(list_folders(self._filesystem, f"{self._folder}/snapshots")):
             place = child(self.place, "snapshots", digest)
-            train, held = (self._lines_of(digest, name) for name in ("train", "held"))
-            held_file = child(place, "held.jsonl") if held else ""
-            yield Snapshot(digest, child(place, "train.jsonl"), held_file, train, held, 0)
+            train, held = (self._lines_of(digest, side) for side in ("train", "held"))
+            files = [child(place, self._file(digest, side)) for side in ("train", "held")]
+            yield Snapshot(digest, files[0], files[1] if held else "", train, held, 0)
 
-    def _lines_of(self, digest: str, name: str) -> tuple[str, ...]:
+    def _file(self, digest: str, side: str) -> str:
+        """A name that no other source of a corpus has."""
+        return f"{self.name}-{digest}-{side}.jsonl"
+
+    def _lines_of(self, digest: str, side: str) -> tuple[str, ...]:
         """The entries of the lines of a snapshot's file."""
-        path = f"{self._folder}/snapshots/{digest}/{name}.jsonl"
+        path = f"{self._folder}/snapshots/{digest}/{self._file(digest, side)}"
         if not exists(self._filesystem, path):
             return ()
         lines = read_bytes(self._filesystem, path).decode().split("\n")

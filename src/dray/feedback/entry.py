@@ -64,6 +64,14 @@ class Entry(BaseModel):
         """SHA-256 of what was asked: the same question is on one side of a split."""
         return hashlib.sha256(_json(self.asked).encode()).hexdigest()
 
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer was right: a thumb up, and nothing else in its place."""
+        right = self.label if self.text is None else self.text
+        if right is None:
+            return self.rating == "up"
+        return bool(right == (tuple(self.answered) if isinstance(right, tuple) else self.answered))
+
     def record(self) -> dict[str, Any] | None:
         """What is learnt of it: what was asked with the answer that is right. None where nobody
         said which that is: it was found wrong, and no other one was given."""

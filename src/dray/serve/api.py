@@ -73,9 +73,9 @@ def make_api(
     )
     _add_errors(api)
     add_page(api)
-    _add_told(api, router)
-    _add_metrics(api, router, observer.meter)
     recalls = observer.recall is not None
+    _add_told(api, router, recalls)
+    _add_metrics(api, router, observer.meter)
     _add_writing(api, router, recalls)
     _add_predicting(api, router, limits, recalls)
     if observer.recall is not None:
@@ -179,7 +179,10 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
 # --- what is told of the service -----------------------------------------------------------------
 
 
-def _add_told(api: FastAPI, router: Router) -> None:
+def _add_told(api: FastAPI, router: Router, recalls: bool) -> None:
+    def told(card: Card) -> Card:
+        return card.model_copy(update={"feedback": recalls})
+
     @api.get("/health", tags=["service"])
     async def health() -> Status:
         """Whether the service lives; asks for no key."""
@@ -199,13 +202,13 @@ def _add_told(api: FastAPI, router: Router) -> None:
     @api.get("/v1/models", tags=["models"])
     async def models() -> Cards:
         """All models, with what each answers to."""
-        return Cards(data=await router.cards())
+        return Cards(data=[told(card) for card in await router.cards()])
 
     @api.get("/v1/models/{model}", tags=["models"])
     async def model(model: str) -> Card:
         """One of them."""
         router.choose(model)
-        return next(card for card in await router.cards() if card.id == model)
+        return told(next(card for card in await router.cards() if card.id == model))
 
 
 def _add_metrics(api: FastAPI, router: Router, meter: Meter) -> None:

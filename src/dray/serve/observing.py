@@ -38,6 +38,7 @@ def observe(
         queue=lambda: router.queue,
         agreements=agreements,
         drift=drift.read,
+        feedback=lambda: {} if recall is None else recall.counts,
         log_lost=lambda: None if log is None else log.num_lost,
     )
     return Observer(Meter(live), drift, log, recall)

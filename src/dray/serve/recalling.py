@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +71,8 @@ class Recall:
         self._seconds, self._most_bytes = seconds, num_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._num_bytes = 0
-        self.counts = {"kept": 0, "refused": 0}
-        """Of what was said."""
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        """What was said, by model, version, and `right` or `wrong`."""
 
     def keep(self, request: Asked, route: str) -> None:
         """A request has ended; one that was answered is kept."""
@@ -110,15 +110,12 @@ class Recall:
         """Put what somebody says into the dataset. Raises Refusal 404 for an answer that is not
         known, or that somebody else got, 400 for what cannot be said of it, 409 for what was said
         already, 503 where the storage does not take it."""
-        try:
-            entry = self._entry(said, caller)
-            if not self._add(entry):
-                what = f"of answer {said.index} of {said.id} something was said already"
-                raise Refusal(409, what, param="id", code="already_said")
-        except Refusal:
-            self.counts["refused"] += 1
-            raise
-        self.counts["kept"] += 1
+        entry = self._entry(said, caller)
+        if not self._add(entry):
+            what = f"of answer {said.index} of {said.id} something was said already"
+            raise Refusal(409, what, param="id", code="already_said")
+        verdict = "right" if entry.is_right else "wrong"
+        self.counts[entry.model, str(entry.version), verdict] += 1
         return entry
 
     def _entry(self, said: FeedbackRequest, caller: Caller) -> Entry:

@@ -203,6 +203,8 @@ class Card(BaseModel):
     """Tokens of a prompt and its answer together, or of a text."""
     run: str | None
     step: int | None
+    feedback: bool = False
+    """Whether something may be said of its answers."""
     versions: list[VersionCard] = []
     """Those that may be asked by their number."""
 
