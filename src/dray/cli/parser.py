@@ -25,6 +25,7 @@ from dray.cli.feedback import (
     feedback_forget_command,
     feedback_list_command,
 )
+from dray.cli.forgetting import forget_command
 from dray.cli.labelling import label_command
 from dray.cli.looking import (
     doctor_command,
@@ -684,6 +685,7 @@ def _add_serve(commands: Any) -> None:
     _add_versions(commands)
     _add_keys(commands)
     _add_feedback(commands)
+    _add_forget(commands)
 
 
 def _add_train(commands: Any) -> None:
@@ -777,6 +779,28 @@ def _add_feedback(commands: Any) -> None:
     forget.add_argument("ids", nargs="*", metavar="ID", help="of entries, as they are listed")
     forget.add_argument("--key", metavar="NAME", help="all that came by this key of a service")
     forget.add_argument("--reason", required=True, help="is kept in the place of what is deleted")
+
+
+def _add_forget(commands: Any) -> None:
+    forget = _add(
+        commands,
+        "forget",
+        forget_command,
+        "where a document went: corpora, runs, steps, checkpoints; and a run made again without it",
+    )
+    what = forget.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="the document, as a file of its text alone")
+    what.add_argument(
+        "--digest",
+        help="its digest, 32 hexadecimal digits; the document is looked for in the raw files",
+    )
+    forget.add_argument("--again", metavar="RUN", help="train this run's spec again without it")
+    forget.add_argument(
+        "--run", dest="run_name", metavar="NEW", help="name of that run (default: RUN-2)"
+    )
+    _add_storage(forget)
+    _add_cluster(forget)
+    _add_json(forget)
 
 
 def _add_versions(commands: Any) -> None:

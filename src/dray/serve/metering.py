@@ -154,7 +154,7 @@ class _Reader(Collector):
             for one in self.live.drift()
         }
         yield _family("drift", drifts)
-        said: dict[tuple[str, ...], float] = {**self.live.feedback()}
+        said: dict[tuple[str, ...], float] = dict(self.live.feedback().items())
         yield _family("feedback_total", said)
         if (lost := self.live.log_lost()) is not None:
             yield _family("log_lost_total", {(): lost})
