@@ -3,8 +3,7 @@ which steps, which checkpoints have seen it, and which runs began with the weigh
 
 A corpus keeps no documents, so the document is encoded by each corpus' own tokeniser and looked for
 in its rows; the steps are those of the ledger's history. A document is found as it is, with the
-same normalised text: one that says nearly the same is another. Packed rows know no documents: there
-a text that is a part of a longer one is found, too. Refuses documents without text.
+same normalised text: one that says nearly the same is another. Refuses documents without text.
 """
 
 from __future__ import annotations
@@ -33,9 +32,10 @@ from dray.storage.filesystem import child, exists, open_filesystem
 ANCHOR_TOKENS = 16
 """Of the pieces of a document that packed rows are searched for."""
 LEAST_SHARE = 0.5
-"""Of its pieces that a corpus must hold, to hold the document: some are phrases that others have,
-too, and some are cut by the ends of rows."""
+"""Of its tokens that must be found in packed rows: of what the ends of rows cut off a piece that is
+shorter than an anchor is not."""
 ROWS_AT_ONCE = 4096
+Tokens = npt.NDArray[np.uint64]
 _BASE = np.uint64(1_099_511_628_211)
 
 
@@ -254,16 +254,19 @@ def _find_rows(
     folder: str, manifest: Manifest, split: Split, ids: Any, tools: Tools, *, packed: bool
 ) -> list[int]:
     """Rows of a split with the document: of one document each, those that are it or its beginning;
-    of packed ones, those with pieces of it, where enough of its pieces are there."""
+    of packed ones, those with pieces of it, where enough of it is in them together."""
     room = manifest.sequence_tokens - len(tools.prefix) - len(tools.suffix)
-    whole = np.asarray(ids, np.uint64)[: room if not packed else None]
+    whole = np.asarray(ids, np.uint64)[: None if packed else room]
     width = min(ANCHOR_TOKENS, len(whole)) if packed else len(whole)
     starts = np.unique(np.append(np.arange(0, len(whole) - width + 1, width), len(whole) - width))
-    anchors = {int(_hashes(whole[start : start + width][None], width)[0, 0]): int(start)
-               for start in starts}  # fmt: skip
-    found: list[int] = []
-    met: set[int] = set()
+    anchors = {
+        int(_hashes(whole[start : start + width][None], width)[0, 0]): int(start)
+        for start in starts
+    }
     wanted = np.array(sorted(anchors), np.uint64)
+    around = np.array(sorted({*tools.prefix, *tools.suffix}), np.uint64)
+    found: set[int] = set()
+    met = np.zeros(len(whole), bool)
     for first in range(0, split.num_rows, ROWS_AT_ONCE):
         rows = np.arange(first, min(first + ROWS_AT_ONCE, split.num_rows), dtype=np.int64)
         table = read_rows(folder, manifest, split, rows)
@@ -273,17 +276,30 @@ def _find_rows(
         if tokens.shape[1] < width:
             continue
         for place, start, own in _matches(tokens, sizes, width, wanted):
-            begin = anchors[own]
-            if not np.array_equal(tokens[place, start : start + width], whole[begin:][:width]):
-                continue
-            extra = int(sizes[place]) - len(tools.prefix) - len(tools.suffix)
-            if not packed and (start != len(tools.prefix) or extra != len(whole)):
-                continue
-            met.add(begin)
-            found.append(int(rows[place]))
-    if len(met) < LEAST_SHARE * len(anchors):
-        return []
-    return sorted(set(found))
+            row = tokens[place, : sizes[place]]
+            if packed:
+                piece = _piece(row, whole, start, anchors[own], around)
+            else:
+                bare = row[len(tools.prefix) : len(row) - len(tools.suffix)]
+                piece = slice(0, len(whole)) if np.array_equal(bare, whole) else None
+            if piece is not None:
+                met[piece] = True
+                found.add(int(rows[place]))
+    return sorted(found) if met.mean() >= LEAST_SHARE else []
+
+
+def _piece(row: Tokens, whole: Tokens, start: int, begin: int, around: Tokens) -> slice | None:
+    """What of a document is in a packed row, given where one of its tokens may be: from its begin,
+    or that of the row, to its end, or that of the row. None where something else follows, or goes
+    before: another document that shares some words."""
+    shift = start - begin  # of the row's places against the document's
+    first, last = max(0, -shift), min(len(whole), len(row) - shift)
+    if not np.array_equal(row[first + shift : last + shift], whole[first:last]):
+        return None
+    for place in (first + shift - 1, last + shift):  # what stands beside it, where it is whole
+        if 0 <= place < len(row) and len(around) and row[place] not in around:
+            return None
+    return slice(first, last)
 
 
 def _matches(
