@@ -21,6 +21,7 @@ from dray.serve.keys import OneKey
 from dray.serve.limits import Bodies, Limits
 from dray.serve.loading import load_served
 from dray.serve.observing import observe
+from dray.serve.recalling import Recall
 from dray.serve.request_log import Logged
 from dray.serve.routing import Router
 from dray.serve.schemas import Card
@@ -53,6 +54,9 @@ class Here:
 
 
 class Address:
+    recall: Recall | None = None
+    """Where a test gave one."""
+
     def __init__(self, port: int, answerers: Mapping[str, Answerer], router: Router) -> None:
         self.port, self.answerers, self.router = port, answerers, router
         self.url = f"http://127.0.0.1:{port}"
@@ -71,6 +75,7 @@ def served_here(
     key: bytes = b"",
     ring: Ring | None = None,
     logged: Logged | None = None,
+    recall: Recall | None = None,
 ) -> Iterator[Address]:
     """A service for the time of the block."""
     limits = limits or Limits()
@@ -81,7 +86,10 @@ def served_here(
         model.follow(Plan(1), {1: Here(answerers[name])})
     router = Router(models_by_name, limits)
     observer = observe(
-        router, lambda: {name: one.agreement for name, one in models_by_name.items()}, logged
+        router,
+        lambda: {name: one.agreement for name, one in models_by_name.items()},
+        logged,
+        recall,
     )
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(

@@ -206,6 +206,18 @@ CASES = {
         {"label": "label"},
         {"model": bert(), "data": {"balance": 0.5}},
     ),
+    "sparse_autoencoder": Case(
+        texts,
+        {"block": 0, "features": 96, "top_k": 4, "auxiliary_top_k": 8},
+        {},
+        {"model": bert(), "regularization": {}},
+    ),
+    "sparse_autoencoder by l1": Case(
+        texts,
+        {"block": 1, "features": 48, "l1": 1e-3},
+        {},
+        {"model": bert(architecture="llama"), "regularization": {}},
+    ),
     "speech_recognition": Case(
         tones,
         {"characters": "ab", "time_masks": 1},

@@ -174,7 +174,7 @@ class _CheckpointWeights:
     def open(
         self, model: Any, opened: ExitStack, *, headers_only: bool = False
     ) -> Sequence[Stored]:
-        from dray.models.weights import Stored
+        from dray.models.weights import Stored, name_in, shapes_of
 
         opened.enter_context(self.run.hold(self.info))
         reader = opened.enter_context(CheckpointReader(self.run, self.info))
@@ -182,8 +182,11 @@ class _CheckpointWeights:
         def read(name: str, state: str) -> Any:
             return reader.read(name, state).reshape(reader.shape(name))
 
+        known = shapes_of(model)
         return [
-            Stored(name, name, reader.shape(name), partial(read, name, state))
+            Stored(
+                name_in(model, name, known), name, reader.shape(name), partial(read, name, state)
+            )
             for state in ("param", "buffer")
             for name in reader.names(state)
         ]

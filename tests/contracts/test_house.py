@@ -35,6 +35,7 @@ LEVELS = {
     "tasks": 6,
     "doctor": 6,
     "jobs": 6,
+    "feedback": 6,
     "corpus": 7,
     "rank": 8,
     "ledger": 8,

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     BertModel,
 )
 
@@ -20,7 +22,7 @@ from dray.models.build import check_builds
 from dray.models.config import make_config
 from dray.models.folder import FolderWeights, save_pretrained_folder
 from dray.models.source import check_weights
-from dray.models.weights import check_fit
+from dray.models.weights import check_fit, name_in, shapes_of
 from small_models import VOCAB, digest, small_model, small_spec, some_ids
 
 
@@ -226,3 +228,30 @@ def test_weights_that_are_cut_off_are_refused_by_their_headers(tmp_path: Path) -
         file.write_bytes(whole[:cut])
         with pytest.raises(SpecError, match=words):
             check_weights(tmp_path)
+
+
+def test_names_of_a_body_and_of_a_model_with_a_head_are_told_from_each_other() -> None:
+    """Weights of a run lie under the names of its own model, which may have a head or none."""
+    config = BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    body = BertModel(config, add_pooling_layer=False)
+    whole = BertForSequenceClassification(config)
+    bare, headed = shapes_of(body), shapes_of(whole)
+    for name in bare:
+        assert name_in(whole, name, headed) == f"bert.{name}"
+        assert name_in(body, f"bert.{name}", bare) == name
+        assert name_in(body, name, bare) == name
+    assert name_in(body, "classifier.weight", bare) == "classifier.weight"
+    assert name_in(whole, "classifier.weight", headed) == "classifier.weight"
+
+
+def test_a_body_by_itself_must_have_its_weights(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    check_fit(BertModel(config), FolderWeights(tmp_path))
+    config.num_hidden_layers = 2
+    with pytest.raises(SpecError, match="lacks 16 of"):
+        check_fit(BertModel(config), FolderWeights(tmp_path))

@@ -226,6 +226,7 @@ def test_what_is_documented_is_what_is_exposed():
         queue=lambda: {"chat": 1},
         agreements=lambda: {"chat": {"same": 1}},
         drift=lambda: [Drifted("chat", 1, "class", 0.1, "held_out")],
+        feedback=lambda: {("chat", "1", "right"): 1},
         log_lost=lambda: 0,
     )
     meter = Meter(live)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import requests
 
+from dray.feedback import Dataset
+from dray.serve.recalling import Recall
 from dray.serve.served import Served
 from dray.serve.shares import Plan
 from served_here import Address, served_here
@@ -24,7 +26,9 @@ KEY = "key-of-the-service"
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     folder = str(save_small_writer(tmp_path_factory.mktemp("served") / "writer"))
     models = [Served(folder=folder), Served(folder=folder, name="other")]
-    with served_here(models, key=KEY.encode()) as address:
+    recall = Recall(Dataset(str(tmp_path_factory.mktemp("said")), "said"))
+    with served_here(models, key=KEY.encode(), recall=recall) as address:
+        address.recall = recall
         writer, other = (address.answerers[name] for name in ("writer", "other"))
         address.follow("writer", Plan(1, canary=2, share=0.5), {1: writer, 2: other})
         yield address
@@ -108,6 +112,15 @@ def test_somebody_talks_to_two_models_by_keyboard_alone(service: Address, browse
     # Everything that is typed into or chosen from has a name that a screen reader tells.
     for control in browser.find_elements(By.CSS_SELECTOR, "input, select, textarea, button"):
         assert control.accessible_name, control.get_attribute("outerHTML")
+    # What was wrong is said by the buttons below the answer.
+    better = find("answer-model").find_element(By.CSS_SELECTOR, ".judging textarea")
+    better.send_keys("Paris")
+    better.find_element(By.XPATH, "following-sibling::button").send_keys(Keys.ENTER)
+    said = find("answer-model").find_element(By.CSS_SELECTOR, ".said")
+    wait.until(lambda _: said.text == "Thank you: this is kept.")
+    (entry,) = service.recall.dataset.entries()
+    assert (entry.rating, entry.text, entry.route) == ("down", "Paris", "chat")
+    assert entry.asked["messages"][-1]["content"] == "what is the capital of <b>France</b>?"
     Select(find("model")).select_by_visible_text("other")
     assert not browser.find_elements(By.TAG_NAME, "article")
     told = [one["message"] for one in browser.get_log("browser") if one["level"] == "SEVERE"]

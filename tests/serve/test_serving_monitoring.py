@@ -14,8 +14,10 @@ import requests
 import yaml
 
 from dray.cluster.nodes import answers
+from dray.feedback import Dataset
 from dray.serve.held_keys import Ring, create_key
 from dray.serve.metering import METRICS, PREFIX
+from dray.serve.recalling import Recall
 from dray.serve.request_log import Logged
 from dray.serve.served import Served
 from ports import free_ports
@@ -64,6 +66,10 @@ def drift(of: str) -> str:
 
 READY, QUEUE = 'dray_serve_ready{model="m"}', 'dray_serve_queue{model="m"}'
 FULL = 'dray_serve_refusals_total{code="overloaded",status="429"}'
+RIGHT, WRONG = (
+    f'dray_serve_feedback_total{{model="m",version="1",verdict="{said}"}}'
+    for said in ("right", "wrong")
+)
 UP, LOST = 'up{job="dray_serve",instance="i"}', "dray_serve_log_lost_total"
 STEADY = {
     UP: "1x400",
@@ -76,6 +82,8 @@ STEADY = {
     FULL: "0x400",
     drift("input_length"): "0.04x400",
     drift("class"): "0.05x400",
+    RIGHT: "0+9x400",
+    WRONG: "0+1x400",
     LOST: "0x400",
 }
 """Series of a service that is well, a minute a sample."""
@@ -92,6 +100,7 @@ TROUBLES: dict[str, dict[str, str]] = {
     "DrayServeOverloaded": {FULL: "0x150 0+60x250"},
     "DrayServeInputDrift": {drift("input_length"): "0.04x150 0.4x250"},
     "DrayServeScoreDrift": {drift("class"): "0.05x150 0.4x250"},
+    "DrayServeFeedbackFalls": {WRONG: "0+1x150 150+9x250"},
     "DrayServeLogLost": {LOST: "0x190 0+5x210"},
 }
 """Alert → what differs from that where it is to fire, 200 minutes later."""
@@ -127,7 +136,8 @@ def test_a_real_service_is_scraped_with_a_key_for_metrics(tmp_path: Path):
         assert found.status_code == 200, (expression, found.text)
         return [one for one in found.json()["data"]["result"] if one["value"][1] != "NaN"]
 
-    with served_here([model], ring=ring, logged=logged) as service:
+    recall = Recall(Dataset(str(tmp_path / "runs"), "said"))
+    with served_here([model], ring=ring, logged=logged, recall=recall) as service:
         config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{service.port}"]}]
         (folder / CONFIG).write_text(yaml.safe_dump(config))
         words = [
@@ -141,7 +151,10 @@ def test_a_real_service_is_scraped_with_a_key_for_metrics(tmp_path: Path):
             body = {"model": "writer", "prompt": ["what is"] * 32, "max_tokens": 2}
             url = f"{service.url}/v1/completions"
             for more in ({}, {"stream": True}, {"n": 99}):
-                requests.post(url, json=body | more, headers=write, timeout=60)
+                found = requests.post(url, json=body | more, headers=write, timeout=60)
+                said = {"id": found.headers["x-request-id"], "rating": "down"}
+                place = f"{service.url}/v1/feedback"
+                requests.post(place, json=said, headers=write, timeout=60)
             return bool(ask(expression))
 
         with running(*words, log=tmp_path / "prometheus.log"):

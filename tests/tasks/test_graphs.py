@@ -15,7 +15,7 @@ from small_models import VOCAB, small_model
 from task_cases import CASES
 from task_cases import make as make_spec_of
 
-OUTPUTS = {"embedding": "embeddings", "rating": "ratings"}
+OUTPUTS = {"embedding": "embeddings", "rating": "ratings", "sparse_autoencoder": "features"}
 
 
 @dataclass

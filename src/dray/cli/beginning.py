@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dray.cli.feedback import continue_command
 from dray.errors import DrayError, PlanError, RunFailed, SpecError, StoreError
 
 if TYPE_CHECKING:
@@ -265,6 +266,14 @@ def train_command(arguments: argparse.Namespace) -> int:
     from dray.spec import load_tree, make_spec
     from dray.train.driver import train
 
+    if arguments.continued is not None:
+        return continue_command(arguments)
+    if arguments.spec is None:
+        raise SpecError("dray train", "names no spec", "", "give SPEC, or --continue RUN")
+    for option in ("data", "held", "max_drop", "promote"):
+        if getattr(arguments, option):
+            word = option.replace("_", "-")
+            raise SpecError(f"--{word}", "goes with --continue RUN", "a spec has its own data")
     tree = load_tree(arguments.spec, arguments.overrides)
     if arguments.from_trial:
         tree = _with_trial(tree, arguments.from_trial, arguments.storage)

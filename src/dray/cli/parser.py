@@ -20,6 +20,12 @@ from dray.cli.beginning import (
     tune_command,
 )
 from dray.cli.explaining import explain_command
+from dray.cli.feedback import (
+    feedback_export_command,
+    feedback_forget_command,
+    feedback_list_command,
+)
+from dray.cli.forgetting import forget_command
 from dray.cli.labelling import label_command
 from dray.cli.looking import (
     doctor_command,
@@ -95,20 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cluster(prepare)
     _add_json(prepare)
 
-    train = _add_spec(commands, "train", train_command, "run it, or resume it")
-    _add_cluster(train)
-    _add_json(train)
-    train.add_argument("--run", dest="run_name", help="name of the run (default: the spec's name)")
-    train.add_argument(
-        "--fork", metavar="NEW_NAME", help="start a new run from the newest checkpoint of this one"
-    )
-
-    train.add_argument(
-        "--from-trial",
-        metavar="SWEEP/BEST",
-        help="with the values of a trial of a sweep: SWEEP/0007, or SWEEP/best",
-    )
-
+    _add_train(commands)
     _add_release(commands)
 
     tune = _add_spec(commands, "tune", tune_command, "sweep it, or go on with it")
@@ -348,7 +341,16 @@ def _add_explain(commands: Any) -> None:
         help="a path, or a YAML mapping like a spec's data source; targets are not needed",
     )
     explain.add_argument(
-        "--rows", type=int, default=10, metavar="N", help="the first N records (default: 10)"
+        "--rows",
+        type=int,
+        metavar="N",
+        help="the first N records (default: 10; 1000 of a task that finds features)",
+    )
+    explain.add_argument(
+        "--features",
+        type=int,
+        metavar="N",
+        help="of a task that finds features, N of those that fire most often (default: 20)",
     )
     explain.add_argument(
         "--method",
@@ -682,10 +684,132 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--log-bodies", action="store_true", help="with what was asked and answered, too"
     )
+    serve.add_argument(
+        "--feedback",
+        metavar="NAME",
+        help="take in what people say of answers, into this dataset of the storage",
+    )
     _add_storage(serve)
     _add_cluster(serve)
     _add_versions(commands)
     _add_keys(commands)
+    _add_feedback(commands)
+    _add_forget(commands)
+
+
+def _add_train(commands: Any) -> None:
+    """Training, by a spec or from another run on."""
+    train = _add_spec(commands, "train", train_command, "run it, or resume it", nargs="?")
+    _add_cluster(train)
+    _add_json(train)
+    train.add_argument("--run", dest="run_name", help="name of the run (default: the spec's name)")
+    train.add_argument(
+        "--fork", metavar="NEW_NAME", help="start a new run from the newest checkpoint of this one"
+    )
+
+    train.add_argument(
+        "--from-trial",
+        metavar="SWEEP/BEST",
+        help="with the values of a trial of a sweep: SWEEP/0007, or SWEEP/best",
+    )
+    _add_continuing(train)
+
+
+def _add_continuing(train: argparse.ArgumentParser) -> None:
+    """A run that goes on learning, instead of a spec."""
+    train.add_argument(
+        "--continue",
+        dest="continued",
+        metavar="RUN",
+        help="instead of SPEC: a new run from this one's weights, of old rows and new data; both "
+        "are measured then",
+    )
+    train.add_argument(
+        "--data",
+        action="append",
+        metavar="feedback:NAME",
+        help="with --continue: what to learn from; feedback, or data as `dray evaluate` takes it",
+    )
+    train.add_argument(
+        "--held",
+        action="append",
+        metavar="DATA",
+        help="with --continue: data like the new, to measure on (of feedback a share is kept out)",
+    )
+    train.add_argument(
+        "--replay",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="with --continue: share of a batch that are old rows (default: 0.5)",
+    )
+    train.add_argument(
+        "--held-share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="with --continue: share of feedback that is kept out (default: 0.2)",
+    )
+    train.add_argument(
+        "--max-drop",
+        action="append",
+        metavar="METRIC=AMOUNT",
+        help="with --continue: by how much a metric may get worse on the old held-out rows "
+        "(default: the validation's metric by 0.01)",
+    )
+    train.add_argument(
+        "--promote",
+        metavar="NAME",
+        help="with --continue: the served name that gets the new run, if it is let through",
+    )
+
+
+def _add_feedback(commands: Any) -> None:
+    """What people said of answers."""
+    what = "what people said of answers, and which of it a run has learnt"
+    listed = _add_named(commands, "feedback list", feedback_list_command, what)
+    listed.add_argument("--run", metavar="RUN", help="at which steps this run has learnt each")
+    _add_json(listed)
+    exported = _add_named(
+        commands, "feedback export", feedback_export_command, "feedback as a file of JSON lines"
+    )
+    exported.add_argument("--out", dest="file", required=True, metavar="FILE")
+    exported.add_argument(
+        "--as",
+        dest="form",
+        choices=("records", "judgements", "entries"),
+        default="records",
+        help="what is right, to train on; thumbs of texts, for `loss: kto`; or all (default: "
+        "records)",
+    )
+    forget = _add_named(
+        commands, "feedback forget", feedback_forget_command, "delete entries of feedback"
+    )
+    forget.add_argument("ids", nargs="*", metavar="ID", help="of entries, as they are listed")
+    forget.add_argument("--key", metavar="NAME", help="all that came by this key of a service")
+    forget.add_argument("--reason", required=True, help="is kept in the place of what is deleted")
+
+
+def _add_forget(commands: Any) -> None:
+    forget = _add(
+        commands,
+        "forget",
+        forget_command,
+        "where a document went: corpora, runs, steps, checkpoints; and a run made again without it",
+    )
+    what = forget.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="the document, as a file of its text alone")
+    what.add_argument(
+        "--digest",
+        help="its digest, 32 hexadecimal digits; the document is looked for in the raw files",
+    )
+    forget.add_argument("--again", metavar="RUN", help="train this run's spec again without it")
+    forget.add_argument(
+        "--run", dest="run_name", metavar="NEW", help="name of that run (default: RUN-2)"
+    )
+    _add_storage(forget)
+    _add_cluster(forget)
+    _add_json(forget)
 
 
 def _add_versions(commands: Any) -> None:
@@ -736,9 +860,13 @@ def _add(commands: Any, name: str, command: Command, text: str) -> argparse.Argu
     return parser
 
 
-def _add_spec(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+def _add_spec(
+    commands: Any, name: str, command: Command, text: str, **options: Any
+) -> argparse.ArgumentParser:
     parser = _add(commands, name, command, text)
-    parser.add_argument("spec", metavar="SPEC", help="a spec file or the name of a recipe")
+    parser.add_argument(
+        "spec", metavar="SPEC", help="a spec file or the name of a recipe", **options
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides of dotted spec paths"
     )

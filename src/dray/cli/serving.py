@@ -41,6 +41,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
         say=Display().say,
         tls=read_tls(arguments.tls_cert, arguments.tls_key),
         logged=Logged(file=os.path.abspath(log), bodies=bodies) if log else None,
+        feedback=arguments.feedback,
     )
     return 0
 

@@ -90,6 +90,8 @@ def _failures(texts: pa.Array, rules: Cleaning) -> list[tuple[str, Mask]]:
     if rules.max_repeated_line_share < 1:
         shares = np.array([repeated_line_share(text) for text in texts.to_pylist()], float)
         found.append(("repeated_lines", shares > rules.max_repeated_line_share))
+    if rules.forget:
+        found.append(("forgotten", np.isin(_joined(texts), np.array([*rules.forget]))))
     return found
 
 
@@ -120,6 +122,19 @@ def hash_texts(texts: pa.Array) -> tuple[Hashes, Hashes]:
     joined = b"".join([digest(view[start:stop]) for start, stop in itertools.pairwise(bounds)])
     halves = np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
     return halves[:, 0].copy(), halves[:, 1].copy()
+
+
+def digest_of(text: str) -> str:
+    """What a normalised document is known by: its 128 bits, as 32 hexadecimal digits."""
+    (found,) = _joined(pa.array([text], pa.large_string())).tolist()
+    return str(found)
+
+
+def _joined(texts: pa.Array) -> npt.NDArray[np.str_]:
+    """The digests of documents."""
+    high, low = hash_texts(texts)
+    pairs = zip(high.tolist(), low.tolist(), strict=True)
+    return np.array([f"{first:016x}{second:016x}" for first, second in pairs], dtype="<U32")
 
 
 def held_out(low: Hashes, share: float) -> Mask:

@@ -8,6 +8,7 @@ of the other stages none in fp32 besides.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from torch import nn
 from dray.errors import SpecError, caught, one_line, translated
 from dray.models.adapters import adapt
 from dray.models.config import auto_class, make_config
+from dray.models.cutting import make_thin
 from dray.models.folder import FolderWeights
-from dray.models.freezing import freeze, with_depths
+from dray.models.freezing import freeze, keep_as_base, with_depths
 from dray.models.groups import find_blocks, hidden_matrices
 from dray.models.initialize import (
     Gathering,
@@ -123,7 +125,7 @@ def build_model(
             kept=config,
         )
         if num_blocks is not None:
-            _make_thin(made, num_blocks)
+            make_thin(made, num_blocks)
         model = _construct(made, spec.task.head, constructing or nullcontext(), dtype)
     if not initial_weights:
         model.tie_weights()
@@ -140,24 +142,20 @@ def build_model(
 
 
 def fit_to_train(model: Any, spec: Spec, gathering: Gathering = no_gathering) -> Any:
-    """Put the spec's adapters into a model, or freeze what it says of its layers, before it is
-    trained; returns it. Raises SpecError."""
+    """Put the spec's adapters into a model, or what its task adds, or freeze what it says of its
+    layers, before it is trained; returns it. Raises SpecError."""
+    if spec.task.adds:
+        keep_as_base(model.parameters())
+        digest = hashlib.sha256(f"{spec.seed}:part".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            spec.task.add_part(model)
+        return model
     if spec.adapters is not None:
         return adapt(model, spec, gathering=gathering)
     if spec.freezing is not None:
         freeze(model, spec.freezing)
     return model
-
-
-def _make_thin(config: Any, num_blocks: int) -> None:
-    """Leave a configuration so many of its blocks; their kinds, where they differ, stay those of
-    the first ones."""
-    config.num_hidden_layers = num_blocks
-    for name in ("decoder_layers", "num_decoder_layers"):  # behind an encoder
-        if hasattr(config, name):
-            setattr(config, name, num_blocks)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_blocks]
 
 
 Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]

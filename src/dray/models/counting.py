@@ -84,7 +84,7 @@ class _Asked:
             "num_labels": self.num_labels,
             "pad_token_id": self.pad_token_id,
             "config": self.config,
-            "task": None if self.spec.task.tokenizes else repr(self._task()),
+            "task": repr(self._task()) if _is_measured(self.spec) else None,
         }
 
     def _task(self) -> list[Any]:
@@ -113,7 +113,7 @@ def find_counts(
     sizes = None
     if config is None:
         sizes = load_dimensions(spec, vocab_size, num_labels, None, pad_token_id)
-        if sizes.exact and spec.task.tokenizes and not (spec.adapters or spec.freezing):
+        if sizes.exact and spec.task.tokenizes and not spec.trains_part:
             return ""
     asked = _Asked(
         spec,
@@ -134,6 +134,11 @@ def find_counts(
             return kept
         remember(CACHED, key, kept)
     return Counted.model_validate(kept["counted"]) if "counted" in kept else str(kept["problem"])
+
+
+def _is_measured(spec: Spec) -> bool:
+    """Whether a row's cost is measured on the model, since no formula has it."""
+    return bool(not spec.task.tokenizes or spec.task.adds)
 
 
 def _ask_process(asked: _Asked) -> dict[str, Any] | str:
@@ -200,8 +205,13 @@ def count_model(
 ) -> Counted:
     """Build the spec's model on the meta device and count it, here and now. `config`: the folder's.
     Raises SpecError where it cannot be built."""
-    from dray.models.build import check_builds, check_trains, import_transformers
-    from dray.models.row_cost import ROWS, measure_row
+    from dray.models.build import (
+        check_builds,
+        check_trains,
+        import_transformers,
+        one_document_a_row,
+    )
+    from dray.models.row_cost import ROWS, measure_added, measure_row
 
     import_transformers()
     made = make_config(
@@ -219,9 +229,13 @@ def count_model(
         )
     ):
         found = _read_sizes(model, made, spec.task.head)
-        if spec.task.tokenizes:
+        if not _is_measured(spec):
             return found
         inputs = spec.task.model_inputs(ROWS, spec.row_tokens)
+        if spec.task.adds:
+            with one_document_a_row():
+                row = measure_added(spec.task.objective(model), inputs, spec.row_tokens)
+            return found.model_copy(update={"row": row})
         if model.main_input_name not in inputs:
             raise SpecError(
                 "model",

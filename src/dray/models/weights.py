@@ -7,7 +7,7 @@ over is reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -183,6 +183,8 @@ def _other_outputs(theirs: Mapping[str, Any], model: Any, found: Mapping[str, St
     """The part of the head that was trained for other outputs than the model's: the whole of it
     where classes stand in another order, and of another task's what gives values for classes, even
     if these are as many."""
+    if model.base_model is model:  # it has no outputs
+        return []
     head = [name for name in found if not name.startswith(f"{model.base_model_prefix}.")]
     if _classes_moved(theirs, model.config):
         return head
@@ -205,7 +207,16 @@ def _classes_moved(theirs: Mapping[str, Any], config: Any) -> bool:
 
 def _in_backbone(model: Any, name: str) -> bool:
     # Poolers are part of a head in all but name: language models are saved without.
-    return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name
+    is_body = model.base_model is model  # built without a head, its names have no prefix
+    return (is_body or name.startswith(f"{model.base_model_prefix}.")) and "pooler" not in name
+
+
+def name_in(model: Any, name: str, known: Collection[str]) -> str:
+    """What a model calls a tensor of another model on the same body, of which one may be the body
+    itself: its names have no prefix."""
+    prefix = f"{model.base_model_prefix}."
+    others = (name, name.removeprefix(prefix), f"{prefix}{name}")
+    return next((other for other in others if other in known), name)
 
 
 def _check_backbone(

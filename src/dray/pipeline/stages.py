@@ -418,6 +418,7 @@ class Release:
             say=self._say,
             tls=read_tls(section.tls_cert, section.tls_key),
             logged=Logged(file=os.path.abspath(section.log)) if section.log else None,
+            feedback=section.feedback,
         )
         return Told(f"{place} has ended", place)
 

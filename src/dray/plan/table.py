@@ -143,7 +143,9 @@ def _model(plan: Plan) -> list[str]:
     ]
     if plan.counted is not None and (row := plan.counted.row) is not None:
         size = "" if row.tokens == 1 else f" of {row.tokens:,} tokens"
-        work = [_row("FLOPs a row", f"{row.flops:.3g}", f"measured{size}: 3 forward passes")]
+        adds = plan.num_trained_parameters is not None
+        passes = "1 pass of what stays, 3 of what is added" if adds else "3 forward passes"
+        work = [_row("FLOPs a row", f"{row.flops:.3g}", f"measured{size}: {passes}")]
     return [
         "model",
         _row("parameters", f"{plan.num_parameters:,}", exact),

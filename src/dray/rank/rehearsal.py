@@ -86,6 +86,13 @@ def rehearse(spec: Spec, plan: Plan, config: Config = None) -> Rehearsal:
             "a rehearsal draws tokens for its rows",
             "the first steps of the run tell its speed",
         )
+    if spec.task.adds:
+        raise PlanError(
+            "--measure",
+            f"{spec.task.name} adds a part to a model that stays as it is",
+            "a rehearsal takes a model's blocks to cost alike",
+            "the first steps of the run tell its speed",
+        )
     import torch.multiprocessing
 
     spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]

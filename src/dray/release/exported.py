@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,8 @@ class Exported(Opened):
     @cached_property
     def model(self) -> Any:
         """Read when it is first asked for. Raises StoreError."""
-        return load_folder(self.folder, self.spec.task.head.auto_class)
+        model = load_folder(self.folder, self.spec.task.head.auto_class)
+        return _with_added(model, self.spec, self.folder) if self.spec.task.adds else model
 
 
 def write_origin(spec: Spec, manifest: Manifest, folder: Path) -> None:
@@ -104,6 +106,28 @@ def open_exported(folder: str) -> Exported | None:
             "`dray export` makes another one",
         ) from error
     return Exported(folder, spec, manifest)
+
+
+def _with_added(model: Any, spec: Spec, folder: str) -> Any:
+    """A folder's model with what its task has added to it, which transformers passes by. Raises
+    StoreError."""
+    import torch
+
+    from dray.models.build import fit_to_train
+    from dray.models.folder import FolderWeights
+    from dray.models.freezing import is_base
+
+    fit_to_train(model, spec)
+    added = {name: p for name, p in model.named_parameters() if not is_base(p)}
+    with ExitStack() as opened, torch.no_grad():
+        stored = {one.target: one for one in FolderWeights(Path(folder)).open(model, opened)}
+        for name, parameter in added.items():
+            if name not in stored or stored[name].shape != tuple(parameter.shape):
+                raise StoreError(
+                    folder, f"lacks {name}, or has another shape of it", "an export holds it whole"
+                )
+            parameter.copy_(stored[name].read())
+    return model.eval()
 
 
 def load_folder(folder: str, auto_class: str) -> Any:

@@ -17,8 +17,8 @@ import torch
 from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.errors import SpecError, StoreError
 from dray.models.adapters import adapt, leave_only_head, merge
-from dray.models.build import build_model, sizes_by
-from dray.models.freezing import freeze, is_base
+from dray.models.build import build_model, fit_to_train, sizes_by
+from dray.models.freezing import is_base
 from dray.models.packed import Packed, Packing, install, state_shape, states_of
 from dray.origin import make_origin, open_weights
 from dray.release.opened import Opened
@@ -83,8 +83,8 @@ class Trained(Opened):
             return self._adapted_otherwise(model).eval()
         if spec.adapters is not None:
             adapt(model, spec, unpacked=True)
-        elif spec.freezing is not None:
-            freeze(model, spec.freezing)
+        else:
+            fit_to_train(model, spec)
         packed = self._fill(model)
         if packed and not self.unpacked:
             install(model, packed)

@@ -42,7 +42,7 @@ DELETING_FILE = "DELETING"
 CORPORA = "corpora"
 """Folder in a storage, beside its runs, that holds their corpora."""
 SERVING = "serving"
-"""Folder in a storage, beside its runs, that holds what services keep: keys, versions."""
+"""Folder in a storage, beside its runs, that holds what services keep: keys, versions, feedback."""
 RESERVED_NAMES = frozenset({CORPORA, SERVING})
 SWEEP_FILE = "sweep.json"
 """What makes a folder in a storage a sweep, whose trials are runs in it."""

@@ -25,11 +25,12 @@ from dray.processes.streams import make_json
 from dray.serve.answers import Writes, chat_answer, completion_answer
 from dray.serve.asked import asked, now_asked
 from dray.serve.entrance import Entrance, refused
-from dray.serve.keys import METRICS_PATH, OneKey
+from dray.serve.keys import FEEDBACK_PATH, METRICS_PATH, OneKey
 from dray.serve.limits import Bodies, Body, Limits, read_json
 from dray.serve.metering import CONTENT_TYPE, Meter
 from dray.serve.observing import OPEN_PATHS, Observer, observe
 from dray.serve.page import add_page
+from dray.serve.recalling import Recall
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Router
 from dray.serve.schemas import (
@@ -44,6 +45,8 @@ from dray.serve.schemas import (
     Embeddings,
     ErrorAnswer,
     ExtractRequest,
+    FeedbackKept,
+    FeedbackRequest,
     Predictions,
     PredictRequest,
     Sampled,
@@ -70,10 +73,13 @@ def make_api(
     )
     _add_errors(api)
     add_page(api)
-    _add_told(api, router)
+    recalls = observer.recall is not None
+    _add_told(api, router, recalls)
     _add_metrics(api, router, observer.meter)
-    _add_writing(api, router)
-    _add_predicting(api, router, limits)
+    _add_writing(api, router, recalls)
+    _add_predicting(api, router, limits, recalls)
+    if observer.recall is not None:
+        _add_feedback(api, observer.recall, limits)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
     routes = [str(getattr(route, "path", "")) for route in api.routes]
     return Entrance(api, keys, bodies, observer, routes)
@@ -148,6 +154,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     ClassifyRequest,
     ExtractRequest,
     PredictRequest,
+    FeedbackRequest,
 )
 
 
@@ -172,7 +179,10 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
 # --- what is told of the service -----------------------------------------------------------------
 
 
-def _add_told(api: FastAPI, router: Router) -> None:
+def _add_told(api: FastAPI, router: Router, recalls: bool) -> None:
+    def told(card: Card) -> Card:
+        return card.model_copy(update={"feedback": recalls})
+
     @api.get("/health", tags=["service"])
     async def health() -> Status:
         """Whether the service lives; asks for no key."""
@@ -192,13 +202,13 @@ def _add_told(api: FastAPI, router: Router) -> None:
     @api.get("/v1/models", tags=["models"])
     async def models() -> Cards:
         """All models, with what each answers to."""
-        return Cards(data=await router.cards())
+        return Cards(data=[told(card) for card in await router.cards()])
 
     @api.get("/v1/models/{model}", tags=["models"])
     async def model(model: str) -> Card:
         """One of them."""
         router.choose(model)
-        return next(card for card in await router.cards() if card.id == model)
+        return told(next(card for card in await router.cards() if card.id == model))
 
 
 def _add_metrics(api: FastAPI, router: Router, meter: Meter) -> None:
@@ -211,10 +221,12 @@ def _add_metrics(api: FastAPI, router: Router, meter: Meter) -> None:
 # --- models that write ---------------------------------------------------------------------------
 
 
-def _add_writing(api: FastAPI, router: Router) -> None:
+def _add_writing(api: FastAPI, router: Router, recalls: bool) -> None:
     async def answer(request: Request, kind: type[Sampled], make: Writes) -> Response:
         asked = await _read(request, kind, router.limits)
         body = asked.model_dump(exclude_none=True)
+        if recalls:
+            now_asked().records = _written_records(body)
         writes = make(asked)
         async with _timed(router.limits):
             if not asked.stream:
@@ -288,12 +300,31 @@ async def _lines(
     yield "data: [DONE]\n\n"
 
 
+# --- what people say of answers -------------------------------------------------------------------
+
+
+def _add_feedback(api: FastAPI, recall: Recall, limits: Limits) -> None:
+    @api.post(
+        FEEDBACK_PATH,
+        tags=["feedback"],
+        response_model=FeedbackKept,
+        openapi_extra=_with_body(FeedbackRequest),
+    )
+    async def feedback(request: Request) -> Response:
+        """Say of an answer that you got whether it was right, or what would have been."""
+        said = await _read(request, FeedbackRequest, limits)
+        entry = await asyncio.to_thread(recall.take, said, request.scope["dray_caller"])
+        return JSONResponse({"object": "feedback", "id": entry.id, "dataset": recall.dataset.name})
+
+
 # --- models that predict -------------------------------------------------------------------------
 
 
-def _add_predicting(api: FastAPI, router: Router, limits: Limits) -> None:
+def _add_predicting(api: FastAPI, router: Router, limits: Limits, recalls: bool) -> None:
     async def predictions(model: str, route: str, given: Any) -> list[dict[str, Any]]:
         records = _records(await router.card_for(model, route), given, limits)
+        if recalls:
+            now_asked().records = records
         async with _timed(limits):
             return await router.predict(model, route, records)
 
@@ -360,6 +391,17 @@ def _add_predicting(api: FastAPI, router: Router, limits: Limits) -> None:
         asked = await _read(request, PredictRequest, limits)
         model = asked.model or await router.find_one("predict")
         return _told(model, await predictions(model, "predict", asked.records))
+
+
+def _written_records(body: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What was asked, an item for each answer; none where prompts are ids of tokens."""
+    times = body.get("n") or 1
+    if "messages" in body:
+        return [{"messages": body["messages"]}] * times
+    prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        return None
+    return [{"prompt": prompt} for prompt in prompts for _ in range(times)]
 
 
 def _told(model: str, found: list[dict[str, Any]]) -> Response:

@@ -28,6 +28,8 @@ class Asked:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     key: str | None = None
     """The key's name, where it has one of its own."""
+    caller: str = "anyone"
+    """Who asks, as far as it is known: whoever has the same key is the same."""
     wanted: int | None = None
     """The version that it names."""
     user: str | None = None
@@ -38,6 +40,12 @@ class Asked:
     """That answers it."""
     resumes: int | None = None
     """The version that has begun a stream which another of its replicas is to go on with."""
+    records: list[dict[str, Any]] | None = None
+    """What is asked, an item for each answer, where it may be needed again (`recalling.py`)."""
+    answers: dict[int, Any] = field(default_factory=dict)
+    """What was answered to each of them, where `records` are kept."""
+    classes: frozenset[str] | None = None
+    """Those that the model tells apart, where it does."""
     lost: set[int] = field(default_factory=set)
     """Versions whose replicas were lost under it."""
     status: int | None = None
@@ -80,6 +88,11 @@ class Asked:
         if "begin" in event:
             self.tokens_in = int(event["begin"])
         self.looks += [look_at_prompt(size) for size in event.get("prompts", ())[:LOOKED_AT]]
+        if self.records is not None:
+            for place, text, *_ in event.get("pieces", ()):
+                self.answers[place] = self.answers.get(place, "") + text
+            for place, choice in enumerate(event.get("choices", ())):
+                self.answers[place] = choice["text"]
         if "pieces" in event:
             self.note_first()
             self.finishes += [finish for *_, finish in event["pieces"] if finish]
@@ -95,6 +108,11 @@ class Asked:
     ) -> None:
         """What was predicted, of records of so many tokens and unknown ones."""
         self.tokens_in = sum(size[0] for size in sizes)
+        if self.records is not None:
+            found = (item.get("prediction") for item in predictions)
+            self.answers = {place: one for place, one in enumerate(found) if one is not None}
+            scores = next((one["scores"] for one in predictions if "scores" in one), None)
+            self.classes = frozenset(scores) if isinstance(scores, Mapping) else None
         pairs = list(zip(predictions, sizes, strict=True))[:LOOKED_AT]
         self.looks += [look_at_prediction(*pair) for pair in pairs]
 

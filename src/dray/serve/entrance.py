@@ -58,7 +58,7 @@ class Entrance:
                 await self._app(scope, receive, send)
                 return
             scope["dray_caller"] = self._keys.admit(headers, path)
-            request.key = scope["dray_caller"].key
+            request.key, request.caller = scope["dray_caller"].key, scope["dray_caller"].name
             check_declared(headers.get("content-length"), self._bodies.limits)
             with self._bodies.counted() as body:
                 scope["dray_body"] = body

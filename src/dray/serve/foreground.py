@@ -19,6 +19,7 @@ from urllib.request import urlopen
 from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
 from dray.errors import PlanError, SpecError, StoreError
+from dray.feedback import Dataset
 from dray.processes.imports import require_package
 from dray.processes.signals import Wishes, stops
 from dray.release.export.manifest import is_export
@@ -48,10 +49,12 @@ def serve_models(
     say: Callable[[str], None],
     tls: Tls | None = None,
     logged: Logged | None = None,
+    feedback: str | None = None,
 ) -> None:
     """Serve until a signal comes, and follow what is promoted meanwhile. `replicas`: the fewest and
     the most of each model. `storage`: where keys and versions lie. `tls`: for HTTPS. `logged`:
-    where requests are logged, if they are. Raises UserError for what cannot be served, and
+    where requests are logged, if they are. `feedback`: the dataset of the storage that keeps what
+    people say of answers, if they may. Raises UserError for what cannot be served, and
     RunFailed where the service does not start."""
     least, most = replicas
     if not 0 < port < 65_536:
@@ -68,8 +71,7 @@ def serve_models(
         _check_there(model, say)
     if not address and is_taken(host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
-    if logged is not None and not address:
-        check_log(logged)
+    _check_kept(None if address else logged, storage, feedback)
     warn_of_plain_http(host, tls, say)
     records = check_records(models, storage)
     with stops(noted=True) as wishes:
@@ -94,7 +96,12 @@ def serve_models(
                     record.begin(model)
                 options = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
                 versions = service.Versions(
-                    limits, storage, logged, replicas=replicas, ray_actor_options=options
+                    limits,
+                    storage,
+                    logged,
+                    feedback,
+                    replicas=replicas,
+                    ray_actor_options=options,
                 )
                 follower = Follower([record for record, _ in records], versions, say)
                 follower.begin()
@@ -109,6 +116,14 @@ def serve_models(
                 service.stop()
                 if follower is not None:
                     follower.join()  # while there is a Ray that it can ask
+
+
+def _check_kept(logged: Logged | None, storage: str, feedback: str | None) -> None:
+    """Raise UserError for a log or a dataset that cannot be."""
+    if logged is not None:
+        check_log(logged)
+    if feedback is not None:
+        Dataset(storage, feedback)
 
 
 def _set_environment() -> None:

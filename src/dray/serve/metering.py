@@ -59,6 +59,10 @@ METRICS: Mapping[str, tuple[Sequence[str], str]] = {
         ("model", "version", "of", "reference"),
         "Population stability index of the newest 500 values against the reference.",
     ),
+    "feedback_total": (
+        ("model", "version", "verdict"),
+        "What people said of answers: `right`, by a thumb up or the same label, or `wrong`.",
+    ),
     "log_lost_total": ((), "Lines of the request log that were lost; absent without a log."),
 }
 """Metric → its labels, and what it says."""
@@ -71,6 +75,7 @@ class Live:
     queue: Callable[[], Mapping[str, int]] = dict
     agreements: Callable[[], Mapping[str, Mapping[str, int]]] = dict
     drift: Callable[[], Iterable[Drifted]] = tuple
+    feedback: Callable[[], Mapping[tuple[str, str, str], int]] = dict
     log_lost: Callable[[], int | None] = field(default=lambda: None)
 
 
@@ -149,6 +154,8 @@ class _Reader(Collector):
             for one in self.live.drift()
         }
         yield _family("drift", drifts)
+        said: dict[tuple[str, ...], float] = dict(self.live.feedback().items())
+        yield _family("feedback_total", said)
         if (lost := self.live.log_lost()) is not None:
             yield _family("log_lost_total", {(): lost})
 

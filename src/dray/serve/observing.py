@@ -14,6 +14,7 @@ from dray.serve.drift import Drift
 from dray.serve.keys import METRICS_PATH
 from dray.serve.metering import Live, Meter
 from dray.serve.page import FILES
+from dray.serve.recalling import Recall
 from dray.serve.request_log import BODY_BYTES, Logged, RequestLog
 from dray.serve.routing import Router
 
@@ -27,30 +28,37 @@ def observe(
     router: Router,
     agreements: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
     logged: Logged | None = None,
+    recall: Recall | None = None,
 ) -> Observer:
-    """An observer of a router's requests. `agreements`: of shadows, by model."""
+    """An observer of a router's requests. `agreements`: of shadows, by model. `recall`: of what was
+    answered, where people may say something of it."""
     log = None if logged is None else RequestLog(logged)
     drift = Drift(router.reference)
     live = Live(
         queue=lambda: router.queue,
         agreements=agreements,
         drift=drift.read,
+        feedback=lambda: {} if recall is None else recall.counts,
         log_lost=lambda: None if log is None else log.num_lost,
     )
-    return Observer(Meter(live), drift, log)
+    return Observer(Meter(live), drift, log, recall)
 
 
 class Observer:
     """Hears of each request of a gateway."""
 
-    def __init__(self, meter: Meter, drift: Drift, log: RequestLog | None) -> None:
-        self.meter, self.drift, self.log = meter, drift, log
+    def __init__(
+        self, meter: Meter, drift: Drift, log: RequestLog | None, recall: Recall | None = None
+    ) -> None:
+        self.meter, self.drift, self.log, self.recall = meter, drift, log, recall
 
     def end(self, request: Asked, route: str, bodies: Bodied | None) -> None:
         """A request has ended. `bodies`: what was kept of it."""
         self.meter.end(request, route)
         if request.model is not None and request.version is not None:
             self.drift.note(request.model, request.version, request.looks)
+        if self.recall is not None:
+            self.recall.keep(request, route)
         if self.log is not None and route not in UNLOGGED:
             self.log.write(_line(request, route) | ({} if bodies is None else bodies.told()))
 

@@ -146,6 +146,22 @@ class PredictRequest(BaseModel):
     records: Annotated[Many[dict[str, Any]], Field(min_length=1)]
 
 
+class FeedbackRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$", strict=True)]
+    """The answer's header `x-request-id`."""
+    index: Annotated[Whole, Field(ge=0, lt=1_000_000)] = 0
+    """Which of its answers, where it has several."""
+    rating: Literal["up", "down"] | None = None
+    """A thumb."""
+    label: Text | Flag | int | float | Many[Text] | None = None
+    """What should have been predicted: a class, a number, or a list."""
+    text: Text | None = None
+    """What should have been written."""
+    comment: Annotated[Text, Field(max_length=2_000)] | None = None
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
@@ -187,6 +203,8 @@ class Card(BaseModel):
     """Tokens of a prompt and its answer together, or of a text."""
     run: str | None
     step: int | None
+    feedback: bool = False
+    """Whether something may be said of its answers."""
     versions: list[VersionCard] = []
     """Those that may be asked by their number."""
 
@@ -252,6 +270,13 @@ class Predictions(BaseModel):
     model: str
     predictions: list[dict[str, Any]]
     """For each record in its order: `prediction` with what goes with it, or `error`."""
+
+
+class FeedbackKept(BaseModel):
+    object: Literal["feedback"] = "feedback"
+    id: str
+    """Of the entry."""
+    dataset: str
 
 
 class Status(BaseModel):

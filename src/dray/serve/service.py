@@ -27,6 +27,7 @@ from ray.serve.exceptions import (
 from starlette.types import ASGIApp
 
 from dray.errors import PlanError, RunFailed, SpecError
+from dray.feedback import Dataset
 from dray.plan.machine import free_memory_bytes
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
@@ -34,6 +35,7 @@ from dray.serve.held_keys import Ring, has_keys
 from dray.serve.keys import OneKey, is_local, read_key
 from dray.serve.limits import Bodies, Limits
 from dray.serve.observing import observe
+from dray.serve.recalling import Recall
 from dray.serve.request_log import Logged
 from dray.serve.routing import Full, Lost, Router
 from dray.serve.schemas import Card
@@ -170,6 +172,7 @@ class Gateway:
         limits: Limits,
         storage: str | None = None,
         logged: Logged | None = None,
+        feedback: str | None = None,
     ) -> None:
         self._models: dict[str, Versioned] = {}
         for name, handle in handles.items():
@@ -181,9 +184,10 @@ class Gateway:
         ring = Ring(storage) if storage is not None and (key or held) else None
         self._keys, self._bodies = OneKey(key, ring, local=is_local()), Bodies(limits)
         self._logged = logged
+        self._recall = _recall(storage, feedback)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        observer = observe(self._router, self._agreements, self._logged)
+        observer = observe(self._router, self._agreements, self._logged, self._recall)
         return make_api(self._router, self._keys, self._bodies, observer)
 
     def _agreements(self) -> dict[str, Mapping[str, int]]:
@@ -246,10 +250,12 @@ def gateway_deployment(
     limits: Limits,
     storage: str | None = None,
     logged: Logged | None = None,
+    feedback: str | None = None,
     **options: Any,
 ) -> Any:
     """The gateway before some models. `storage`: where its keys lie, beside that of the
-    environment. There is one: what it counts is of all requests."""
+    environment, and the dataset `feedback`, where something may be said of answers. There is one:
+    what it counts is of all requests."""
     deployment = serve.deployment(
         Gateway,
         name="gateway",
@@ -258,19 +264,20 @@ def gateway_deployment(
         ray_actor_options={"num_cpus": 0},
         **options,
     )
-    return deployment.bind(handles, limits, storage, logged)
+    return deployment.bind(handles, limits, storage, logged, feedback)
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
     """What Ray Serve builds from its configuration's `args`: the fields of `Served`, or `models`
-    with a list of such; `limits`, and `log` with the fields of `Logged`. Keys that `dray serve key`
-    has made in the models' storage are taken, if it is one. Raises SpecError for what these do not
-    have."""
+    with a list of such; `limits`, `log` with the fields of `Logged`, and `feedback`, a dataset's
+    name. Keys that `dray serve key` has made in the models' storage are taken, if it is one. Raises
+    SpecError for what these do not have."""
     try:
         given = dict(arguments)
         limits = Limits.model_validate(given.pop("limits", {}))
         log = given.pop("log", None)
         logged = None if log is None else Logged.model_validate(log)
+        feedback = given.pop("feedback", None)
         several = given.pop("models", None)
         if several is None:
             models = [Served.model_validate(given)]
@@ -280,7 +287,7 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         first = error.errors()[0]
         # Of a model as a whole it is wrong that it names none.
         where = ".".join(map(str, ("args", *(first["loc"][:1] or ("run",)))))
-        known = f"args are {', '.join(Served.model_fields)}, models, limits, log"
+        known = f"args are {', '.join(Served.model_fields)}, models, limits, log, feedback"
         raise SpecError(where, first["msg"], known) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise SpecError("args", f"is no mapping ({error})", "args are fields of a model") from error
@@ -294,7 +301,18 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         }
     storages = {model.storage for model in models} - {None}
     keys_of = storages.pop() if len(storages) == 1 else None
-    return gateway_deployment(handles, limits, keys_of, logged)
+    _recall(keys_of, feedback)  # raises here, not in a process of its own
+    return gateway_deployment(handles, limits, keys_of, logged, feedback)
+
+
+def _recall(storage: str | None, feedback: Any) -> Recall | None:
+    """Of answers that people may say something of, into a dataset of the storage. Raises
+    SpecError."""
+    if feedback is None:
+        return None
+    if storage is None:
+        raise SpecError("feedback", "has no storage", "it is kept in that of the models' runs")
+    return Recall(Dataset(storage, str(feedback)))
 
 
 # --- dray serve ----------------------------------------------------------------------------------
@@ -336,11 +354,13 @@ class Versions:
         limits: Limits,
         storage: str,
         logged: Logged | None = None,
+        feedback: str | None = None,
         *,
         replicas: tuple[int, int] = (1, 1),
         **options: Any,
     ) -> None:
         self._limits, self._storage, self._logged = limits, storage, logged
+        self._feedback = feedback
         self._options = {**scaling(*replicas), **options}
 
     def load(self, name: str, version: int, served: Served) -> None:
@@ -355,7 +375,7 @@ class Versions:
 
     def route(self, models: Mapping[str, Mapping[str, Any]]) -> None:
         """The gateway begins, or is told."""
-        run_gateway(models, self._limits, self._storage, self._logged)
+        run_gateway(models, self._limits, self._storage, self._logged, self._feedback)
 
     def drop(self, name: str, version: int) -> None:
         """Its requests end first."""
@@ -367,10 +387,11 @@ def run_gateway(
     limits: Limits,
     storage: str | None = None,
     logged: Logged | None = None,
+    feedback: str | None = None,
 ) -> None:
     """Start the gateway before them, or tell the one that runs which models there are now."""
     config = {"models": dict(models)}
-    gateway = gateway_deployment({}, limits, storage, logged, user_config=config)
+    gateway = gateway_deployment({}, limits, storage, logged, feedback, user_config=config)
     _deployed([serve.RunTarget(gateway, name=GATEWAY, route_prefix="/")])
 
 

@@ -107,7 +107,7 @@ def load_tree(
             "it is a YAML mapping of sections",
             "`dray init NAME` writes a spec to start from",
         )
-    return _apply_overrides(tree, overrides)
+    return apply_overrides(tree, overrides)
 
 
 def load_spec(spec: str | Path, overrides: Sequence[str] = ()) -> Spec:
@@ -152,7 +152,7 @@ _SHORT = {"task": "name", "checkpoint": "every_minutes", "train": "path", "valid
 """Sections that may be given by one word, and the key that it stands for."""
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The tree with the overrides in it, the later ones last. Raises SpecError."""
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -122,6 +122,8 @@ class Serve(Section):
     """How many of them answer; `[fewest, most]`: as many as are asked for, within that."""
     log: str | None = None
     """A file that gets a line of JSON a request, without what was asked or answered."""
+    feedback: RunName | None = None
+    """A dataset of the storage that keeps what people say of answers. None: nobody is asked."""
     tls_cert: str | None = None
     """File of a certificate, PEM: HTTPS in the place of HTTP."""
     tls_key: str | None = None

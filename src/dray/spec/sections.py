@@ -242,6 +242,11 @@ class Cleaning(Section):
     """Greatest share of characters that lie in lines already seen in the same document."""
     deduplicate: Literal["exact", "none"] = "exact"
     """`exact` keeps the first of documents whose normalised text is equal."""
+    forget: Annotated[
+        tuple[Annotated[str, Field(pattern="^[0-9a-f]{32}$")], ...],
+        Field(exclude_if=lambda given: not given),
+    ] = ()
+    """Digests of documents that are left out, as `dray forget` tells them."""
 
 
 def _as_source(value: Any) -> Any:

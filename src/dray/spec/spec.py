@@ -409,6 +409,30 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _adds(self) -> Self:
+        if not self.task.adds:
+            return self
+        given = self.regularization
+        without = {
+            "adapters": self.adapters,
+            "freezing": self.freezing,
+            "distil": self.distil,
+            "optimizer.block_rate": self.optimizer.block_rate,
+            "optimizer.width_transfer": self.optimizer.base_hidden_size,
+            "regularization.dropout": given.dropout,
+            "regularization.dropouts": given.dropouts,
+            "regularization.stochastic_depth": given.stochastic_depth,
+            "regularization.r_drop": given.r_drop,
+            "regularization.adversarial": given.adversarial,
+        }
+        if wrong := next((key for key, value in without.items() if value), None):
+            raise ValueError(
+                f"{wrong}: the model of {self.task.name} stays as it is, and is asked as it is; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _means_something(self, info: ValidationInfo) -> Self:
         """Refuse what would be silently without effect, except in a spec that a run has kept: it
         was let through when the run began, and the run stays what it is."""
@@ -431,7 +455,13 @@ class Spec(Section):
     def keeps_base(self) -> bool:
         """Whether a part of the model is never trained: it is made again from where it came, and
         stands in no checkpoint."""
-        return self.adapters is not None or (self.freezing is not None and self.freezing.freezes)
+        freezes = self.freezing is not None and self.freezing.freezes
+        return self.task.adds or self.adapters is not None or freezes
+
+    @property
+    def trains_part(self) -> bool:
+        """Whether a model is changed before it is trained, or trained in part."""
+        return self.task.adds or self.adapters is not None or self.freezing is not None
 
     @property
     def row_tokens(self) -> int:

@@ -131,6 +131,12 @@ class TaskKind(Protocol):
     def model_options(self) -> Mapping[str, Any]:
         """Fields of the model's configuration that follow from the task, where it has them."""
 
+    adds: bool
+    """Whether what it trains is a part that it adds to a model, which stays as it is."""
+
+    def add_part(self, model: Any) -> None:
+        """Add it. Raises SpecError."""
+
     generates: bool
     """Whether its models write text."""
     head: Head

@@ -151,6 +151,9 @@ class Task:
     explores = False
     """Whether something of a step's rows must be found out by the model itself before it learns
     from them (`explored`)."""
+    adds = False
+    """Whether what it trains is a part that it adds to a model (`add_part`): the model stays as it
+    is, is made again from where it came, and stands in no checkpoint."""
     pools = False
     """Whether its loss is of all rows of a global batch together, by `pooled_losses`."""
     rules: Sequence[str] = ()
@@ -160,6 +163,8 @@ class Task:
     fits = False
     """Whether something is taken from a sample of its training documents once (`fit`), by which all
     documents are encoded then."""
+    finds_features = False
+    """Whether what its models tell are features of tokens (`activations`), when they predict."""
     head: Head
 
     def __init__(self, settings: Any = None) -> None:
@@ -351,6 +356,12 @@ class Task:
 
         return logits_graph(self, model)
 
+    def add_part(self, model: Any) -> None:
+        """Add to a model what is trained of it, where it `adds`: on the device and in the precision
+        of its parameters, which may be the meta device, and drawn from torch's generator. Raises
+        SpecError for a model that cannot have it."""
+        raise NotImplementedError
+
     def explored(self, batch: Batch, output: Output, means: Mapping[str, Tensor]) -> Batch:
         """What is learnt from in place of a batch, of a task that explores: given what the
         objective makes of it where no gradient is wanted, and the means of all its terms over the
@@ -386,6 +397,11 @@ class Task:
     def predicting(self) -> Self:
         """The task as it predicts, where that takes more than what a validation computes."""
         return self
+
+    def activations(self, batch: Batch, output: Output) -> tuple[Tensor, Tensor]:
+        """Tokens of a batch, by their places counted through its rows, [tokens], and how strongly
+        each feature fires on them, [tokens, features]; of a task that `finds_features`."""
+        raise NotImplementedError
 
     def predictions(self, batch: Batch, output: Output) -> list[Any]:
         """What the model tells of each row of a batch."""

@@ -158,7 +158,7 @@ def open_run(
     spec = start.spec
     origin, config = _find_model(start)
     if not start.keeps_rows:  # what cannot run is refused before the corpus is read
-        if origin is not None or spec.model.options or spec.adapters or spec.freezing:
+        if origin is not None or spec.model.options or spec.trains_part:
             # Its model is built here to be checked: so it is counted here, not by another process.
             from dray.models.build import import_transformers
 
@@ -169,8 +169,8 @@ def open_run(
         spec = spec.model_copy(
             update={"precision": plan.precision} if spec.precision == "auto" else {}
         )
-        trains_part = spec.adapters is not None or spec.freezing is not None
-        if origin is not None or spec.model.options or trains_part or not plan.parameters_exact:
+        looks = origin is not None or spec.model.options or spec.trains_part
+        if looks or not plan.parameters_exact:
             _check_model(spec, given.tokenizer.path, origin, config)
     if corpus is not None:
         _check_width(spec, corpus)
@@ -434,7 +434,7 @@ def _check_same_base(origin: Run, spec: Spec) -> None:
     """Raise SpecError for a fork that trains another part of its origin's model, or another model:
     what is not trained is in no checkpoint."""
     before, now = origin.record()["identity"], spec.identity()
-    keys = ["adapters", "freezing"]
+    keys = ["adapters", "freezing", *(["task"] if spec.task.adds else [])]
     if spec.keeps_base:
         keys += ["model", *(["seed"] if not spec.model.origin else [])]
     if changed := [key for key in keys if before.get(key) != now.get(key)]:

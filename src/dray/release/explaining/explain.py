@@ -15,11 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from dray.corpus.prepare import list_inputs
-from dray.corpus.reading import Span, SpanReader
 from dray.corpus.stream import read_rows
 from dray.errors import PlanError, SpecError
-from dray.release.evaluate import make_evaluation_spec, said_of_data
 from dray.release.explaining.attention import roll_out
 from dray.release.explaining.attribution import Attribution, attribute_patches, attribute_tokens
 from dray.release.explaining.neighbours import (
@@ -30,6 +27,7 @@ from dray.release.explaining.neighbours import (
     rows_to_search,
     search_rows,
 )
+from dray.release.explaining.reading import read_first
 from dray.release.explaining.tracing import Traced, trace
 from dray.release.measuring import rows_at_once
 from dray.release.predict import Counts, Predictor
@@ -144,38 +142,12 @@ def explain(
     wanted.check()
     predictor = Predictor(trained, Counts())
     explainer = _Explainer(trained, predictor, wanted)
-    texts, problems = _read(trained, predictor, data, wanted.num_records)
-    if problems:
-        say(f"{problems} records cannot be read, and are left out")
-    if not len(texts):
-        raise SpecError("--data", "has no record that can be read", "an explanation is of one")
+    texts = read_first(trained, predictor, data, wanted.num_records, say)
     records, table = explainer.explain(texts)
     found = Explanation(trained.run.name, trained.checkpoint.step, explainer.method, records)
     if wanted.num_neighbours:
         _add_neighbours(found, explainer, table, wanted, say)
     return found
-
-
-def _read(
-    trained: Trained, predictor: Predictor, data: Sequence[str], number: int
-) -> tuple[pa.Array, int]:
-    """The texts of the first records, and how many among them cannot be read."""
-    with said_of_data():
-        spec = make_evaluation_spec(trained.spec, data, trained.tokenizer_folder)
-        inputs = list_inputs(spec)
-    found: list[pa.Array] = []
-    num_bad = 0
-    for source, files in zip(inputs.sources, inputs.files, strict=True):
-        if source.source.gather is not None:
-            raise SpecError("gather of --data", "documents of several records are not explained")
-        for file in files:
-            limit = spec.data.max_record_bytes
-            for documents in SpanReader(Span(file), source.source, limit, predictor.fields).read():
-                found.append(documents.texts[: number - sum(map(len, found))])
-                num_bad += len(documents.bad)
-                if sum(map(len, found)) >= number:
-                    return pa.concat_arrays(found), num_bad
-    return pa.concat_arrays(found or [pa.array([], pa.large_string())]), num_bad
 
 
 class _Explainer:

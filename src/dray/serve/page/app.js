@@ -121,7 +121,8 @@ async function write(place, name, text, out, signal) {
   out.append(told);
   const started = performance.now();
   let pieces = 0;
-  for await (const event of events(await ask(PATHS[by], body, signal))) {
+  const answer = await ask(PATHS[by], body, signal);
+  for await (const event of events(answer)) {
     const choice = event.choices[0];
     const piece = by === CHAT ? choice?.delta?.content : choice?.text;
     if (piece) { told.textContent += piece; pieces += 1; }
@@ -129,6 +130,36 @@ async function write(place, name, text, out, signal) {
   if (by === CHAT) said.push({ role: "assistant", content: told.textContent });
   const seconds = (performance.now() - started) / 1000;
   out.append(make("p", `${seconds.toFixed(1)} s, ${pieces} pieces`, { class: "hint" }));
+  out.append(...judging(chosen(place), answer, make("textarea", "", { "aria-label": "what it should have said", rows: 2 }), "text"));
+}
+
+// Buttons by which somebody says of an answer that it was right, that it was not, or what would have been.
+function judging(model, answer, field, named) {
+  const id = answer.headers.get("x-request-id");
+  if (!model?.feedback || !id) return [];
+  const row = make("p", "", { class: "buttons judging" }), told = make("span", "", { role: "status", class: "said" });
+  const say = async (said) => {
+    try {
+      await ask("v1/feedback", { id, ...said });
+      row.replaceChildren(told);
+      told.textContent = "Thank you: this is kept.";
+    } catch (error) {
+      told.textContent = error.message;
+    }
+  };
+  const button = (text, name, made) => {
+    const found = make("button", text, { type: "button", "aria-label": name });
+    found.addEventListener("click", () => { const said = made(); if (said) say(said); });
+    row.append(found);
+  };
+  button("👍", "right", () => ({ rating: "up" }));
+  button("👎", "wrong", () => ({ rating: "down" }));
+  if (field) {
+    row.append(field);
+    button("It should be this", "correct it", () => field.value && { rating: "down", [named]: field.value });
+  }
+  row.append(told);
+  return [row];
 }
 
 function scores(found) {
@@ -154,15 +185,23 @@ function tagged(words, tags) {
   return told;
 }
 
-async function predict(by, name, record, out, signal) {
+async function predict(by, name, record, out, signal, model) {
   const body = by === EXTRACT ? { model: name, input: record.text } : { model: name, records: [record] };
-  const [found] = (await (await ask(PATHS[by], body, signal)).json()).predictions;
+  const answer = await ask(PATHS[by], body, signal);
+  const [found] = (await answer.json()).predictions;
   if (found.error) throw new Error(found.error);
   const told = found.prediction, words = found.words;
   if (Array.isArray(told) && Array.isArray(words)) out.append(tagged(words, told));
   else out.append(make("pre", typeof told === "string" ? told : JSON.stringify(told, null, 1)));
   const likely = found.scores;
-  if (likely && typeof likely === "object" && !Array.isArray(likely)) out.append(scores(likely));
+  const isClass = likely && typeof likely === "object" && !Array.isArray(likely);
+  if (isClass) out.append(scores(likely));
+  let right = null;
+  if (isClass && typeof told === "string") {
+    right = make("select", "", { "aria-label": "what it should have been" });
+    right.append(new Option("should be …", ""), ...Object.keys(likely).sort().map((label) => new Option(label, label)));
+  }
+  out.append(...judging(model, answer, right, "label"));
 }
 
 function record() {
@@ -187,7 +226,7 @@ async function send(event) {
     if (!speaks) out.replaceChildren(out.firstChild);
     try {
       if (speaks) await write(place, name, $("fields").querySelector("textarea").value, out, asking.signal);
-      else if (by) await predict(by, name, given, out, asking.signal);
+      else if (by) await predict(by, name, given, out, asking.signal, chosen(place));
       else throw new Error("this model has nothing to be tried here");
     } catch (error) {
       const text = error.name === "AbortError" ? "Stopped." : error.message;
