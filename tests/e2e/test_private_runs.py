@@ -141,8 +141,6 @@ def test_a_secret_is_a_runs_own_and_leaves_it_nowhere(
           "num_layers": 1, "num_heads": 2}}, "is no document by itself"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_private_is_refused(
-    home: Path, sections: dict[str, Any], said: str
-) -> None:
+def test_what_cannot_be_private_is_refused(home: Path, sections: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         make_spec(tree_of(home) | sections)
