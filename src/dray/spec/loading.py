@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import textwrap
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Packaged:
             path = resources.files(self.package) / f"{name}.yaml"
             return path.read_text(encoding="utf-8")
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{self.kind}s: {', '.join(names)}"
+        some = textwrap.shorten(", ".join(names), 200, placeholder=" …")
+        hint = f"did you mean {near[0]}?" if near else f"{len(names)} {self.kind}s: {some}"
         raise SpecError(
             shown_words(name), f"no such file, and no {self.kind} of that name", way_out=hint
         )
