@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import textwrap
 import stat
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
