@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dray.errors import SpecError, StoreError
 from dray.models.source import READS_WEIGHTS, Pretrained
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint, keep_checkpoint
-from dray.storage.filesystem import child
+from dray.storage.filesystem import absolute, child
 
 if TYPE_CHECKING:
     from dray.models.weights import Stored, Weights
@@ -127,12 +127,12 @@ def find_run_weights(
             "a run starts from whole weights",
             f"`dray export {name} FOLDER`, and give {key.replace('.run', '.path')}=FOLDER",
         )
-    return RunWeights(storage, name, info.step, info.attempt)
+    return RunWeights(absolute(storage), name, info.step, info.attempt)  # ranks are elsewhere
 
 
 def make_origin(kept: Mapping[str, Any], storage: str) -> Origin:
     """An origin as a run of this storage keeps it."""
-    return RunWeights(storage, **kept) if "run" in kept else Pretrained(**kept)
+    return RunWeights(absolute(storage), **kept) if "run" in kept else Pretrained(**kept)
 
 
 @contextmanager
