@@ -2,12 +2,15 @@
 plain run, over three seeds, with its interval and its cost in time.
 
     python -m bench.methods [--only fgm swap …] [--seeds 3] [--rounds 3]
+    python -m bench.methods --together
 
 MiniLM learns the first 800 of SST-2's training sentences, few enough that it overfits; the 872 of
 dev.tsv are measured after the last step. Each seed trains the plain run and every method once, by
 `dray train`, two at a time on a core each. Then come short runs, one at a time and the methods in
-turn, for what a step costs. What is done already is found. Reads ../shared/data, the package with
-MiniLM's weights and Debian's mythes-en-us; what of it is absent ends the run.
+turn, for what a step costs. What is done already is found. `--together`: a sweep of the plain run's
+learning rate, and its best three as an ensemble and as a soup beside the best alone. Reads
+../shared/data, the package with MiniLM's weights and Debian's mythes-en-us; what of it is absent
+ends the run.
 """
 
 from __future__ import annotations
@@ -268,6 +271,35 @@ def lines(figures: Mapping[str, Measured]) -> list[str]:
     return found
 
 
+def together(trials: int = 6, best: int = 3) -> None:
+    """A sweep of the plain run, and what its best trials are together."""
+    spec, space = FOLDER / "swept.yaml", FOLDER / "space.yaml"
+    spec.write_text(json.dumps(make_tree(PLAIN, "swept", seed=0)), encoding="utf-8")
+    tried = {
+        "parameters": {"optimizer.learning_rate": {"loguniform": [2e-5, 2e-4]}},
+        "search": {"name": "random", "seed": 0},
+        "scheduler": {"name": "none"},
+        "budget": {"trials": trials},
+    }
+    space.write_text(json.dumps(tried), encoding="utf-8")
+    dray("tune", str(spec), "--space", str(space), "--run", "swept")
+    words = ["--sweep", "swept", "--best", str(best), "--ensemble"]
+    name = f"swept-soup-{datetime.now():%H%M%S}"
+    found = dray("soup", *words, "--name", name)["ensemble"]
+    lines = ["| model | accuracy | against the best alone | 95 % interval |", "|---|--:|--:|---|"]
+    for one in found["models"]:
+        cells = [one["name"], f"{one['metrics']['accuracy']:.2%}", "", ""]
+        if (other := found["against_best"].get(one["name"])) is not None:
+            apart = other["accuracy"]
+            cells[2:] = [
+                f"{apart['difference']:+.2%}", f"{apart['low']:+.2%} to {apart['high']:+.2%}"
+            ]  # fmt: skip
+        elif one["name"] == found["best"]:
+            cells[2] = "the best alone"
+        lines.append(f"| {' | '.join(cells)} |")
+    write_section("together", "\n".join(lines), found, PAGE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -275,7 +307,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", action="store_true")
     given = parser.parse_args()
+    if given.together:
+        together()
+        return
     names = [name for name in METHODS if name == PLAIN or name in given.only]
     arms = [(name, seed) for seed in range(given.seeds) for name in names]
     with ThreadPoolExecutor(AT_ONCE) as pool:
