@@ -166,6 +166,7 @@ def main() -> None:
         print(f"{guests.num_said} of {guests.num_asked} guests said something")
         if not guests.alerts:
             raise SystemExit("no alert: the share of wrong answers has not risen")
+        old = guests.send(rest, f"{NAME}@{begun}")  # of which nothing is said
         more = ("--continue", NAME, "--data", f"feedback:{DATASET}", "--promote", NAME)
         done = dray("train", *more, "optimizer.learning_rate=3.0e-4", "duration.steps=160")
         wait_for(begun + 1, service)
@@ -175,7 +176,6 @@ def main() -> None:
             number = done["metrics"][kind]["num_rows"]
             print(f"{told} ({number}): {before:.1%} before, {after:.1%} after")
         print(f"{done['run']} is {done['promoted']}")
-        old = guests.send(rest, f"{NAME}@{begun}")
         print(
             f"words of the net now: {guests.send(rest):.1%} right of {len(rest)}, {old:.1%} before"
         )
