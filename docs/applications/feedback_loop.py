@@ -6,7 +6,7 @@ serves the run `mood`, sends it reviews as guests write them, lets some of the g
 the answer was right, watches the share of wrong ones, and, once that has risen, goes on training
 with what they said and promotes the new run. The same guests' next reviews go to the new version.
 
-The reviews are real, and the model has not seen them; what changes is made. From the 401st on
+The reviews are real, and the model has not seen them; what changes is made. From the 301st on
 guests write in the words of the net: WORDS says which take the place of which.
 """
 
@@ -34,12 +34,11 @@ from dray.corpus.cleaning import hash_texts, held_out, normalize
 REVIEWS = Path("../shared/data/chnsenticorp_hotel/ChnSentiCorp_htl_all.csv.gz")
 HELD_OUT = 0.2
 """As in the spec: what the model has not seen."""
-BEFORE, AFTER = 400, 800
-"""Reviews in usual words, and in those of the net; the last half of these comes after the
-promotion."""
-SPEAKS, HONEST = 0.5, 0.95
+BEFORE, CHANGED, LAST = 300, 900, 300
+"""Reviews in usual words, then in those of the net, and of these the last after the promotion."""
+SPEAKS, HONEST = 0.7, 0.97
 """Share of the guests who say something of an answer, and how many of them say the truth."""
-WINDOW, RISEN = 60, 2.0
+WINDOW, RISEN = 80, 1.5
 """Newest words of guests that are looked at, and by how much the share of wrong ones must have
 risen, over that of the first window, for an alert."""
 WORDS = {
@@ -48,6 +47,7 @@ WORDS = {
     "好的": "顶的", "便宜": "白菜价", "失望": "破防", "不好": "翻车", "太差": "太拉胯",
     "很差": "很拉胯", "差": "拉胯", "脏": "辣眼", "吵": "炸耳", "旧": "出土",
     "贵": "割韭菜", "投诉": "开撕", "态度": "脸色", "再也不": "拉黑",
+    "一般": "平平", "没": "木", "不": "布", "好": "顶", "很": "狠", "太": "忒", "非常": "巨",
 }  # fmt: skip
 URL, NAME, DATASET = "http://127.0.0.1:8017", "mood", "guests"
 
@@ -60,7 +60,7 @@ def read_reviews(seed: int = 0) -> list[tuple[str, str]]:
     held = held_out(hash_texts(texts)[1], HELD_OUT)
     found = [(row["review"], row["label"]) for row, one in zip(rows, held, strict=True) if one]
     random.Random(seed).shuffle(found)
-    return found[: BEFORE + AFTER]
+    return found[: BEFORE + CHANGED + LAST]
 
 
 def in_words_of_the_net(review: str) -> str:
@@ -80,17 +80,17 @@ class Guests:
         self.num_said = self.num_asked = 0
         self.alerts: list[int] = []
 
-    def send(self, reviews: Sequence[tuple[str, str]]) -> float:
-        """The share of right answers."""
+    def send(self, reviews: Sequence[tuple[str, str]], model: str = NAME) -> float:
+        """The share of right answers. Nothing is said of those of a model that is asked by name."""
         right = 0
         for review, label in reviews:
             self.num_asked += 1
-            body = {"model": NAME, "input": review}
+            body = {"model": model, "input": review}
             answer = requests.post(f"{URL}/classify", json=body, timeout=60)
             answer.raise_for_status()
             guess = answer.json()["predictions"][0]["prediction"]
             right += guess == label
-            if self._drawn.random() < SPEAKS:
+            if model == NAME and self._drawn.random() < SPEAKS:
                 self._say(answer.headers["x-request-id"], guess, label)
         return right / len(reviews)
 
@@ -153,7 +153,7 @@ def main() -> None:
     changed = [(in_words_of_the_net(review), label) for review, label in reviews[BEFORE:]]
     touched = sum(new != old for (new, _), (old, _) in zip(changed, reviews[BEFORE:], strict=True))
     print(f"{touched} of {len(changed)} reviews have words of the net")
-    first, rest = changed[: AFTER // 2], changed[AFTER // 2 :]
+    first, rest = changed[:CHANGED], changed[CHANGED:]
     words = [NAME, "--port", URL.rpartition(":")[2], "--feedback", DATASET]
     service = subprocess.Popen(
         [f"{sys.prefix}/bin/dray", "serve", *words], env={**os.environ, "DRAY_OPEN_SERVICE": "1"}
@@ -166,8 +166,9 @@ def main() -> None:
         print(f"{guests.num_said} of {guests.num_asked} guests said something")
         if not guests.alerts:
             raise SystemExit("no alert: the share of wrong answers has not risen")
+        old = guests.send(rest, f"{NAME}@{begun}")  # of which nothing is said
         more = ("--continue", NAME, "--data", f"feedback:{DATASET}", "--promote", NAME)
-        done = dray("train", *more, "optimizer.learning_rate=2.0e-4")
+        done = dray("train", *more, "optimizer.learning_rate=3.0e-4", "duration.steps=160")
         wait_for(begun + 1, service)
         for kind, told in (("old", "held-out reviews"), ("new", "feedback that was kept out")):
             values = done["metrics"][kind]["values"]
@@ -175,15 +176,20 @@ def main() -> None:
             number = done["metrics"][kind]["num_rows"]
             print(f"{told} ({number}): {before:.1%} before, {after:.1%} after")
         print(f"{done['run']} is {done['promoted']}")
-        print(f"words of the net now: {guests.send(rest):.1%} right of {len(rest)}")
+        print(
+            f"words of the net now: {guests.send(rest):.1%} right of {len(rest)}, {old:.1%} before"
+        )
         print(f"usual words now:      {guests.send(usual):.1%} right of {len(usual)}")
     finally:
         service.send_signal(signal.SIGINT)
         service.wait(60)
     listed = dray("feedback", "list", DATASET, "--run", done["run"])
-    counts, learnt = done["datasets"][DATASET], listed["learnt"]
-    known = sum(bool(steps) for steps in learnt.values())
-    print(f"the ledger of {done['run']} has {known} of {counts['learnt']} entries")
+    learnt = [steps for steps in listed["learnt"].values() if steps]
+    given, times = done["datasets"][DATASET]["given"], sum(map(len, learnt)) / len(learnt)
+    print(
+        f"by its ledger {done['run']} has learnt {len(learnt)} of the {given} entries that it was "
+        f"given, each at {times:.1f} steps"
+    )
 
 
 if __name__ == "__main__":

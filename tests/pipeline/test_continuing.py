@@ -102,7 +102,7 @@ def test_feedback_is_learnt_old_rows_are_kept_and_the_new_run_is_promoted(storag
     assert set(report.epochs_by_source) == {"old.jsonl", f"slang-{_digest(dataset)}-train.jsonl"}
     learnt = find_learnt(run, dataset)
     counts = done.datasets["slang"]
-    assert len(learnt) == counts["learnt"] == 120 - counts["held"]
+    assert len(learnt) == counts["given"] == counts["learnt"] == 120 - counts["held"]
     assert all(learnt.values())
     assert all(1 <= step <= 60 for steps in learnt.values() for step in steps)
     # Half of every batch is old: 8 rows a step.

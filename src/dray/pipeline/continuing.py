@@ -23,6 +23,7 @@ from dray.corpus.prepare import list_inputs
 from dray.errors import SpecError
 from dray.feedback import Dataset, Snapshot
 from dray.feedback.dataset import PREFIX
+from dray.pipeline.learnt import find_learnt
 from dray.release.compress.gate import Limit, make_limits
 from dray.release.evaluate import Measured, as_source, held_out, prepare_other
 from dray.release.judging.judge import DEFAULT_DRAWS, judge_against
@@ -71,7 +72,8 @@ class Continued:
     run: str
     before: str
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of feedback: how many entries are learnt from, kept out, and say nothing of use."""
+    """Of feedback: how many entries are given to learn from (`given`), of these how many the run
+    has learnt by its ledger (`learnt`), how many are kept out, and say nothing of use."""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By `old` and `new`: the metric before and after, with the paired test of both."""
     limits: list[dict[str, Any]] = field(default_factory=list)
@@ -110,7 +112,7 @@ def continue_run(
     for dataset, snapshot in snapshots.items():
         done.datasets[dataset] = {
             "digest": snapshot.digest,
-            "learnt": len(snapshot.train_ids),
+            "given": len(snapshot.train_ids),
             "held": len(snapshot.held_ids),
             "unusable": snapshot.num_unusable,
         }
@@ -134,6 +136,10 @@ def continue_run(
             )
         say(f"{new_name} is there: it goes on by the spec that it began with")
     train(given, storage=storage, run_name=new_name, address=address, verbose=verbose)
+    new = Run.open(storage, new_name)
+    for dataset in snapshots:
+        steps = find_learnt(new, Dataset(storage, dataset))
+        done.datasets[dataset]["learnt"] = sum(bool(own) for own in steps.values())
     held = [_feedback_source(spec, one.held) for one in snapshots.values() if one.held]
     held += [as_source(one) for one in wanted.held]
     words = [json.dumps(one) for one in held]

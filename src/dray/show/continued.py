@@ -11,9 +11,14 @@ def format_continued(told: Mapping[str, Any]) -> str:
     lines = [f"{told['run']}  goes on from {told['before']}"]
     for name, counts in told["datasets"].items():
         lines.append(
-            f"  feedback     {name}: {counts['learnt']:,} entries learnt from, {counts['held']:,} "
-            f"kept out, {counts['unusable']:,} without what would have been right"
+            f"  feedback     {name}: {counts['learnt']:,} of {counts['given']:,} entries learnt, "
+            f"{counts['held']:,} kept out, {counts['unusable']:,} say only what is wrong"
         )
+        if others := counts["given"] - counts["learnt"]:
+            lines.append(
+                f"               {others:,} were not: the same text was there already, is held out "
+                "by data.validation, or the run ended before"
+            )
     for kind, found in told["metrics"].items():
         where = "old held-out rows" if kind == "old" else "new held-out data"
         lines.append(f"  {where}: {found['num_rows']:,}")
