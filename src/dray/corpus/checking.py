@@ -242,6 +242,7 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
     dropped = sum((Counter(read["dropped"]) for read in work.reads), Counter[str]())
     for record in work.duplicates:
         dropped.update({reason: record[reason] for reason in DROP_REASONS if record[reason]})
+    redacted = sum((Counter(read.get("redacted")) for read in work.reads), Counter[str]())
     train, validation = (_make_split(split, job, work) for split in SPLITS)
     packed = [record["train"] for record in work.packed if "train" in record]
     held = [record["validation"] for record in work.packed if "validation" in record]
@@ -283,6 +284,8 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         left_out=work.left_out,
         num_unchanged=sum(record.get("num_without_text", 0) for record in packed),
         num_untranslated=work.num_untranslated,
+        redacted=dict(sorted(redacted.items())),
+        num_redacted=work.total("num_redacted"),
         validation_compressors=work.compressors,
     )
 

@@ -55,7 +55,7 @@ _LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
 """Of scripts that put spaces between words: a Chinese word before an address is none of it."""
 _LOCAL = rf"[{_LETTERS}_](?:[{_LETTERS}._%+'-]{{0,62}}[{_LETTERS}_+-])?"
 _LABEL = rf"[{_LETTERS}](?:[{_LETTERS}-]{{0,61}}[{_LETTERS}])?"
-_TOP = rf"(?:xn--[a-z0-9-]{{2,59}}|[A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff]{{2,24}})(?![{_LETTERS}_])"
+_TOP = rf"(?:xn--[a-z0-9-]{{2,59}}|(?:(?![0-9])[{_LETTERS}]){{2,24}})(?![{_LETTERS}_])"
 _EMAIL = re.compile(rf"(?<![{_LETTERS}._%+'-])['.]*(?P<at>{_LOCAL}@(?:{_LABEL}\.){{1,8}}{_TOP})")
 _SPELT = re.compile(
     rf"(?<![{_LETTERS}._%+-])(?P<at>{_LOCAL} ?[\[({{<] ?(?:at|@|ät) ?[\])}}>] ?"
@@ -75,7 +75,9 @@ def find_emails(text: str) -> Iterator[Find]:
                 yield Find(*match.span("at"), "email", address)
     if _BRACKETED_AT.search(text):
         for match in _SPELT.finditer(text):
-            address = re.sub(r" ?[\[({<] ?(?:at|@|ät) ?[\])}>] ?", "@", match["at"].lower(), count=1)
+            address = re.sub(
+                r" ?[\[({<] ?(?:at|@|ät) ?[\])}>] ?", "@", match["at"].lower(), count=1
+            )
             address = re.sub(r" ?(?:[\[({<] ?(?:dot|punkt|\.) ?[\])}>]| dot ) ?", ".", address)
             yield Find(*match.span("at"), "email", address.replace(" ", ""))
 
@@ -142,10 +144,12 @@ _IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Za-z]{2}[0-9]{2}(?:[ -]?[0-9A-Za-z]){11,
 _IBAN_LENGTHS = {
     name: int(length)
     for length, names in {
-        "15": "NO", "16": "BE", "18": "DK FO FI GL NL SD FK", "19": "MK SI", "20": "AT BA EE KZ LT LU XK MN",
+        "15": "NO", "16": "BE", "18": "DK FO FI GL NL SD FK", "19": "MK SI",
+        "20": "AT BA EE KZ LT LU XK MN",
         "21": "CH HR LI LV", "22": "BG BH CR DE GB GE IE ME RS VA", "23": "AE GI IL IQ OM TL SO",
         "24": "AD CZ ES MD PK RO SA SE SK TN VG", "25": "PT ST LY", "26": "IS TR",
-        "27": "BI DJ FR GR IT MC MR SM", "28": "AL AZ BY CY DO GT HU LB PL SV NI", "29": "BR EG PS QA UA",
+        "27": "BI DJ FR GR IT MC MR SM", "28": "AL AZ BY CY DO GT HU LB PL SV NI",
+        "29": "BR EG PS QA UA",
         "30": "JO KW MU YE", "31": "MT SC", "32": "LC", "33": "RU",
     }.items()
     for name in names.split()
@@ -176,11 +180,14 @@ def find_ibans(text: str) -> Iterator[Find]:
 # ---- persons' numbers ---------------------------------------------------------------------------
 
 _CN_ID = re.compile(
-    r"(?<![0-9A-Za-z])(?P<area>(?:1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3])[0-9]{4})(?P<by>[ -]?)"
-    r"(?P<born>(?:18|19|20)[0-9]{2}[01][0-9][0-3][0-9])(?P=by)(?P<rest>[0-9]{3}[0-9Xx])(?![0-9A-Za-z])"
+    r"(?<![0-9A-Za-z])"
+    r"(?P<area>(?:1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3])[0-9]{4})(?P<by>[ -]?)"
+    r"(?P<born>(?:18|19|20)[0-9]{2}[01][0-9][0-3][0-9])(?P=by)(?P<rest>[0-9]{3}[0-9Xx])"
+    r"(?![0-9A-Za-z])"
 )
 _SSN = re.compile(
-    r"(?<![0-9A-Za-z])(?<![0-9A-Za-z][-.])(?!000|666|9)[0-9]{3}(?P<by>[ -])(?!00)[0-9]{2}(?P=by)(?!0000)[0-9]{4}"
+    r"(?<![0-9A-Za-z])(?<![0-9A-Za-z][-.])"
+    r"(?!000|666|9)[0-9]{3}(?P<by>[ -])(?!00)[0-9]{2}(?P=by)(?!0000)[0-9]{4}"
     r"(?![0-9A-Za-z]|[-.][0-9A-Za-z])"
 )
 _SSN_WORDS = re.compile(r"ssn|social|soc\.? sec|sozialvers|社会安全", re.I)
@@ -189,9 +196,7 @@ _SSN_WORDS = re.compile(r"ssn|social|soc\.? sec|sozialvers|社会安全", re.I)
 def fulfils_gb11643(number: str) -> bool:
     """Whether the 18th character of a resident id checks the others (GB 11643-1999, ISO 7064
     MOD 11-2)."""
-    total = sum(
-        int(digit) * (2 ** (17 - place) % 11) for place, digit in enumerate(number[:17])
-    )
+    total = sum(int(digit) * (2 ** (17 - place) % 11) for place, digit in enumerate(number[:17]))
     return "10X98765432"[total % 11] == number[17].upper()
 
 
@@ -222,10 +227,12 @@ _IPV4 = re.compile(
     r"(?<![0-9A-Za-z])(?<![0-9A-Za-z][.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z]|\.[0-9])"
 )
 _IPV6 = re.compile(
-    r"(?<![0-9A-Za-z:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![0-9A-Za-z:])"
+    r"(?<![0-9A-Za-z:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}"
+    r"(?![0-9A-Za-z:])"
 )
 _VERSION_WORDS = re.compile(
-    r"(?:\bv|version|\bver|release|build|revision|\brev|chapter|section|kapitel|版本|[A-Za-z]/)[ .:]{0,2}$",
+    r"(?:\bv|version|\bver|release|build|revision|\brev|chapter|section|kapitel|版本|[A-Za-z]/)"
+    r"[ .:]{0,2}$",
     re.I,
 )
 _IP_WORDS = re.compile(r"\b(?:ip|ipv4|addr|address|host|server|dns|ping|adresse)\b|地址", re.I)
@@ -270,9 +277,11 @@ _KEY_STARTS = (
     "hf_", "AKIA", "ASIA", "gh", "glpat-", "sk-", "xox", "AIza", "ya29.", "eyJ", "npm_", "pypi-",
 )  # fmt: skip
 _NAMED = re.compile(
-    r"(?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,32}[-_.]){0,6}?(?P<name>pass(?:word|wd|phrase)?|pwd|secret|token"
-    r"|(?:api|access|secret|auth|private|account|encryption|signing)[-_ ]?(?:access[-_ ]?)?(?:key|token)|apikey"
-    r"|passwort|密码|口令)[\"']?\s{0,3}(?:=>|=|:|：|是|is\b)\s{0,3}[\"']?(?P<value>[^\s\"',;&<>(){}\[\]，。；]{8,200})",
+    r"(?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,32}[-_.]){0,6}?"
+    r"(?P<name>pass(?:word|wd|phrase|wort)?|pwd|secret|token|apikey|密码|口令"
+    r"|(?:api|access|secret|auth|private|account|encryption|signing)[-_ ]?(?:access[-_ ]?)?"
+    r"(?:key|token))[\"']?\s{0,3}(?:=>|=|:|是|is\b)\s{0,3}[\"']?"
+    r"(?P<value>[^\s\"',;&<>(){}\[\]，。；]{8,200})",
     re.I,
 )
 _NAMED_START = re.compile(r"pass|pwd|secret|token|api|key|密码|口令", re.I)

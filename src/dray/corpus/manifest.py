@@ -196,6 +196,10 @@ class Manifest(_Record):
     several."""
     num_untranslated: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
     """Training rows that translators have no other words for."""
+    redacted: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = {}
+    """Personal data that was replaced in documents as they were read, by kind."""
+    num_redacted: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
+    """Documents that had some."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 

@@ -17,7 +17,9 @@ _RUN = re.compile(r"(?:\+ ?|\()?\(?[0-9](?:[ ().\-/\t]{0,4}[0-9]){6,}")
 """At least seven digits, no more than four signs between two of them."""
 _MOST_DIGITS = 200
 """Of a run: a table of numbers is no list of phones."""
-_EXTENSION = re.compile(r"[ ,;]{0,3}(?:ext(?:ension)?|x|转|分机|durchwahl)[ .:#]{0,3}[0-9]{1,7}(?![0-9])", re.I)
+_EXTENSION = re.compile(
+    r"[ ,;]{0,3}(?:ext(?:ension)?|x|转|分机|durchwahl)[ .:#]{0,3}[0-9]{1,7}(?![0-9])", re.I
+)
 _AROUND = 12
 _WORDS = re.compile(
     r"(?:\b(?:tel|tél|phone|telephone|fon|call|fax|mob|mobile?|mobil|cell|cellphone|handy|rufnummer|whatsapp|sms"
@@ -43,7 +45,9 @@ def find_phones(text: str, regions: Sequence[str]) -> Iterator[Find]:
     shields: list[tuple[int, int]] | None = None
     for run in _RUN.finditer(text):
         begin, end = run.span()
-        if sum(map(str.isdigit, run[0])) > _MOST_DIGITS or _GOODS.search(text, max(0, begin - 16), begin):
+        if sum(map(str.isdigit, run[0])) > _MOST_DIGITS or _GOODS.search(
+            text, max(0, begin - 16), begin
+        ):
             continue
         if shields is None:
             shields = [*ipv4_shapes(text), *(match.span() for match in _DATE.finditer(text))]

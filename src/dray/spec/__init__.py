@@ -1,7 +1,7 @@
 """The frozen spec.
 
 `sections.py` has its sections, `optimizers.py` the one of the optimiser, `augmenting.py` that of
-augmentation, `redacting.py` that of personal data, `adapting.py` those of
+augmentation, `adapting.py` those of
 adapters and frozen layers, `releasing.py` those of what is done with a run afterwards, `spec.py`
 the whole; `loading.py` reads and overrides it, `yaml_reading.py` reads the YAML that people write,
 `mistakes.py` says in a line what is wrong; `identity.py` compares two.
@@ -23,7 +23,6 @@ from dray.spec.loading import (
 )
 from dray.spec.mistakes import shown_words, translate
 from dray.spec.optimizers import OPTIMIZERS, Optimizer, State
-from dray.spec.redacting import Redaction
 from dray.spec.releasing import STAGES, Compress, Evaluate, Export, Serve
 from dray.spec.sections import (
     NAME_RULE,
@@ -42,6 +41,7 @@ from dray.spec.sections import (
     Model,
     Names,
     Numerics,
+    Redaction,
     Regularization,
     Resources,
     Schedule,

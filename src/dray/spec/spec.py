@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.augmenting import KEEPS_PLACES, TEXT_CHANGES, Augmentation
 from dray.spec.optimizers import AdamW, OptimizerChoice
-from dray.spec.releasing import STAGES, Compress, Evaluate, Export, OneOrMore, Serve, as_several
+from dray.spec.releasing import STAGES, Compress, Evaluate, Export, Serve
 from dray.spec.sections import (
     ORIGIN_NAME,
     BatchSize,
@@ -30,6 +30,7 @@ from dray.spec.sections import (
     Int,
     Model,
     Numerics,
+    OneOrMore,
     Regularization,
     Resources,
     RunName,
@@ -40,6 +41,7 @@ from dray.spec.sections import (
     Validation,
     Watchdog,
     Zero,
+    as_several,
 )
 from dray.spec.tasks import TaskChoice, check_fields
 
