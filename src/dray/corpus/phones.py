@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from dray.corpus.identifiers import Find, ipv4_shapes
+from dray.corpus.identifiers import Find
 
 _RUN = re.compile(r"(?:\+ ?|\()?\(?[0-9](?:[ ().\-/\t]{0,4}[0-9]){6,}")
 """At least seven digits, no more than four signs between two of them."""
@@ -28,12 +28,16 @@ _WORDS = re.compile(
     re.I,
 )
 _CHINESE_MOBILE = re.compile(r"1[3-9][0-9]{9}")
-_DATE = re.compile(
+_NUMBER = re.compile(
     r"(?<![0-9])(?:(?:19|20)[0-9]{2}[-./](?:0?[1-9]|1[0-2])[-./](?:0?[1-9]|[12][0-9]|3[01])"
     r"|(?:0?[1-9]|[12][0-9]|3[01])[-./](?:0?[1-9]|1[0-2])[-./](?:19|20)[0-9]{2}"
     r"|(?:0?[1-9]|1[0-2])/(?:0?[1-9]|[12][0-9]|3[01])/(?:19|20)[0-9]{2}"
     r"|(?:19|20)[0-9]{2} ?[-/] ?(?:19|20)[0-9]{2})(?![0-9])"
+    # Degrees of latitude and longitude; four small numbers, as of IP addresses and versions.
+    r"|(?<![0-9.])(?:0|[1-9][0-9]?|1[0-7][0-9]|180)\.[0-9]{4,}(?![0-9]|\.[0-9])"
+    r"|(?<![0-9A-Za-z.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z]|\.[0-9])"
 )
+"""What is no phone number though it has as many digits: dates, years, and the like."""
 _GOODS = re.compile(r"(?:isbn|issn|ean|gtin|upc|asin|doi|sku)[-: 013]{0,8}$", re.I)
 _INSIDE_BEFORE, _INSIDE_AFTER = frozenset("/=_#&?-."), frozenset("/_-=&%")
 """Marks beside digits that are a part of an address or a name."""
@@ -42,20 +46,21 @@ _INSIDE_BEFORE, _INSIDE_AFTER = frozenset("/=_#&?-."), frozenset("/_-=&%")
 def find_phones(text: str, regions: Sequence[str]) -> Iterator[Find]:
     """Numbers that are valid somewhere: with a country code, or of one of the regions, of which
     the first wins. The value is E.164's. `text`: folded (`identifiers.fold`)."""
-    shields: list[tuple[int, int]] | None = None
+    if not _RUN.search(text):
+        return
+    text = _NUMBER.sub(_blanked, text)
     for run in _RUN.finditer(text):
         begin, end = run.span()
-        if sum(map(str.isdigit, run[0])) > _MOST_DIGITS or _GOODS.search(
-            text, max(0, begin - 16), begin
-        ):
+        num_digits = sum(map(str.isdigit, run[0]))
+        if num_digits > _MOST_DIGITS or _GOODS.search(text, max(0, begin - 16), begin):
             continue
-        if shields is None:
-            shields = [*ipv4_shapes(text), *(match.span() for match in _DATE.finditer(text))]
         if more := _EXTENSION.match(text, end):
             end = more.end()
-        for found in _match(text, begin, end, regions):
-            if not any(found.start < stop and start < found.end for start, stop in shields):
-                yield found
+        yield from _match(text, begin, end, regions)
+
+
+def _blanked(found: re.Match[str]) -> str:
+    return "|" * len(found[0])
 
 
 def _match(text: str, begin: int, end: int, regions: Sequence[str]) -> list[Find]:
