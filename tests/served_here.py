@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import uvicorn
 
+from dray.corpus.redacting import Redactor
 from dray.serve.answering import Answerer
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
@@ -71,6 +72,7 @@ def served_here(
     key: bytes = b"",
     ring: Ring | None = None,
     logged: Logged | None = None,
+    redactor: Redactor | None = None,
 ) -> Iterator[Address]:
     """A service for the time of the block."""
     limits = limits or Limits()
@@ -81,7 +83,10 @@ def served_here(
         model.follow(Plan(1), {1: Here(answerers[name])})
     router = Router(models_by_name, limits)
     observer = observe(
-        router, lambda: {name: one.agreement for name, one in models_by_name.items()}, logged
+        router,
+        lambda: {name: one.agreement for name, one in models_by_name.items()},
+        logged,
+        redactor,
     )
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(

@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
+from dray.corpus.redacting import Redactor
 from dray.errors import PlanError, SpecError, StoreError
 from dray.processes.imports import require_package
 from dray.processes.signals import Wishes, stops
@@ -48,11 +49,12 @@ def serve_models(
     say: Callable[[str], None],
     tls: Tls | None = None,
     logged: Logged | None = None,
+    redactor: Redactor | None = None,
 ) -> None:
     """Serve until a signal comes, and follow what is promoted meanwhile. `replicas`: the fewest and
     the most of each model. `storage`: where keys and versions lie. `tls`: for HTTPS. `logged`:
-    where requests are logged, if they are. Raises UserError for what cannot be served, and
-    RunFailed where the service does not start."""
+    where requests are logged, if they are. `redactor`: what takes personal data out of them. Raises
+    UserError for what cannot be served, and RunFailed where the service does not start."""
     least, most = replicas
     if not 0 < port < 65_536:
         raise SpecError("dray serve", f"--port {port}", "a port is 1 to 65535")
@@ -70,7 +72,7 @@ def serve_models(
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
     if logged is not None and not address:
         check_log(logged)
-    warn_of_plain_http(host, tls, say)
+    _warn(host, tls, logged, redactor, say)
     records = check_records(models, storage)
     with stops(noted=True) as wishes:
         cores = os.cpu_count() or 1
@@ -94,7 +96,7 @@ def serve_models(
                     record.begin(model)
                 options = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
                 versions = service.Versions(
-                    limits, storage, logged, replicas=replicas, ray_actor_options=options
+                    limits, storage, logged, redactor, replicas=replicas, ray_actor_options=options
                 )
                 follower = Follower([record for record, _ in records], versions, say)
                 follower.begin()
@@ -201,6 +203,19 @@ def warn_of_plain_http(host: str, tls: Tls | None, say: Callable[[str], None]) -
     if tls is None and not _is_loopback(host):
         way = "--tls-cert FILE --tls-key FILE, unless something before it speaks HTTPS"
         say(f"plain HTTP on {host}: whoever is on the way can read keys and texts; {way}")
+
+
+def _warn(
+    host: str,
+    tls: Tls | None,
+    logged: Logged | None,
+    redactor: Redactor | None,
+    say: Callable[[str], None],
+) -> None:
+    """Say what others may come to read."""
+    warn_of_plain_http(host, tls, say)
+    if logged is not None and logged.bodies and redactor is None:
+        say("the log keeps whose data ever is in what is asked and answered; --redact takes it out")
 
 
 def _check_there(model: Served, say: Callable[[str], None]) -> None:

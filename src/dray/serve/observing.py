@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Send
 
+from dray.corpus.redacting import Redactor
 from dray.serve.asked import Asked
 from dray.serve.drift import Drift
 from dray.serve.keys import METRICS_PATH
@@ -27,9 +28,11 @@ def observe(
     router: Router,
     agreements: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
     logged: Logged | None = None,
+    redactor: Redactor | None = None,
 ) -> Observer:
-    """An observer of a router's requests. `agreements`: of shadows, by model."""
-    log = None if logged is None else RequestLog(logged)
+    """An observer of a router's requests. `agreements`: of shadows, by model; `redactor`: what
+    takes personal data out of them."""
+    log = None if logged is None else RequestLog(logged, redactor)
     drift = Drift(router.reference)
     live = Live(
         queue=lambda: router.queue,
@@ -37,14 +40,20 @@ def observe(
         drift=drift.read,
         log_lost=lambda: None if log is None else log.num_lost,
     )
-    return Observer(Meter(live), drift, log)
+    return Observer(Meter(live), drift, log, redactor)
 
 
 class Observer:
     """Hears of each request of a gateway."""
 
-    def __init__(self, meter: Meter, drift: Drift, log: RequestLog | None) -> None:
-        self.meter, self.drift, self.log = meter, drift, log
+    def __init__(
+        self,
+        meter: Meter,
+        drift: Drift,
+        log: RequestLog | None,
+        redactor: Redactor | None = None,
+    ) -> None:
+        self.meter, self.drift, self.log, self.redactor = meter, drift, log, redactor
 
     def end(self, request: Asked, route: str, bodies: Bodied | None) -> None:
         """A request has ended. `bodies`: what was kept of it."""
@@ -52,7 +61,9 @@ class Observer:
         if request.model is not None and request.version is not None:
             self.drift.note(request.model, request.version, request.looks)
         if self.log is not None and route not in UNLOGGED:
-            self.log.write(_line(request, route) | ({} if bodies is None else bodies.told()))
+            redacted = {} if self.redactor is None else {"redacted": dict(request.redacted)}
+            kept = {} if bodies is None else bodies.told()
+            self.log.write(_line(request, route) | redacted | kept)
 
     def close(self) -> None:
         """Write what waits for the log."""

@@ -26,6 +26,7 @@ from ray.serve.exceptions import (
 )
 from starlette.types import ASGIApp
 
+from dray.corpus.redacting import Redactor, make_redactor
 from dray.errors import PlanError, RunFailed, SpecError
 from dray.plan.machine import free_memory_bytes
 from dray.serve.api import make_api
@@ -40,6 +41,7 @@ from dray.serve.schemas import Card
 from dray.serve.served import Served, check_names
 from dray.serve.shares import Plan, Versioned
 from dray.serve.tls import Tls
+from dray.spec import Redaction, as_redaction
 
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
@@ -170,6 +172,7 @@ class Gateway:
         limits: Limits,
         storage: str | None = None,
         logged: Logged | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         self._models: dict[str, Versioned] = {}
         for name, handle in handles.items():
@@ -180,10 +183,10 @@ class Gateway:
         # A service that asks for a key also takes those that are made later.
         ring = Ring(storage) if storage is not None and (key or held) else None
         self._keys, self._bodies = OneKey(key, ring, local=is_local()), Bodies(limits)
-        self._logged = logged
+        self._logged, self._redactor = logged, redactor
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        observer = observe(self._router, self._agreements, self._logged)
+        observer = observe(self._router, self._agreements, self._logged, self._redactor)
         return make_api(self._router, self._keys, self._bodies, observer)
 
     def _agreements(self) -> dict[str, Mapping[str, int]]:
@@ -246,10 +249,11 @@ def gateway_deployment(
     limits: Limits,
     storage: str | None = None,
     logged: Logged | None = None,
+    redactor: Redactor | None = None,
     **options: Any,
 ) -> Any:
     """The gateway before some models. `storage`: where its keys lie, beside that of the
-    environment. There is one: what it counts is of all requests."""
+    environment; `redactor`: what takes personal data out of requests. There is one: what it counts is of all requests."""
     deployment = serve.deployment(
         Gateway,
         name="gateway",
@@ -258,12 +262,13 @@ def gateway_deployment(
         ray_actor_options={"num_cpus": 0},
         **options,
     )
-    return deployment.bind(handles, limits, storage, logged)
+    return deployment.bind(handles, limits, storage, logged, redactor)
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
     """What Ray Serve builds from its configuration's `args`: the fields of `Served`, or `models`
-    with a list of such; `limits`, and `log` with the fields of `Logged`. Keys that `dray serve key`
+    with a list of such; `limits`, `log` with the fields of `Logged`, and `redact`, which is true or has
+    the fields of `Redaction`. Keys that `dray serve key`
     has made in the models' storage are taken, if it is one. Raises SpecError for what these do not
     have."""
     try:
@@ -271,6 +276,8 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         limits = Limits.model_validate(given.pop("limits", {}))
         log = given.pop("log", None)
         logged = None if log is None else Logged.model_validate(log)
+        redact = as_redaction(given.pop("redact", None))
+        redactor = make_redactor(redact and Redaction.model_validate(redact), "args.redact")
         several = given.pop("models", None)
         if several is None:
             models = [Served.model_validate(given)]
@@ -280,7 +287,7 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         first = error.errors()[0]
         # Of a model as a whole it is wrong that it names none.
         where = ".".join(map(str, ("args", *(first["loc"][:1] or ("run",)))))
-        known = f"args are {', '.join(Served.model_fields)}, models, limits, log"
+        known = f"args are {', '.join(Served.model_fields)}, models, limits, log, redact"
         raise SpecError(where, first["msg"], known) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise SpecError("args", f"is no mapping ({error})", "args are fields of a model") from error
@@ -294,7 +301,7 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         }
     storages = {model.storage for model in models} - {None}
     keys_of = storages.pop() if len(storages) == 1 else None
-    return gateway_deployment(handles, limits, keys_of, logged)
+    return gateway_deployment(handles, limits, keys_of, logged, redactor)
 
 
 # --- dray serve ----------------------------------------------------------------------------------
@@ -336,11 +343,13 @@ class Versions:
         limits: Limits,
         storage: str,
         logged: Logged | None = None,
+        redactor: Redactor | None = None,
         *,
         replicas: tuple[int, int] = (1, 1),
         **options: Any,
     ) -> None:
         self._limits, self._storage, self._logged = limits, storage, logged
+        self._redactor = redactor
         self._options = {**scaling(*replicas), **options}
 
     def load(self, name: str, version: int, served: Served) -> None:
@@ -355,7 +364,7 @@ class Versions:
 
     def route(self, models: Mapping[str, Mapping[str, Any]]) -> None:
         """The gateway begins, or is told."""
-        run_gateway(models, self._limits, self._storage, self._logged)
+        run_gateway(models, self._limits, self._storage, self._logged, self._redactor)
 
     def drop(self, name: str, version: int) -> None:
         """Its requests end first."""
@@ -367,10 +376,11 @@ def run_gateway(
     limits: Limits,
     storage: str | None = None,
     logged: Logged | None = None,
+    redactor: Redactor | None = None,
 ) -> None:
     """Start the gateway before them, or tell the one that runs which models there are now."""
     config = {"models": dict(models)}
-    gateway = gateway_deployment({}, limits, storage, logged, user_config=config)
+    gateway = gateway_deployment({}, limits, storage, logged, redactor, user_config=config)
     _deployed([serve.RunTarget(gateway, name=GATEWAY, route_prefix="/")])
 
 

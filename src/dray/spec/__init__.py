@@ -50,6 +50,7 @@ from dray.spec.sections import (
     Swa,
     Tokenizer,
     Watchdog,
+    as_redaction,
 )
 from dray.spec.spec import Spec
 from dray.spec.tasks import (
@@ -116,6 +117,7 @@ __all__ = [
     "Tokenizer",
     "Translator",
     "Watchdog",
+    "as_redaction",
     "default_task",
     "differing_paths",
     "dump_spec",
