@@ -687,8 +687,8 @@ def _add_serve(commands: Any) -> None:
         nargs="?",
         const="mask",
         choices=("mask", "pseudonym", "drop"),
-        help="take e-mail addresses, phone and card numbers, keys and the like out of what is asked "
-        "and of the log (default: mask); drop: refuse such requests",
+        help="take e-mail addresses, phone and card numbers, keys and the like out of what is "
+        "asked and of the log (default: mask); drop: refuse such requests",
     )
     _add_storage(serve)
     _add_cluster(serve)

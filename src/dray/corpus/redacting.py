@@ -47,6 +47,8 @@ CALLED: Mapping[str, tuple[str, str]] = {
 """One of a kind, and several, for people."""
 _RANKS = {kind: (1 if kind == "phone" else 2 if kind == "name" else 0) for kind in SPECIFIC}
 _MASK = re.compile(rf"\[(?:{'|'.join(kind.upper() for kind in SPECIFIC)})(?:-[0-9a-f]{{8}})?\]")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{256,}={0,2}")
+"""A value in a tree that is a file's bytes rather than a text."""
 _LEAST_KEY = 16
 """Characters of a key of pseudonyms."""
 Counts = Counter[str]
@@ -110,6 +112,8 @@ class Redactor:
 
     def _walk(self, value: Any, counts: Counts, numbers: bool) -> Any:
         if isinstance(value, str):
+            if _BASE64.fullmatch(value):
+                return value
             found, more = self.redact(value)
             counts.update(more)
             return found

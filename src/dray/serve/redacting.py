@@ -40,10 +40,8 @@ async def redact_asked(tree: dict[str, Any], redactor: Redactor) -> Counter[str]
 def redact_bodies(line: dict[str, Any], redactor: Redactor) -> dict[str, Any]:
     """A line of the log whose bodies, where it has some, are without personal data: masked, or
     pseudonyms, also where a service refuses requests that hold some."""
-    bodies = {
-        name: _redact_body(line[name], redactor) for name in ("request", "answer") if name in line
-    }
-    return line | bodies
+    there = [name for name in ("request", "answer") if name in line]
+    return line | {name: _redact_body(line[name], redactor) for name in there}
 
 
 def _redact_body(text: str, redactor: Redactor) -> str:

@@ -1,8 +1,9 @@
 """The log of requests: a line of JSON for each, in files of bounded size.
 
 A line has no word of what was asked or answered unless `bodies` are asked for. Whoever answers
-never waits for the disk: lines go through a bounded queue to a thread of their own, which also takes
-personal data out of bodies; what finds it full, or the disk, is lost and counted. Files are for their owner alone.
+never waits for the disk: lines go through a bounded queue to a thread of their own, which takes
+personal data out of bodies where that is wanted. What finds it full, or the disk, is lost and
+counted. Files are for their owner alone.
 """
 
 from __future__ import annotations

@@ -253,7 +253,8 @@ def gateway_deployment(
     **options: Any,
 ) -> Any:
     """The gateway before some models. `storage`: where its keys lie, beside that of the
-    environment; `redactor`: what takes personal data out of requests. There is one: what it counts is of all requests."""
+    environment; `redactor`: what takes personal data out of requests. There is one gateway: what it
+    counts is of all requests."""
     deployment = serve.deployment(
         Gateway,
         name="gateway",
@@ -267,10 +268,9 @@ def gateway_deployment(
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
     """What Ray Serve builds from its configuration's `args`: the fields of `Served`, or `models`
-    with a list of such; `limits`, `log` with the fields of `Logged`, and `redact`, which is true or has
-    the fields of `Redaction`. Keys that `dray serve key`
-    has made in the models' storage are taken, if it is one. Raises SpecError for what these do not
-    have."""
+    with a list of such; `limits`, `log` with the fields of `Logged`, and `redact`, which is true or
+    has the fields of `Redaction`. Keys that `dray serve key` has made in the models' storage are
+    taken, if it is one. Raises SpecError for what these do not have."""
     try:
         given = dict(arguments)
         limits = Limits.model_validate(given.pop("limits", {}))
