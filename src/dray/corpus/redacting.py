@@ -1,9 +1,10 @@
 """Personal data in texts: found by form or by a model, and replaced.
 
-Of finds that overlap the one wins whose form says most (a checksum or a format of its own before a
-phone number, that before a name), of alike ones the longer. What stands between what was replaced
-is looked at again by itself, so that redacting twice changes nothing more; what looks like a mask
-stays. Finds nothing that is written in words, over several texts, or in pictures: no guarantee.
+Of finds that overlap the one wins whose form says most (a checksum or a secret before an address,
+that before a phone number, that before a name), of alike ones the longer. What stands between what
+was replaced is looked at again by itself, so that redacting twice changes nothing more; what looks
+like a mask stays. Finds nothing that is written in words, over several texts, or in pictures: no
+guarantee.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ CALLED: Mapping[str, tuple[str, str]] = {
     "name": ("name", "names"),
 }
 """One of a kind, and several, for people."""
-_RANKS = {kind: (1 if kind == "phone" else 2 if kind == "name" else 0) for kind in SPECIFIC}
+_RANKS = {"email": 1, "us_ssn": 1, "ip": 1, "phone": 2, "name": 3}
+"""Which finds win over others; all that has a checksum or is a secret is 0."""
 _MASK = re.compile(rf"\[(?:{'|'.join(kind.upper() for kind in SPECIFIC)})(?:-[0-9a-f]{{8}})?\]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{256,}={0,2}")
 """A value in a tree that is a file's bytes rather than a text."""
@@ -256,7 +258,7 @@ def _choose(finds: Sequence[Find]) -> list[Find]:
     order = sorted(
         finds,
         key=lambda one: (
-            _RANKS[one.kind],
+            _RANKS.get(one.kind, 0),
             one.start - one.end,
             SPECIFIC.index(one.kind),
             one.start,
