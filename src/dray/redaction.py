@@ -49,7 +49,7 @@ _NAMED_TOKEN = re.compile(
 _USER_INFO = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{1,30}://(?P<value>[^\s/@?#\"'<>]+)@")
 _HEADER = re.compile(r"\b(?:bearer|basic)\s+(?P<value>[A-Za-z0-9_\-.~+/]{8,}=*)", re.I)
 TOKEN_FORMATS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"(?<![A-Za-z0-9_])(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{16,}|sk-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,})"
 )

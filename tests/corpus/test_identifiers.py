@@ -60,10 +60,11 @@ FOUND = {
     "ip": {
         "from 93.184.216.34:443": "93.184.216.34",
         "ip 8.8.8.8": "8.8.8.8",
+        "地址：2a01:4f8:9c71:1dda:afa6:d644:b694:b3d5。": "2a01:4f8:9c71:1dda:afa6:d644:b694:b3d5",
         "2606:2800:0220:0001:0248:1893:25C8:1946": "2606:2800:220:1:248:1893:25c8:1946",
     },
     "key": {
-        "AKIAIOSFODNN7EXAMPLE": "AKIAIOSFODNN7EXAMPLE",
+        "请记下AKIAIOSFODNN7EXAMPLE，谢谢": "AKIAIOSFODNN7EXAMPLE",
         "ghp_abcdefghijklmnopqrstuvwxyz0123456789": "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
         "db_password = 'hunter22x'": "hunter22x",
         '"api_key": "a8f5f167f44f4964e6c998dee827110c",': "a8f5f167f44f4964e6c998dee827110c",

@@ -227,7 +227,7 @@ _IPV4 = re.compile(
     r"(?<![0-9A-Za-z])(?<![0-9A-Za-z][.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z]|\.[0-9])"
 )
 _IPV6 = re.compile(
-    r"(?<![0-9A-Za-z:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}"
+    r"(?<![0-9A-Za-z.])(?<![0-9A-Za-z:]:)[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}"
     r"(?![0-9A-Za-z:])"
 )
 _VERSION_WORDS = re.compile(
@@ -284,7 +284,7 @@ _IN_URI = re.compile(r"://[^\s/@:\"'<>]{1,64}:(?P<value>[^\s/@\"'<>]{3,200})@")
 def is_random_looking(value: str, name: str = "") -> bool:
     """Whether a value that is called a password or a key may be one: letters and digits mixed, and
     not the same few. What is called a key or token is longer than what is called a password."""
-    least = 8 if re.match(r"pass|pwd|secret$|密码|口令", name, re.I) else 16
+    least = 8 if re.search(r"pass|pwd|secret$|密码|口令", name, re.I) else 16
     return (
         len(value) >= least
         and len(set(value)) >= min(len(value), 16) // 2
