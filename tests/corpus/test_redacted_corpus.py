@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from dray.corpus import prepare as prepare_module
 from dray.corpus.account import to_json
@@ -17,8 +19,11 @@ from dray.corpus.cleaning import clean
 from dray.corpus.prepare import Corpus, corpus_key, find, prepare
 from dray.corpus.redacted import redact_documents
 from dray.corpus.redacting import make_redactor
+from dray.corpus.shards import read_groups
+from dray.corpus.tokenizing import save_trained, train_byte_bpe
 from dray.errors import CorpusError, SpecError
 from dray.spec import Cleaning, Redaction, make_spec
+from dray.storage.filesystem import open_filesystem
 from dray.tasks.rows import SEPARATOR
 from tiny import tiny_tree
 
@@ -54,9 +59,6 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 def whole(corpus: Corpus) -> str:
     """Everything that lies in a corpus' folder, and its rows as text."""
     from tokenizers import Tokenizer
-
-    from dray.corpus.shards import read_groups
-    from dray.storage.filesystem import open_filesystem
 
     said = []
     tokenizer = Tokenizer.from_file(f"{corpus.folder}/tokenizer/tokenizer.json")
@@ -98,64 +100,76 @@ def test_nothing_of_it_is_kept_or_learnt(tmp_path: Path) -> None:
     assert find(hidden, str(tmp_path / "runs")) == corpus
 
 
+def rows(corpus: Corpus) -> list[tuple[str, list[int]]]:
+    """Text and tokens of every training row, sorted."""
+    (source,) = corpus.manifest.train.sources
+    groups = range(-(-source.num_rows // corpus.manifest.group_rows))
+    filesystem, folder = open_filesystem(corpus.folder)
+    table = read_groups(filesystem, folder, source, groups, corpus.manifest.group_rows)
+    return sorted(
+        (bytes(row["given_text"]).decode(), row["input_ids"]) for row in table.to_pylist()
+    )
+
+
 @pytest.mark.usefixtures("local_ray")
-def test_rows_are_the_same_however_the_files_are_cut(
+def test_rows_are_the_same_however_files_are_cut_and_labels_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRAY_PSEUDONYM_KEY", "a key of pseudonyms 4711")
-    path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts(600, seed=3)])
-    # A vocabulary that is there already: its training sample is drawn from the parts.
-    first = prepare(spec(str(path)), str(tmp_path / "tokenizer"))
-    tokenizer = {"path": f"{first.folder}/tokenizer"}
+    given_texts = texts(200, seed=3)
+    labels = [("a@example.org", "b")[number % 2] for number in range(200)]
+    records = [{"text": t, "label": n} for t, n in zip(given_texts, labels, strict=True)]
+    path = write(tmp_path / "a.jsonl", records)
+    # A vocabulary that is there already: the sample for one is drawn from the parts.
+    vocabulary = train_byte_bpe([text.encode() for text in given_texts], 300)
+    save_trained(LocalFileSystem(), str(tmp_path / "tokenizer"), vocabulary)
+    tree = tiny_tree(Path("."), task="sequence_classification")
+    tree["data"] = {
+        "train": {"path": str(path), "label": "label"},
+        "sequence_tokens": 128,
+        "redaction": {"mode": "pseudonym"},
+    }
+    tree["tokenizer"] = {"path": str(tmp_path / "tokenizer")}
+    tree["augmentation"] = {"kinds": ["swap"]}
     found = []
-    for number, size in enumerate((1 << 30, 20_000)):
+    for number, size in enumerate((1 << 30, 5_000)):
         monkeypatch.setattr(prepare_module, "choose_part_bytes", lambda files, size=size: size)
         monkeypatch.setattr(prepare_module, "MIN_CHUNK_BYTES", 1)
-        given = spec(str(path), data={"redaction": {"mode": "pseudonym"}}, tokenizer=tokenizer)
-        corpus = prepare(given, str(tmp_path / f"runs{number}"))
-        pieces = whole(corpus).split("<|endoftext|>")
-        kept = sorted(piece for piece in pieces if piece.startswith("3-"))
-        found.append((corpus.manifest.redacted, corpus.manifest.num_redacted, set(kept)))
-    assert found[0] == found[1]
-    assert found[0][1] == 150
+        found.append(prepare(make_spec(tree), str(tmp_path / f"runs{number}")))
+    assert rows(found[0]) == rows(found[1])
+    manifests = [corpus.manifest for corpus in found]
+    assert manifests[0].redacted == manifests[1].redacted
+    assert [one.num_redacted for one in manifests] == [50, 50]
+    assert manifests[0].labels == ("a@example.org", "b")
+    kept = "\n".join(text for text, _ in rows(found[0]))
+    assert kept.count("[EMAIL-") == manifests[0].redacted["email"]
+    assert len(set(re.findall(r"\[EMAIL-[0-9a-f]{8}\]", kept))) == 1
+    assert not any(secret in kept for secret in SECRETS)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_kept_texts_and_answers_are_redacted_and_labels_are_not(tmp_path: Path) -> None:
-    records = [
-        {"text": text, "label": "a@example.org" if number % 2 else "b"}
-        for number, text in enumerate(texts(80))
-    ]
-    path = write(tmp_path / "a.jsonl", records)
-    given = spec(
-        {"path": str(path), "label": "label"},
-        {"name": "sequence_classification"},
-        data={"redaction": {"kinds": ["email", "phone", "card"]}},
-        augmentation={"kinds": ["swap"]},
-        model={"architecture": "bert", "hidden_size": 16, "num_layers": 1, "num_heads": 2},
-    )
-    corpus = prepare(given, str(tmp_path / "runs"))
-    assert corpus.manifest.labels == ("a@example.org", "b")
-    text = whole(corpus)
-    assert "[EMAIL]" in text
-    assert not any(secret in text for secret in SECRETS)
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_what_becomes_equal_is_one_document_and_what_is_dropped_is_counted(tmp_path: Path) -> None:
+def test_what_becomes_equal_is_one_document_and_dropping_all_is_told(tmp_path: Path) -> None:
     same = [{"text": f"write to {name}@example.com today"} for name in ("anna", "bert", "carl")]
     path = write(tmp_path / "a.jsonl", [*same, *({"text": text} for text in texts(40))])
     masked = prepare(spec(str(path), data={"redaction": {}}), str(tmp_path / "runs"))
     assert masked.manifest.dropped == {"duplicate": 2}
     assert masked.manifest.num_redacted == 13
-    dropped = prepare(spec(str(path), data={"redaction": {"mode": "drop"}}), str(tmp_path / "runs"))
-    assert sum(dropped.manifest.dropped.values()) == 13
-    assert dropped.manifest.dropped["with e-mail addresses"] >= 3
-    assert dropped.manifest.num_redacted == 0
-    assert "redacted" not in json.loads(Path(dropped.folder, "manifest.json").read_text())
     only = write(tmp_path / "b.jsonl", same)
-    with pytest.raises(CorpusError, match="with e-mail addresses"):
+    with pytest.raises(CorpusError, match="dropped: 3 with e-mail addresses"):
         prepare(spec(str(only), data={"redaction": {"mode": "drop"}}), str(tmp_path / "runs"))
+
+
+def test_what_is_dropped_is_counted_by_its_first_kind() -> None:
+    redactor = make_redactor(Redaction(mode="drop"))
+    assert redactor is not None
+    held = pa.array([*SECRETS, "tel " + " ".join(SECRETS), "none"], pa.large_string())
+    labels = pa.array(["a", "b", "c", "d", "e"])
+    found = redact_documents(clean(held, labels, Cleaning()), redactor, ["text"], answers=False)
+    assert found.texts.to_pylist() == ["none"]
+    assert found.labels is not None
+    assert found.labels.to_pylist() == ["e"]
+    wanted = {"with e-mail addresses": 2, "with phone numbers": 1, "with card numbers": 1}
+    assert (found.dropped, found.num_redacted) == (wanted, 0)
 
 
 def test_a_key_goes_by_what_is_redacted_and_not_by_the_name_of_a_variable(
