@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -184,3 +185,20 @@ def test_names_want_a_pipeline_that_lies_here(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("dray.processes.imports.find_spec", lambda name: name)
     with pytest.raises(SpecError, match="no folder of a spaCy pipeline"):
         redactor(kinds=["name"], names="nowhere")
+
+
+def test_names_are_what_a_pipeline_tells(tmp_path: Path) -> None:
+    """Of rules here, since no model of names comes with a package."""
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    ruler = pipeline.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": "PERSON", "pattern": "Anna Schmidt"}])
+    pipeline.to_disk(tmp_path / "names")
+    one = redactor(kinds=["email", "name"], names=str(tmp_path / "names"))
+    found, counts = one.redact("Anna Schmidt (anna@example.com) and Anna Schmidt")
+    assert (found, counts) == ("[NAME] ([EMAIL]) and [NAME]", {"name": 2, "email": 1})
+    spacy.blank("en").to_disk(tmp_path / "none")
+    other = redactor(kinds="name", names=str(tmp_path / "none"))
+    assert one.digest() != other.digest()
+    with pytest.raises(SpecError, match="tells no names"):
+        other.find("Anna")

@@ -51,7 +51,7 @@ def _load(folder: str) -> Any:
         import spacy
 
         pipeline = spacy.load(folder, exclude=[*_UNNEEDED])
-    if "ner" not in pipeline.pipe_names:
+    if not {"ner", "entity_ruler"} & {*pipeline.pipe_names}:
         raise SpecError(
             f"names: {folder}", "tells no names", "a pipeline with `ner` does", "name another one"
         )

@@ -218,7 +218,7 @@ def make_redactor(settings: Redaction | None, where: str = "data.redaction") -> 
     names = None
     if settings.names is not None:
         require_package("spacy", "names", f"{where}.names")
-        names = in_package(settings.names)
+        names = os.path.abspath(in_package(settings.names))  # a worker has another folder
         if not os.path.isfile(os.path.join(names, "config.cfg")):
             raise SpecError(
                 f"{where}.names = {settings.names}",
