@@ -684,11 +684,9 @@ def _add_serve(commands: Any) -> None:
     )
     serve.add_argument(
         "--redact",
-        nargs="?",
-        const="mask",
         choices=("mask", "pseudonym", "drop"),
         help="take e-mail addresses, phone and card numbers, keys and the like out of what is "
-        "asked and of the log (default: mask); drop: refuse such requests",
+        "asked and of the log; drop: refuse such requests",
     )
     _add_storage(serve)
     _add_cluster(serve)

@@ -215,7 +215,9 @@ def _warn(
     """Say what others may come to read."""
     warn_of_plain_http(host, tls, say)
     if logged is not None and logged.bodies and redactor is None:
-        say("the log keeps whose data ever is in what is asked and answered; --redact takes it out")
+        say(
+            "the log keeps whose data ever is in what is asked and answered; --redact mask takes it out"
+        )
 
 
 def _check_there(model: Served, say: Callable[[str], None]) -> None:
