@@ -10,6 +10,7 @@ import pytest
 import requests
 
 from dray.corpus.redacting import make_redactor
+from dray.serve.foreground import _warn
 from dray.serve.redacting import UNSEEN, redact_bodies
 from dray.serve.request_log import Logged
 from dray.serve.served import Served
@@ -109,3 +110,14 @@ def test_a_stream_is_put_together_before_it_is_looked_through() -> None:
     said = [{"index": place, "text": "mail [EMAIL] now"} for place in (0, 1)]
     assert json.loads(line["answer"]) == {"streamed": said}
     assert redact_bodies({"answer": "anna@example.com"}, redactor) == {"answer": UNSEEN}
+
+
+def test_a_log_of_bodies_as_they_are_is_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = Logged(file=str(tmp_path / "log"), bodies=True)
+    _warn("127.0.0.1", None, kept, None, said.append)
+    assert len(said) == 1
+    assert "--redact mask" in said[0]
+    _warn("127.0.0.1", None, kept, make_redactor(Redaction()), said.append)
+    _warn("127.0.0.1", None, Logged(file=kept.file), None, said.append)
+    assert len(said) == 1

@@ -215,9 +215,8 @@ def _warn(
     """Say what others may come to read."""
     warn_of_plain_http(host, tls, say)
     if logged is not None and logged.bodies and redactor is None:
-        say(
-            "the log keeps whose data ever is in what is asked and answered; --redact mask takes it out"
-        )
+        what = "the log keeps what is asked and answered as it is, whosoever's data it holds"
+        say(f"{what}; --redact mask takes out what can be told by its form")
 
 
 def _check_there(model: Served, say: Callable[[str], None]) -> None:
