@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import uvicorn
 
+from dray.corpus.redacting import Redactor
 from dray.serve.answering import Answerer
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
@@ -76,6 +77,7 @@ def served_here(
     ring: Ring | None = None,
     logged: Logged | None = None,
     recall: Recall | None = None,
+    redactor: Redactor | None = None,
 ) -> Iterator[Address]:
     """A service for the time of the block."""
     limits = limits or Limits()
@@ -90,6 +92,7 @@ def served_here(
         lambda: {name: one.agreement for name, one in models_by_name.items()},
         logged,
         recall,
+        redactor,
     )
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(

@@ -48,12 +48,12 @@ _NAMED_TOKEN = re.compile(
 )
 _USER_INFO = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{1,30}://(?P<value>[^\s/@?#\"'<>]+)@")
 _HEADER = re.compile(r"\b(?:bearer|basic)\s+(?P<value>[A-Za-z0-9_\-.~+/]{8,}=*)", re.I)
-_FORMATS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+TOKEN_FORMATS = re.compile(
+    r"(?<![A-Za-z0-9_])(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{16,}|sk-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,})"
 )
-_PRIVATE_KEY = re.compile(
+PRIVATE_KEY = re.compile(
     r"-----BEGIN (?P<kind>[A-Z ]*PRIVATE KEY)-----.*?(?:-----END (?P=kind)-----|\Z)", re.S
 )
 _IS_SECRET_NAME = re.compile(
@@ -67,7 +67,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     # Every kind is looked for in the text as it came: what one kind hides could be the name that
     # another needs.
     spans = [
-        match.span() for pattern in (_PRIVATE_KEY, _FORMATS) for match in pattern.finditer(text)
+        match.span() for pattern in (PRIVATE_KEY, TOKEN_FORMATS) for match in pattern.finditer(text)
     ]
     spans += [
         match.span("value")

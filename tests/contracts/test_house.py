@@ -153,6 +153,8 @@ FOREIGN = {
     "optuna": ("sweep/search.py", "sweep/importance.py"),
     "matplotlib": ("show/plots.py",),
     "ray.serve": ("serve/service.py",),
+    "phonenumbers": ("corpus/phones.py",),
+    "spacy": ("corpus/person_names.py",),
     "prometheus_client": ("serve/metering.py",),
 }
 

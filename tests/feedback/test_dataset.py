@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dray.cli import main
 from dray.errors import SpecError, StoreError
 from dray.feedback import Dataset, Entry
 
@@ -159,3 +160,21 @@ def test_a_damaged_entry_is_named(dataset: Dataset, tmp_path: Path) -> None:
 def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(SpecError, match="is no name"):
         Dataset(str(tmp_path), name)
+
+
+def test_personal_data_is_taken_out_of_entries_and_of_what_was_made_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = Dataset(str(tmp_path), "said")
+    dataset.add(entry(1, asked={"text": "write to ann.smith@example.org"}, comment="call 911"))
+    dataset.add(entry(2))
+    dataset.snapshot(0.0)
+    words = ["feedback", "redact", "said", "--storage", str(tmp_path)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "1 entries were redacted" in said
+    assert "1 snapshots deleted" in said
+    kept = {one.id[:16]: one.asked["text"] for one in dataset.entries()}
+    assert kept == {f"{1:016x}": "write to [EMAIL]", f"{2:016x}": "text 2"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any("ann.smith" in path.read_text() for path in files)

@@ -166,6 +166,7 @@ def test_it_ends_when_it_is_told_to_and_answers_what_was_asked(
         (("a", "--replicas", "many"), "is no number of replicas"),
         (("a", "--storage", "nowhere"), "nowhere"),
         (("a", "--log-bodies"), "needs --log FILE"),
+        (("a", "--redact", "pseudonym"), "the environment variable is not set"),
         (("a", "--host", "0.0.0.0"), "asks for a key everywhere but on loopback"),
     ],
 )

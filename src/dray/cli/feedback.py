@@ -108,6 +108,34 @@ def feedback_export_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def feedback_redact_command(arguments: argparse.Namespace) -> int:
+    """Entries without the personal data that is found in them."""
+    from collections import Counter
+
+    from dray.corpus.redacting import make_redactor, told_counts
+    from dray.spec import Redaction
+
+    dataset = _open(arguments)
+    redactor = make_redactor(Redaction(mode=arguments.mode), "dray feedback redact")
+    assert redactor is not None
+    counts: Counter[str] = Counter()
+    changed = []
+    for one in dataset.entries():
+        kept = {
+            name: value
+            for name in ("asked", "answered", "text", "comment")
+            if (value := getattr(one, name)) is not None
+        }
+        found, own = redactor.redact_tree(kept)
+        if own:
+            counts += own
+            changed.append(one.model_copy(update=found))
+    gone = dataset.replace(changed)
+    told = f": {told_counts(counts)}" if counts else ""
+    arguments.out.say(f"{len(changed)} entries were redacted{told}; {len(gone)} snapshots deleted")
+    return 0
+
+
 def feedback_forget_command(arguments: argparse.Namespace) -> int:
     """Entries that are not to be kept, with what was made of them."""
     from dray.runs import list_runs

@@ -24,6 +24,7 @@ from dray.cli.feedback import (
     feedback_export_command,
     feedback_forget_command,
     feedback_list_command,
+    feedback_redact_command,
 )
 from dray.cli.forgetting import forget_command
 from dray.cli.labelling import label_command
@@ -184,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
 COMMANDS_OF_WORDS = (
     *(("serve", word) for word in ("promote", "rollback", "versions")),
     *(("serve", "key", word) for word in ("create", "list", "revoke")),
+    *(("feedback", word) for word in ("list", "export", "redact", "forget")),
 )
 """Commands of more than one word. A run that is called as one of these is served by --name."""
 
@@ -689,6 +691,12 @@ def _add_serve(commands: Any) -> None:
         metavar="NAME",
         help="take in what people say of answers, into this dataset of the storage",
     )
+    serve.add_argument(
+        "--redact",
+        choices=("mask", "pseudonym", "drop"),
+        help="take e-mail addresses, phone and card numbers, keys and the like out of what is "
+        "asked and of the log; drop: refuse such requests",
+    )
     _add_storage(serve)
     _add_cluster(serve)
     _add_versions(commands)
@@ -782,6 +790,13 @@ def _add_feedback(commands: Any) -> None:
         help="what is right, to train on; thumbs of texts, for `loss: kto`; or all (default: "
         "records)",
     )
+    redact = _add_named(
+        commands,
+        "feedback redact",
+        feedback_redact_command,
+        "take e-mail addresses, phone and card numbers, keys and the like out of feedback",
+    )
+    redact.add_argument("--mode", choices=("mask", "pseudonym"), default="mask")
     forget = _add_named(
         commands, "feedback forget", feedback_forget_command, "delete entries of feedback"
     )

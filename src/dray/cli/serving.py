@@ -13,13 +13,16 @@ FOLLOWING = "services of this storage follow: within a second, or once new repli
 
 
 def serve_command(arguments: argparse.Namespace) -> int:
+    from dray.corpus.redacting import make_redactor
     from dray.serve.foreground import serve_models
     from dray.serve.limits import Limits
     from dray.serve.request_log import Logged
     from dray.serve.served import read_words
     from dray.serve.tls import read_tls
     from dray.show.progress import Display
+    from dray.spec import Redaction
 
+    redact = Redaction(mode=arguments.redact) if arguments.redact else None
     models = [read_words(words, arguments.storage) for words in arguments.models]
     for given in arguments.named or ():
         name, equals, words = given.partition("=")
@@ -42,6 +45,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
         tls=read_tls(arguments.tls_cert, arguments.tls_key),
         logged=Logged(file=os.path.abspath(log), bodies=bodies) if log else None,
         feedback=arguments.feedback,
+        redactor=make_redactor(redact, "--redact"),
     )
     return 0
 

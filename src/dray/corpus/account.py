@@ -13,6 +13,7 @@ from typing import Any
 
 from dray.corpus.labels import named, similar_names
 from dray.corpus.manifest import LeftOut, Manifest, SourceFile
+from dray.corpus.redacting import told_counts
 from dray.plan import format_bytes
 
 MAX_FILES = 5
@@ -75,6 +76,9 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     lines += _name_some("unreadable", [_describe_bad(file) for file in _worst_first(files)])
     held = f", {validation.num_documents:,} of them for validation" if validation else ""
     lines.append(f"documents    {kept:,} kept{held}{_describe_dropped(manifest.dropped)}")
+    if manifest.redacted:
+        held = _number(manifest.num_redacted, "document")
+        lines.append(f"redacted     {told_counts(manifest.redacted)} in {held}")
     lines += _describe_labels(manifest)
     if manifest.vocab_size:
         lines.append(
@@ -146,6 +150,8 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "num_untranslated": manifest.num_untranslated,
         "votes": manifest.votes,
         "dropped": manifest.dropped,
+        "redacted": manifest.redacted,
+        "num_redacted_documents": manifest.num_redacted,
         "num_bad": manifest.num_bad,
         "bad_share": manifest.bad_share,
         "num_contradicting": manifest.num_contradicting,

@@ -242,6 +242,7 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
     dropped = sum((Counter(read["dropped"]) for read in work.reads), Counter[str]())
     for record in work.duplicates:
         dropped.update({reason: record[reason] for reason in DROP_REASONS if record[reason]})
+    redacted = sum((Counter(read.get("redacted")) for read in work.reads), Counter[str]())
     train, validation = (_make_split(split, job, work) for split in SPLITS)
     packed = [record["train"] for record in work.packed if "train" in record]
     held = [record["validation"] for record in work.packed if "validation" in record]
@@ -288,6 +289,8 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
             for place, rule in enumerate(job.task.rules)
         },
         fitted=tuple(job.task.fitted),
+        redacted=dict(sorted(redacted.items())),
+        num_redacted=work.total("num_redacted"),
         validation_compressors=work.compressors,
     )
 

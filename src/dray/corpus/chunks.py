@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dray.corpus.cleaning import clean, hash_texts
+from dray.corpus.cleaning import hash_texts
 from dray.corpus.contents import check_unchanged
 from dray.corpus.duplicates import further_pieces, partition_hashes
 from dray.corpus.encoded import GIVEN_TEXT, as_array, check_encoded, given
@@ -158,9 +158,14 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
     tally = Tally()
     writer = _ChunkWriter(job, part)
     dropped: Counter[str] = Counter()
+    redacted: Counter[str] = Counter()
+    num_redacted = 0
+    source = job.sources[part.source].source
     for batch in part_documents(job, part, tally):
-        cleaned = clean(batch.texts, batch.labels, job.cleaning, answers=job.answers)
+        cleaned = job.cleaned(source, batch.texts, batch.labels)
         dropped += cleaned.dropped + batch.dropped
+        redacted += cleaned.redacted
+        num_redacted += cleaned.num_redacted
         writer.add(cleaned.texts, cleaned.labels)
     writer.close()
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
@@ -175,6 +180,8 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
             "chunks": writer.chunks,
             "num_chunk_documents": writer.num_documents,
             "labels": dict(sorted(writer.labels.items())),
+            "redacted": dict(redacted),
+            "num_redacted": num_redacted,
         },
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import numpy as np
@@ -31,6 +31,10 @@ class Cleaned:
     texts: pa.Array
     labels: pa.Array | None
     dropped: Counter[str]
+    redacted: Counter[str] = field(default_factory=Counter)
+    """What personal data was replaced in them, by kind."""
+    num_redacted: int = 0
+    """In how many."""
 
 
 def clean(

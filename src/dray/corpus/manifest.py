@@ -202,6 +202,10 @@ class Manifest(_Record):
     """Training rows that each rule votes for, where the task has some."""
     fitted: Annotated[tuple[dict[str, Any], ...], Field(exclude_if=lambda found: not found)] = ()
     """What the task has taken from a sample of the training documents (`Task.fit`)."""
+    redacted: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = {}
+    """Personal data that was replaced in documents as they were read, by kind."""
+    num_redacted: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
+    """Documents that had some."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 

@@ -69,6 +69,7 @@ from dray.corpus.planning import (
     make_parts,
     plan_bundles,
 )
+from dray.corpus.redacting import make_redactor
 from dray.corpus.rewriting import keeping_texts, kept_settings, write_thesaurus
 from dray.corpus.rows import merge_rows, mix_rows, pack_chunk
 from dray.corpus.sampling import make_tokenizer
@@ -113,6 +114,8 @@ PARTITION_BYTES = 512 * 1024 * 1024
 MIN_CHUNK_BYTES = 48 * 1024 * 1024
 LOOK_BYTES = 64 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
+_NO_SETTINGS = {"train", "validation", "max_bad_share", "redaction"}
+"""Of `data`: what changes no row, or goes into a corpus' key in another form."""
 CLAIMS = "claims"
 WORK_VERSION = 3
 """Raised when intermediate files have another form: what an older dray left half done is not used
@@ -272,10 +275,11 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
             name: _digest(content)
             for name, content in read_tokenizer_files(spec.tokenizer.path).items()
         }
+    redactor = make_redactor(spec.data.redaction)
     settings = {
         "version": ROWS_VERSION,
         **_row_settings(spec.task),
-        "data": spec.data.model_dump(mode="json", exclude={"train", "validation", "max_bad_share"}),
+        "data": spec.data.model_dump(mode="json", exclude=_NO_SETTINGS),
         "share": _share(spec),
         "tokenizer": tokenizer,
         "labels": inputs.labels,
@@ -302,6 +306,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
         **({"files": {n: _digest(content) for n, content in files.items()}} if files else {}),
         **({"told_by": inputs.teller.digest} if inputs.teller else {}),
         **({"fitted": digest_of(inputs.fitted)} if inputs.fitted else {}),
+        **({"redaction": redactor.digest()} if redactor else {}),
         **({"augmentation": kept} if (kept := kept_settings(spec, inputs.translators)) else {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -615,8 +620,7 @@ def _samples(job: Preparation, num_chunks: int) -> list[bytes]:
 
 
 def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Preparation, Work]:
-    data = spec.data
-    sources = inputs.sources
+    data, sources = spec.data, inputs.sources
     part_bytes = choose_part_bytes(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.
@@ -639,6 +643,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
         work=_name_of_work(inputs),
         teller=inputs.teller,
         translators=inputs.translators,
+        redactor=make_redactor(data.redaction),
         task_options=inputs.task_options,
     )
     quoted = find_quoted(inputs.files, [source.source for source in sources], part_bytes)

@@ -223,15 +223,21 @@ def _read_bytes(column: str, value: Any) -> str:
 
 
 def _read_record(column: str, value: Any) -> str:
-    """Values of any kind as JSON. Marks that a compatibility form would turn into those of JSON's
-    own stay as they are, as escapes."""
+    """Values of any kind as JSON."""
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text = dump_record(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRecord(f"{column!r} holds what JSON does not") from error
     if _ESCAPED_NULL.search(text):
         raise BadRecord("null byte")
-    return read_text(column, text.translate(_NEAR_JSON))
+    return read_text(column, text)
+
+
+def dump_record(value: Any) -> str:
+    """Values of any kind as JSON. Marks that a compatibility form would turn into those of JSON's
+    own stay as they are, as escapes. Raises what json does."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate(_NEAR_JSON)
 
 
 _ESCAPED_NULL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")

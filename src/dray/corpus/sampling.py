@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dray.corpus.chunks import read_batches
-from dray.corpus.cleaning import clean, hash_texts, held_out
+from dray.corpus.cleaning import hash_texts, held_out
 from dray.corpus.parts import Part, Preparation
 from dray.corpus.reading import Span
 from dray.corpus.tokenizer_folder import CHAT_TEMPLATE, find_chat_template
@@ -114,7 +114,7 @@ def _take(job: Preparation, span: Span, source: Source, size: float) -> Iterator
         [span], source, job.max_record_bytes, lambda *found: None, job.task.fields
     ):
         answers = batch.labels if job.answers else None
-        cleaned = clean(batch.texts, answers, job.cleaning, answers=job.answers)
+        cleaned = job.cleaned(source, batch.texts, answers)
         texts, answers = cleaned.texts, cleaned.labels
         # What stands between several texts is no text.
         if job.task.tokenizes and not job.wanted(source).is_plain:

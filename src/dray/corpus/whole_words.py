@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dray.corpus.chunks import part_documents
-from dray.corpus.cleaning import clean, hash_texts, held_out
+from dray.corpus.cleaning import hash_texts, held_out
 from dray.corpus.parts import Part, Preparation
 from dray.tasks.rows import FIRST_WORD, SEPARATOR
 
@@ -32,7 +32,7 @@ def count_words(job: Preparation, parts: list[Part]) -> Counter[str]:
 
 def _texts(job: Preparation, part: Part) -> Iterator[pa.Array]:
     for batch in part_documents(job, part, lambda *found: None):
-        texts = clean(batch.texts, None, job.cleaning).texts
+        texts = job.cleaned(job.sources[part.source].source, batch.texts, None).texts
         if job.share and len(texts):
             texts = texts.filter(pa.array(~held_out(hash_texts(texts)[1], job.share)))
         yield texts

@@ -98,19 +98,25 @@ class Dataset:
         known = set(self._ids("entries"))
         if missing := [one for one in ids if one not in known]:
             raise SpecError(f"feedback {self.name!r}", f"has no entry {missing[0]}")
-        gone = [one.digest for one in self.snapshots() if {*ids} & {*one.train_ids, *one.held_ids}]
         for one in ids:
             told = json.dumps({"id": one, "at": time.time(), "reason": reason}).encode()
             write_bytes(self._filesystem, self._path("forgotten", one), told)
             delete_file(self._filesystem, self._path("entries", one))
+        return self._delete_snapshots_of(ids)
+
+    def replace(self, entries: Sequence[Entry]) -> list[str]:
+        """Write entries anew, without what was found in them that should not be kept, and delete
+        the snapshots that hold them as they were. Returns these digests."""
+        for entry in entries:
+            content = entry.model_dump_json(exclude_none=True).encode()
+            write_bytes(self._filesystem, self._path("entries", entry.id), content)
+        return self._delete_snapshots_of([entry.id for entry in entries])
+
+    def _delete_snapshots_of(self, ids: Sequence[str]) -> list[str]:
+        gone = [one.digest for one in self.snapshots() if {*ids} & {*one.train_ids, *one.held_ids}]
         for digest in gone:
             delete_folder(self._filesystem, f"{self._folder}/snapshots/{digest}")
         return gone
-
-    def replace(self, entry: Entry) -> None:
-        """Write an entry anew, without what was found in it that should not be kept."""
-        content = entry.model_dump_json(exclude_none=True).encode()
-        write_bytes(self._filesystem, self._path("entries", entry.id), content)
 
     def forgotten(self) -> list[dict[str, Any]]:
         """What is known of entries that are no more."""

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from dray.corpus.prepare import prepare
+from dray.corpus.redacting import make_redactor
 from dray.errors import PlanError, RunFailed, SpecError, StoreError, UserError
 from dray.release.compress.compress import compress, default_name
 from dray.release.compress.gate import make_limits
@@ -125,6 +126,7 @@ class Release:
                 with _said("--", "serve."):
                     check_open(spec.serve.host, self._storage)
                     read_tls(spec.serve.tls_cert, spec.serve.tls_key)
+                    make_redactor(spec.serve.redact, "serve.redact")
                     if spec.serve.log and not self._address:
                         check_log(Logged(file=os.path.abspath(spec.serve.log)))
 
@@ -419,6 +421,7 @@ class Release:
             tls=read_tls(section.tls_cert, section.tls_key),
             logged=Logged(file=os.path.abspath(section.log)) if section.log else None,
             feedback=section.feedback,
+            redactor=make_redactor(section.redact, "serve.redact"),
         )
         return Told(f"{place} has ended", place)
 

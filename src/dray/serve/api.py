@@ -31,6 +31,7 @@ from dray.serve.metering import CONTENT_TYPE, Meter
 from dray.serve.observing import OPEN_PATHS, Observer, observe
 from dray.serve.page import add_page
 from dray.serve.recalling import Recall
+from dray.serve.redacting import redact_asked
 from dray.serve.refusals import Refusal
 from dray.serve.routing import Router
 from dray.serve.schemas import (
@@ -119,6 +120,8 @@ async def _read(request: Request, kind: type[Read], limits: Limits) -> Read:
     tree = read_json(await body.read(request.stream()), limits)
     if isinstance(tree, dict) and isinstance(tree.get("model"), str):
         tree["model"], asked.get().wanted = split_version(tree["model"])
+    if (redactor := request.scope["dray_redactor"]) is not None:
+        asked.get().redacted = await redact_asked(tree, redactor)
     try:
         found: Read = kind.model_validate(tree)
     except ValidationError as error:

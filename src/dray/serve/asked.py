@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Asked:
     """Whether the end of the answer is out."""
     refusal: Refusal | None = None
     """With which it was refused, or its stream broke off."""
+    redacted: Counter[str] = field(default_factory=Counter)
+    """Personal data that was taken out of it, by kind."""
     num_bytes: int = 0
     """Of its body, as far as it was read."""
     tokens_in: int | None = None

@@ -57,6 +57,7 @@ class Entrance:
             if path in OPEN_PATHS:  # they are asked while it is shut down, too
                 await self._app(scope, receive, send)
                 return
+            scope["dray_redactor"] = self._observer.redactor
             scope["dray_caller"] = self._keys.admit(headers, path)
             request.key, request.caller = scope["dray_caller"].key, scope["dray_caller"].name
             check_declared(headers.get("content-length"), self._bodies.limits)
@@ -83,7 +84,8 @@ def refused(refusal: Refusal) -> Response:
 
 
 def _noting(send: Send, request: Asked) -> Send:
-    """Every answer tells its request's id and which version answered; its times are noted."""
+    """Every answer tells its request's id, which version answered and what personal data was taken
+    out of the request; its times are noted."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -91,6 +93,9 @@ def _noting(send: Send, request: Asked) -> Send:
             headers["x-request-id"] = request.id
             if request.version is not None:
                 headers["x-dray-version"] = str(request.version)
+            if request.redacted:
+                counts = sorted(request.redacted.items())
+                headers["x-dray-redacted"] = ", ".join(f"{kind}={n}" for kind, n in counts)
         await send(message)
         if message["type"] == "http.response.start":
             request.status = message["status"]

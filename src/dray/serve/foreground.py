@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 from dray.cluster.connection import connect
 from dray.cluster.nodes import answers
+from dray.corpus.redacting import Redactor
 from dray.errors import PlanError, SpecError, StoreError
 from dray.feedback import Dataset
 from dray.processes.imports import require_package
@@ -28,6 +29,7 @@ from dray.serve.following import POLL_SECONDS, Follower
 from dray.serve.held_keys import has_keys
 from dray.serve.keys import KEY, LOCAL, OPEN
 from dray.serve.limits import Limits
+from dray.serve.observing import Keeping
 from dray.serve.pinning import check_pinned, check_sound, pin
 from dray.serve.request_log import Logged, check_log
 from dray.serve.served import Served, check_names
@@ -50,12 +52,13 @@ def serve_models(
     tls: Tls | None = None,
     logged: Logged | None = None,
     feedback: str | None = None,
+    redactor: Redactor | None = None,
 ) -> None:
     """Serve until a signal comes, and follow what is promoted meanwhile. `replicas`: the fewest and
     the most of each model. `storage`: where keys and versions lie. `tls`: for HTTPS. `logged`:
     where requests are logged, if they are. `feedback`: the dataset of the storage that keeps what
-    people say of answers, if they may. Raises UserError for what cannot be served, and
-    RunFailed where the service does not start."""
+    people say of answers, if they may. `redactor`: what takes personal data out of requests. Raises
+    UserError for what cannot be served, and RunFailed where the service does not start."""
     least, most = replicas
     if not 0 < port < 65_536:
         raise SpecError("dray serve", f"--port {port}", "a port is 1 to 65535")
@@ -72,7 +75,7 @@ def serve_models(
     if not address and is_taken(host, port):
         raise PlanError(f"--port {port}", "somebody answers there already", "", "name another one")
     _check_kept(None if address else logged, storage, feedback)
-    warn_of_plain_http(host, tls, say)
+    _warn(host, tls, logged, redactor, say)
     records = check_records(models, storage)
     with stops(noted=True) as wishes:
         cores = os.cpu_count() or 1
@@ -98,8 +101,7 @@ def serve_models(
                 versions = service.Versions(
                     limits,
                     storage,
-                    logged,
-                    feedback,
+                    Keeping(logged, feedback, redactor),
                     replicas=replicas,
                     ray_actor_options=options,
                 )
@@ -216,6 +218,20 @@ def warn_of_plain_http(host: str, tls: Tls | None, say: Callable[[str], None]) -
     if tls is None and not _is_loopback(host):
         way = "--tls-cert FILE --tls-key FILE, unless something before it speaks HTTPS"
         say(f"plain HTTP on {host}: whoever is on the way can read keys and texts; {way}")
+
+
+def _warn(
+    host: str,
+    tls: Tls | None,
+    logged: Logged | None,
+    redactor: Redactor | None,
+    say: Callable[[str], None],
+) -> None:
+    """Say what others may come to read."""
+    warn_of_plain_http(host, tls, say)
+    if logged is not None and logged.bodies and redactor is None:
+        what = "the log keeps what is asked and answered as it is, whosoever's data it holds"
+        say(f"{what}; --redact mask takes out what can be told by its form")
 
 
 def _check_there(model: Served, say: Callable[[str], None]) -> None:

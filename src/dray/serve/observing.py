@@ -5,10 +5,12 @@ answered, and the log. None of them makes a request wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Message, Receive, Send
 
+from dray.corpus.redacting import Redactor
 from dray.serve.asked import Asked
 from dray.serve.drift import Drift
 from dray.serve.keys import METRICS_PATH
@@ -29,10 +31,11 @@ def observe(
     agreements: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
     logged: Logged | None = None,
     recall: Recall | None = None,
+    redactor: Redactor | None = None,
 ) -> Observer:
-    """An observer of a router's requests. `agreements`: of shadows, by model. `recall`: of what was
-    answered, where people may say something of it."""
-    log = None if logged is None else RequestLog(logged)
+    """An observer of a router's requests. `agreements`: of shadows, by model; `recall`: of what was
+    answered, where people may say something of it; `redactor`: what takes personal data out."""
+    log = None if logged is None else RequestLog(logged, redactor)
     drift = Drift(router.reference)
     live = Live(
         queue=lambda: router.queue,
@@ -41,16 +44,37 @@ def observe(
         feedback=lambda: {} if recall is None else recall.counts,
         log_lost=lambda: None if log is None else log.num_lost,
     )
-    return Observer(Meter(live), drift, log, recall)
+    return Observer(Meter(live), drift, log, recall, redactor)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a gateway keeps of requests."""
+
+    logged: Logged | None = None
+    """Where they are logged; None: nowhere."""
+    feedback: str | None = None
+    """The dataset of what people say of answers; None: nobody is asked."""
+    redactor: Redactor | None = None
+    """What takes personal data out of them first."""
+
+
+NOTHING_KEPT = Keeping()
 
 
 class Observer:
     """Hears of each request of a gateway."""
 
     def __init__(
-        self, meter: Meter, drift: Drift, log: RequestLog | None, recall: Recall | None = None
+        self,
+        meter: Meter,
+        drift: Drift,
+        log: RequestLog | None,
+        recall: Recall | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
-        self.meter, self.drift, self.log, self.recall = meter, drift, log, recall
+        self.meter, self.drift, self.log = meter, drift, log
+        self.recall, self.redactor = recall, redactor
 
     def end(self, request: Asked, route: str, bodies: Bodied | None) -> None:
         """A request has ended. `bodies`: what was kept of it."""
@@ -60,7 +84,9 @@ class Observer:
         if self.recall is not None:
             self.recall.keep(request, route)
         if self.log is not None and route not in UNLOGGED:
-            self.log.write(_line(request, route) | ({} if bodies is None else bodies.told()))
+            redacted = {} if self.redactor is None else {"redacted": dict(request.redacted)}
+            kept = {} if bodies is None else bodies.told()
+            self.log.write(_line(request, route) | redacted | kept)
 
     def close(self) -> None:
         """Write what waits for the log."""

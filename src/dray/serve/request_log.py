@@ -1,8 +1,9 @@
 """The log of requests: a line of JSON for each, in files of bounded size.
 
 A line has no word of what was asked or answered unless `bodies` are asked for. Whoever answers
-never waits for the disk: lines go through a bounded queue to a thread of their own, and what finds
-it full, or the disk, is lost and counted. Files are for their owner alone.
+never waits for the disk: lines go through a bounded queue to a thread of their own, which takes
+personal data out of bodies where that is wanted. What finds it full, or the disk, is lost and
+counted. Files are for their owner alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dray.corpus.redacting import Redactor
 from dray.errors import StoreError
 from dray.processes.streams import make_json
+from dray.serve.redacting import redact_bodies
 
 FILE_BYTES, NUM_FILES = 50_000_000, 5
 """Of each file, and how many there are: FILE, and FILE.1 (newer) to FILE.4 (older)."""
@@ -53,13 +56,19 @@ class RequestLog:
     """A log that is open until it is closed."""
 
     def __init__(
-        self, logged: Logged, *, file_bytes: int = FILE_BYTES, waiting: int | None = None
+        self,
+        logged: Logged,
+        redactor: Redactor | None = None,
+        *,
+        file_bytes: int = FILE_BYTES,
+        waiting: int | None = None,
     ) -> None:
         self.bodies = logged.bodies
         size = waiting or (WAITING_BODIES if logged.bodies else WAITING_LINES)
         lines: queue.Queue[Any] = queue.Queue(size)
         self._in = _Lines(lines)
         self._out = _Files(logged.file, maxBytes=file_bytes, backupCount=NUM_FILES - 1)
+        self._out.setFormatter(_Form(redactor))
         self._listener = QueueListener(lines, self._out)
         self._listener.start()
 
@@ -71,7 +80,7 @@ class RequestLog:
     def write(self, told: dict[str, Any]) -> None:
         """One line, with the time before it. Returns at once, and raises nothing."""
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = make_json({"at": at, **told}, ascii_only=True)
+        line = {"at": at, **told}
         self._in.emit(logging.LogRecord("requests", logging.INFO, "", 0, line, None, None))
 
     def close(self) -> None:
@@ -80,6 +89,20 @@ class RequestLog:
         self._listener.stop()
         with suppress(OSError):  # what a full disk did not take is counted already
             self._out.close()
+
+
+class _Form(logging.Formatter):
+    """How a line is written: without personal data, where there is a redactor."""
+
+    def __init__(self, redactor: Redactor | None) -> None:
+        super().__init__()
+        self._redactor = redactor
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: Any = record.msg
+        if self._redactor is not None:
+            line = redact_bodies(line, self._redactor)
+        return make_json(line, ascii_only=True)
 
 
 class _Lines(QueueHandler):

@@ -26,6 +26,7 @@ from ray.serve.exceptions import (
 )
 from starlette.types import ASGIApp
 
+from dray.corpus.redacting import make_redactor
 from dray.errors import PlanError, RunFailed, SpecError
 from dray.feedback import Dataset
 from dray.plan.machine import free_memory_bytes
@@ -34,7 +35,7 @@ from dray.serve.events import Event, joined
 from dray.serve.held_keys import Ring, has_keys
 from dray.serve.keys import OneKey, is_local, read_key
 from dray.serve.limits import Bodies, Limits
-from dray.serve.observing import observe
+from dray.serve.observing import NOTHING_KEPT, Keeping, observe
 from dray.serve.recalling import Recall
 from dray.serve.request_log import Logged
 from dray.serve.routing import Full, Lost, Router
@@ -42,6 +43,7 @@ from dray.serve.schemas import Card
 from dray.serve.served import Served, check_names
 from dray.serve.shares import Plan, Versioned
 from dray.serve.tls import Tls
+from dray.spec import Redaction, as_redaction
 
 MAX_BATCH, WAIT_SECONDS = 32, 0.01
 """Requests that are predicted together at most, and how long the first of them waits for others."""
@@ -171,8 +173,7 @@ class Gateway:
         handles: Mapping[str, Any],
         limits: Limits,
         storage: str | None = None,
-        logged: Logged | None = None,
-        feedback: str | None = None,
+        keeping: Keeping = NOTHING_KEPT,
     ) -> None:
         self._models: dict[str, Versioned] = {}
         for name, handle in handles.items():
@@ -183,11 +184,17 @@ class Gateway:
         # A service that asks for a key also takes those that are made later.
         ring = Ring(storage) if storage is not None and (key or held) else None
         self._keys, self._bodies = OneKey(key, ring, local=is_local()), Bodies(limits)
-        self._logged = logged
-        self._recall = _recall(storage, feedback)
+        self._keeping = keeping
+        self._recall = _recall(storage, keeping.feedback)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        observer = observe(self._router, self._agreements, self._logged, self._recall)
+        observer = observe(
+            self._router,
+            self._agreements,
+            self._keeping.logged,
+            self._recall,
+            self._keeping.redactor,
+        )
         return make_api(self._router, self._keys, self._bodies, observer)
 
     def _agreements(self) -> dict[str, Mapping[str, int]]:
@@ -249,13 +256,11 @@ def gateway_deployment(
     handles: Mapping[str, Any],
     limits: Limits,
     storage: str | None = None,
-    logged: Logged | None = None,
-    feedback: str | None = None,
+    keeping: Keeping = NOTHING_KEPT,
     **options: Any,
 ) -> Any:
     """The gateway before some models. `storage`: where its keys lie, beside that of the
-    environment, and the dataset `feedback`, where something may be said of answers. There is one:
-    what it counts is of all requests."""
+    environment, and what it keeps of feedback. There is one: what it counts is of all requests."""
     deployment = serve.deployment(
         Gateway,
         name="gateway",
@@ -264,20 +269,23 @@ def gateway_deployment(
         ray_actor_options={"num_cpus": 0},
         **options,
     )
-    return deployment.bind(handles, limits, storage, logged, feedback)
+    return deployment.bind(handles, limits, storage, keeping)
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
     """What Ray Serve builds from its configuration's `args`: the fields of `Served`, or `models`
-    with a list of such; `limits`, `log` with the fields of `Logged`, and `feedback`, a dataset's
-    name. Keys that `dray serve key` has made in the models' storage are taken, if it is one. Raises
-    SpecError for what these do not have."""
+    with a list of such; `limits`, `log` with the fields of `Logged`, `feedback`, a dataset's name,
+    and `redact`, which is true or has the fields of `Redaction`. Keys that `dray serve key` has
+    made in the models' storage are taken, if it is one. Raises SpecError for what these do not
+    have."""
     try:
         given = dict(arguments)
         limits = Limits.model_validate(given.pop("limits", {}))
         log = given.pop("log", None)
         logged = None if log is None else Logged.model_validate(log)
         feedback = given.pop("feedback", None)
+        redact = as_redaction(given.pop("redact", None))
+        redactor = make_redactor(redact and Redaction.model_validate(redact), "args.redact")
         several = given.pop("models", None)
         if several is None:
             models = [Served.model_validate(given)]
@@ -287,7 +295,7 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         first = error.errors()[0]
         # Of a model as a whole it is wrong that it names none.
         where = ".".join(map(str, ("args", *(first["loc"][:1] or ("run",)))))
-        known = f"args are {', '.join(Served.model_fields)}, models, limits, log, feedback"
+        known = f"args are {', '.join(Served.model_fields)}, models, limits, log, feedback, redact"
         raise SpecError(where, first["msg"], known) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise SpecError("args", f"is no mapping ({error})", "args are fields of a model") from error
@@ -302,7 +310,7 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     storages = {model.storage for model in models} - {None}
     keys_of = storages.pop() if len(storages) == 1 else None
     _recall(keys_of, feedback)  # raises here, not in a process of its own
-    return gateway_deployment(handles, limits, keys_of, logged, feedback)
+    return gateway_deployment(handles, limits, keys_of, Keeping(logged, feedback, redactor))
 
 
 def _recall(storage: str | None, feedback: Any) -> Recall | None:
@@ -353,14 +361,12 @@ class Versions:
         self,
         limits: Limits,
         storage: str,
-        logged: Logged | None = None,
-        feedback: str | None = None,
+        keeping: Keeping = NOTHING_KEPT,
         *,
         replicas: tuple[int, int] = (1, 1),
         **options: Any,
     ) -> None:
-        self._limits, self._storage, self._logged = limits, storage, logged
-        self._feedback = feedback
+        self._limits, self._storage, self._keeping = limits, storage, keeping
         self._options = {**scaling(*replicas), **options}
 
     def load(self, name: str, version: int, served: Served) -> None:
@@ -375,7 +381,7 @@ class Versions:
 
     def route(self, models: Mapping[str, Mapping[str, Any]]) -> None:
         """The gateway begins, or is told."""
-        run_gateway(models, self._limits, self._storage, self._logged, self._feedback)
+        run_gateway(models, self._limits, self._storage, self._keeping)
 
     def drop(self, name: str, version: int) -> None:
         """Its requests end first."""
@@ -386,12 +392,11 @@ def run_gateway(
     models: Mapping[str, Mapping[str, Any]],
     limits: Limits,
     storage: str | None = None,
-    logged: Logged | None = None,
-    feedback: str | None = None,
+    keeping: Keeping = NOTHING_KEPT,
 ) -> None:
     """Start the gateway before them, or tell the one that runs which models there are now."""
     config = {"models": dict(models)}
-    gateway = gateway_deployment({}, limits, storage, logged, feedback, user_config=config)
+    gateway = gateway_deployment({}, limits, storage, keeping, user_config=config)
     _deployed([serve.RunTarget(gateway, name=GATEWAY, route_prefix="/")])
 
 

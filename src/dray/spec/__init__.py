@@ -42,6 +42,7 @@ from dray.spec.sections import (
     Model,
     Names,
     Numerics,
+    Redaction,
     Regularization,
     Resources,
     Schedule,
@@ -50,6 +51,7 @@ from dray.spec.sections import (
     Swa,
     Tokenizer,
     Watchdog,
+    as_redaction,
 )
 from dray.spec.spec import Spec
 from dray.spec.tasks import (
@@ -105,6 +107,7 @@ __all__ = [
     "Optimizer",
     "Packaged",
     "Privacy",
+    "Redaction",
     "Regularization",
     "Resources",
     "Schedule",
@@ -117,6 +120,7 @@ __all__ = [
     "Tokenizer",
     "Translator",
     "Watchdog",
+    "as_redaction",
     "default_task",
     "differing_paths",
     "dump_spec",

@@ -27,6 +27,9 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
     for split in ("train", "validation"):
         if isinstance(data.get(split), (list, tuple)):
             data[split] = [_without_paths(source) for source in data[split]]
+    if redaction := data.get("redaction"):
+        named = redaction["names"] is not None
+        data["redaction"] = {**redaction, "names": named, "pseudonym_key": None}
     placed = {
         name: {**identity[name], "path": identity[name].get("path") is not None}
         for name in ("model", "tokenizer")

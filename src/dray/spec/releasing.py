@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dray.spec.sections import Float, Int, RunName, Section, as_pair
+from dray.spec.sections import (
+    Float,
+    Int,
+    OneOrMore,
+    OrTrue,
+    Redaction,
+    RunName,
+    Section,
+    as_pair,
+    as_redaction,
+    as_several,
+)
 
 Of = Literal["trained", "compressed"]
 """Which model: the one that was trained, or what compressing made of it."""
@@ -31,22 +41,6 @@ def _read_drop(value: Any) -> Any:
 
 
 Drop = Annotated[float | str, BeforeValidator(_read_drop)]
-
-
-def as_several(value: Any) -> Any:
-    """One is a list of one, none an empty one."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, (str, Mapping, Section)) else value
-
-
-class OneOrMore:
-    """The JSON schema of a list that may be given as its one item."""
-
-    @staticmethod
-    def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
-        whole = dict(handler(core))
-        return {"anyOf": [whole, whole["items"]]} if "items" in whole else whole
 
 
 class Evaluate(Section):
@@ -124,6 +118,15 @@ class Serve(Section):
     """A file that gets a line of JSON a request, without what was asked or answered."""
     feedback: RunName | None = None
     """A dataset of the storage that keeps what people say of answers. None: nobody is asked."""
+    redact: Annotated[
+        Redaction | None,
+        BeforeValidator(as_redaction),
+        OrTrue,
+        Field(exclude_if=lambda given: given is None),
+    ] = None
+    """Which personal data is taken out of what is asked before the model sees it, and out of the
+    log: `true` (masks for all that has a form), or a mapping as of `data.redaction`, whose `drop`
+    refuses the request."""
     tls_cert: str | None = None
     """File of a certificate, PEM: HTTPS in the place of HTTP."""
     tls_key: str | None = None

@@ -264,6 +264,78 @@ def _as_sources(value: Any) -> Any:
     return value
 
 
+def as_several(value: Any) -> Any:
+    """One is a list of one, none an empty one."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, (str, Mapping, Section)) else value
+
+
+class OneOrMore:
+    """The JSON schema of a list that may be given as its one item."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
+        whole = dict(handler(core))
+        return {"anyOf": [whole, whole["items"]]} if "items" in whole else whole
+
+
+DataKind = Literal["email", "phone", "card", "iban", "cn_id", "us_ssn", "ip", "key", "name"]
+PATTERNED: tuple[DataKind, ...] = ("email", "phone", "card", "iban", "cn_id", "us_ssn", "ip", "key")
+"""Kinds that are told by their form; names are told by a model alone."""
+
+Region = Annotated[str, Field(pattern="^[A-Z]{2}$")]
+
+
+class Redaction(Section):
+    """Personal data that is taken out of texts. A form can be recognised, a person cannot: it is no
+    guarantee (docs/privacy.md says what is missed)."""
+
+    mode: Literal["mask", "pseudonym", "drop"] = "mask"
+    """`mask` puts `[EMAIL]` in the place of an address, `pseudonym` `[EMAIL-3f9a0c2e]`, the same
+    for the same address everywhere under one key; `drop` leaves the document out."""
+    kinds: Annotated[
+        tuple[DataKind, ...], BeforeValidator(as_several), OneOrMore, Field(min_length=1)
+    ] = PATTERNED
+    """What is looked for: e-mail addresses, phone numbers, payment cards, IBANs, Chinese resident
+    ids, US social security numbers, public IP addresses, keys and tokens; and `name`, which needs
+    `names`."""
+    regions: Annotated[
+        tuple[Region, ...], BeforeValidator(as_several), OneOrMore, Field(min_length=1)
+    ] = ("US", "GB", "CN", "DE", "FR")
+    """Where phone numbers without a country code may be from (ISO 3166), the likeliest first."""
+    names: str | None = None
+    """Folder of a spaCy pipeline that tells persons, or `python:PACKAGE/PATH` in an installed
+    package; nothing is downloaded."""
+    pseudonym_key: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "DRAY_PSEUDONYM_KEY"
+    """Name of the environment variable that holds the key of pseudonyms."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if twice := next((kind for kind in self.kinds if self.kinds.count(kind) > 1), ""):
+            raise ValueError(f"kinds names {twice} twice")
+        if ("name" in self.kinds) != (self.names is not None):
+            raise ValueError(
+                "the kind `name` needs `names`, the folder of a spaCy pipeline"
+                if self.names is None
+                else "`names` is of the kind `name`, which `kinds` does not have"
+            )
+        return self
+
+
+def as_redaction(value: Any) -> Any:
+    """`true` is one with all defaults, `false` is none."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+class OrTrue:
+    """The JSON schema of a section that may be given as true or false."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{**handler(core)}, {"type": "boolean"}]}
+
+
 class _ShortSources:
     """The JSON schema of sources as `_as_sources` takes them, and of what else there may be."""
 
@@ -327,6 +399,9 @@ class Data(Section):
     """How far training evens out the labels of documents that have one each: a label is read in
     proportion to its rows to the power of 1 - balance. 0: as they are; 1: all alike. Every row of a
     label is read before one is read again."""
+    redaction: Annotated[Redaction | None, Field(exclude_if=lambda given: given is None)] = None
+    """Which personal data is taken out of texts before anything of them is kept or learnt; left
+    out: none."""
     max_bad_share: Annotated[Float, Field(ge=0, le=1)] = 0.01
     """Above this share of unreadable data, in records or in bytes, preparing stops and names the
     worst file. A file that is cut short counts whole."""

@@ -19,7 +19,7 @@ from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.augmenting import KEEPS_PLACES, TEXT_CHANGES, Augmentation
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.private import Privacy
-from dray.spec.releasing import STAGES, Compress, Evaluate, Export, OneOrMore, Serve, as_several
+from dray.spec.releasing import STAGES, Compress, Evaluate, Export, Serve
 from dray.spec.sections import (
     ORIGIN_NAME,
     BatchSize,
@@ -31,6 +31,7 @@ from dray.spec.sections import (
     Int,
     Model,
     Numerics,
+    OneOrMore,
     Regularization,
     Resources,
     RunName,
@@ -41,6 +42,7 @@ from dray.spec.sections import (
     Validation,
     Watchdog,
     Zero,
+    as_several,
 )
 from dray.spec.tasks import TaskChoice, check_fields
 

@@ -20,6 +20,9 @@ from dray.corpus.parsing import LINE_FORMS
 from dray.corpus.planning import is_divisible
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Documents, Span, SpanReader
+from dray.corpus.records import Wanted
+from dray.corpus.redacted import redact_texts
+from dray.corpus.redacting import make_redactor
 from dray.corpus.sources import InputFile
 from dray.corpus.tables import make_table
 from dray.corpus.tools import Tools
@@ -91,7 +94,7 @@ def _find_in(
     number = first = 0
     for documents in _read(trained.spec, source, Span(file)):
         end = first + documents.num_bytes
-        for place, mark in _marked(trained, documents):
+        for place, mark in _marked(trained, source, documents):
             if mark in wanted:
                 offset = _find_offset(trained, source, file, (first, end), place, mark)
                 yield mark, Place(file.name, number + place + 1, offset)
@@ -102,18 +105,25 @@ def _read(spec: Spec, source: Source, span: Span) -> Iterator[Documents]:
     yield from SpanReader(span, source, spec.data.max_record_bytes, spec.task.fields).read()
 
 
-def _marked(trained: Opened, documents: Documents) -> Iterator[tuple[int, bytes]]:
+def _marked(trained: Opened, source: Source, documents: Documents) -> Iterator[tuple[int, bytes]]:
     """Documents of a block by their place, and what their rows are known by. One that becomes
     several rows is known by none."""
     if not len(documents.texts):
         return
     spec, manifest = trained.spec, trained.manifest
-    texts = normalize(documents.texts, spec.data.cleaning.normalize)
+    texts, labels = normalize(documents.texts, spec.data.cleaning.normalize), documents.labels
+    redactor = make_redactor(spec.data.redaction)
+    if redactor is not None and not redactor.drops:
+        parts = Wanted.of(source, spec.task.fields, source.format).texts
+        texts, _ = redact_texts(texts, redactor, [kind for _, _, kind in parts])
+        is_answer = any(field.kind == "answer" for field in spec.task.fields.values())
+        if labels is not None and is_answer:
+            labels, _ = redact_texts(labels.cast(pa.large_string()), redactor, ["answer"])
     folder, info = trained.tokenizer_folder, trained.tokenizer
     tools = Tools(folder, info, manifest.sequence_tokens, manifest.labels)
     encoded = check_encoded(
         spec.task,
-        spec.task.encode(texts, documents.labels, tools),
+        spec.task.encode(texts, labels, tools),
         len(texts),
         vocab_size=manifest.vocab_size,
     )
@@ -166,5 +176,5 @@ def _find_offset(  # noqa: PLR0917
             end = middle
         else:
             first, before = middle, before - inside
-    found = [own for some in read(first, first + 1) for _, own in _marked(trained, some)]
+    found = [own for some in read(first, first + 1) for _, own in _marked(trained, source, some)]
     return first if found == [mark] else None
