@@ -168,7 +168,10 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
         )
         components = document.setdefault("components", {})
         kinds = components.setdefault("schemas", {})
-        for kind in BODIES:
+        paths = document["paths"]
+        for kind in (
+            kind for kind in BODIES if kind is not FeedbackRequest or FEEDBACK_PATH in paths
+        ):
             schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
             kinds |= schema.pop("$defs", {}) | {kind.__name__: schema}
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
