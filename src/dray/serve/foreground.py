@@ -27,9 +27,9 @@ from dray.release.export.manifest import is_export
 from dray.runs import Run, choose_checkpoint
 from dray.serve.following import POLL_SECONDS, Follower
 from dray.serve.held_keys import has_keys
+from dray.serve.keeping import Keeping
 from dray.serve.keys import KEY, LOCAL, OPEN
 from dray.serve.limits import Limits
-from dray.serve.observing import Keeping
 from dray.serve.pinning import check_pinned, check_sound, pin
 from dray.serve.request_log import Logged, check_log
 from dray.serve.served import Served, check_names

@@ -5,7 +5,6 @@ answered, and the log. None of them makes a request wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Message, Receive, Send
@@ -45,21 +44,6 @@ def observe(
         log_lost=lambda: None if log is None else log.num_lost,
     )
     return Observer(Meter(live), drift, log, recall, redactor)
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """What a gateway keeps of requests."""
-
-    logged: Logged | None = None
-    """Where they are logged; None: nowhere."""
-    feedback: str | None = None
-    """The dataset of what people say of answers; None: nobody is asked."""
-    redactor: Redactor | None = None
-    """What takes personal data out of them first."""
-
-
-NOTHING_KEPT = Keeping()
 
 
 class Observer:

@@ -33,9 +33,10 @@ from dray.plan.machine import free_memory_bytes
 from dray.serve.api import make_api
 from dray.serve.events import Event, joined
 from dray.serve.held_keys import Ring, has_keys
+from dray.serve.keeping import NOTHING_KEPT, Keeping
 from dray.serve.keys import OneKey, is_local, read_key
 from dray.serve.limits import Bodies, Limits
-from dray.serve.observing import NOTHING_KEPT, Keeping, observe
+from dray.serve.observing import observe
 from dray.serve.recalling import Recall
 from dray.serve.request_log import Logged
 from dray.serve.routing import Full, Lost, Router
