@@ -24,6 +24,7 @@ from dray.corpus.manifest import (
     SourceRows,
     Split,
 )
+from dray.corpus.near import REASONS as NEAR_REASONS
 from dray.corpus.parts import SPLITS, Part, Preparation
 from dray.corpus.planning import Deal
 from dray.corpus.reading import FileCounts
@@ -41,6 +42,8 @@ class Work:
     """Of the records of documents that are gathered."""
     reads: Sequence[Record] = ()
     duplicates: Sequence[Record] = ()
+    near: Sequence[Record] = ()
+    """Of near-duplicates, where they were looked for."""
     packed: Sequence[Record] = ()
     deals: Sequence[Deal] = ()
     shards: Sequence[Shard] = ()
@@ -242,6 +245,8 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
     dropped = sum((Counter(read["dropped"]) for read in work.reads), Counter[str]())
     for record in work.duplicates:
         dropped.update({reason: record[reason] for reason in DROP_REASONS if record[reason]})
+    for record in work.near:
+        dropped.update({reason: record[reason] for reason in NEAR_REASONS if record[reason]})
     redacted = sum((Counter(read.get("redacted")) for read in work.reads), Counter[str]())
     train, validation = (_make_split(split, job, work) for split in SPLITS)
     packed = [record["train"] for record in work.packed if "train" in record]
@@ -274,7 +279,7 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         validation=validation if validation.num_rows else None,
         num_source_files=len(files),
         num_source_bytes=sum(file.num_bytes for file in files),
-        num_contradicting=sum(record["contradicting"] for record in work.duplicates),
+        num_contradicting=sum(record["contradicting"] for record in (*work.duplicates, *work.near)),
         dropped=dict(sorted(dropped.items())),
         num_records=work.total("num_records"),
         num_bad=work.total("num_bad"),

@@ -21,6 +21,7 @@ from dray.corpus.contents import check_unchanged
 from dray.corpus.duplicates import further_pieces, partition_hashes
 from dray.corpus.encoded import GIVEN_TEXT, as_array, check_encoded, given
 from dray.corpus.gathering import TOO_FEW, gathered_documents
+from dray.corpus.near import write_shingles
 from dray.corpus.parts import (
     NAMES,
     Part,
@@ -33,6 +34,7 @@ from dray.corpus.parts import (
 from dray.corpus.reading import Bad, Documents, FileCounts, Span, SpanReader, find_bounds
 from dray.corpus.records import PLAIN
 from dray.corpus.sections import write_sections
+from dray.corpus.shingles import Shingles, gathered, shingle
 from dray.corpus.sources import InputFile
 from dray.corpus.tools import Tools
 from dray.errors import CorpusError, one_line, translated
@@ -195,6 +197,7 @@ class _ChunkWriter:
         self._tools = Tools(child(job.folder, "tokenizer"), job.info, job.sequence_tokens)
         self._tokens: list[npt.NDArray[np.unsignedinteger]] = []
         self._columns: dict[str, list[Any]] = {}
+        self._shingles: list[Shingles] = []
         self._num_bytes = self._num_records = 0
         self.chunks: list[str] = []
         self.num_documents = 0
@@ -217,16 +220,25 @@ class _ChunkWriter:
         columns = {"num_bytes": np.diff(bounds), "high": high, "low": low}
         if targets is not None:
             columns["class"] = hash_texts(targets.cast(pa.large_string()))[1]
+        if self._job.finds_near:
+            shingles, counts = shingle(texts, self._job.cleaning.near.shingle_words)
+            columns["shingles"] = counts
         columns["record"] = self._num_records + np.arange(len(texts))
         self._num_records += len(texts)
         if encoded.records is not None:
             columns = {name: values[encoded.records] for name, values in columns.items()}
-            columns["num_bytes"][further_pieces(columns["record"])] = 0
+            further = further_pieces(columns["record"])
+            columns["num_bytes"][further] = 0
+            if self._job.finds_near:  # those of the texts that are left, each at its first piece
+                columns["shingles"][further] = 0
+                shingles = gathered(shingles, counts, encoded.records[~further])
         lost = (
             np.zeros(len(encoded.lengths), np.int64)
             if encoded.num_lost is None
             else encoded.num_lost
         )
+        if self._job.finds_near:
+            self._shingles.append(shingles)
         self._tokens.append(encoded.tokens)
         for name, values in {
             "num_tokens": encoded.lengths,
@@ -283,6 +295,11 @@ class _ChunkWriter:
                 write_arrays(filesystem, f"{path}.{column.name}", self._columns.pop(column.name))
         columns = {name: _join(parts) for name, parts in self._columns.items()}
         high, low, classes = columns.pop("high"), columns["low"], columns.pop("class", None)
+        if self._job.finds_near:
+            none = np.zeros(len(high), np.uint64)
+            own = none if classes is None else classes
+            shingles = np.concatenate(self._shingles)
+            write_shingles(filesystem, path, shingles, columns.pop("shingles"), own)
         batch = pa.record_batch({name: as_array(values) for name, values in columns.items()})
         names = json.dumps(list(self._tools.names)).encode()
         batch = batch.replace_schema_metadata({NAMES: names})
@@ -296,6 +313,7 @@ class _ChunkWriter:
         self.chunks.append(name)
         self.num_documents += len(high)
         self._tokens, self._columns, self._num_bytes = [], {}, 0
+        self._shingles = []
 
 
 def _join(parts: Sequence[Any]) -> Any:

@@ -6,6 +6,10 @@
     gather_hashes     hashes of a bundle of chunks → one file
     find_duplicates   hashes        → the documents to leave out, one hash partition at a time
     spread_drops      what all partitions leave out of a bundle of chunks → one file
+    find_bands        shingles      → bands of MinHash signatures, by partition
+    find_candidates   bands         → pairs of documents that share one, by bundle of the first
+    verify            pairs         → links between documents that are alike
+    drop_near         all links     → the near-duplicates to leave out
     pack_chunk        chunk         → rows in random order
     mix_rows          rows of a bundle of chunks → those that go to a group of shards
     merge_rows        slices of all chunks' rows → one token shard
@@ -13,8 +17,8 @@
     translate_shard   token shard   → the same with its texts in other words
 
 `scatter_part` is in `scattering.py`, the others of the first three in `chunks.py`, the next three
-in `duplicates.py`, three in `rows.py`, the last two, which few corpora need, in `telling.py` and
-`translating.py`; each is a pure function of files to files.
+in `duplicates.py`, four in `near.py`, three in `rows.py`, the last two, which few corpora need, in
+`telling.py` and `translating.py`; each is a pure function of files to files.
 
 Twice everything goes everywhere: hashes from chunks to partitions and back, rows from chunks to
 shards. Of a large corpus that would be millions of small reads, so it goes there in two steps, by
@@ -214,6 +218,11 @@ class Preparation:
     def parts_labels(self, split: str) -> bool:
         """Whether the rows of a split lie apart by class, so that the order can weigh classes."""
         return self.balance > 0 and split == "train"
+
+    @property
+    def finds_near(self) -> bool:
+        """Whether near-duplicates are left out."""
+        return self.cleaning.deduplicate == "near"
 
     @property
     def num_bundles(self) -> int:

@@ -43,6 +43,7 @@ from dray.corpus.compression import measure_compressors
 from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
 from dray.corpus.encoded import check_columns
+from dray.corpus.extras import check_extras
 from dray.corpus.fitting import Fitted, digest_of, find_fitted, with_fitted
 from dray.corpus.gathering import plan_gathering
 from dray.corpus.listing import Leavings
@@ -59,6 +60,7 @@ from dray.corpus.manifest import (
     load_manifest,
     load_source_files,
 )
+from dray.corpus.near import run_near
 from dray.corpus.parts import SPLITS, STAGING, Chunk, CorpusSource, Part, Preparation, staged
 from dray.corpus.planning import (
     Deal,
@@ -439,6 +441,7 @@ def prepare(
     spec = with_tokenizer_folder(spec, storage)
     options = placement.task_options() if placement is not None else {"num_cpus": 1}
     check_columns(spec.task)
+    check_extras(spec.data.cleaning)
     inputs = replace(
         find_inputs(spec),
         labels=tuple(labels),
@@ -569,6 +572,7 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     run_stage(job, "hashes", gather_hashes, bundles, say)
     work.duplicates = run_stage(job, "duplicates", find_duplicates, range(job.num_partitions), say)
     run_stage(job, "drops", spread_drops, bundles, say)
+    work.near = run_near(job, work.total("num_chunk_documents"), say)
     work.packed = run_stage(job, "packed", pack_chunk, range(len(chunks)), say)
     check_packed(job, work)
     work.deals = make_deals(job, work.packed)
@@ -624,7 +628,7 @@ def _plan(spec: Spec, folder: str, inputs: _Inputs, say: Progress) -> tuple[Prep
     part_bytes = choose_part_bytes(inputs.files)
     total = sum(file.estimated_bytes for files in inputs.files for file in files)
     # Contradicting labels are looked for whether or not duplicates are dropped.
-    compares = data.cleaning.deduplicate == "exact" or not (spec.task.packs or inputs.labels)
+    compares = data.cleaning.deduplicate != "none" or not (spec.task.packs or inputs.labels)
     job = Preparation(
         folder=folder,
         sources=sources,

@@ -20,6 +20,7 @@ from dray.corpus.cleaning import held_out
 from dray.corpus.compression import SAMPLE_BYTES, decode_sample
 from dray.corpus.duplicates import further_pieces, kept_documents
 from dray.corpus.encoded import DOCUMENT, GIVEN_TEXT
+from dray.corpus.near import near_kept
 from dray.corpus.packing import (
     Aligned,
     Ints,
@@ -113,6 +114,7 @@ def pack_chunk(job: Preparation, index: int) -> dict[str, Any]:
     documents = _load_documents(job, chunk)
     further = further_pieces(documents["record"])
     keep = kept_documents(job, index, len(documents.lengths))
+    keep &= near_kept(job, index, len(keep))
     keep = keep[np.maximum.accumulate(np.where(further, 0, np.arange(len(keep))))]
     own = job.sources[chunk.source].split
     held = np.full(len(documents.lengths), own == "validation")

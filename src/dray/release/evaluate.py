@@ -183,6 +183,7 @@ def make_evaluation_spec(spec: Spec, data: Sequence[str], tokenizer_folder: str)
         sources.append(like.model_dump(mode="json", exclude=own) | value)
     tree = spec.model_dump(mode="json")
     cleaning = tree["data"]["cleaning"] | {"deduplicate": "none"}
+    cleaning.pop("near", None)
     tree["data"] |= {
         "train": sources,
         "validation": None,

@@ -226,6 +226,35 @@ class Source(Section):
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
+class Near(Section):
+    """When documents are near-duplicates: by MinHash signatures in bands (Broder 1997)."""
+
+    similarity: Annotated[Float, Field(gt=0, le=1)] = 0.8
+    """Least Jaccard similarity of their sets of shingles. Candidates are verified exactly."""
+    shingle_words: Annotated[Int, Field(ge=1, le=64)] = 5
+    """Words in a shingle; in scripts without spaces a character is a word."""
+    permutations: Annotated[Int, Field(ge=1, le=4096)] = 128
+    """Values in a signature."""
+    bands: Annotated[Int, Field(ge=1)] = 16
+    """Bands of a signature; documents with an equal one are candidates. More find more."""
+
+    @model_validator(mode="after")
+    def _banded(self) -> Self:
+        if self.permutations % self.bands:
+            raise ValueError(
+                f"bands {self.bands} do not divide {self.permutations} permutations; "
+                "a band is as many as another"
+            )
+        rows = self.permutations // self.bands
+        found = 1 - (1 - self.similarity**rows) ** self.bands
+        if found < 0.5:
+            raise ValueError(
+                f"{self.bands} bands of {rows} find documents of similarity {self.similarity} with "
+                f"a probability of {found:.2g} only; give more bands"
+            )
+        return self
+
+
 class Cleaning(Section):
     """What happens to a document's text before it is tokenised."""
 
@@ -240,13 +269,22 @@ class Cleaning(Section):
     space."""
     max_repeated_line_share: Annotated[Float, Field(ge=0, le=1)] = 1.0
     """Greatest share of characters that lie in lines already seen in the same document."""
-    deduplicate: Literal["exact", "none"] = "exact"
-    """`exact` keeps the first of documents whose normalised text is equal."""
+    deduplicate: Literal["exact", "near", "none"] = "exact"
+    """`exact` keeps the first of documents whose normalised text is equal; `near`, besides, the
+    first of those that are alike, directly or by way of others (`near`)."""
+    near: Annotated[Near, Field(exclude_if=lambda given: given == Near())] = Near()
+    """When documents are alike."""
     forget: Annotated[
         tuple[Annotated[str, Field(pattern="^[0-9a-f]{32}$")], ...],
         Field(exclude_if=lambda given: not given),
     ] = ()
     """Digests of documents that are left out, as `dray forget` tells them."""
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        if self.near != Near() and self.deduplicate != "near":
+            raise ValueError("near: settings of `deduplicate: near`, which is not asked for")
+        return self
 
 
 def _as_source(value: Any) -> Any:
