@@ -232,15 +232,23 @@ def _plan_known_corpus(
 def prepare_command(arguments: argparse.Namespace) -> int:
     from dray.cluster.connection import connect
     from dray.corpus.prepare import prepare
+    from dray.processes.imports import require_package
     from dray.runs import check_storage
+    from dray.show.corpus_page import make_corpus_page
+    from dray.show.html import write_page
     from dray.show.progress import Display
     from dray.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides)
     check_storage(arguments.storage)
+    if arguments.html:
+        require_package("matplotlib", "report", "--html")
     with connect(arguments.address, num_cpus=1, verbose=arguments.verbose):
         display = Display()
         corpus = prepare(spec, arguments.storage, display.say)
+    if arguments.html:
+        write_page(make_corpus_page(corpus), arguments.html)
+        display.say(f"{arguments.html} written: open it in a browser")
     for line in corpus.describe():
         display.say(line)
     if arguments.json:

@@ -99,6 +99,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(plan)
 
     prepare = _add_spec(commands, "prepare", prepare_command, "raw corpus → token shards")
+    prepare.add_argument(
+        "--html",
+        metavar="FILE",
+        help="what was kept, what was left out and why, with examples, as one page; replaces FILE",
+    )
     _add_cluster(prepare)
     _add_json(prepare)
 

@@ -7,17 +7,20 @@ The same numbers judge whether too much of the data is unreadable.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dray.corpus.labels import named, similar_names
+from dray.corpus.languages import OF_LANGUAGE
 from dray.corpus.manifest import LeftOut, Manifest, SourceFile
 from dray.corpus.redacting import told_counts
 from dray.plan import format_bytes
 
 MAX_FILES = 5
 """Files that are named for one matter; all are counted."""
+MAX_REASONS = 4
+"""Why documents were left out that are told in one line."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,17 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     lines += _name_some("as found", [f"{file.path}: {file.note}" for file in files if file.note])
     lines += _name_some("unreadable", [_describe_bad(file) for file in _worst_first(files)])
     held = f", {validation.num_documents:,} of them for validation" if validation else ""
-    lines.append(f"documents    {kept:,} kept{held}{_describe_dropped(manifest.dropped)}")
+    reasons = _describe_dropped(manifest.dropped)
+    several = len(reasons) > MAX_REASONS
+    told = f"; dropped: {', '.join(reasons)}" if reasons and not several else ""
+    lines.append(f"documents    {kept:,} kept{held}{told}")
+    lines += [f"dropped      {reason}" for reason in reasons if several]
+    if manifest.languages:
+        lines.append(f"languages    {named(manifest.languages)}")
+    if manifest.removed:
+        told = ", ".join(f"{count:,} {reason}" for reason, count in manifest.removed.items())
+        lines.append(f"taken out    of documents that were kept: {told}")
+    lines += _describe_evaluation(manifest)
     if manifest.redacted:
         held = _number(manifest.num_redacted, "document")
         lines.append(f"redacted     {told_counts(manifest.redacted)} in {held}")
@@ -91,6 +104,15 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     lines += [f"fitted       {one['said']}" for one in manifest.fitted if one.get("said")]
     lines += _describe_unchanged(manifest)
     return [line.replace("\n", "\\n") for line in lines]  # as a file's name may have them
+
+
+def _describe_evaluation(manifest: Manifest) -> list[str]:
+    """What training documents were compared with."""
+    if not manifest.evaluation:
+        return []
+    short = manifest.evaluation["short_texts"]
+    told = f", {short:,} of them too short to be found in a longer document" if short else ""
+    return [f"evaluation   {manifest.evaluation['texts']:,} texts to share nothing with{told}"]
 
 
 def _describe_votes(manifest: Manifest) -> list[str]:
@@ -150,6 +172,9 @@ def to_json(manifest: Manifest, files: Sequence[SourceFile]) -> dict[str, Any]:
         "num_untranslated": manifest.num_untranslated,
         "votes": manifest.votes,
         "dropped": manifest.dropped,
+        "removed": manifest.removed,
+        "languages": manifest.languages,
+        "evaluation": manifest.evaluation,
         "redacted": manifest.redacted,
         "num_redacted_documents": manifest.num_redacted,
         "num_bad": manifest.num_bad,
@@ -227,6 +252,19 @@ def _describe_labels(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _describe_dropped(dropped: dict[str, int]) -> str:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
-    return f"; dropped: {reasons}" if reasons else ""
+def _describe_dropped(dropped: Mapping[str, int]) -> list[str]:
+    """Why documents were left out, the most frequent reason first; those of other languages are
+    told together."""
+    other = {
+        reason.removeprefix(OF_LANGUAGE): count
+        for reason, count in dropped.items()
+        if reason.startswith(OF_LANGUAGE)
+    }
+    told = {reason: n for reason, n in dropped.items() if not reason.startswith(OF_LANGUAGE)}
+    if other:
+        told[f"of other languages: {named(dict(_most_first(other)))}"] = sum(other.values())
+    return [f"{count:,} {reason}" for reason, count in _most_first(told)]
+
+
+def _most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))

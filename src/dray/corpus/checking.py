@@ -13,6 +13,7 @@ from typing import Any
 
 from dray.corpus.account import weigh_bad
 from dray.corpus.duplicates import DROP_REASONS
+from dray.corpus.examples import Examples, merged
 from dray.corpus.labels import choose_labels, named
 from dray.corpus.manifest import (
     VERSION,
@@ -53,6 +54,16 @@ class Work:
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of each input file by name."""
     left_out: tuple[LeftOut, ...] = ()
+    evaluation: Sequence[Record] = ()
+    """Of the evaluation sets, where training documents were compared with some."""
+
+    def examples(self) -> Examples:
+        """Some documents of each fate, of all parts."""
+        return merged(record.get("examples", {}) for record in (*self.reads, *self.near))
+
+    def count(self, name: str) -> dict[str, int]:
+        """What was counted by reason, kind or language of all that was read."""
+        return dict(sorted(sum((Counter(read[name]) for read in self.reads), Counter()).items()))
 
     def source_files(self) -> list[SourceFile]:
         """Files over all parts that read them, in reading order."""
@@ -247,7 +258,6 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
         dropped.update({reason: record[reason] for reason in DROP_REASONS if record[reason]})
     for record in work.near:
         dropped.update({reason: record[reason] for reason in NEAR_REASONS if record[reason]})
-    redacted = sum((Counter(read.get("redacted")) for read in work.reads), Counter[str]())
     train, validation = (_make_split(split, job, work) for split in SPLITS)
     packed = [record["train"] for record in work.packed if "train" in record]
     held = [record["validation"] for record in work.packed if "validation" in record]
@@ -294,8 +304,11 @@ def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
             for place, rule in enumerate(job.task.rules)
         },
         fitted=tuple(job.task.fitted),
-        redacted=dict(sorted(redacted.items())),
+        redacted=work.count("redacted"),
         num_redacted=work.total("num_redacted"),
+        removed=work.count("removed"),
+        languages=work.count("languages"),
+        evaluation=work.evaluation[0] if work.evaluation else {},
         validation_compressors=work.compressors,
     )
 

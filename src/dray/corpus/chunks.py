@@ -18,8 +18,10 @@ import pyarrow as pa
 
 from dray.corpus.cleaning import hash_texts
 from dray.corpus.contents import check_unchanged
+from dray.corpus.documents import cleaned, with_examples
 from dray.corpus.duplicates import further_pieces, partition_hashes
 from dray.corpus.encoded import GIVEN_TEXT, as_array, check_encoded, given
+from dray.corpus.examples import Examples, merged
 from dray.corpus.gathering import TOO_FEW, gathered_documents
 from dray.corpus.near import write_shingles
 from dray.corpus.parts import (
@@ -48,6 +50,8 @@ from dray.tasks.rows import Encoded
 
 BATCH_BYTES = 4 * 1024 * 1024
 """Text that is cleaned and encoded at once."""
+COUNTED = ("dropped", "redacted", "removed", "languages")
+"""What is counted of cleaned documents by reason, kind or language."""
 MAX_QUARANTINED = 10_000
 """Bad records of one part that are listed one by one; all are counted."""
 
@@ -159,16 +163,18 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
     tally = Tally()
     writer = _ChunkWriter(job, part)
-    dropped: Counter[str] = Counter()
-    redacted: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
+    examples: Examples = {}
     num_redacted = 0
-    source = job.sources[part.source].source
+    own = job.sources[part.source]
     for batch in part_documents(job, part, tally):
-        cleaned = job.cleaned(source, batch.texts, batch.labels)
-        dropped += cleaned.dropped + batch.dropped
-        redacted += cleaned.redacted
-        num_redacted += cleaned.num_redacted
-        writer.add(cleaned.texts, cleaned.labels)
+        found = with_examples(job, own, cleaned(job, own, batch.texts, batch.labels))
+        for name, counter in counts.items():
+            counter.update(getattr(found, name))
+        counts["dropped"] += batch.dropped
+        num_redacted += found.num_redacted
+        examples = merged([examples, found.examples])
+        writer.add(found.texts, found.labels)
     writer.close()
     check_unchanged(dict.fromkeys(span.file for span in part.spans))
     tally.write_quarantine(job, "read", part.index)
@@ -178,12 +184,13 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
         part.index,
         {
             **tally.record(),
-            "dropped": dict(dropped + writer.refused),
+            **counts,
+            "dropped": counts["dropped"] + writer.refused,
             "chunks": writer.chunks,
             "num_chunk_documents": writer.num_documents,
             "labels": dict(sorted(writer.labels.items())),
-            "redacted": dict(redacted),
             "num_redacted": num_redacted,
+            "examples": examples,
         },
     )
 

@@ -1,5 +1,5 @@
-"""From the text of documents to cleaned text: Unicode normalisation, filters, a hash that finds
-equal documents.
+"""From the text of documents to cleaned text: Unicode normalisation, bounds of length and of
+letters, a hash that finds equal documents.
 
 Works on Arrow arrays, a block at a time; a dropped document is counted by reason. It never looks at
 a language.
@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -18,42 +19,70 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dray.corpus.examples import Examples, examples_of, merged
 from dray.spec import Cleaning
 
+FORGOTTEN = "forgotten"
+"""Why a document is left out that is to be forgotten: none of it is shown."""
 Mask = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """The documents that were kept, and why others were not."""
+    """The documents that were kept, and what became of others."""
 
     texts: pa.Array
     labels: pa.Array | None
-    dropped: Counter[str]
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Documents that were left out, by reason."""
     redacted: Counter[str] = field(default_factory=Counter)
     """What personal data was replaced in them, by kind."""
     num_redacted: int = 0
     """In how many."""
+    removed: Counter[str] = field(default_factory=Counter)
+    """Lines, and marks, that were taken out of those that were kept, by reason."""
+    languages: Counter[str] = field(default_factory=Counter)
+    """Documents that were kept by language, where it was looked at."""
+    examples: Examples = field(default_factory=dict)
+    """Some of those that were left out, as they were."""
+
+    def without(self, reasons: Sequence[str | None]) -> Cleaned:
+        """Those documents that have no reason to be left out."""
+        if not any(reasons):
+            return self
+        counts = Counter(reason for reason in reasons if reason)
+        shown = [self.examples]
+        for reason in counts:
+            mine = self.texts.filter(pa.array([own == reason for own in reasons]))
+            if reason != FORGOTTEN:
+                shown.append(examples_of(reason, mine, hash_texts(mine)[1]))
+        keep = pa.array([not own for own in reasons])
+        return replace(
+            self,
+            texts=self.texts.filter(keep),
+            labels=None if self.labels is None else self.labels.filter(keep),
+            dropped=self.dropped + counts,
+            examples=merged(shown),
+        )
 
 
 def clean(
     texts: pa.Array, labels: pa.Array | None, rules: Cleaning, *, answers: bool = False
 ) -> Cleaned:
-    """Normalise and filter documents (large_string); labels go along, normalised too where they are
-    `answers`, which are texts."""
+    """Normalise documents (large_string) and leave out those of another length or form; labels go
+    along, normalised too where they are `answers`, which are texts."""
     texts = normalize(texts, rules.normalize)
     if answers and labels is not None:
         labels = normalize(labels.cast(pa.large_string()), rules.normalize)
-    keep = np.ones(len(texts), bool)
-    dropped: Counter[str] = Counter()
-    for reason, mask in _failures(texts, rules):
-        dropped[reason] += int((mask & keep).sum())
-        keep &= ~mask
-    if not keep.all():
-        chosen = pa.array(keep)
-        texts, labels = texts.filter(chosen), labels.filter(chosen) if labels is not None else None
-    return Cleaned(texts, labels, +dropped)
+    found = Cleaned(texts, labels)
+    failures = [(reason, mask) for reason, mask in _failures(texts, rules) if mask.any()]
+    if not failures:
+        return found
+    reasons = np.full(len(texts), None, object)
+    for reason, mask in reversed(failures):  # a document is counted for its first reason
+        reasons[mask] = reason
+    return found.without(reasons.tolist())
 
 
 def normalize(texts: pa.Array, form: str) -> pa.Array:
@@ -95,7 +124,7 @@ def _failures(texts: pa.Array, rules: Cleaning) -> list[tuple[str, Mask]]:
         shares = np.array([repeated_line_share(text) for text in texts.to_pylist()], float)
         found.append(("repeated_lines", shares > rules.max_repeated_line_share))
     if rules.forget:
-        found.append(("forgotten", np.isin(_joined(texts), np.array([*rules.forget]))))
+        found.append((FORGOTTEN, np.isin(_joined(texts), np.array([*rules.forget]))))
     return found
 
 

@@ -1,13 +1,50 @@
-"""Which packages of the extra `web` a spec's corpus needs. Refuses a spec whose packages are not
-there, before anything is read or written."""
+"""Which packages of the extra `web` a spec's corpus needs, and whether its rules for text fit what
+the task reads. Refuses a spec that cannot be prepared, before anything is read or written."""
 
 from __future__ import annotations
 
+from dray.corpus.languages import check_languages
+from dray.corpus.records import Wanted
+from dray.errors import SpecError
 from dray.processes.imports import require_package
-from dray.spec import Cleaning
+from dray.spec import Filters, HeldOut, Spec
+
+_WRITTEN = ("text", "words")
+"""Kinds of fields that hold text as people write it."""
 
 
-def check_extras(cleaning: Cleaning) -> None:
-    """Raise UserError for a package that is not installed."""
+def check_extras(spec: Spec) -> None:
+    """Raise SpecError for a package that is not installed, a language that cannot be told, and
+    rules for text where documents are something else."""
+    cleaning = spec.data.cleaning
     if cleaning.deduplicate == "near":
         require_package("rensa", "web", "data.cleaning.deduplicate = near")
+    if cleaning.languages is not None:
+        require_package("py3langid", "web", "data.cleaning.languages")
+        check_languages(cleaning.languages)
+        _check_texts(spec, "languages")
+    if cleaning.decontaminate is not None:
+        _check_texts(spec, "decontaminate")
+    if cleaning.filters != Filters():
+        _check_texts(spec, "filters", alone=True)
+
+
+def _check_texts(spec: Spec, key: str, *, alone: bool = False) -> None:
+    """Raise SpecError where documents are no texts, or, with `alone`, not one text each."""
+    held = spec.data.validation
+    others = () if held is None or isinstance(held, HeldOut) else held
+    for source in (*spec.data.train, *others):
+        texts = Wanted.of(source, spec.task.fields, source.format).texts
+        kinds = [kind for _, _, kind in texts]
+        if alone and (len(kinds) > 1 or kinds[0] != "text"):
+            told = "several texts" if len(kinds) > 1 else f"a field of kind {kinds[0]}"
+        elif other := [kind for kind in kinds if kind not in _WRITTEN]:
+            told = f"a field of kind {other[0]}"
+        else:
+            continue
+        raise SpecError(
+            f"data.cleaning.{key}",
+            f"a document of task {spec.task.name} has {told}",
+            f"it looks at documents of {'one text' if alone else 'text'}",
+            f"leave data.cleaning.{key} out",
+        )

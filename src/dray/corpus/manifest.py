@@ -24,6 +24,8 @@ ROWS_VERSION = 3
 """Raised when the same inputs and settings give other rows: it is a part of a corpus' key."""
 MANIFEST = "manifest.json"
 SOURCE_FILES = "source_files.json"
+EXAMPLES = "examples.json"
+"""Some documents of each fate."""
 EXPORTED_MANIFEST = "dray-corpus.json"
 """What a model must know of its corpus, in a folder that it was exported to."""
 
@@ -131,6 +133,7 @@ class LeftOut(_Record):
 
 
 _SOURCE_FILES = TypeAdapter(tuple[SourceFile, ...])
+_EXAMPLES = TypeAdapter(dict[str, list[str]])
 
 
 class Packing(_Record):
@@ -206,6 +209,14 @@ class Manifest(_Record):
     """Personal data that was replaced in documents as they were read, by kind."""
     num_redacted: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
     """Documents that had some."""
+    removed: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = {}
+    """Lines and marks that cleaning took out of documents that it kept, by reason."""
+    languages: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = {}
+    """Documents that cleaning kept by language, before deduplication, where languages were looked
+    at."""
+    evaluation: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = {}
+    """`texts` of the evaluation sets that training documents were compared with, and
+    `short_texts`, which have too few words to be found in a longer document."""
     validation_compressors: dict[str, float] = {}
     """Bits a byte that general compressors need for (up to 4 MB of) the held-out text."""
 
@@ -319,6 +330,25 @@ def dump_manifest(manifest: Manifest) -> bytes:
 def dump_source_files(files: Sequence[SourceFile]) -> bytes:
     """The account of the source files as JSON."""
     return _dump([file.model_dump(mode="json") for file in files])
+
+
+def dump_examples(examples: Mapping[str, Sequence[tuple[str, str]]]) -> bytes:
+    """The examples as JSON."""
+    return _dump({fate: [text for _, text in pairs] for fate, pairs in examples.items()})
+
+
+def load_examples(filesystem: pafs.FileSystem, folder: str) -> dict[str, list[str]]:
+    """The beginnings of some documents of a corpus by what became of them; nothing of a corpus
+    that keeps none. Raises CorpusError for a file that holds something else."""
+    path = f"{folder}/{EXAMPLES}"
+    try:
+        return _EXAMPLES.validate_python(json.loads(read_bytes(filesystem, path)))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(
+            path, "holds no examples", "it is written by `dray prepare`", "delete it"
+        ) from error
 
 
 def _dump(tree: Any) -> bytes:

@@ -19,12 +19,15 @@ import numpy.typing as npt
 from pyarrow import fs as pafs
 
 from dray.corpus.duplicates import DROP, kept_documents
+from dray.corpus.examples import CHARS, EACH, Examples
 from dray.corpus.packing import Ints
-from dray.corpus.parts import Preparation, save_record, staged, write_arrays
+from dray.corpus.parts import Preparation, read_batch, save_record, staged, write_arrays
 from dray.corpus.sections import Records, read_section, write_sections
 from dray.corpus.shingles import Counts, Hashes, Shingles, mixed, similarities
 from dray.corpus.stages import Progress, run_stage
+from dray.corpus.tokenizing import Decoder
 from dray.spec import Near
+from dray.storage.filesystem import child
 
 REASONS = ("near_duplicate", "near_in_validation")
 BAND = np.dtype([("key", np.uint64), ("chunk", np.int32), ("document", np.int32)])
@@ -43,6 +46,8 @@ MAX_STARS = 32
 """Documents with an equal band that each later one is compared with."""
 VERIFIED_BYTES = 64 << 20
 """Shingles that are held to verify candidates."""
+SHOWN_TOKENS = 200
+"""Of an example's beginning."""
 MAX_OPEN = 64
 SEED = 1
 
@@ -320,8 +325,39 @@ def drop_near(job: Preparation, item: Cut) -> dict[str, Any]:
             "near_duplicate": int((~leaked).sum()),
             "near_in_validation": int(leaked.sum()),
             "contradicting": int((classes[lost] != classes[kept[lost]]).sum()),
+            "examples": _examples(job, nodes[lost], nodes[kept[lost]]),
         },
     )
+
+
+def _examples(job: Preparation, lost: Hashes, kept: Hashes) -> Examples:
+    """Some documents that are left out, each with the one that is kept in its place, as their
+    tokens tell them."""
+    if not len(lost) or not job.task.tokenizes:
+        return {}
+    chosen = np.argsort(mixed(lost.copy()), kind="stable")[:EACH]
+    return {
+        REASONS[0]: [
+            (
+                f"{int(lost[place]):016x}",
+                f"{_beginning(job, lost[place])}\n\n– is like –\n\n{_beginning(job, kept[place])}",
+            )
+            for place in chosen.tolist()
+        ]
+    }
+
+
+def _beginning(job: Preparation, node: np.uint64) -> str:
+    """The first tokens of a document as text."""
+    chunk, document = int(node >> np.uint64(32)) & 0x7FFFFFFF, int(node) & 0xFFFFFFFF
+    filesystem, path = staged(job, "read", job.chunks[chunk].name)
+    lengths = read_batch(filesystem, f"{path}.documents").column("num_tokens").to_numpy()
+    kind = np.dtype(job.info.dtype)
+    size = min(int(lengths[document]), SHOWN_TOKENS) * kind.itemsize
+    with filesystem.open_input_file(f"{path}.tokens") as file:
+        data = file.read_at(size, int(lengths[:document].sum()) * kind.itemsize)
+    decoder = Decoder(child(job.folder, "tokenizer"))
+    return decoder(np.frombuffer(data, kind).tolist())[: CHARS // 2]
 
 
 def _held(job: Preparation) -> npt.NDArray[np.bool_]:

@@ -42,10 +42,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from dray.corpus.cleaning import Cleaned, clean
 from dray.corpus.reading import Span
 from dray.corpus.records import Wanted
-from dray.corpus.redacted import redact_documents
 from dray.corpus.redacting import Redactor
 from dray.corpus.shards import Stored, stored_columns
 from dray.corpus.sources import InputFile
@@ -200,15 +198,6 @@ class Preparation:
     def wanted(self, source: Source) -> Wanted:
         """The columns of a source that make documents."""
         return Wanted.of(source, self.task.fields, source.format)
-
-    def cleaned(self, source: Source, texts: pa.Array, targets: pa.Array | None) -> Cleaned:
-        """Documents of a source as all that is kept or learnt of them sees them: normalised,
-        filtered, without personal data. `targets` go along."""
-        found = clean(texts, targets, self.cleaning, answers=self.answers and targets is not None)
-        if self.redactor is None:
-            return found
-        kinds = [kind for _, _, kind in self.wanted(source).texts]
-        return redact_documents(found, self.redactor, kinds, answers=self.answers)
 
     @property
     def columns(self) -> list[Stored]:

@@ -40,14 +40,17 @@ from dray.corpus.checking import (
 )
 from dray.corpus.chunks import cut_quoted, read_part
 from dray.corpus.compression import measure_compressors
+from dray.corpus.contamination import evaluation_files, write_ngrams
 from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
 from dray.corpus.encoded import check_columns
 from dray.corpus.extras import check_extras
 from dray.corpus.fitting import Fitted, digest_of, find_fitted, with_fitted
 from dray.corpus.gathering import plan_gathering
+from dray.corpus.languages import language_version
 from dray.corpus.listing import Leavings
 from dray.corpus.manifest import (
+    EXAMPLES,
     MANIFEST,
     ROWS_VERSION,
     SOURCE_FILES,
@@ -55,8 +58,10 @@ from dray.corpus.manifest import (
     Manifest,
     Shard,
     SourceFile,
+    dump_examples,
     dump_manifest,
     dump_source_files,
+    load_examples,
     load_manifest,
     load_source_files,
 )
@@ -116,10 +121,12 @@ PARTITION_BYTES = 512 * 1024 * 1024
 MIN_CHUNK_BYTES = 48 * 1024 * 1024
 LOOK_BYTES = 64 * 1024 * 1024
 QUARANTINE = "quarantine.jsonl"
-_NO_SETTINGS = {"train", "validation", "max_bad_share", "redaction"}
+_NO_SETTINGS: Mapping[str, Any] = dict.fromkeys(
+    ("train", "validation", "max_bad_share", "redaction"), True
+)
 """Of `data`: what changes no row, or goes into a corpus' key in another form."""
 CLAIMS = "claims"
-WORK_VERSION = 3
+WORK_VERSION = 4
 """Raised when intermediate files have another form: what an older dray left half done is not used
 then."""
 
@@ -137,6 +144,11 @@ class Corpus:
         """What each input file gave, in reading order. Raises CorpusError for a corpus without that
         account."""
         return load_source_files(*open_filesystem(self.folder))
+
+    def examples(self) -> dict[str, list[str]]:
+        """Some documents that were kept, and of those that were left out, by reason; nothing of a
+        corpus without that account."""
+        return load_examples(*open_filesystem(self.folder))
 
     def describe(self) -> list[str]:
         """What became of the raw data, in some lines for people."""
@@ -164,6 +176,8 @@ class _Inputs:
     sample of them."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Ray's options of the tasks that make a corpus of them."""
+    evaluation: tuple[tuple[Source, tuple[InputFile, ...]], ...] = ()
+    """The sets that no training document may share text with."""
 
 
 def find_inputs(spec: Spec) -> _Inputs:
@@ -216,7 +230,12 @@ def list_inputs(spec: Spec) -> _Inputs:
             )
         )
         files.append(found)
-    return _Inputs(tuple(sources), tuple(files), left_out=leavings.to_records())
+    return _Inputs(
+        tuple(sources),
+        tuple(files),
+        left_out=leavings.to_records(),
+        evaluation=tuple(evaluation_files(data.cleaning)),
+    )
 
 
 def _names_files(source: Source, where: str) -> tuple[InputFile, ...]:
@@ -281,7 +300,9 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
     settings = {
         "version": ROWS_VERSION,
         **_row_settings(spec.task),
-        "data": spec.data.model_dump(mode="json", exclude=_NO_SETTINGS),
+        "data": spec.data.model_dump(
+            mode="json", exclude={**_NO_SETTINGS, "cleaning": {"decontaminate": {"against"}}}
+        ),
         "share": _share(spec),
         "tokenizer": tokenizer,
         "labels": inputs.labels,
@@ -309,6 +330,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
         **({"told_by": inputs.teller.digest} if inputs.teller else {}),
         **({"fitted": digest_of(inputs.fitted)} if inputs.fitted else {}),
         **({"redaction": redactor.digest()} if redactor else {}),
+        **_judging(spec, inputs),
         **({"augmentation": kept} if (kept := kept_settings(spec, inputs.translators)) else {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -326,6 +348,23 @@ def _gathering(source: CorpusSource) -> dict[str, Any]:
     if settings["names"]:
         settings["names"]["path"] = [file.digest for file in with_digests(source.names)]
     return {"gather": settings}
+
+
+def _judging(spec: Spec, inputs: _Inputs) -> dict[str, Any]:
+    """What else decides which documents are kept: the texts of evaluation sets, wherever they lie,
+    and what tells languages."""
+    found: dict[str, Any] = {}
+    if inputs.evaluation:
+        found["evaluation"] = [
+            (
+                source.model_dump(mode="json", exclude={"path", "exclude"}),
+                [file.digest for file in with_digests(files)],
+            )
+            for source, files in inputs.evaluation
+        ]
+    if spec.data.cleaning.languages is not None:
+        found["languages"] = language_version()
+    return found
 
 
 def _row_settings(task: Any) -> dict[str, Any]:
@@ -357,7 +396,9 @@ def recall(spec: Spec, storage: str) -> Corpus | None:
     remembered."""
     spec, inputs = with_tokenizer_folder(spec, storage), list_inputs(spec)
     files = [file for group in inputs.files for file in group]
-    read = [*files, *(file for source in inputs.sources for file in source.names)]
+    named = (source.names for source in inputs.sources)
+    sets = (group for _, group in inputs.evaluation)
+    read = [*files, *(file for group in (*named, *sets) for file in group)]
     digests = (
         recall_digests([file.path for file in read]) if all(file.is_local for file in read) else {}
     )
@@ -441,7 +482,7 @@ def prepare(
     spec = with_tokenizer_folder(spec, storage)
     options = placement.task_options() if placement is not None else {"num_cpus": 1}
     check_columns(spec.task)
-    check_extras(spec.data.cleaning)
+    check_extras(spec)
     inputs = replace(
         find_inputs(spec),
         labels=tuple(labels),
@@ -555,6 +596,8 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     job, work = _plan(spec, folder, inputs, say)
     pieces, work.parts = plan_gathering(work.parts, job.sources)
     work.scatters = run_stage(job, "scattered", scatter_part, pieces, say)
+    sets = [inputs.evaluation] if inputs.evaluation else []
+    work.evaluation = run_stage(job, "ngrams", write_ngrams, sets, say)
     job = replace(job, tokenizer=_make_tokenizer(spec, job, work.parts, say))
     job = with_fitted(job, work.parts, inputs.fitted, say)
     check_width(job)
@@ -604,6 +647,7 @@ def _build(spec: Spec, folder: str, key: str, inputs: _Inputs, say: Progress) ->
     _write_quarantine(job)
     filesystem, path = share_filesystem(folder)
     write_bytes(filesystem, f"{path}/{SOURCE_FILES}", dump_source_files(work.source_files()))
+    write_bytes(filesystem, f"{path}/{EXAMPLES}", dump_examples(work.examples()))
     return make_manifest(key, job, work)
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from dray.corpus.cleaning import Cleaned
+from dray.corpus.examples import CHARS, Examples
 from dray.corpus.redacting import CALLED, Counts, Redactor
 from dray.tasks.rows import SEPARATOR
 
+_CUT = 100
+"""Characters before the end of a beginning that are not shown."""
 _LISTS = ("words", "names")
 """Kinds of several texts."""
 
@@ -31,19 +35,27 @@ def redact_documents(
     if answers and targets is not None:
         targets, more = redact_texts(targets, redactor, ["answer"])
         found = [own + other for own, other in zip(found, more, strict=True)]
+    documents = replace(documents, examples=_shown(documents.examples, redactor))
     held = np.array([bool(counts) for counts in found], bool)
     if not held.any():
         return documents
     if redactor.drops:
-        keep = pa.array(~held)
-        reasons = Counter(
-            f"with {CALLED[next(kind for kind in CALLED if counts[kind])][1]}"
-            for counts in found
-            if counts
+        masked = replace(documents, texts=texts)  # what is shown of them
+        return masked.without(
+            [
+                f"with {CALLED[next(kind for kind in CALLED if counts[kind])][1]}"
+                if counts
+                else None
+                for counts in found
+            ]
         )
-        labels = None if documents.labels is None else documents.labels.filter(keep)
-        return Cleaned(documents.texts.filter(keep), labels, documents.dropped + reasons)
-    return Cleaned(texts, targets, documents.dropped, sum(found, Counter()), int(held.sum()))
+    return replace(
+        documents,
+        texts=texts,
+        labels=targets,
+        redacted=sum(found, Counter()),
+        num_redacted=int(held.sum()),
+    )
 
 
 def redact_texts(
@@ -58,6 +70,21 @@ def redact_texts(
         changed.append(own)
         found.append(counts)
     return (pa.array(changed, texts.type) if any(found) else texts), found
+
+
+def _shown(examples: Examples, redactor: Redactor) -> Examples:
+    """What is shown of documents that were left out, without personal data."""
+    return {
+        fate: [(key, _redact_beginning(text, redactor)) for key, text in pairs]
+        for fate, pairs in examples.items()
+    }
+
+
+def _redact_beginning(text: str, redactor: Redactor) -> str:
+    """The beginning of a text: what is cut in two by its end is not recognised, so that the last
+    characters go."""
+    own, _ = redactor.redact(text)
+    return own[:-_CUT] if len(text) == CHARS else own
 
 
 def _redact(text: str, redactor: Redactor, kinds: Sequence[str]) -> tuple[str, Counts]:

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from dray.corpus.chunks import read_batches
 from dray.corpus.cleaning import hash_texts, held_out
-from dray.corpus.parts import Part, Preparation
+from dray.corpus.documents import cleaned
+from dray.corpus.parts import CorpusSource, Part, Preparation
 from dray.corpus.reading import Span
 from dray.corpus.tokenizer_folder import CHAT_TEMPLATE, find_chat_template
 from dray.corpus.tokenizing import (
@@ -29,7 +30,7 @@ from dray.corpus.tokenizing import (
 )
 from dray.corpus.whole_words import count_words, make_words_tokenizer
 from dray.errors import CorpusError
-from dray.spec import Source, Tokenizer
+from dray.spec import Tokenizer
 from dray.storage.filesystem import child, share_filesystem, write_bytes
 from dray.tasks.rows import SEPARATOR
 
@@ -79,21 +80,23 @@ def make_tokenizer(job: Preparation, item: tuple[Tokenizer, tuple[Part, ...]]) -
 def sample_texts(job: Preparation, parts: Sequence[Part], size: int) -> Iterator[str]:
     """About `size` bytes of cleaned training documents."""
     spans = [
-        (span, job.sources[part.source].source)
+        (span, job.sources[part.source])
         for part in parts
         for span in part.spans
         if job.sources[part.source].split == "train"
     ]
     chosen = _spread(spans, size)
     left = float(size)
-    for index, (span, source) in enumerate(chosen):
+    for index, (span, own) in enumerate(chosen):
         share = left / (len(chosen) - index)
-        for text in _take(job, span, source, share):
+        for text in _take(job, span, own, share):
             left -= len(text.encode())
             yield text
 
 
-def _spread(spans: Sequence[tuple[Span, Source]], size: int) -> list[tuple[Span, Source]]:
+def _spread(
+    spans: Sequence[tuple[Span, CorpusSource]], size: int
+) -> list[tuple[Span, CorpusSource]]:
     """Evenly spaced spans with enough text between them."""
     average = sum(_estimated_bytes(span) for span, _ in spans) / max(1, len(spans))
     count = min(len(spans), max(MIN_SPANS, int(1.25 * size / max(1.0, average)) + 1))
@@ -108,19 +111,19 @@ def _estimated_bytes(span: Span) -> int:
     return (span.stop or span.file.num_bytes) - span.start
 
 
-def _take(job: Preparation, span: Span, source: Source, size: float) -> Iterator[str]:
+def _take(job: Preparation, span: Span, own: CorpusSource, size: float) -> Iterator[str]:
     """Whole documents from the beginning of a span."""
     for batch in read_batches(
-        [span], source, job.max_record_bytes, lambda *found: None, job.task.fields
+        [span], own.source, job.max_record_bytes, lambda *found: None, job.task.fields
     ):
         answers = batch.labels if job.answers else None
-        cleaned = job.cleaned(source, batch.texts, answers)
-        texts, answers = cleaned.texts, cleaned.labels
+        found = cleaned(job, own, batch.texts, answers)
+        texts, answers = found.texts, found.labels
         # What stands between several texts is no text.
-        if job.task.tokenizes and not job.wanted(source).is_plain:
+        if job.task.tokenizes and not job.wanted(own.source).is_plain:
             texts = pc.replace_substring(texts, SEPARATOR, " ")
         if job.share:
-            mine = pa.array(~held_out(hash_texts(cleaned.texts)[1], job.share))
+            mine = pa.array(~held_out(hash_texts(found.texts)[1], job.share))
             texts = texts.filter(mine)
             answers = None if answers is None else answers.filter(mine)
         for text in job.task.tokenizer_texts(texts, answers):

@@ -121,10 +121,9 @@ def _hash_window(codes: Codes, kind: npt.NDArray[np.uint8]) -> tuple[Hashes, Cou
     return mixed(hashes), firsts
 
 
-def shingle(texts: pa.Array, size: int) -> tuple[Shingles, Counts]:
-    """The sets of 32-bit hashes of each text's runs of `size` words, ascending, text after text,
-    and how many each has. A text of fewer words is one run. Two different runs of documents of
-    1,000 words share a hash with a probability of 10⁻⁴."""
+def hash_runs(texts: pa.Array, size: int) -> tuple[Hashes, Counts]:
+    """A 64-bit hash of each run of `size` words of texts (large_string) in reading order, and how
+    many each text has. A text of fewer words is one run; one without words has none."""
     words, counts = hash_words(texts)
     ends = np.cumsum(counts)
     owners = np.repeat(np.arange(len(counts)), counts)
@@ -137,8 +136,16 @@ def shingle(texts: pa.Array, size: int) -> tuple[Shingles, Counts]:
     # Runs that begin with one of the last words are too short, unless the text is.
     whole = np.arange(len(words)) + size <= last
     whole[(ends - counts)[counts > 0]] = True
-    keyed = owners[whole].astype(np.uint64) << np.uint64(32)
-    keyed |= mixed(hashes[whole]) >> np.uint64(32)
+    return mixed(hashes[whole]), np.bincount(owners[whole], minlength=len(counts))
+
+
+def shingle(texts: pa.Array, size: int) -> tuple[Shingles, Counts]:
+    """The sets of 32-bit hashes of each text's runs of `size` words, ascending, text after text,
+    and how many each has. A text of fewer words is one run. Two different runs of documents of
+    1,000 words share a hash with a probability of 10⁻⁴."""
+    hashes, counts = hash_runs(texts, size)
+    keyed = np.repeat(np.arange(len(counts), dtype=np.uint64) << np.uint64(32), counts)
+    keyed |= hashes >> np.uint64(32)
     keyed.sort()
     first = np.ones(len(keyed), bool)
     first[1:] = keyed[1:] != keyed[:-1]

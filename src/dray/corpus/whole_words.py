@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from dray.corpus.chunks import part_documents
 from dray.corpus.cleaning import hash_texts, held_out
+from dray.corpus.documents import cleaned
 from dray.corpus.parts import Part, Preparation
 from dray.tasks.rows import FIRST_WORD, SEPARATOR
 
@@ -32,7 +33,7 @@ def count_words(job: Preparation, parts: list[Part]) -> Counter[str]:
 
 def _texts(job: Preparation, part: Part) -> Iterator[pa.Array]:
     for batch in part_documents(job, part, lambda *found: None):
-        texts = job.cleaned(job.sources[part.source].source, batch.texts, None).texts
+        texts = cleaned(job, job.sources[part.source], batch.texts, None).texts
         if job.share and len(texts):
             texts = texts.filter(pa.array(~held_out(hash_texts(texts)[1], job.share)))
         yield texts

@@ -9,6 +9,16 @@ the whole; `loading.py` reads and overrides it, `yaml_reading.py` reads the YAML
 
 from dray.spec.adapting import ADAPTERS, Adapters, Freezing
 from dray.spec.augmenting import TEXT_CHANGES, Augmentation, BackTranslation, Translator
+from dray.spec.data import Cleaning, HeldOut, Near, Redaction, as_redaction
+from dray.spec.filtering import (
+    C4,
+    Decontamination,
+    Filters,
+    FineWeb,
+    GopherQuality,
+    GopherRepetition,
+    Languages,
+)
 from dray.spec.identity import differing_paths, without_places
 from dray.spec.loading import (
     MAX_SPEC_BYTES,
@@ -30,30 +40,23 @@ from dray.spec.sections import (
     RUN_NAME,
     Adversarial,
     Checkpoint,
-    Cleaning,
     Distil,
     Duration,
     Ema,
     Float,
-    Gather,
     GradientNoise,
-    HeldOut,
     Int,
     Model,
-    Names,
-    Near,
     Numerics,
-    Redaction,
     Regularization,
     Resources,
     Schedule,
     Section,
-    Source,
     Swa,
     Tokenizer,
     Watchdog,
-    as_redaction,
 )
+from dray.spec.sources import Gather, Names, Source
 from dray.spec.spec import Spec
 from dray.spec.tasks import (
     TEXT_KINDS,
@@ -71,6 +74,7 @@ from dray.spec.yaml_reading import BadYaml, read_yaml
 
 __all__ = [
     "ADAPTERS",
+    "C4",
     "MAX_SPEC_BYTES",
     "NAME_RULE",
     "OPTIMIZERS",
@@ -87,6 +91,7 @@ __all__ = [
     "Checkpoint",
     "Cleaning",
     "Compress",
+    "Decontamination",
     "Direction",
     "Distil",
     "Duration",
@@ -94,13 +99,18 @@ __all__ = [
     "Evaluate",
     "Export",
     "Field",
+    "Filters",
+    "FineWeb",
     "Float",
     "Freezing",
     "Gather",
+    "GopherQuality",
+    "GopherRepetition",
     "GradientNoise",
     "Head",
     "HeldOut",
     "Int",
+    "Languages",
     "Model",
     "Names",
     "Near",

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from dray.errors import SpecError
 from dray.redaction import redact
-from dray.spec.sections import NAME_RULE, Source
+from dray.spec.sections import NAME_RULE
+from dray.spec.sources import Source
 from dray.spec.spec import Spec
 
 ALIKE = 0.8

@@ -12,18 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dray.spec.sections import (
-    Float,
-    Int,
-    OneOrMore,
-    OrTrue,
-    Redaction,
-    RunName,
-    Section,
-    as_pair,
-    as_redaction,
-    as_several,
-)
+from dray.spec.data import Redaction, as_redaction
+from dray.spec.sections import Float, Int, OneOrMore, OrTrue, RunName, Section, as_pair, as_several
 
 Of = Literal["trained", "compressed"]
 """Which model: the one that was trained, or what compressing made of it."""

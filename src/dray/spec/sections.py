@@ -7,8 +7,7 @@ said here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from string import Formatter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -33,6 +32,7 @@ def _reject_boolean(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_reject_boolean)]
 Float = Annotated[float, BeforeValidator(_reject_boolean)]
+Share = Annotated[Float, Field(ge=0, le=1)]
 
 
 def _read_auto(value: Any) -> Any:
@@ -110,198 +110,6 @@ class Section(BaseModel):
         return take_in_all(given)
 
 
-class Names(Section):
-    """A file of names: of each id in one of its columns the name in another."""
-
-    path: str
-    """A csv, tsv, jsonl or parquet file, whose columns have names."""
-    id: str
-    """The column of ids."""
-    name: str
-    """The column of names."""
-
-
-class Gather(Section):
-    """Documents gathered from several records each: what a person did one after the other, say."""
-
-    by: str
-    """The column whose value is the same in all records of a document."""
-    order: str
-    """The column of numbers, such as times, by which the records of a document are put in order;
-    equal ones stay as they were read."""
-    leave_out: Annotated[Int, Field(ge=0)] = 0
-    """How many of the last records of each document are left out: 2 for training where validation
-    has the last but one (1) and a test the last (0)."""
-    least: Annotated[Int, Field(ge=1)] = 2
-    """Documents of fewer records, without those left out, are dropped and counted."""
-    names: Names | None = None
-    """What the ids that are gathered are called; one without a name there stays as it is."""
-
-
-class Source(Section):
-    """One source of documents: files of one form, with the columns to read."""
-
-    path: str | tuple[str, ...]
-    """Files, folders, globs or URIs (`s3://…`, `gs://…`, `hdfs://…`, any fsspec scheme);
-    `python:stdlib` is the standard library's own sources. Relative paths start at the working
-    directory."""
-    format: Literal[
-        "auto", "jsonl", "csv", "tsv", "parquet", "text", "lines", "conll", "files", "idx"
-    ] = "auto"
-    """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or
-    `.zip`. `text`: a file is a document; `lines`: a line is; `conll`: a line is a word with what
-    belongs to it, between tabs or spaces, and blank lines stand between sentences; `files`: a file
-    of whatever kind is a record of its `content`, the `folder` that it lies in, and its `name`
-    without suffix; `idx`: images as MNIST has them, each with the `label` at its place in the file
-    of labels beside."""
-    text: str = "text"
-    """The column that holds the text (a 0-based number for files without a header)."""
-    template: Annotated[str | None, Field(exclude_if=lambda given: given is None)] = None
-    """The text made of several columns in place of one: `{head} {relation} {tail}.`. A brace is
-    written twice; a record without one of the columns is a bad record."""
-    label: str | None = None
-    """The column that holds the label; tasks with labels need it. A label is a text, a number, or
-    true or false; 1, "1" and 1.0 are one label in every format."""
-    columns: Annotated[dict[str, str], Field(exclude_if=lambda given: not given)] = {}
-    """The columns of the task's other fields by field: `{text_pair: hypothesis}`; of lines of
-    words their numbers from 0, or from -1 back."""
-    header: bool = True
-    """Whether the first line of csv and tsv files names the columns."""
-    quoting: Literal["rfc4180", "none"] = "rfc4180"
-    """csv and tsv: a field that begins with a quote goes on to its closing quote, over delimiters
-    and newlines (`rfc4180`), or quotes are characters like others and a line is a record
-    (`none`)."""
-    gather: Annotated[Gather | None, Field(exclude_if=lambda given: given is None)] = None
-    """How documents are gathered from several records, for tasks that read `names`: a record holds
-    one of them."""
-    records: Annotated[
-        tuple[Annotated[Int, Field(ge=0)], Annotated[Int, Field(ge=1)]] | None,
-        Field(exclude_if=lambda given: given is None),
-    ] = None
-    """Of idx files: only their records from this number, counted from 0, to before that one. None:
-    all."""
-    weight: Annotated[Float, Field(gt=0)] | None = None
-    """Share of the rows drawn from this source, relative to the other weights; none: in proportion
-    to its rows."""
-    exclude: tuple[str, ...] = ()
-    """Globs of paths to leave out."""
-
-    @model_validator(mode="after")
-    def _templated(self) -> Self:
-        if self.template is None:
-            return self
-        try:
-            parts = list(Formatter().parse(self.template))
-        except ValueError as error:
-            raise ValueError(f"template: {error}; a brace is written twice") from error
-        names = [name for _, name, _, _ in parts if name is not None]
-        if any(form or kind or not re.fullmatch(r"[^.\[\]]+", name or "")
-               for _, name, form, kind in parts if name is not None):  # fmt: skip
-            raise ValueError("template: a place is the name of a column alone, as {head}")
-        if not names:
-            raise ValueError("template: no column is named in it, as {head}")
-        return self
-
-    @property
-    def template_columns(self) -> tuple[str, ...]:
-        """Those that the template names; none without one."""
-        parts = Formatter().parse(self.template or "")
-        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
-
-    @model_validator(mode="after")
-    def _numbered(self) -> Self:
-        if self.records is None:
-            return self
-        first, end = self.records
-        if self.format != "idx":
-            raise ValueError(
-                f"records [{first}, {end}]: only those of idx files have numbers; give format: idx"
-            )
-        if first >= end:
-            raise ValueError(f"records [{first}, {end}]: the second must be above the first")
-        return self
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return (self.path,) if isinstance(self.path, str) else self.path
-
-
-class Near(Section):
-    """When documents are near-duplicates: by MinHash signatures in bands (Broder 1997)."""
-
-    similarity: Annotated[Float, Field(gt=0, le=1)] = 0.8
-    """Least Jaccard similarity of their sets of shingles. Candidates are verified exactly."""
-    shingle_words: Annotated[Int, Field(ge=1, le=64)] = 5
-    """Words in a shingle; in scripts without spaces a character is a word."""
-    permutations: Annotated[Int, Field(ge=1, le=4096)] = 128
-    """Values in a signature."""
-    bands: Annotated[Int, Field(ge=1)] = 16
-    """Bands of a signature; documents with an equal one are candidates. More find more."""
-
-    @model_validator(mode="after")
-    def _banded(self) -> Self:
-        if self.permutations % self.bands:
-            raise ValueError(
-                f"bands {self.bands} do not divide {self.permutations} permutations; "
-                "a band is as many as another"
-            )
-        rows = self.permutations // self.bands
-        found = 1 - (1 - self.similarity**rows) ** self.bands
-        if found < 0.5:
-            raise ValueError(
-                f"{self.bands} bands of {rows} find documents of similarity {self.similarity} with "
-                f"a probability of {found:.2g} only; give more bands"
-            )
-        return self
-
-
-class Cleaning(Section):
-    """What happens to a document's text before it is tokenised."""
-
-    normalize: Literal["NFC", "NFKC", "none"] = "NFC"
-    """Unicode normalisation form."""
-    min_chars: Annotated[Int, Field(ge=0)] = 1
-    """Documents shorter than this are dropped."""
-    max_chars: Annotated[Int, Field(ge=1)] | None = None
-    """Documents longer than this are dropped."""
-    min_alphanumeric_share: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    """Least share of letters and digits (of any script) among the characters that are not white
-    space."""
-    max_repeated_line_share: Annotated[Float, Field(ge=0, le=1)] = 1.0
-    """Greatest share of characters that lie in lines already seen in the same document."""
-    deduplicate: Literal["exact", "near", "none"] = "exact"
-    """`exact` keeps the first of documents whose normalised text is equal; `near`, besides, the
-    first of those that are alike, directly or by way of others (`near`)."""
-    near: Annotated[Near, Field(exclude_if=lambda given: given == Near())] = Near()
-    """When documents are alike."""
-    forget: Annotated[
-        tuple[Annotated[str, Field(pattern="^[0-9a-f]{32}$")], ...],
-        Field(exclude_if=lambda given: not given),
-    ] = ()
-    """Digests of documents that are left out, as `dray forget` tells them."""
-
-    @model_validator(mode="after")
-    def _alike(self) -> Self:
-        if self.near != Near() and self.deduplicate != "near":
-            raise ValueError("near: settings of `deduplicate: near`, which is not asked for")
-        return self
-
-
-def _as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _as_sources(value: Any) -> Any:
-    """A path, a mapping, or a list of either; a list of plain paths is one source."""
-    if isinstance(value, (str, Mapping, Source)):
-        return (_as_source(value),)
-    if isinstance(value, Sequence) and value and all(isinstance(item, str) for item in value):
-        return ({"path": tuple(value)},)
-    if isinstance(value, Sequence):
-        return tuple(_as_source(item) for item in value)
-    return value
-
-
 def as_several(value: Any) -> Any:
     """One is a list of one, none an empty one."""
     if value is None:
@@ -318,87 +126,12 @@ class OneOrMore:
         return {"anyOf": [whole, whole["items"]]} if "items" in whole else whole
 
 
-DataKind = Literal["email", "phone", "card", "iban", "cn_id", "us_ssn", "ip", "key", "name"]
-PATTERNED: tuple[DataKind, ...] = ("email", "phone", "card", "iban", "cn_id", "us_ssn", "ip", "key")
-"""Kinds that are told by their form; names are told by a model alone."""
-
-Region = Annotated[str, Field(pattern="^[A-Z]{2}$")]
-
-
-class Redaction(Section):
-    """Personal data that is taken out of texts. A form can be recognised, a person cannot: it is no
-    guarantee (docs/privacy.md says what is missed)."""
-
-    mode: Literal["mask", "pseudonym", "drop"] = "mask"
-    """`mask` puts `[EMAIL]` in the place of an address, `pseudonym` `[EMAIL-3f9a0c2e]`, the same
-    for the same address everywhere under one key; `drop` leaves the document out."""
-    kinds: Annotated[
-        tuple[DataKind, ...], BeforeValidator(as_several), OneOrMore, Field(min_length=1)
-    ] = PATTERNED
-    """What is looked for: e-mail addresses, phone numbers, payment cards, IBANs, Chinese resident
-    ids, US social security numbers, public IP addresses, keys and tokens; and `name`, which needs
-    `names`."""
-    regions: Annotated[
-        tuple[Region, ...], BeforeValidator(as_several), OneOrMore, Field(min_length=1)
-    ] = ("US", "GB", "CN", "DE", "FR")
-    """Where phone numbers without a country code may be from (ISO 3166), the likeliest first."""
-    names: str | None = None
-    """Folder of a spaCy pipeline that tells persons, or `python:PACKAGE/PATH` in an installed
-    package; nothing is downloaded."""
-    pseudonym_key: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "DRAY_PSEUDONYM_KEY"
-    """Name of the environment variable that holds the key of pseudonyms."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if twice := next((kind for kind in self.kinds if self.kinds.count(kind) > 1), ""):
-            raise ValueError(f"kinds names {twice} twice")
-        if ("name" in self.kinds) != (self.names is not None):
-            raise ValueError(
-                "the kind `name` needs `names`, the folder of a spaCy pipeline"
-                if self.names is None
-                else "`names` is of the kind `name`, which `kinds` does not have"
-            )
-        return self
-
-
-def as_redaction(value: Any) -> Any:
-    """`true` is one with all defaults, `false` is none."""
-    return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-
 class OrTrue:
     """The JSON schema of a section that may be given as true or false."""
 
     @staticmethod
     def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
         return {"anyOf": [{**handler(core)}, {"type": "boolean"}]}
-
-
-class _ShortSources:
-    """The JSON schema of sources as `_as_sources` takes them, and of what else there may be."""
-
-    @staticmethod
-    def __get_pydantic_json_schema__(core: Any, handler: Any) -> dict[str, Any]:
-        full = handler(core)
-        forms = full.get("anyOf", [full])
-        (several,) = [form for form in forms if form.get("type") == "array"]
-        one = {"anyOf": [{"type": "string"}, several["items"]]}
-        short = [*one["anyOf"], {**several, "items": one}]
-        others = [form for form in forms if form is not several]
-        kept = {key: value for key, value in full.items() if key in ("default", "description")}
-        return {**kept, "anyOf": [*short, *others]}
-
-
-Sources = Annotated[
-    tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1), _ShortSources
-]
-
-
-class HeldOut(Section):
-    """A share of the training documents held out for validation, split by document."""
-
-    share: Annotated[Float, Field(gt=0, lt=1)]
-    """Share of the documents; a document's side depends on its text alone."""
 
 
 def _check_one_of(section: Section, first: str, *others: str) -> None:
@@ -410,44 +143,6 @@ def _check_one_of(section: Section, first: str, *others: str) -> None:
             f"exactly one of {', '.join(names[:-1])} and {names[-1]} is needed; "
             f"{' and '.join(given) or 'none'} {'are' if given else 'is'} given"
         )
-
-
-def _as_validation_data(value: Any) -> Any:
-    if isinstance(value, Mapping) and "share" in value:
-        if "path" in value:
-            raise ValueError("either a `share` of the training documents or the `path` of others")
-        return HeldOut.model_validate(dict(value))
-    return value if isinstance(value, HeldOut) or value is None else _as_sources(value)
-
-
-class Data(Section):
-    """The corpus: where documents come from and how they become rows."""
-
-    train: Sources
-    """The training documents: a path, a glob, a URI, a mapping with `path`, or a list of these."""
-    validation: Annotated[
-        HeldOut | tuple[Source, ...] | None, BeforeValidator(_as_validation_data), _ShortSources
-    ] = None
-    """`{share: 0.02}` of the training documents, or sources of their own."""
-    sequence_tokens: Annotated[Int, Field(ge=2, le=1_048_576)] = 512
-    """Tokens in a row."""
-    cleaning: Cleaning = Cleaning()
-    """What happens to a document's text before it is tokenised."""
-    balance: Annotated[Float, Field(ge=0, le=1), Field(exclude_if=lambda given: not given)] = 0.0
-    """How far training evens out the labels of documents that have one each: a label is read in
-    proportion to its rows to the power of 1 - balance. 0: as they are; 1: all alike. Every row of a
-    label is read before one is read again."""
-    redaction: Annotated[Redaction | None, Field(exclude_if=lambda given: given is None)] = None
-    """Which personal data is taken out of texts before anything of them is kept or learnt; left
-    out: none."""
-    max_bad_share: Annotated[Float, Field(ge=0, le=1)] = 0.01
-    """Above this share of unreadable data, in records or in bytes, preparing stops and names the
-    worst file. A file that is cut short counts whole."""
-    max_record_bytes: Annotated[Int, Field(ge=1024)] = 16 * 1024 * 1024
-    """A record (a line, or a file of format `text`) larger than this counts as unreadable."""
-    shuffle_seed: Int = 0
-    """Seed of the one shuffle of the rows on disk; another training seed reuses the token
-    shards."""
 
 
 class Tokenizer(Section):
@@ -577,7 +272,7 @@ class Schedule(Section):
     ] = None
     """cosine: steps of a fall from the peak to the floor, after which the next one begins (snapshot
     ensembles: a checkpoint at the end of each is a model of its own). None: one fall."""
-    floor_share: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    floor_share: Share = 0.1
     """The final rate, as a share of the peak."""
 
     @model_validator(mode="after")
@@ -741,7 +436,7 @@ class Distil(Section):
     run: OriginName
     """The teacher: a run that is complete, of the same task, tokeniser and classes, trained whole.
     Its newest checkpoint is read by each rank."""
-    share: Annotated[Float, Field(ge=0, le=1)] = 0.5
+    share: Share = 0.5
     """Share of the loss that is the divergence from the teacher's distribution; the rest is the
     task's own."""
     temperature: Annotated[Float, Field(gt=0)] = 2.0
@@ -878,7 +573,7 @@ class Resources(Section):
     """Number of workers (ranks), or `[fewest, most]` for an elastic group."""
     cpus_per_worker: Annotated[Float, Field(gt=0)] = 1
     """Logical CPUs of a worker; its compute threads."""
-    gpus_per_worker: Annotated[Float, Field(ge=0, le=1)] = 0
+    gpus_per_worker: Share = 0
     """GPUs of a worker: 0 or 1; of a run with one worker also a share of one, whose rest others may
     use."""
     accelerator: Annotated[

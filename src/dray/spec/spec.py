@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from dray.spec.adapting import AdaptersChoice, Freezing
 from dray.spec.augmenting import KEEPS_PLACES, TEXT_CHANGES, Augmentation
+from dray.spec.data import Data
 from dray.spec.optimizers import AdamW, OptimizerChoice
 from dray.spec.private import Privacy
 from dray.spec.releasing import STAGES, Compress, Evaluate, Export, Serve
@@ -24,7 +25,6 @@ from dray.spec.sections import (
     ORIGIN_NAME,
     BatchSize,
     Checkpoint,
-    Data,
     Distil,
     Duration,
     Execution,

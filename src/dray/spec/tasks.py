@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BeforeValidator, PlainSerializer, ValidationError
 
 from dray.errors import SpecError, caught, one_line, translated
-from dray.spec.sections import Section, Source
+from dray.spec.sections import Section
+from dray.spec.sources import Source
 
 GROUP = "dray.tasks"
 OWN_PACKAGE = "dray"

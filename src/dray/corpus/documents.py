@@ -1,0 +1,66 @@
+"""Documents of a source as all that is kept or learnt of them sees them: normalised, judged by the
+spec's rules, without personal data.
+
+Each document is judged by itself, so that a corpus is the same however it is cut.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pyarrow as pa
+
+from dray.corpus.cleaning import Cleaned, clean, hash_texts
+from dray.corpus.contamination import CONTAMINATED, contaminated
+from dray.corpus.examples import KEPT, examples_of, merged
+from dray.corpus.filters import judge
+from dray.corpus.languages import refused_by
+from dray.corpus.parts import CorpusSource, Preparation
+from dray.corpus.redacted import redact_documents
+from dray.spec import Cleaning, Filters
+
+
+def cleaned(
+    job: Preparation, own: CorpusSource, texts: pa.Array, targets: pa.Array | None
+) -> Cleaned:
+    """The documents (large_string) that are kept, and what became of the others; `targets` go
+    along. Sets that training documents may share no text with concern no validation source."""
+    rules = job.cleaning
+    found = clean(texts, targets, rules, answers=job.answers and targets is not None)
+    found = _judged(found, rules)
+    if rules.decontaminate is not None and own.split == "train":
+        shared = contaminated(job, found.texts)
+        found = found.without([CONTAMINATED if one else None for one in shared.tolist()])
+    if job.redactor is not None:
+        kinds = [kind for _, _, kind in job.wanted(own.source).texts]
+        found = redact_documents(found, job.redactor, kinds, answers=job.answers)
+    return found
+
+
+def with_examples(job: Preparation, own: CorpusSource, found: Cleaned) -> Cleaned:
+    """The same with some of those that were kept, too; with none of any where documents are bytes
+    rather than texts."""
+    kinds = {kind for _, _, kind in job.wanted(own.source).texts}
+    if "bytes" in kinds:
+        return replace(found, examples={})
+    kept = examples_of(KEPT, found.texts, hash_texts(found.texts)[1])
+    return replace(found, examples=merged([found.examples, kept]))
+
+
+def _judged(found: Cleaned, rules: Cleaning) -> Cleaned:
+    """By language and by the published rules."""
+    if rules.languages is not None and len(found.texts):
+        told = [refused_by(text, rules.languages) for text in found.texts.to_pylist()]
+        languages = Counter(code for code, refused in told if not refused)
+        found = replace(found.without([refused for _, refused in told]), languages=languages)
+    if rules.filters == Filters() or not len(found.texts):
+        return found
+    removed: Counter[str] = Counter()
+    given = found.texts.to_pylist()
+    judged = [judge(text, rules.filters, removed) for text in given]
+    left = found.without([broken for _, broken in judged])
+    if not removed:
+        return left
+    texts = pa.array([text for text, broken in judged if not broken], pa.large_string())
+    return replace(left, texts=texts, removed=removed)
