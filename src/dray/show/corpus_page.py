@@ -3,9 +3,11 @@ examples of each."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from dray.corpus.examples import KEPT
+from dray.corpus.languages import OF_LANGUAGE
 from dray.corpus.manifest import Manifest, SourceFile, Split
 from dray.corpus.prepare import Corpus
 from dray.plan import format_bytes
@@ -13,6 +15,7 @@ from dray.show.html import Page
 from dray.show.plots import draw_bars
 
 MOST_FILES = 100
+MOST_BARS = 20
 
 
 def make_corpus_page(corpus: Corpus) -> Page:
@@ -50,21 +53,35 @@ def _add_fates(page: Page, manifest: Manifest, kept: int) -> None:
         "A document is counted for the first reason that it meets. Records that cannot be read are "
         "no documents; they are listed in quarantine.jsonl of the corpus.",
     )
-    fates = {KEPT: kept, **dict(sorted(manifest.dropped.items(), key=lambda item: -item[1]))}
+    told = Counter[str]()
+    for reason, count in manifest.dropped.items():
+        told["of other languages" if reason.startswith(OF_LANGUAGE) else reason] += count
+    fates = {KEPT: kept, **dict(told.most_common())}
     total = max(1, sum(fates.values()))
     rows = [(fate, f"{count:,}", f"{count / total:.2%}") for fate, count in fates.items()]
     page.table(("documents", "number", "share"), rows, best=0)
-    page.plots(
-        [("documents", draw_bars([*fates], [*fates.values()], [0] * len(fates), x_label=""))]
-    )
+    names = [*fates][:MOST_BARS]
+    bars = draw_bars(names, [fates[name] for name in names], [0] * len(names), x_label="")
+    page.plots([("documents", bars)])
 
 
 def _add_counts(page: Page, manifest: Manifest) -> None:
     """What else was counted, where it was looked at."""
-    if manifest.languages:
-        page.section("Languages of what was kept", "Before deduplication, by documents.")
-        found = sorted(manifest.languages.items(), key=lambda item: -item[1])
-        page.table(("language", "documents"), [(name, f"{n:,}") for name, n in found])
+    other = {
+        reason.removeprefix(OF_LANGUAGE): count
+        for reason, count in manifest.dropped.items()
+        if reason.startswith(OF_LANGUAGE)
+    }
+    if manifest.languages or other:
+        page.section("Languages", "Before other rules and before deduplication.")
+        both = Counter(manifest.languages) + Counter(other)
+        page.table(
+            ("language", "documents", "kept as one of these"),
+            [
+                (name, f"{count:,}", "yes" if name in manifest.languages else "no")
+                for name, count in both.most_common()
+            ],
+        )
     if manifest.removed:
         page.section("Taken out of documents that were kept")
         page.table(("what", "number"), [(name, f"{n:,}") for name, n in manifest.removed.items()])
