@@ -126,6 +126,38 @@ def test_a_document_that_nobody_has_is_found_nowhere(storage: str) -> None:
         find_document(storage, " \n")
 
 
+def test_a_document_is_found_as_its_corpus_changed_it(
+    home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Lines that C4's rules take out and personal data that is masked are in no row."""
+    lines = ["Home", f"{text_of(7)}.", f"Write to ann@example.org {text_of(8)}.", "Read more..."]
+    text = "\n".join(lines)
+    folder = tmp_path_factory.mktemp("changed")
+    others = [f"{text_of(seed)}." for seed in range(20, 50)]
+    records = [{"text": one} for one in (*others, text)]
+    (folder / "raw.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    tree = tree_of(folder)
+    tree["data"] |= {
+        "train": str(folder / "raw.jsonl"),
+        "cleaning": {"filters": {"c4": {"min_sentences": 1}}},
+        "redaction": {},
+    }
+    storage = str(folder / "storage")
+    run = trained(tree, storage, "changed")
+    trail = find_document(storage, text)
+    (one,) = trail.runs
+    assert one.run == "changed"
+    assert one.steps
+    assert load_run_manifest(run).redacted == {"email": 1}
+    assert trail.digest == digest_of(text)
+    assert find_text(storage, trail.digest) == text
+    # The beginnings of a few documents lie beside the rows, and are told of.
+    shown = json.loads(Path(run.corpus, "examples.json").read_text())["kept"]
+    (held,) = find_document(storage, shown[0]).corpora
+    assert held.is_example
+    assert not trail.corpora[0].is_example or any("[EMAIL]" in text for text in shown)
+
+
 def test_a_document_is_found_by_its_digest(storage: str) -> None:
     assert find_text(storage, digest_of(SECRET)) == SECRET
     with pytest.raises(CorpusError, match="is of no document of 2 raw files"):

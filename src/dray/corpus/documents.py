@@ -11,14 +11,16 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from dray.corpus.cleaning import Cleaned, clean, hash_texts
+from dray.corpus.cleaning import Cleaned, clean, hash_texts, normalize
 from dray.corpus.contamination import CONTAMINATED, contaminated
 from dray.corpus.examples import KEPT, examples_of, merged
 from dray.corpus.filters import judge
 from dray.corpus.languages import refused_by
 from dray.corpus.parts import CorpusSource, Preparation
-from dray.corpus.redacted import redact_documents
-from dray.spec import Cleaning, Filters
+from dray.corpus.records import Wanted
+from dray.corpus.redacted import redact_documents, redact_texts
+from dray.corpus.redacting import make_redactor
+from dray.spec import Cleaning, Filters, Source, Spec
 
 
 def cleaned(
@@ -46,6 +48,31 @@ def with_examples(job: Preparation, own: CorpusSource, found: Cleaned) -> Cleane
         return replace(found, examples={})
     kept = examples_of(KEPT, found.texts, hash_texts(found.texts)[1])
     return replace(found, examples=merged([found.examples, kept]))
+
+
+def edited(
+    spec: Spec, source: Source, texts: pa.Array, targets: pa.Array | None = None
+) -> tuple[pa.Array, pa.Array | None]:
+    """Documents as a corpus of the spec holds them where it keeps them, none left out: normalised,
+    without the lines that its rules take out and without personal data; targets likewise where
+    they are texts. Raises SpecError where the key of its pseudonyms is not there."""
+    cleaning = spec.data.cleaning
+    answers = any(field.kind == "answer" for field in spec.task.fields.values())
+    texts = normalize(texts, cleaning.normalize)
+    if cleaning.filters.c4 is not None:
+        lines: Counter[str] = Counter()
+        kept = [
+            judge(text, Filters(c4=cleaning.filters.c4), lines)[0] for text in texts.to_pylist()
+        ]
+        texts = pa.array(kept, pa.large_string())
+    redactor = make_redactor(spec.data.redaction)
+    if redactor is None or redactor.drops:
+        return texts, targets
+    kinds = [kind for _, _, kind in Wanted.of(source, spec.task.fields, source.format).texts]
+    texts, _ = redact_texts(texts, redactor, kinds)
+    if targets is not None and answers:
+        targets, _ = redact_texts(targets.cast(pa.large_string()), redactor, ["answer"])
+    return texts, targets
 
 
 def _judged(found: Cleaned, rules: Cleaning) -> Cleaned:

@@ -19,6 +19,8 @@ EACH = 3
 CHARS = 600
 """Of a document that are shown."""
 KEPT = "kept"
+IS_LIKE = "\n\n– is like –\n\n"
+"""What stands between a document that is left out and the one that is kept in its place."""
 Examples = Mapping[str, Sequence[tuple[str, str]]]
 """By fate: the hash and the beginning of documents."""
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pyarrow import fs as pafs
 
 from dray.corpus.duplicates import DROP, kept_documents
-from dray.corpus.examples import CHARS, EACH, Examples
+from dray.corpus.examples import CHARS, EACH, IS_LIKE, Examples
 from dray.corpus.packing import Ints
 from dray.corpus.parts import Preparation, read_batch, save_record, staged, write_arrays
 from dray.corpus.sections import Records, read_section, write_sections
@@ -340,7 +340,7 @@ def _examples(job: Preparation, lost: Hashes, kept: Hashes) -> Examples:
         REASONS[0]: [
             (
                 f"{int(lost[place]):016x}",
-                f"{_beginning(job, lost[place])}\n\n– is like –\n\n{_beginning(job, kept[place])}",
+                IS_LIKE.join(_beginning(job, nodes[place]) for nodes in (lost, kept)),
             )
             for place in chosen.tolist()
         ]

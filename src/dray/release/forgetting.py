@@ -8,7 +8,7 @@ same normalised text: one that says nearly the same is another. Refuses document
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dray.corpus.cleaning import digest_of, normalize
-from dray.corpus.manifest import Manifest, Split, load_run_manifest
+from dray.corpus.documents import edited
+from dray.corpus.examples import IS_LIKE
+from dray.corpus.manifest import Manifest, Split, load_examples, load_run_manifest
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
 from dray.corpus.stream import read_rows
@@ -35,6 +37,8 @@ LEAST_SHARE = 0.5
 """Of its tokens that must be found in packed rows: of what the ends of rows cut off a piece that is
 shorter than an anchor is not."""
 ROWS_AT_ONCE = 4096
+LEAST_EXAMPLE = 200
+"""Characters by which an example is taken for the beginning of a document."""
 Tokens = npt.NDArray[np.uint64]
 _BASE = np.uint64(1_099_511_628_211)
 
@@ -47,10 +51,12 @@ class Held:
     """Its key."""
     train_rows: list[int] = field(default_factory=list)
     validation_rows: list[int] = field(default_factory=list)
+    is_example: bool = False
+    """Whether its beginning is among the examples of what was kept and left out."""
 
     @property
     def is_any(self) -> bool:
-        return bool(self.train_rows or self.validation_rows)
+        return bool(self.train_rows or self.validation_rows or self.is_example)
 
 
 @dataclass
@@ -236,18 +242,40 @@ def _hold(run: Run, manifest: Manifest, text: str) -> Held | str:
     folder = child(run.corpus_copy, "tokenizer")
     info = tokenizer_of(manifest)
     tools = Tools(folder, info, manifest.sequence_tokens, manifest.labels)
-    normal = pa.array([_normal(text, spec.data.cleaning.normalize)], pa.large_string())
-    ids, _ = tools.encode(normal)
+    normal = _normal(text, spec.data.cleaning.normalize)
+    forms = {
+        edited(spec, source, pa.array([text], pa.large_string()))[0][0].as_py()
+        for source in spec.data.train
+    }
+    held = Held(manifest.key, is_example=_is_example(filesystem, path, {normal, *forms}))
+    for form in sorted(forms):
+        _find_form(run, manifest, form, tools, held)
+    return held
+
+
+def _is_example(filesystem: Any, path: str, forms: Set[str]) -> bool:
+    """Whether an example is one of some forms of a document, or its beginning."""
+    shown = (text for texts in load_examples(filesystem, path).values() for text in texts)
+    pieces = {piece for text in shown for piece in text.split(IS_LIKE)}
+    return any(
+        form == piece or (len(piece) >= LEAST_EXAMPLE and form.startswith(piece))
+        for piece in pieces
+        for form in forms
+    )
+
+
+def _find_form(run: Run, manifest: Manifest, text: str, tools: Tools, held: Held) -> None:
+    """Add the rows with a document that reads so in the corpus."""
+    ids, _ = tools.encode(pa.array([text], pa.large_string()))
     if not len(ids):
-        return "the document has no tokens"
-    held = Held(manifest.key)
-    packed = bool(spec.task.packs)
+        return
+    packed = bool(run.spec().task.packs)
     for split, rows in (
         (manifest.train, held.train_rows), (manifest.validation, held.validation_rows)
     ):  # fmt: skip
         if split is not None:
-            rows += _find_rows(run.corpus, manifest, split, ids, tools, packed=packed)
-    return held
+            found = _find_rows(run.corpus, manifest, split, ids, tools, packed=packed)
+            rows[:] = sorted({*rows, *found})
 
 
 def _find_rows(

@@ -12,7 +12,8 @@ def format_trail(told: Mapping[str, Any]) -> str:
     for held in told["corpora"]:
         train, validation = held["train_rows"], held["validation_rows"]
         more = f", {len(validation)} held out" if validation else ""
-        lines.append(f"  corpus {held['corpus']}: {len(train)} rows to train on{more}")
+        shown = "; examples.json shows its beginning" if held["is_example"] else ""
+        lines.append(f"  corpus {held['corpus']}: {len(train)} rows to train on{more}{shown}")
     for one in told["runs"]:
         lines.append(f"  run {one['run']}: {_said_of(one)}")
         if one["seen"]:

@@ -14,15 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dray.corpus.cleaning import normalize
+from dray.corpus.documents import edited
 from dray.corpus.encoded import check_encoded
 from dray.corpus.parsing import LINE_FORMS
 from dray.corpus.planning import is_divisible
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Documents, Span, SpanReader
-from dray.corpus.records import Wanted
-from dray.corpus.redacted import redact_texts
-from dray.corpus.redacting import make_redactor
 from dray.corpus.sources import InputFile
 from dray.corpus.tables import make_table
 from dray.corpus.tools import Tools
@@ -111,14 +108,7 @@ def _marked(trained: Opened, source: Source, documents: Documents) -> Iterator[t
     if not len(documents.texts):
         return
     spec, manifest = trained.spec, trained.manifest
-    texts, labels = normalize(documents.texts, spec.data.cleaning.normalize), documents.labels
-    redactor = make_redactor(spec.data.redaction)
-    if redactor is not None and not redactor.drops:
-        parts = Wanted.of(source, spec.task.fields, source.format).texts
-        texts, _ = redact_texts(texts, redactor, [kind for _, _, kind in parts])
-        is_answer = any(field.kind == "answer" for field in spec.task.fields.values())
-        if labels is not None and is_answer:
-            labels, _ = redact_texts(labels.cast(pa.large_string()), redactor, ["answer"])
+    texts, labels = edited(spec, source, documents.texts, documents.labels)
     folder, info = trained.tokenizer_folder, trained.tokenizer
     tools = Tools(folder, info, manifest.sequence_tokens, manifest.labels)
     encoded = check_encoded(
