@@ -255,7 +255,7 @@ def measure_near() -> None:
     arms: dict[str, Callable[[], Answer]] = {
         "dray": lambda: run_dray(texts, folder / "dray"),
         "datatrove, words by white space": lambda: run_datatrove(
-            texts, folder / "white", WhitespaceTokenizer("en")
+            texts, folder / "white", WhitespaceTokenizer()
         ),
         "datatrove as it comes (spaCy)": lambda: run_datatrove(
             texts, folder / "spacy", load_word_tokenizer("eng")

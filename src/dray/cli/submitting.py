@@ -24,7 +24,7 @@ from dray.redaction import redact, take_in
 
 if TYPE_CHECKING:
     from dray.jobs import Job, JobServer
-    from dray.spec import Source
+    from dray.spec import Source, Spec
 
 SUBMITTED = ("prepare", "train", "tune", "ladder", "release", "evaluate", "predict")
 """Commands that a cluster can run for somebody elsewhere."""
@@ -272,18 +272,41 @@ def _find_names(inner: argparse.Namespace) -> tuple[list[str], int]:
     sources = [_source(given) for given in getattr(inner, "data", None) or ()]
     if getattr(inner, "spec", None):
         spec = make_spec(_load(inner), inner.spec)
-        validation = spec.data.validation
-        sources += [*spec.data.train, *(validation if isinstance(validation, tuple) else ())]
-        if spec.evaluate is not None:
-            sources += [_source(one) for one in spec.evaluate.words]
-        named_places = (spec.tokenizer.path, spec.model.path, *spec.task.files.values())
-        names += local_names([path for path in named_places if path])
+        sources += _sources_of(spec)
+        names += local_names(_places_of(spec))
     num_left_out = 0
     for source in sources:
         files, beside = _find_inputs(source)
         names += files
         num_left_out += beside
     return names, num_left_out
+
+
+def _sources_of(spec: Spec) -> list[Source]:
+    """Whatever a spec reads records of."""
+    from dray.spec import Source
+
+    validation, rules = spec.data.validation, spec.data.cleaning.decontaminate
+    found = [*spec.data.train, *(validation if isinstance(validation, tuple) else ())]
+    gathered = [source.gather for source in found if source.gather is not None]
+    found += [Source(path=one.names.path) for one in gathered if one.names is not None]
+    if rules is not None:
+        found += rules.against
+    if spec.evaluate is not None:
+        found += [_source(one) for one in spec.evaluate.words]
+    return found
+
+
+def _places_of(spec: Spec) -> list[str]:
+    """The files and folders that a spec names beside its sources."""
+    places = [spec.tokenizer.path, spec.model.path, *spec.task.files.values()]
+    if spec.data.redaction is not None:
+        places.append(spec.data.redaction.names)
+    if spec.augmentation is not None:
+        places.append(spec.augmentation.thesaurus)
+        if (translators := spec.augmentation.back_translation) is not None:
+            places += [translators.there.path, translators.back.path]
+    return [place for place in places if place]
 
 
 def _source(given: str) -> Source:
