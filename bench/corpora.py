@@ -172,6 +172,7 @@ def make_corpus(texts: Sequence[str], folder: Path, run_near: Any) -> Corpus:
 
 def run_datatrove(texts: Sequence[str], folder: Path, tokenizer: Any) -> Answer:
     """By datatrove's four steps, with as many bands and rows."""
+    import xxhash
     from datatrove.data import Document
     from datatrove.pipeline.dedup import (
         MinhashConfig,
@@ -186,8 +187,10 @@ def run_datatrove(texts: Sequence[str], folder: Path, tokenizer: Any) -> Answer:
     places = [str(folder / name) for name in ("signatures", "buckets", "clusters")]
     given = [Document(text=text, id=str(number)) for number, text in enumerate(texts)]
     began = time.process_time()
-    list(MinhashDedupSignature(places[0], config=config, language=tokenizer).run(iter(given), 0, 1)
-         or ())  # fmt: skip
+    signatures = MinhashDedupSignature(places[0], config=config, language=tokenizer)
+    # It hands texts to xxhash, which takes bytes alone since version 4.
+    signatures._hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())
+    list(signatures.run(iter(given), 0, 1) or ())
     buckets = MinhashDedupBuckets(places[0], places[1], config=config)
     for rank in range(BANDS):
         buckets.run(None, rank, BANDS)
