@@ -1,7 +1,7 @@
 """From the bytes of a web page to its text: decoding, and extraction by resiliparse or trafilatura.
 
-A page without text, or one whose tags are nested so deeply that a parser would not end, is told by
-its reason. Fetches nothing, and follows no link.
+A page without text, or one that a parser would not come to an end with, is told by its reason.
+Fetches nothing, and follows no link.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ HTML_TYPES = ("text/html", "application/xhtml+xml")
 MAX_DEPTH = 512
 """Elements within one another, as browsers have it. The time that extraction takes grows with the
 square of it."""
-MAX_UNCLOSED = 200
+MAX_UNCLOSED = 64
 """Formatting tags that are open at once. A parser repeats all of them in every paragraph."""
+MAX_ATTRIBUTES = 5000
+"""Of one element. A parser looks at all of them for each."""
 _FORMATTING = re.compile(
     r"<(/?)(big|b|code|em|font|i|small|strike|strong|s|tt|u)(?=[\s/>])", re.IGNORECASE
 )
+_LONG_TAG = re.compile(r"<[a-z][^<>]{32768,}", re.IGNORECASE)
 _TOO_DEEP = " > ".join("*" * (MAX_DEPTH + 1))
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -85,8 +88,23 @@ def decode_page(content: bytes, charset: str = "", *, is_html: bool = True) -> s
         try:
             return content.decode()
         except UnicodeDecodeError:
-            chosen = encoding.detect_encoding(content)
-    return content.decode(chosen or "utf-8", "replace")
+            chosen = _detected(content, encoding)
+    return content.decode(chosen, "replace")
+
+
+def _detected(content: bytes, encoding: Any) -> str:
+    """The encoding of bytes that are not UTF-8 throughout, by what they are."""
+    chosen: str = encoding.detect_encoding(content) or "utf-8"
+    if chosen == "utf-8":
+        text = content.decode("utf-8", "replace")
+        num_wrong = text.count("\ufffd")
+        # More wrong than right beyond ASCII: few letters of a language that has few of them.
+        if num_wrong > sum(map(str.__len__, _BEYOND_ASCII.findall(text))) - num_wrong:
+            return "cp1252"
+    return chosen
+
+
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 _DECLARED = re.compile(
@@ -107,19 +125,19 @@ def _declared(content: bytes, encoding: Any) -> str | None:
 
 
 def extract_text(html: str, extract: str) -> str:
-    """The text of HTML: `main`, `all` or by `trafilatura`. Raises DroppedPage for what is nested
-    too deeply."""
+    """The text of HTML: `main`, `all` or by `trafilatura`. Raises DroppedPage for what would take a
+    parser minutes, or all memory."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
-    if num_unclosed(html) > MAX_UNCLOSED:
-        raise DroppedPage("nested_too_deep")
+    if num_unclosed(html) > MAX_UNCLOSED or most_attributes(html) > MAX_ATTRIBUTES:
+        raise DroppedPage("too_complex")
     tree = HTMLTree.parse(html)
     document = tree.document
     if document is None:
         return ""
     if document.query_selector(_TOO_DEEP) is not None:
-        raise DroppedPage("nested_too_deep")
+        raise DroppedPage("too_complex")
     if extract == "trafilatura":
         return _by_trafilatura(html)
     return extract_plain_text(tree, main_content=extract == "main", alt_texts=False)
@@ -147,3 +165,8 @@ def num_unclosed(html: str) -> int:
         elif count:
             opened[name], now = count - 1, now - 1
     return most
+
+
+def most_attributes(html: str) -> int:
+    """About how many attributes a tag has, of the long ones; 0 without such."""
+    return max((len(tag.split()) for tag in _LONG_TAG.findall(html)), default=0)

@@ -8,6 +8,7 @@ is lost, and told so.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -100,7 +101,7 @@ def _read_record(record: Any, extract: str, limit: int) -> WarcRecord:
     """One record, read to its end. Raises DamagedFile where the file ends before it does."""
     offset, kind = record.stream_pos, str(record.record_type)
     length = record.headers.get("Content-Length") or ""
-    if not (length.isascii() and length.isdigit()):
+    if not (length.isascii() and length.isdigit() and len(length) < 19):
         raise DamagedFile("a WARC record without its length")
     size = int(length)
     is_page = kind == "response" and record.is_http and size <= limit
@@ -141,7 +142,7 @@ def _read_page(block: bytes, extract: str, limit: int) -> str:
     if told and told not in (*HTML_TYPES, "text/plain"):
         raise DroppedPage("not_html")
     content = _decoded(block, message, limit)
-    kind = told or detect_mime(content)
+    kind = told or ("text/html" if _begins_with_tag(content) else detect_mime(content))
     if kind not in (*HTML_TYPES, "text/plain"):
         raise DroppedPage("not_html")
     charset = message.http_charset or ""
@@ -161,13 +162,41 @@ def _http_message(block: bytes, decode: str) -> Any:
 
 def _decoded(block: bytes, message: Any, limit: int) -> bytes:
     """The body of a response without its transfer and content encodings. Raises BadRecord."""
+    encoding = (message.http_headers.get("Content-Encoding") or "").strip().lower()
     try:
-        content = cast(bytes, _http_message(block, "all").reader.read(limit + 1))
-    except OSError as error:
+        if encoding in ("gzip", "x-gzip", "deflate"):
+            content = _inflated(_http_message(block, "transfer").reader.read(), limit)
+        else:
+            content = cast(bytes, _http_message(block, "all").reader.read(limit + 1))
+    except (OSError, zlib.error) as error:
         # Crawlers that decode what they keep often leave the headers that say otherwise.
         content = message.reader.read()
-        if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        if not _begins_with_tag(content):
             raise BadRecord(f"a body that cannot be decoded ({error})") from error
     if len(content) > limit:
         raise BadRecord(too_long(limit))
+    return content
+
+
+def _begins_with_tag(content: bytes) -> bool:
+    return content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+
+
+def _inflated(data: bytes, limit: int) -> bytes:
+    """What gzip or deflate holds, up to a byte over the limit; what lies behind it counts for
+    nothing, as in browsers. Raises zlib.error where its end is missing, of which fastwarc says
+    nothing."""
+    content = b""
+    is_first = True
+    while is_first or data[:2] == b"\x1f\x8b":
+        is_first = False
+        # 47: zlib or gzip by their first bytes; -15: neither, as some servers understand deflate.
+        is_wrapped = data[:1] in (b"\x1f", b"\x78")
+        member = zlib.decompressobj(47 if is_wrapped else -15)
+        content += member.decompress(data, limit + 1 - len(content))
+        if len(content) > limit:
+            break
+        if not member.eof:
+            raise zlib.error("truncated")
+        data = member.unused_data
     return content
