@@ -107,7 +107,7 @@ class SourceFile(_Record):
     num_dropped: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
     """Records in it that are no documents, such as the requests of a crawl."""
     form: str = ""
-    """jsonl, csv, tsv, parquet, text or lines."""
+    """As `format` of a source has it."""
     num_content_bytes: int = 0
     """Bytes of its content that were read, decompressed, bad records included."""
     num_bad_bytes: int = 0

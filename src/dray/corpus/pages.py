@@ -73,6 +73,17 @@ def page_text(content: bytes, charset: str, *, is_html: bool, extract: str) -> s
     return text
 
 
+def begins_with_tag(content: bytes) -> bool:
+    return content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+
+
+def guess_type(content: bytes) -> str:
+    """The media type of a body that came without one."""
+    from resiliparse.parse.encoding import detect_mime
+
+    return "text/html" if begins_with_tag(content) else detect_mime(content)
+
+
 def decode_page(content: bytes, charset: str = "", *, is_html: bool = True) -> str:
     """A page as text: by its byte order mark, else the `charset` that came with it, else the one
     that it declares, else by detection. What the encoding lacks becomes U+FFFD, as in browsers."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dray.corpus.bytes_in import READ_BYTES, DamagedFile, too_long
-from dray.corpus.pages import HTML_TYPES, DroppedPage, page_text
+from dray.corpus.pages import HTML_TYPES, DroppedPage, begins_with_tag, guess_type, page_text
 from dray.corpus.records import BadRecord
 
 COLUMNS = ("text", "url", "date")
@@ -127,8 +127,6 @@ def _read_record(record: Any, extract: str, limit: int) -> WarcRecord:
 
 def _read_page(block: bytes, extract: str, limit: int) -> str:
     """The text of an HTTP response. Raises DroppedPage and BadRecord."""
-    from resiliparse.parse.encoding import detect_mime
-
     try:
         message = _http_message(block, "none")
     except OSError as error:
@@ -142,7 +140,7 @@ def _read_page(block: bytes, extract: str, limit: int) -> str:
     if told and told not in (*HTML_TYPES, "text/plain"):
         raise DroppedPage("not_html")
     content = _decoded(block, message, limit)
-    kind = told or ("text/html" if _begins_with_tag(content) else detect_mime(content))
+    kind = told or guess_type(content)
     if kind not in (*HTML_TYPES, "text/plain"):
         raise DroppedPage("not_html")
     charset = message.http_charset or ""
@@ -171,15 +169,11 @@ def _decoded(block: bytes, message: Any, limit: int) -> bytes:
     except (OSError, zlib.error) as error:
         # Crawlers that decode what they keep often leave the headers that say otherwise.
         content = message.reader.read()
-        if not _begins_with_tag(content):
+        if not begins_with_tag(content):
             raise BadRecord(f"a body that cannot be decoded ({error})") from error
     if len(content) > limit:
         raise BadRecord(too_long(limit))
     return content
-
-
-def _begins_with_tag(content: bytes) -> bool:
-    return content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
 
 
 def _inflated(data: bytes, limit: int) -> bytes:
