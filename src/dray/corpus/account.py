@@ -50,7 +50,7 @@ def weigh_bad(files: Sequence[SourceFile]) -> BadShares:
     ]
     lost = [weight * _bad_share(file) for file, weight in zip(files, weights, strict=True)]
     num_bad = sum(file.num_bad for file in files)
-    documents = num_bad / max(1, num_bad + sum(file.num_documents for file in files))
+    documents = num_bad / max(1, sum(file.num_records for file in files))
     num_bytes = sum(lost) / max(1.0, sum(weights))
     by_bytes = max(range(len(files)), key=lambda index: (lost[index], files[index].num_bad))
     by_number = max(range(len(files)), key=lambda index: files[index].num_bad)

@@ -122,14 +122,10 @@ def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
     what = (
         f"from offset {worst.problem_offset} on: {worst.problem}"
         if worst.is_damaged
-        else f"{worst.num_bad} of its {worst.num_bad + worst.num_documents} records are "
-        f"unreadable (first: {first})"
+        else f"{worst.num_bad} of its {worst.num_records} records are unreadable (first: {first})"
     )
     if bad.documents > max_bad_share and not worst.is_damaged:
-        share = (
-            f"{num_bad} of all {num_bad + sum(file.num_documents for file in files)} records "
-            "are bad"
-        )
+        share = f"{num_bad} of all {sum(file.num_records for file in files)} records are bad"
     else:
         others = sum(file.num_bad > 0 for file in files) > 1
         share = (
@@ -253,7 +249,8 @@ def _documents_by_label(split: str, job: Preparation, packed: Sequence[Record]) 
 
 def make_manifest(key: str, job: Preparation, work: Work) -> Manifest:
     """The manifest of a finished corpus."""
-    dropped = sum((Counter(read["dropped"]) for read in work.reads), Counter[str]())
+    reads = (*work.scatters, *work.reads)
+    dropped = sum((Counter(read["dropped"]) for read in reads), Counter[str]())
     for record in work.duplicates:
         dropped.update({reason: record[reason] for reason in DROP_REASONS if record[reason]})
     for record in work.near:

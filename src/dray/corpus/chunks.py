@@ -111,6 +111,8 @@ class Tally:
     def __init__(self) -> None:
         self._files: dict[str, FileCounts] = {}
         self._quarantine: list[Bad] = []
+        self.dropped: Counter[str] = Counter()
+        """Records that are no documents, by reason."""
 
     def __call__(self, reader: SpanReader, documents: Documents | None) -> None:
         counts = self._files.setdefault(reader.span.file.name, FileCounts(reader.span.file.form))
@@ -118,6 +120,7 @@ class Tally:
             counts.note, counts.sha256 = counts.note or reader.note, counts.sha256 or reader.sha256
         else:
             counts.add(documents)
+            self.dropped += documents.dropped
             self._quarantine.extend(documents.bad[: MAX_QUARANTINED - len(self._quarantine)])
 
     def write_quarantine(self, job: Preparation, stage: str, index: int) -> None:
@@ -132,11 +135,14 @@ class Tally:
 
     def record(self) -> dict[str, Any]:
         """The counts as plain values."""
-        num_bad = sum(counts.num_bad for counts in self._files.values())
+        files = self._files.values()
+        num_bad = sum(counts.num_bad for counts in files)
         return {
             "files": {name: vars(counts) for name, counts in self._files.items()},
             "num_bad": num_bad,
-            "num_records": num_bad + sum(counts.num_documents for counts in self._files.values()),
+            "num_records": num_bad
+            + sum(counts.num_documents + counts.num_dropped for counts in files),
+            "dropped": dict(self.dropped),
         }
 
 
@@ -185,7 +191,7 @@ def read_part(job: Preparation, part: Part) -> dict[str, Any]:
         {
             **tally.record(),
             **counts,
-            "dropped": counts["dropped"] + writer.refused,
+            "dropped": counts["dropped"] + writer.refused + tally.dropped,
             "chunks": writer.chunks,
             "num_chunk_documents": writer.num_documents,
             "labels": dict(sorted(writer.labels.items())),

@@ -3,11 +3,15 @@ the task reads. Refuses a spec that cannot be prepared, before anything is read 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dray.corpus.languages import check_languages
+from dray.corpus.pages import require_page_packages
 from dray.corpus.records import Wanted
+from dray.corpus.sources import InputFile
 from dray.errors import SpecError
 from dray.processes.imports import require_package
-from dray.spec import Filters, HeldOut, Spec
+from dray.spec import Filters, HeldOut, Source, Spec
 
 _WRITTEN = ("text", "words")
 """Kinds of fields that hold text as people write it."""
@@ -48,3 +52,8 @@ def _check_texts(spec: Spec, key: str, *, alone: bool = False) -> None:
             f"it looks at documents of {'one text' if alone else 'text'}",
             f"leave data.cleaning.{key} out",
         )
+
+
+def check_source_extras(source: Source, files: Iterable[InputFile], where: str) -> None:
+    """Raise UserError for a package that a source's files are read by and that is not installed."""
+    require_page_packages(source, {file.form for file in files}, where)

@@ -106,8 +106,10 @@ class SourceFile(_Record):
     num_bad: int
     """Records in it that could not be read, as far as known; they are listed in
     quarantine.jsonl."""
+    num_dropped: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
+    """Records in it that are no documents, such as the requests of a crawl."""
     form: str = ""
-    """jsonl, csv, tsv, parquet, text or lines."""
+    """As `format` of a source has it."""
     num_content_bytes: int = 0
     """Bytes of its content that were read, decompressed, bad records included."""
     num_bad_bytes: int = 0
@@ -120,6 +122,11 @@ class SourceFile(_Record):
     """Whether it could not be read to its end, so that nobody knows how much is missing."""
     note: str = ""
     """What its content showed to be other than its name says."""
+
+    @property
+    def num_records(self) -> int:
+        """Those that it is known to have: documents, bad ones, and what is no document."""
+        return self.num_documents + self.num_bad + self.num_dropped
 
 
 class LeftOut(_Record):
@@ -188,7 +195,7 @@ class Manifest(_Record):
     num_contradicting: int = 0
     """Documents whose text an earlier one has under another label."""
     num_records: int
-    """Records read: documents and bad ones."""
+    """Records read: documents, bad ones, and those of a WARC that are no documents."""
     num_bad: int
     packing: Packing
     shuffle_seed: int

@@ -44,7 +44,7 @@ from dray.corpus.contamination import evaluation_files, write_ngrams
 from dray.corpus.contents import changed_meanwhile, with_digests
 from dray.corpus.duplicates import find_duplicates, gather_hashes, spread_drops
 from dray.corpus.encoded import check_columns
-from dray.corpus.extras import check_extras
+from dray.corpus.extras import check_extras, check_source_extras
 from dray.corpus.fitting import Fitted, digest_of, find_fitted, with_fitted
 from dray.corpus.gathering import plan_gathering
 from dray.corpus.languages import language_version
@@ -66,6 +66,7 @@ from dray.corpus.manifest import (
     load_source_files,
 )
 from dray.corpus.near import run_near
+from dray.corpus.pages import PAGE_FORMS, extraction
 from dray.corpus.parts import SPLITS, STAGING, Chunk, CorpusSource, Part, Preparation, staged
 from dray.corpus.planning import (
     Deal,
@@ -184,6 +185,8 @@ def find_inputs(spec: Spec) -> _Inputs:
     """The files of every source, with the digests of their content. Raises CorpusError for a path
     that is missing or matches nothing, and for files that cannot be read or change meanwhile."""
     inputs = list_inputs(spec)
+    for own, files in zip(inputs.sources, inputs.files, strict=True):
+        check_source_extras(own.source, files, own.where)
     return _regroup(inputs, with_digests([file for files in inputs.files for file in files]))
 
 
@@ -319,6 +322,7 @@ def corpus_key(spec: Spec, inputs: _Inputs | None = None, **models: Any) -> str:
                 **({"template": source.source.template} if source.source.template else {}),
                 **_gathering(source),
                 **({"records": source.source.records} if source.source.records else {}),
+                **_extraction(source, files),
                 "files": [
                     (file.digest, file.form, file.compression, *filter(None, file.folder_and_name))
                     for file in files
@@ -365,6 +369,12 @@ def _judging(spec: Spec, inputs: _Inputs) -> dict[str, Any]:
     if spec.data.cleaning.languages is not None:
         found["languages"] = language_version()
     return found
+
+
+def _extraction(source: CorpusSource, files: Sequence[InputFile]) -> dict[str, Any]:
+    """What decides over the text of a source's pages, if it has some."""
+    has_pages = any(file.form in PAGE_FORMS for file in files)
+    return {"pages": extraction(source.source)} if has_pages else {}
 
 
 def _row_settings(task: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from dray.corpus.arrays import array_to_lines
 from dray.corpus.bytes_in import (
+    BLOCK_BYTES,
     DamagedFile,
     HashingStream,
     Lost,
@@ -31,6 +32,7 @@ from dray.corpus.bytes_in import (
     too_long,
 )
 from dray.corpus.containers import (
+    FOREIGN,
     HEAD_BYTES,
     find_compression,
     find_pointer,
@@ -40,6 +42,7 @@ from dray.corpus.containers import (
 from dray.corpus.idx import COLUMNS as IDX_COLUMNS
 from dray.corpus.idx import make_image_file, parse_idx, path_of_labels
 from dray.corpus.labels import RULE, label_names
+from dray.corpus.pages import DroppedPage, page_text, require_page_packages
 from dray.corpus.parsing import make_parser
 from dray.corpus.records import (
     PLAIN,
@@ -51,12 +54,16 @@ from dray.corpus.records import (
     repeated_column,
 )
 from dray.corpus.sources import InputFile
+from dray.corpus.warc import COLUMNS as WARC_COLUMNS
+from dray.corpus.warc import WarcRecord, read_warc
 from dray.errors import CorpusError
 from dray.spec import WHOLE, Field, Source
 from dray.storage.retrying import first_safe_line, is_transient
 
 FILE_COLUMNS = ("content", "folder", "name")
 """What a file that is a record has."""
+PAGE_COLUMNS = ("text", "folder", "name")
+"""What a file of HTML has."""
 IMAGES_AT_ONCE = 1024
 """Of an IDX file that are given on together."""
 
@@ -112,7 +119,7 @@ class Documents:
 
     @property
     def num_records(self) -> int:
-        return len(self.texts) + len(self.bad)
+        return len(self.texts) + len(self.bad) + self.dropped.total()
 
 
 @dataclass
@@ -122,6 +129,7 @@ class FileCounts:
     form: str
     num_documents: int = 0
     num_bad: int = 0
+    num_dropped: int = 0
     num_content_bytes: int = 0
     num_bad_bytes: int = 0
     problem: str = ""
@@ -133,6 +141,7 @@ class FileCounts:
     def add(self, documents: Documents) -> None:
         """Count what a block gave."""
         self.num_documents += len(documents.texts)
+        self.num_dropped += documents.dropped.total()
         self.num_content_bytes += documents.num_bytes
         for bad in documents.bad:
             self.num_bad += bad.num_documents
@@ -143,7 +152,9 @@ class FileCounts:
 
     def merge(self, other: FileCounts) -> None:
         """Add what was read of a later part."""
-        for name in ("num_documents", "num_bad", "num_content_bytes", "num_bad_bytes"):
+        for name in (
+            "num_documents", "num_bad", "num_dropped", "num_content_bytes", "num_bad_bytes"
+        ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if not self.problem:
             self.problem, self.problem_offset = other.problem, other.problem_offset
@@ -222,9 +233,14 @@ class SpanReader:
     def _read_stream(self, stream: HashingStream) -> Iterator[Documents]:
         file = self.span.file
         try:
-            if file.form in ("files", "idx"):
-                read = self._read_file if file.form == "files" else self._read_idx
-                yield from read(stream)
+            whole = {
+                "files": self._read_file,
+                "idx": self._read_idx,
+                "html": self._read_html,
+                "warc": self._read_warc,
+            }
+            if file.form in whole:
+                yield from whole[file.form](stream)
                 return
             content = open_content(file, stream)
             self.note, chunks = content.note, content.chunks
@@ -276,6 +292,74 @@ class SpanReader:
         folder, name = file.folder_and_name
         values = {"content": content, "folder": folder, "name": name}
         yield self._documents([(0, values)], max(len(content), file.num_bytes))
+
+    def _read_html(self, stream: HashingStream) -> Iterator[Documents]:
+        """The whole file as one page."""
+        file = self.span.file
+        require_page_packages(self.source, {file.form}, file.name)
+        self._check_columns(PAGE_COLUMNS)
+        pieces: list[bytes] = []
+        size = 0
+        for chunk in open_bytes(stream):
+            size += len(chunk)
+            if size > self.max_record_bytes:
+                bad = Bad(file.name, 0, max(size, file.num_bytes), too_long(self.max_record_bytes))
+                yield self._nothing(bad.num_bytes, [bad])
+                return
+            pieces.append(chunk)
+        content = b"".join(pieces)
+        for magic, name in FOREIGN.items():
+            if content.startswith(magic):
+                raise DamagedFile(f"{name}, where HTML is read")
+        try:
+            text = page_text(content, "", is_html=True, extract=self.source.extract)
+        except DroppedPage as error:
+            yield self._nothing(size, dropped=[str(error)])
+            return
+        folder, name = file.folder_and_name
+        yield self._documents([(0, {"text": text, "folder": folder, "name": name})], size)
+
+    def _read_warc(self, stream: HashingStream) -> Iterator[Documents]:
+        """The pages of a WARC file, some megabytes of records at a time."""
+        require_page_packages(self.source, {"warc"}, self.span.file.name)
+        self._check_columns(WARC_COLUMNS)
+        found: list[WarcRecord] = []
+        size = 0
+        for record in read_warc(open_bytes(stream), self.source.extract, self.max_record_bytes):
+            found.append(record)
+            size += record.num_bytes
+            if size >= BLOCK_BYTES:
+                yield self._pages(found)
+                found, size = [], 0
+        if found:
+            yield self._pages(found)
+
+    def _pages(self, found: Sequence[WarcRecord]) -> Documents:
+        """The documents of some records of a WARC file."""
+        name = self.span.file.name
+        documents = self._documents(
+            ((record.offset, record.values) for record in found if record.values is not None), 0
+        )
+        sizes = {record.offset: record.num_bytes for record in found}
+        lost = [replace(bad, num_bytes=sizes[bad.offset]) for bad in documents.bad]
+        lost += [
+            Bad(name, record.offset, record.num_bytes, record.bad, ends_file=record.ends_file)
+            for record in found
+            if record.bad
+        ]
+        return replace(
+            documents,
+            bad=sorted(lost, key=lambda bad: bad.offset),
+            num_bytes=sum(record.num_bytes for record in found),
+            dropped=Counter(record.dropped for record in found if record.dropped),
+        )
+
+    def _nothing(
+        self, num_bytes: int, bad: Sequence[Bad] = (), dropped: Iterable[str] = ()
+    ) -> Documents:
+        """No documents, and why."""
+        targets = _no_targets(self.wanted)
+        return Documents(_strings([]), targets, list(bad), num_bytes, Counter(dropped))
 
     def _read_idx(self, stream: HashingStream) -> Iterator[Documents]:
         """Images with their labels; nothing of a file of labels, which those of its images ask

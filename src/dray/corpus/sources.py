@@ -38,6 +38,7 @@ FORMS = {
     "csv": "csv",
     "tsv": "tsv",
     "parquet": "parquet",
+    "warc": "warc",
     **dict.fromkeys(("conll", "conllu", "bio", "iob", "iob2", "iobes"), "conll"),
     **dict.fromkeys(TEXT_SUFFIXES.split(), "text"),
 }
@@ -100,7 +101,7 @@ class InputFile:
     def folder_and_name(self) -> tuple[str, str]:
         """The folder that it lies in and its own name without suffix, where these tell something
         of its content; else empty."""
-        if self.form != "files":
+        if self.form not in ("files", "html"):
             return "", ""
         folder, _, name = self.path.rpartition("/")
         return folder.rpartition("/")[2], name.rpartition(".")[0] or name
@@ -170,7 +171,7 @@ def _told(leavings: Leavings) -> str:
 def _rule(source: Source) -> str:
     if source.format == "auto":
         return (
-            "suffixes tell the form (jsonl, csv, tsv, parquet, txt, py, …, then .gz, .zst, …), "
+            "suffixes tell the form (jsonl, csv, tsv, parquet, warc, txt, …, then .gz, .zst, …), "
             "or `format` does"
         )
     return "hidden files and those that `exclude` names are left out"

@@ -97,7 +97,7 @@ def predict(
                 Span(file), source.source, spec.data.max_record_bytes, predictor.fields
             )
             for documents in reader.read():
-                told = {"file": file.name} if file.form == "files" else {}
+                told = {"file": file.name} if file.form in ("files", "html") else {}
                 for record in predictor.records(documents.texts):
                     counts.add(record)
                     yield told | record

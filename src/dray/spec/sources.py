@@ -48,14 +48,17 @@ class Source(Section):
     `python:stdlib` is the standard library's own sources. Relative paths start at the working
     directory."""
     format: Literal[
-        "auto", "jsonl", "csv", "tsv", "parquet", "text", "lines", "conll", "files", "idx"
-    ] = "auto"
+        "auto", "jsonl", "csv", "tsv", "parquet", "text", "lines", "conll", "files", "idx",
+        "html", "warc",
+    ] = "auto"  # fmt: skip
     """The form of the files; `auto` goes by the suffix before `.gz`, `.zst`, `.bz2`, `.xz` or
     `.zip`. `text`: a file is a document; `lines`: a line is; `conll`: a line is a word with what
     belongs to it, between tabs or spaces, and blank lines stand between sentences; `files`: a file
     of whatever kind is a record of its `content`, the `folder` that it lies in, and its `name`
     without suffix; `idx`: images as MNIST has them, each with the `label` at its place in the file
-    of labels beside."""
+    of labels beside; `warc`: a page that a crawl was answered with is a document, of its `text`,
+    `url` and `date`; `html`: a file is a page, of its `text`, `folder` and `name` (as `text`, which
+    its suffix tells, it keeps its tags)."""
     text: str = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     template: Annotated[str | None, Field(exclude_if=lambda given: given is None)] = None
@@ -82,6 +85,12 @@ class Source(Section):
     ] = None
     """Of idx files: only their records from this number, counted from 0, to before that one. None:
     all."""
+    extract: Annotated[
+        Literal["main", "all", "trafilatura"], Field(exclude_if=lambda given: given == "main")
+    ] = "main"
+    """What is kept of the pages of `warc` and `html`: their `main` content by resiliparse, without
+    menus, headers and footers; `all` that they show, by resiliparse; or what `trafilatura` takes
+    for their content, less and in more time."""
     weight: Annotated[Float, Field(gt=0)] | None = None
     """Share of the rows drawn from this source, relative to the other weights; none: in proportion
     to its rows."""
@@ -121,6 +130,14 @@ class Source(Section):
             )
         if first >= end:
             raise ValueError(f"records [{first}, {end}]: the second must be above the first")
+        return self
+
+    @model_validator(mode="after")
+    def _extracted(self) -> Self:
+        if self.extract != "main" and self.format not in ("auto", "warc", "html"):
+            raise ValueError(
+                f"extract {self.extract}: text is extracted from warc and html, not {self.format}"
+            )
         return self
 
     @property
