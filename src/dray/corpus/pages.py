@@ -19,12 +19,13 @@ HTML_TYPES = ("text/html", "application/xhtml+xml")
 MAX_DEPTH = 512
 """Elements within one another, as browsers have it. The time that extraction takes grows with the
 square of it."""
-MAX_UNCLOSED = 64
-"""Formatting tags that are open at once. A parser repeats all of them in every paragraph."""
+MAX_OPEN = 64
+"""Formatting tags that are open at once. A parser repeats all of them in every paragraph, but
+those that are written alike three times at most."""
 MAX_ATTRIBUTES = 5000
 """Of one element. A parser looks at all of them for each."""
 _FORMATTING = re.compile(
-    r"<(/?)(big|b|code|em|font|i|small|strike|strong|s|tt|u)(?=[\s/>])", re.IGNORECASE
+    r"<(/?)(big|b|code|em|font|i|small|strike|strong|s|tt|u)(?=[\s/>])([^<>]*)", re.IGNORECASE
 )
 _LONG_TAG = re.compile(r"<[a-z][^<>]{32768,}", re.IGNORECASE)
 _TOO_DEEP = " > ".join("*" * (MAX_DEPTH + 1))
@@ -141,7 +142,7 @@ def extract_text(html: str, extract: str) -> str:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
-    if num_unclosed(html) > MAX_UNCLOSED or most_attributes(html) > MAX_ATTRIBUTES:
+    if leaves_open(html) or most_attributes(html) > MAX_ATTRIBUTES:
         raise DroppedPage("too_complex")
     tree = HTMLTree.parse(html)
     document = tree.document
@@ -163,19 +164,22 @@ def _by_trafilatura(html: str) -> str:
     return found or ""
 
 
-def num_unclosed(html: str) -> int:
-    """The most formatting tags that are open at once."""
-    opened: dict[str, int] = {}
-    now = most = 0
-    for closing, found in _FORMATTING.findall(html):
-        name = found.lower()
-        count = opened.get(name, 0)
-        if not closing:
-            opened[name], now = count + 1, now + 1
-            most = max(most, now)
-        elif count:
-            opened[name], now = count - 1, now - 1
-    return most
+def leaves_open(html: str) -> bool:
+    """Whether more than MAX_OPEN formatting tags are open at once."""
+    opened: dict[str, list[str]] = {}
+    num_open = 0
+    for found in _FORMATTING.finditer(html):
+        closing, name, attributes = found.groups()
+        mine = opened.setdefault(name.lower(), [])
+        if closing and mine:
+            mine.pop()
+            num_open -= 1
+        elif not closing and mine.count(attributes) < 3:
+            mine.append(attributes)
+            num_open += 1
+            if num_open > MAX_OPEN:
+                return True
+    return False
 
 
 def most_attributes(html: str) -> int:

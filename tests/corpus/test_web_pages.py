@@ -308,6 +308,8 @@ def test_a_deep_page_is_read() -> None:
     soup = "<font color=red>word</font> <b>bold</b> " * 3000
     assert TEXT.strip() in extract_text(nested, "main")
     assert extract_text(soup, "all").count("bold") == 3000
+    unclosed = "<p><font color=red>word" * 500
+    assert extract_text(unclosed, "all").count("word") == 500
 
 
 # --- settings ------------------------------------------------------------------------------------
