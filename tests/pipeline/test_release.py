@@ -136,6 +136,7 @@ def test_a_gate_that_does_not_hold_ends_it(
     assert main(words) == 3
 
 
+@pytest.mark.slow
 def test_other_methods_make_another_run_and_another_version(
     place: Path, tree: dict[str, Any], released: Released
 ) -> None:
@@ -170,6 +171,7 @@ def test_an_export_that_is_there_is_looked_at(
     assert there(go(place, tree))["export"]
 
 
+@pytest.mark.slow
 def test_training_that_is_gone_on_with_is_released_anew(
     place: Path, tree: dict[str, Any], released: Released
 ) -> None:

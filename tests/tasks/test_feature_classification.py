@@ -190,6 +190,7 @@ def test_records_that_are_no_such_numbers_are_left_out_and_counted(
         prepare(spec, storage)
 
 
+@pytest.mark.slow
 def test_digits_are_told_by_two_dozen_numbers_of_their_pixels(
     shared_data: Path, storage: str, tmp_path: Path
 ) -> None:
