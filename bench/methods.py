@@ -7,8 +7,8 @@ plain run, over three seeds, with its interval and its cost in time.
 MiniLM learns the first 800 of SST-2's training sentences, few enough that it overfits; the 872 of
 dev.tsv are measured after the last step. Each seed trains the plain run and every method once, by
 `dray train`, two at a time on a core each. Then come short runs, two at a time too and the methods
-in turn, for what a step costs. What is done already is found. `--together`: a sweep of the plain run's
-learning rate, and its best three as an ensemble and as a soup beside the best alone. Reads
+in turn, for what a step costs. What is done already is found. `--together`: a sweep of the plain
+run's learning rate, and its best three as an ensemble and as a soup beside the best alone. Reads
 ../shared/data, the package with MiniLM's weights and Debian's mythes-en-us; what of it is absent
 ends the run.
 """
