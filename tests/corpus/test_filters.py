@@ -22,6 +22,7 @@ from dray.corpus.languages import language_of
 from dray.corpus.prepare import Corpus, corpus_key, prepare
 from dray.errors import CorpusError, SpecError
 from dray.spec import Cleaning, Filters, Spec, load_spec, make_spec
+from dray.spec.loading import apply_overrides
 from tiny import tiny_tree
 
 MESSY = Path(__file__).parents[3] / "shared/data/web_messy"
@@ -152,6 +153,11 @@ def test_c4_leaves_documents_out(text: str, said: str | None) -> None:
     assert broken(text, c4={}) == (said and f"c4: {said}")
 
 
+def test_a_document_of_blank_lines_is_none() -> None:
+    rules = {"min_sentences": 0, "min_line_words": 0, "terminal_punctuation": False}
+    assert broken(" \n\n ", c4=rules) == "c4: no line left"
+
+
 def test_what_is_taken_out_of_documents_that_go_is_not_counted() -> None:
     removed: Counter[str] = Counter()
     assert judge("Home\nShop\nNews", Filters.model_validate({"c4": {}}), removed)[1]
@@ -221,9 +227,9 @@ def test_examples_are_the_same_however_documents_come() -> None:
 def test_what_is_to_be_forgotten_is_no_example() -> None:
     from dray.corpus.cleaning import digest_of
 
-    rules = Cleaning(forget=(digest_of("a secret"),), min_chars=3)
-    found = clean(pa.array(["a secret", "b", "kept"], pa.large_string()), None, rules)
-    assert found.dropped == {"forgotten": 1, "too_short": 1}
+    rules = Cleaning(forget=(digest_of("a secret"), digest_of("s")), min_chars=3)
+    found = clean(pa.array(["a secret", "s", "b", "kept"], pa.large_string()), None, rules)
+    assert found.dropped == {"forgotten": 2, "too_short": 1}
     assert [*found.examples] == ["too_short"]
 
 
@@ -240,10 +246,18 @@ def test_names_stand_for_the_published_thresholds() -> None:
     long = make("x", filters={"c4": {}, "fineweb": None}).data.cleaning
     assert make("x", filters=["c4", "fineweb"]).data.cleaning == long
     assert make("x", filters="c4").data.cleaning.filters.c4 is not None
-    assert (
-        make("x", languages="en").data.cleaning
-        == make("x", languages={"keep": ["en"]}).data.cleaning
-    )
+    tree = {"data": {"cleaning": {"filters": ["c4", "fineweb"]}}}
+    changed = apply_overrides(tree, ["data.cleaning.filters.c4.min_sentences=3"])
+    assert changed["data"]["cleaning"]["filters"] == {"c4": {"min_sentences": 3}, "fineweb": {}}
+
+
+def test_languages_are_codes() -> None:
+    short = make("x", languages="en").data.cleaning
+    assert short == make("x", languages={"keep": ["en"]}).data.cleaning
+    for norwegian in (False, [False], "no"):  # YAML reads `no` as false
+        languages = make("x", languages=norwegian).data.cleaning.languages
+        assert languages is not None
+        assert languages.keep == ("no",)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +272,9 @@ def test_names_stand_for_the_published_thresholds() -> None:
         ({"languages": []}, "languages"),
         ({"languages": ["English"]}, "languages"),
         ({"decontaminate": {}}, "against"),
+        ({"languages": ["EN"]}, "a code of two or three small letters, such as en"),
+        ({"filters": ["c4", "c4"]}, "c4 is there twice"),
+        ({"filters": {"gopher_quality": {"min_words": 9, "max_words": 8}}}, "min_words is above"),
     ],
 )
 def test_what_is_no_rule_is_refused(cleaning: dict[str, Any], said: str) -> None:
@@ -276,6 +293,7 @@ def test_a_spec_without_rules_is_dumped_as_before() -> None:
         ("causal_lm", {"languages": ["qq"]}, "is no language that can be told"),
         ("token_classification", {"filters": "c4"}, "a field of kind words"),
         ("instruction", {"languages": "en"}, "a field of kind record"),
+        ("token_classification", {"languages": "en"}, "a field of kind words"),
         ("instruction", {"decontaminate": {"against": "x"}}, "a field of kind record"),
     ],
 )
@@ -299,6 +317,28 @@ def test_a_package_that_is_absent_is_named(tmp_path: Path, monkeypatch: Any) -> 
 # --- corpora -------------------------------------------------------------------------------------
 
 
+def test_what_is_not_there_is_told_before_a_ray_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*given: Any, **more: Any) -> Any:
+        raise AssertionError("a Ray is started")
+
+    monkeypatch.setattr("dray.cluster.connection.connect", connect)
+    monkeypatch.setattr("dray.train.driver.connect", connect)
+    write(tmp_path / "a.jsonl", numbered(20))
+    tree = tiny_tree(tmp_path)
+    tree["data"]["cleaning"] = {"decontaminate": {"against": str(tmp_path / "none.jsonl")}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(tree))
+    for command in ("prepare", "train"):
+        words = [command, str(tmp_path / "spec.yaml"), "--storage", str(tmp_path / "runs")]
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "data.cleaning.decontaminate.against.0.path" in said
+        assert main([*words, "data.cleaning.languages=[qq]"]) == 2
+        assert "is no language that can be told" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def write(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
@@ -316,16 +356,17 @@ def test_no_training_document_shares_text_with_an_evaluation_set(tmp_path: Path)
     inside = f"What follows was in a test -- {run}! -- and nothing else of it."
     nearly = " ".join(texts[4].split()[5:17])  # 12 words of another one
     train = write(tmp_path / "a.jsonl", [*texts[20:], inside, nearly, "so short a test"])
-    against = write(tmp_path / "test.jsonl", [texts[3], texts[4], "so short a test", "a test"])
+    asked = [texts[3], texts[4], "so short a test", "a test", run]
+    against = write(tmp_path / "test.jsonl", asked)
     spec = make(str(train), decontaminate={"against": str(against)})
     corpus = prepare(spec, str(tmp_path / "runs"))
     manifest = corpus.manifest
     assert manifest.dropped == {"sharing text with an evaluation set": 2}
-    assert manifest.evaluation == {"texts": 4, "short_texts": 2}
+    assert manifest.evaluation == {"texts": 5, "short_texts": 2}
     assert sorted(corpus.examples()["sharing text with an evaluation set"]) == sorted(
         [inside, "so short a test"]
     )
-    assert "4 texts to share nothing with, 2 of them too short" in "\n".join(corpus.describe())
+    assert "5 texts to share nothing with, 2 of them too short" in "\n".join(corpus.describe())
     lax = make(str(train), decontaminate={"against": str(against), "max_ngrams": 1})
     assert prepare(lax, str(tmp_path / "runs")).manifest.dropped == {}
 
@@ -335,6 +376,12 @@ def test_no_training_document_shares_text_with_an_evaluation_set(tmp_path: Path)
     assert corpus_key(other) == manifest.key  # it is what the set holds that counts
     write(moved, [texts[3]])
     assert corpus_key(other) != manifest.key
+    moved.write_text('{"text": "..."}\n')
+    with pytest.raises(CorpusError, match=r"elsewhere\.jsonl holds no words"):
+        prepare(other, str(tmp_path / "runs"))
+    moved.write_text('{"question": "a"}\n')
+    with pytest.raises(CorpusError, match="no text column 'text'; columns: question"):
+        prepare(other, str(tmp_path / "runs"))
     moved.write_text('{"text": "a"}\nno json\n')
     with pytest.raises(CorpusError, match="every text of an evaluation set is looked for"):
         prepare(other, str(tmp_path / "runs"))
@@ -433,4 +480,18 @@ def test_a_page_shows_what_was_kept_and_why(
     assert "[EMAIL]" in text
     assert "jane.roe" not in text
     assert "jane.roe" not in Path(told["folder"], "examples.json").read_text()
+    # Of tagged words no beginning is shown: cut in two, a list cannot be redacted.
+    lines = [f"w{n}\t{tag}" for n in range(20) for tag in ("O", "B-PER")]
+    lines.append("jane.roe@example.org\tO")
+    (tmp_path / "b.conll").write_text("\n".join([*lines, "", *lines[:4], ""]) + "\n")
+    tree = tiny_tree(Path("."), task="token_classification")
+    tree["data"] = {
+        "train": str(tmp_path / "b.conll"),
+        "sequence_tokens": 64,
+        "cleaning": {"max_chars": 100},
+        "redaction": {},
+    }
+    corpus = prepare(make_spec(tree), str(tmp_path / "runs"))
+    assert corpus.manifest.dropped == {"too_long": 1}
+    assert corpus.examples() == {}
     assert load_spec(str(tmp_path / "spec.yaml"), []).data.redaction is not None

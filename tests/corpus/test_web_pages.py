@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -301,6 +302,18 @@ BOMBS = {
 def test_a_bomb_is_left_out(bomb: str, extract: str) -> None:
     with pytest.raises(DroppedPage, match="too_complex"):
         extract_text(BOMBS[bomb], extract)
+
+
+def test_bytes_that_are_no_text_are_no_page() -> None:
+    for content in (
+        bytes(range(256)) * 20,
+        b"\x00\x01\x02" * 500,
+        random.Random(0).randbytes(5000),
+    ):
+        with pytest.raises(DroppedPage, match="binary"):
+            page_text(content, "", is_html=True, extract="main")
+    page = f"<html><body><p>{TEXT * 5} caf\ufffd</p></body></html>"
+    assert TEXT.strip() in page_text(page.encode(), "", is_html=True, extract="main")
 
 
 def test_a_deep_page_is_read() -> None:

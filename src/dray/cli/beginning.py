@@ -231,7 +231,7 @@ def _plan_known_corpus(
 
 def prepare_command(arguments: argparse.Namespace) -> int:
     from dray.cluster.connection import connect
-    from dray.corpus.prepare import prepare
+    from dray.corpus.prepare import check_inputs, prepare
     from dray.processes.imports import require_package
     from dray.runs import check_storage
     from dray.show.corpus_page import make_corpus_page
@@ -243,6 +243,7 @@ def prepare_command(arguments: argparse.Namespace) -> int:
     check_storage(arguments.storage)
     if arguments.html:
         require_package("matplotlib", "report", "--html")
+    check_inputs(spec, arguments.storage)
     with connect(arguments.address, num_cpus=1, verbose=arguments.verbose):
         display = Display()
         corpus = prepare(spec, arguments.storage, display.say)

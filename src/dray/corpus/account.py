@@ -84,7 +84,7 @@ def describe(manifest: Manifest, files: Sequence[SourceFile]) -> list[str]:
     lines.append(f"documents    {kept:,} kept{held}{told}")
     lines += [f"dropped      {reason}" for reason in reasons if several]
     if manifest.languages:
-        lines.append(f"languages    {named(manifest.languages)}")
+        lines.append(f"languages    {named(manifest.languages)}, before other rules")
     if manifest.removed:
         told = ", ".join(f"{count:,} {reason}" for reason, count in manifest.removed.items())
         lines.append(f"taken out    of documents that were kept: {told}")
@@ -112,7 +112,8 @@ def _describe_evaluation(manifest: Manifest) -> list[str]:
         return []
     short = manifest.evaluation["short_texts"]
     told = f", {short:,} of them too short to be found in a longer document" if short else ""
-    return [f"evaluation   {manifest.evaluation['texts']:,} texts to share nothing with{told}"]
+    texts = _number(manifest.evaluation["texts"], "text")
+    return [f"evaluation   {texts} to share nothing with{told}"]
 
 
 def _describe_votes(manifest: Manifest) -> list[str]:
@@ -222,8 +223,9 @@ def _describe_left_out(item: LeftOut) -> str:
 def _describe_bad(file: SourceFile) -> str:
     whole = file.num_bad + file.num_documents
     records = "from there on" if file.is_damaged else f"{file.num_bad:,} of {whole:,} records"
+    least = "at least " if file.is_damaged else ""
     return (
-        f"{file.path}: {records}, {format_bytes(file.num_bad_bytes)} ({file.problem} at "
+        f"{file.path}: {records}, {least}{format_bytes(file.num_bad_bytes)} ({file.problem} at "
         f"{file.problem_offset:,})"
     )
 

@@ -129,7 +129,7 @@ def check_bad_share(files: Sequence[SourceFile], max_bad_share: float) -> None:
     else:
         others = sum(file.num_bad > 0 for file in files) > 1
         share = (
-            f"{bad.num_bytes:.2g} of all bytes are lost with it{' and others' if others else ''}"
+            f"{bad.num_bytes:.2%} of all bytes are lost with it{' and others' if others else ''}"
         )
     mend = "convert it to UTF-8 (iconv)" if worst.problem == "invalid UTF-8" else "mend the file"
     raise CorpusError(

@@ -24,6 +24,7 @@ from dray.spec import Cleaning
 
 FORGOTTEN = "forgotten"
 """Why a document is left out that is to be forgotten: none of it is shown."""
+TOO_SHORT = "too_short"
 Mask = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
 
@@ -109,13 +110,15 @@ def normalize(texts: pa.Array, form: str) -> pa.Array:
 def _failures(texts: pa.Array, rules: Cleaning) -> list[tuple[str, Mask]]:
     """(reason, documents that fail it), in the order in which reasons are counted."""
     found: list[tuple[str, Mask]] = []
+    if rules.forget:
+        found.append((FORGOTTEN, np.isin(_joined(texts), np.array([*rules.forget]))))
     if rules.min_chars > 1 or rules.max_chars is not None:
         lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False)
-        found.append(("too_short", lengths < rules.min_chars))
+        found.append((TOO_SHORT, lengths < rules.min_chars))
         if rules.max_chars is not None:
             found.append(("too_long", lengths > rules.max_chars))
     elif rules.min_chars:  # no bytes, no characters: much quicker to see
-        found.append(("too_short", pc.binary_length(texts).to_numpy(zero_copy_only=False) == 0))
+        found.append((TOO_SHORT, pc.binary_length(texts).to_numpy(zero_copy_only=False) == 0))
     if rules.min_alphanumeric_share > 0:
         letters = pc.count_substring_regex(texts, r"[\p{L}\p{N}]").to_numpy(zero_copy_only=False)
         visible = pc.count_substring_regex(texts, r"[^\s\p{Z}]").to_numpy(zero_copy_only=False)
@@ -123,8 +126,6 @@ def _failures(texts: pa.Array, rules: Cleaning) -> list[tuple[str, Mask]]:
     if rules.max_repeated_line_share < 1:
         shares = np.array([repeated_line_share(text) for text in texts.to_pylist()], float)
         found.append(("repeated_lines", shares > rules.max_repeated_line_share))
-    if rules.forget:
-        found.append((FORGOTTEN, np.isin(_joined(texts), np.array([*rules.forget]))))
     return found
 
 

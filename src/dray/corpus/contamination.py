@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from dray.corpus.cleaning import normalize
 from dray.corpus.parts import Preparation, save_record, staged, write_arrays
-from dray.corpus.reading import Span, SpanReader
-from dray.corpus.shingles import Hashes, hash_runs
+from dray.corpus.reading import Bad, Span, SpanReader
+from dray.corpus.shingles import Hashes, hash_runs, hash_words
 from dray.corpus.sources import InputFile, list_source
 from dray.errors import CorpusError
 from dray.spec import Cleaning, Source
@@ -46,33 +46,40 @@ def write_ngrams(job: Preparation, sets: Sequence[tuple[Source, Sequence[InputFi
     settings = job.cleaning.decontaminate
     if settings is None:
         raise ValueError("nothing to decontaminate against")
-    found = [np.empty(0, np.uint64)]
+    found: list[Hashes] = []
     num_texts = num_short = 0
     for source, files in sets:
         for file in files:
-            for texts in _texts(file, source, job.max_record_bytes):
-                runs, counts = hash_runs(
-                    normalize(texts, job.cleaning.normalize), settings.ngram_words
-                )
-                found = [np.unique(np.concatenate([*found, runs]))]
+            for given in _texts(file, source, job.max_record_bytes):
+                texts = normalize(given, job.cleaning.normalize)
+                found.append(np.unique(hash_runs(texts, settings.ngram_words)[0]))
                 num_texts += len(texts)
-                num_short += int((counts <= 1).sum())
+                num_short += int((hash_words(texts)[1] < settings.ngram_words).sum())
+    if not any(map(len, found)):
+        raise CorpusError(
+            "data.cleaning.decontaminate.against",
+            f"{sets[0][0].paths[0]} holds no words" if len(sets) == 1 else "its sets hold no words",
+            "training documents are compared with texts",
+            "check the path and the column",
+        )
     filesystem, path = staged(job, "ngrams", NGRAMS)
     make_folder(filesystem, path.rpartition("/")[0])
-    write_arrays(filesystem, path, found)
+    write_arrays(filesystem, path, [np.unique(np.concatenate(found))])
     return save_record(job, "ngrams", 0, {"texts": num_texts, "short_texts": num_short})
 
 
 def _texts(file: InputFile, source: Source, max_bytes: int) -> Iterator[pa.Array]:
+    bad: list[Bad] = []
     for documents in SpanReader(Span(file), source, max_bytes).read():
-        for bad in documents.bad:
-            raise CorpusError(
-                bad.file,
-                f"{bad.reason} at {bad.offset}",
-                "every text of an evaluation set is looked for",
-                "mend the file",
-            )
+        bad += documents.bad[:1]
         yield documents.texts
+    if bad:  # after the last one, since a column that no record has is told there
+        raise CorpusError(
+            bad[0].file,
+            f"{bad[0].reason} at {bad[0].offset}",
+            "every text of an evaluation set is looked for",
+            "mend the file",
+        )
 
 
 def contaminated(job: Preparation, texts: pa.Array) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from dray.corpus.cleaning import Cleaned, clean, hash_texts, normalize
+from dray.corpus.cleaning import TOO_SHORT, Cleaned, clean, hash_texts, normalize
 from dray.corpus.contamination import CONTAMINATED, contaminated
 from dray.corpus.examples import KEPT, examples_of, merged
 from dray.corpus.filters import judge
@@ -41,10 +41,9 @@ def cleaned(
 
 
 def with_examples(job: Preparation, own: CorpusSource, found: Cleaned) -> Cleaned:
-    """The same with some of those that were kept, too; with none of any where documents are bytes
-    rather than texts."""
-    kinds = {kind for _, _, kind in job.wanted(own.source).texts}
-    if "bytes" in kinds:
+    """The same with some of those that were kept, too; with none of any where a document is no
+    plain text: the beginning of a list or a record cannot be redacted as it is whole."""
+    if any(kind != "text" for _, _, kind in job.wanted(own.source).texts):
         return replace(found, examples={})
     kept = examples_of(KEPT, found.texts, hash_texts(found.texts)[1])
     return replace(found, examples=merged([found.examples, kept]))
@@ -84,10 +83,16 @@ def _judged(found: Cleaned, rules: Cleaning) -> Cleaned:
     if rules.filters == Filters() or not len(found.texts):
         return found
     removed: Counter[str] = Counter()
-    given = found.texts.to_pylist()
-    judged = [judge(text, rules.filters, removed) for text in given]
-    left = found.without([broken for _, broken in judged])
-    if not removed:
-        return left
-    texts = pa.array([text for text, broken in judged if not broken], pa.large_string())
-    return replace(left, texts=texts, removed=removed)
+    kept: list[str] = []
+    reasons: list[str | None] = []
+    for given in found.texts.to_pylist():
+        lines: Counter[str] = Counter()
+        text, broken = judge(given, rules.filters, lines)
+        if broken is None and len(text) < rules.min_chars:  # once lines were taken out
+            broken = TOO_SHORT
+        reasons.append(broken)
+        if broken is None:
+            kept.append(text)
+            removed += lines
+    left = found.without(reasons)
+    return replace(left, texts=pa.array(kept, pa.large_string()), removed=removed)

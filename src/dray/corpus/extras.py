@@ -3,7 +3,7 @@ the task reads. Refuses a spec that cannot be prepared, before anything is read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dray.corpus.languages import check_languages
 from dray.corpus.pages import require_page_packages
@@ -12,9 +12,6 @@ from dray.corpus.sources import InputFile
 from dray.errors import SpecError
 from dray.processes.imports import require_package
 from dray.spec import Filters, HeldOut, Source, Spec
-
-_WRITTEN = ("text", "words")
-"""Kinds of fields that hold text as people write it."""
 
 
 def check_extras(spec: Spec) -> None:
@@ -26,24 +23,25 @@ def check_extras(spec: Spec) -> None:
     if cleaning.languages is not None:
         require_package("py3langid", "web", "data.cleaning.languages")
         check_languages(cleaning.languages)
-        _check_texts(spec, "languages")
+        _check_texts(spec, "languages", ("text",))
     if cleaning.decontaminate is not None:
-        _check_texts(spec, "decontaminate")
+        _check_texts(spec, "decontaminate", ("text", "words"))
     if cleaning.filters != Filters():
-        _check_texts(spec, "filters", alone=True)
+        _check_texts(spec, "filters", ("text",), alone=True)
 
 
-def _check_texts(spec: Spec, key: str, *, alone: bool = False) -> None:
-    """Raise SpecError where documents are no texts, or, with `alone`, not one text each."""
+def _check_texts(spec: Spec, key: str, wanted: Sequence[str], *, alone: bool = False) -> None:
+    """Raise SpecError where documents have fields of other kinds than those that are wanted, or,
+    with `alone`, more than one."""
     held = spec.data.validation
     others = () if held is None or isinstance(held, HeldOut) else held
     for source in (*spec.data.train, *others):
         texts = Wanted.of(source, spec.task.fields, source.format).texts
         kinds = [kind for _, _, kind in texts]
-        if alone and (len(kinds) > 1 or kinds[0] != "text"):
-            told = "several texts" if len(kinds) > 1 else f"a field of kind {kinds[0]}"
-        elif other := [kind for kind in kinds if kind not in _WRITTEN]:
+        if other := [kind for kind in kinds if kind not in wanted]:
             told = f"a field of kind {other[0]}"
+        elif alone and len(kinds) > 1:
+            told = "several texts"
         else:
             continue
         raise SpecError(

@@ -16,6 +16,10 @@ from dray.spec import Source
 
 PAGE_FORMS = ("html", "warc")
 HTML_TYPES = ("text/html", "application/xhtml+xml")
+MAX_NO_TEXT = 0.1
+"""Share of the characters of a page that are control characters, or that its encoding lacks."""
+LOOKED_AT = 1 << 16
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufffd]")
 MAX_DEPTH = 512
 """Elements within one another, as browsers have it. The time that extraction takes grows with the
 square of it."""
@@ -68,6 +72,8 @@ def _version(package: str) -> str:
 def page_text(content: bytes, charset: str, *, is_html: bool, extract: str) -> str:
     """The text of a page. Raises DroppedPage."""
     text = decode_page(content, charset, is_html=is_html)
+    if len(_NO_TEXT.findall(text[:LOOKED_AT])) > MAX_NO_TEXT * min(len(text), LOOKED_AT):
+        raise DroppedPage("binary")
     text = (extract_text(text, extract) if is_html else text).strip()
     if not text:
         raise DroppedPage("no_text")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from dray.corpus.identifiers import Find
+from dray.errors import SpecError
 
 _RUN = re.compile(r"(?:\+ ?|\()?\(?[0-9](?:[ ().\-/\t]{0,4}[0-9]){6,}")
 """At least seven digits, no more than four signs between two of them."""
@@ -41,6 +42,18 @@ _NUMBER = re.compile(
 _GOODS = re.compile(r"(?:isbn|issn|ean|gtin|upc|asin|doi|sku)[-: 013]{0,8}$", re.I)
 _INSIDE_BEFORE, _INSIDE_AFTER = frozenset("/=_#&?-."), frozenset("/_-=&%")
 """Marks beside digits that are a part of an address or a name."""
+
+
+def check_regions(regions: Sequence[str], where: str) -> None:
+    """Raise SpecError for a region that has no phone numbers."""
+    from phonenumbers import SUPPORTED_REGIONS
+
+    if unknown := sorted({*regions} - SUPPORTED_REGIONS):
+        raise SpecError(
+            f"{where}.regions = {unknown[0]}",
+            "has no phone numbers",
+            "a region is a country's code of ISO 3166, such as US",
+        )
 
 
 def find_phones(text: str, regions: Sequence[str]) -> Iterator[Find]:

@@ -468,6 +468,20 @@ def describe_changes(spec: Spec, corpus: Corpus) -> str:
     return "raw files were changed, added or removed since" if changed else ""
 
 
+def check_inputs(spec: Spec, storage: str) -> None:
+    """What `prepare` looks at before it reads anything, for those who have yet to start a Ray.
+    Raises UserError for files that are not there, packages that are not installed, and rules that
+    do not fit."""
+    spec = with_tokenizer_folder(spec, storage)
+    check_columns(spec.task)
+    check_extras(spec)
+    make_redactor(spec.data.redaction)
+    inputs = list_inputs(spec)
+    for own, files in zip(inputs.sources, inputs.files, strict=True):
+        check_source_extras(own.source, files, own.where)
+    spec.task.read_files()
+
+
 def prepare(
     spec: Spec,
     storage: str,

@@ -23,7 +23,7 @@ from typing import Any
 
 from dray.corpus.identifiers import FINDERS, Find, fold, is_random_looking
 from dray.corpus.person_names import digest_folder, find_names
-from dray.corpus.phones import find_phones
+from dray.corpus.phones import check_regions, find_phones
 from dray.errors import SpecError
 from dray.processes.imports import require_package
 from dray.redaction import hide, names_secret
@@ -215,6 +215,7 @@ def make_redactor(settings: Redaction | None, where: str = "data.redaction") -> 
         return None
     if "phone" in settings.kinds:
         require_package("phonenumbers", "privacy", where)
+        check_regions(settings.regions, where)
     names = None
     if settings.names is not None:
         require_package("spacy", "names", f"{where}.names")

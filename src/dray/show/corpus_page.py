@@ -16,6 +16,8 @@ from dray.show.plots import draw_bars
 
 MOST_FILES = 100
 MOST_BARS = 20
+MOST_EXAMPLES = 5
+OTHER = "of other languages"
 
 
 def make_corpus_page(corpus: Corpus) -> Page:
@@ -55,7 +57,7 @@ def _add_fates(page: Page, manifest: Manifest, kept: int) -> None:
     )
     told = Counter[str]()
     for reason, count in manifest.dropped.items():
-        told["of other languages" if reason.startswith(OF_LANGUAGE) else reason] += count
+        told[OTHER if reason.startswith(OF_LANGUAGE) else reason] += count
     fates = {KEPT: kept, **dict(told.most_common())}
     total = max(1, sum(fates.values()))
     rows = [(fate, f"{count:,}", f"{count / total:.2%}") for fate, count in fates.items()]
@@ -76,7 +78,7 @@ def _add_counts(page: Page, manifest: Manifest) -> None:
         page.section("Languages", "Before other rules and before deduplication.")
         both = Counter(manifest.languages) + Counter(other)
         page.table(
-            ("language", "documents", "kept as one of these"),
+            ("language", "documents", "asked for"),
             [
                 (name, f"{count:,}", "yes" if name in manifest.languages else "no")
                 for name, count in both.most_common()
@@ -129,12 +131,16 @@ def _rows_of(split: str, found: Split) -> list[tuple[str, ...]]:
 def _add_examples(page: Page, examples: dict[str, list[str]]) -> None:
     page.section(
         "Examples",
-        "Of each fate some documents by their beginnings, chosen by the hash of their texts; none "
-        "of exact duplicates, of documents that are to be forgotten, and of images and sounds.",
+        "Of each fate some documents by their beginnings, chosen by the hash of their texts (of "
+        "near-duplicates by where they lie); none of exact duplicates, of documents that are to be "
+        "forgotten, and of what is no plain text.",
     )
-    for fate in sorted(examples, key=lambda fate: (fate != KEPT, fate)):
+    told: dict[str, list[str]] = {}
+    for fate, texts in sorted(examples.items(), key=lambda item: (item[0] != KEPT, item[0])):
+        told.setdefault(OTHER if fate.startswith(OF_LANGUAGE) else fate, []).extend(texts)
+    for fate, texts in told.items():
         page.note(fate)
-        for text in examples[fate]:
+        for text in texts[:MOST_EXAMPLES]:
             page.code(text)
 
 
@@ -142,13 +148,14 @@ def _add_files(page: Page, files: Sequence[SourceFile]) -> None:
     more = len(files) - MOST_FILES
     page.section("Files", f"The first {MOST_FILES} of {len(files):,}." if more > 0 else "")
     page.table(
-        ("file", "form", "size", "documents", "unreadable", "problem"),
+        ("file", "form", "size", "documents", "no documents", "unreadable", "problem"),
         [
             (
                 file.path,
                 file.form,
                 format_bytes(file.num_bytes),
                 f"{file.num_documents:,}",
+                f"{file.num_dropped:,}",
                 f"{file.num_bad:,}",
                 file.problem,
             )

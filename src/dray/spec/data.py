@@ -28,8 +28,8 @@ class Near(Section):
     def _banded(self) -> Self:
         if self.permutations % self.bands:
             raise ValueError(
-                f"bands {self.bands} do not divide {self.permutations} permutations; "
-                "a band is as many as another"
+                f"permutations {self.permutations} are no multiple of bands {self.bands}; "
+                "all bands have the same number"
             )
         rows = self.permutations // self.bands
         found = 1 - (1 - self.similarity**rows) ** self.bands

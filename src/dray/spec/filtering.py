@@ -8,9 +8,9 @@ A class is a set of rules, a field with its sentence is a threshold. What they m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from dray.spec.sections import Float, Int, OneOrMore, Section, Share, as_several
 from dray.spec.sources import Sources
@@ -65,6 +65,15 @@ class GopherQuality(Section):
     min_stop_words: Annotated[Int, Field(ge=0, le=8)] = 2
     """Fewest different stop words; 0 where documents are not English."""
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        for least, most in (
+            ("min_words", "max_words"), ("min_mean_word_chars", "max_mean_word_chars")
+        ):  # fmt: skip
+            if getattr(self, least) > getattr(self, most):
+                raise ValueError(f"{least} is above {most}: no document keeps both")
+        return self
+
 
 class C4(Section):
     """The rules of C4 (Raffel et al. 2020, 2.2): lines that are no sentences are taken out, and
@@ -112,6 +121,8 @@ def _as_filters(value: Any) -> Any:
     if isinstance(value, str):
         value = (value,)
     if isinstance(value, Sequence):
+        if twice := next((name for name in value if value.count(name) > 1), None):
+            raise ValueError(f"{twice} is there twice")
         if bad := [name for name in value if not isinstance(name, str)]:
             raise ValueError(f"{bad[0]!r}: filters in a list are names; thresholds need a mapping")
         return {name: {} for name in value}
@@ -138,9 +149,13 @@ FiltersChoice = Annotated[Filters, BeforeValidator(_as_filters)]
 
 
 def _as_languages(value: Any) -> Any:
-    if isinstance(value, (str, Sequence)):
-        return {"keep": value}
-    return value
+    return {"keep": value} if isinstance(value, (str, bool, Sequence)) else value
+
+
+def _as_codes(value: Any) -> Any:
+    """One code or several. YAML reads the code of Norwegian as false."""
+    found = (value,) if isinstance(value, bool) else as_several(value)
+    return tuple("no" if code is False else code for code in found)
 
 
 class Languages(Section):
@@ -149,7 +164,7 @@ class Languages(Section):
 
     keep: Annotated[
         tuple[Annotated[str, Field(pattern="^[a-z]{2,3}$")], ...],
-        BeforeValidator(as_several),
+        BeforeValidator(_as_codes),
         OneOrMore,
         Field(min_length=1),
     ]

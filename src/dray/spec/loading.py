@@ -152,6 +152,8 @@ _ALTERNATIVES = {
 """Keys of which a section has one: an override replaces the one that is there."""
 _SHORT = {"task": "name", "checkpoint": "every_minutes", "train": "path", "validation": "path"}
 """Sections that may be given by one word, and the key that it stands for."""
+_NAMED = {"filters"}
+"""Sections that may be given as a list of the names of their own sections."""
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -191,6 +193,8 @@ def with_value(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]
         section = section if isinstance(node, list) else parent
         if isinstance(child, str) and section in _SHORT:
             child = {_SHORT[section]: child}
+        if section in _NAMED and isinstance(child, str | list):
+            child = {str(name): {} for name in ([child] if isinstance(child, str) else child)}
         if isinstance(child, list):
             node[key] = list(child)
         else:

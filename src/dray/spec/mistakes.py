@@ -21,6 +21,15 @@ ALIKE = 0.8
 it."""
 
 
+_PATTERNS = {
+    "^[a-z]{2,3}$": "a code of two or three small letters, such as en",
+    "^[A-Z]{2}$": "a code of two capital letters, such as US",
+    "^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and _, as names of environment variables have",
+    "^[0-9a-f]{32}$": "32 hexadecimal digits, as dray forget tells them",
+}
+"""What values are like that are no names of runs."""
+
+
 def shown_words(text: str, width: int = 200) -> str:
     """A user's own words, without secrets, fit for a line."""
     text = redact(text)
@@ -86,8 +95,10 @@ def translate(
     if first["type"] == "missing":
         return SpecError(where, f"{path} is missing", "it has no default")
     message = redact(str(first["msg"]).removeprefix("Value error, "))
-    if first["type"] == "string_pattern_mismatch":  # a run's name, the only pattern
-        message = NAME_RULE
+    if first["type"] == "string_pattern_mismatch":
+        message = _PATTERNS.get(first["ctx"]["pattern"], NAME_RULE)
+    if first["type"] == "too_short":
+        message = f"at least {first['ctx']['min_length']} of them"
     if first["type"] == "model_type":
         message = _wanted_mapping(model, first)
     if not path:

@@ -335,7 +335,10 @@ class Spec(Section):
         elif given.r_drop or given.adversarial is not None or self.distil is not None:
             why = "r_drop, adversarial and distil make losses of their own; leave them out"
         elif task.packs or task.pools or task.explores or task.rows_together > 1:
-            why = f"a row of {task.name} is no document by itself"
+            why = (
+                f"a row of {task.name} is no document by itself; a task with a document a row is "
+                "wanted, such as sequence_classification or instruction"
+            )
         elif self.numerics.spike == "rewind":
             why = "numerics.spike = rewind: what is left out depends on the rows; give spike=warn"
         elif self.engine.activation_checkpointing is True or self.engine.compile is True:

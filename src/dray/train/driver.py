@@ -20,7 +20,7 @@ from dray.cluster.needs import make_worker_needs
 from dray.cluster.nodes import find_nodes_without, placed_shape
 from dray.cluster.placement import Placement, check_labels, find_seats
 from dray.cluster.survey import survey_cluster
-from dray.corpus.prepare import Corpus, find, prepare
+from dray.corpus.prepare import Corpus, check_inputs, find, prepare
 from dray.doctor import diagnose
 from dray.errors import Cause, Interrupted, RunFailed, StorageFailed, caught
 from dray.origin import held
@@ -98,6 +98,8 @@ def train(
     spec = spec if seats is None else _with_workers(spec, len(seats.workers))
     resources = spec.resources
     start = look(spec, storage, run_name, fork)
+    if corpus is None and start.keeper is None:
+        check_inputs(start.spec, storage)
     with connect(
         address,
         num_cpus=resources.max_workers * resources.cpus_per_worker + resources.reader_cpus,

@@ -44,7 +44,7 @@ def without_lines(text: str, rules: C4, removed: Counter[str]) -> tuple[str, str
             removed[f"c4: {reason}"] += 1
     if num_sentences < rules.min_sentences:
         return text, "too few sentences"
-    if not kept:
+    if not any(kept):
         return text, "no line left"
     return "\n".join(kept), None
 

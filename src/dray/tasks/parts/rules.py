@@ -52,7 +52,7 @@ class Rule(Section):
     """What it votes for; a lexicon says it itself."""
     regex: str | None = None
     """Found anywhere in the text, whatever the case."""
-    words: tuple[str, ...] | None = None
+    words: Annotated[tuple[str, ...], Limits(min_length=1)] | None = None
     """Any of these in the text, as whole words, whatever the case."""
     lexicon: Lexicon | None = None
     """The label that most of its words in the text speak for; as many for two keep out."""
