@@ -14,7 +14,7 @@ from dray.corpus.identifiers import (
 from dray.corpus.phones import find_phones
 from dray.corpus.redacting import SPECIFIC
 from dray.spec import Redaction
-from dray.spec.sections import PATTERNED
+from dray.spec.data import PATTERNED
 
 PEM = "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----"
 REGIONS = ("US", "GB", "CN", "DE", "FR")

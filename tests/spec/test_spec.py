@@ -22,6 +22,7 @@ from dray.spec import (
     read_yaml,
     recipe_names,
 )
+from tiny import tiny_tree
 
 TREE = {
     "name": "speeches",
@@ -408,3 +409,13 @@ def test_a_card_and_labels_are_place_and_stand_in_a_spec_only_where_they_are_giv
     assert not {"accelerator", "labels"} & set(yaml.safe_load(dump_spec(plain))["resources"])
     bare = load_spec(spec_file, ["resources.labels=null", "resources.accelerator=null"])
     assert bare == plain
+
+
+def test_a_number_is_a_word_where_columns_and_labels_may_be_numbers() -> None:
+    tree = tiny_tree(Path("."), task="sequence_classification")
+    columns = {"text": 0, "label": -1, "columns": {"label": 2}}
+    tree["data"]["train"] = {"path": "x.tsv", "header": False, **columns}
+    (source,) = make_spec(tree).data.train
+    assert (source.text, source.label, source.columns) == ("0", "-1", {"label": "2"})
+    with pytest.raises(SpecError, match="valid string"):
+        make_spec({**tree, "data": {**tree["data"], "train": {"path": "x", "text": True}}})

@@ -30,6 +30,12 @@ def _reject_boolean(value: Any) -> Any:
     return value
 
 
+def _read_number(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+Word = Annotated[str, BeforeValidator(_read_number)]
+"""A text that may be a number, and be written as one: a column's, or a label."""
 Int = Annotated[int, BeforeValidator(_reject_boolean)]
 Float = Annotated[float, BeforeValidator(_reject_boolean)]
 Share = Annotated[Float, Field(ge=0, le=1)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dray.spec.sections import Float, Int, Section
+from dray.spec.sections import Float, Int, Section, Word
 
 
 class Names(Section):
@@ -59,15 +59,15 @@ class Source(Section):
     of labels beside; `warc`: a page that a crawl was answered with is a document, of its `text`,
     `url` and `date`; `html`: a file is a page, of its `text`, `folder` and `name` (as `text`, which
     its suffix tells, it keeps its tags)."""
-    text: str = "text"
+    text: Word = "text"
     """The column that holds the text (a 0-based number for files without a header)."""
     template: Annotated[str | None, Field(exclude_if=lambda given: given is None)] = None
     """The text made of several columns in place of one: `{head} {relation} {tail}.`. A brace is
     written twice; a record without one of the columns is a bad record."""
-    label: str | None = None
+    label: Word | None = None
     """The column that holds the label; tasks with labels need it. A label is a text, a number, or
     true or false; 1, "1" and 1.0 are one label in every format."""
-    columns: Annotated[dict[str, str], Field(exclude_if=lambda given: not given)] = {}  # noqa: RUF012  # pydantic copies it
+    columns: Annotated[dict[str, Word], Field(exclude_if=lambda given: not given)] = {}  # noqa: RUF012  # pydantic copies it
     """The columns of the task's other fields by field: `{text_pair: hypothesis}`; of lines of
     words their numbers from 0, or from -1 back."""
     header: bool = True

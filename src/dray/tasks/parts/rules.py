@@ -19,7 +19,7 @@ from pydantic import model_validator
 
 from dray.errors import CorpusError, SpecError, StoreError, one_line
 from dray.processes.imports import require_package
-from dray.spec.sections import Section
+from dray.spec.sections import Section, Word
 
 ABSTAINS = -1
 PATTERN_SECONDS = 1.0
@@ -48,7 +48,7 @@ class Rule(Section):
 
     name: Annotated[str, Limits(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """By which messages and tables know it."""
-    label: str | None = None
+    label: Word | None = None
     """What it votes for; a lexicon says it itself."""
     regex: str | None = None
     """Found anywhere in the text, whatever the case."""
@@ -84,7 +84,7 @@ class Rule(Section):
 class RuleSet(Section):
     """Rules, and the labels that they vote for."""
 
-    labels: Annotated[tuple[str, ...], Limits(min_length=2, max_length=MOST_LABELS)]
+    labels: Annotated[tuple[Word, ...], Limits(min_length=2, max_length=MOST_LABELS)]
     """All that rules may vote for."""
     rules: Annotated[tuple[Rule, ...], Limits(min_length=1)]
     """What they are, each with a name of its own."""
