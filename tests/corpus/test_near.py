@@ -144,7 +144,10 @@ def make(train: Any, task: str = "causal_lm", **data: Any) -> Spec:
 @pytest.mark.parametrize(
     ("cleaning", "said"),
     [
-        ({"deduplicate": "near", "near": {"bands": 17}}, "17 do not divide 128"),
+        (
+            {"deduplicate": "near", "near": {"bands": 17}},
+            "permutations 128 are no multiple of bands 17",
+        ),
         ({"deduplicate": "near", "near": {"bands": 1}}, "give more bands"),
         ({"near": {"similarity": 0.9}}, "deduplicate: near"),
         ({"deduplicate": "near", "near": {"similarity": 1.1}}, "similarity"),

@@ -171,6 +171,7 @@ def test_only_the_corpus_is_left_in_the_storage(tmp_path: Path) -> None:
         *(
             f"{key}/{name}"
             for name in (
+                "examples.json",
                 "manifest.json",
                 "quarantine.jsonl",
                 "source_files.json",
@@ -643,7 +644,7 @@ def test_a_truncated_file_costs_its_rest_and_counts_whole(tmp_path: Path) -> Non
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(
         CorpusError,
-        match=r"a\.jsonl\.gz: from offset \d+ on: truncated gzip; 1 of all bytes are lost",
+        match=r"a\.jsonl\.gz: from offset \d+ on: truncated gzip; 100\.00% of all bytes are lost",
     ):
         prepare(make(str(path)), str(tmp_path / "out"))
     corpus = prepare(make(str(path), max_bad_share=1), str(tmp_path / "out"))
@@ -664,7 +665,7 @@ def test_a_lost_shard_is_judged_by_its_bytes_and_told(tmp_path: Path) -> None:
     (tmp_path / "in" / "more.bin").write_bytes(b"?")
     spec = make(str(tmp_path / "in"))
     with pytest.raises(
-        CorpusError, match=r"4\.parquet: .*damaged parquet.*0\.2 of all bytes are lost"
+        CorpusError, match=r"4\.parquet: .*damaged parquet.*19\.\d\d% of all bytes are lost"
     ) as caught:
         prepare(spec, str(tmp_path / "out"))
     assert "exclude" in caught.value.way_out
