@@ -118,9 +118,9 @@ def write_spec(corpus: Path, folder: Path, **resources: Any) -> str:
     ],
 )
 def test_what_no_node_has_is_refused_before_anything_is_written(
-    words: list[str], said: str, address: str, tmp_path: Path
+    words: list[str], said: str, address: str, tiny_corpus: Path, tmp_path: Path
 ):
-    spec = write_spec(tmp_path, tmp_path)
+    spec = write_spec(tiny_corpus, tmp_path)
     done = dray("train", spec, "--address", address, "--storage", f"{tmp_path}/runs", *words)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr.splitlines()[-1]
