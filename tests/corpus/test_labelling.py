@@ -159,7 +159,7 @@ def test_a_file_has_the_records_that_rules_speak_of(files: Path, capsys: Any) ->
         ({"rules": [{"name": "a", "regex": "x"}]}, "`label` is needed"),
         ({"rules": [{"name": "a", "label": "good", "program": "f"}]}, "says the label itself"),
         ({"rules": [{"name": "a", "label": "good", "at_least": 3}]}, "`column` is needed"),
-        ({"rules": [{"name": "a", "label": "good", "regex": "("}]}, "its regex is none"),
+        ({"rules": [{"name": "a", "label": "good", "regex": "("}]}, "the pattern is none"),
         ({"rules": [{"name": "a", "program": "f"}]}, "give --program"),
         ({"rules": [{"name": "a", "lexicon": {"path": "nowhere.csv"}}]}, "nowhere.csv"),
         ({"text": "body"}, "no column body"),

@@ -191,7 +191,8 @@ def test_a_row_in_other_words_has_the_votes_of_these(folder: Path) -> None:
         ({"lexicon": {"path": "x.csv"}}, "it,says\nred,a\n", CorpusError,
          r"x\.csv has no column word; it has it, says"),
         ({"lexicon": {"path": "x.csv"}}, "", CorpusError, r"rule x: x\.csv is no table"),
-        ({"label": "a", "regex": "("}, None, SpecError, "rule x: its regex is none"),
+        ({"label": "a", "regex": "("}, None, SpecError,
+         r"constraints\.rules\.0\.regex = '\(': the pattern is none \(missing \)"),
     ],
 )  # fmt: skip
 def test_rules_that_no_text_can_be_asked_by_are_refused_before_anything_is_written(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from dray.pipeline.continuing import Wanted, continue_run, next_name
 from dray.pipeline.learnt import find_learnt
 from dray.runs import Run
 from dray.serve.pinning import pin
+from dray.serve.promoting import promote
 from dray.serve.served import Served
 from dray.serve.versions import Record
 from dray.spec import make_spec
 from dray.train import train_locally
+from small_writer import change_weights, save_small_writer
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -158,6 +161,23 @@ def test_what_cannot_be_is_refused_before_anything_is_written(storage: str) -> N
             continue_run(storage, "mood", wanted, run_name="never")
     left = sorted(path.name for path in Path(storage).iterdir())
     assert left == names
+
+
+def test_a_name_is_not_given_to_a_model_of_another_kind(storage: str, tmp_path: Path) -> None:
+    chat, mood = Record(storage, "chat"), Served(storage=storage, run="mood")
+    writers = [Served(folder=str(save_small_writer(tmp_path / name))) for name in ("one", "two")]
+    change_weights(Path(str(writers[1].folder)))
+    chat.begin(pin(writers[0]))
+    refused = "'chat': is one that writes text: .*one; .* that learnt sequence_classification"
+    with pytest.raises(SpecError, match=refused):
+        promote(chat, mood)
+    wanted = Wanted(data=["feedback:slang"], promote="chat")
+    with pytest.raises(SpecError, match="what mood becomes is one that learnt"):
+        continue_run(storage, "mood", wanted, run_name="never")
+    assert Run.find(storage, "never") is None
+    assert promote(chat, writers[1]).stable == 2
+    shutil.rmtree(str(writers[1].folder))
+    assert promote(chat, mood).stable == 3  # what answered is gone: nobody can compare
 
 
 def test_names_count_on(storage: str) -> None:

@@ -96,16 +96,14 @@ def key_revoke_command(arguments: argparse.Namespace) -> int:
 
 def promote_command(arguments: argparse.Namespace) -> int:
     from dray.serve.following import state_told
-    from dray.serve.pinning import check_sound, pin
+    from dray.serve.promoting import promote
     from dray.serve.served import read_words
     from dray.serve.versions import Record
     from dray.show.progress import Display
 
     named = read_words(arguments.run, arguments.storage)
-    check_sound(named)
-    served = pin(named)
     record = Record(arguments.storage, arguments.name)
-    state = record.promote(served, arguments.share, arguments.shadow)
+    state = promote(record, named, arguments.share, arguments.shadow)
     arguments.out.say(f"{arguments.name}: {state_told(state)}")
     Display().say(FOLLOWING)
     if len(record.history()) == 1:

@@ -31,7 +31,7 @@ from dray.release.measuring import measure
 from dray.release.trained import Trained, load_trained
 from dray.runs import Run
 from dray.runs.finished import is_name_free
-from dray.serve.pinning import pin
+from dray.serve.promoting import check_kind, kind_of_task, promote
 from dray.serve.served import Served
 from dray.serve.versions import Record
 from dray.spec import TEXT_KINDS, Spec, make_spec
@@ -107,7 +107,7 @@ def continue_run(
     if not 0 <= wanted.held_share < 1:
         raise SpecError(f"--held-share {wanted.held_share:g}", "is no share", "0 to below 1")
     if wanted.promote is not None:
-        Record(storage, wanted.promote)
+        check_kind(Record(storage, wanted.promote), kind_of_task(spec.task), f"what {name} becomes")
     snapshots = _snapshots(storage, wanted)
     new_name = run_name or next_name(storage, name)
     done = Continued(new_name, name)
@@ -337,5 +337,5 @@ def _told_missed(one: Mapping[str, Any]) -> str:
 
 
 def _promoted(storage: str, name: str, run: str) -> str:
-    state = Record(storage, name).promote(pin(Served(name=name, storage=storage, run=run)))
+    state = promote(Record(storage, name), Served(name=name, storage=storage, run=run))
     return f"version {state.stable} of {name}"

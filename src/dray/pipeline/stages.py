@@ -41,6 +41,7 @@ from dray.serve.foreground import (
 )
 from dray.serve.limits import Limits
 from dray.serve.pinning import pin
+from dray.serve.promoting import check_kind, kind_of_task, promote
 from dray.serve.request_log import Logged, check_log
 from dray.serve.served import Served
 from dray.serve.tls import read_tls
@@ -119,7 +120,8 @@ class Release:
                 with _said(folder, f"export.{number}.folder = {folder}"):
                     check_free(folder)
         if spec.serve is not None and "promote" in stages:
-            Record(self._storage, spec.serve.name or self._name)
+            name = spec.serve.name or self._name
+            check_kind(Record(self._storage, name), kind_of_task(spec.task), "what the spec trains")
             if "serve" in stages:
                 check_installed()
                 self._check_port()
@@ -350,7 +352,7 @@ class Release:
         answering = state.versions.get(state.stable)
         was_there = answering is not None and answering.bare == served.bare
         if not was_there or state.canary is not None or state.shadow is not None:
-            state, was_there = record.promote(served), False
+            state, was_there = promote(record, served), False
         what = f"version {state.stable} of {served.called}: {served.run}@{served.step}"
         return Told(what, served.called, was_there)
 

@@ -12,12 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Annotated, Any, Self
 
 from pydantic import Field as Limits
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from dray.errors import CorpusError, SpecError, StoreError, one_line
+from dray.errors import CorpusError, StoreError, one_line
 from dray.processes.imports import require_package
 from dray.spec.sections import Section, Word
 
@@ -56,6 +57,19 @@ class Rule(Section):
     """Any of these in the text, as whole words, whatever the case."""
     lexicon: Lexicon | None = None
     """The label that most of its words in the text speak for; as many for two keep out."""
+
+    @field_validator("regex")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is None or find_spec("regex") is None:  # then nothing asks it either
+            return pattern
+        import regex
+
+        try:
+            regex.compile(pattern, regex.IGNORECASE)
+        except regex.error as error:
+            raise ValueError(f"the pattern is none ({error})") from error
+        return pattern
 
     @property
     def kinds(self) -> Mapping[str, Any]:
@@ -123,8 +137,8 @@ Slow = Callable[[Rule, str], int]
 
 
 def make_vote(rule: Rule, labels: Sequence[str], content: bytes | None, slow: Slow) -> Vote:
-    """What asks a rule of texts. `content`: its lexicon's file. Raises SpecError for a pattern that
-    is none, CorpusError for a lexicon that is none of the labels."""
+    """What asks a rule of texts. `content`: its lexicon's file. Raises CorpusError for a lexicon
+    that is none of the labels."""
     own = ABSTAINS if rule.label is None else labels.index(rule.label)
     if rule.regex is not None:
         return _by_pattern(rule, rule.regex, own, slow)
@@ -139,10 +153,7 @@ def _by_pattern(rule: Rule, pattern: str, own: int, slow: Slow) -> Vote:
     require_package("regex", "train", "a pattern with a time limit")
     import regex
 
-    try:
-        found = regex.compile(pattern, regex.IGNORECASE)
-    except regex.error as error:
-        raise SpecError(f"rule {rule.name}", f"its regex is none ({error})") from error
+    found = regex.compile(pattern, regex.IGNORECASE)
 
     def vote(said: Said) -> int:
         try:
