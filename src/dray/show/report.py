@@ -16,7 +16,7 @@ from dray.doctor import Diagnosis
 from dray.errors import UserError
 from dray.ledger import LedgerReport
 from dray.plan import format_bytes, format_seconds
-from dray.privacy import privacy_of
+from dray.privacy import told_privacy
 from dray.runs import CheckpointReport, Run
 from dray.runs.uptime import describe_interval, find_interval
 from dray.show.compression import format_compression
@@ -89,8 +89,8 @@ def format_summary(run: Run) -> str:
             f"  bits a byte  {validation['bits_per_byte']:.3f}; the same held-out text: {others}"
         )
     lines += _describe_data(run)
-    if (privacy := privacy_of(run)) is not None:
-        lines.append(f"  privacy      {describe_privacy(privacy)}")
+    if privacy := told_privacy(run):
+        lines.append(f"  privacy      {privacy}")
     if table := summary.get("compression"):
         lines += [f"  {line}".rstrip() for line in format_compression(table).splitlines()]
     if told := find_interval(run):
@@ -105,17 +105,6 @@ def format_summary(run: Run) -> str:
         state = "sound" if item["verified"] else f"unsound: {item['problem']}"
         lines.append(f"  checkpoint   step {item['step']}  {format_bytes(item['bytes'])}  {state}")
     return "\n".join(lines)
-
-
-def describe_privacy(told: Mapping[str, Any]) -> str:
-    """What a private run proves, in a line."""
-    if told["public"]:
-        return "none: its noise follows from privacy.noise_seed, which is no secret"
-    epsilon = "no ε that says anything" if told["epsilon"] is None else f"ε = {told['epsilon']:.4g}"
-    return (
-        f"{epsilon} at δ = {told['delta']:g}: a row was used {told['uses']} times, noise "
-        f"{told['noise_multiplier']:.4g}, gradients up to {told['max_grad_norm']:g}"
-    )
 
 
 def load_account(run: Run) -> dict[str, Any] | None:

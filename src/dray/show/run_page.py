@@ -11,6 +11,7 @@ from dray.doctor import diagnose
 from dray.doctor.diagnosis import Past
 from dray.errors import caught
 from dray.plan import format_bytes, format_seconds
+from dray.privacy import told_privacy
 from dray.runs import Run
 from dray.runs.records import finite
 from dray.show.html import Page
@@ -37,7 +38,7 @@ def make_run_page(run: Run) -> Page:
     summary, plan = run.summary(), caught(run.plan)[0] or {}
     page = Page(f"Run {run.name}")
     curves = read_curves(run, int(plan.get("num_steps") or summary["step"] or 1))
-    seconds = curves.seconds
+    seconds, privacy = curves.seconds, told_privacy(run)
     page.facts(
         {
             "status": summary["status"],
@@ -51,6 +52,7 @@ def make_run_page(run: Run) -> Page:
                 for name, value in summary["validation"].items()
                 if name not in ("step", "num_targets")
             },
+            "privacy": privacy or "",
             "begun": str(summary["created"])[:19].replace("T", " "),
             "fingerprint": summary["fingerprint"][:12],
             "folder": run.uri,

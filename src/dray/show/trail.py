@@ -8,7 +8,12 @@ from typing import Any
 
 def format_trail(told: Mapping[str, Any]) -> str:
     """Lines for people, of `release.forgetting.Trail` as plain values."""
-    lines = [f"document {told['digest']}"]
+    lines = [
+        f"document {told['digest']}",
+        f"  looked through: corpora {told['num_corpora']}, runs {told['num_runs']}",
+    ]
+    if others := told["other_corpora"]:
+        lines.append(f"  not looked through, as no run has learnt from them: {', '.join(others)}")
     for held in told["corpora"]:
         train, validation = held["train_rows"], held["validation_rows"]
         more = f", {len(validation)} held out" if validation else ""
@@ -20,7 +25,7 @@ def format_trail(told: Mapping[str, Any]) -> str:
             clean = f"; not at {_listed(one['clean'])}" if one["clean"] else ""
             lines.append(f"      its checkpoints at {_listed(one['seen'])} have seen it{clean}")
     if not told["corpora"] and not any(one["steps"] or one["inherits"] for one in told["runs"]):
-        lines.append("  no corpus and no run of this storage has it, as far as can be told")
+        lines.append("  none of them has it, as far as can be told")
     if again := told.get("again"):
         where = "has no row of it" if not again["rows"] else f"HAS {len(again['rows'])} ROWS OF IT"
         ledger = "its ledger is proven" if again["ledger_ok"] else "ITS LEDGER IS NOT PROVEN"

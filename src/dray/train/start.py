@@ -42,7 +42,7 @@ from dray.plan import (
     make_demands,
     with_numbers,
 )
-from dray.privacy import keep_noise
+from dray.privacy import check_privacy, keep_noise
 from dray.rank.job import Job, make_corpus_plan
 from dray.runs import (
     Run,
@@ -192,6 +192,8 @@ def open_run(
                 say(
                     f"{start.keeper.name} kept no {average} of its weights: it begins with the fork"
                 )
+    origin_of_fork = start.keeper if start.run is None else None
+    check_privacy(spec, corpus.manifest, plan.num_steps or 0, start.run, origin_of_fork)
     run = open_or_create(
         start.storage,
         start.name,

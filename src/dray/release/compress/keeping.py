@@ -23,7 +23,7 @@ def make_compressed_spec(trained: Trained, name: str, **sections: Any) -> Spec:
     training, with weights that start from it; `sections` replace others."""
     tree = trained.spec.model_dump(mode="json")
     released = ("evaluate", "compress", "export", "serve")
-    for key in ("adapters", "freezing", "distil", *released):
+    for key in ("adapters", "freezing", "distil", "privacy", *released):
         tree.pop(key, None)
     for average in ("ema", "swa"):
         tree["regularization"].pop(average, None)

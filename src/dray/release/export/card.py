@@ -17,6 +17,7 @@ import yaml
 from dray import __version__
 from dray.errors import caught, visible
 from dray.models.build import num_parameters
+from dray.privacy import describe_privacy, privacy_of
 from dray.redaction import redact
 from dray.release.export.forms import Options, Written
 from dray.release.trained import Trained
@@ -218,6 +219,8 @@ def _training(trained: Trained) -> Iterator[str]:
         yield f"- Adapters: {spec.adapters.name}{how}"
     if spec.freezing is not None:
         yield "- Some of the layers were frozen"
+    if (privacy := privacy_of(run, step)) is not None:
+        yield f"- Differential privacy: {describe_privacy(privacy)}"
 
 
 def _lineage(trained: Trained) -> Iterator[str]:
