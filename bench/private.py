@@ -1,13 +1,11 @@
-"""The table of docs/differential_privacy.md: what hiding each row costs on SST-2, in accuracy and
-in time.
+"""The table of docs/differential_privacy.md: what hiding each row costs in time and memory.
 
-    python -m bench.private [--seeds 3] [--rounds 3]
+    python -m bench.private [--rounds 3]
 
-MiniLM learns the 6,919 training sentences, all its weights or LoRA and a head alone, without
-privacy and under an ε; the 872 of dev.tsv are measured after the last step. Two run at a time, on a
-core each. Then come short runs, the arms in turn, for what a step costs. What is done already is
-found. Reads ../shared/data and the package with MiniLM's weights; what of it is absent ends the
-run.
+MiniLM learns SST-2's training sentences for a few steps: all its weights, LoRA and a head, or its
+head alone, each without privacy and with it. One run at a time, the arms in turn. What is done
+already is found. Reads ../shared/data and the package with MiniLM's weights; what of it is absent
+ends the run.
 """
 
 from __future__ import annotations
@@ -15,131 +13,65 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from bench.report import ROOT, write_section
-from bench.sentences import Right, Runs
+from bench.sentences import Runs
 
 RUNS = Runs("private")
 PAGE = ROOT / "docs" / "differential_privacy.md"
-SENTENCES, EPOCHS, ROWS = 6_919, 5, 512
-STEPS = SENTENCES * EPOCHS // ROWS
-PACE_STEPS, FIRST_STEPS = 6, 2
-AT_ONCE = 2
-LORA = {"adapters": {"name": "lora", "rank": 4}}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is learnt, how fast, and how well its rows are hidden."""
-
-    words: str
-    learning_rate: float
-    epsilon: float | None = None
-    sections: Mapping[str, Any] = field(default_factory=dict)
-
-    def tree(self, name: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
-        tree = RUNS.tree(name, sentences=SENTENCES, steps=steps, rows=ROWS)
-        tree |= {"seed": seed, "regularization": {"dropout": 0.0}, **self.sections}
-        tree["optimizer"]["learning_rate"] = self.learning_rate
-        if self.epsilon is not None:
-            tree["privacy"] = {"max_grad_norm": 0.1, "epsilon": self.epsilon, "delta": 1e-5}
-        return tree
-
-
-ARMS: Mapping[str, Arm] = {
-    "all": Arm("all weights", 1e-4),
-    "all_8": Arm("all weights", 1e-3, 8),
-    "lora": Arm("LoRA of rank 4 and the head", 2e-3, None, LORA),
-    "lora_8": Arm("LoRA of rank 4 and the head", 5e-3, 8, LORA),
-    "lora_2": Arm("LoRA of rank 4 and the head", 5e-3, 2, LORA),
+SENTENCES, ROWS, STEPS, FIRST_STEPS = 6_919, 64, 5, 1
+LEARNT: Mapping[str, Mapping[str, Any]] = {
+    "all weights": {},
+    "LoRA of rank 4, and the head": {"adapters": {"name": "lora", "rank": 4}},
+    "the head": {"freezing": {"body": True}},
 }
-BESIDE = {"all_8": "all", "lora_8": "lora", "lora_2": "lora"}
-"""The same without privacy."""
+PRIVACY = {"privacy": {"epsilon": 8}}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """An arm by seed, and its seconds a step by turn."""
+def measure(learnt: str, is_private: bool, turn: int) -> dict[str, float]:
+    """Seconds a step, the median of all but the first, and the greatest memory of the rank."""
+    number = list(LEARNT).index(learnt)
+    name = f"{'private' if is_private else 'plain'}-{number}-{turn}"
 
-    accuracy: list[float]
-    privacy: Mapping[str, Any] | None
-    paces: list[float]
+    def run() -> dict[str, float]:
+        from dray.runs import Run
 
-
-def answers(arm: str, seed: int) -> list[int]:
-    """Train an arm: whether it is right, by held-out sentence."""
-
-    def measure() -> list[int]:
-        name = RUNS.train(ARMS[arm].tree(f"{arm}-{seed}", seed))
-        found: Right = RUNS.right_answers(name)
-        return [int(one) for one in found]
-
-    return [*RUNS.kept(f"{arm}-{seed}", measure)]
-
-
-def pace(arm: str, turn: int) -> float:
-    """The seconds that a step of a short run takes, the median of all but the first ones."""
-
-    def measure() -> float:
-        tree = ARMS[arm].tree(f"pace-{arm}-{turn}", seed=0)
+        tree = RUNS.tree(name, sentences=SENTENCES, steps=STEPS, rows=ROWS)
         del tree["data"]["validation"], tree["validation"]
-        tree["duration"] = {"steps": PACE_STEPS}
-        tree["schedule"] = {"name": "constant", "warmup_steps": 0}
-        return RUNS.seconds_a_step(RUNS.train(tree), FIRST_STEPS)
+        tree |= {"schedule": {"name": "constant", "warmup_steps": 0}, **LEARNT[learnt]}
+        RUNS.train(tree | (PRIVACY if is_private else {}))
+        rows = Run.open(RUNS.storage, name).metrics()
+        return {
+            "seconds": RUNS.seconds_a_step(name, FIRST_STEPS),
+            "bytes": max(row["memory_bytes_max"] for row in rows),
+        }
 
-    return float(RUNS.kept(f"pace-{arm}-{turn}", measure))
-
-
-def lines(figures: Mapping[str, Measured]) -> list[str]:
-    """The table."""
-    found = [
-        "| what is learnt | ε at δ = 1e-5 | noise | accuracy by seed | mean | time a step |",
-        "|---|--:|--:|---|--:|--:|",
-    ]
-    for name, one in figures.items():
-        arm, told = ARMS[name], one.privacy
-        cells = [
-            arm.words,
-            "none" if told is None else f"{told['epsilon']:.3g}",
-            "" if told is None else f"{told['noise_multiplier']:.2f}",
-            " ".join(f"{accuracy:.1%}" for accuracy in one.accuracy),
-            f"{statistics.mean(one.accuracy):.1%}",
-            "1",
-        ]
-        if name in BESIDE:
-            beside = figures[BESIDE[name]].paces
-            ratios = [own / other for own, other in zip(one.paces, beside, strict=True)]
-            cells[-1] = f"{statistics.median(ratios):.2f}"
-        found.append(f"| {' | '.join(cells)} |")
-    return found
+    return dict(RUNS.kept(name, run))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    arms = [(name, seed) for seed in range(given.seeds) for name in ARMS]
-    turns = [(name, turn) for turn in range(given.rounds) for name in ARMS]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        right = dict(zip(arms, pool.map(lambda arm: answers(*arm), arms), strict=True))
-        paces = dict(zip(turns, pool.map(lambda turn: pace(*turn), turns), strict=True))
     figures = {
-        name: Measured(
-            [float(np.mean(right[name, seed])) for seed in range(given.seeds)],
-            RUNS.dray("show", f"{name}-0").get("privacy"),
-            [paces[name, turn] for turn in range(given.rounds)],
-        )
-        for name in ARMS
+        (turn, learnt): [measure(learnt, is_private, turn) for is_private in (False, True)]
+        for turn in range(given.rounds)
+        for learnt in LEARNT
     }
-    write_section("private", "\n".join(lines(figures)), figures, PAGE)
+    lines = [
+        "| what is learnt | a step, beside the same without privacy | memory of the rank, without | with |",
+        "|---|--:|--:|--:|",
+    ]
+    for learnt in LEARNT:
+        turns = [figures[turn, learnt] for turn in range(given.rounds)]
+        ratio = statistics.median(own["seconds"] / plain["seconds"] for plain, own in turns)
+        memory = [statistics.median(one[arm]["bytes"] for one in turns) / 1e6 for arm in (0, 1)]
+        lines.append(f"| {learnt} | {ratio:.1f} | {memory[0]:,.0f} MB | {memory[1]:,.0f} MB |")
+    kept = {f"{learnt}, round {turn}": found for (turn, learnt), found in figures.items()}
+    write_section("private", "\n".join(lines), kept, PAGE)
 
 
 if __name__ == "__main__":

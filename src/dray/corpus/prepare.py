@@ -271,10 +271,10 @@ def with_tokenizer_folder(spec: Spec, storage: str) -> Spec:
     run = Run.find(storage, name)
     if run is None:
         raise SpecError(
-            f"tokenizer.run = {name}",
+            f"{'model' if spec.model.run == name else 'tokenizer'}.run = {name}",
             f"no such run in {shown(absolute(storage))}",
             "the tokeniser of another run is read from its folder",
-            "name another storage with --storage, or the tokeniser's folder as tokenizer.path",
+            "name another storage with --storage, or a folder as path in its place",
         )
     return _with_tokenizer(spec, child(run.corpus_copy, "tokenizer"))
 

@@ -124,14 +124,20 @@ class Load:
     compiled: bool = False
     kept_passes: int = 1
     """Forward passes of a micro batch whose activations are kept at once."""
+    row_by_row: bool = False
+    """Whether each row goes through the model alone, and its gradient is added to a sum."""
 
     @property
     def element_bytes(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
     @property
+    def rows_at_once(self) -> int:
+        return 1 if self.row_by_row else self.micro_rows
+
+    @property
     def tokens(self) -> int:
-        return self.micro_rows * self.sequence_tokens * self.sizes.head.sequences
+        return self.rows_at_once * self.sequence_tokens * self.sizes.head.sequences
 
     @property
     def share(self) -> int:
@@ -210,9 +216,9 @@ def logits_bytes(load: Load) -> int:
     share of the tokens as a whole, and their gradient."""
     head = load.sizes.head
     if head.over == "hidden":  # the vectors of rows
-        return load.micro_rows * load.sizes.hidden * 12
+        return load.rows_at_once * load.sizes.hidden * 12
     if head.over == "labels":
-        each = load.tokens if head.each == "token" else load.micro_rows
+        each = load.tokens if head.each == "token" else load.rows_at_once
         return each * load.sizes.num_labels * 12
     vocab, hidden, element = load.sizes.vocab, load.sizes.hidden, load.element_bytes
     chunk_tokens = max(1, loss_chunk_bytes(load.on_gpu) // (4 * vocab))
@@ -234,7 +240,7 @@ def _activation_bytes(load: Load) -> int:
 
 def _activation_bytes_of_a_pass(load: Load) -> int:
     if load.sizes.row is not None:
-        return load.micro_rows * load.sizes.row.elements * load.element_bytes
+        return load.rows_at_once * load.sizes.row.elements * load.element_bytes
     one_block = layer_bytes_per_token(
         load.sizes,
         load.element_bytes,
@@ -254,6 +260,9 @@ def _moments(load: Load) -> list[_Moment]:
     parameters, optimizer = _parameter_bytes(load), _optimizer_bytes(load)
     standing_gradients, standing_buffers = _standing(load)
     accumulated = _accumulated_gradient_bytes(load)
+    # A row's gradient, beside the sum of those before it, in fp32.
+    trained = load.count.trained if load.row_by_row else 0
+    one_row, summed = load.element_bytes * trained, 4 * trained
     base = _Moment(
         "", parameters, optimizer, gradients=standing_gradients, buffers=standing_buffers
     )
@@ -262,7 +271,7 @@ def _moments(load: Load) -> list[_Moment]:
     activations = _activation_bytes(load)
     working = load.tokens * layer_working_bytes_per_token(load.sizes, load.element_bytes)
     if load.sizes.row is not None:
-        working = load.micro_rows * WORKING_TENSORS * load.sizes.row.largest * load.element_bytes
+        working = load.rows_at_once * WORKING_TENSORS * load.sizes.row.largest * load.element_bytes
     bucket, copies, whole = _reduction_bytes(load)
     embedding = load.element_bytes * min(load.sizes.vocab * load.sizes.hidden, load.count.trained)
     return [
@@ -271,14 +280,14 @@ def _moments(load: Load) -> list[_Moment]:
             name="loss",
             activations=activations,
             logits=logits_bytes(load),
-            gradients=base.gradients + accumulated,
+            gradients=base.gradients + accumulated + summed,
             buffers=base.buffers + gathered,
         ),
         replace(
             base,
             name="backward",
             activations=working,
-            gradients=base.gradients + max(accumulated, whole) + embedding,
+            gradients=base.gradients + max(accumulated, whole, one_row) + embedding + summed,
             buffers=base.buffers + gathered + (bucket + copies if load.stage >= 2 else 0),
         ),
         replace(

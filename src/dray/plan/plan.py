@@ -7,6 +7,7 @@ It imports neither torch nor ray, and answers in milliseconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from dray.plan.parameters import (
     count_state_bytes,
     load_dimensions,
 )
+from dray.plan.privacy import epsilon_of, mu_for, mu_of
 from dray.plan.speed import (
     COMPILE_SECONDS,
     START_SECONDS,
@@ -203,6 +205,7 @@ class _Question:
             working_copies=spec.optimizer.working_copies,
             compiled=setting.compiled,
             kept_passes=spec.regularization.num_kept_passes,
+            row_by_row=spec.privacy is not None,
         )
 
     def peak_flops(self, num_ranks: int) -> float | None:
@@ -360,7 +363,10 @@ def _make(
             buckets=question.load(setting).buckets,
             on_gpu=question.on_gpu,
         ),
-        notes=list(_notes(question, setting, batch)),
+        notes=[
+            *_notes(question, setting, batch),
+            *_notes_of_length(question, num_steps, num_rows),
+        ],
     )
 
 
@@ -756,6 +762,37 @@ def _notes_of_counts(question: _Question) -> Iterator[str]:
             f"{question.sizes.architecture} is counted by formula ({why}): the number of "
             "parameters and the memory are estimates"
         )
+
+
+def _notes_of_length(
+    question: _Question, num_steps: int | None, num_rows: int | None
+) -> Iterator[str]:
+    """What the number of steps and rows decides."""
+    spec = question.spec
+    swa = spec.regularization.swa
+    if swa is not None and num_steps is not None and swa.first_step > num_steps:
+        yield (
+            f"regularization.swa.first_step = {swa.first_step}: the run has {num_steps} steps, so "
+            "the mean of its weights is its weights"
+        )
+    given = spec.privacy
+    if given is None:
+        return
+    if num_steps is None or not num_rows:
+        yield "privacy: noise and ε follow from how often a row is used, known once rows are"
+        return
+    uses = -(-num_steps * spec.batch.global_rows // num_rows)
+    noise = given.noise_multiplier
+    if noise is None:
+        assert given.epsilon is not None
+        noise = math.sqrt(uses) / mu_for(given.epsilon, given.delta)
+    epsilon = epsilon_of(given.delta, mu_of(uses, noise))
+    length = noise * math.sqrt(question.count.trained) / spec.batch.global_rows
+    yield (
+        f"privacy: each row used about {uses} times with noise {noise:.4g} is ε = {epsilon:.4g} "
+        f"at δ = {given.delta:g}; a step's noise is {length:.2g} times as long as the longest "
+        "gradient that a batch can have"
+    )
 
 
 def _notes(question: _Question, setting: _Setting, batch: BatchPlan) -> Iterator[str]:

@@ -32,6 +32,8 @@ HIDDEN_SHARE = 2 / 3
 """Of a micro batch's computing, what reductions can hide behind: the backward pass."""
 CPU_COPY_RATE = 1.4e9
 """Bytes a second of a copy into memory that is new to the process, as measured."""
+ROW_GRADIENT_PASSES = 4
+"""Over a row's gradient, where each is measured and added by itself: as was timed on a CPU."""
 CALLS_A_SECOND = 2000.0
 """Calls of all ranks together that an actor takes without being busy with it."""
 WRITE_RATE = 400e6
@@ -84,6 +86,9 @@ def step_time(load: Load, shape: Shape, peak_flops: float) -> StepTime:
     micro = load.micro_rows * load.row_tokens * flops / (peak_flops * share)
     if load.stage == 3:
         micro *= 1 + GATHER_OVERHEAD
+    if load.row_by_row:
+        added = ROW_GRADIENT_PASSES * 4 * load.count.trained / _memory_rate(load, shape)
+        micro += load.micro_rows * added
     return StepTime(
         compute=load.accumulation * micro,
         communication=_communication(load, shape, micro),

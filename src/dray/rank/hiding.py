@@ -10,12 +10,14 @@ other.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from dray.errors import SpecError
 from dray.rank.chance import Chance, draw_normal
@@ -57,14 +59,7 @@ class PrivateRows(Passes):
         for place in range(num_rows):
             row = {name: value[place : place + 1] for name, value in batch.items()}
             with self._chance.only(place):
-                terms, _ = self._objective(row)
-            loss, count = terms["loss"]
-            if not int(count):
-                continue
-            mean = loss / count
-            found = torch.autograd.grad(mean, parameters, allow_unused=True)
-            total += mean.detach()
-            self._add(sums, found)
+                self._learn_row(row, parameters, sums, total)
         # What the engine is given has these sums as its gradient.
         surrogate = sum(
             (one.float() * own).sum() for one, own in zip(parameters, sums, strict=True)
@@ -72,17 +67,28 @@ class PrivateRows(Passes):
         micro.backward(surrogate, last=True)
         return total
 
+    def _learn_row(
+        self, row: Batch, parameters: Sequence[Tensor], sums: Sequence[Tensor], total: Tensor
+    ) -> None:
+        """Add what a row says to the sums and to the total loss. Its gradient is gone afterwards:
+        two of them at once would be memory that nobody planned."""
+        terms, _ = self._objective(row)
+        loss, count = terms["loss"]
+        if not int(count):
+            return
+        mean = loss / count
+        total += mean.detach()
+        self._add(sums, torch.autograd.grad(mean, parameters, allow_unused=True))
+
     def _add(self, sums: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
         """Add a row's gradient, shortened. One that is not finite adds nothing, as if it were 0."""
-        some = [one.float() for one in found if one is not None]
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(one) for one in some])
-        )
-        scale = (self._most / norm.clamp(min=_TINY)).clamp(max=1.0)
-        scale = torch.where(torch.isfinite(norm), scale, 0.0)
+        norm = float(get_total_norm([one.float() for one in found if one is not None]))
+        if not math.isfinite(norm):
+            return
+        scale = min(1.0, self._most / max(norm, _TINY))
         for own, one in zip(sums, found, strict=True):
             if one is not None:
-                own += torch.where(torch.isfinite(one), one.float(), 0.0) * scale
+                own.add_(one, alpha=scale)
 
 
 class PrivateNoise(Hook):

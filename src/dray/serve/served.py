@@ -64,6 +64,13 @@ def read_words(words: str, storage: str, name: str | None = None) -> Served:
         raise SpecError(
             words, "holds no config.json", "a folder is one that `dray export` has written"
         )
+    if not re.fullmatch(RUN_NAME, run):
+        raise SpecError(
+            words[:200],
+            "is no folder with a model, and no name of a run",
+            NAME_RULE,
+            "another name for a run is given as --name NAME=RUN" if "=" in words else "",
+        )
     return Served(name=name, storage=storage, run=run, step=found)
 
 

@@ -147,6 +147,7 @@ def dump_spec(spec: Spec) -> str:
 _ALTERNATIVES = {
     "duration": ("steps", "epochs", "tokens"),
     "model": ("architecture", "path", "run"),
+    "privacy": ("noise_multiplier", "epsilon"),
     "tokenizer": ("path", "run", "train"),
 }
 """Keys of which a section has one: an override replaces the one that is there."""
