@@ -62,7 +62,7 @@ def main() -> None:
         for learnt in LEARNT
     }
     lines = [
-        "| what is learnt | a step, beside the same without privacy | memory of the rank, without | with |",
+        "| what is learnt | a step, beside the same without privacy | memory without | with |",
         "|---|--:|--:|--:|",
     ]
     for learnt in LEARNT:

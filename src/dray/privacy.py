@@ -145,7 +145,7 @@ def describe_privacy(told: Mapping[str, Any]) -> str:
         return "none: its noise follows from privacy.noise_seed, which is no secret"
     epsilon = "no ε that says anything" if told["epsilon"] is None else f"ε = {told['epsilon']:.4g}"
     return (
-        f"{epsilon} at δ = {told['delta']:g}: a row was used {told['uses']} times, noise "
+        f"{epsilon} at δ = {told['delta']:g}; uses of a row {told['uses']}, noise "
         f"{told['noise_multiplier']:.4g}, gradients up to {told['max_grad_norm']:g}"
     )
 

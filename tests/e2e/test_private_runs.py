@@ -115,6 +115,7 @@ def test_a_secret_is_a_runs_own_and_leaves_it_nowhere(
     place = f"{runs[0].path}/noise.json"
     assert os.stat(place).st_mode & 0o777 == 0o600
     export(straight.storage, "one", str(tmp_path / "out"))
+    assert "Differential privacy: ε = 4 at δ = 0.001" in (tmp_path / "out/README.md").read_text()
     assert main(["show", "one", "--storage", straight.storage]) == 0
     shown = capsys.readouterr().out
     assert "privacy      ε = 4 at δ = 0.001" in shown

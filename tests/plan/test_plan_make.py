@@ -420,6 +420,8 @@ def test_notes_name_what_is_odd() -> None:
         return " ".join(make_plan(spec, shape).notes)
 
     assert "4 workers share 2 CPUs" in notes(spec_of(resources={"workers": 4}), LAPTOP)
+    late = spec_of(regularization={"swa": {"first_step": 101}})
+    assert "swa.first_step = 101: the run has 100 steps" in notes(late, LAPTOP)
     assert "run on its CPUs" in notes(spec_of(precision="fp32"), parse_shape("1x8xH100"))
     assert "are estimates" in notes(spec_of(model={"architecture": "olmo"}), LAPTOP)
     gpus = {"workers": 2, "gpus_per_worker": 1}

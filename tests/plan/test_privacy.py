@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from scipy import integrate, stats
 
+from dray.plan import Shape, make_plan
 from dray.plan.privacy import delta_of, epsilon_of, mu_for, mu_of
+from dray.spec import make_spec
 
 
 @pytest.mark.parametrize("uses", [1, 3, 20])
@@ -60,3 +63,29 @@ def test_numbers_far_out_stay_numbers() -> None:
     assert delta_of(0.0, 100.0) == pytest.approx(1.0)
     assert epsilon_of(1e-300, 1.0) < 50
     assert math.isinf(epsilon_of(1e-5, 1e6))
+
+
+def test_a_plan_tells_what_rows_one_by_one_cost_and_what_epsilon_comes_to() -> None:
+    tree: dict[str, Any] = {
+        "name": "t",
+        "task": "sequence_classification",
+        "data": {"train": {"path": "none", "label": "label"}, "sequence_tokens": 64},
+        "tokenizer": {"train": "byte_bpe", "vocab_size": 8192},
+        "model": {"architecture": "bert", "hidden_size": 256, "num_layers": 4, "num_heads": 4},
+        "batch": {"global_rows": 64, "micro_rows": 32},
+        "duration": {"steps": 100},
+        "zero": {"stage": 0},
+    }
+    shape = Shape(name="laptop", cpus_per_node=2, memory_bytes_per_node=24 * 10**9)
+    private = make_spec(tree | {"privacy": {"epsilon": 8.0}})
+    plain, hidden = (make_plan(spec, shape, num_rows=1000) for spec in (make_spec(tree), private))
+    assert hidden.memory.activations < plain.memory.activations / 8
+    assert hidden.memory.gradients > plain.memory.gradients + 4 * hidden.num_parameters * 0.9
+    assert (hidden.step_seconds or 0) > (plain.step_seconds or math.inf)
+    (note,) = [note for note in hidden.notes if note.startswith("privacy")]
+    noise = math.sqrt(7) / mu_for(8.0, 1e-5)
+    length = noise * math.sqrt(hidden.num_parameters) / 64
+    assert f"used about 7 times with noise {noise:.4g} is ε = 8 at δ = 1e-05" in note
+    assert f"is {length:.2g} times as long as the longest gradient" in note
+    (note,) = [one for one in make_plan(private, shape).notes if one.startswith("privacy")]
+    assert "known once rows are" in note

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dray.corpus.prepare import prepare
 from dray.corpus.stream import make_order
 from dray.errors import CorpusError, SpecError, StoreError
 from dray.ledger import verify_ledger
-from dray.release.forgetting import Learnt, Trail, find_document, find_text, require_clean
+from dray.release.forgetting import find_document, find_text, require_clean
 from dray.runs import Run
 from dray.spec import make_spec
 from dray.train import train_locally
@@ -189,16 +190,58 @@ def test_a_run_made_again_without_it_has_a_ledger_that_proves_it(
 
 def test_what_began_with_weights_that_have_seen_it_is_not_made_again(storage: str) -> None:
     with pytest.raises(StoreError, match=r"begins with the weights of packed@12.* make packed"):
-        require_clean(find_document(storage, SECRET), "child")
-    require_clean(Trail("0" * 32, runs=[Learnt("one", "")]), "one")
+        require_clean(find_document(storage, SECRET), Run.open(storage, "child"))
+    require_clean(find_document(storage, SECRET), Run.open(storage, "packed"))
+
+
+def test_a_run_without_the_document_is_not_made_again(
+    storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would take as long as training, and prove something of another text."""
+    with pytest.raises(StoreError, match="'clean': has no row of the document"):
+        require_clean(find_document(storage, SECRET), Run.open(storage, "clean"))
+    (tmp_path / "secret.txt").write_text(SECRET)
+    before = sorted(path.name for path in Path(storage).iterdir())
+    words = ["forget", "--text", str(tmp_path / "secret.txt"), "--storage", storage, "--again"]
+    assert main([*words, "clean"]) == 2
+    assert main([*words, "alone", "--run", "packed"]) == 2
+    assert "--run packed: is a run that may have it" in capsys.readouterr().err
+    assert sorted(path.name for path in Path(storage).iterdir()) == before
+
+
+def test_trials_are_looked_through_and_corpora_without_a_run_are_told(
+    storage: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "runs"
+    shutil.copytree(storage, place)
+    (place / "swept").mkdir()
+    (place / "swept" / "sweep.json").write_text("{}")
+    (place / "packed").rename(place / "swept" / "0001")
+    tree = tree_of(home)
+    tree["data"] |= {"sequence_tokens": 32}
+    other = prepare(make_spec(tree), str(place))
+    trail = find_document(str(place), SECRET)
+    assert "swept/0001" in {one.run for one in trail.runs}
+    assert trail.other_corpora == [other.manifest.key]
+    assert trail.num_corpora == len(list((place / "corpora").glob("*/manifest.json"))) - 1
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + SECRET.encode())
+    words = ["forget", "--text", str(tmp_path / "bom.txt"), "--storage"]
+    assert main([*words, str(place)]) == 0
+    said = capsys.readouterr().out
+    assert f"document {digest_of(SECRET)}" in said
+    assert f"no run has learnt from them: {other.manifest.key}" in said
+    assert main([*words, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["forget"], "required"),
-        (["forget", "--digest", "xyz"], "is of no document"),
-        (["forget", "--text", "/nowhere"], "cannot be read"),
+        (["forget", "--digest", "xyz"], "is no digest; 32 hexadecimal digits"),
+        (["forget", "--digest", "0" * 32], "is of no document of"),
+        (["forget", "--text", "/nowhere"], "/nowhere: is not there"),
+        (["forget", "--text", "/"], "/: is a folder"),
         (["forget", "--digest", "0" * 32, "--run", "x"], "goes with --again"),
     ],
 )

@@ -208,6 +208,8 @@ def test_words_name_runs_steps_and_folders(tmp_path: Path, monkeypatch: pytest.M
         name="b", storage="runs", run="a", step="best"
     )
     assert read_words("a@12", "runs").step == 12
+    with pytest.raises(SpecError, match="is given as --name NAME=RUN"):
+        read_words("mood=a", "runs")
     (tmp_path / "model").mkdir()
     with pytest.raises(SpecError, match=r"no config\.json"):
         read_words(str(tmp_path / "model"), "runs")

@@ -35,7 +35,7 @@ KEPT_SECONDS, KEPT_BYTES = 24 * 3600.0, 64_000_000
 _KINDS: dict[Any, str] = {
     bool: "true or false",
     (int, float): "a number",
-    str: "a class",
+    str: "a class, which is a text",
     list: "a list",
 }
 
