@@ -136,6 +136,22 @@ def test_an_option_that_no_formula_heeds_is_counted() -> None:
     assert found.count.total == plain.total + 3 * (3 * 64 + 64)  # queries, keys, values; output
 
 
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"freezing": {"blocks": 9}}, r"freezing\.blocks = 9: the model has 3"),
+        ({"adapters": {"name": "lora", "targets": ["nowhere"]}}, r"adapters\.targets"),
+    ],
+)
+def test_a_part_that_the_model_does_not_have_is_a_mistake_and_no_estimate(
+    sections: dict[str, Any], said: str
+) -> None:
+    spec = spec_of("llama").model_dump(mode="json") | sections
+    for _ in range(2):  # counted, and remembered
+        with pytest.raises(SpecError, match=said):
+            make_counted_plan(make_spec(spec), LAPTOP)
+
+
 def test_what_a_formula_knows_is_not_counted(cache: Path) -> None:
     assert find_counts(spec_of("llama")) == ""
     assert not cache.exists()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 CACHED = "counts"
-VERSION = 3
+VERSION = 4
 """Of what is counted and how: another one counts anew."""
 LIMIT_SECONDS = 180.0
 _LIBRARIES = ("torch", "transformers")
+_OF_PARTS = ("adapters", "freezing", "task")
+"""Sections that name parts of a model: one that it does not have is a mistake, and no model that
+cannot be counted."""
 _CHOSEN_EXPERTS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -106,7 +110,7 @@ def find_counts(
 
     The arguments are those of `load_dimensions`. Takes some seconds and another process where
     nothing is remembered, unless torch is here already. Raises SpecError for a folder that cannot
-    be read.
+    be read, and for parts of a model that are to be trained or read and that it does not have.
     """
     if spec.model.origin:
         config = config or load_config(str(spec.model.path))
@@ -133,6 +137,8 @@ def find_counts(
         if isinstance(kept, str):
             return kept
         remember(CACHED, key, kept)
+    if "mistake" in kept:
+        raise SpecError(*kept["mistake"])
     return Counted.model_validate(kept["counted"]) if "counted" in kept else str(kept["problem"])
 
 
@@ -171,7 +177,7 @@ def _ask_process(asked: _Asked) -> dict[str, Any] | str:
 
 
 def _answer(asked: _Asked) -> dict[str, Any]:
-    """What was counted, or the problem, as plain values."""
+    """What was counted, the mistake of the spec's or the problem, as plain values."""
     try:
         found = count_model(
             asked.spec,
@@ -182,6 +188,8 @@ def _answer(asked: _Asked) -> dict[str, Any]:
         )
         return {"counted": found.model_dump(mode="json")}
     except DrayError as error:
+        if isinstance(error, SpecError) and re.match(rf"({'|'.join(_OF_PARTS)})\b", error.where):
+            return {"mistake": [error.where, error.what, error.rule, error.way_out]}
         return {"problem": one_line(error)}
 
 
