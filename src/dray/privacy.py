@@ -85,7 +85,9 @@ def check_privacy(
         )
     kept = None if run is None else _noise_of(run)
     if kept is None:
-        _multiplier(spec, manifest, num_steps, _spent_before(origin))
+        info = None if origin is None else origin.latest_checkpoint()
+        spent = [] if origin is None or info is None else _spent_by(origin, info.step, spec)
+        _multiplier(spec, manifest, num_steps, spent)
     elif given.epsilon is not None:
         reached = _epsilon(spec, manifest, num_steps, kept)
         if reached > given.epsilon * (1 + 1e-6):
@@ -104,13 +106,12 @@ def keep_noise(run: Run, spec: Spec, manifest: Manifest, num_steps: int) -> None
     given = spec.privacy
     if given is None or _noise_of(run) is not None:
         return
-    fork = run.origin()
-    spent = _spent_before(None if fork is None else Run.open(run.storage, fork["run"]), fork)
+    spent = _spent_by_origin(run, spec)
     key = secrets.token_hex(32)
     if given.noise_seed is not None:
         key = f"{given.noise_seed:064x}"[-64:]
     kept = {"key": key, "noise_multiplier": _multiplier(spec, manifest, num_steps, spent)}
-    run.keep_noise(kept | ({"spent": spent} if spent else {}))
+    run.keep_noise(kept | {"spent": spent})
 
 
 def privacy_of(run: Run, step: int | None = None) -> dict[str, Any] | None:
@@ -121,7 +122,7 @@ def privacy_of(run: Run, step: int | None = None) -> dict[str, Any] | None:
     spec = run.spec()
     if spec.privacy is None:
         return None
-    kept = run.noise()
+    kept = _noise_of(run)
     if kept is None:
         raise _lost(run)
     manifest = load_run_manifest(run)
@@ -165,6 +166,8 @@ def _noise_of(run: Run) -> dict[str, Any] | None:
     kept = run.noise()
     if kept is None and run.attempts():
         raise _lost(run)
+    if kept is not None and "spent" not in kept:  # of a fork that did not count it yet
+        kept = {**kept, "spent": _spent_by_origin(run, run.spec())}
     return kept
 
 
@@ -177,27 +180,30 @@ def _lost(run: Run) -> StoreError:
     )
 
 
-def _spent_before(origin: Run | None, fork: Mapping[str, Any] | None = None) -> list[Span]:
-    """What the steps of a fork's origin have spent, up to the one that the fork starts from: by
-    itself the newest one that is saved. Raises SpecError where they had no noise."""
-    if origin is None:
-        return []
+def _spent_by_origin(run: Run, spec: Spec) -> list[Span]:
+    """What was spent before a run began, which is nothing unless it is a fork."""
+    fork = run.origin()
     if fork is None:
-        info = origin.latest_checkpoint()
-        step = 0 if info is None else info.step
-    else:
-        step = int(fork["step"])
+        return []
+    return _spent_by(Run.open(run.storage, fork["run"]), int(fork["step"]), spec)
+
+
+def _spent_by(origin: Run, step: int, fork: Spec) -> list[Span]:
+    """What the steps of a fork's origin have spent, up to the one that the fork starts from. Raises
+    SpecError where they had no noise, or such as is no secret."""
     if not step:
         return []
     spec = origin.spec()
-    if spec.privacy is None:
+    is_public = spec.privacy is not None and spec.privacy.noise_seed is not None
+    if spec.privacy is None or (is_public and fork.privacy and fork.privacy.noise_seed is None):
         raise SpecError(
             "privacy",
-            f"the {step} steps of {origin.name} that the fork goes on from had no noise",
-            "weights that were trained without it hide no row",
+            f"the {step} steps of {origin.name} that the fork goes on from had "
+            f"{'noise that is no secret' if is_public else 'no noise'}",
+            "weights that were trained so hide no row",
             "train a new run with privacy, or fork without it",
         )
-    kept = origin.noise()
+    kept = _noise_of(origin)
     if kept is None:
         raise _lost(origin)
     return _spans(spec, load_run_manifest(origin), step, kept)

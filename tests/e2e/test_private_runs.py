@@ -165,7 +165,13 @@ def test_a_fork_counts_what_its_origin_has_spent(home: Path) -> None:
     trained(tree, storage, "plain")
     with pytest.raises(SpecError, match="the 9 steps of plain that the fork goes on from had no"):
         train(make_spec(tree_of(home)), storage=storage, run_name="plain", fork="late")
-    assert sorted(os.listdir(storage)) == ["corpora", "fork", "origin", "plain"]
+    trained(tree_of(home, **half), storage, "public")
+    with pytest.raises(SpecError, match="goes on from had noise that is no secret"):
+        train(make_spec(tree_of(home, **wider)), storage=storage, run_name="public", fork="hid")
+    assert sorted(os.listdir(storage)) == ["corpora", "fork", "origin", "plain", "public"]
+    place = Path(fork.path, "noise.json")  # as forks had it that did not count their origin
+    place.write_text(json.dumps({key: kept[key] for key in ("key", "noise_multiplier")}))
+    assert privacy_of(fork) == told
 
 
 def test_a_run_keeps_to_its_epsilon_and_its_noise(home: Path) -> None:
