@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dray.errors import SpecError, StoreError
 from dray.models.source import READS_WEIGHTS, Pretrained
 from dray.runs import CheckpointInfo, CheckpointReader, Run, choose_checkpoint, keep_checkpoint
-from dray.storage.filesystem import absolute, child
+from dray.storage.filesystem import absolute, child, shown
 
 if TYPE_CHECKING:
     from dray.models.weights import Stored, Weights
@@ -128,6 +128,29 @@ def find_run_weights(
             f"`dray export {name} FOLDER`, and give {key.replace('.run', '.path')}=FOLDER",
         )
     return RunWeights(absolute(storage), name, info.step, info.attempt)  # ranks are elsewhere
+
+
+def find_teacher(storage: str, name: str) -> Run:
+    """The run that `distil.run` names. Raises SpecError for one that is not there, is not complete,
+    or has no whole weights."""
+    run = Run.find(storage, name)
+    if run is None:
+        raise SpecError(
+            f"distil.run = {name}",
+            f"no such run in {shown(absolute(storage))}",
+            "a teacher is another run of the storage",
+            "name another storage with --storage",
+        )
+    made = run.compressed()
+    has_whole = run.model() is not None and not run.spec().keeps_base
+    if run.status != "completed" or not has_whole or (made and made["packed"]):
+        raise SpecError(
+            f"distil.run = {name}",
+            "is not complete" if run.status != "completed" else "has no whole weights of its own",
+            "a teacher stays what it is while a student learns, and is read whole",
+            "let it end, or give a run that was trained whole",
+        )
+    return run
 
 
 def make_origin(kept: Mapping[str, Any], storage: str) -> Origin:

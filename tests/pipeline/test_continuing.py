@@ -168,11 +168,11 @@ def test_a_name_is_not_given_to_a_model_of_another_kind(storage: str, tmp_path: 
     writers = [Served(folder=str(save_small_writer(tmp_path / name))) for name in ("one", "two")]
     change_weights(Path(str(writers[1].folder)))
     chat.begin(pin(writers[0]))
-    refused = "'chat': is one that writes text: .*one; .* that learnt sequence_classification"
+    refused = "'chat': .*one is a model that writes text, and mood@60 is a model of sequence_cl"
     with pytest.raises(SpecError, match=refused):
         promote(chat, mood)
     wanted = Wanted(data=["feedback:slang"], promote="chat")
-    with pytest.raises(SpecError, match="what mood becomes is one that learnt"):
+    with pytest.raises(SpecError, match="and what mood becomes is a model of"):
         continue_run(storage, "mood", wanted, run_name="never")
     assert Run.find(storage, "never") is None
     assert promote(chat, writers[1]).stable == 2

@@ -17,7 +17,7 @@ from dray.errors import SpecError, StoreError
 from dray.release.evaluate import evaluate
 from dray.release.trained import load_trained
 from dray.runs import CheckpointReader, Run
-from dray.spec import Spec, make_spec
+from dray.spec import Spec, dump_spec, make_spec
 from dray.train import train_locally
 from remarks import Remarks
 from tiny import tiny_tree
@@ -193,3 +193,30 @@ def test_a_plan_is_made_of_the_other_runs_sizes(
     planned = json.loads(capsys.readouterr().out)
     source = load_trained(str(storage), "words").model
     assert planned["num_parameters"] == sum(p.numel() for p in source.parameters())
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"distil": {"run": "nosuch"}}, "distil.run = nosuch: no such run in"),
+        ({"distil": {"run": "begun"}}, "distil.run = begun: is not complete; a teacher stays"),
+        ({"augmentation": {"kinds": ["back_translation"], "back_translation": {
+            "there": {"run": "words"}, "back": {"run": "words"}}}},
+         "augmentation.back_translation.there.run = words: its task is masked_lm"),
+    ],
+)  # fmt: skip
+def test_runs_that_cannot_help_are_refused_before_anything_begins(
+    storage: Path, sections: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not (storage / "begun").exists():
+        spec = make(storage.parent / "data", "begun", "masked_lm", BERT)
+        train_locally(spec, storage=str(storage), stop=lambda: True)
+        assert Run.open(str(storage), "begun").status == "stopped"
+    before = sorted(str(path) for path in storage.rglob("*"))
+    spec = make(storage.parent / "data", "pupil", "sequence_classification", BERT, **sections)
+    file = storage.parent / "pupil.yaml"
+    file.write_text(dump_spec(spec))
+    for command in ("plan", "train"):
+        assert main([command, str(file), "--storage", str(storage)]) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(str(path) for path in storage.rglob("*")) == before

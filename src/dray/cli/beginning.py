@@ -200,8 +200,17 @@ def _find_cost(
 
 def _find_run_inputs(spec: Spec, storage: str) -> tuple[Spec, Mapping[str, Any] | None]:
     """The spec with the folder of the tokeniser that is another run's, and the configuration of the
-    other run that its model starts from; None where it starts from none."""
+    other run that its model starts from; None where it starts from none. Raises UserError for runs
+    that the spec names and that cannot be what they are named for."""
     config = None
+    if spec.distil is not None:
+        from dray.origin import find_teacher
+
+        find_teacher(storage, spec.distil.run)
+    if spec.augmentation is not None and spec.augmentation.back_translation is not None:
+        from dray.corpus.translating import find_origins
+
+        find_origins(spec.augmentation.back_translation, storage)
     if spec.model.run:
         from dray.origin import find_run_weights
 

@@ -87,7 +87,7 @@ from dray.corpus.stages import Progress, run_stage, run_task
 from dray.corpus.telling import Teller, find_teller, tell_shard, telling_options
 from dray.corpus.tokenizing import NO_TOKENIZER, TokenizerInfo, read_tokenizer_files
 from dray.corpus.tools import keep_files
-from dray.corpus.translating import Translators, find_translators, translate_shard
+from dray.corpus.translating import Translators, find_origins, find_translators, translate_shard
 from dray.errors import CorpusError, SpecError, StoreError
 from dray.origin import Origin
 from dray.runs import Run
@@ -480,6 +480,8 @@ def check_inputs(spec: Spec, storage: str) -> None:
     for own, files in zip(inputs.sources, inputs.files, strict=True):
         check_source_extras(own.source, files, own.where)
     spec.task.read_files()
+    if spec.augmentation is not None and spec.augmentation.back_translation is not None:
+        find_origins(spec.augmentation.back_translation, storage)
 
 
 def prepare(

@@ -36,7 +36,7 @@ from dray.models.source import find_pretrained
 from dray.origin import Origin, RunWeights, find_run_weights, open_weights
 from dray.processes.imports import whole
 from dray.runs import Run
-from dray.spec import Spec, Translator
+from dray.spec import BackTranslation, Spec, Translator
 from dray.storage.filesystem import share_filesystem
 from dray.tasks.rows import SEPARATOR
 
@@ -69,16 +69,21 @@ def find_translators(spec: Spec, storage: str) -> Translators | None:
     settings = None if spec.augmentation is None else spec.augmentation.back_translation
     if settings is None:
         return None
-    found = [
+    there, back = (origin.pinned() for origin in find_origins(settings, storage))
+    return Translators(there, back, settings.max_tokens)
+
+
+def find_origins(settings: BackTranslation, storage: str) -> list[Origin]:
+    """Where both models lie, there and back; nothing of them is read. Raises UserError likewise."""
+    return [
         _find(f"augmentation.back_translation.{side}", getattr(settings, side), storage)
         for side in ("there", "back")
     ]
-    return Translators(found[0], found[1], settings.max_tokens)
 
 
 def _find(where: str, translator: Translator, storage: str) -> Origin:
     if translator.path is not None:
-        return find_pretrained(translator.path).pinned()
+        return find_pretrained(translator.path)
     name = str(translator.run)
     task = Run.open(storage, name).spec().task if Run.find(storage, name) else None
     if task is not None and not (task.generates and not task.continues):
@@ -88,7 +93,7 @@ def _find(where: str, translator: Translator, storage: str) -> Origin:
             "a translator does",
             "name a run of the task seq2seq",
         )
-    return find_run_weights(storage, name, "newest", f"{where}.run").pinned()
+    return find_run_weights(storage, name, "newest", f"{where}.run")
 
 
 def translate_shard(job: Preparation, item: tuple[int, Shard]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from dray.corpus.manifest import Manifest
 from dray.errors import SpecError
 from dray.models.build import build_model, sizes_by
 from dray.models.groups import find_blocks
-from dray.runs import CheckpointReader, Run, choose_checkpoint
+from dray.origin import find_teacher
+from dray.runs import CheckpointReader, choose_checkpoint
 from dray.spec import Distil
 from dray.tasks import Batch
 from dray.tasks.rows import IGNORED
@@ -31,18 +32,10 @@ CHUNK_LOGITS = 16_000_000
 
 
 def load_teacher(storage: str, distil: Distil, manifest: Manifest, device: torch.device) -> Any:
-    """The model that teaches, in fp32 in evaluation mode. Raises SpecError for a run that is not
-    complete, or has no whole weights, StoreError for a damaged checkpoint."""
-    run = Run.open(storage, distil.run)
-    spec, kept = run.spec(), run.model()
-    made = run.compressed()
-    if run.status != "completed" or spec.keeps_base or kept is None or (made and made["packed"]):
-        raise SpecError(
-            f"distil.run = {distil.run}",
-            "is not complete" if run.status != "completed" else "has no whole weights of its own",
-            "a teacher stays what it is while a student learns, and is read whole",
-            "let it end, or give a run that was trained whole",
-        )
+    """The model that teaches, in fp32 in evaluation mode. Raises SpecError for a run that cannot
+    teach, StoreError for a damaged checkpoint."""
+    run = find_teacher(storage, distil.run)
+    spec, kept = run.spec(), run.model() or {}
     info = choose_checkpoint(run, None)
     model = build_model(
         spec,

@@ -18,7 +18,7 @@ from dray.serve.served import Served
 from dray.serve.versions import Record, State, told
 from dray.tasks import Task
 
-WRITES = "writes text"
+WRITES = "a model that writes text"
 
 
 def promote(
@@ -33,8 +33,8 @@ def promote(
 
 
 def kind_of_task(task: Task) -> str:
-    """What a model of that task does for those who ask it, in words."""
-    return WRITES if task.generates and task.continues else f"learnt {task.name}"
+    """What a model of that task is to those who ask it, in words."""
+    return WRITES if task.generates and task.continues else f"a model of {task.name}"
 
 
 def check_kind(record: Record, kind: str, what: str) -> None:
@@ -49,7 +49,7 @@ def check_kind(record: Record, kind: str, what: str) -> None:
     if known is not None and known != kind:
         raise SpecError(
             f"model {record.name!r}",
-            f"is one that {known}: {told(answering)}; {what} is one that {kind}",
+            f"{told(answering)} is {known}, and {what} is {kind}",
             "a name goes on answering what it is asked",
             "serve it by another name: `dray serve --name NAME=RUN`",
         )

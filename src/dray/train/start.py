@@ -30,6 +30,7 @@ from dray.origin import (
     Origin,
     RunWeights,
     find_run_weights,
+    find_teacher,
     make_origin,
     open_weights,
 )
@@ -125,6 +126,8 @@ def look(spec: Spec, storage: str, run_name: str | None = None, fork: str | None
     if spec.adapters is not None:
         spec.adapters.check_packages()
     run = find_begun(storage, name, fork)
+    if spec.distil is not None and (run is None or run.status != "completed"):
+        find_teacher(storage, spec.distil.run)
     keeper = run or (find_origin(storage, name)[0] if fork else None)
     if (
         keeper is not None and spec.precision == "auto"
