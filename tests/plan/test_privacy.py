@@ -88,4 +88,4 @@ def test_a_plan_tells_what_rows_one_by_one_cost_and_what_epsilon_comes_to() -> N
     assert f"used about 7 times with noise {noise:.4g} is ε = 8 at δ = 1e-05" in note
     assert f"is {length:.2g} times as long as the longest gradient" in note
     (note,) = [one for one in make_plan(private, shape).notes if one.startswith("privacy")]
-    assert "known once rows are" in note
+    assert "known once a run has begun" in note

@@ -778,8 +778,12 @@ def _notes_of_length(
     given = spec.privacy
     if given is None:
         return
-    if num_steps is None or not num_rows:
-        yield "privacy: noise and ε follow from how often a row is used, known once rows are"
+    mixed = spec.data.balance or any(own.weight for own in spec.data.train)
+    if num_steps is None or not num_rows or mixed:
+        yield (
+            "privacy: noise and ε follow from the row that is used most often, known once a run "
+            "has begun: `dray show` tells them"
+        )
         return
     uses = -(-num_steps * spec.batch.global_rows // num_rows)
     noise = given.noise_multiplier
