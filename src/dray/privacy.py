@@ -76,7 +76,7 @@ def check_privacy(
     if given is None:
         return
     num_rows = manifest.train.num_rows
-    if given.delta * num_rows >= 1:
+    if run is None and given.delta * num_rows >= 1:
         raise SpecError(
             f"privacy.delta = {given.delta:g}",
             f"of {num_rows:,} rows one may be given away whole by chance",
