@@ -20,7 +20,7 @@ from dray.corpus.manifest import Manifest, load_run_manifest
 from dray.corpus.stream import make_order
 from dray.errors import SpecError, StoreError, UserError
 from dray.order import Order
-from dray.plan.privacy import epsilon_of, mu_for, mu_of
+from dray.plan.privacy import epsilon_of, mu_for, mu_of, noise_for
 from dray.runs import Run
 from dray.runs.layout import NOISE_FILE
 from dray.spec import Spec
@@ -89,7 +89,7 @@ def check_privacy(
         spent = [] if origin is None or info is None else _spent_by(origin, info.step, spec)
         _multiplier(spec, manifest, num_steps, spent)
     elif given.epsilon is not None:
-        reached = _epsilon(spec, manifest, num_steps, kept)
+        reached = _epsilon(given.delta, _spans(spec, manifest, num_steps, kept))
         if reached > given.epsilon * (1 + 1e-6):
             raise SpecError(
                 f"privacy.epsilon = {given.epsilon:g}",
@@ -129,11 +129,12 @@ def privacy_of(run: Run, step: int | None = None) -> dict[str, Any] | None:
     if step is None:
         info = run.latest_checkpoint()
         step = info.step if info else 0
-    epsilon = _epsilon(spec, manifest, step, kept)
+    spans = _spans(spec, manifest, step, kept)
+    epsilon = _epsilon(spec.privacy.delta, spans)
     return {
         "epsilon": epsilon if math.isfinite(epsilon) else None,
         "delta": spec.privacy.delta,
-        "uses": sum(one["uses"] for one in _spans(spec, manifest, step, kept)),
+        "uses": sum(one["uses"] for one in spans),
         "noise_multiplier": float(kept["noise_multiplier"]),
         "max_grad_norm": spec.privacy.max_grad_norm,
         "public": spec.privacy.noise_seed is not None,
@@ -221,11 +222,9 @@ def _spans(spec: Spec, manifest: Manifest, num_steps: int, kept: Mapping[str, An
     return [*before, own] if num_steps > first else before
 
 
-def _epsilon(spec: Spec, manifest: Manifest, num_steps: int, kept: Mapping[str, Any]) -> float:
-    """ε after so many steps."""
-    assert spec.privacy is not None
-    spans = _spans(spec, manifest, num_steps, kept)
-    return epsilon_of(spec.privacy.delta, math.sqrt(_squared(spans)))
+def _epsilon(delta: float, spans: Sequence[Span]) -> float:
+    """ε of all spans together."""
+    return epsilon_of(delta, math.sqrt(_squared(spans)))
 
 
 def _squared(spans: Sequence[Span]) -> float:
@@ -247,9 +246,9 @@ def _multiplier(spec: Spec, manifest: Manifest, num_steps: int, spent: Sequence[
     if left <= 0:
         raise SpecError(
             f"privacy.epsilon = {given.epsilon:g}",
-            f"ε is {epsilon_of(given.delta, math.sqrt(_squared(spent))):.4g} after the {first} "
+            f"ε is {_epsilon(given.delta, spent):.4g} after the {first} "
             "steps that the fork goes on from",
             "what is spent stays spent",
             "give a greater privacy.epsilon",
         )
-    return math.sqrt(uses / left)
+    return noise_for(uses, math.sqrt(left))

@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from dray.plan import Shape, make_plan
-from dray.plan.privacy import delta_of, epsilon_of, mu_for, mu_of
+from dray.plan.privacy import delta_of, epsilon_of, mu_for, mu_of, noise_for
 from dray.spec import make_spec
 
 
@@ -53,7 +53,7 @@ def test_more_uses_cost_more_and_more_noise_costs_less() -> None:
 @pytest.mark.parametrize("epsilon", [0.5, 3.0, 10.0])
 @pytest.mark.parametrize("uses", [1, 5, 40])
 def test_noise_for_an_epsilon_has_it(epsilon: float, uses: int) -> None:
-    noise = math.sqrt(uses) / mu_for(epsilon, 1e-5)
+    noise = noise_for(uses, mu_for(epsilon, 1e-5))
     assert epsilon_of(1e-5, mu_of(uses, noise)) == pytest.approx(epsilon, rel=1e-6)
     assert epsilon_of(1e-5, mu_of(uses, noise)) <= epsilon * (1 + 1e-9)
 

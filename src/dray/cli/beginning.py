@@ -207,10 +207,10 @@ def _find_run_inputs(spec: Spec, storage: str) -> tuple[Spec, Mapping[str, Any] 
         from dray.origin import find_teacher
 
         find_teacher(storage, spec.distil.run)
-    if spec.augmentation is not None and spec.augmentation.back_translation is not None:
+    if spec.augmentation is not None:
         from dray.corpus.translating import find_origins
 
-        find_origins(spec.augmentation.back_translation, storage)
+        find_origins(spec, storage)
     if spec.model.run:
         from dray.origin import find_run_weights
 

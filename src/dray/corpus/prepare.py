@@ -480,8 +480,7 @@ def check_inputs(spec: Spec, storage: str) -> None:
     for own, files in zip(inputs.sources, inputs.files, strict=True):
         check_source_extras(own.source, files, own.where)
     spec.task.read_files()
-    if spec.augmentation is not None and spec.augmentation.back_translation is not None:
-        find_origins(spec.augmentation.back_translation, storage)
+    find_origins(spec, storage)
 
 
 def prepare(

@@ -66,19 +66,27 @@ class Translators:
 def find_translators(spec: Spec, storage: str) -> Translators | None:
     """Those of the spec; None: it asks for none. Raises UserError where one is gone, or is of a run
     that answers no texts."""
-    settings = None if spec.augmentation is None else spec.augmentation.back_translation
+    settings = _settings_of(spec)
     if settings is None:
         return None
-    there, back = (origin.pinned() for origin in find_origins(settings, storage))
+    there, back = (origin.pinned() for origin in find_origins(spec, storage))
     return Translators(there, back, settings.max_tokens)
 
 
-def find_origins(settings: BackTranslation, storage: str) -> list[Origin]:
-    """Where both models lie, there and back; nothing of them is read. Raises UserError likewise."""
+def find_origins(spec: Spec, storage: str) -> list[Origin]:
+    """Where both models lie, there and back; none, where the spec asks for none. Nothing of them is
+    read. Raises UserError likewise."""
+    settings = _settings_of(spec)
+    if settings is None:
+        return []
     return [
         _find(f"augmentation.back_translation.{side}", getattr(settings, side), storage)
         for side in ("there", "back")
     ]
+
+
+def _settings_of(spec: Spec) -> BackTranslation | None:
+    return None if spec.augmentation is None else spec.augmentation.back_translation
 
 
 def _find(where: str, translator: Translator, storage: str) -> Origin:

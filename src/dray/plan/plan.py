@@ -30,7 +30,7 @@ from dray.plan.parameters import (
     count_state_bytes,
     load_dimensions,
 )
-from dray.plan.privacy import epsilon_of, mu_for, mu_of
+from dray.plan.privacy import epsilon_of, mu_for, mu_of, noise_for
 from dray.plan.speed import (
     COMPILE_SECONDS,
     START_SECONDS,
@@ -789,7 +789,7 @@ def _notes_of_length(
     noise = given.noise_multiplier
     if noise is None:
         assert given.epsilon is not None
-        noise = math.sqrt(uses) / mu_for(given.epsilon, given.delta)
+        noise = noise_for(uses, mu_for(given.epsilon, given.delta))
     epsilon = epsilon_of(given.delta, mu_of(uses, noise))
     length = noise * math.sqrt(question.count.trained) / spec.batch.global_rows
     yield (

@@ -38,6 +38,11 @@ def epsilon_of(delta: float, mu: float) -> float:
     return _least(lambda epsilon: delta_of(epsilon, mu) <= delta, _GREATEST)
 
 
+def noise_for(num_uses: int, mu: float) -> float:
+    """The noise multiplier by which so many uses of a row are of μ."""
+    return math.sqrt(num_uses) / mu
+
+
 def mu_for(epsilon: float, delta: float) -> float:
     """The greatest μ that has an ε at a δ."""
     return 1 / _least(lambda noise: delta_of(epsilon, 1 / noise) <= delta, _GREATEST, least=1e-6)

@@ -113,15 +113,7 @@ def find_document(storage: str, text: str) -> Trail:
     is not there or cannot be read."""
     if not text.strip():
         raise SpecError("dray forget", "the document has no text", "it is found by its text")
-    filesystem, path = open_filesystem(storage)
-    runs = list_runs(storage, trials=True)
-    if not exists(filesystem, path):
-        raise StoreError(
-            shown(absolute(storage)),
-            "is not there",
-            "it is the folder of runs",
-            "name it: --storage",
-        )
+    runs = _runs_of(storage)
     found: Trail | None = None
     known: dict[str, Held | str] = {}
     learnt: list[Learnt] = []
@@ -135,6 +127,7 @@ def find_document(storage: str, text: str) -> Trail:
     found.corpora = [held for held in known.values() if isinstance(held, Held) and held.is_any]
     found.num_runs = len(runs)
     found.num_corpora = sum(isinstance(held, Held) for held in known.values())
+    filesystem, path = open_filesystem(storage)
     corpora = list_folders(filesystem, f"{path}/{CORPORA}")
     found.other_corpora = sorted(
         name
@@ -148,9 +141,9 @@ def find_document(storage: str, text: str) -> Trail:
 
 def find_text(storage: str, digest: str) -> str:
     """The document of a digest, from the raw files of the storage's runs. Raises CorpusError where
-    none of those that are still there has it."""
+    none of those that are still there has it, StoreError for a storage that is not there."""
     looked: set[str] = set()
-    for run in list_runs(storage, trials=True):
+    for run in _runs_of(storage):
         inputs, _ = caught(partial(list_inputs, run.spec()))
         for source, files in zip(inputs.sources, inputs.files, strict=True) if inputs else ():
             for file in files:
@@ -166,6 +159,21 @@ def find_text(storage: str, digest: str) -> str:
         "a corpus keeps digests of no documents: it is looked for in the files",
         "give the document itself: --text FILE",
     )
+
+
+def _runs_of(storage: str) -> list[Run]:
+    """All of a storage. Raises StoreError where there is none: that nothing is found in it says
+    nothing of a document."""
+    runs = list_runs(storage, trials=True)
+    filesystem, path = open_filesystem(storage)
+    if not exists(filesystem, path):
+        raise StoreError(
+            shown(absolute(storage)),
+            "is not there",
+            "it is the folder of runs",
+            "name it: --storage",
+        )
+    return runs
 
 
 def _texts(spec: Spec, source: Any, span: Span) -> Iterator[str]:
